@@ -1,0 +1,391 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Preset(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRESET_UNSPECIFIED: _ClassVar[Preset]
+    PRESET_FAST: _ClassVar[Preset]
+    PRESET_QUALITY: _ClassVar[Preset]
+    PRESET_TEXTBOOK: _ClassVar[Preset]
+
+class Normalisation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NORMALISATION_UNSPECIFIED: _ClassVar[Normalisation]
+    NORMALISATION_NONE: _ClassVar[Normalisation]
+    NORMALISATION_GATYS: _ClassVar[Normalisation]
+    NORMALISATION_ELEMENTS: _ClassVar[Normalisation]
+    NORMALISATION_RELATIVE: _ClassVar[Normalisation]
+
+class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_UNSPECIFIED: _ClassVar[Pooling]
+    POOLING_MAX: _ClassVar[Pooling]
+    POOLING_AVERAGE: _ClassVar[Pooling]
+
+class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    START_UNSPECIFIED: _ClassVar[Start]
+    START_CONTENT: _ClassVar[Start]
+    START_NOISE: _ClassVar[Start]
+    START_IMAGE: _ClassVar[Start]
+
+class Optimiser(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPTIMISER_UNSPECIFIED: _ClassVar[Optimiser]
+    OPTIMISER_GRADIENT_DESCENT: _ClassVar[Optimiser]
+    OPTIMISER_NORMALISED_DESCENT: _ClassVar[Optimiser]
+    OPTIMISER_ADAM: _ClassVar[Optimiser]
+    OPTIMISER_LBFGS: _ClassVar[Optimiser]
+
+class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+
+class StopReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STOP_REASON_UNSPECIFIED: _ClassVar[StopReason]
+    STOP_REASON_ITERATIONS_DONE: _ClassVar[StopReason]
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_REQUEST: _ClassVar[ErrorReason]
+    ERROR_REASON_QUEUE_FULL: _ClassVar[ErrorReason]
+    ERROR_REASON_SHUTTING_DOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_DIVERGED: _ClassVar[ErrorReason]
+    ERROR_REASON_OUT_OF_MEMORY: _ClassVar[ErrorReason]
+    ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+PRESET_UNSPECIFIED: Preset
+PRESET_FAST: Preset
+PRESET_QUALITY: Preset
+PRESET_TEXTBOOK: Preset
+NORMALISATION_UNSPECIFIED: Normalisation
+NORMALISATION_NONE: Normalisation
+NORMALISATION_GATYS: Normalisation
+NORMALISATION_ELEMENTS: Normalisation
+NORMALISATION_RELATIVE: Normalisation
+POOLING_UNSPECIFIED: Pooling
+POOLING_MAX: Pooling
+POOLING_AVERAGE: Pooling
+START_UNSPECIFIED: Start
+START_CONTENT: Start
+START_NOISE: Start
+START_IMAGE: Start
+OPTIMISER_UNSPECIFIED: Optimiser
+OPTIMISER_GRADIENT_DESCENT: Optimiser
+OPTIMISER_NORMALISED_DESCENT: Optimiser
+OPTIMISER_ADAM: Optimiser
+OPTIMISER_LBFGS: Optimiser
+IMAGE_FORMAT_UNSPECIFIED: ImageFormat
+IMAGE_FORMAT_JPEG: ImageFormat
+IMAGE_FORMAT_PNG: ImageFormat
+IMAGE_FORMAT_WEBP: ImageFormat
+STOP_REASON_UNSPECIFIED: StopReason
+STOP_REASON_ITERATIONS_DONE: StopReason
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_INVALID_REQUEST: ErrorReason
+ERROR_REASON_QUEUE_FULL: ErrorReason
+ERROR_REASON_SHUTTING_DOWN: ErrorReason
+ERROR_REASON_DIVERGED: ErrorReason
+ERROR_REASON_OUT_OF_MEMORY: ErrorReason
+ERROR_REASON_INTERNAL: ErrorReason
+
+class ImageSource(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class StyleSource(_message.Message):
+    __slots__ = ("image", "weight")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    image: ImageSource
+    weight: float
+    def __init__(self, image: _Optional[_Union[ImageSource, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class LayerWeight(_message.Message):
+    __slots__ = ("layer", "weight")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    weight: float
+    def __init__(self, layer: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class LayerWeights(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerWeight]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerWeight, _Mapping]]] = ...) -> None: ...
+
+class Recipe(_message.Message):
+    __slots__ = ("preset", "content_layers", "style_layers", "alpha", "beta", "tv_weight", "normalisation", "pooling", "size", "style_scale", "start", "optimiser", "step", "iterations", "coarse_iterations", "smallest_size", "average")
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STYLE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    TV_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    NORMALISATION_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    STYLE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    OPTIMISER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    COARSE_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SMALLEST_SIZE_FIELD_NUMBER: _ClassVar[int]
+    AVERAGE_FIELD_NUMBER: _ClassVar[int]
+    preset: Preset
+    content_layers: LayerWeights
+    style_layers: LayerWeights
+    alpha: float
+    beta: float
+    tv_weight: float
+    normalisation: Normalisation
+    pooling: Pooling
+    size: int
+    style_scale: float
+    start: Start
+    optimiser: Optimiser
+    step: float
+    iterations: int
+    coarse_iterations: int
+    smallest_size: int
+    average: float
+    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., content_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., style_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., alpha: _Optional[float] = ..., beta: _Optional[float] = ..., tv_weight: _Optional[float] = ..., normalisation: _Optional[_Union[Normalisation, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., size: _Optional[int] = ..., style_scale: _Optional[float] = ..., start: _Optional[_Union[Start, str]] = ..., optimiser: _Optional[_Union[Optimiser, str]] = ..., step: _Optional[float] = ..., iterations: _Optional[int] = ..., coarse_iterations: _Optional[int] = ..., smallest_size: _Optional[int] = ..., average: _Optional[float] = ...) -> None: ...
+
+class FrameOptions(_message.Message):
+    __slots__ = ("every_iterations", "min_interval", "max_side", "format", "quality")
+    EVERY_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    MIN_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_SIDE_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    every_iterations: int
+    min_interval: _duration_pb2.Duration
+    max_side: int
+    format: ImageFormat
+    quality: int
+    def __init__(self, every_iterations: _Optional[int] = ..., min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_side: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ...) -> None: ...
+
+class JobSpec(_message.Message):
+    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed")
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    STYLES_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    START_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    RESULT_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    content: ImageSource
+    styles: _containers.RepeatedCompositeFieldContainer[StyleSource]
+    recipe: Recipe
+    start_image: ImageSource
+    frames: FrameOptions
+    result_format: ImageFormat
+    result_quality: int
+    seed: int
+    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("format", "width", "height", "data")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    format: ImageFormat
+    width: int
+    height: int
+    data: bytes
+    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LayerLoss(_message.Message):
+    __slots__ = ("layer", "value")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    value: float
+    def __init__(self, layer: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class Losses(_message.Message):
+    __slots__ = ("total", "content", "style", "tv", "content_layers", "style_layers")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    STYLE_FIELD_NUMBER: _ClassVar[int]
+    TV_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STYLE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    total: float
+    content: float
+    style: float
+    tv: float
+    content_layers: _containers.RepeatedCompositeFieldContainer[LayerLoss]
+    style_layers: _containers.RepeatedCompositeFieldContainer[LayerLoss]
+    def __init__(self, total: _Optional[float] = ..., content: _Optional[float] = ..., style: _Optional[float] = ..., tv: _Optional[float] = ..., content_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ..., style_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ("job_id", "recipe", "seed", "width", "height", "iterations", "queue_position")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    recipe: Recipe
+    seed: int
+    width: int
+    height: int
+    iterations: int
+    queue_position: int
+    def __init__(self, job_id: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., iterations: _Optional[int] = ..., queue_position: _Optional[int] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("iteration", "iterations", "width", "height", "losses", "iterations_per_second", "time_left")
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    iterations: int
+    width: int
+    height: int
+    losses: Losses
+    iterations_per_second: float
+    time_left: _duration_pb2.Duration
+    def __init__(self, iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations_per_second: _Optional[float] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("iteration", "image", "dropped")
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    image: Image
+    dropped: int
+    def __init__(self, iteration: _Optional[int] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., dropped: _Optional[int] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("image", "losses", "iterations", "stop_reason", "elapsed")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    STOP_REASON_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    image: Image
+    losses: Losses
+    iterations: int
+    stop_reason: StopReason
+    elapsed: _duration_pb2.Duration
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations: _Optional[int] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class JobEvent(_message.Message):
+    __slots__ = ("sequence", "accepted", "progress", "frame", "result")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    accepted: Accepted
+    progress: Progress
+    frame: Frame
+    result: Result
+    def __init__(self, sequence: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+
+class StylizeRequest(_message.Message):
+    __slots__ = ("spec",)
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    spec: JobSpec
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ...) -> None: ...
+
+class StylizeResponse(_message.Message):
+    __slots__ = ("accepted", "result")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    accepted: Accepted
+    result: Result
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+
+class StylizeStreamRequest(_message.Message):
+    __slots__ = ("spec",)
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    spec: JobSpec
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ...) -> None: ...
+
+class StylizeStreamResponse(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: JobEvent
+    def __init__(self, event: _Optional[_Union[JobEvent, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued")
+    MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STYLES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    max_image_bytes: int
+    max_image_pixels: int
+    max_size: int
+    max_styles: int
+    max_iterations: int
+    max_queued: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ...) -> None: ...
+
+class PresetRecipe(_message.Message):
+    __slots__ = ("name", "recipe")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    recipe: Recipe
+    def __init__(self, name: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "device", "precision", "backbone", "weights", "layers", "limits", "presets", "running_jobs", "queued_jobs")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    PRESETS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    device: str
+    precision: str
+    backbone: str
+    weights: str
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    limits: Limits
+    presets: _containers.RepeatedCompositeFieldContainer[PresetRecipe]
+    running_jobs: int
+    queued_jobs: int
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., backbone: _Optional[str] = ..., weights: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., presets: _Optional[_Iterable[_Union[PresetRecipe, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ...) -> None: ...

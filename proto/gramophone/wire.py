@@ -1,0 +1,87 @@
+"""The way between a recipe and its message: field for field, by name, so that neither side lists the fields again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from enum import StrEnum
+from typing import Any, get_type_hints
+
+from gramophone import recipe as recipes
+from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+
+__all__ = ["overrides_to_message", "recipe_from_message", "recipe_to_message"]
+
+TYPES: Mapping[str, Any] = get_type_hints(Recipe)
+
+
+def recipe_to_message(recipe: Recipe) -> pb.Recipe:
+    """A message with every field set."""
+    return overrides_to_message({f.name: getattr(recipe, f.name) for f in fields(recipe)})
+
+
+def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None) -> pb.Recipe:
+    """A message that names a preset, if given, and sets only the given fields of `Recipe`.
+
+    Raises `InvalidRecipe` for an unknown preset or field. Values are not checked here: the server does that.
+    """
+    message = pb.Recipe()
+    if preset is not None:
+        if preset not in recipes.PRESETS:
+            raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(recipes.PRESETS)}, got {preset!r}")])
+        message.preset = pb.Preset.Value(f"PRESET_{preset.upper()}")
+    for name, value in overrides.items():
+        if name not in TYPES:
+            raise InvalidRecipe([Violation(name, "is not a field of a recipe")])
+        if _is_enum(name):
+            setattr(message, name, _numbers(name).Value(_prefix(name) + TYPES[name](value).name))
+        elif name.endswith("_layers"):
+            getattr(message, name).layers.extend(_layer_messages(value))
+            getattr(message, name).SetInParent()  # an empty list is said, too
+        else:
+            setattr(message, name, value)
+    return message
+
+
+def recipe_from_message(message: pb.Recipe) -> Recipe:
+    """The preset with the fields that the message sets. Raises `InvalidRecipe` with every violation."""
+    violations = []
+    name = "fast"
+    if message.preset not in pb.Preset.values():
+        violations.append(Violation("preset", f"is an unknown value {message.preset}"))
+    elif message.preset:
+        name = pb.Preset.Name(message.preset).removeprefix("PRESET_").lower()
+    overrides: dict[str, Any] = {}
+    for key in TYPES:
+        value = getattr(message, key)
+        if _is_enum(key):
+            if value not in _numbers(key).values():
+                violations.append(Violation(key, f"is an unknown value {value}"))
+            elif value:
+                overrides[key] = TYPES[key][_numbers(key).Name(value).removeprefix(_prefix(key))]
+        elif message.HasField(key):
+            overrides[key] = tuple(LayerWeight(l.layer, l.weight) for l in value.layers) if key.endswith("_layers") else value
+    try:
+        recipe = recipes.preset(name, **overrides)
+    except InvalidRecipe as error:
+        raise InvalidRecipe([*violations, *error.violations]) from None
+    if violations:
+        raise InvalidRecipe(violations)
+    return recipe
+
+
+def _layer_messages(layers: Iterable[LayerWeight]) -> Iterable[pb.LayerWeight]:
+    return (pb.LayerWeight(layer=layer, weight=weight) for layer, weight in layers)
+
+
+def _is_enum(name: str) -> bool:
+    return isinstance(TYPES[name], type) and issubclass(TYPES[name], StrEnum)
+
+
+def _numbers(name: str) -> Any:
+    return getattr(pb, TYPES[name].__name__)
+
+
+def _prefix(name: str) -> str:
+    return f"{TYPES[name].__name__.upper()}_"

@@ -1,0 +1,83 @@
+"""What can go wrong, in the domain's own words. Codes and wire details are the servicer's business.
+
+GramophoneError
+├── InvalidRequest     the caller asked for something that cannot be done; lists every field
+├── QueueFull          no room to wait; try again after a while
+├── ShuttingDown       the server takes no new jobs
+├── Diverged           the loss stopped being finite
+├── OutOfDeviceMemory  the job does not fit
+├── EngineFailed       a defect: the engine raised something that none of the above describes
+└── StartupError       the server cannot start as configured; never reaches a caller
+"""
+
+from collections.abc import Iterable
+
+from gramophone.recipe import Violation
+
+__all__ = [
+    "Diverged",
+    "EngineFailed",
+    "GramophoneError",
+    "InvalidRequest",
+    "OutOfDeviceMemory",
+    "QueueFull",
+    "ShuttingDown",
+    "StartupError",
+]
+
+
+class GramophoneError(Exception):
+    """Everything below."""
+
+
+class InvalidRequest(GramophoneError):
+    """The request breaks at least one rule; `violations` has a field path and a sentence for each."""
+
+    def __init__(self, violations: Iterable[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+class QueueFull(GramophoneError):
+    """As many jobs wait as may wait."""
+
+    def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"queue is full: {waiting} waiting, limit {limit}; retry after about {retry_after_s:.0f} s")
+
+
+class ShuttingDown(GramophoneError):
+    """The server drains: running jobs end, new ones are refused."""
+
+    def __init__(self, retry_after_s: float = 5.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__("the server is shutting down and takes no new jobs; send the job to another one or retry later")
+
+
+class Diverged(GramophoneError):
+    """A loss became NaN or infinite; the job's last frame is its last good picture."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+        super().__init__(
+            f"the loss stopped being finite at iteration {iteration}; "
+            "a smaller step, or smaller alpha, beta and tv_weight, may help"
+        )
+
+
+class OutOfDeviceMemory(GramophoneError):
+    """The device could not hold the job."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__(f"the device has too little memory for a {width}x{height} picture; ask for a smaller size")
+
+
+class EngineFailed(GramophoneError):
+    """Something broke that should not; the log has the traceback."""
+
+    def __init__(self) -> None:
+        super().__init__("the server failed while working on this job; its log has the details")
+
+
+class StartupError(GramophoneError):
+    """One sentence for whoever runs the server: what is wrong and what to do."""

@@ -1,0 +1,80 @@
+"""What the engine is given and what it tells: plain values that scheduler and servicer can hold without knowing how a
+picture is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gramophone.recipe import Recipe
+
+__all__ = ["Losses", "Report", "Run", "StyleJob", "fit"]
+
+
+def fit(width: int, height: int, longest: int) -> tuple[int, int]:
+    """(width, height) in pixels with the longest side at `longest` and the proportions kept, each side at least 1."""
+    scale = longest / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StyleJob:
+    """One picture to make. Images are uint8 [3, height, width], RGB, on the CPU; content at any size."""
+
+    recipe: Recipe
+    content: Tensor
+    styles: tuple[Tensor, ...]
+    style_weights: tuple[float, ...]  # one per style, above 0; only their proportions matter
+    start: Tensor | None  # with Start.IMAGE, else None
+    seed: int  # of the noise, 0 to 2**64 - 1
+
+    @property
+    def result_size(self) -> tuple[int, int]:
+        """(width, height) of the finished picture in pixels."""
+        return fit(self.content.shape[2], self.content.shape[1], self.recipe.size)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of the objective, each with its weight in it: `total` is their sum."""
+
+    content: Mapping[str, float]  # by layer
+    style: Mapping[str, float]  # by layer
+    tv: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.content.values()) + sum(self.style.values()) + self.tv
+
+
+@dataclass(frozen=True)
+class Report:
+    """One iteration of one job, done."""
+
+    iteration: int  # 1 to `iterations`, counted over all scales
+    iterations: int
+    width: int  # of the present scale, in pixels
+    height: int
+    losses: Losses  # at the picture before this iteration's step
+    pixels_left: int  # pixel-iterations still to do: the sum of width x height over the iterations left
+
+
+class Run(Protocol):
+    """A batch of same-shape jobs on its way. Belongs to one thread; dropping it frees what it holds."""
+
+    @property
+    def finished(self) -> bool:
+        """No iteration is left."""
+
+    def advance(self) -> tuple[Report, ...]:
+        """Does one iteration of every job in the batch and reports each, in the order they were given.
+
+        Raises `errors.Diverged` when a job's loss is not finite (`picture` then still gives its last good one), and
+        `errors.OutOfDeviceMemory`.
+        """
+
+    def picture(self, index: int) -> Tensor:
+        """The present picture of one job at the present scale: uint8 [height, width, 3], RGB, a copy on the CPU."""
