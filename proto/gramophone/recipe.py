@@ -158,6 +158,10 @@ class Recipe:
             sizes.append(round(self.size / 2 ** (len(sizes) / 2)))
         return tuple(reversed(sizes))
 
+    def total_iterations(self) -> int:
+        """Iterations over all scales; fewer for a picture so thin that its smallest scales are left out."""
+        return self.iterations + self.coarse_iterations * (len(self.scale_sizes()) - 1)
+
 
 def _violations(recipe: Recipe) -> Iterable[Violation]:
     for f in fields(recipe):

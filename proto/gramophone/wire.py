@@ -30,7 +30,7 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
     if preset is not None:
         if preset not in recipes.PRESETS:
             raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(recipes.PRESETS)}, got {preset!r}")])
-        message.preset = pb.Preset.Value(f"PRESET_{preset.upper()}")
+        message = pb.Recipe(preset=f"PRESET_{preset.upper()}")
     for name, value in overrides.items():
         if name not in TYPES:
             raise InvalidRecipe([Violation(name, "is not a field of a recipe")])

@@ -2,6 +2,7 @@
 
 GramophoneError
 ├── InvalidRequest     the caller asked for something that cannot be done; lists every field
+├── NotReady           the server is still starting; try again after a while
 ├── QueueFull          no room to wait; try again after a while
 ├── ShuttingDown       the server takes no new jobs
 ├── Diverged           the loss stopped being finite
@@ -19,6 +20,7 @@ __all__ = [
     "EngineFailed",
     "GramophoneError",
     "InvalidRequest",
+    "NotReady",
     "OutOfDeviceMemory",
     "QueueFull",
     "ShuttingDown",
@@ -36,6 +38,14 @@ class InvalidRequest(GramophoneError):
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+class NotReady(GramophoneError):
+    """The server has started but has not loaded its network yet."""
+
+    def __init__(self, retry_after_s: float = 2.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"the server is still loading its network; retry after about {retry_after_s:.0f} s")
 
 
 class QueueFull(GramophoneError):

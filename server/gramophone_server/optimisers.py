@@ -71,11 +71,11 @@ class Descent:
 class Adam:
     """Adam (Kingma, Ba 2015, arXiv:1412.6980) with betas 0.9 and 0.99: runs are a hundred steps, not millions.
 
-    epsilon is 1e-12: gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp.
+    epsilon is 1e-16: gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp.
     """
 
     BETAS = (0.9, 0.99)
-    EPSILON = 1e-12
+    EPSILON = 1e-16
 
     def __init__(self, step: Tensor) -> None:
         self.step = step

@@ -67,6 +67,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_DIVERGED: _ClassVar[ErrorReason]
     ERROR_REASON_OUT_OF_MEMORY: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_READY: _ClassVar[ErrorReason]
 PRESET_UNSPECIFIED: Preset
 PRESET_FAST: Preset
 PRESET_QUALITY: Preset
@@ -101,6 +102,7 @@ ERROR_REASON_SHUTTING_DOWN: ErrorReason
 ERROR_REASON_DIVERGED: ErrorReason
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_NOT_READY: ErrorReason
 
 class ImageSource(_message.Message):
     __slots__ = ("data",)

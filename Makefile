@@ -1,0 +1,58 @@
+# The verbs of the project. `make demo` and `make test` are all a newcomer needs; both make .venv first if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+PY := proto/gramophone server client tests benchmarks examples setup.py
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+
+.PHONY: help install demo test lint fix proto gallery bench serve image clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+install: .venv/installed ## .venv with the pinned packages and the compiled ops
+
+# torch first, because the extension is compiled against the torch that it will run with (--no-build-isolation).
+.venv/installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Gramophone needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt pip setuptools wheel ninja torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[server,dev]'
+	touch $@
+
+demo: install ## a photo becomes a painting, in out/demo.png and out/demo.gif
+	@$(BIN)/python examples/demo.py
+
+test: install ## all tests; no GPU, no network
+	$(BIN)/python -m pytest
+
+lint: install ## format, lint, types, import arrows, proto
+	$(BIN)/ruff check $(PY) && $(BIN)/ruff format --check $(PY)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	PYTHONPATH=proto:server:client $(BIN)/lint-imports --no-cache
+	cd proto && ../$(BIN)/buf lint
+
+fix: install ## let the formatters write
+	$(BIN)/ruff check --fix $(PY) && $(BIN)/ruff format $(PY)
+	$(BIN)/clang-format -i $(CPP)
+
+proto: install ## stubs from the proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
+	  gramophone/v1/style_transfer.proto
+
+gallery: install ## examples/gallery.jpg, the contact sheet of every preset
+	$(BIN)/python examples/gallery.py
+
+bench: install ## speed against the textbook loop, as in benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.iteration --sizes 256,512
+	$(BIN)/python -m benchmarks.ops
+
+serve: install ## the server on its default port
+	$(BIN)/gramophone-server
+
+image: ## a container image; DEVICE=cuda for a GPU
+	docker build --build-arg DEVICE=$(or $(DEVICE),cpu) -t gramophone .
+
+clean: ## everything that can be made again
+	rm -rf .venv build dist out *.egg-info server/gramophone_server/*.so

@@ -1,0 +1,84 @@
+"""Encoded pictures: what the server sends, what it noted in them, and how they reach the disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+__all__ = ["Format", "Picture", "format_of", "note_of", "write_whole"]
+
+Format = Literal["jpeg", "png", "webp"]
+
+SUFFIXES: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
+# The server's note is the PNG text chunk of this key; in JPEG and WebP the EXIF ImageDescription, with this as Software.
+NOTE_KEY = "gramophone"
+
+
+def format_of(path: str | os.PathLike[str]) -> Format:
+    """The picture format that the name's suffix asks for. Raises ValueError if it is none of ours."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{os.fspath(path)}: the name must end in {', '.join(SUFFIXES)}, got {suffix or 'no suffix'!r}"
+        )
+    return SUFFIXES[suffix]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture."""
+
+    format: Format
+    width: int  # pixels
+    height: int
+    data: bytes = field(repr=False)
+
+    def image(self) -> Image.Image:
+        """The decoded picture."""
+        image = Image.open(io.BytesIO(self.data))
+        image.load()
+        return image
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the picture, whole or not at all, replacing what is there.
+
+        A suffix of another format than the picture's own encodes it anew (quality 95) and keeps the note.
+        """
+        wanted = format_of(path)
+        write_whole(path, self.data if wanted == self.format else self._encoded_as(wanted))
+
+    def _encoded_as(self, wanted: Format) -> bytes:
+        out, image = io.BytesIO(), self.image()
+        text, exif = PngImagePlugin.PngInfo(), Image.Exif()
+        if note := note_of(image):
+            text.add_text(NOTE_KEY, note)
+            exif[ExifTags.Base.ImageDescription] = note
+            exif[ExifTags.Base.Software] = NOTE_KEY
+        image.save(out, wanted, quality=95, exif=exif, pnginfo=text)
+        return out.getvalue()
+
+
+def note_of(image: Image.Image) -> str:
+    """What the server wrote into the picture: how it was made, as JSON; "" if there is nothing."""
+    exif = image.getexif()
+    in_exif = exif.get(ExifTags.Base.ImageDescription) if exif.get(ExifTags.Base.Software) == NOTE_KEY else ""
+    return str(image.info.get(NOTE_KEY) or in_exif or "")
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it: into a neighbour, then renamed over `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

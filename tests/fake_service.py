@@ -1,0 +1,161 @@
+"""A service that plays scripts instead of painting: real stubs, real port, no network to compute."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from PIL import Image, PngImagePlugin
+
+from gramophone.recipe import Recipe
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone.wire import recipe_to_message
+from gramophone_server.errors import GramophoneError
+from gramophone_server.status import refusal
+
+HANG = object()  # a step that lasts until the call is over
+
+SIZE = (24, 18)
+
+
+def encoded(colour: str = "red", format: str = "PNG", size: tuple[int, int] = SIZE, note: str = "") -> bytes:
+    """A small picture."""
+    out, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    if note:
+        text.add_text("gramophone", note)
+    Image.new("RGB", size, colour).save(out, format, pnginfo=text)
+    return out.getvalue()
+
+
+def accepted(**fields) -> pb.JobEvent:
+    told = {"job_id": "j1", "recipe": recipe_to_message(Recipe()), "seed": 7, "width": 24, "height": 18}
+    return pb.JobEvent(accepted=pb.Accepted(**told | {"iterations": 300} | fields))
+
+
+def progress(iteration: int) -> pb.JobEvent:
+    losses = pb.Losses(total=3, content=1, style=2, style_layers=[pb.LayerLoss(layer="relu1_1", value=2)])
+    return pb.JobEvent(
+        progress=pb.Progress(
+            iteration=iteration,
+            iterations=300,
+            width=12,
+            height=9,
+            losses=losses,
+            iterations_per_second=8,
+            time_left=Duration(seconds=90, nanos=500_000_000),
+        )
+    )
+
+
+def frame(iteration: int, colour: str = "blue", size: tuple[int, int] = (12, 9)) -> pb.JobEvent:
+    image = pb.Image(format=pb.IMAGE_FORMAT_JPEG, width=size[0], height=size[1], data=encoded(colour, "JPEG", size))
+    return pb.JobEvent(frame=pb.Frame(iteration=iteration, image=image, dropped=2))
+
+
+def result(data: bytes | None = None) -> pb.JobEvent:
+    image = pb.Image(format=pb.IMAGE_FORMAT_PNG, width=24, height=18, data=data or encoded("green"))
+    losses = pb.Losses(total=0.5, content=0.25, style=0.25)
+    done = pb.STOP_REASON_ITERATIONS_DONE
+    elapsed = Duration(seconds=2, nanos=250_000_000)
+    return pb.JobEvent(result=pb.Result(image=image, losses=losses, iterations=300, stop_reason=done, elapsed=elapsed))
+
+
+def refused(error: GramophoneError) -> grpc.Status:
+    """The status that the real server sends for this error."""
+    code, message, trailers = refusal(error)
+    return bare(code, message, trailers)
+
+
+def bare(code: grpc.StatusCode, message: str = "", trailers: tuple = ()) -> grpc.Status:
+    """A status as gRPC itself or a proxy makes it."""
+    status = grpc.Status()
+    status.code, status.details, status.trailing_metadata = code, message, trailers
+    return status
+
+
+class FakeService(pb_grpc.StyleTransferServiceServicer):
+    """Plays `scripts` one after the other, and the last one again and again; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.scripts: list[list] = [[accepted(), progress(10), frame(10), progress(20), frame(20), result()]]
+        self.specs: list[pb.JobSpec] = []
+        self.target = ""
+        self.hanging = threading.Event()  # a call has come to its HANG
+        self.over = threading.Event()  # a call has ended, at its end or before
+        self.cancelled = False  # the last call that was over had not come to its end
+        self.health = health.HealthServicer()
+
+    def Stylize(self, request, context):
+        response = pb.StylizeResponse()
+        for event in self._play(request.spec, context):
+            for name in ("accepted", "result"):
+                if event.HasField(name):
+                    getattr(response, name).CopyFrom(getattr(event, name))
+        return response
+
+    def StylizeStream(self, request, context):
+        for event in self._play(request.spec, context):
+            yield pb.StylizeStreamResponse(event=event)
+
+    def GetServerInfo(self, request, context):
+        return pb.GetServerInfoResponse(
+            version="1.2.3",
+            device="cpu (a test)",
+            precision="fp32",
+            backbone="vgg19",
+            weights="none",
+            layers=["relu1_1", "relu4_2"],
+            limits=pb.Limits(max_image_bytes=10 * 2**20, max_image_pixels=25_000_000, max_size=2048, max_queued=16),
+            presets=[pb.PresetRecipe(name="fast", recipe=recipe_to_message(Recipe()))],
+            running_jobs=1,
+        )
+
+    def set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self.health.set("gramophone.v1.StyleTransferService", status)
+
+    def _play(self, spec, context) -> Iterator[pb.JobEvent]:
+        self.specs.append(spec)
+        done, ended = False, threading.Event()
+        self.over.clear()
+
+        def is_over() -> None:
+            self.cancelled = not done
+            ended.set()
+            self.over.set()
+
+        context.add_callback(is_over)
+        for step in self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]:
+            if step is HANG:
+                self.hanging.set()
+                ended.wait(10)
+                return
+            if isinstance(step, grpc.Status):
+                done = True
+                context.abort_with_status(step)
+            done = step.HasField("result")
+            yield step
+
+
+@contextmanager
+def serving() -> Iterator[FakeService]:
+    """A fake service on a free port of the loopback."""
+    service = FakeService()
+    # Not grpc.aio: the client under test may run its own loop in another thread, and loops in two threads disturb each
+    # other's polling.
+    with futures.ThreadPoolExecutor(8) as threads:
+        server = grpc.server(threads, options=[("grpc.so_reuseport", 0)])
+        pb_grpc.add_StyleTransferServiceServicer_to_server(service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
+        service.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield service
+        finally:
+            server.stop(None).wait()

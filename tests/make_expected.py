@@ -1,0 +1,27 @@
+"""Writes expected_losses.json: the first ten losses of a seeded job with each optimiser on the tiny network.
+
+    python tests/make_expected.py
+
+Run it only when the mathematics is meant to change, and say in the commit why it did.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / part) for part in ("proto", "server", "tests")]
+
+from conftest import make_job, make_tiny_vgg  # noqa: E402
+
+from gramophone.recipe import Optimiser  # noqa: E402
+from gramophone_server.engine import Engine  # noqa: E402
+
+engine = Engine(make_tiny_vgg(), torch.device("cpu"), "fp32")
+losses = {}
+for optimiser in Optimiser:
+    run = engine.start([make_job.__wrapped__()(optimiser=optimiser)])
+    losses[optimiser.value] = [round(run.advance()[0].losses.total, 6) for _ in range(10)]
+(Path(__file__).parent / "expected_losses.json").write_text(json.dumps(losses, indent=1) + "\n")
