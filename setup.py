@@ -41,7 +41,9 @@ def extension() -> dict[str, object]:
     flags = ["-O3", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     return {
         "ext_modules": [
-            CppExtension("gramophone_server._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"])
+            CppExtension(
+                "gramophone_server._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"]
+            )
         ],
         "cmdclass": {"build_ext": BuildExtension},
     }

@@ -57,8 +57,7 @@ inline void check_style_fwd(at::TensorList features, at::TensorList targets, con
               ", got ", weights.scalar_type());
 }
 
-inline void check_style_bwd(const at::Tensor& grad, const at::Tensor& features,
-                            const std::optional<at::Tensor>& diff) {
+inline void check_style_bwd(const at::Tensor& grad, const at::Tensor& features, const std::optional<at::Tensor>& diff) {
   check_features("style_bwd_", features);
   check_like("style_bwd_", "grad", grad, features);
   if (diff) check_square("style_bwd_", "diff", *diff, features);
@@ -66,8 +65,8 @@ inline void check_style_bwd(const at::Tensor& grad, const at::Tensor& features,
 
 inline void check_max_pool(const at::Tensor& features) {
   check_features("max_pool", features);
-  TORCH_CHECK(features.size(2) >= 2 && features.size(3) >= 2,
-              "max_pool: features must be at least 2x2 pixels, got ", features.sizes());
+  TORCH_CHECK(features.size(2) >= 2 && features.size(3) >= 2, "max_pool: features must be at least 2x2 pixels, got ",
+              features.sizes());
 }
 
 inline void check_max_pool_bwd(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& pooled) {

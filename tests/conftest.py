@@ -56,7 +56,9 @@ def make_picture(seed: int, height: int = 40, width: int = 48) -> Tensor:
 def make_job() -> Callable[..., StyleJob]:
     """A small job; keyword arguments are fields of its recipe, but for content, style, start image and seed."""
 
-    def make(*, content: int = 1, style: int = 2, start_image: Tensor | None = None, seed: int = 0, **recipe: Any) -> StyleJob:
+    def make(
+        *, content: int = 1, style: int = 2, start_image: Tensor | None = None, seed: int = 0, **recipe: Any
+    ) -> StyleJob:
         fields = {"size": 48, "smallest_size": 0, "iterations": 10, "coarse_iterations": 4, **recipe}
         return StyleJob(
             recipe=Recipe(**fields),

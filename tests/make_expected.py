@@ -14,10 +14,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / part) for part in ("proto", "server", "tests")]
 
-from conftest import make_job, make_tiny_vgg  # noqa: E402
+from conftest import make_job, make_tiny_vgg
 
-from gramophone.recipe import Optimiser  # noqa: E402
-from gramophone_server.engine import Engine  # noqa: E402
+from gramophone.recipe import Optimiser
+from gramophone_server.engine import Engine
 
 engine = Engine(make_tiny_vgg(), torch.device("cpu"), "fp32")
 losses = {}

@@ -26,9 +26,7 @@ def style_bwd(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bo
     return torch.where(features <= 0, 0.0, total) if relu_mask else total
 
 
-def activations(
-    vgg: Vgg, image: Tensor, pooling: Pooling, dtype: torch.dtype = torch.float64
-) -> Mapping[str, Tensor]:
+def activations(vgg: Vgg, image: Tensor, pooling: Pooling, dtype: torch.dtype = torch.float64) -> Mapping[str, Tensor]:
     """Every layer of the network at ``image`` [1, 3, H, W] in [0, 1], with autograd, each rounded to ``dtype``."""
     p = vgg.preprocessing
     x = image.double()[:, list(p.channels)] * p.scale

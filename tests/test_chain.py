@@ -22,16 +22,24 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 LAYERS = {
     "default": {},
     "style ends deepest": {"content_layers": (LayerWeight("relu2_1"),)},
-    "content ends deepest": {"content_layers": (LayerWeight("relu5_3"),), "style_layers": (LayerWeight("relu3_1", 2.0),)},
+    "content ends deepest": {
+        "content_layers": (LayerWeight("relu5_3"),),
+        "style_layers": (LayerWeight("relu3_1", 2.0),),
+    },
     "conv layers": {
         "content_layers": (LayerWeight("conv4_2"),),
         "style_layers": (LayerWeight("conv1_1"), LayerWeight("relu1_2", 0.5), LayerWeight("conv3_1", 3.0)),
     },
-    "one layer twice": {"content_layers": (LayerWeight("relu3_1"),), "style_layers": (LayerWeight("relu3_1"), LayerWeight("conv3_1"))},
+    "one layer twice": {
+        "content_layers": (LayerWeight("relu3_1"),),
+        "style_layers": (LayerWeight("relu3_1"), LayerWeight("conv3_1")),
+    },
     "content alone": {"beta": 0.0, "style_layers": ()},
     "style alone": {"alpha": 0.0, "content_layers": ()},
     "every layer": {
-        "style_layers": tuple(LayerWeight(f"relu{b}_{n}", 0.3) for b, c in enumerate((2, 2, 4, 2), 1) for n in range(1, c + 1)),
+        "style_layers": tuple(
+            LayerWeight(f"relu{b}_{n}", 0.3) for b, c in enumerate((2, 2, 4, 2), 1) for n in range(1, c + 1)
+        ),
     },
 }
 

@@ -9,7 +9,6 @@ import grpc
 import pytest
 from PIL import Image
 from rich.console import Console
-from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
 
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
@@ -21,6 +20,7 @@ from gramophone_client.terminal import HalfBlocks, LiveDisplay, PlainDisplay
 from gramophone_client.timelapse import Timelapse
 from gramophone_client.updates import update
 from gramophone_server import errors as server_errors
+from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
 
 STYLE_WEIGHTS = [0.25, 0.75]
 NOTE = json.dumps(

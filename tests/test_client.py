@@ -12,7 +12,6 @@ import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from PIL import Image
-from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
 
 import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
@@ -22,6 +21,7 @@ from gramophone_client.client import _options
 from gramophone_client.job_spec import JobOptions, job_spec
 from gramophone_server import errors as server_errors
 from gramophone_server.status import CODES as SERVER_CODES
+from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
 
 PHOTO, PAINTING = encoded("red"), encoded("yellow")
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens on

@@ -15,7 +15,7 @@ from conftest import make_picture, make_tiny_vgg
 from torch import Tensor
 
 from gramophone.recipe import Optimiser, Start
-from gramophone_server.engine import Engine, EngineRun, scales_of
+from gramophone_server.engine import Engine, EngineRun
 from gramophone_server.errors import Diverged, OutOfDeviceMemory, StartupError
 from gramophone_server.job import Report, StyleJob
 
@@ -46,7 +46,7 @@ def test_losses_are_the_pinned_ones_and_a_second_run_is_bitwise_equal(
 
 def test_a_run_goes_through_its_scales(tiny_engine: Engine, make_job: MakeJob) -> None:
     job = make_job(size=48, smallest_size=24, iterations=3, coarse_iterations=2)
-    assert scales_of(job) == [(24, 20, 2), (34, 28, 2), (48, 40, 3)]
+    assert list(job.scales) == [(24, 20, 2), (34, 28, 2), (48, 40, 3)]
     run = tiny_engine.start([job])
     before = run.picture(0)
     reports = finish(run)
@@ -61,7 +61,7 @@ def test_a_run_goes_through_its_scales(tiny_engine: Engine, make_job: MakeJob) -
 
 def test_scales_with_too_short_a_side_are_left_out(make_job: MakeJob) -> None:
     job = dataclasses.replace(make_job(size=64, smallest_size=16), content=make_picture(1, 20, 60))
-    assert [(w, h) for w, h, _ in scales_of(job)] == [(64, 21)]
+    assert [(w, h) for w, h, _ in job.scales] == [(64, 21)]
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)

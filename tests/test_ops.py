@@ -22,7 +22,15 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 # 1x1 pixels and one channel; odd channels and ragged tiles; exactly one tile of 256 pixels and one more; several slices
 # of 4096 pixels; block rows of 64 channels with a rest.
-SHAPES = [(1, 1, 1, 1), (2, 3, 17, 13), (1, 64, 16, 16), (1, 64, 257, 1), (2, 16, 96, 97), (1, 130, 20, 21), (1, 512, 5, 4)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 17, 13),
+    (1, 64, 16, 16),
+    (1, 64, 257, 1),
+    (2, 16, 96, 97),
+    (1, 130, 20, 21),
+    (1, 512, 5, 4),
+]
 
 types = pytest.mark.parametrize("dtype", OUTPUT_ERROR, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,7 +116,11 @@ def test_max_pool_is_torchs(shape: tuple[int, ...], dtype: torch.dtype, layout: 
 def test_layouts_can_be_mixed() -> None:
     features = relu_features((2, 8, 9, 11), torch.float32, "channels_last")
     strided = torch.randn(2, 8, 9, 22)[..., ::2]  # in neither layout
-    for f, g in ((features, strided), (strided.relu(), torch.randn(2, 8, 9, 11)), (features[:, :, 1:], strided[:, :, 1:])):
+    for f, g in (
+        (features, strided),
+        (strided.relu(), torch.randn(2, 8, 9, 11)),
+        (features[:, :, 1:], strided[:, :, 1:]),
+    ):
         diff, grad = symmetric(2, 8), g.clone()
         assert error(ops.gram(f, 1.0), reference.gram(f, 1.0)) < SUM_ERROR
         ops.style_bwd_(grad, f, diff, True)
@@ -226,22 +238,49 @@ def test_registration(layout: str, requires_grad: bool) -> None:
 F4 = torch.ones(2, 3, 4, 4)
 A3 = torch.ones(2, 3, 3)
 REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
-    "gram of 3D": (lambda: ops.gram(torch.ones(2, 3, 4), 1.0), r"gram: features must be \[B, C, H, W\], got 3D \[2, 3, 4\]"),
-    "gram of nothing": (lambda: ops.gram(torch.ones(2, 3, 0, 4), 1.0), r"gram: features must not be empty, got \[2, 3, 0, 4\]"),
+    "gram of 3D": (
+        lambda: ops.gram(torch.ones(2, 3, 4), 1.0),
+        r"gram: features must be \[B, C, H, W\], got 3D \[2, 3, 4\]",
+    ),
+    "gram of nothing": (
+        lambda: ops.gram(torch.ones(2, 3, 0, 4), 1.0),
+        r"gram: features must not be empty, got \[2, 3, 0, 4\]",
+    ),
     "gram of integers": (lambda: ops.gram(F4.int(), 1.0), r"gram: features must be float32.*, got Int"),
-    "target shape": (lambda: ops.style_loss(F4, A3[:1], 1.0, 1.0), r"style_loss: target must be \[2, 3, 3\].*got \[1, 3, 3\]"),
+    "target shape": (
+        lambda: ops.style_loss(F4, A3[:1], 1.0, 1.0),
+        r"style_loss: target must be \[2, 3, 3\].*got \[1, 3, 3\]",
+    ),
     "target type": (lambda: ops.style_loss(F4, A3.half(), 1.0, 1.0), r"style_loss: target must be Float.*got Half"),
-    "no layers": (lambda: ops.style_fwd([], [], torch.ones(0, 2), []), r"style_fwd: features must name at least one layer"),
-    "targets missing": (lambda: ops.style_fwd([F4], [], torch.ones(1, 2), [1.0]), r"one target and one scale per layer.*got 0 and 1"),
-    "weights shape": (lambda: ops.style_fwd([F4], [A3], torch.ones(2, 1), [1.0]), r"weights must be \[layers, B\] = \[1, 2\], got \[2, 1\]"),
+    "no layers": (
+        lambda: ops.style_fwd([], [], torch.ones(0, 2), []),
+        r"style_fwd: features must name at least one layer",
+    ),
+    "targets missing": (
+        lambda: ops.style_fwd([F4], [], torch.ones(1, 2), [1.0]),
+        r"one target and one scale per layer.*got 0 and 1",
+    ),
+    "weights shape": (
+        lambda: ops.style_fwd([F4], [A3], torch.ones(2, 1), [1.0]),
+        r"weights must be \[layers, B\] = \[1, 2\], got \[2, 1\]",
+    ),
     "mixed batch": (
         lambda: ops.style_fwd([F4, F4[:1]], [A3, A3[:1]], torch.ones(2, 2), [1.0, 1.0]),
         r"all layers must have the same batch, got 2 and 1",
     ),
-    "grad type": (lambda: ops.style_bwd_(F4.half(), F4, A3, True), r"style_bwd_: grad must be Float .* like features, got Half"),
+    "grad type": (
+        lambda: ops.style_bwd_(F4.half(), F4, A3, True),
+        r"style_bwd_: grad must be Float .* like features, got Half",
+    ),
     "diff shape": (lambda: ops.style_bwd_(F4.clone(), F4, A3[:, :2], True), r"style_bwd_: diff must be \[2, 3, 3\]"),
-    "pool of one row": (lambda: ops.max_pool(torch.ones(1, 1, 1, 4)), r"max_pool: features must be at least 2x2 pixels, got \[1, 1, 1, 4\]"),
-    "pooled shape": (lambda: ops.max_pool_bwd(F4, F4, F4, True), r"max_pool_bwd: pooled must be max_pool of features \[2, 3, 4, 4\]"),
+    "pool of one row": (
+        lambda: ops.max_pool(torch.ones(1, 1, 1, 4)),
+        r"max_pool: features must be at least 2x2 pixels, got \[1, 1, 1, 4\]",
+    ),
+    "pooled shape": (
+        lambda: ops.max_pool_bwd(F4, F4, F4, True),
+        r"max_pool_bwd: pooled must be max_pool of features \[2, 3, 4, 4\]",
+    ),
 }
 
 
@@ -257,5 +296,5 @@ def test_build_info_and_missing_kernels() -> None:
     assert info["compiler"] and info["cuda"] is None and info["cuda_architectures"] == []
     assert set(info["cpu_features"]) <= {"avx2", "avx512f", "avx512_bf16"}
     ops.require_kernels("cpu")
-    with pytest.raises(StartupError, match="no CUDA kernel for gram.*--device cpu"):
+    with pytest.raises(StartupError, match=r"no CUDA kernel for gram.*--device cpu"):
         ops.require_kernels("cuda")

@@ -95,7 +95,10 @@ def unsafe(path: Path) -> None:
         (cut_off, "is not a weights file that can be read safely, or it is damaged"),
         (unsafe, "is not a weights file that can be read safely, or it is damaged"),
         (a_list, "must hold a state dict, got list"),
-        (wrong_shape, r"features.2.weight must be \[64, 64, 3, 3\] with a bias, got \[64, 64, 5, 5\]; check --backbone"),
+        (
+            wrong_shape,
+            r"features.2.weight must be \[64, 64, 3, 3\] with a bias, got \[64, 64, 5, 5\]; check --backbone",
+        ),
         (wrong_backbone, "weights do not fit vgg19: features.* check --backbone"),
         (lambda path: None, "no weights file at .*; give a path, or --weights embedded or imagenet"),
     ],
@@ -124,7 +127,7 @@ def test_embedded_weights_damaged_or_missing(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(StartupError, match=r"the embedded weights are damaged: sha256 .* expected 0{64}; install"):
         load_vgg("embedded")
     monkeypatch.setattr(vgg_module, "EMBEDDED_PACKAGE", "no-such-package")
-    with pytest.raises(StartupError, match="the embedded weights are missing: install no-such-package==1.6.0"):
+    with pytest.raises(StartupError, match=r"the embedded weights are missing: install no-such-package==1.6.0"):
         load_vgg("embedded")
 
 

@@ -29,9 +29,9 @@ template <typename T, typename P>
 void add_tile(const T* features, const Layout& layout, int64_t pixels, P* scratch, float* partial, bool first) {
   const int64_t c = layout.channels;
   P* other = scratch + c * kTilePixels;
-  const Operand<P> rows = layout.channels_last ? turned(features, c, pixels, c, scratch)             // [C, pixels]
+  const Operand<P> rows = layout.channels_last ? turned(features, c, pixels, c, scratch)  // [C, pixels]
                                                : as_is(features, layout.pixels, c, pixels, scratch);
-  const Operand<P> columns = layout.channels_last ? as_is(features, c, pixels, c, other)             // [pixels, C]
+  const Operand<P> columns = layout.channels_last ? as_is(features, c, pixels, c, other)  // [pixels, C]
                                                   : turned(features, layout.pixels, c, pixels, other);
   for (int64_t r = 0; r < c; r += kBlockRows) {
     const int64_t height = std::min(kBlockRows, c - r), width = r + height;
@@ -56,8 +56,8 @@ void gram_into(const at::Tensor& features, float scale, float* out) {
       const int64_t slice = unit % slices, first = tiles * slice / slices, last = tiles * (slice + 1) / slices;
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t start = tile * kTilePixels, pixels = std::min(kTilePixels, layout.pixels - start);
-        add_tile(job + (layout.channels_last ? start * c : start), layout, pixels, scratch.data(),
-                 sums + unit * c * c, tile == first);
+        add_tile(job + (layout.channels_last ? start * c : start), layout, pixels, scratch.data(), sums + unit * c * c,
+                 tile == first);
       }
     }
     multiplied();
@@ -68,20 +68,22 @@ void gram_into(const at::Tensor& features, float scale, float* out) {
       const int64_t job = i / c, row = i % c;
       for (int64_t column = 0; column <= row; ++column) {
         float sum = 0;
-        for (int64_t slice = 0; slice < slices; ++slice)
-          sum += sums[((job * slices + slice) * c + row) * c + column];
+        for (int64_t slice = 0; slice < slices; ++slice) sum += sums[((job * slices + slice) * c + row) * c + column];
         out[(job * c + row) * c + column] = out[(job * c + column) * c + row] = scale * sum;
       }
     }
   });
 }
 
-at::Tensor matrix_of(const at::Tensor& features) { return features.flatten(2); }  // [B, C, pixels]
+at::Tensor matrix_of(const at::Tensor& features) {
+  return features.flatten(2);
+}  // [B, C, pixels]
 
 at::Tensor gram_unchecked(const at::Tensor& any, double scale) {
   if (any.scalar_type() == at::kDouble) return at::bmm(matrix_of(any), matrix_of(any).mT()).mul_(scale);
   const at::Tensor features = dense(any);
-  at::Tensor out = at::empty({features.size(0), features.size(1), features.size(1)}, features.options().dtype(at::kFloat));
+  at::Tensor out =
+      at::empty({features.size(0), features.size(1), features.size(1)}, features.options().dtype(at::kFloat));
   float* data = out.mutable_data_ptr<float>();
   const auto by = static_cast<float>(scale);
   if (features.scalar_type() == at::kFloat) {
@@ -109,7 +111,8 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
   return at::bmm(both, matrix_of(features).to(both.scalar_type())).view(features.sizes()).to(features.options());
 }
 
-// loss[b] = w[b] * sum (G - A)^2 and the difference that style_bwd takes: dloss/dF = diff F with diff = 4 w scale (G - A).
+// loss[b] = w[b] * sum (G - A)^2 and the difference that style_bwd takes: dloss/dF = diff F with diff = 4 w scale (G -
+// A).
 std::tuple<at::Tensor, at::Tensor> compare(const at::Tensor& features, const at::Tensor& target,
                                            const at::Tensor& weight, double scale) {
   at::Tensor difference = gram_unchecked(features, scale).sub_(target);

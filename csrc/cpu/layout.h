@@ -22,7 +22,9 @@ inline bool is_channels_last(const at::Tensor& t) {
 }
 
 // The tensor itself if it is dense in one of the two layouts, else a contiguous copy.
-inline at::Tensor dense(const at::Tensor& t) { return is_channels_last(t) ? t : t.contiguous(); }
+inline at::Tensor dense(const at::Tensor& t) {
+  return is_channels_last(t) ? t : t.contiguous();
+}
 
 inline Layout layout_of(const at::Tensor& t) {
   return {t.size(0), t.size(1), t.size(2) * t.size(3), is_channels_last(t)};

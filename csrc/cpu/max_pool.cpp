@@ -15,8 +15,9 @@
 namespace gramophone {
 namespace {
 
-// The four pixels of a window are a, b (first row) and c, d (second row); `step` walks along the row: with channels_last
-// the n values are the channels of one window, otherwise the windows of one row of one channel, two values apart.
+// The four pixels of a window are a, b (first row) and c, d (second row); `step` walks along the row: with
+// channels_last the n values are the channels of one window, otherwise the windows of one row of one channel, two
+// values apart.
 template <typename T>
 GRAMOPHONE_INLINE void pool_row(const T* top, const T* bottom, int64_t right, int64_t step, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -36,7 +37,7 @@ GRAMOPHONE_INLINE void spread_row(const T* __restrict grad, const T* __restrict 
   for (int64_t i = 0; i < n; ++i) {
     const auto best = load(pooled[i]);
     const auto value = mask && best <= 0 ? 0 : load(grad[i]);  // the maximum of a ReLU's output is 0: all are masked
-    auto left = value;  // what no pixel has taken yet; the last takes the rest
+    auto left = value;                                         // what no pixel has taken yet; the last takes the rest
     const auto give = [&](auto pixel) GRAMOPHONE_INLINE_LAMBDA {
       const auto share = pixel == best ? left : 0;
       left = pixel == best ? 0 : left;
@@ -83,16 +84,17 @@ void for_each_row(const Windows& w, const Visit& visit) {
   const int64_t rows = w.height / 2, columns = w.width / 2;
   at::parallel_for(0, w.planes * rows, std::max<int64_t>(1, (1 << 14) / (columns * w.channels)),
                    [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t from = ((i / rows) * w.height + 2 * (i % rows)) * w.width * w.channels;
-      const int64_t to = i * columns * w.channels;
-      if (!w.channels_last) {
-        visit(from, to, columns);
-        continue;
-      }
-      for (int64_t x = 0; x < columns; ++x) visit(from + 2 * x * w.channels, to + x * w.channels, w.channels);
-    }
-  });
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t from = ((i / rows) * w.height + 2 * (i % rows)) * w.width * w.channels;
+                       const int64_t to = i * columns * w.channels;
+                       if (!w.channels_last) {
+                         visit(from, to, columns);
+                         continue;
+                       }
+                       for (int64_t x = 0; x < columns; ++x)
+                         visit(from + 2 * x * w.channels, to + x * w.channels, w.channels);
+                     }
+                   });
 }
 
 template <typename T>
@@ -122,12 +124,19 @@ at::MemoryFormat format_of(const at::Tensor& dense) {
   return is_channels_last(dense) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-#define GRAMOPHONE_DISPATCH(type, call)                  \
-  switch (type) {                                        \
-    case at::kFloat: call(float); break;                 \
-    case at::kDouble: call(double); break;               \
-    case at::kHalf: call(at::Half); break;               \
-    default: call(at::BFloat16);                         \
+#define GRAMOPHONE_DISPATCH(type, call) \
+  switch (type) {                       \
+    case at::kFloat:                    \
+      call(float);                      \
+      break;                            \
+    case at::kDouble:                   \
+      call(double);                     \
+      break;                            \
+    case at::kHalf:                     \
+      call(at::Half);                   \
+      break;                            \
+    default:                            \
+      call(at::BFloat16);               \
   }
 
 at::Tensor max_pool(const at::Tensor& any) {
@@ -141,7 +150,8 @@ at::Tensor max_pool(const at::Tensor& any) {
   return pooled;
 }
 
-at::Tensor max_pool_bwd(const at::Tensor& any_grad, const at::Tensor& any, const at::Tensor& any_pooled, bool relu_mask) {
+at::Tensor max_pool_bwd(const at::Tensor& any_grad, const at::Tensor& any, const at::Tensor& any_pooled,
+                        bool relu_mask) {
   check_max_pool_bwd(any_grad, any, any_pooled);
   const at::Tensor features = dense(any);
   const Layout layout = layout_of(features);

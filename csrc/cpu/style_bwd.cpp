@@ -23,7 +23,8 @@ namespace {
 
 // "not <= 0" instead of "> 0", so that NaN in F is not hidden by the mask.
 template <typename T>
-GRAMOPHONE_INLINE void add_and_mask(T* grad, const T* features, const float* product, float factor, int64_t n, bool mask) {
+GRAMOPHONE_INLINE void add_and_mask(T* grad, const T* features, const float* product, float factor, int64_t n,
+                                    bool mask) {
   if (mask) {
     for (int64_t i = 0; i < n; ++i) store(load(features[i]) <= 0 ? 0.0f : load(grad[i]) + factor * product[i], grad[i]);
   } else {
@@ -36,18 +37,20 @@ GRAMOPHONE_INLINE void mask_only(T* grad, const T* features, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(load(features[i]) <= 0 ? 0.0f : load(grad[i]), grad[i]);
 }
 
-#define GRAMOPHONE_LOOPS(T)                                                                                     \
-  GRAMOPHONE_VECTORISED void add_rows(T* g, const T* f, const float* p, float factor, int64_t n, bool mask) {   \
-    add_and_mask(g, f, p, factor, n, mask);                                                                     \
-  }                                                                                                             \
-  GRAMOPHONE_VECTORISED void mask_rows(T* g, const T* f, int64_t n) { mask_only(g, f, n); }
+#define GRAMOPHONE_LOOPS(T)                                                                                   \
+  GRAMOPHONE_VECTORISED void add_rows(T* g, const T* f, const float* p, float factor, int64_t n, bool mask) { \
+    add_and_mask(g, f, p, factor, n, mask);                                                                   \
+  }                                                                                                           \
+  GRAMOPHONE_VECTORISED void mask_rows(T* g, const T* f, int64_t n) {                                         \
+    mask_only(g, f, n);                                                                                       \
+  }
 GRAMOPHONE_LOOPS(float)
 GRAMOPHONE_LOOPS(at::Half)
 GRAMOPHONE_LOOPS(at::BFloat16)
 #undef GRAMOPHONE_LOOPS
 
-// The differences in the type of the product. In 16 bits each job's is divided by a power of two that brings its largest
-// entry to about 1, whatever the weights are, and multiplied back in float32.
+// The differences in the type of the product. In 16 bits each job's is divided by a power of two that brings its
+// largest entry to about 1, whatever the weights are, and multiplied back in float32.
 struct Scaled {
   at::Tensor matrices;  // [B, C, C]
   at::Tensor factors;   // float [B, 1, 1]
@@ -104,9 +107,8 @@ template <typename T>
 void mask_relu(const at::Tensor& grad, const at::Tensor& features) {
   const T* f = features.const_data_ptr<T>();
   T* g = grad.mutable_data_ptr<T>();
-  at::parallel_for(0, features.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-    mask_rows(g + begin, f + begin, end - begin);
-  });
+  at::parallel_for(0, features.numel(), 1 << 15,
+                   [&](int64_t begin, int64_t end) { mask_rows(g + begin, f + begin, end - begin); });
 }
 
 template <typename T, typename P>

@@ -69,6 +69,8 @@ void multiply(int64_t m, int64_t n, int64_t k, Operand<P> a, Operand<P> b, float
 }
 
 // Gives back what `multiply` keeps per thread; call it at the end of a parallel region.
-inline void multiplied() { at::native::cpublas::brgemm_release(/*is_vnni=*/false); }
+inline void multiplied() {
+  at::native::cpublas::brgemm_release(/*is_vnni=*/false);
+}
 
 }  // namespace gramophone

@@ -21,9 +21,15 @@
 namespace gramophone {
 
 // Conversions as plain integer arithmetic, which compilers turn into vector code; c10's own go through branches.
-GRAMOPHONE_INLINE float load(float x) { return x; }
-GRAMOPHONE_INLINE double load(double x) { return x; }
-GRAMOPHONE_INLINE float load(c10::Half x) { return static_cast<float>(x); }
+GRAMOPHONE_INLINE float load(float x) {
+  return x;
+}
+GRAMOPHONE_INLINE double load(double x) {
+  return x;
+}
+GRAMOPHONE_INLINE float load(c10::Half x) {
+  return static_cast<float>(x);
+}
 GRAMOPHONE_INLINE float load(c10::BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
   float out;
@@ -31,9 +37,15 @@ GRAMOPHONE_INLINE float load(c10::BFloat16 x) {
   return out;
 }
 
-GRAMOPHONE_INLINE void store(float value, float& to) { to = value; }
-GRAMOPHONE_INLINE void store(double value, double& to) { to = value; }
-GRAMOPHONE_INLINE void store(float value, c10::Half& to) { to = static_cast<c10::Half>(value); }
+GRAMOPHONE_INLINE void store(float value, float& to) {
+  to = value;
+}
+GRAMOPHONE_INLINE void store(double value, double& to) {
+  to = value;
+}
+GRAMOPHONE_INLINE void store(float value, c10::Half& to) {
+  to = static_cast<c10::Half>(value);
+}
 GRAMOPHONE_INLINE void store(float value, c10::BFloat16& to) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

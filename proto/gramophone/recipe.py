@@ -122,14 +122,10 @@ class Recipe:
     tv_weight: float = _said(
         1.0, "weight of the total variation (mean squared difference of neighbouring pixels)", Range(0, 1e9)
     )
-    normalisation: Normalisation = _said(
-        Normalisation.RELATIVE, "what the layers' squared differences are divided by"
-    )
+    normalisation: Normalisation = _said(Normalisation.RELATIVE, "what the layers' squared differences are divided by")
     pooling: Pooling = _said(Pooling.MAX, "pooling of the network")
     size: int = _said(512, "longest side of the result in pixels", Range(16, 16384))
-    style_scale: float = _said(
-        1.0, "longest side of the style images as a multiple of the picture's", Range(0.1, 4)
-    )
+    style_scale: float = _said(1.0, "longest side of the style images as a multiple of the picture's", Range(0.1, 4))
     start: Start = _said(Start.CONTENT, "the picture before the first iteration")
     optimiser: Optimiser = _said(Optimiser.ADAM, "how the pixels follow the gradient")
     step: float = _said(
@@ -140,10 +136,14 @@ class Recipe:
     iterations: int = _said(60, "iterations at the final size", Range(1, 100_000))
     coarse_iterations: int = _said(60, "iterations at each coarser scale", Range(1, 100_000))
     smallest_size: int = _said(
-        128, "longest side of the coarsest scale in pixels, each next is sqrt(2) larger; 0: final size only", Range(0, 16384)
+        128,
+        "longest side of the coarsest scale in pixels, each next is sqrt(2) larger; 0: final size only",
+        Range(0, 16384),
     )
     average: float = _said(
-        0.97, "decay of the running average of the iterates that becomes the picture; 0: the last iterate", Range(0, 0.999)
+        0.97,
+        "decay of the running average of the iterates that becomes the picture; 0: the last iterate",
+        Range(0, 0.999),
     )
 
     def __post_init__(self) -> None:

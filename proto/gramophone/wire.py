@@ -61,7 +61,9 @@ def recipe_from_message(message: pb.Recipe) -> Recipe:
             elif value:
                 overrides[key] = TYPES[key][_numbers(key).Name(value).removeprefix(_prefix(key))]
         elif message.HasField(key):
-            overrides[key] = tuple(LayerWeight(l.layer, l.weight) for l in value.layers) if key.endswith("_layers") else value
+            overrides[key] = (
+                tuple(LayerWeight(l.layer, l.weight) for l in value.layers) if key.endswith("_layers") else value
+            )
     try:
         recipe = recipes.preset(name, **overrides)
     except InvalidRecipe as error:

@@ -71,7 +71,7 @@ def _packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, then: st
 
 def can_pack(device: torch.device) -> bool:
     """torch has the two private calls above for this device, and they work."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
         w = _pack(torch.ones(8, 8, 3, 3).contiguous(memory_format=torch.channels_last))

@@ -23,29 +23,26 @@ from gramophone.recipe import Recipe, Start
 from gramophone_server import ops
 from gramophone_server.chain import Chain
 from gramophone_server.errors import Diverged, OutOfDeviceMemory, StartupError
-from gramophone_server.job import Losses, Report, StyleJob, fit
+from gramophone_server.job import SMALLEST_SIDE, Losses, Report, StyleJob, fit
 from gramophone_server.objective import Objective
 from gramophone_server.optimisers import make_stepper
 from gramophone_server.vgg import Vgg, load_vgg
 
-__all__ = ["SMALLEST_SIDE", "Engine", "EngineRun", "scales_of"]
+__all__ = ["Engine", "EngineRun", "cpu_name"]
 
-SMALLEST_SIDE = 16  # pixels: four poolings leave one for relu5_1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What jobs of one batch must have in common; the rest are tensors with an entry per job.
-SHARED = ("normalisation", "pooling", "size", "optimiser", "iterations", "coarse_iterations", "smallest_size", "average")
-
-
-def scales_of(job: StyleJob) -> list[tuple[int, int, int]]:
-    """(width, height, iterations) of each scale, coarsest first; the last is the result's size.
-
-    Scales whose shorter side would be below `SMALLEST_SIDE` are left out.
-    """
-    _, height, width = job.content.shape
-    *coarse, final = (fit(width, height, size) for size in job.recipe.scale_sizes())
-    kept = [(*size, job.recipe.coarse_iterations) for size in coarse if min(size) >= SMALLEST_SIDE]
-    return [*kept, (*final, job.recipe.iterations)]
+SHARED = (
+    "normalisation",
+    "pooling",
+    "size",
+    "optimiser",
+    "iterations",
+    "coarse_iterations",
+    "smallest_size",
+    "average",
+)
 
 
 class Engine:
@@ -75,7 +72,7 @@ class Engine:
     @property
     def device_name(self) -> str:
         """For people: "cpu (AMD EPYC, 2 threads)"."""
-        return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads)"
+        return f"cpu ({cpu_name()}, {torch.get_num_threads()} threads)"
 
     def start(self, jobs: Sequence[StyleJob]) -> EngineRun:
         """A run of ``jobs`` as one batch: same result size, same scales, same structure of recipe.
@@ -105,7 +102,7 @@ class EngineRun:
         self._engine = engine
         self._jobs = jobs
         self._recipe = first.recipe
-        self._scales = scales_of(first)
+        self._scales = first.scales
         self._iterations = sum(n for _, _, n in self._scales)
         self._pixels = sum(w * h * n for w, h, n in self._scales)  # pixel-iterations left
         self._done = 0
@@ -113,7 +110,10 @@ class EngineRun:
         self._left = 0  # iterations left at it
         self._step = torch.tensor([job.recipe.step for job in jobs], device=engine.device)
         self._stepper = make_stepper(self._recipe.optimiser, self._step)
-        self._image = torch.empty(0)
+        self._image = self._last_good = self._mean = torch.empty(
+            0
+        )  # float32 [B, 3, height, width] from the first scale on
+        self._kept = 1.0  # how much of the average is still the zeros that it began with
         self._diverged = False
 
     @property
@@ -185,7 +185,7 @@ class EngineRun:
             self._stepper = self._stepper.resampled(height, width)
         self._last_good = self._image
         self._mean = torch.zeros_like(self._image)
-        self._kept = 1.0  # how much of the average is still the zeros that it began with
+        self._kept = 1.0
 
     def _picture(self) -> Tensor:
         """The average of the iterates of this scale where the recipe has one, else the last iterate. [B, 3, H, W]."""
@@ -269,7 +269,7 @@ def _multiplies_bf16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The model of the CPU as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -61,7 +61,9 @@ class ShuttingDown(GramophoneError):
 
     def __init__(self, retry_after_s: float = 5.0) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__("the server is shutting down and takes no new jobs; send the job to another one or retry later")
+        super().__init__(
+            "the server is shutting down and takes no new jobs; send the job to another one or retry later"
+        )
 
 
 class Diverged(GramophoneError):

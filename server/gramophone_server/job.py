@@ -5,13 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from gramophone.recipe import Recipe
 
-__all__ = ["Losses", "Report", "Run", "StyleJob", "fit"]
+__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Run", "Scale", "StyleJob", "fit"]
+
+SMALLEST_SIDE = 16  # pixels: four poolings leave one activation for relu5_1
+
+
+class Scale(NamedTuple):
+    """One size of the picture on its way, in pixels, and the iterations at it."""
+
+    width: int
+    height: int
+    iterations: int
 
 
 def fit(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -35,6 +45,15 @@ class StyleJob:
     def result_size(self) -> tuple[int, int]:
         """(width, height) of the finished picture in pixels."""
         return fit(self.content.shape[2], self.content.shape[1], self.recipe.size)
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Coarsest first; the last is the result's. Those whose shorter side would be below `SMALLEST_SIDE` are left
+        out, so a thin picture has fewer than its recipe names."""
+        _, height, width = self.content.shape
+        *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
+        kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= SMALLEST_SIDE]
+        return (*kept, Scale(*final, self.recipe.iterations))
 
 
 @dataclass(frozen=True)

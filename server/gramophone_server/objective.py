@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ class Objective:
     """
 
     def __init__(
-        self, chain: Chain, recipes: Sequence[Recipe], contents: Tensor, styles: Sequence[Sequence[tuple[Tensor, float]]]
+        self,
+        chain: Chain,
+        recipes: Sequence[Recipe],
+        contents: Tensor,
+        styles: Sequence[Sequence[tuple[Tensor, float]]],
     ) -> None:
         """``contents``: float32 [B, 3, H, W] in [0, 1]. ``styles``: per job, images [1, 3, h, w] and their weights."""
         self.chain = chain
@@ -48,7 +53,7 @@ class Objective:
         self.scales = [losses.gram_scale(n) for n in pixels]
         self.style_targets = self._grams(styles)
 
-        def weights(values: Sequence[Sequence[float]]) -> Tensor:
+        def weights(values: Sequence[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=contents.device)
 
         self.content_weights = weights([[r.alpha * w for _, w in r.content_layers] for r in recipes]).T.contiguous()
@@ -64,9 +69,7 @@ class Objective:
         """J and its gradient at ``image``, float32 [B, 3, H, W] in [0, 1]."""
         trace = self.chain.forward(image, self.layers, self.pooling)
         terms, grads, diffs = [], {}, {}
-        for layer, target, weight in zip(
-            self.content_layers, self.content_targets, self.content_weights, strict=True
-        ):
+        for layer, target, weight in zip(self.content_layers, self.content_targets, self.content_weights, strict=True):
             loss, grads[layer] = losses.content_terms(trace[layer], target, weight)
             terms.append(loss[None])
         if self.style_layers:

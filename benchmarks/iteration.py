@@ -1,0 +1,120 @@
+"""One iteration: ours against the textbook PyTorch loop with the same weights, layers and objective.
+
+    python -m benchmarks.iteration --device cpu --sizes 256,512 --json FILE
+
+`eager_fp32` is the loop that tutorials teach: nn.functional, float32, channels first, autograd, torch.optim.Adam.
+`autograd_bf16` is the same in bfloat16 and channels_last, the best that a few lines can do. `ours` is the server's engine
+with its automatic precision, `ours_fp32` the same in float32. Square pictures, batch 1, Adam step included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Row, interleaved, machine, print_table, write_json
+from gramophone.recipe import Recipe
+from gramophone_server.engine import Engine
+from gramophone_server.job import StyleJob
+from gramophone_server.vgg import Vgg, load_vgg
+
+STYLE = {"1_1", "2_1", "3_1", "4_1", "5_1"}
+CONTENT = "4_2"
+
+
+def textbook(
+    vgg: Vgg, content: Tensor, style: Tensor, dtype: torch.dtype, layout: torch.memory_format
+) -> Callable[[], None]:
+    """A step of the classroom loop on images [1, 3, H, W] in [0, 1], as a call."""
+    line = [(c, c.weight.to(dtype).contiguous(memory_format=layout), c.bias.to(dtype)) for c in vgg.convolutions]
+    mean = torch.tensor(vgg.preprocessing.mean).view(1, 3, 1, 1)
+    channels, scale = list(vgg.preprocessing.channels), vgg.preprocessing.scale
+
+    def features(image: Tensor) -> dict[str, Tensor]:
+        x = (image[:, channels] * scale - mean).to(dtype).contiguous(memory_format=layout)
+        found = {}
+        for c, weight, bias in line:
+            if c.pooled:
+                x = F.max_pool2d(x, 2)
+            x = found[c.name] = F.relu(F.conv2d(x, weight, bias, padding=1))
+            if c.name == "5_1":
+                break
+        return found
+
+    def gram(f: Tensor) -> Tensor:
+        rows = f[0].reshape(f.shape[1], -1)
+        return (rows @ rows.T).float() / rows.shape[1]
+
+    with torch.no_grad():
+        kept = features(content)[CONTENT].float()
+        targets = {name: gram(f) for name, f in features(style).items() if name in STYLE}
+    image = content.clone().requires_grad_()
+    adam = torch.optim.Adam([image], lr=0.02)
+
+    def step() -> None:
+        adam.zero_grad()
+        found = features(image)
+        loss = (found[CONTENT].float() - kept).square().sum() / kept.square().sum()
+        for name, target in targets.items():
+            loss = loss + 3 * (gram(found[name]) - target).square().sum() / target.square().sum()
+        loss = loss + (image[..., 1:] - image[..., :-1]).square().mean()
+        loss = loss + (image[..., 1:, :] - image[..., :-1, :]).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        with torch.no_grad():
+            image.clamp_(0, 1)
+
+    return step
+
+
+def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, repeats: int) -> Callable[[], object]:
+    """A step of the engine on the same images, as a call."""
+    job = StyleJob(
+        recipe=Recipe(size=content.shape[3], smallest_size=0, iterations=repeats + 1),
+        content=(content[0] * 255).to(torch.uint8),
+        styles=((style[0] * 255).to(torch.uint8),),
+        style_weights=(1.0,),
+        start=None,
+        seed=0,
+    )
+    return Engine(vgg, torch.device("cpu"), precision).start([job]).advance
+
+
+def main() -> None:
+    """Runs the comparison and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--sizes", default="256,512", help="sides in pixels, with commas")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+
+    vgg = load_vgg("embedded")
+    best = Engine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0).precision
+    rows: list[Row] = []
+    for size in map(int, arguments.sizes.split(",")):
+        generator = torch.Generator().manual_seed(size)
+        content, style = (torch.rand(1, 3, size // 8, size // 8, generator=generator) for _ in range(2))
+        content, style = (F.interpolate(x, (size, size), mode="bicubic").clamp(0, 1) for x in (content, style))
+        first, last = torch.contiguous_format, torch.channels_last
+        variants: dict[str, Callable[[], object]] = {
+            "ours": ours(vgg, content, style, best, arguments.repeats),
+            "ours_fp32": ours(vgg, content, style, "fp32", arguments.repeats),
+            "eager_fp32": textbook(vgg, content, style, torch.float32, first),
+            "autograd_bf16": textbook(vgg, content, style, torch.bfloat16, last),
+        }
+        times = interleaved(variants, arguments.repeats)
+        rows += [
+            {"name": name, "size": size, "ms": ms, "ratio_vs_eager": ms / times["eager_fp32"]}
+            for name, ms in times.items()
+        ]
+    print_table(f"one iteration, ours in {best}\n{machine()}", rows)
+    write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a request must keep to: pure functions from messages and limits to violations, each with its field path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.wire import recipe_from_message
+from gramophone_server.config import Limits, variable
+from gramophone_server.job import SMALLEST_SIDE, StyleJob
+
+__all__ = ["check_result", "check_spec"]
+
+LARGEST_STYLE_WEIGHT = 1000.0
+LONGEST_FRAME_INTERVAL_S = 3600.0
+LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
+
+
+def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """Everything that is wrong with a job, but for what the bytes of its images hold. `layers` the network has."""
+    if not spec.content.data:
+        yield Violation("spec.content", "is missing; send the content image as `data`")
+    yield from _check_styles(spec.styles, limits)
+    try:
+        recipe = recipe_from_message(spec.recipe)
+    except InvalidRecipe as error:
+        yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
+    else:
+        yield from _check_recipe(recipe, limits, layers)
+        yield from _check_start_image(spec, recipe.start)
+    if spec.HasField("frames"):
+        yield from _check_frames(spec.frames)
+    yield from _check_format("spec.result_format", spec.result_format)
+    yield from _check_range("spec.result_quality", spec.result_quality, 0, 100)
+
+
+def check_result(work: StyleJob) -> Iterator[Violation]:
+    """What shows only with the content image decoded."""
+    shorter = min(work.result_size)
+    if shorter < SMALLEST_SIDE:
+        sides = work.content.shape[1:]
+        enough = -(-max(sides) * SMALLEST_SIDE // min(sides))
+        yield Violation(
+            "spec.recipe.size",
+            f"makes a {work.result_size[0]}x{work.result_size[1]} picture of this content image; its shorter side must "
+            f"have at least {SMALLEST_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
+        )
+
+
+def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[Violation]:
+    if not 1 <= len(styles) <= limits.max_styles:
+        yield Violation(
+            "spec.styles",
+            f"must have 1 to {limits.max_styles} images (server setting {variable('max_styles')}), got {len(styles)}",
+        )
+    for i, style in enumerate(styles):
+        if not style.image.data:
+            yield Violation(f"spec.styles[{i}].image", "is missing; send the style image as `data`")
+        if style.HasField("weight") and not 0 < style.weight <= LARGEST_STYLE_WEIGHT:  # true for NaN too
+            yield Violation(
+                f"spec.styles[{i}].weight",
+                f"must be above 0 and at most {LARGEST_STYLE_WEIGHT:g}, got {style.weight:g}; "
+                "leave a style out to give it no weight",
+            )
+
+
+def _check_recipe(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """What a server adds to the recipe's own rules: its network and its limits."""
+    yield from _check_layers("spec.recipe.content_layers", recipe.content_layers, layers)
+    yield from _check_layers("spec.recipe.style_layers", recipe.style_layers, layers)
+    setting = f"(server setting {variable('max_size')})"
+    if recipe.size > limits.max_size:
+        yield Violation("spec.recipe.size", f"must be at most {limits.max_size} pixels {setting}, got {recipe.size}")
+    elif recipe.size * recipe.style_scale > limits.max_size:
+        # A style runs through the same network as a picture of its size, so the same limit holds its memory.
+        yield Violation(
+            "spec.recipe.style_scale",
+            f"makes style images of {recipe.size * recipe.style_scale:.0f} pixels at a size of {recipe.size}; "
+            f"at most {limits.max_size} are allowed {setting}",
+        )
+    iterations = recipe.total_iterations()
+    if iterations > limits.max_iterations:
+        scales = len(recipe.scale_sizes())
+        yield Violation(
+            "spec.recipe.iterations",
+            f"and coarse_iterations make {iterations} over {scales} scale{'s' if scales > 1 else ''}; "
+            f"at most {limits.max_iterations} are allowed (server setting {variable('max_iterations')})",
+        )
+
+
+def _check_layers(field: str, wanted: Sequence[LayerWeight], layers: Sequence[str]) -> Iterator[Violation]:
+    for i, (layer, _) in enumerate(wanted):
+        if layer not in layers:
+            name = layer[:32]  # a name has 7 letters, and comparing long texts is slow
+            close = difflib.get_close_matches(name, layers, n=1, cutoff=0)
+            nearest = f"did you mean {close[0]!r}? " if close else ""
+            yield Violation(
+                f"{field}[{i}].layer", f"{name!a} is not a layer of this network; {nearest}GetServerInfo lists them all"
+            )
+
+
+def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
+    given = spec.HasField("start_image")
+    if start is Start.IMAGE and not spec.start_image.data:
+        yield Violation("spec.start_image", "is missing; START_IMAGE needs one as `data`")
+    if start is not Start.IMAGE and given:
+        yield Violation("spec.start_image", f"is only for START_IMAGE; this recipe starts from {start.value}")
+
+
+def _check_frames(frames: pb.FrameOptions) -> Iterator[Violation]:
+    if frames.every_iterations < 0:
+        yield Violation("spec.frames.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
+    interval_s = frames.min_interval.seconds + frames.min_interval.nanos / 1e9
+    if not 0 <= interval_s <= LONGEST_FRAME_INTERVAL_S:
+        yield Violation(
+            "spec.frames.min_interval", f"must be 0 to {LONGEST_FRAME_INTERVAL_S:g} seconds, got {interval_s:g}"
+        )
+    if frames.max_side:
+        yield from _check_range("spec.frames.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
+    yield from _check_format("spec.frames.format", frames.format)
+    yield from _check_range("spec.frames.quality", frames.quality, 0, 100)
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:
+    if not low <= value <= high:
+        yield Violation(field, f"must be {low} to {high}, got {value}")
+
+
+def _check_format(field: str, value: int) -> Iterator[Violation]:
+    if value not in pb.ImageFormat.values():
+        yield Violation(field, f"is an unknown value {value}; this server knows JPEG, PNG and WebP")

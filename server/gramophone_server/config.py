@@ -1,0 +1,154 @@
+"""Settings of the server: each one is a flag of `gramophone-server` and an environment variable.
+
+`--max-size 1024` is the same as `GRAMOPHONE_MAX_SIZE=1024`; the flag wins. Names, units, defaults, ranges and help
+texts live here and nowhere else. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gramophone.recipe import Range
+from gramophone_server.errors import StartupError
+
+__all__ = ["Limits", "Settings", "load", "variable"]
+
+LARGEST_MESSAGE = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
+MESSAGE_SLACK = 2**20  # bytes, for everything in a message that is not an image
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting: "max_size" -> "GRAMOPHONE_MAX_SIZE"."""
+    return f"GRAMOPHONE_{name.upper()}"
+
+
+def _setting(default: Any, help_text: str, *, allowed: Range | None = None, choices: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help_text, "range": allowed, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one server takes.  `Limits(max_size=1024)`: smaller results, the other limits as default."""
+
+    max_image_bytes: int = _setting(10 * 2**20, "largest encoded image in bytes", allowed=Range(1024, 256 * 2**20))
+    max_image_pixels: int = _setting(32_000_000, "largest decoded image in pixels", allowed=Range(256, 2**28))
+    max_size: int = _setting(2048, "largest longest side of a result in pixels", allowed=Range(16, 16383))
+    max_styles: int = _setting(4, "most style images of a job", allowed=Range(1, 16))
+    max_iterations: int = _setting(5000, "most iterations of a job, over all its scales", allowed=Range(1, 1_000_000))
+    max_queued: int = _setting(16, "jobs that may wait while one runs", allowed=Range(0, 1024))
+
+    @property
+    def request_bytes(self) -> int:
+        """Largest request: content image, start image and all styles."""
+        return (2 + self.max_styles) * self.max_image_bytes + MESSAGE_SLACK
+
+    @property
+    def response_bytes(self) -> int:
+        """Largest response: a square result whose PNG did not shrink."""
+        return 3 * self.max_size**2 + MESSAGE_SLACK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Limits):
+    """Everything that whoever runs a server can choose. `load` checks them."""
+
+    host: str = _setting("127.0.0.1", "address to listen on, in plaintext")
+    port: int = _setting(50051, "port to listen on, 0 for any free one", allowed=Range(0, 65535))
+    device: str = _setting("auto", "where pictures are made", choices=("auto", "cpu", "cuda"))
+    precision: str = _setting("auto", "precision of the network", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
+    weights: str = _setting("embedded", "embedded, imagenet, or the path of a .pth or .safetensors file")
+    backbone: str = _setting("vgg19", "the network", choices=("vgg19", "vgg16"))
+    threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
+    reflection: bool = _setting(False, "let clients ask for the description of the service")
+    drain_s: float = _setting(30.0, "seconds that jobs may go on after SIGTERM or SIGINT", allowed=Range(0, 3600))
+    log_level: str = _setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, bool]:
+    """Settings from flags, then environment, then defaults; and whether `--print-config` was among the flags.
+
+    `--help` and unknown flags end the process, as argparse does. Raises `StartupError` with a sentence for each value
+    that is not allowed.
+    """
+    flags = vars(_parser().parse_args(arguments))
+    values: dict[str, Any] = {}
+    wrong: list[str] = []
+    for f in fields(Settings):
+        said = flags[f.name] if flags[f.name] is not None else environment.get(variable(f.name))
+        if said is None:
+            continue
+        try:
+            values[f.name] = _value(said, type(f.default), f.metadata["range"], f.metadata["choices"])
+        except ValueError as error:
+            source = _flag(f.name) if flags[f.name] is not None else variable(f.name)
+            wrong.append(f"{source} must be {error}, got {said!r}")
+    if wrong:
+        raise StartupError("; ".join(wrong))
+    settings = Settings(**values)
+    for name, size, parts in (
+        ("a request", settings.request_bytes, ("max_image_bytes", "max_styles")),
+        ("a result", settings.response_bytes, ("max_size",)),
+    ):
+        if size > LARGEST_MESSAGE:
+            raise StartupError(
+                f"{name} could have {size} bytes, and a gRPC message has at most {LARGEST_MESSAGE}; "
+                f"lower {' or '.join(f'{_flag(part)} (now {getattr(settings, part)})' for part in parts)}"
+            )
+    return settings, flags["print_config"]
+
+
+def _value(said: str, kind: type, allowed: Range | None, choices: Sequence[str]) -> Any:
+    """The text as a value of its kind. Raises ValueError with what it must be."""
+    if kind is bool:
+        if said.lower() in ("1", "true", "yes", "on"):
+            return True
+        if said.lower() in ("0", "false", "no", "off"):
+            return False
+        raise ValueError("1 or 0")
+    if choices and said not in choices:
+        raise ValueError(f"one of {', '.join(choices)}")
+    if kind is str:
+        if not said:
+            raise ValueError("something")
+        return said
+    assert allowed is not None, "every number has a range"
+    must = f"{'a whole number' if kind is int else 'a number'} from {allowed.low:.10g} to {allowed.high:.10g}"
+    try:
+        value = kind(said)
+    except ValueError:
+        raise ValueError(must) from None
+    if not allowed.low <= value <= allowed.high:  # false for NaN too
+        raise ValueError(must)
+    return value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gramophone-server",
+        description="Neural style transfer over gRPC.",
+        allow_abbrev=False,  # an abbreviation would change its meaning when a setting is added
+        epilog="Every flag is an environment variable, too: --max-size is GRAMOPHONE_MAX_SIZE. The flag wins.",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all settings as they are and exit")
+    limits = parser.add_argument_group("limits")
+    for f in fields(Settings):
+        group = limits if f.name in Limits.__dataclass_fields__ else parser
+        allowed, choices = f.metadata["range"], f.metadata["choices"]
+        if isinstance(f.default, bool):
+            group.add_argument(_flag(f.name), action="store_const", const="1", help=f.metadata["help"])
+            continue
+        default = f"{f.default:.10g}" if allowed else f.default
+        between = f"{allowed.low:.10g} to {allowed.high:.10g}, " if allowed else ""
+        group.add_argument(
+            _flag(f.name),
+            metavar="|".join(choices) or {int: "N", float: "SECONDS"}.get(type(f.default), "TEXT"),
+            help=f"{f.metadata['help']} ({between}default {default})",
+        )
+    return parser

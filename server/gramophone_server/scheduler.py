@@ -1,0 +1,308 @@
+"""Jobs on one compute thread, one after another, behind a bounded queue.
+
+The event loop reserves places, submits jobs and reads their events; the compute thread loads the engine and runs it.
+The two meet in a lock that neither holds for long and in one mailbox per job, so the engine never waits for a reader
+and the loop never waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from gramophone_server.errors import (
+    Diverged,
+    EngineFailed,
+    GramophoneError,
+    NotReady,
+    OutOfDeviceMemory,
+    QueueFull,
+    ShuttingDown,
+)
+from gramophone_server.job import Run, StyleJob
+from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Mailbox, Progress
+
+__all__ = ["Engine", "FrameRule", "Job", "Place", "Scheduler"]
+
+log = logging.getLogger(__name__)
+
+LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
+GUESSED_RETRY_S = 5.0  # until the first iteration of this process has been measured
+
+
+class Engine(Protocol):
+    """What the scheduler needs of an engine, and what the server says about it."""
+
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def weights_source(self) -> str: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def start(self, jobs: Sequence[StyleJob]) -> Run: ...
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """When a watcher wants to see the picture."""
+
+    every_iterations: int = 1
+    min_interval_s: float = LEAST_FRAME_INTERVAL_S
+
+
+class Job:
+    """A submitted job, as whoever submitted it holds it."""
+
+    def __init__(self, work: StyleJob, frames: FrameRule | None, scheduler: Scheduler, mailbox: Mailbox) -> None:
+        self.work = work
+        self.frames = frames
+        self.cancelled = False  # read between iterations
+        self.mailbox = mailbox
+        self._scheduler = scheduler
+
+    def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(number, event): `Accepted` first, `Finished` last; for one reader. Raises the error that ended the job."""
+        return self.mailbox.events()
+
+    def cancel(self) -> None:
+        """Stops the job within one iteration, or takes it out of the queue. Does nothing to a job that has ended."""
+        self._scheduler._cancel(self)
+
+
+class Place:
+    """Room for one job, held from before its images are decoded. Leaving the `with` block gives an unused one back."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._used = False
+
+    def submit(self, work: StyleJob, frames: FrameRule | None = None) -> Job:
+        """Queues the job. Raises `ShuttingDown` if the drain time has run out meanwhile."""
+        assert not self._used, "a place is for one job"
+        job = self._scheduler._enqueue(work, frames)
+        self._used = True
+        return job
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._used:
+            self._scheduler._release()
+
+
+class Scheduler:
+    """Runs jobs on a compute thread of its own. Build it inside the event loop that will read the events.
+
+    `load` builds and warms up the engine; it runs on the compute thread, because torch's thread pool belongs to the
+    thread that first uses it.
+    """
+
+    def __init__(self, load: Callable[[], Engine], *, max_queued: int) -> None:
+        self._load = load
+        self._max_queued = max_queued
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[Engine] = self._loop.create_future()
+        self._place_freed = asyncio.Event()
+        self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
+        # Everything below is guarded by the lock of this condition, which says that there is a job, or an end.
+        self._work = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._running: Job | None = None
+        self._places = 0  # reserved, queued and running jobs
+        self._draining = False
+        self._stopped = False
+        self._pixels_left = 0  # of the running job, in pixel-iterations
+        self._pixels_per_s = 0.0  # pixel-iterations per second at the last report; 0: not measured yet
+
+    def start(self) -> None:
+        """Starts the compute thread, which starts to load the engine."""
+        self._thread.start()
+
+    async def ready(self) -> Engine:
+        """The engine, once it is warm. Raises what loading it raised."""
+        return await asyncio.shield(self._loaded)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises `NotReady` while it is being loaded."""
+        if not self._loaded.done() or self._loaded.cancelled() or self._loaded.exception() is not None:
+            raise NotReady
+        return self._loaded.result()
+
+    @property
+    def running(self) -> int:
+        """Jobs that are being worked on."""
+        return int(self._running is not None)
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait, or whose images are still being decoded."""
+        return self._places - self.running
+
+    def reserve(self) -> Place:
+        """A place for a job. Raises `ShuttingDown`, `NotReady` or `QueueFull`."""
+        with self._work:
+            if self._draining:
+                raise ShuttingDown
+            _ = self.engine
+            if self._places > self._max_queued:
+                raise QueueFull(self.queued, self._max_queued, self._seconds_to_next_place())
+            self._places += 1
+        return Place(self)
+
+    async def drain(self, within_s: float) -> None:
+        """Takes no new jobs, and returns when all have ended or the time is over; see `stop`."""
+        with self._work:
+            self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._places:
+                    self._place_freed.clear()
+                    await self._place_freed.wait()
+
+    def stop(self) -> None:
+        """Ends every job with `ShuttingDown`, the running one after its present iteration, and then the thread."""
+        with self._work:
+            self._draining = self._stopped = True
+            self._work.notify()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the compute thread to end after `stop`; whether it has. Blocks, so not on the event loop."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # The event loop's side of a job -----------------------------------------------------------------------------------
+
+    def _enqueue(self, work: StyleJob, frames: FrameRule | None) -> Job:
+        job = Job(work, frames, self, Mailbox(self._loop))
+        with self._work:
+            if self._stopped:
+                raise ShuttingDown
+            job.mailbox.put(Accepted(position=len(self._queue) + self.running))
+            self._queue.append(job)
+            self._work.notify()
+        return job
+
+    def _cancel(self, job: Job) -> None:
+        with self._work:
+            job.cancelled = True
+            try:
+                self._queue.remove(job)
+            except ValueError:
+                return  # running: the compute thread sees the flag; or ended
+        self._release()
+
+    def _release(self) -> None:
+        with self._work:
+            self._places -= 1
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(self._place_freed.set)
+
+    def _seconds_to_next_place(self) -> float:
+        if not self._pixels_per_s or self._running is None:
+            return GUESSED_RETRY_S
+        return max(1.0, self._pixels_left / self._pixels_per_s)
+
+    # The compute thread -----------------------------------------------------------------------------------------------
+
+    def _compute(self) -> None:
+        try:
+            engine = self._load()
+        except Exception as error:  # noqa: BLE001 - whoever awaits `ready` gets it
+            self._tell_loaded(lambda error=error: self._loaded.set_exception(error))  # type: ignore[misc]
+            return
+        self._tell_loaded(lambda: self._loaded.set_result(engine))
+        while (job := self._next()) is not None:
+            try:
+                self._run(engine, job)
+            except GramophoneError as error:
+                job.mailbox.fail(_bare(error))
+            except Exception as error:
+                if _is_out_of_memory(error):
+                    job.mailbox.fail(OutOfDeviceMemory(*job.work.result_size))
+                else:
+                    log.exception("the engine failed")
+                    job.mailbox.fail(EngineFailed())
+            finally:
+                with self._work:
+                    self._running = None
+                del job  # its images, while the next one is awaited
+                self._release()
+
+    def _tell_loaded(self, tell: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(tell)
+
+    def _next(self) -> Job | None:
+        """The next job, or None when the thread shall end."""
+        with self._work:
+            while not self._queue and not self._stopped:
+                self._work.wait()
+            if self._stopped:
+                for job in self._queue:
+                    job.mailbox.fail(ShuttingDown())
+                self._places -= len(self._queue)
+                self._queue.clear()
+                return None
+            self._running = self._queue.popleft()
+            self._pixels_left = sum(width * height * n for width, height, n in self._running.work.scales)
+            return self._running
+
+    def _run(self, engine: Engine, job: Job) -> None:
+        run = engine.start([job.work])
+        started = scale_started = time.monotonic()
+        frame_due_at = started
+        scale, scale_iterations = (0, 0), 0
+        while not run.finished:
+            if job.cancelled:
+                return
+            if self._stopped:
+                raise ShuttingDown
+            before = time.monotonic()
+            try:
+                (report,) = run.advance()
+            except Diverged as error:
+                job.mailbox.put(Frame(error.iteration - 1, run.picture(0)))
+                raise
+            now = time.monotonic()
+            if (report.width, report.height) != scale:
+                scale, scale_iterations, scale_started = (report.width, report.height), 0, before
+            scale_iterations += 1
+            per_s = scale_iterations / max(now - scale_started, 1e-9)
+            self._pixels_left = report.pixels_left
+            self._pixels_per_s = per_s * report.width * report.height
+            job.mailbox.put(Progress(report, per_s, report.pixels_left / self._pixels_per_s))
+            rule = job.frames
+            if rule is not None and report.iteration % rule.every_iterations == 0 and now >= frame_due_at:
+                frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
+                job.mailbox.offer_frame(report.iteration, lambda: run.picture(0))
+        job.mailbox.put(Finished(run.picture(0), report.losses, report.iterations, time.monotonic() - started))
+
+
+def _bare(error: GramophoneError) -> GramophoneError:
+    """The error without its traceback and causes, whose frames would keep a run's memory until the reader is gone."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator for the CPU raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,108 @@
+"""Domain errors -> gRPC statuses with google.rpc details. The one table of the service's error codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server.errors import (
+    Diverged,
+    EngineFailed,
+    GramophoneError,
+    InvalidRequest,
+    NotReady,
+    OutOfDeviceMemory,
+    QueueFull,
+    ShuttingDown,
+)
+
+__all__ = ["CODES", "Refusal", "refusal"]
+
+DOMAIN = "gramophone"
+
+# Trailers above 8 KiB are refused at random and above 16 KiB always, which turns any status into RESOURCE_EXHAUSTED.
+# Base64 makes 5.4 KiB of 4 KiB of details; the message takes up to three times its length when it is not ASCII.
+MOST_VIOLATIONS = 20
+LARGEST_DETAILS = 4096  # bytes
+LONGEST_MESSAGE = 400  # characters
+
+
+class Code(NamedTuple):
+    """What a client sees of an exception class."""
+
+    code: grpc.StatusCode
+    reason: pb.ErrorReason
+
+
+# The class `StartupError` is absent: it never reaches a caller.
+CODES: Mapping[type[GramophoneError], Code] = {
+    InvalidRequest: Code(grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST),
+    QueueFull: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
+    NotReady: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
+    ShuttingDown: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_SHUTTING_DOWN),
+    Diverged: Code(grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_DIVERGED),
+    OutOfDeviceMemory: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OUT_OF_MEMORY),
+    EngineFailed: Code(grpc.StatusCode.INTERNAL, pb.ERROR_REASON_INTERNAL),
+}
+
+
+class Refusal(NamedTuple):
+    """The arguments of `context.abort`."""
+
+    code: grpc.StatusCode
+    message: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+
+
+def refusal(error: GramophoneError) -> Refusal:
+    """The status of an error, with `ErrorInfo` and, where they apply, `BadRequest` and `RetryInfo` in its details."""
+    code, reason = CODES[type(error)]
+    message = _cropped(str(error), LONGEST_MESSAGE)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    name = pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN)))
+    trailers: list[tuple[str, str | bytes]] = []
+    if isinstance(error, QueueFull | NotReady | ShuttingDown):
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration())
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        status.details.append(_packed(retry))
+    if isinstance(error, QueueFull):
+        # A client's retry policy waits this long of its own accord.
+        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+    if isinstance(error, InvalidRequest):
+        room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
+        status.details.append(_packed(_bad_request(error, room)))
+    trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+    return Refusal(code, message, tuple(trailers))
+
+
+def _bad_request(error: InvalidRequest, room: int) -> error_details_pb2.BadRequest:
+    """As many violations as there is room for, and one more that says how many were left out."""
+    bad = error_details_pb2.BadRequest()
+    last = MOST_VIOLATIONS if len(error.violations) <= MOST_VIOLATIONS else MOST_VIOLATIONS - 1
+    for violation in error.violations[:last]:
+        bad.field_violations.add(field=violation.field, description=_cropped(violation.description, 400))
+        if bad.ByteSize() > room - 64:
+            del bad.field_violations[-1]
+            break
+    left_out = len(error.violations) - len(bad.field_violations)
+    if left_out:
+        bad.field_violations.add(field="spec", description=f"has {left_out} more violations, which did not fit here")
+    return bad
+
+
+def _packed(
+    detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _cropped(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

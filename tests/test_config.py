@@ -1,0 +1,88 @@
+import pytest
+
+from gramophone_server import config
+from gramophone_server.config import Limits, Settings
+from gramophone_server.errors import StartupError
+
+
+def test_defaults_stay_on_this_machine():
+    settings, print_only = config.load([], {})
+    assert (settings.host, settings.port, settings.device, settings.drain_s) == ("127.0.0.1", 50051, "auto", 30.0)
+    assert settings.max_image_bytes == 10 * 2**20
+    assert not settings.reflection
+    assert not print_only
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default():
+    environment = {"GRAMOPHONE_PORT": "1", "GRAMOPHONE_MAX_SIZE": "1024", "GRAMOPHONE_REFLECTION": "yes", "PORT": "9"}
+    settings, _ = config.load(["--port", "2"], environment)
+    assert (settings.port, settings.max_size, settings.reflection) == (2, 1024, True)
+    assert settings.max_styles == Limits().max_styles
+
+
+@pytest.mark.parametrize("name", sorted(Settings.__dataclass_fields__))
+def test_every_setting_is_a_flag_and_a_variable(name):
+    f = Settings.__dataclass_fields__[name]
+    allowed, choices = f.metadata["range"], f.metadata["choices"]
+    in_range = str(int(allowed.high) - 1) if allowed else "1"
+    said = choices[-1] if choices else in_range
+    flag = f"--{name.replace('_', '-')}"
+    if name == "max_image_bytes":
+        said = "2048"  # its largest value is more than a gRPC message holds
+    by_flag, _ = config.load([flag] if f.default is False else [flag, said], {})
+    by_variable, _ = config.load([], {f"GRAMOPHONE_{name.upper()}": said})
+    assert by_flag == by_variable != Settings()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["--port", "70000"], {}, "--port must be a whole number from 0 to 65535, got '70000'"),
+        ([], {"GRAMOPHONE_PORT": "http"}, "GRAMOPHONE_PORT must be a whole number from 0 to 65535, got 'http'"),
+        ([], {"GRAMOPHONE_DRAIN_S": "nan"}, "GRAMOPHONE_DRAIN_S must be a number from 0 to 3600, got 'nan'"),
+        (["--device", "tpu"], {}, "--device must be one of auto, cpu, cuda, got 'tpu'"),
+        ([], {"GRAMOPHONE_REFLECTION": "maybe"}, "GRAMOPHONE_REFLECTION must be 1 or 0, got 'maybe'"),
+        (["--host", ""], {}, "--host must be something, got ''"),
+        (
+            ["--max-size", "9", "--port=x"],
+            {},
+            "--max-size must be a whole number from 16 to 16383, got '9'; --port must",
+        ),
+        (
+            ["--max-image-bytes", "268435456", "--max-styles", "9"],
+            {},
+            "a request could have 2953838592 bytes, and a gRPC message has at most 2147483647; lower --max-image-bytes",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_must_be(arguments, environment, sentence):
+    with pytest.raises(StartupError) as caught:
+        config.load(arguments, environment)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_limits_make_the_message_sizes():
+    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000)
+    assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
+    assert limits.response_bytes == 3_000_000 + 2**20
+
+
+def test_help_says_unit_range_and_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config.load(["--help"], {})
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--max-size N largest longest side of a result in pixels (16 to 16383, default 2048)" in shown
+    assert "--max-size is GRAMOPHONE_MAX_SIZE" in shown
+
+
+def test_an_unknown_flag_ends_the_process_as_usual(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config.load(["--sise", "3"], {})
+    assert caught.value.code == 2
+    assert "--sise" in capsys.readouterr().err
+
+
+def test_flags_cannot_be_cut_short():
+    with pytest.raises(SystemExit):
+        config.load(["--max-s", "100"], {})

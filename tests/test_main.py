@@ -1,0 +1,213 @@
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone_server import main
+from gramophone_server.config import Limits, Settings
+from gramophone_server.errors import StartupError
+from tests.fakes import FakeEngine
+from tests.test_servicer import refused, spec, until
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Process:
+    """`main.serve` in this process, with the signals and the lines of a real one."""
+
+    def __init__(self, capsys, engine, **settings):
+        self.engine = engine
+        self.out = ""
+        self._capsys = capsys
+        self.task = asyncio.create_task(main.serve(Settings(**{"port": 0, "drain_s": 5.0, **settings}), self._load))
+
+    def _load(self):
+        assert self.engine.go.wait(5)
+        return self.engine
+
+    async def line(self, start):
+        """The rest of the line of standard output that begins with `start`, once it is there."""
+
+        def seen():
+            self.out += self._capsys.readouterr().out
+            return start in self.out or self.task.done()
+
+        await until(seen)
+        assert start in self.out, self.task.exception()
+        return self.out.split(start, 1)[1].splitlines()[0]
+
+    async def __aenter__(self):
+        self.address = await self.line("listening on ")
+        self.channel = grpc.aio.insecure_channel(self.address)
+        self.stub = pb_grpc.StyleTransferServiceStub(self.channel)
+        return self
+
+    async def __aexit__(self, *error):
+        self.engine.go.set()
+        await self.channel.close()
+        if not self.task.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(StartupError):
+            await asyncio.wait_for(self.task, 10)
+
+    async def health(self, name=main.SERVICE):
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+
+async def test_health_is_not_serving_until_the_engine_is_warm(capsys):
+    engine = FakeEngine()
+    engine.go.clear()
+    async with Process(capsys, engine) as p:
+        assert p.address.startswith("127.0.0.1:")
+        assert [await p.health(name) for name in ("", main.SERVICE)] == [NOT_SERVING, NOT_SERVING]
+        assert (await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))).code is grpc.StatusCode.UNAVAILABLE
+        engine.go.set()
+        assert float((await p.line("ready in ")).removesuffix(" s")) < 5
+        assert [await p.health(name) for name in ("", main.SERVICE)] == [SERVING, SERVING]
+        await p.stub.Stylize(pb.StylizeRequest(spec=spec()))
+
+
+async def test_sigterm_drains_while_health_is_watched(capsys):
+    engine = FakeEngine()
+    async with Process(capsys, engine) as p:
+        await p.line("ready in ")
+        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=main.SERVICE))
+        assert (await watch.read()).status == SERVING
+        engine.go.clear()
+        job = asyncio.ensure_future(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        await until(engine.under_way.is_set)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        got = await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        engine.go.set()
+        assert (await job).result.iterations == 5
+        assert await asyncio.wait_for(p.task, 5) is True
+
+
+async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
+    engine = FakeEngine(iteration_s=0.001)
+    async with Process(capsys, engine, drain_s=0.05) as p:
+        await p.line("ready in ")
+        job = p.stub.Stylize(pb.StylizeRequest(spec=spec(iterations=5000)))
+        await until(engine.under_way.is_set)
+        os.kill(os.getpid(), signal.SIGTERM)
+        got = await refused(job)
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert await asyncio.wait_for(p.task, 5) is True
+        assert engine.iterations < 5000
+
+
+async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys):
+    engine = FakeEngine()
+    async with Process(capsys, engine, drain_s=3600) as p:
+        await p.line("ready in ")
+        engine.go.clear()
+        job = asyncio.ensure_future(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        await until(engine.under_way.is_set)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.05)
+        assert not p.task.done()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert await asyncio.wait_for(p.task, 10) is False  # the compute thread could not be ended
+        with pytest.raises(grpc.aio.AioRpcError):
+            await job
+
+
+async def test_a_signal_while_the_engine_loads_is_obeyed(capsys):
+    engine = FakeEngine()
+    engine.go.clear()
+    async with Process(capsys, engine) as p:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(p.task, 5) is False
+
+
+async def test_a_port_in_use_is_one_clear_sentence(capsys):
+    async with Process(capsys, FakeEngine()) as p:
+        port = int(p.address.rpartition(":")[2])
+        with pytest.raises(StartupError) as caught:
+            await main.serve(Settings(port=port), FakeEngine)
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "choose another address with --host and --port (--port 0: any free one)"
+    )
+
+
+async def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1:1234: Cannot assign requested address"):
+        await main.serve(Settings(host="192.0.2.1", port=1234), FakeEngine)
+
+
+async def test_an_engine_that_cannot_start_ends_the_server():
+    def load():
+        raise StartupError("no such weights file")
+
+    with pytest.raises(StartupError, match="no such weights file"):
+        await main.serve(Settings(port=0), load)
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+async def test_plaintext_beyond_this_machine_is_said_aloud(capsys, caplog, host, warned):
+    async with Process(capsys, FakeEngine(), host=host) as p:
+        await p.line("ready in ")
+    assert ("not a loopback address: whoever reaches it can use this server, in plaintext" in caplog.text) == warned
+
+
+async def test_reflection_is_there_when_asked_for(capsys):
+    async def services(p):
+        stub = reflection_pb2_grpc.ServerReflectionStub(p.channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        return [service.name for service in (await call.read()).list_services_response.service]
+
+    async with Process(capsys, FakeEngine(), reflection=True) as p:
+        assert main.SERVICE in await services(p)
+    async with Process(capsys, FakeEngine()) as p:
+        with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+            await services(p)
+
+
+def test_the_port_is_not_shared_and_messages_are_as_large_as_the_limits():
+    options = dict(main.server_options(Limits(max_image_bytes=2**20, max_styles=1)))
+    assert options["grpc.so_reuseport"] == 0
+    assert options["grpc.max_receive_message_length"] == 4 * 2**20
+    assert options["grpc.max_send_message_length"] > 3 * 2048**2
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gramophone-server", *arguments])
+    main.main()
+
+
+def test_print_config_prints_what_the_environment_could_say(monkeypatch, capsys):
+    run_main(monkeypatch, "--print-config", "--max-size", "1000")
+    lines = capsys.readouterr().out.splitlines()
+    assert "GRAMOPHONE_MAX_SIZE=1000" in lines and "GRAMOPHONE_HOST=127.0.0.1" in lines
+    for name, value in (line.split("=") for line in lines):
+        monkeypatch.setenv(name, value)
+    run_main(monkeypatch, "--print-config")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_wrong_setting_is_exit_code_2(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, "--port", "x")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "gramophone-server: --port must be a whole number from 0 to 65535, got 'x'\n"
+
+
+def test_a_port_in_use_is_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("logging.captureWarnings", lambda capture: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, "--port", str(taken.getsockname()[1]))
+    assert caught.value.code == 2
+    assert "Address already in use" in capsys.readouterr().err

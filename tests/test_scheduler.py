@@ -1,0 +1,328 @@
+import asyncio
+import contextlib
+import itertools
+import threading
+
+import pytest
+import torch
+
+from gramophone.recipe import Recipe
+from gramophone_server.errors import (
+    Diverged,
+    EngineFailed,
+    NotReady,
+    OutOfDeviceMemory,
+    QueueFull,
+    ShuttingDown,
+    StartupError,
+)
+from gramophone_server.job import StyleJob
+from gramophone_server.mailbox import Accepted, Finished, Frame, Mailbox, Progress
+from gramophone_server.scheduler import FrameRule, Scheduler
+from tests.fakes import FakeEngine
+
+
+def work(iterations=3, **recipe):
+    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
+    image = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    return StyleJob(recipe=Recipe(**recipe), content=image, styles=(image,), style_weights=(1.0,), start=None, seed=1)
+
+
+@contextlib.asynccontextmanager
+async def scheduling(engine, max_queued=16):
+    scheduler = Scheduler(lambda: engine, max_queued=max_queued)
+    scheduler.start()
+    await scheduler.ready()
+    try:
+        yield scheduler
+    finally:
+        scheduler.stop()
+        engine.go.set()
+        assert await asyncio.to_thread(scheduler.join, 5)
+
+
+def submit(scheduler, job=None, frames=None):
+    with scheduler.reserve() as place:
+        return place.submit(job or work(), frames)
+
+
+async def kinds(job):
+    return [type(event).__name__ async for _, event in job.events()]
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_a_job_is_accepted_reported_and_finished():
+    async with scheduling(FakeEngine()) as scheduler:
+        job = submit(scheduler, work(iterations=4, smallest_size=45, coarse_iterations=2))
+        events = [event async for event in job.events()]
+    numbers = [number for number, _ in events]
+    assert numbers == sorted(set(numbers))
+    assert events[0][1] == Accepted(position=0)
+    finished = events[-1][1]
+    assert isinstance(finished, Finished)
+    assert (finished.iterations, finished.picture.shape) == (6, (32, 64, 3))
+    assert finished.losses.total == pytest.approx(1 / 6 + 2 / 6 + 0.5)
+    assert finished.elapsed_s > 0
+    assert all(isinstance(event, Progress) for _, event in events[1:-1])
+
+
+async def test_the_engine_loads_and_runs_on_the_compute_thread():
+    engine, loaded_on = FakeEngine(), []
+
+    def load():
+        loaded_on.append(threading.current_thread().name)
+        return engine
+
+    scheduler = Scheduler(load, max_queued=1)
+    with pytest.raises(NotReady, match="still loading"):
+        scheduler.reserve()
+    scheduler.start()
+    assert await scheduler.ready() is engine
+    await kinds(submit(scheduler))
+    assert loaded_on == [engine.thread] == ["compute"]
+    scheduler.stop()
+
+
+async def test_a_failed_start_reaches_whoever_waits_for_it():
+    def load():
+        raise StartupError("the weights file is damaged")
+
+    scheduler = Scheduler(load, max_queued=1)
+    scheduler.start()
+    with pytest.raises(StartupError, match="damaged"):
+        await scheduler.ready()
+    with pytest.raises(NotReady):
+        scheduler.reserve()
+
+
+async def test_speed_and_time_left_are_measured():
+    async with scheduling(FakeEngine(iteration_s=0.01)) as scheduler:
+        progress = [e async for _, e in submit(scheduler, work(10)).events() if isinstance(e, Progress)]
+    last = progress[-1]
+    assert 1 < last.iterations_per_second <= 100
+    assert last.time_left_s == 0
+    middle = progress[len(progress) // 2]
+    left = middle.report.iterations - middle.report.iteration
+    assert middle.time_left_s == pytest.approx(left / middle.iterations_per_second)
+
+
+async def test_jobs_wait_in_order_and_the_queue_is_bounded():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine, max_queued=2) as scheduler:
+        jobs = [submit(scheduler) for _ in range(1)]
+        await until(engine.under_way.is_set)
+        jobs += [submit(scheduler) for _ in range(2)]
+        assert (scheduler.running, scheduler.queued) == (1, 2)
+        with pytest.raises(QueueFull, match="queue is full: 2 waiting, limit 2; retry after about 5 s"):
+            scheduler.reserve()
+        engine.go.set()
+        positions = [[e.position async for _, e in job.events() if isinstance(e, Accepted)] for job in jobs]
+        assert positions == [[0], [1], [2]]
+        await until(lambda: scheduler.queued == scheduler.running == 0)
+        assert engine.jobs == [job.work for job in jobs]
+
+
+async def test_an_unused_place_is_given_back():
+    async with scheduling(FakeEngine(), max_queued=0) as scheduler:
+        with pytest.raises(ZeroDivisionError), scheduler.reserve():
+            with pytest.raises(QueueFull):
+                scheduler.reserve()
+            raise ZeroDivisionError
+        await kinds(submit(scheduler))
+
+
+async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs():
+    engine = FakeEngine(iteration_s=0.02)
+    async with scheduling(engine, max_queued=0) as scheduler:
+        job = submit(scheduler, work(iterations=1000))
+        async for _, event in job.events():
+            if isinstance(event, Progress) and event.report.iteration >= 3:
+                break
+        with pytest.raises(QueueFull) as caught:
+            scheduler.reserve()
+        assert caught.value.retry_after_s > 900 * 0.02  # a busy machine needs longer for its 997 iterations
+        job.cancel()
+
+
+async def test_cancel_stops_a_running_job_within_an_iteration():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=1000))
+        await until(engine.under_way.is_set)
+        job.cancel()
+        engine.go.set()
+        await until(lambda: scheduler.running == 0)
+        assert engine.iterations == 1
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
+
+
+async def test_cancel_takes_a_waiting_job_out_of_the_queue():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine, max_queued=1) as scheduler:
+        running = submit(scheduler)
+        await until(engine.under_way.is_set)
+        waiting = submit(scheduler)
+        waiting.cancel()
+        waiting.cancel()  # twice is once
+        third = submit(scheduler)  # takes the place
+        engine.go.set()
+        assert (await kinds(running))[-1] == (await kinds(third))[-1] == "Finished"
+        assert engine.jobs == [running.work, third.work]
+        running.cancel()  # after its end: nothing
+        assert scheduler.queued == 0
+
+
+async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
+    engine = FakeEngine()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=500), FrameRule())
+        await until(lambda: scheduler.running == 0 and engine.iterations == 500)  # without a single read
+        events = [event async for _, event in job.events()]
+    assert [type(e) for e in events] == [Accepted, Frame, Progress, Finished]
+    assert events[2].report.iteration == 500
+    assert len(engine.taken_at) == 2  # one frame and the result: none was taken that nobody had room for
+
+
+async def test_frames_come_at_their_iterations_and_no_more_often_than_their_interval():
+    engine = FakeEngine(iteration_s=0.002)
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=200), FrameRule(every_iterations=7, min_interval_s=0.0))
+        frames = [event async for _, event in job.events() if isinstance(event, Frame)]
+    assert len(frames) >= 2
+    assert all(frame.iteration % 7 == 0 for frame in frames)
+    assert all(int(frame.picture[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
+    *taken_at, _result = engine.taken_at
+    assert all(
+        b - a > 0.05 for a, b in itertools.pairwise(taken_at)
+    )  # 100 ms, but a thread can lose its core for a while
+
+
+async def test_no_frames_unless_asked_for():
+    engine = FakeEngine()
+    async with scheduling(engine) as scheduler:
+        assert "Frame" not in await kinds(submit(scheduler, work(iterations=50)))
+    assert len(engine.taken_at) == 1
+
+
+async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_stale(monkeypatch):
+    mailbox = Mailbox(asyncio.get_running_loop())
+    picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
+    mailbox.offer_frame(1, lambda: picture)
+    mailbox.offer_frame(2, lambda: pytest.fail("there is no room"))
+    mailbox.offer_frame(3, lambda: pytest.fail("there is no room"))
+    monkeypatch.setattr("gramophone_server.mailbox.STALE_S", 0.0)
+    mailbox.offer_frame(4, lambda: picture)
+    reader = mailbox.events()
+    number, frame = await anext(reader)
+    assert (number, frame.iteration, frame.dropped) == (2, 4, 3)
+    mailbox.offer_frame(5, lambda: picture)
+    number, frame = await anext(reader)
+    assert (number, frame.iteration, frame.dropped) == (3, 5, 0)
+
+
+async def test_many_events_make_one_wake_up(monkeypatch):
+    loop, calls = asyncio.get_running_loop(), []
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: calls.append(call))
+    mailbox = Mailbox(loop)
+    for position in range(100):
+        mailbox.put(Accepted(position))
+    assert len(calls) == 1
+
+
+async def test_a_diverged_job_sends_its_last_good_picture_first():
+    engine = FakeEngine(fails_at=3, error=Diverged(iteration=3))
+    async with scheduling(engine) as scheduler:
+        job, events = submit(scheduler), []
+        with pytest.raises(Diverged, match="stopped being finite at iteration 3"):
+            async for _, event in job.events():
+                events.append(event)
+        assert isinstance(events[-1], Frame)
+        assert events[-1].iteration == 2 == int(events[-1].picture[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory, "too little memory for a 64x32 picture"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfDeviceMemory, "64x32"),
+        (MemoryError(), OutOfDeviceMemory, "64x32"),
+        (OutOfDeviceMemory(9, 9), OutOfDeviceMemory, "9x9"),
+        (ZeroDivisionError("secret"), EngineFailed, "the server failed while working on this job"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_failure_ends_its_job_only(raised, expected, words):
+    engine = FakeEngine(fails_at=2, error=raised)
+    async with scheduling(engine) as scheduler:
+        with pytest.raises(expected, match=words) as caught:
+            await kinds(submit(scheduler))
+        assert caught.value.__cause__ is None and caught.value.__context__ is None
+        assert "secret" not in str(caught.value)
+        engine.error = None
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
+
+
+async def test_a_failed_job_frees_what_its_run_held():
+    """An error that waits for its reader must not keep the run alive through its traceback."""
+    freed = threading.Event()
+
+    class Held(FakeEngine):
+        def start(self, jobs):
+            run = super().start(jobs)
+            run.held = type("Memory", (), {"__del__": lambda self: freed.set()})()
+            return run
+
+    engine = Held(fails_at=2, error=Diverged(iteration=2))
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler)
+        await until(freed.is_set)
+        with pytest.raises(Diverged):
+            await kinds(job)
+
+
+async def test_drain_lets_running_and_queued_jobs_end_and_refuses_new_ones():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        jobs = [submit(scheduler), submit(scheduler)]
+        reserved = scheduler.reserve()  # admitted: its images are still being decoded
+        drain = asyncio.create_task(scheduler.drain(within_s=5))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown, match="takes no new jobs"):
+            scheduler.reserve()
+        jobs.append(reserved.submit(work()))
+        engine.go.set()
+        await drain
+        for job in jobs:
+            assert (await kinds(job))[-1] == "Finished"
+
+
+async def test_after_the_drain_time_jobs_end_within_an_iteration():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        running, queued = submit(scheduler, work(iterations=10_000)), submit(scheduler)
+        await until(engine.under_way.is_set)
+        reserved = scheduler.reserve()
+        await scheduler.drain(within_s=0.01)
+        scheduler.stop()
+        engine.go.set()
+        for job in (running, queued):
+            with pytest.raises(ShuttingDown):
+                await kinds(job)
+        with pytest.raises(ShuttingDown):
+            reserved.submit(work())
+        assert engine.iterations == 1
+
+
+async def test_drain_of_an_idle_scheduler_is_immediate():
+    async with scheduling(FakeEngine()) as scheduler, asyncio.timeout(1):
+        await scheduler.drain(within_s=30)
