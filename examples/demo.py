@@ -50,17 +50,21 @@ def server() -> Iterator[str]:
 def main() -> int:
     """Exit code of the client."""
     picture, timelapse = OUT / "demo.png", OUT / "demo.gif"
-    with server() as address:
-        command = [
-            *(sys.executable, "-m", "gramophone_client.cli", "stylize"),
-            *(str(EXAMPLES / "photos" / "cat.jpg"), str(EXAMPLES / "styles" / "brushwork.jpg")),
-            *("-o", str(picture), "--timelapse", str(timelapse)),
-            *("--server", address, "--wait", "120", "--size", "512", "--seed", "1"),
-        ]
-        try:
-            code = subprocess.call(command, stdout=subprocess.DEVNULL)
-        except KeyboardInterrupt:  # the client has had it too, and says what it kept
-            return 130
+    try:
+        with server() as address:
+            command = [
+                *(sys.executable, "-m", "gramophone_client.cli", "stylize"),
+                *(str(EXAMPLES / "photos" / "cat.jpg"), str(EXAMPLES / "styles" / "brushwork.jpg")),
+                *("-o", str(picture), "--timelapse", str(timelapse)),
+                *("--server", address, "--wait", "120", "--size", "512", "--seed", "1"),
+            ]
+            client = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            try:
+                code = client.wait()
+            except KeyboardInterrupt:  # the client has had it too: it stops its job and keeps what has arrived
+                code = client.wait(STOP_WITHIN_S)
+    except KeyboardInterrupt:  # before the client was there, or a second one
+        return 130
     if code == 0:
         print(f"picture    {picture}{os.linesep}timelapse  {timelapse}")
     return code

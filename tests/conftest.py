@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramophone.recipe import Recipe
+from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.engine import Engine
 from gramophone_server.job import StyleJob
 from gramophone_server.vgg import BACKBONES, Convolution, Preprocessing, Vgg
@@ -59,7 +59,8 @@ def make_job() -> Callable[..., StyleJob]:
     def make(
         *, content: int = 1, style: int = 2, start_image: Tensor | None = None, seed: int = 0, **recipe: Any
     ) -> StyleJob:
-        fields = {"size": 48, "smallest_size": 0, "iterations": 10, "coarse_iterations": 4, **recipe}
+        small = {"optimiser": Optimiser.ADAM, "average": 0.97, "size": 48, "smallest_size": 0, "iterations": 10}
+        fields = {**small, "coarse_iterations": 4, **recipe}
         return StyleJob(
             recipe=Recipe(**fields),
             content=make_picture(content),

@@ -21,7 +21,7 @@ OTHER = {
     "size": 777,
     "style_scale": 1.7,
     "start": Start.IMAGE,
-    "optimiser": Optimiser.LBFGS,
+    "optimiser": Optimiser.GRADIENT_DESCENT,
     "step": 0.3,
     "iterations": 11,
     "coarse_iterations": 13,
@@ -96,6 +96,15 @@ def test_ranges_include_their_ends_and_nothing_beyond(field):
     beyond = (low - 1, high + 1) if kind is int else (math.nextafter(low, -math.inf), math.nextafter(high, math.inf))
     for value in (*beyond, math.nan, math.inf, -math.inf):
         assert violated(**{field: value}) == [field]
+
+
+@pytest.mark.parametrize("smallest", [1, 15])
+def test_a_scale_that_is_too_small_for_the_network_is_refused(smallest):
+    with pytest.raises(
+        InvalidRecipe, match=f"smallest_size: must be 16 or more, or 0 to work at the final size only, got {smallest}$"
+    ):
+        Recipe(smallest_size=smallest)
+    assert Recipe(smallest_size=16).scale_sizes()[0] == 16
 
 
 def test_all_violations_are_told_at_once():

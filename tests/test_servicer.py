@@ -243,8 +243,8 @@ CASES = {
     ),
     "NaN weight": (lambda s: setattr(s.styles[0], "weight", NAN), "spec.styles[0].weight", "got nan"),
     "large weight": (lambda s: setattr(s.styles[0], "weight", 1001), "spec.styles[0].weight", "got 1001"),
-    "negative beta": (set_recipe(beta=-1.0), "spec.recipe.beta", "must be between 0 and 1e+09, got -1"),
-    "NaN alpha": (set_recipe(alpha=NAN), "spec.recipe.alpha", "must be between 0 and 1e+09, got nan"),
+    "negative beta": (set_recipe(beta=-1.0), "spec.recipe.beta", "must be between 0 and 1e+15, got -1"),
+    "NaN alpha": (set_recipe(alpha=NAN), "spec.recipe.alpha", "must be between 0 and 1e+15, got nan"),
     "nothing to do": (set_recipe(alpha=0.0, beta=0.0), "spec.recipe.beta", "there is nothing to optimise"),
     "no iterations": (set_recipe(iterations=0), "spec.recipe.iterations", "must be between 1 and 100000, got 0"),
     "unknown preset": (lambda s: setattr(s.recipe, "preset", 99), "spec.recipe.preset", "is an unknown value 99"),
@@ -252,7 +252,7 @@ CASES = {
     "unknown layer": (
         set_layers(("relu4_1", 1), ("relu41", 1)),
         "spec.recipe.style_layers[1].layer",
-        "'relu41' is not a layer of this network; did you mean 'relu4_1'? GetServerInfo lists them all",
+        "'relu41' is not a layer of this network; did you mean 'relu4_1'? GetServerInfo (`gramophone info`) lists",
     ),
     "layer weight": (
         set_layers(("relu4_2", -1), which="content_layers"),
@@ -292,9 +292,17 @@ CASES = {
     ),
     "frame side": (lambda s: setattr(s.frames, "max_side", 8), "spec.frames.max_side", "must be 16 to 16384, got 8"),
     "frame format": (lambda s: setattr(s.frames, "format", 9), "spec.frames.format", "is an unknown value 9"),
-    "frame quality": (lambda s: setattr(s.frames, "quality", 101), "spec.frames.quality", "must be 0 to 100, got 101"),
+    "frame quality": (
+        lambda s: setattr(s.frames, "quality", 101),
+        "spec.frames.quality",
+        "must be 1 to 100, or 0 for the default, got 101",
+    ),
     "result format": (lambda s: setattr(s, "result_format", 9), "spec.result_format", "is an unknown value 9"),
-    "result quality": (lambda s: setattr(s, "result_quality", -1), "spec.result_quality", "must be 0 to 100, got -1"),
+    "result quality": (
+        lambda s: setattr(s, "result_quality", -1),
+        "spec.result_quality",
+        "must be 1 to 100, or 0 for the default, got -1",
+    ),
 }
 
 
@@ -402,6 +410,15 @@ async def test_every_exception_has_its_code_reason_and_details(name):
             assert f"ERROR_REASON_{got.ErrorInfo.reason}" == pb.ErrorReason.Name(reason)
             assert hasattr(got, "RetryInfo") == hasattr(error, "retry_after_s")
             assert hasattr(got, "BadRequest") == (name == "InvalidRequest")
+
+
+@pytest.mark.parametrize(
+    ("name", "pushback"),
+    # A full queue says when, too little memory says never, and the rest leaves it to the client's policy.
+    [(name, {"QueueFull": "12300", "OutOfDeviceMemory": "-1"}.get(name)) for name in RAISED],
+)
+def test_a_retry_policy_is_told_when_or_never(name, pushback):
+    assert dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms") == pushback
 
 
 def test_every_reason_is_used_once():

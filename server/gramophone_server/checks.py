@@ -33,7 +33,7 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     if spec.HasField("frames"):
         yield from _check_frames(spec.frames)
     yield from _check_format("spec.result_format", spec.result_format)
-    yield from _check_range("spec.result_quality", spec.result_quality, 0, 100)
+    yield from _check_quality("spec.result_quality", spec.result_quality)
 
 
 def check_result(work: StyleJob) -> Iterator[Violation]:
@@ -97,7 +97,8 @@ def _check_layers(field: str, wanted: Sequence[LayerWeight], layers: Sequence[st
             close = difflib.get_close_matches(name, layers, n=1, cutoff=0)
             nearest = f"did you mean {close[0]!r}? " if close else ""
             yield Violation(
-                f"{field}[{i}].layer", f"{name!a} is not a layer of this network; {nearest}GetServerInfo lists them all"
+                f"{field}[{i}].layer",
+                f"{name!a} is not a layer of this network; {nearest}GetServerInfo (`gramophone info`) lists them all",
             )
 
 
@@ -120,12 +121,17 @@ def _check_frames(frames: pb.FrameOptions) -> Iterator[Violation]:
     if frames.max_side:
         yield from _check_range("spec.frames.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
     yield from _check_format("spec.frames.format", frames.format)
-    yield from _check_range("spec.frames.quality", frames.quality, 0, 100)
+    yield from _check_quality("spec.frames.quality", frames.quality)
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:
     if not low <= value <= high:
         yield Violation(field, f"must be {low} to {high}, got {value}")
+
+
+def _check_quality(field: str, value: int) -> Iterator[Violation]:
+    if not 0 <= value <= 100:
+        yield Violation(field, f"must be 1 to 100, or 0 for the default, got {value}")
 
 
 def _check_format(field: str, value: int) -> Iterator[Violation]:

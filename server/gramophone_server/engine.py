@@ -32,6 +32,9 @@ __all__ = ["Engine", "EngineRun", "cpu_name"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Of the noise around mid-grey. White noise over the whole range takes hundreds of plain steps to be forgotten.
+NOISE_SPREAD = 0.05
+
 # What jobs of one batch must have in common; the rest are tensors with an entry per job.
 SHARED = (
     "normalisation",
@@ -241,7 +244,8 @@ def _start(job: StyleJob, content: Tensor, width: int, height: int) -> Tensor:
             return content.clone()
         case Start.NOISE:
             generator = torch.Generator().manual_seed(job.seed % 2**63)
-            return torch.rand((1, 3, height, width), generator=generator).to(content.device)
+            noise = torch.randn((1, 3, height, width), generator=generator)
+            return (0.5 + NOISE_SPREAD * noise).clamp_(0, 1).to(content.device)
         case Start.IMAGE:
             if job.start is None:
                 raise ValueError("start is image, but the job has none")

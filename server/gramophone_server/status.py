@@ -74,6 +74,9 @@ def refusal(error: GramophoneError) -> Refusal:
     if isinstance(error, QueueFull):
         # A client's retry policy waits this long of its own accord.
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+    if isinstance(error, OutOfDeviceMemory):
+        # The code is one that retry policies try again, and this job would fail again: a negative delay forbids it.
+        trailers.append(("grpc-retry-pushback-ms", "-1"))
     if isinstance(error, InvalidRequest):
         room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
         status.details.append(_packed(_bad_request(error, room)))
