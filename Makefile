@@ -1,11 +1,12 @@
 # The verbs of the project. `make demo` and `make test` are all a newcomer needs; both make .venv first if it is not there.
 PYTHON ?= python3
+EXTRAS ?= server,dev
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-PY := proto/gramophone server client tests benchmarks examples setup.py
+PY := proto/gramophone server client tests benchmarks examples deploy setup.py
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: help install demo test lint fix proto gallery bench serve image clean
+.PHONY: help install demo test lint fix proto gallery bench serve wheel image clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -17,7 +18,7 @@ install: .venv/installed ## .venv with the pinned packages and the compiled ops
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Gramophone needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt pip setuptools wheel ninja torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[server,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: install ## a photo becomes a painting, in out/demo.png and out/demo.gif
@@ -50,6 +51,10 @@ bench: install ## speed against the textbook loop, as in benchmarks/RESULTS.md
 
 serve: install ## the server on its default port
 	$(BIN)/gramophone-server
+
+wheel: install ## dist/gramophone-*.whl, with the ops compiled for this Python and torch
+	rm -rf build/lib* # where setuptools keeps, and would pack, modules that are gone
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 image: ## a container image; DEVICE=cuda for a GPU
 	docker build --build-arg DEVICE=$(or $(DEVICE),cpu) -t gramophone .

@@ -62,8 +62,9 @@ def main() -> int:
             try:
                 code = client.wait()
             except KeyboardInterrupt:  # the client has had it too: it stops its job and keeps what has arrived
-                code = client.wait(STOP_WITHIN_S)
-    except KeyboardInterrupt:  # before the client was there, or a second one
+                client.wait(STOP_WITHIN_S)
+                raise
+    except KeyboardInterrupt:
         return 130
     if code == 0:
         print(f"picture    {picture}{os.linesep}timelapse  {timelapse}")

