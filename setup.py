@@ -16,6 +16,7 @@ CONTRACT = {"gramophone": "proto/gramophone", "gramophone.v1": "proto/gramophone
 CLIENT = {"gramophone_client": "client/gramophone_client"}
 SERVER = {"gramophone_server": "server/gramophone_server"}
 PACKAGES = CONTRACT | CLIENT | ({} if CLIENT_ONLY else SERVER)
+COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.main:main"]
 
 
 def version() -> str:
@@ -53,6 +54,7 @@ setup(
     version=version(),
     package_dir=PACKAGES,
     packages=list(PACKAGES),
+    entry_points={"console_scripts": COMMANDS[:1] if CLIENT_ONLY else COMMANDS},
     package_data={
         "gramophone": ["py.typed"],
         "gramophone.v1": ["*.proto", "*.pyi"],

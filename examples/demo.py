@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def server() -> Iterator[str]:
 
 def main() -> int:
     """Exit code of the client."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is stopped then, too
     picture, timelapse = OUT / "demo.png", OUT / "demo.gif"
     try:
         with server() as address:

@@ -58,7 +58,7 @@ def paint(engine: Engine, recipe: Recipe, photo: str, style: str, progress: Prog
 def main() -> None:
     """Paints and writes the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=384, help="longest side of each picture in pixels")
+    parser.add_argument("--size", type=int, default=320, help="longest side of each picture in pixels")
     parser.add_argument("--beta", type=float, action="append", help="a strength of the preset fast; can be repeated")
     parser.add_argument("--output", type=Path, default=EXAMPLES / "gallery.jpg")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gramophone_server.errors import Diverged
 from gramophone_server.job import Losses, Report, StyleJob
 
 
@@ -50,19 +51,24 @@ class FakeRun:
     def finished(self) -> bool:
         return self.done == len(self.sizes)
 
-    def advance(self) -> tuple[Report, ...]:
+    def advance(self, iterations: int = 1) -> tuple[Report, ...]:
         self.engine.thread = threading.current_thread().name
         self.engine.under_way.set()
         assert self.engine.go.wait(10), "the test never let the engine go on"
         time.sleep(self.engine.iteration_s)
-        if self.engine.error is not None and self.done + 1 == self.engine.fails_at:
-            raise self.engine.error
         width, height = self.sizes[self.done]
-        self.done += 1
+        diverged_at = None
+        if self.engine.error is not None and self.done + 1 == self.engine.fails_at:
+            if not isinstance(self.engine.error, Diverged):
+                raise self.engine.error
+            diverged_at = self.engine.fails_at  # its picture stays what it was
+        else:
+            self.done += 1
         self.engine.iterations += 1
-        losses = Losses(content={"relu4_2": 1.0 / self.done}, style={"relu1_1": 2.0 / self.done}, tv=0.5)
+        n = max(1, self.done)
+        losses = Losses(content={"relu4_2": 1.0 / n}, style={"relu1_1": 2.0 / n}, tv=0.5)
         pixels_left = sum(w * h for w, h in self.sizes[self.done :])
-        return (Report(self.done, len(self.sizes), width, height, losses, pixels_left),)
+        return (Report(self.done, len(self.sizes), width, height, losses, pixels_left, diverged_at),)
 
     def picture(self, index: int) -> Tensor:
         self.engine.taken_at.append(time.monotonic())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gramophone.recipe import Optimiser, Start
 from gramophone_server.engine import Engine, EngineRun
-from gramophone_server.errors import Diverged, OutOfDeviceMemory, StartupError
+from gramophone_server.errors import OutOfDeviceMemory, StartupError
 from gramophone_server.job import Report, StyleJob
 
 MakeJob = Callable[..., StyleJob]
@@ -123,27 +123,45 @@ def test_the_average_is_of_the_iterates(tiny_engine: Engine, make_job: MakeJob) 
 
 
 class NanAfter:
-    """A stepper that breaks its pictures after some good ones."""
+    """A stepper that breaks the pictures of the first job after some good ones."""
 
     def __init__(self, good: int) -> None:
         self.left = good
 
     def proposal(self, image: Tensor, grad: Tensor) -> Tensor:
         self.left -= 1
-        return image * 0.9 if self.left >= 0 else image * float("nan")
+        following = image * 0.9
+        if self.left < 0:
+            following[0] = float("nan")
+        return following
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_picture(
-    tiny_engine: Engine, make_job: MakeJob
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_a_job_whose_loss_is_not_finite_stands_at_its_last_good_picture_and_disturbs_no_other(
+    tiny_engine: Engine, make_job: MakeJob, average: float
 ) -> None:
-    run = tiny_engine.start([make_job(average=0.0)])
-    start = run.picture(0).float()
+    run = tiny_engine.start([make_job(average=average), make_job(average=average, content=3)])
+    starts = [run.picture(i).float() for i in range(2)]
     run._stepper = NanAfter(2)  # type: ignore[assignment]
     for _ in range(3):
-        run.advance()
-    with pytest.raises(Diverged, match="stopped being finite at iteration 4; a smaller step"):
-        run.advance()
-    assert (run.picture(0).float() - start * 0.81).abs().max() <= 1
+        assert [report.diverged_at for report in run.advance()] == [None, None]
+    for _ in range(2):
+        assert [report.diverged_at for report in run.advance()] == [4, None]
+        assert (run.picture(0).float() - starts[0] * 0.81).abs().max() <= 1
+    if not average:
+        assert (run.picture(1).float() - starts[1] * 0.9**5).abs().max() <= 1
+
+
+def test_several_iterations_at_once_are_the_same_iterations(tiny_engine: Engine, make_job: MakeJob) -> None:
+    job = make_job(smallest_size=34, iterations=5, coarse_iterations=4)
+    one, many = tiny_engine.start([job]), tiny_engine.start([job])
+    singly = finish(one)
+    at_once = []
+    while not many.finished:
+        at_once += many.advance(3)
+    assert [report.iteration for report in at_once] == [3, 4, 7, 9]  # none goes beyond its scale
+    assert [report.losses.total for report in at_once] == [singly[i - 1].losses.total for i in (3, 4, 7, 9)]
+    assert torch.equal(one.picture(0), many.picture(0))
 
 
 def test_running_out_of_memory_is_a_domain_error_and_the_engine_goes_on(

@@ -84,7 +84,6 @@ def can_pack(device: torch.device) -> bool:
 class Trace:
     """What one pass left behind: activations [B, C, H, W] in the chain's type, channels_last."""
 
-    size: tuple[int, int]
     pooling: Pooling
     after: dict[str, Tensor] = field(default_factory=dict)  # by convolution, behind its ReLU
     before: dict[str, Tensor] = field(default_factory=dict)  # in front of the ReLU, where someone asked
@@ -111,7 +110,7 @@ class Chain:
     @torch.inference_mode()
     def forward(self, image: Tensor, layers: Collection[str], pooling: Pooling) -> Trace:
         """From ``image``, float32 [B, 3, H, W], RGB in [0, 1], to the deepest of ``layers``. H and W are at least 16."""
-        trace = Trace((image.shape[2], image.shape[3]), pooling)
+        trace = Trace(pooling)
         x = image[:, self._order] * self._scale + self._shift
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         deepest = max(self.layers.index(layer) for layer in layers)

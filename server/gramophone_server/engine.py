@@ -22,7 +22,7 @@ from torch import Tensor
 from gramophone.recipe import Recipe, Start
 from gramophone_server import ops
 from gramophone_server.chain import Chain
-from gramophone_server.errors import Diverged, OutOfDeviceMemory, StartupError
+from gramophone_server.errors import OutOfDeviceMemory, StartupError
 from gramophone_server.job import SMALLEST_SIDE, Losses, Report, StyleJob, fit
 from gramophone_server.objective import Objective
 from gramophone_server.optimisers import make_stepper
@@ -113,56 +113,58 @@ class EngineRun:
         self._left = 0  # iterations left at it
         self._step = torch.tensor([job.recipe.step for job in jobs], device=engine.device)
         self._stepper = make_stepper(self._recipe.optimiser, self._step)
-        self._image = self._last_good = self._mean = torch.empty(
-            0
-        )  # float32 [B, 3, height, width] from the first scale on
+        # Per job and on the device, so that one that diverges is held without anything being read back.
+        self._alive = torch.ones(len(jobs), dtype=torch.bool, device=engine.device)
+        self._diverged_at = torch.zeros(len(jobs), dtype=torch.int64, device=engine.device)  # 0: has not
+        # From the first scale on: float32 [B, 3, height, width], and the terms of the last evaluation.
+        self._image = self._last_good = self._mean = self._terms = torch.empty(0)
         self._kept = 1.0  # how much of the average is still the zeros that it began with
-        self._diverged = False
 
     @property
     def finished(self) -> bool:
         """No iteration is left."""
         return self._done == self._iterations
 
-    def advance(self) -> tuple[Report, ...]:
-        """One iteration of every job; see `job.Run.advance`."""
+    def advance(self, iterations: int = 1) -> tuple[Report, ...]:
+        """Some iterations of every job; see `job.Run.advance`."""
         try:
             if not self._left:
                 self._next_scale()
-            return self._iterate()
+            for _ in range(min(iterations, self._left)):
+                self._iterate()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory() from error
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # what torch says of the CPU's memory
                 raise
             raise self._out_of_memory() from error
+        return self._reports()
 
     def picture(self, index: int) -> Tensor:
         """The present picture of one job; see `job.Run.picture`."""
         if not self._image.numel():
             self._next_scale()
-        image = self._image if self._diverged else self._picture()
-        return image[index].mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+        image = self._picture()[index]
+        return image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
 
     @torch.inference_mode()
-    def _iterate(self) -> tuple[Report, ...]:
-        width, height, _ = self._scales[self._at]
+    def _iterate(self) -> None:
         evaluation = self._objective.evaluate(self._image)
-        if not bool((evaluation.terms.isfinite().all() & evaluation.grad.isfinite().all()).cpu()):
-            self._image, self._diverged = self._last_good, True
-            raise Diverged(self._done + 1)
-        self._last_good = self._image
-        self._image = self._stepper.proposal(self._image, evaluation.grad).clamp_(0, 1)
+        self._terms = evaluation.terms
+        self._done += 1
+        finite = evaluation.terms.isfinite().all(0) & evaluation.grad.isfinite().flatten(1).all(1)
+        self._diverged_at = torch.where(self._alive & ~finite, self._done, self._diverged_at)
+        self._alive = self._alive & finite
+        alive = self._alive.view(-1, 1, 1, 1)
+        following = self._stepper.proposal(self._image, evaluation.grad).clamp_(0, 1)
+        self._last_good = torch.where(alive, self._image, self._last_good)
+        self._image = torch.where(alive, following, self._last_good)
         if self._recipe.average:
             self._mean.lerp_(self._image, 1 - self._recipe.average)
             self._kept *= self._recipe.average
+        width, height, _ = self._scales[self._at]
         self._left -= 1
-        self._done += 1
         self._pixels -= width * height
-        return tuple(
-            Report(self._done, self._iterations, width, height, losses, self._pixels)
-            for losses in self._losses(evaluation.terms)
-        )
 
     @torch.inference_mode()
     def _next_scale(self) -> None:
@@ -191,21 +193,28 @@ class EngineRun:
         self._kept = 1.0
 
     def _picture(self) -> Tensor:
-        """The average of the iterates of this scale where the recipe has one, else the last iterate. [B, 3, H, W]."""
+        """The average of the iterates of this scale where the recipe has one, else the last iterate, and of a job that
+        diverged the last good one. [B, 3, H, W]."""
         if not self._recipe.average or self._kept == 1.0:
             return self._image
-        return (self._mean / (1 - self._kept)).clamp_(0, 1)
+        average = (self._mean / (1 - self._kept)).clamp_(0, 1)
+        return torch.where(self._alive.view(-1, 1, 1, 1), average, self._image)
 
-    def _losses(self, terms: Tensor) -> list[Losses]:
+    def _reports(self) -> tuple[Report, ...]:
+        """One per job, as of the last iteration. The only place that waits for the device."""
+        width, height, _ = self._scales[self._at]
         content, style = self._objective.content_layers, self._objective.style_layers
-        return [
-            Losses(
+        reports = []
+        for column, diverged_at in zip(self._terms.T.tolist(), self._diverged_at.tolist(), strict=True):
+            losses = Losses(
                 content=dict(zip(content, column[: len(content)], strict=True)),
                 style=dict(zip(style, column[len(content) : -1], strict=True)),
                 tv=column[-1],
             )
-            for column in terms.T.tolist()
-        ]
+            reports.append(
+                Report(self._done, self._iterations, width, height, losses, self._pixels, diverged_at or None)
+            )
+        return tuple(reports)
 
     def _out_of_memory(self) -> OutOfDeviceMemory:
         return OutOfDeviceMemory(*self._jobs[0].result_size)

@@ -79,6 +79,7 @@ class Report:
     height: int
     losses: Losses  # at the picture before this iteration's step
     pixels_left: int  # pixel-iterations still to do: the sum of width x height over the iterations left
+    diverged_at: int | None = None  # the iteration whose loss was not finite; the job stands still since then
 
 
 class Run(Protocol):
@@ -88,10 +89,11 @@ class Run(Protocol):
     def finished(self) -> bool:
         """No iteration is left."""
 
-    def advance(self) -> tuple[Report, ...]:
-        """Does one iteration of every job in the batch and reports each, in the order they were given.
+    def advance(self, iterations: int = 1) -> tuple[Report, ...]:
+        """Does so many iterations of every job, but none beyond the present scale, and reports each job as of the last,
+        in the order they were given. The device is waited for once, at the end.
 
-        Raises `errors.Diverged` when a job's loss is not finite (`picture` then still gives its last good one), and
+        A job that diverges does not disturb the others; `picture` gives its last good one. Raises
         `errors.OutOfDeviceMemory`.
         """
 

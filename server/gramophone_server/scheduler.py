@@ -277,11 +277,10 @@ class Scheduler:
             if self._stopped:
                 raise ShuttingDown
             before = time.monotonic()
-            try:
-                (report,) = run.advance()
-            except Diverged as error:
-                job.mailbox.put(Frame(error.iteration - 1, run.picture(0)))
-                raise
+            (report,) = run.advance()
+            if report.diverged_at is not None:
+                job.mailbox.put(Frame(report.diverged_at - 1, run.picture(0)))
+                raise Diverged(report.diverged_at)
             now = time.monotonic()
             if (report.width, report.height) != scale:
                 scale, scale_iterations, scale_started = (report.width, report.height), 0, before
