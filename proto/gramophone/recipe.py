@@ -209,7 +209,7 @@ PRESETS: Mapping[str, Recipe] = {
             LayerWeight("relu4_1", 0.005),
             LayerWeight("relu5_1", 50),
         ),
-        beta=500.0,
+        beta=60.0,
         tv_weight=3e11,
         normalisation=Normalisation.GATYS,
         start=Start.NOISE,
