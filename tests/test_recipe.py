@@ -162,3 +162,8 @@ def test_scales_grow_by_the_square_root_of_two(size, smallest, sizes):
     recipe = Recipe(size=size, smallest_size=smallest)
     assert recipe.scale_sizes() == sizes
     assert recipe.total_iterations() == recipe.iterations + (len(sizes) - 1) * recipe.coarse_iterations
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(InvalidRecipe, match="pooling: must be one of max, average, got 'mean'"):
+        overrides_to_message({"pooling": "mean"})

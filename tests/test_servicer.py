@@ -344,6 +344,15 @@ async def test_every_violation_is_told_at_once_those_of_the_images_included():
     assert engine.jobs == []
 
 
+def test_a_field_that_breaks_a_rule_of_recipes_does_not_hide_what_the_server_refuses():
+    def change(s):
+        set_recipe(beta=-1.0, size=4096, start="image")(s)
+        set_layers(("relu9_1", 1.0))(s)
+
+    fields = [violation.field for violation in violations(change)]
+    assert fields == ["spec.recipe.beta", "spec.recipe.style_layers[0].layer", "spec.recipe.size", "spec.start_image"]
+
+
 async def test_a_result_that_would_be_too_thin_is_refused_with_the_size_that_is_not():
     wanted = spec(size=64)
     wanted.content.data = png(640, 80)

@@ -24,7 +24,7 @@ def recipe_to_message(recipe: Recipe) -> pb.Recipe:
 def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None) -> pb.Recipe:
     """A message that names a preset, if given, and sets only the given fields of `Recipe`.
 
-    Raises `InvalidRecipe` for an unknown preset or field. Values are not checked here: the server does that.
+    Raises `InvalidRecipe` for an unknown preset, field or choice. Ranges are not checked here: the server does that.
     """
     message = pb.Recipe()
     if preset is not None:
@@ -35,6 +35,8 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
         if name not in TYPES:
             raise InvalidRecipe([Violation(name, "is not a field of a recipe")])
         if _is_enum(name):
+            if value not in list(TYPES[name]):
+                raise InvalidRecipe([Violation(name, f"must be one of {', '.join(TYPES[name])}, got {value!r}")])
             setattr(message, name, _numbers(name).Value(_prefix(name) + TYPES[name](value).name))
         elif name.endswith("_layers"):
             getattr(message, name).layers.extend(_layer_messages(value))

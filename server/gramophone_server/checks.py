@@ -27,13 +27,25 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
         recipe = recipe_from_message(spec.recipe)
     except InvalidRecipe as error:
         yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
-    else:
-        yield from _check_recipe(recipe, limits, layers)
-        yield from _check_start_image(spec, recipe.start)
+        recipe = _rest(spec.recipe, error.violations)
+    yield from _check_recipe(recipe, limits, layers)
+    yield from _check_start_image(spec, recipe.start)
     if spec.HasField("frames"):
         yield from _check_frames(spec.frames)
     yield from _check_format("spec.result_format", spec.result_format)
     yield from _check_quality("spec.result_quality", spec.result_quality)
+
+
+def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
+    """The recipe as if the fields that break its rules had not been set, so that the others are checked all the same."""
+    rest = pb.Recipe()
+    rest.CopyFrom(message)
+    for field, _ in violations:
+        rest.ClearField(field.partition("[")[0])
+    try:
+        return recipe_from_message(rest)
+    except InvalidRecipe:  # what is left does not go with the preset's values; the first answer will do
+        return Recipe()
 
 
 def check_result(work: StyleJob) -> Iterator[Violation]:
