@@ -35,7 +35,7 @@ def activations(vgg: Vgg, image: Tensor, pooling: Pooling, dtype: torch.dtype = 
     layers = {}
     for convolution in vgg.convolutions:
         if convolution.pooled:
-            x = F.max_pool2d(x, 2) if pooling is Pooling.MAX else 2 * F.avg_pool2d(x, 2)
+            x = F.max_pool2d(x, 2) if pooling is Pooling.MAX else 1.5 * F.avg_pool2d(x, 2)
         x = layers["conv" + convolution.name] = F.conv2d(
             x, convolution.weight.to(dtype), convolution.bias.to(dtype), padding=1
         )

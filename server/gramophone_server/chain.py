@@ -20,9 +20,10 @@ from gramophone_server.vgg import Convolution, Vgg
 
 __all__ = ["Chain", "Trace"]
 
-# Average pooling halves the spread of independent values, and the weights behind it were trained on maxima; twice the
-# average keeps activations at the size that they expect. divisor 2 for a sum of 4 is that factor.
-AVERAGE_DIVISOR = 2
+# The weights behind a pooling were trained on maxima, which are larger than averages: by 1.2, 1.6, 1.4 and 2.0 (root mean
+# square, the four poolings of the Oxford VGG-19 on three pictures). With this factor relu5_1 is 0.9 to 1.3 times the size
+# that it has with maxima; with 2, which is right for independent values, it would be 3 to 4 times.
+AVERAGE_GAIN = 1.5
 
 ONES = [1, 1]
 
@@ -165,13 +166,13 @@ class Chain:
     def _pool(x: Tensor, pooling: Pooling) -> Tensor:
         if pooling is Pooling.MAX:
             return ops.max_pool(x)
-        return F.avg_pool2d(x, 2, divisor_override=AVERAGE_DIVISOR)
+        return F.avg_pool2d(x, 2).mul_(AVERAGE_GAIN)
 
     @staticmethod
     def _unpool(grad: Tensor, features: Tensor, pooled: Tensor, pooling: Pooling, masked: bool) -> Tensor:
         if pooling is Pooling.MAX:
             return ops.max_pool_bwd(grad, features, pooled, masked)
         out: Tensor = torch.ops.aten.avg_pool2d_backward(
-            grad, features, [2, 2], [2, 2], [0, 0], False, True, AVERAGE_DIVISOR
+            grad * AVERAGE_GAIN, features, [2, 2], [2, 2], [0, 0], False, True, None
         )
         return out
