@@ -45,9 +45,11 @@ proto: install ## stubs from the proto
 gallery: install ## examples/gallery.jpg, the contact sheet of every preset
 	$(BIN)/python examples/gallery.py
 
-bench: install ## speed against the textbook loop, as in benchmarks/RESULTS.md
+bench: install ## the tables of benchmarks/RESULTS.md, in a quarter of an hour
 	$(BIN)/python -m benchmarks.iteration --sizes 256,512
 	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.jobs
+	$(BIN)/python -m benchmarks.recipe
 
 serve: install ## the server on its default port
 	$(BIN)/gramophone-server

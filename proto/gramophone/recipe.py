@@ -191,9 +191,8 @@ def _violations(recipe: Recipe) -> Iterable[Violation]:
 
 
 PRESETS: Mapping[str, Recipe] = {
-    # A good picture in the fewest iterations. At 256 px these 30 + 20s reach the objective (1.00 and 1.38 on two pairs of
-    # pictures) that Adam with averaging reaches in 60 + 60s (1.03 and 1.35): 47 evaluations' worth at the final size
-    # against 112.
+    # A good picture in the fewest iterations: with 47 evaluations' worth at 256 px it is past the objective that Adam with
+    # averaging reaches with 113 (benchmarks/RESULTS.md).
     "fast": Recipe(),
     # The best picture: the same, further down, and from a coarser beginning, so that the large shapes move too.
     "quality": Recipe(iterations=150, coarse_iterations=60, smallest_size=90),
