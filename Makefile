@@ -46,7 +46,7 @@ gallery: install ## examples/gallery.jpg, the contact sheet of every preset
 	$(BIN)/python examples/gallery.py
 
 bench: install ## the tables of benchmarks/RESULTS.md, in a quarter of an hour
-	$(BIN)/python -m benchmarks.iteration --sizes 256,512
+	$(BIN)/python -m benchmarks.iteration --sizes 256,512 --profile
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.jobs
 	$(BIN)/python -m benchmarks.recipe

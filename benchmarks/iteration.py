@@ -24,6 +24,7 @@ from gramophone_server.vgg import Vgg, load_vgg
 
 STYLE = {"1_1", "2_1", "3_1", "4_1", "5_1"}
 CONTENT = "4_2"
+PROFILED = 3  # steps
 
 
 def textbook(
@@ -71,10 +72,10 @@ def textbook(
     return step
 
 
-def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, repeats: int) -> Callable[[], object]:
-    """A step of the engine on the same images, as a call."""
+def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: int) -> Callable[[], object]:
+    """A step of the engine on the same images, as a call that can be made ``iterations`` times."""
     job = StyleJob(
-        recipe=Recipe(size=content.shape[3], smallest_size=0, iterations=repeats + 1),
+        recipe=Recipe(size=content.shape[3], smallest_size=0, iterations=iterations),
         content=(content[0] * 255).to(torch.uint8),
         styles=((style[0] * 255).to(torch.uint8),),
         style_weights=(1.0,),
@@ -84,26 +85,39 @@ def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, repeats: int)
     return Engine(vgg, torch.device("cpu"), precision).start([job]).advance
 
 
+def profiled(step: Callable[[], object]) -> list[Row]:
+    """The five ops that take most of the time of a step, each with its share of all of them."""
+    with torch.profiler.profile() as profile:
+        for _ in range(PROFILED):
+            step()
+    ops = sorted(profile.key_averages(), key=lambda op: op.self_cpu_time_total, reverse=True)
+    total = sum(op.self_cpu_time_total for op in ops)
+    return [{"op": op.key, "share": op.self_cpu_time_total / total} for op in ops[:5]]
+
+
 def main() -> None:
     """Runs the comparison and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--sizes", default="256,512", help="sides in pixels, with commas")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="also print which ops our iteration's time goes to")
     parser.add_argument("--json", help="where to write the rows")
     arguments = parser.parse_args()
 
     vgg = load_vgg("embedded")
     best = Engine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0).precision
+    iterations = 1 + arguments.repeats + PROFILED * arguments.profile  # the first warms up
     rows: list[Row] = []
+    shares: list[Row] = []
     for size in map(int, arguments.sizes.split(",")):
         generator = torch.Generator().manual_seed(size)
         content, style = (torch.rand(1, 3, size // 8, size // 8, generator=generator) for _ in range(2))
         content, style = (F.interpolate(x, (size, size), mode="bicubic").clamp(0, 1) for x in (content, style))
         first, last = torch.contiguous_format, torch.channels_last
         variants: dict[str, Callable[[], object]] = {
-            "ours": ours(vgg, content, style, best, arguments.repeats),
-            "ours_fp32": ours(vgg, content, style, "fp32", arguments.repeats),
+            "ours": ours(vgg, content, style, best, iterations),
+            "ours_fp32": ours(vgg, content, style, "fp32", iterations),
             "eager_fp32": textbook(vgg, content, style, torch.float32, first),
             "autograd_bf16": textbook(vgg, content, style, torch.bfloat16, last),
         }
@@ -112,7 +126,12 @@ def main() -> None:
             {"name": name, "size": size, "ms": ms, "ratio_vs_eager": ms / times["eager_fp32"]}
             for name, ms in times.items()
         ]
+        if arguments.profile:
+            for name in ("ours", "ours_fp32"):
+                shares += [{"name": name, "size": size, **row} for row in profiled(variants[name])]
     print_table(f"one iteration, ours in {best}\n{machine()}", rows)
+    if shares:
+        print_table("where its time goes", shares)
     write_json(arguments.json, rows)
 
 

@@ -23,7 +23,7 @@ from gramophone.recipe import Recipe, Start
 from gramophone_server import ops
 from gramophone_server.chain import Chain
 from gramophone_server.errors import OutOfDeviceMemory, StartupError
-from gramophone_server.job import SMALLEST_SIDE, Losses, Report, StyleJob, fit
+from gramophone_server.job import SMALLEST_SIDE, Losses, Report, StyleJob, fit, ran_out_of_memory
 from gramophone_server.objective import Objective
 from gramophone_server.optimisers import make_stepper
 from gramophone_server.vgg import Vgg, load_vgg
@@ -132,12 +132,10 @@ class EngineRun:
                 self._next_scale()
             for _ in range(min(iterations, self._left)):
                 self._iterate()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory() from error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # what torch says of the CPU's memory
+        except Exception as error:
+            if not ran_out_of_memory(error):
                 raise
-            raise self._out_of_memory() from error
+            raise OutOfDeviceMemory(*self._jobs[0].result_size) from error
         return self._reports()
 
     def picture(self, index: int) -> Tensor:
@@ -215,9 +213,6 @@ class EngineRun:
                 Report(self._done, self._iterations, width, height, losses, self._pixels, diverged_at or None)
             )
         return tuple(reports)
-
-    def _out_of_memory(self) -> OutOfDeviceMemory:
-        return OutOfDeviceMemory(*self._jobs[0].result_size)
 
 
 def _must_share(first: StyleJob, other: StyleJob) -> None:

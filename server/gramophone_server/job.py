@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from gramophone.recipe import Recipe
 
-__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Run", "Scale", "StyleJob", "fit"]
+__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Run", "Scale", "StyleJob", "fit", "ran_out_of_memory"]
 
 SMALLEST_SIDE = 16  # pixels: four poolings leave one activation for relu5_1
 
@@ -99,3 +100,9 @@ class Run(Protocol):
 
     def picture(self, index: int) -> Tensor:
         """The present picture of one job at the present scale: uint8 [height, width, 3], RGB, a copy on the CPU."""
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an exception is Python's, the device's or the CPU allocator's way to say that memory has ended."""
+    # torch's allocator for the CPU raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

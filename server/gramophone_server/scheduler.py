@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-import torch
-
 from gramophone_server.errors import (
     Diverged,
     EngineFailed,
@@ -29,7 +27,7 @@ from gramophone_server.errors import (
     QueueFull,
     ShuttingDown,
 )
-from gramophone_server.job import Run, StyleJob
+from gramophone_server.job import Run, StyleJob, ran_out_of_memory
 from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Mailbox, Progress
 
 __all__ = ["Engine", "FrameRule", "Job", "Place", "Scheduler"]
@@ -236,7 +234,7 @@ class Scheduler:
             except GramophoneError as error:
                 job.mailbox.fail(_bare(error))
             except Exception as error:
-                if _is_out_of_memory(error):
+                if ran_out_of_memory(error):
                     job.mailbox.fail(OutOfDeviceMemory(*job.work.result_size))
                 else:
                     log.exception("the engine failed")
@@ -300,8 +298,3 @@ def _bare(error: GramophoneError) -> GramophoneError:
     """The error without its traceback and causes, whose frames would keep a run's memory until the reader is gone."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator for the CPU raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
