@@ -1,0 +1,155 @@
+// A GPU on one CPU thread, so that the kernels' own source runs, and is checked, where there is no GPU.
+//
+// csrc/cuda/device.cuh includes this in place of CUDA's headers when GRAMOPHONE_EMULATED is defined. Every thread of a
+// block is a fiber; a fiber runs until it meets a barrier, a warp-wide instruction or its end. What that shows: wrong
+// indices, fragments, swizzles, sums, orders of arrival; and of missing barriers those that some order of warps brings
+// out (`order`). Shared memory starts as NaN, reaching beyond it through the functions below is an error, and
+// asynchronous copies land only when they are waited for. What it does not show: races between blocks at run time,
+// registers, speed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+using cudaStream_t = void*;
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+#define __ldg(pointer) (*(pointer))
+
+// Of the running fiber.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+
+// Runs `body` once per thread of every block. Throws std::runtime_error if a fiber called `fail` or if all are stuck.
+void run(const dim3& grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+
+// 0: blocks and warps in order; 1: in reverse; any other number seeds a shuffle of both.
+void order(uint64_t seed);
+
+unsigned char* shared_memory();
+size_t shared_bytes();
+void barrier();                                                   // __syncthreads
+void warp(void (*together)(void* (&lanes)[kLanes]), void* mine);  // waits for the warp; the last lane does it for all
+[[noreturn]] void fail(const std::string& why);
+void copy_async(void* shared, const void* global, int bytes);
+void commit();
+void wait(int groups_left);
+
+inline void require_shared(const void* p, size_t bytes) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (at < shared_memory() || at + bytes > shared_memory() + shared_bytes())
+    fail("an address outside of dynamic shared memory");
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("a misaligned address in shared memory");
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  emulator::barrier();
+}
+inline void __syncwarp() {
+  emulator::warp([](void*(&)[emulator::kLanes]) {}, nullptr);
+}
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  struct Lane {
+    T value;
+    int from;
+    T got;
+  } lane{value, from & 31, T{}};
+  emulator::warp(
+      [](void*(&lanes)[emulator::kLanes]) {
+        for (void* p : lanes) {
+          auto* to = static_cast<Lane*>(p);
+          to->got = static_cast<Lane*>(lanes[to->from])->value;
+        }
+      },
+      &lane);
+  return lane.got;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int with) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ with);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int by) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane + by < 32 ? lane + by : lane);
+}
+inline int __any_sync(unsigned, int predicate) {
+  struct Lane {
+    int predicate, any;
+  } lane{predicate, 0};
+  emulator::warp(
+      [](void*(&lanes)[emulator::kLanes]) {
+        int any = 0;
+        for (void* p : lanes) any |= static_cast<Lane*>(p)->predicate;
+        for (void* p : lanes) static_cast<Lane*>(p)->any = any != 0;
+      },
+      &lane);
+  return lane.any;
+}
+
+// Of one thread after another, so plain code is atomic.
+template <typename T>
+T atomicAdd(T* at, T by) {
+  const T before = *at;
+  *at += by;
+  return before;
+}
+template <typename T>
+T atomicOr(T* at, T with) {
+  const T before = *at;
+  *at |= with;
+  return before;
+}
+
+inline float __expf(float x) {
+  return std::exp(x);
+}
+inline float rsqrtf(float x) {
+  return 1 / std::sqrt(x);
+}
