@@ -1,9 +1,16 @@
-// Every op of the project, by schema. Contracts: checks.h. Kernels: cpu/. Fakes, gradients and docstrings: ops.py.
+// Every op of the project, by schema. Contracts: checks.h. Kernels: cpu/, cuda/. Fakes, gradients, docstrings: ops.py.
 #include <torch/library.h>
 
-TORCH_LIBRARY(gramophone, m) {
+// The tests build the CUDA kernels for the CPU (tests/emulator) and register them under a library name of their own.
+#ifndef GRAMOPHONE_LIBRARY
+#define GRAMOPHONE_LIBRARY gramophone
+#endif
+#define GRAMOPHONE_SCHEMAS(library, m) TORCH_LIBRARY(library, m)
+
+GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   const auto tags = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
 
+  // Gram matrices and the style term
   m.def("gram(Tensor features, float scale) -> Tensor", tags);
   m.def("gram_bwd(Tensor grad, Tensor features, float scale) -> Tensor", tags);
   m.def("style_loss(Tensor features, Tensor target, float weight, float scale) -> (Tensor loss, Tensor diff)", tags);
@@ -13,6 +20,34 @@ TORCH_LIBRARY(gramophone, m) {
       tags);
   m.def("style_bwd(Tensor features, Tensor diff, Tensor? grad_loss) -> Tensor", tags);
   m.def("style_bwd_(Tensor(a!) grad, Tensor features, Tensor? diff, bool relu_mask) -> ()", tags);
+
+  // The other terms
+  m.def("content_(Tensor(a!) grad, Tensor features, Tensor target, Tensor weight, bool relu_mask) -> Tensor", tags);
+  m.def("tv_(Tensor(a!) grad, Tensor image, Tensor weight) -> Tensor", tags);
+
+  // The network's line, where no library has it in one pass
   m.def("max_pool(Tensor features) -> Tensor", tags);
   m.def("max_pool_bwd(Tensor grad, Tensor features, Tensor pooled, bool relu_mask) -> Tensor", tags);
+  m.def("first_layer(Tensor image, Tensor weight, Tensor bias, float[] scale, float[] shift, int[] order) -> Tensor",
+        tags);
+  m.def("first_layer_bwd(Tensor grad, Tensor weight, float[] scale, int[] order) -> Tensor", tags);
+  m.def("bias_relu_(Tensor(a!) features, Tensor bias) -> ()", tags);
+  m.def("bias_relu_pool(Tensor features, Tensor bias) -> (Tensor pooled, Tensor codes)", tags);
+  m.def("pool_codes_bwd(Tensor grad, Tensor codes, int height, int width) -> Tensor", tags);
+
+  // The step
+  m.def("judge_(Tensor terms, Tensor grad, Tensor(a!) alive, Tensor(b!) diverged_at, Tensor(c!) count) -> ()", tags);
+  m.def(
+      "descent_(Tensor(a!) image, Tensor(b!) last_good, Tensor(c!)? mean, Tensor grad, Tensor step, Tensor alive,"
+      " float average, bool normalised) -> ()",
+      tags);
+  m.def(
+      "adam_(Tensor(a!) image, Tensor(b!) last_good, Tensor(c!)? mean, Tensor(d!) first, Tensor(e!) second,"
+      " Tensor grad, Tensor step, Tensor count, Tensor alive, float average) -> ()",
+      tags);
+  m.def(
+      "lbfgs_(Tensor(a!) image, Tensor(b!) last_good, Tensor(c!)? mean, Tensor(d!) history, Tensor(e!) before,"
+      " Tensor(f!) products, Tensor(g!) inverse, Tensor(h!) scale, Tensor(i!) seen, Tensor grad, Tensor step,"
+      " Tensor alive, float average) -> ()",
+      tags);
 }

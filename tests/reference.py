@@ -107,3 +107,12 @@ def gradient(
     values = torch.stack(list(terms(vgg, x, content, styles, recipe, dtype).values()))
     (grad,) = torch.autograd.grad(values.sum(), x)
     return values.detach(), grad
+
+
+def total_variation(image: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight * (mean of squared differences along x + along y), [B], and its gradient by autograd."""
+    x = image.double().clone().requires_grad_()
+    across, down = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+    loss = weight.double() * (across.square().mean((1, 2, 3)) + down.square().mean((1, 2, 3)))
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), grad

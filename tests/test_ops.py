@@ -18,6 +18,13 @@ from gramophone_server.errors import StartupError
 # features are, so only outputs that are themselves 16-bit show the type's own rounding.
 SUM_ERROR = 1e-5
 OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DIFFERENCE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}  # bfloat16 rounds by 2^-8
+GRADIENTS_OF = [  # the types of features and gradient
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.bfloat16),
+]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # 1x1 pixels and one channel; odd channels and ragged tiles; exactly one tile of 256 pixels and one more; several slices
@@ -47,6 +54,10 @@ def symmetric(batch: int, channels: int, seed: int = 1, dtype: torch.dtype = tor
     return half + half.mT
 
 
+def difference(batch: int, channels: int, features: torch.dtype) -> Tensor:
+    return symmetric(batch, channels).to(torch.float32 if features is torch.float32 else torch.bfloat16)
+
+
 def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
@@ -72,29 +83,34 @@ def test_style_fwd_matches_the_definition(shape: tuple[int, ...], dtype: torch.d
     weights = torch.rand(2, shape[0], generator=torch.Generator().manual_seed(2))
     losses, diffs = ops.style_fwd([features, other], targets, weights, [0.5, 2.0])
     for f, a, w, scale, loss, diff in zip([features, other], targets, weights, [0.5, 2.0], losses, diffs, strict=True):
-        difference = reference.gram(f, scale) - a.double()
-        assert error(loss, w.double() * difference.square().sum((1, 2))) < SUM_ERROR
-        assert error(diff, 4 * scale * w.double().view(-1, 1, 1) * difference) < SUM_ERROR
+        d = reference.gram(f, scale) - a.double()
+        assert error(loss, w.double() * d.square().sum((1, 2))) < SUM_ERROR
+        assert error(diff, 4 * scale * w.double().view(-1, 1, 1) * d) < DIFFERENCE_ERROR[dtype]
+        assert diff.dtype == difference(1, 1, dtype).dtype
 
 
-@types
+@pytest.mark.parametrize("dtype, grad_type", GRADIENTS_OF, ids=str)
 @layouts
 @shapes
 @pytest.mark.parametrize("relu_mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("size", [1.0, 1e-9, None], ids=["diff of 1", "diff of 1e-9", "no diff"])
 def test_style_bwd_matches_the_definition(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, relu_mask: bool, size: float | None
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    grad_type: torch.dtype,
+    layout: str,
+    relu_mask: bool,
+    size: float | None,
 ) -> None:
     features = relu_features(shape, dtype, layout)
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(grad_type)
     grad = grad.contiguous(memory_format=LAYOUTS[layout])
-    if size == 1e-9 and dtype is not torch.float16:
+    if size == 1e-9 and grad_type is not torch.float16:
         grad.zero_()  # so that a difference that was lost on the way would show
-    diff = None if size is None else size * symmetric(*shape[:2])
+    diff = None if size is None else size * difference(*shape[:2], dtype)
     expected = reference.style_bwd(grad, features, diff, relu_mask)
     ops.style_bwd_(grad, features, diff, relu_mask)
-    # float16 and bfloat16 round twice: the difference before the product, the sum after it.
-    assert error(grad, expected) < 2 * OUTPUT_ERROR[dtype]
+    assert error(grad, expected) < OUTPUT_ERROR[grad_type]
 
 
 @types
@@ -148,7 +164,7 @@ def test_jobs_of_a_batch_do_not_mix() -> None:
     other = relu_features((1, 16, 20, 30), torch.bfloat16, "channels_last", seed=9) * 1000
     both = torch.cat([other, alone]).contiguous(memory_format=torch.channels_last)
     assert torch.equal(ops.gram(both, 1.0)[1:], ops.gram(alone, 1.0))
-    diff = symmetric(2, 16)
+    diff = difference(2, 16, torch.bfloat16)
     grad, grad_alone = torch.zeros_like(both), torch.zeros_like(alone)
     ops.style_bwd_(grad, both, diff, True)
     ops.style_bwd_(grad_alone, alone, diff[1:], True)
@@ -164,7 +180,7 @@ def test_nan_is_not_hidden(dtype: torch.dtype, layout: str) -> None:
     losses, diffs = ops.style_fwd([features], [symmetric(1, 4)], torch.ones(1, 1), [1.0])
     assert losses.isnan().all() and diffs[0][0, 2].isnan().all()
     grad = torch.zeros_like(features)
-    ops.style_bwd_(grad, features, symmetric(1, 4), True)
+    ops.style_bwd_(grad, features, difference(1, 4, dtype), True)
     assert grad[0, 2, 3, 3].isnan()
     pooled = ops.max_pool(features)
     assert pooled[0, 2, 1, 1].isnan() and pooled.isnan().sum() == 1
@@ -229,6 +245,8 @@ def test_registration(layout: str, requires_grad: bool) -> None:
         (gramophone.style_bwd, (f, a, torch.rand(2))),
         (gramophone.style_bwd_, (torch.rand_like(f), f, a, True)),
         (gramophone.style_bwd_, (torch.rand_like(f), f, None, True)),
+        (gramophone.style_fwd, ([f.half()], [a], weights, [0.5])),
+        (gramophone.style_bwd_, (torch.rand_like(f).bfloat16(), f.half(), a.bfloat16(), True)),
         (gramophone.max_pool_bwd, (pooled, f, pooled, True)),
     ]
     for op, arguments in cases:
@@ -272,6 +290,14 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ops.style_bwd_(F4.half(), F4, A3, True),
         r"style_bwd_: grad must be Float .* like features, got Half",
     ),
+    "grad type of float16": (
+        lambda: ops.style_bwd_(F4.clone(), F4.half(), A3.bfloat16(), True),
+        r"style_bwd_: grad must be Half or BFloat16 .* for features of Half, got Float",
+    ),
+    "diff type": (
+        lambda: ops.style_bwd_(F4.half(), F4.half(), A3, True),
+        r"style_bwd_: diff must be BFloat16 for features of Half, got Float",
+    ),
     "diff shape": (lambda: ops.style_bwd_(F4.clone(), F4, A3[:, :2], True), r"style_bwd_: diff must be \[2, 3, 3\]"),
     "pool of one row": (
         lambda: ops.max_pool(torch.ones(1, 1, 1, 4)),
@@ -291,10 +317,14 @@ def test_refusal_says_what_was_expected_and_what_came(case: str) -> None:
         call()
 
 
-def test_build_info_and_missing_kernels() -> None:
+def test_build_info_and_missing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     info = ops.build_info()
-    assert info["compiler"] and info["cuda"] is None and info["cuda_architectures"] == []
+    assert info["compiler"]
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
     assert set(info["cpu_features"]) <= {"avx2", "avx512f", "avx512_bf16"}
     ops.require_kernels("cpu")
-    with pytest.raises(StartupError, match=r"no CUDA kernel for gram.*--device cpu"):
+    if info["cuda"] is not None:
         ops.require_kernels("cuda")
+    monkeypatch.setattr(ops, "OPS", ("gram", "first_layer"))
+    with pytest.raises(StartupError, match=r"no CPU kernel for first_layer; .*--device cpu"):
+        ops.require_kernels("cpu")

@@ -111,14 +111,14 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
   return at::bmm(both, matrix_of(features).to(both.scalar_type())).view(features.sizes()).to(features.options());
 }
 
-// loss[b] = w[b] * sum (G - A)^2 and the difference that style_bwd takes: dloss/dF = diff F with diff = 4 w scale (G -
-// A).
+// loss[b] = w[b] * sum (G - A)^2 and the difference that style_bwd takes: dloss/dF = diff F with diff =
+// 4 w scale (G - A).
 std::tuple<at::Tensor, at::Tensor> compare(const at::Tensor& features, const at::Tensor& target,
                                            const at::Tensor& weight, double scale) {
   at::Tensor difference = gram_unchecked(features, scale).sub_(target);
   at::Tensor loss = difference.square().sum({1, 2}).mul_(weight);
   difference.mul_((weight * (4 * scale)).view({-1, 1, 1}));
-  return {std::move(loss), std::move(difference)};
+  return {std::move(loss), difference.to(difference_type(features))};
 }
 
 std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, double weight,

@@ -30,10 +30,10 @@ GRAMOPHONE_INLINE void pool_row(const T* top, const T* bottom, int64_t right, in
   }
 }
 
-template <typename T>
-GRAMOPHONE_INLINE void spread_row(const T* __restrict grad, const T* __restrict pooled, const T* __restrict top,
+template <typename G, typename T>
+GRAMOPHONE_INLINE void spread_row(const G* __restrict grad, const T* __restrict pooled, const T* __restrict top,
                                   const T* __restrict bottom, int64_t right, int64_t step, int64_t n, bool mask,
-                                  T* __restrict to_top, T* __restrict to_bottom) {
+                                  G* __restrict to_top, G* __restrict to_bottom) {
   for (int64_t i = 0; i < n; ++i) {
     const auto best = load(pooled[i]);
     const auto value = mask && best <= 0 ? 0 : load(grad[i]);  // the maximum of a ReLU's output is 0: all are masked
@@ -51,20 +51,27 @@ GRAMOPHONE_INLINE void spread_row(const T* __restrict grad, const T* __restrict 
 }
 
 // Two calls each with a constant step, so that the channels_last loop has unit stride for the compiler.
-#define GRAMOPHONE_LOOPS(T)                                                                                       \
-  GRAMOPHONE_VECTORISED void pool(const T* top, const T* bottom, int64_t right, bool last, int64_t n, T* out) {   \
-    last ? pool_row(top, bottom, right, 1, n, out) : pool_row(top, bottom, 1, 2, n, out);                         \
-  }                                                                                                               \
-  GRAMOPHONE_VECTORISED void spread(const T* grad, const T* pooled, const T* top, const T* bottom, int64_t right, \
-                                    bool last, int64_t n, bool mask, T* to_top, T* to_bottom) {                   \
+#define GRAMOPHONE_POOL(T)                                                                                      \
+  GRAMOPHONE_VECTORISED void pool(const T* top, const T* bottom, int64_t right, bool last, int64_t n, T* out) { \
+    last ? pool_row(top, bottom, right, 1, n, out) : pool_row(top, bottom, 1, 2, n, out);                       \
+  }
+#define GRAMOPHONE_SPREAD(G, T)                                                                                   \
+  GRAMOPHONE_VECTORISED void spread(const G* grad, const T* pooled, const T* top, const T* bottom, int64_t right, \
+                                    bool last, int64_t n, bool mask, G* to_top, G* to_bottom) {                   \
     last ? spread_row(grad, pooled, top, bottom, right, 1, n, mask, to_top, to_bottom)                            \
          : spread_row(grad, pooled, top, bottom, 1, 2, n, mask, to_top, to_bottom);                               \
   }
-GRAMOPHONE_LOOPS(float)
-GRAMOPHONE_LOOPS(double)
-GRAMOPHONE_LOOPS(at::Half)
-GRAMOPHONE_LOOPS(at::BFloat16)
-#undef GRAMOPHONE_LOOPS
+GRAMOPHONE_POOL(float)
+GRAMOPHONE_POOL(double)
+GRAMOPHONE_POOL(at::Half)
+GRAMOPHONE_POOL(at::BFloat16)
+GRAMOPHONE_SPREAD(float, float)
+GRAMOPHONE_SPREAD(double, double)
+GRAMOPHONE_SPREAD(at::Half, at::Half)
+GRAMOPHONE_SPREAD(at::BFloat16, at::BFloat16)
+GRAMOPHONE_SPREAD(at::BFloat16, at::Half)
+#undef GRAMOPHONE_POOL
+#undef GRAMOPHONE_SPREAD
 
 struct Windows {
   int64_t planes, height, width, channels;  // channels_last: a plane is a job; else a channel of a job, with channels 1
@@ -108,12 +115,13 @@ void pool_all(const at::Tensor& features, const at::Tensor& pooled) {
   });
 }
 
-template <typename T>
+template <typename G, typename T>
 void spread_all(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& pooled, bool mask,
                 const at::Tensor& out) {
   const Windows w = windows_of(features);
-  const T *g = grad.const_data_ptr<T>(), *f = features.const_data_ptr<T>(), *p = pooled.const_data_ptr<T>();
-  T* to = out.mutable_data_ptr<T>();
+  const T *f = features.const_data_ptr<T>(), *p = pooled.const_data_ptr<T>();
+  const G* g = grad.const_data_ptr<G>();
+  G* to = out.mutable_data_ptr<G>();
   const int64_t down = w.width * w.channels;
   for_each_row(w, [&](int64_t i, int64_t o, int64_t n) {
     spread(g + o, p + o, f + i, f + i + down, w.channels, w.channels_last, n, mask, to + i, to + i + down);
@@ -156,9 +164,13 @@ at::Tensor max_pool_bwd(const at::Tensor& any_grad, const at::Tensor& any, const
   const at::Tensor features = dense(any);
   const Layout layout = layout_of(features);
   const at::Tensor grad = dense_as(any_grad, layout), pooled = dense_as(any_pooled, layout);
-  at::Tensor out = at::empty_like(features);
+  at::Tensor out = at::empty_like(features, grad.scalar_type());
   if (features.size(2) % 2 || features.size(3) % 2) out.zero_();  // the odd row or column is in no window
-#define CALL(T) spread_all<T>(grad, features, pooled, relu_mask, out)
+  if (grad.scalar_type() != features.scalar_type()) {
+    spread_all<at::BFloat16, at::Half>(grad, features, pooled, relu_mask, out);
+    return out;
+  }
+#define CALL(T) spread_all<T, T>(grad, features, pooled, relu_mask, out)
   GRAMOPHONE_DISPATCH(features.scalar_type(), CALL)
 #undef CALL
   return out;

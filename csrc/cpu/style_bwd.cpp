@@ -5,14 +5,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -22,61 +19,42 @@ namespace gramophone {
 namespace {
 
 // "not <= 0" instead of "> 0", so that NaN in F is not hidden by the mask.
-template <typename T>
-GRAMOPHONE_INLINE void add_and_mask(T* grad, const T* features, const float* product, float factor, int64_t n,
-                                    bool mask) {
+template <typename G, typename T>
+GRAMOPHONE_INLINE void add_and_mask(G* grad, const T* features, const float* product, int64_t n, bool mask) {
   if (mask) {
-    for (int64_t i = 0; i < n; ++i) store(load(features[i]) <= 0 ? 0.0f : load(grad[i]) + factor * product[i], grad[i]);
+    for (int64_t i = 0; i < n; ++i) store(load(features[i]) <= 0 ? 0.0f : load(grad[i]) + product[i], grad[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) store(load(grad[i]) + factor * product[i], grad[i]);
+    for (int64_t i = 0; i < n; ++i) store(load(grad[i]) + product[i], grad[i]);
   }
 }
 
-template <typename T>
-GRAMOPHONE_INLINE void mask_only(T* grad, const T* features, int64_t n) {
+template <typename G, typename T>
+GRAMOPHONE_INLINE void mask_only(G* grad, const T* features, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(load(features[i]) <= 0 ? 0.0f : load(grad[i]), grad[i]);
 }
 
-#define GRAMOPHONE_LOOPS(T)                                                                                   \
-  GRAMOPHONE_VECTORISED void add_rows(T* g, const T* f, const float* p, float factor, int64_t n, bool mask) { \
-    add_and_mask(g, f, p, factor, n, mask);                                                                   \
-  }                                                                                                           \
-  GRAMOPHONE_VECTORISED void mask_rows(T* g, const T* f, int64_t n) {                                         \
-    mask_only(g, f, n);                                                                                       \
+#define GRAMOPHONE_LOOPS(G, T)                                                                  \
+  GRAMOPHONE_VECTORISED void add_rows(G* g, const T* f, const float* p, int64_t n, bool mask) { \
+    add_and_mask(g, f, p, n, mask);                                                             \
+  }                                                                                             \
+  GRAMOPHONE_VECTORISED void mask_rows(G* g, const T* f, int64_t n) {                           \
+    mask_only(g, f, n);                                                                         \
   }
-GRAMOPHONE_LOOPS(float)
-GRAMOPHONE_LOOPS(at::Half)
-GRAMOPHONE_LOOPS(at::BFloat16)
+GRAMOPHONE_LOOPS(float, float)
+GRAMOPHONE_LOOPS(at::Half, at::Half)
+GRAMOPHONE_LOOPS(at::BFloat16, at::Half)
+GRAMOPHONE_LOOPS(at::BFloat16, at::BFloat16)
 #undef GRAMOPHONE_LOOPS
 
-// The differences in the type of the product. In 16 bits each job's is divided by a power of two that brings its
-// largest entry to about 1, whatever the weights are, and multiplied back in float32.
-struct Scaled {
-  at::Tensor matrices;  // [B, C, C]
-  at::Tensor factors;   // float [B, 1, 1]
-};
-
-Scaled scaled(const at::Tensor& diff, at::ScalarType type) {
-  at::Tensor factors = at::ones({diff.size(0), 1, 1}, diff.options());
-  if (type == at::kFloat) return {diff.contiguous(), std::move(factors)};
-  const at::Tensor largest = diff.abs().amax({1, 2}).contiguous();
-  const float* top = largest.const_data_ptr<float>();
-  float* factor = factors.mutable_data_ptr<float>();
-  for (const auto b : c10::irange(diff.size(0)))
-    if (std::isfinite(top[b]) && top[b] > 0) factor[b] = std::exp2(std::floor(std::log2(top[b])));
-  at::Tensor matrices = (diff / factors).to(type).contiguous();
-  return {std::move(matrices), std::move(factors)};
-}
-
-template <typename T, typename P>
+// G, T and P: the types of the gradient, of the features and of what is multiplied.
+template <typename G, typename T, typename P>
 void add_style(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& diff, bool mask) {
   const Layout layout = layout_of(features);
   const int64_t c = layout.channels, tiles = (layout.pixels + kTilePixels - 1) / kTilePixels;
-  const Scaled d = scaled(diff, c10::CppTypeToScalarType<P>::value);
+  const at::Tensor matrices = diff.to(c10::CppTypeToScalarType<P>::value).contiguous();
   const T* f_data = features.const_data_ptr<T>();
-  const P* d_data = d.matrices.const_data_ptr<P>();
-  const float* factors = d.factors.const_data_ptr<float>();
-  T* g_data = grad.mutable_data_ptr<T>();
+  const P* d_data = matrices.const_data_ptr<P>();
+  G* g_data = grad.mutable_data_ptr<G>();
 
   at::parallel_for(0, layout.batch * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> product(c * kTilePixels);
@@ -86,42 +64,41 @@ void add_style(const at::Tensor& grad, const at::Tensor& features, const at::Ten
       const int64_t pixels = std::min(kTilePixels, layout.pixels - start);
       const int64_t at = job * c * layout.pixels + (layout.channels_last ? start * c : start);
       const T* f = f_data + at;
-      T* g = g_data + at;
+      G* g = g_data + at;
       const Operand<P> matrix{d_data + job * c * c, c};
       if (layout.channels_last) {  // [pixels, C] = F [pixels, C] D [C, C]; D is symmetric
         multiply<P>(pixels, c, c, as_is(f, c, pixels, c, scratch.data()), matrix, product.data(), c, false);
-        add_rows(g, f, product.data(), factors[job], pixels * c, mask);
+        add_rows(g, f, product.data(), pixels * c, mask);
       } else {  // [C, pixels] = D [C, C] F [C, pixels]
         multiply<P>(c, pixels, c, matrix, as_is(f, layout.pixels, c, pixels, scratch.data()), product.data(), pixels,
                     false);
         for (int64_t row = 0; row < c; ++row)
-          add_rows(g + row * layout.pixels, f + row * layout.pixels, product.data() + row * pixels, factors[job],
-                   pixels, mask);
+          add_rows(g + row * layout.pixels, f + row * layout.pixels, product.data() + row * pixels, pixels, mask);
       }
     }
     multiplied();
   });
 }
 
-template <typename T>
+template <typename G, typename T>
 void mask_relu(const at::Tensor& grad, const at::Tensor& features) {
   const T* f = features.const_data_ptr<T>();
-  T* g = grad.mutable_data_ptr<T>();
+  G* g = grad.mutable_data_ptr<G>();
   at::parallel_for(0, features.numel(), 1 << 15,
                    [&](int64_t begin, int64_t end) { mask_rows(g + begin, f + begin, end - begin); });
 }
 
-template <typename T, typename P>
+template <typename G, typename T, typename P>
 void update(const at::Tensor& grad, const at::Tensor& features, const std::optional<at::Tensor>& diff, bool mask) {
   if (diff) {
-    add_style<T, P>(grad, features, *diff, mask);
+    add_style<G, T, P>(grad, features, *diff, mask);
   } else if (mask) {
-    mask_relu<T>(grad, features);
+    mask_relu<G, T>(grad, features);
   }
 }
 
 void style_bwd_(const at::Tensor& grad, const at::Tensor& any, const std::optional<at::Tensor>& diff, bool relu_mask) {
-  check_style_bwd(grad, any, diff);
+  check_style_bwd_(grad, any, diff);
   if (any.scalar_type() == at::kDouble) {  // checks of gradients only
     const at::Tensor sum = diff ? grad + at::bmm(*diff, any.flatten(2)).view(any.sizes()) : grad;
     grad.copy_(relu_mask ? at::where(any <= 0, at::zeros_like(sum), sum) : sum);
@@ -131,25 +108,25 @@ void style_bwd_(const at::Tensor& grad, const at::Tensor& any, const std::option
   const Layout layout = layout_of(features);
   const at::Tensor work = dense_as(grad, layout);  // grad itself when both have one layout, as in the engine
   if (features.scalar_type() == at::kFloat) {
-    update<float, float>(work, features, diff, relu_mask);
+    update<float, float, float>(work, features, diff, relu_mask);
+  } else if (grad.scalar_type() == at::kHalf) {
+    update<at::Half, at::Half, float>(work, features, diff, relu_mask);
   } else if (features.scalar_type() == at::kHalf) {
-    update<at::Half, float>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::Half, float>(work, features, diff, relu_mask);
   } else if (has_amx()) {
-    update<at::BFloat16, at::BFloat16>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::BFloat16, at::BFloat16>(work, features, diff, relu_mask);
   } else {
-    update<at::BFloat16, float>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::BFloat16, float>(work, features, diff, relu_mask);
   }
   if (!work.is_same(grad)) grad.copy_(work);
 }
 
 // dF = grad_loss[b] * D F, in the layout of F. For autograd.
 at::Tensor style_bwd(const at::Tensor& features, const at::Tensor& diff, const std::optional<at::Tensor>& grad_loss) {
-  check_features("style_bwd", features);
-  check_square("style_bwd", "diff", diff, features);
-  TORCH_CHECK(!grad_loss || (grad_loss->dim() == 1 && grad_loss->size(0) == features.size(0)),
-              "style_bwd: grad_loss must be [B] = [", features.size(0), "], got ", grad_loss->sizes());
+  check_style_bwd(features, diff, grad_loss);
   at::Tensor grad = at::zeros_like(features);
-  style_bwd_(grad, features, grad_loss ? diff * grad_loss->view({-1, 1, 1}) : diff, /*relu_mask=*/false);
+  const at::Tensor by = grad_loss ? (diff * grad_loss->view({-1, 1, 1})).to(diff.scalar_type()) : diff;
+  style_bwd_(grad, features, by, /*relu_mask=*/false);
   return grad;
 }
 

@@ -1,9 +1,13 @@
-"""The project's torch operators, one function per op of csrc/ops.cpp: docstring, fake kernel, gradient.
+"""The project's torch operators, one function per op of csrc/ops.cpp, with its contract.
 
 Features are [B, C, H, W] activations, contiguous or channels_last, of float32, float16 or bfloat16 (float64 for checks of
-gradients). Sums, losses, targets and differences are float32 (float64 for float64). Jobs of a batch never mix. A Gram
-matrix, a target and a difference are symmetric [B, C, C]; symmetry is taken for granted. Arguments that break a contract
-raise RuntimeError with a sentence that names the op, the contract and what came.
+gradients). Sums, losses and targets are float32 (float64 for float64). A gradient has the type of its features, or
+bfloat16 where they are float16: its range needs no loss scale. A difference is float32 too, but bfloat16 for 16-bit
+features: it has float32's range, and its rounding is far below what the gradient of 16-bit features resolves. Jobs of a
+batch never mix. A Gram matrix, a target and a difference are symmetric [B, C, C]; symmetry is taken for granted. Arguments
+that break a contract raise RuntimeError with a sentence that names the op, the contract and what came.
+
+Images are float32 [B, 3, H, W], contiguous, RGB in [0, 1]; what has one entry per job is [B].
 """
 
 from collections.abc import Sequence
@@ -12,21 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramophone_server import _C
+from gramophone_server import (
+    _C,
+    op_rules,  # noqa: F401 - tells torch their shapes and gradients
+)
 from gramophone_server.errors import StartupError
 
 __all__ = [
+    "adam_",
+    "bias_relu_",
+    "bias_relu_pool",
     "build_info",
+    "content_",
+    "descent_",
+    "first_layer",
+    "first_layer_bwd",
     "gram",
+    "judge_",
+    "lbfgs_",
     "max_pool",
     "max_pool_bwd",
+    "pool_codes_bwd",
     "require_kernels",
     "style_bwd_",
     "style_fwd",
     "style_loss",
+    "tv_",
 ]
 
-OPS = ("gram", "gram_bwd", "style_loss", "style_fwd", "style_bwd", "style_bwd_", "max_pool", "max_pool_bwd")
+OPS = (
+    *("gram", "gram_bwd", "style_loss", "style_fwd", "style_bwd", "style_bwd_", "content_", "tv_"),
+    *("max_pool", "max_pool_bwd"),
+    *("judge_", "descent_", "adam_", "lbfgs_"),
+)
+# What oneDNN has in its convolutions on a CPU.
+CUDA_OPS = ("first_layer", "first_layer_bwd", "bias_relu_", "bias_relu_pool", "pool_codes_bwd")
 
 
 def build_info() -> dict[str, Any]:
@@ -37,7 +61,8 @@ def build_info() -> dict[str, Any]:
 def require_kernels(device_type: str) -> None:
     """Raises `StartupError` unless every op has a kernel for "cpu" or "cuda"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    missing = [op for op in OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gramophone::{op}", key)]
+    wanted = OPS + (CUDA_OPS if key == "CUDA" else ())
+    missing = [op for op in wanted if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gramophone::{op}", key)]
     if missing:
         raise StartupError(
             f"this build of gramophone has no {key} kernel for {', '.join(missing)}; run the server with --device cpu, "
@@ -94,108 +119,138 @@ def max_pool_bwd(grad: Tensor, features: Tensor, pooled: Tensor, relu_mask: bool
     return torch.ops.gramophone.max_pool_bwd.default(grad, features, pooled, relu_mask)
 
 
-def _sum_type(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
+def content_(grad: Tensor, features: Tensor, target: Tensor, weight: Tensor, relu_mask: bool) -> Tensor:
+    """Content term of one layer: returns its loss [B] = weight * sum (F - T)^2, float32, and adds its gradient, in place:
+    grad <- grad + 2 * weight * (F - T), and 0 where F <= 0 if ``relu_mask``, as in `style_bwd_`.
+
+    ``features`` and ``target`` T are of one type and layout, ``weight`` is float32 [B].
+    """
+    return torch.ops.gramophone.content_.default(grad, features, target, weight, relu_mask)
 
 
-def _new_square(features: Tensor) -> Tensor:
-    b, c = features.shape[:2]
-    return features.new_empty(b, c, c, dtype=_sum_type(features))
+def tv_(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """Total variation: returns weight * (mean of squared differences along x + the same along y), [B], and adds its
+    gradient to ``grad``, float32 like ``image``, in place. H and W are at least 2."""
+    return torch.ops.gramophone.tv_.default(grad, image, weight)
 
 
-@torch.library.register_fake("gramophone::gram")
-def _(features: Tensor, scale: float) -> Tensor:
-    return _new_square(features)
+def first_layer(
+    image: Tensor, weight: Tensor, bias: Tensor, scale: Sequence[float], shift: Sequence[float], order: Sequence[int]
+) -> Tensor:
+    """relu(conv1_1(x)) with x[c] = image[order[c]] * scale[c] + shift[c], in one pass; zero padding of x, not of image.
+
+    ``weight`` is float16 or bfloat16 [64, 32]: column 3 * (3 * dy + dx) + c of the 3x3 kernels, and 5 columns of zeros.
+    ``bias`` is float32 [64]. Returns [B, 64, H, W] in the weight's type, channels_last. CUDA only.
+    """
+    return torch.ops.gramophone.first_layer.default(image, weight, bias, list(scale), list(shift), list(order))
 
 
-@torch.library.register_fake("gramophone::gram_bwd")
-def _(grad: Tensor, features: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(features)
+def first_layer_bwd(grad: Tensor, weight: Tensor, scale: Sequence[float], order: Sequence[int]) -> Tensor:
+    """The gradient of the image, float32 [B, 3, H, W], from that of conv1_1's output, [B, 64, H, W] in 16 bits and
+    channels_last. ``weight`` as in `first_layer`, in the type of ``grad``. CUDA only."""
+    return torch.ops.gramophone.first_layer_bwd.default(grad, weight, list(scale), list(order))
 
 
-@torch.library.register_fake("gramophone::style_loss")
-def _(features: Tensor, target: Tensor, weight: float, scale: float) -> tuple[Tensor, Tensor]:
-    return target.new_empty(features.shape[0]), _new_square(features)
+def bias_relu_(features: Tensor, bias: Tensor) -> None:
+    """features <- max(features + bias, 0), in place; NaN stays NaN. ``features`` [B, C, H, W] in 16 bits, channels_last,
+    C a multiple of 8; ``bias`` float32 [C]. CUDA only."""
+    torch.ops.gramophone.bias_relu_.default(features, bias)
 
 
-@torch.library.register_fake("gramophone::style_fwd")
-def _(
-    features: list[Tensor], targets: list[Tensor], weights: Tensor, scales: list[float]
-) -> tuple[Tensor, list[Tensor]]:
-    return torch.empty_like(weights), [_new_square(f) for f in features]
+def bias_relu_pool(features: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """max_pool(relu(features + bias)) in one pass, and per pooled value a code of one byte, for `pool_codes_bwd`: bits 0
+    and 1 say which of the four pixels it is (row by row, ties to the first), bit 2 that it is above 0 (or NaN).
+
+    Arguments as in `bias_relu_`, H and W at least 2. Both results are [B, C, H // 2, W // 2], channels_last. CUDA only.
+    """
+    return torch.ops.gramophone.bias_relu_pool.default(features, bias)
 
 
-@torch.library.register_fake("gramophone::style_bwd")
-def _(features: Tensor, diff: Tensor, grad_loss: Tensor | None) -> Tensor:
-    return torch.empty_like(features)
+def pool_codes_bwd(grad: Tensor, codes: Tensor, height: int, width: int) -> Tensor:
+    """The gradient of a convolution's output from ``grad``, that of the pooled values, through pooling and ReLU.
+
+    ``codes`` come from `bias_relu_pool`, ``height`` and ``width`` are its input's. Returns [B, C, height, width] like grad,
+    channels_last. CUDA only.
+    """
+    return torch.ops.gramophone.pool_codes_bwd.default(grad, codes, height, width)
 
 
-@torch.library.register_fake("gramophone::style_bwd_")
-def _(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> None:
-    return None
+def judge_(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
+    """Counts an evaluation and stops the jobs whose objective or gradient is not finite, in place and per job.
+
+    ``terms`` [T, B] and ``grad`` [B, 3, H, W] are float32. ``count`` int64 [B] goes up by one. Where an alive job has a
+    value that is not finite, ``alive`` (bool [B]) becomes False and ``diverged_at`` (int64 [B]) the new count.
+    """
+    torch.ops.gramophone.judge_.default(terms, grad, alive, diverged_at, count)
 
 
-@torch.library.register_fake("gramophone::max_pool")
-def _(features: Tensor) -> Tensor:
-    b, c, h, w = features.shape
-    layout = (
-        torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+def descent_(
+    image: Tensor,
+    last_good: Tensor,
+    mean: Tensor | None,
+    grad: Tensor,
+    step: Tensor,
+    alive: Tensor,
+    average: float,
+    normalised: bool,
+) -> None:
+    """A step of gradient descent, in place: image <- image - step * grad, or step * grad / rms(grad) if ``normalised``.
+
+    What all steps share: the result is clamped to [0, 1]. A job that is not ``alive`` gets its ``last_good`` image
+    instead; of one that is, ``last_good`` becomes the image before the step. ``mean``, if there is one, becomes
+    average * mean + (1 - average) * image with the new image. Images, grad and mean are float32 [B, 3, H, W] and
+    contiguous, ``step`` float32 [B], ``alive`` bool [B].
+    """
+    torch.ops.gramophone.descent_.default(image, last_good, mean, grad, step, alive, average, normalised)
+
+
+def adam_(
+    image: Tensor,
+    last_good: Tensor,
+    mean: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    count: Tensor,
+    alive: Tensor,
+    average: float,
+) -> None:
+    """A step of Adam, in place, with the constants and the formula of `optimisers.Adam`; the rest as in `descent_`.
+
+    ``first`` and ``second`` are the running moments of the gradient, ``count`` int64 [B] the number of gradients that each
+    job has seen, this one included.
+    """
+    torch.ops.gramophone.adam_.default(image, last_good, mean, first, second, grad, step, count, alive, average)
+
+
+def lbfgs_(
+    image: Tensor,
+    last_good: Tensor,
+    mean: Tensor | None,
+    history: Tensor,
+    before: Tensor,
+    products: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    seen: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    alive: Tensor,
+    average: float,
+) -> None:
+    """A step of L-BFGS, in place, with the constants and the decisions of `optimisers.LBFGS`; the rest as in `descent_`.
+
+    The memory of the last P = 10 pairs; all of it zeros at first:
+
+    - ``history`` float32 [2, P, B, 3, H, W]: s, the differences of pictures, and y, those of their gradients, in a ring:
+      pair number i is in slot i % P.
+    - ``before`` [B, 3, H, W]: the gradient before. The picture that it was of is ``last_good``.
+    - ``products`` float64 [B, 2 P + 1, 2 P + 1]: dot products of s by slot, y by slot and the gradient.
+    - ``inverse`` float64 [B, P]: 1 / s.y, or 0 for a pair that is left out. ``scale`` float64 [B]: s.y / y.y of the
+      newest pair that is not.
+    - ``seen`` int64 [2, B]: pairs, and gradients since ``before`` was last forgotten; the first of these forms no pair.
+    """
+    torch.ops.gramophone.lbfgs_.default(
+        image, last_good, mean, history, before, products, inverse, scale, seen, grad, step, alive, average
     )
-    return features.new_empty(b, c, h // 2, w // 2).contiguous(memory_format=layout)
-
-
-@torch.library.register_fake("gramophone::max_pool_bwd")
-def _(grad: Tensor, features: Tensor, pooled: Tensor, relu_mask: bool) -> Tensor:
-    return torch.empty_like(features)
-
-
-def _keep_gram(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    features, ctx.scale = inputs
-    ctx.save_for_backward(features)
-
-
-def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (features,) = ctx.saved_tensors
-    return torch.ops.gramophone.gram_bwd.default(grad, features, ctx.scale), None
-
-
-def _keep_style_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, diff = output
-    ctx.mark_non_differentiable(diff)
-    ctx.save_for_backward(inputs[0], diff)
-
-
-def _style_loss_backward(ctx: Any, grad_loss: Tensor, grad_diff: Tensor) -> tuple[Tensor, None, None, None]:
-    features, diff = ctx.saved_tensors
-    return torch.ops.gramophone.style_bwd.default(features, diff, grad_loss.contiguous()), None, None, None
-
-
-def _keep_style_fwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    features, *_ = inputs
-    _, diffs = output
-    ctx.layers = len(features)
-    ctx.save_for_backward(*features, *diffs)
-
-
-def _style_fwd_backward(ctx: Any, grad_losses: Tensor, grad_diffs: Any) -> tuple[Any, Any, None, None]:
-    features, diffs = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
-    grads = [
-        torch.ops.gramophone.style_bwd.default(f, d, g.contiguous())
-        for f, d, g in zip(features, diffs, grad_losses, strict=True)
-    ]
-    return grads, [None] * ctx.layers, None, None
-
-
-def _max_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
-    features, pooled = ctx.saved_tensors
-    return torch.ops.gramophone.max_pool_bwd.default(grad, features, pooled, False)
-
-
-def _keep_max_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[0], output)
-
-
-torch.library.register_autograd("gramophone::gram", _gram_backward, setup_context=_keep_gram)
-torch.library.register_autograd("gramophone::style_loss", _style_loss_backward, setup_context=_keep_style_loss)
-torch.library.register_autograd("gramophone::style_fwd", _style_fwd_backward, setup_context=_keep_style_fwd)
-torch.library.register_autograd("gramophone::max_pool", _max_pool_backward, setup_context=_keep_max_pool)

@@ -1,0 +1,188 @@
+// content_, tv_: a term of the objective and its gradient in one pass over the maps.
+//
+// Sums do not depend on the run, the batch or the device: a job is cut into blocks by its size alone, each block writes
+// its sum, and a second, small kernel adds them up by index. That is as many launches as one kernel in which the last
+// block adds up, whose counters would have to be cleared before each run, and needs no fence.
+#include "device.cuh"
+#include "line.h"
+
+namespace gramophone {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kAtOnce = 2;               // groups of 16 bytes per map that a thread has in flight
+constexpr int64_t kContentBlock = 8192;  // values
+constexpr int64_t kTvBlock = 4 * kThreads;
+
+template <typename T, int kValues>
+struct alignas(sizeof(T) * kValues) Values {
+  T at[kValues];
+};
+
+// As in device.cuh, with float64 left as it is, for checks of gradients.
+template <typename S, typename T>
+GRAMOPHONE_DEVICE S number(T x) {
+  return to_float(x);
+}
+template <>
+GRAMOPHONE_DEVICE double number<double>(double x) {
+  return x;
+}
+template <typename T>
+GRAMOPHONE_DEVICE void put(T& to, float x) {
+  to = from_float<T>(x);
+}
+GRAMOPHONE_DEVICE void put(double& to, double x) {
+  to = x;
+}
+
+// The sum over the block, for thread 0.
+template <typename S>
+GRAMOPHONE_DEVICE S total(S x) {
+  __shared__ S of_warps[kThreads / kWarp];
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) x += __shfl_xor_sync(kAllLanes, x, by);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  S sum = 0;
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarp; ++i) sum += of_warps[i];
+  return sum;
+}
+
+// Job of this block, and which of the job's blocks it is.
+struct Place {
+  int64_t job, block;
+};
+GRAMOPHONE_DEVICE Place place(int64_t blocks) {
+  return {blockIdx.x / blocks, blockIdx.x % blocks};
+}
+
+template <typename G, typename T, typename S, int kValues>
+__global__ void __launch_bounds__(kThreads)
+    content_kernel(Values<G, kValues>* __restrict__ grad, const Values<T, kValues>* __restrict__ features,
+                   const Values<T, kValues>* __restrict__ target, const S* __restrict__ weight, int64_t groups,
+                   int64_t blocks, bool mask, S* __restrict__ partials) {
+  constexpr int kGroups = kContentBlock / kValues;  // of a block
+  const Place at = place(blocks);
+  const int64_t start = at.job * groups, first = at.block * kGroups;
+  const int count = static_cast<int>(groups - first < kGroups ? groups - first : kGroups);
+  const S twice = 2 * weight[at.job];
+  grad += start + first, features += start + first, target += start + first;
+  S sum = 0;
+  for (int from = threadIdx.x; from < count; from += kAtOnce * kThreads) {
+    Values<G, kValues> g[kAtOnce];
+    Values<T, kValues> f[kAtOnce], t[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = from + k * kThreads;
+      if (i < count) f[k] = features[i], t[k] = target[i], g[k] = grad[i];
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = from + k * kThreads;
+      if (i >= count) break;
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+        const S value = number<S>(f[k].at[j]), difference = value - number<S>(t[k].at[j]);
+        sum += difference * difference;
+        const S updated = number<S>(g[k].at[j]) + twice * difference;
+        put(g[k].at[j], mask && value <= 0 ? S(0) : updated);  // "not <= 0", so that a NaN is not hidden
+      }
+      grad[i] = g[k];
+    }
+  }
+  sum = total(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// A thread per pixel and colour; what its neighbours share with it comes from the cache.
+__global__ void __launch_bounds__(kThreads)
+    tv_kernel(float* __restrict__ grad, const float* __restrict__ image, const float* __restrict__ weight, int height,
+              int width, int64_t blocks, float* __restrict__ partials) {
+  const Place at = place(blocks);
+  const unsigned pixels = static_cast<unsigned>(height) * width, count = 3 * pixels;
+  const float per_x = 1 / (3.0f * height * (width - 1)), per_y = 1 / (3.0f * (height - 1) * width);
+  const float twice = 2 * weight[at.job];
+  grad += at.job * count, image += at.job * count;
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kTvBlock / kThreads; ++k) {
+    const unsigned i = static_cast<unsigned>(at.block * kTvBlock) + k * kThreads + threadIdx.x;
+    if (i >= count) break;
+    const unsigned x = i % width, y = i % pixels / width;
+    const float here = image[i];
+    const float left = x > 0 ? here - image[i - 1] : 0, right = x + 1 < width ? image[i + 1] - here : 0;
+    const float up = y > 0 ? here - image[i - width] : 0, down = y + 1 < height ? image[i + width] - here : 0;
+    sum += per_x * right * right + per_y * down * down;
+    grad[i] += twice * (per_x * (left - right) + per_y * (up - down));
+  }
+  sum = total(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// loss[b] = weight[b] * the sum of the job's partials; a block per job.
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    loss_kernel(const S* __restrict__ partials, const S* __restrict__ weight, int64_t blocks, S* __restrict__ loss) {
+  S sum = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
+  sum = total(sum);
+  if (threadIdx.x == 0) loss[blockIdx.x] = weight[blockIdx.x] * sum;
+}
+
+template <int kValues, typename G, typename T, typename S>
+void content(G* grad, const T* features, const T* target, const S* weight, int64_t batch, int64_t elements,
+             bool relu_mask, S* partials, cudaStream_t stream) {
+  const int64_t blocks = content_blocks(elements);
+  launch("content_", content_kernel<G, T, S, kValues>, dim3(static_cast<unsigned>(batch * blocks)), kThreads, 0, stream,
+         reinterpret_cast<Values<G, kValues>*>(grad), reinterpret_cast<const Values<T, kValues>*>(features),
+         reinterpret_cast<const Values<T, kValues>*>(target), weight, elements / kValues, blocks, relu_mask, partials);
+}
+
+template <typename S>
+void sum_up(const char* name, const S* partials, const S* weight, int64_t batch, int64_t blocks, S* loss,
+            cudaStream_t stream) {
+  launch(name, loss_kernel<S>, dim3(static_cast<unsigned>(batch)), kThreads, 0, stream, partials, weight, blocks, loss);
+}
+
+}  // namespace
+
+int64_t content_blocks(int64_t elements) {
+  return ceil_div(elements, kContentBlock);
+}
+
+template <typename G, typename T, typename S>
+void launch_content(G* grad, const T* features, const T* target, const S* weight, int64_t batch, int64_t elements,
+                    bool relu_mask, S* partials, S* loss, cudaStream_t stream) {
+  static_assert(sizeof(G) == sizeof(T), "a gradient is as wide as its features");
+  constexpr int kWide = 16 / sizeof(T);
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  if (elements % kWide == 0 && aligned(grad) && aligned(features) && aligned(target))
+    content<kWide>(grad, features, target, weight, batch, elements, relu_mask, partials, stream);
+  else
+    content<1>(grad, features, target, weight, batch, elements, relu_mask, partials, stream);
+  sum_up("content_", partials, weight, batch, content_blocks(elements), loss, stream);
+}
+
+int64_t tv_blocks(int height, int width) {
+  return ceil_div(int64_t{3} * height * width, kTvBlock);
+}
+
+void launch_tv(float* grad, const float* image, const float* weight, int64_t batch, int height, int width,
+               float* partials, float* loss, cudaStream_t stream) {
+  const int64_t blocks = tv_blocks(height, width);
+  launch("tv_", tv_kernel, dim3(static_cast<unsigned>(batch * blocks)), kThreads, 0, stream, grad, image, weight,
+         height, width, blocks, partials);
+  sum_up("tv_", partials, weight, batch, blocks, loss, stream);
+}
+
+#define GRAMOPHONE_CONTENT(G, T, S) \
+  template void launch_content(G*, const T*, const T*, const S*, int64_t, int64_t, bool, S*, S*, cudaStream_t);
+GRAMOPHONE_CONTENT(float, float, float)
+GRAMOPHONE_CONTENT(double, double, double)
+GRAMOPHONE_CONTENT(Fp16, Fp16, float)
+GRAMOPHONE_CONTENT(Bf16, Bf16, float)
+GRAMOPHONE_CONTENT(Bf16, Fp16, float)
+
+}  // namespace gramophone
