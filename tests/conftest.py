@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.engine import Engine
 from gramophone_server.job import StyleJob
+from gramophone_server.precision import MODES
 from gramophone_server.vgg import BACKBONES, Convolution, Preprocessing, Vgg
 
 TINY_CHANNELS = (4, 6, 8, 8, 8)
@@ -19,13 +20,13 @@ TINY_CHANNELS = (4, 6, 8, 8, 8)
 torch.set_num_threads(1)  # for kernels this small a team of threads is slower, and much slower on a busy machine
 
 
-def make_tiny_vgg(seed: int = 0) -> Vgg:
-    """VGG-19's 16 convolutions with 4 to 8 channels, He-initialised."""
+def make_tiny_vgg(seed: int = 0, widths: Sequence[int] = TINY_CHANNELS) -> Vgg:
+    """VGG-19's 16 convolutions with 4 to 8 channels, or other ``widths``, He-initialised."""
     generator = torch.Generator().manual_seed(seed)
     convolutions, channels = [], 3
     for block, count in enumerate(BACKBONES["vgg19"], 1):
         for number in range(1, count + 1):
-            out = TINY_CHANNELS[block - 1]
+            out = widths[block - 1]
             weight = torch.randn(out, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
             bias = torch.randn(out, generator=generator) * 0.1
             convolutions.append(Convolution(f"{block}_{number}", weight, bias, block > 1 and number == 1))
@@ -41,7 +42,7 @@ def tiny_vgg() -> Vgg:
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_vgg: Vgg) -> Engine:
-    return Engine(tiny_vgg, torch.device("cpu"), "fp32")
+    return Engine(tiny_vgg, torch.device("cpu"), MODES["fp32"])
 
 
 def make_picture(seed: int, height: int = 40, width: int = 48) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class FakeEngine:
         self.iterations = 0  # of all jobs
         self.taken_at: list[float] = []  # times of the pictures, on the monotonic clock
         self.thread = ""  # that iterated
+        self.closed = 0  # runs
 
     def start(self, jobs: Sequence[StyleJob]) -> FakeRun:
         self.jobs.extend(jobs)
@@ -69,6 +70,13 @@ class FakeRun:
         losses = Losses(content={"relu4_2": 1.0 / n}, style={"relu1_1": 2.0 / n}, tv=0.5)
         pixels_left = sum(w * h for w, h in self.sizes[self.done :])
         return (Report(self.done, len(self.sizes), width, height, losses, pixels_left, diverged_at),)
+
+    def snapshot(self, index: int) -> Callable[[], Tensor]:
+        picture = self.picture(index)
+        return lambda: picture
+
+    def close(self) -> None:
+        self.engine.closed += 1
 
     def picture(self, index: int) -> Tensor:
         self.engine.taken_at.append(time.monotonic())

@@ -18,8 +18,9 @@ from conftest import make_job, make_tiny_vgg
 
 from gramophone.recipe import Optimiser
 from gramophone_server.engine import Engine
+from gramophone_server.precision import MODES
 
-engine = Engine(make_tiny_vgg(), torch.device("cpu"), "fp32")
+engine = Engine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"])
 losses = {}
 for optimiser in Optimiser:
     run = engine.start([make_job.__wrapped__()(optimiser=optimiser)])

@@ -9,15 +9,16 @@ from conftest import make_picture
 from torch import Tensor
 
 from gramophone.recipe import LayerWeight, Normalisation, Pooling, Recipe
-from gramophone_server.chain import Chain, can_pack
+from gramophone_server.chain import Chain
 from gramophone_server.objective import Objective
+from gramophone_server.precision import MODES
 from gramophone_server.vgg import Vgg
 
 CPU = torch.device("cpu")
 
-# Relative error of the gradient against autograd: for float32 in float64, for bfloat16 with the same activations in
-# bfloat16, since which of four rounded values is the maximum is not a matter of the gradient.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+# Relative error of the gradient against autograd: for fp32 in float64, for the others with the same activations in 16 bits,
+# since which of four rounded values is the maximum is not a matter of the gradient.
+TOLERANCES = {"fp32": 2e-5, "bf16": 0.03, "fp16": 0.012}
 
 LAYERS = {
     "default": {},
@@ -48,24 +49,31 @@ def as_image(picture: Tensor) -> Tensor:
     return picture[None].float() / 255
 
 
+def aimed(chain: Chain, recipes: list[Recipe], contents: Tensor, styles: list[list[tuple[Tensor, float]]]) -> Objective:
+    objective = Objective(chain, recipes[0], contents.shape[0], *contents.shape[2:])
+    objective.aim(recipes, contents, styles)
+    return objective
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", ["onednn", "library"])
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("layers", LAYERS)
-def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, dtype: torch.dtype, pooling: Pooling, packed: bool) -> None:
+def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, precision: str, pooling: Pooling, form: str) -> None:
     recipe = Recipe(pooling=pooling, **LAYERS[layers])
+    if (precision, form) == ("fp16", "onednn"):
+        pytest.skip("oneDNN packs float16 on few CPUs, and the server does not offer it")
     image, content, style = (as_image(make_picture(seed, 37, 50)) for seed in (5, 1, 2))
-    chain = Chain(tiny_vgg, CPU, dtype, packed=packed)
-    objective = Objective(chain, [recipe], content, [[(style, 1.0)]])
-    got = objective.evaluate(image)
-    same = torch.float64 if dtype is torch.float32 else dtype
+    chain = Chain(tiny_vgg, CPU, MODES[precision], form=form)
+    got = aimed(chain, [recipe], content, [[(style, 1.0)]]).evaluate(image)
+    same = torch.float64 if precision == "fp32" else chain.precision.forward
     terms, grad = reference.gradient(tiny_vgg, image, content, [(style, 1.0)], recipe, same)
-    assert relative(got.grad, grad) < TOLERANCES[dtype]
-    torch.testing.assert_close(got.terms[:, 0].double(), terms, rtol=TOLERANCES[dtype], atol=1e-5)
+    assert relative(got.grad, grad) < TOLERANCES[precision]
+    torch.testing.assert_close(got.terms[:, 0].double(), terms, rtol=TOLERANCES[precision], atol=1e-5)
 
 
 @pytest.mark.parametrize("normalisation", Normalisation)
@@ -73,7 +81,7 @@ def test_every_normalisation_with_two_styles_of_other_sizes(tiny_vgg: Vgg, norma
     recipe = Recipe(normalisation=normalisation, alpha=0.7, beta=5.0, tv_weight=2.0)
     image, content = as_image(make_picture(5)), as_image(make_picture(1))
     styles = [(as_image(make_picture(2, 33, 64)), 1.0), (as_image(make_picture(3, 70, 20)), 3.0)]
-    got = Objective(Chain(tiny_vgg, CPU, torch.float32), [recipe], content, [styles]).evaluate(image)
+    got = aimed(Chain(tiny_vgg, CPU, MODES["fp32"]), [recipe], content, [styles]).evaluate(image)
     terms, grad = reference.gradient(tiny_vgg, image, content, styles, recipe)
     torch.testing.assert_close(got.terms[:, 0].double(), terms, rtol=1e-4, atol=0)
     assert relative(got.grad, grad) < 1e-4
@@ -84,16 +92,16 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_vgg: Vgg) -> None:
     contents = torch.cat([as_image(make_picture(seed)) for seed in (1, 2)])
     images = torch.cat([as_image(make_picture(seed)) for seed in (3, 4)])
     styles = [[(as_image(make_picture(5)), 1.0)], [(as_image(make_picture(6, 30, 30)), 1.0)]]
-    chain = Chain(tiny_vgg, CPU, torch.float32)
-    together = Objective(chain, recipes, contents, styles).evaluate(images)
+    chain = Chain(tiny_vgg, CPU, MODES["fp32"])
+    together = aimed(chain, recipes, contents, styles).evaluate(images)
     for i in range(2):
-        alone = Objective(chain, recipes[i : i + 1], contents[i : i + 1], styles[i : i + 1]).evaluate(images[i : i + 1])
+        alone = aimed(chain, recipes[i : i + 1], contents[i : i + 1], styles[i : i + 1]).evaluate(images[i : i + 1])
         torch.testing.assert_close(together.terms[:, i : i + 1], alone.terms, rtol=1e-5, atol=0)
         torch.testing.assert_close(together.grad[i : i + 1], alone.grad, rtol=1e-4, atol=1e-9)
 
 
 def test_the_way_there_stops_at_the_deepest_layer_asked_for(tiny_vgg: Vgg) -> None:
-    chain = Chain(tiny_vgg, CPU, torch.float32)
+    chain = Chain(tiny_vgg, CPU, MODES["fp32"])
     trace = chain.forward(as_image(make_picture(1)), {"relu2_1", "conv1_2"}, Pooling.MAX)
     assert list(trace.after) == ["1_1", "1_2", "2_1"]
     assert list(trace.before) == ["1_2"]
@@ -102,12 +110,7 @@ def test_the_way_there_stops_at_the_deepest_layer_asked_for(tiny_vgg: Vgg) -> No
         torch.testing.assert_close(trace[layer].double(), layers[layer], rtol=1e-4, atol=1e-5)
 
 
-def test_this_machine_packs_what_torch_can_pack() -> None:
-    assert can_pack(CPU) is torch.backends.mkldnn.is_available()
-    assert can_pack(torch.device("meta")) is False
-
-
 def test_smallest_picture(tiny_vgg: Vgg) -> None:
-    chain = Chain(tiny_vgg, CPU, torch.float32)
+    chain = Chain(tiny_vgg, CPU, MODES["fp32"])
     image = as_image(make_picture(1, 16, 16))
     assert chain.forward(image, {"relu5_1"}, Pooling.MAX)["relu5_1"].shape == (1, 8, 1, 1)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import types
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from email.message import Message
 from email.parser import Parser
@@ -25,6 +25,7 @@ from google.protobuf import descriptor_pb2
 import gramophone
 import gramophone_client
 import gramophone_server
+from gate import TARGETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, variable
 
@@ -211,9 +212,113 @@ def test_the_client_alone_can_be_imported(client_wheel: Path, tmp_path: Path) ->
 
 
 def test_the_installed_version_is_the_change_logs() -> None:
-    top = re.search(r"^## \[([^\]]+)\]", read("CHANGELOG.md"), re.MULTILINE)
+    top = re.search(r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.MULTILINE)  # below what is not released yet
     assert top is not None
     assert importlib.metadata.version("gramophone") == top[1], "touch setup.py, and `make install` installs it again"
+
+
+# With CUDA or without -------------------------------------------------------------------------------------------------
+
+NVCC = """#!/bin/sh
+case $1 in
+  --dryrun) echo '#$ TOP=/opt/cuda/bin/..' >&2 ;;
+  --version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+  --list-gpu-arch) printf 'compute_%s\\n' 75 80 86 89 90 100 103 ;;
+esac
+"""
+Configure = Callable[..., subprocess.CompletedProcess[str]]
+# As much of torch as setup.py asks, which tells what it was asked for.
+TORCH = """
+import os, sys, types
+from setuptools import Extension
+__version__, version = "2.99", types.SimpleNamespace(cuda=os.environ.get("OF_TORCH"))
+here = [tuple(map(int, one.split("."))) for one in os.environ.get("HERE", "").split()]
+cuda = types.SimpleNamespace(device_count=lambda: len(here), get_device_capability=here.__getitem__)
+def extension(kind):
+    def make(name, sources, **rest):
+        print(kind, os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ.get("CUDA_HOME"), len(rest["extra_compile_args"]))
+        return Extension(name, sources, include_dirs=rest.get("include_dirs"))
+    return make
+sys.modules["torch.utils"] = types.ModuleType("torch.utils")
+helper = sys.modules["torch.utils.cpp_extension"] = types.ModuleType("torch.utils.cpp_extension")
+helper.CppExtension, helper.CUDAExtension, helper.BuildExtension = extension("cpp"), extension("cuda"), object
+"""
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """What `setup.py --version` says on a machine with a toolkit, or without, and a torch of some CUDA, or none."""
+    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(NVCC)
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+
+    def run(toolkit: bool, **settings: str) -> subprocess.CompletedProcess[str]:
+        ours = {"PYTHONPATH": str(tmp_path), "CUDA_HOME": str(tmp_path if toolkit else tmp_path / "none")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("GRAMOPHONE_", "TORCH_"))}
+        command = [sys.executable, "setup.py", "--version"]
+        return subprocess.run(
+            command, cwd=ROOT, env=env | ours | settings, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "settings", "reason"),
+    [
+        (True, {"GRAMOPHONE_CUDA": "yes"}, "GRAMOPHONE_CUDA is auto, 0 or 1, not 'yes'"),
+        (False, {"GRAMOPHONE_CUDA": "1", "OF_TORCH": "13.0"}, "there is no nvcc; install"),
+        (True, {"GRAMOPHONE_CUDA": "1"}, "torch 2.99 is not a CUDA build; install"),
+        (True, {"GRAMOPHONE_CUDA": "1", "OF_TORCH": "12.8"}, "nvcc is of CUDA 13.0 and torch of CUDA 12.8; make"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_refused(
+    configure: Configure, toolkit: bool, settings: dict[str, str], reason: str
+) -> None:
+    ran = configure(toolkit, **settings)
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()  # one sentence, no traceback
+    assert line.startswith("setup.py: GRAMOPHONE_CUDA") and reason in line
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "settings", "reason"),
+    [(False, {"OF_TORCH": "13.0"}, "no nvcc"), (True, {}, "not a CUDA build"), (True, {"OF_TORCH": "12.8"}, "12.8")],
+)
+def test_cuda_that_cannot_be_built_is_left_out(
+    configure: Configure, toolkit: bool, settings: dict[str, str], reason: str
+) -> None:
+    ran = configure(toolkit, **settings)
+    assert ran.returncode == 0 and ran.stdout.startswith("cpp ")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("setup.py: the ops are built for the CPU alone: ") and reason in line
+
+
+def test_cuda_that_is_not_wanted_is_left_out(configure: Configure) -> None:
+    ran = configure(True, OF_TORCH="13.0", GRAMOPHONE_CUDA="0")
+    assert ran.stdout.startswith("cpp ") and not ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "architectures"),
+    [
+        ({}, "7.5;8.0;8.6;8.9;9.0+PTX"),
+        ({"HERE": "9.0 8.6 9.0"}, "8.6;9.0"),  # this machine's own
+        ({"HERE": "7.0"}, "7.5;8.0;8.6;8.9;9.0+PTX"),  # this compiler does not know it
+        ({"HERE": "9.0", "TORCH_CUDA_ARCH_LIST": "8.0 8.6+PTX"}, "8.0;8.6+PTX"),
+    ],
+)
+def test_cuda_is_built_for_the_devices_of_this_machine_or_for_all(
+    configure: Configure, settings: dict[str, str], architectures: str
+) -> None:
+    ran = configure(True, OF_TORCH="13.0", **settings)
+    assert ran.stdout.splitlines()[0] == f"cuda {architectures} /opt/cuda 2", ran.stderr
+
+
+def test_the_gate_compiles_for_the_same_targets(configure: Configure) -> None:
+    _, architectures, *_ = configure(True, OF_TORCH="13.0").stdout.split()
+    assert re.sub(r"\.|\+PTX", "", architectures).split(";") == list(TARGETS)
 
 
 # What the pages say ---------------------------------------------------------------------------------------------------
@@ -253,14 +358,14 @@ def test_make_help_lists_the_verbs() -> None:
     assert phony is not None
     assert set(phony[1].split()) == told.keys()
     helped = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
-    assert dict(re.findall(r"^ +make (\w+) +(.+)$", helped.stdout, re.MULTILINE)) == told
+    assert dict(re.findall(r"^ +make ([\w-]+) +(.+)$", helped.stdout, re.MULTILINE)) == told
 
 
 @pytest.mark.parametrize("page", ["Dockerfile", ".ci/run", "README.md", "deploy/README.md"])
 def test_pages_name_verbs_that_exist(page: str) -> None:
     verbs = re.findall(r"^([\w-]+):.*?## ", read("Makefile"), re.MULTILINE)
     # At the start of a line, in backticks, or in a RUN line of the Dockerfile: elsewhere "make" is a word.
-    named = re.findall(r"(?:^ *|`|^RUN (?:--\S+ )*)make ([a-z]+)", read(page), re.MULTILINE)
+    named = re.findall(r"(?:^ *|`|^RUN (?:--\S+ )*)make ([a-z-]+)", read(page), re.MULTILINE)
     assert set(named) <= set(verbs)
 
 

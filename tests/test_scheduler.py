@@ -65,7 +65,7 @@ async def test_a_job_is_accepted_reported_and_finished():
     assert events[0][1] == Accepted(position=0)
     finished = events[-1][1]
     assert isinstance(finished, Finished)
-    assert (finished.iterations, finished.picture.shape) == (6, (32, 64, 3))
+    assert (finished.iterations, finished.picture().shape) == (6, (32, 64, 3))
     assert finished.losses.total == pytest.approx(1 / 6 + 2 / 6 + 0.5)
     assert finished.elapsed_s > 0
     assert all(isinstance(event, Progress) for _, event in events[1:-1])
@@ -198,7 +198,7 @@ async def test_frames_come_at_their_iterations_and_no_more_often_than_their_inte
         frames = [event async for _, event in job.events() if isinstance(event, Frame)]
     assert len(frames) >= 2
     assert all(frame.iteration % 7 == 0 for frame in frames)
-    assert all(int(frame.picture[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
+    assert all(int(frame.picture()[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
     *taken_at, _result = engine.taken_at
     assert all(
         b - a > 0.05 for a, b in itertools.pairwise(taken_at)
@@ -215,15 +215,15 @@ async def test_no_frames_unless_asked_for():
 async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_stale(monkeypatch):
     mailbox = Mailbox(asyncio.get_running_loop())
     picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
-    mailbox.offer_frame(1, lambda: picture)
+    mailbox.offer_frame(1, lambda: lambda: picture)
     mailbox.offer_frame(2, lambda: pytest.fail("there is no room"))
     mailbox.offer_frame(3, lambda: pytest.fail("there is no room"))
     monkeypatch.setattr("gramophone_server.mailbox.STALE_S", 0.0)
-    mailbox.offer_frame(4, lambda: picture)
+    mailbox.offer_frame(4, lambda: lambda: picture)
     reader = mailbox.events()
     number, frame = await anext(reader)
     assert (number, frame.iteration, frame.dropped) == (2, 4, 3)
-    mailbox.offer_frame(5, lambda: picture)
+    mailbox.offer_frame(5, lambda: lambda: picture)
     number, frame = await anext(reader)
     assert (number, frame.iteration, frame.dropped) == (3, 5, 0)
 
@@ -245,7 +245,7 @@ async def test_a_diverged_job_sends_its_last_good_picture_first():
             async for _, event in job.events():
                 events.append(event)
         assert isinstance(events[-1], Frame)
-        assert events[-1].iteration == 2 == int(events[-1].picture[0, 0, 0])
+        assert events[-1].iteration == 2 == int(events[-1].picture()[0, 0, 0])
 
 
 @pytest.mark.parametrize(

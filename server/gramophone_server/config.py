@@ -61,6 +61,7 @@ class Settings(Limits):
     precision: str = _setting("auto", "precision of the network", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     weights: str = _setting("embedded", "embedded, imagenet, or the path of a .pth or .safetensors file")
     backbone: str = _setting("vgg19", "the network", choices=("vgg19", "vgg16"))
+    launch_each: bool = _setting(False, "on a GPU, launch every kernel of an iteration instead of replaying a graph")
     threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
     reflection: bool = _setting(False, "let clients ask for the description of the service")
     drain_s: float = _setting(30.0, "seconds that jobs may go on after SIGTERM or SIGINT", allowed=Range(0, 3600))

@@ -11,29 +11,35 @@ One thread owns an engine and its runs. Nothing here knows of requests, queues o
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramophone.recipe import Recipe, Start
+from gramophone.recipe import Recipe, Start, Violation
 from gramophone_server import ops
 from gramophone_server.chain import Chain
-from gramophone_server.errors import OutOfDeviceMemory, StartupError
+from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory, StartupError
 from gramophone_server.job import SMALLEST_SIDE, Losses, Report, StyleJob, fit, ran_out_of_memory
-from gramophone_server.objective import Objective
-from gramophone_server.optimisers import make_stepper
+from gramophone_server.memory import bytes_needed
+from gramophone_server.precision import Precision, choose
+from gramophone_server.snapshots import Snapshots
+from gramophone_server.stage import Stage, Stages
 from gramophone_server.vgg import Vgg, load_vgg
 
 __all__ = ["Engine", "EngineRun", "cpu_name"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+log = logging.getLogger(__name__)
 
 # Of the noise around mid-grey. White noise over the whole range takes hundreds of plain steps to be forgotten.
 NOISE_SPREAD = 0.05
+
+# cuDNN and torch count the elements of a tensor in 32 bits in places, and the widest activations are 64 per pixel.
+MOST_ELEMENTS_CUDA = 2**31 - 1
 
 # What jobs of one batch must have in common; the rest are tensors with an entry per job.
 SHARED = (
@@ -51,38 +57,68 @@ SHARED = (
 class Engine:
     """A network on a device in one precision."""
 
-    def __init__(self, vgg: Vgg, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, vgg: Vgg, device: torch.device, precision: Precision, *, graphs: bool | None = None, note: str = ""
+    ) -> None:
+        """``graphs``: replay captured iterations; as a rule on a GPU, and only there. ``note`` goes with the device's
+        name, such as the reason why it is not another one."""
         ops.require_kernels(device.type)
         self.device = device
-        self.precision = precision
+        self.precision = precision.name
         self.backbone = vgg.backbone
         self.weights_source = vgg.source
         self.layers = vgg.layers
-        self.chain = Chain(vgg, device, DTYPES[precision])
+        self.chain = Chain(vgg, device, precision)
+        self.stages = Stages(self.chain, graphs=device.type == "cuda" if graphs is None else graphs)
+        self.snapshots = Snapshots(device)
+        self._widest = vgg.convolutions[0].weight.shape[0]  # activations per pixel; every pooling quarters the pixels
+        self._vgg = vgg
+        self._note = note
 
     @classmethod
-    def load(cls, *, device: str, precision: str, weights: str, backbone: str, threads: int) -> Engine:
+    def load(
+        cls, *, device: str, precision: str, weights: str, backbone: str, threads: int, graphs: bool = True
+    ) -> Engine:
         """Reads the weights and prepares the network.
 
         ``device``: "auto", "cpu" or "cuda". ``precision``: "auto", "fp32", "bf16", "tf32" or "fp16". ``weights`` and
-        ``backbone``: see `load_vgg`. ``threads``: of the CPU's kernels, 0 for all cores. Raises `StartupError`.
+        ``backbone``: see `load_vgg`. ``threads``: of the CPU's kernels, 0 for all cores. ``graphs``: on a GPU, replay
+        captured iterations instead of launching every kernel. Raises `StartupError`.
         """
         if threads:
             torch.set_num_threads(threads)
-        chosen = _device(device)
-        return cls(load_vgg(weights, backbone), chosen, _precision(precision, chosen))
+        chosen, note = _device(device)
+        mode = choose(precision, chosen)
+        return cls(load_vgg(weights, backbone), chosen, mode, graphs=graphs and chosen.type == "cuda", note=note)
 
     @property
     def device_name(self) -> str:
         """For people: "cpu (AMD EPYC, 2 threads)"."""
-        return f"cpu ({cpu_name()}, {torch.get_num_threads()} threads)"
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            about = f"{torch.cuda.get_device_name(self.device)}, compute capability {major}.{minor}"
+        else:
+            about = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        return f"{self.device.type} ({about}{'; ' if self._note else ''}{self._note})"
 
     def start(self, jobs: Sequence[StyleJob]) -> EngineRun:
         """A run of ``jobs`` as one batch: same result size, same scales, same structure of recipe.
 
-        Raises `ValueError` if they do not fit together.
+        Raises `ValueError` if they do not fit together, and `InvalidRequest` if the GPU's libraries could not count
+        their activations.
         """
+        width, height = jobs[0].result_size
+        most = MOST_ELEMENTS_CUDA // (self._widest * len(jobs))
+        if self.device.type == "cuda" and width * height > most:
+            size = f"makes a {width}x{height} picture, of which the GPU's libraries take at most {most} pixels"
+            raise InvalidRequest([Violation("spec.recipe.size", f"{size}; give a smaller one")])
         return EngineRun(self, jobs)
+
+    def bytes_needed(self, job: StyleJob, jobs: int) -> int:
+        """Bytes on the device that ``jobs`` such jobs as one batch take at their largest scale, without the network."""
+        width, height = job.result_size
+        form = "cudnn" if self.chain.form == "cudnn" else "library"
+        return bytes_needed(self._vgg, job.recipe, height, width, jobs, self.chain.precision, form)
 
     def warm_up(self) -> None:
         """Two iterations of a small job, so that kernels are compiled and memory is mapped before the first caller."""
@@ -93,6 +129,8 @@ class Engine:
         )
         while not run.finished:
             run.advance()
+        run.picture(0)
+        run.close()
 
 
 class EngineRun:
@@ -111,14 +149,7 @@ class EngineRun:
         self._done = 0
         self._at = -1  # index of the present scale
         self._left = 0  # iterations left at it
-        self._step = torch.tensor([job.recipe.step for job in jobs], device=engine.device)
-        self._stepper = make_stepper(self._recipe.optimiser, self._step)
-        # Per job and on the device, so that one that diverges is held without anything being read back.
-        self._alive = torch.ones(len(jobs), dtype=torch.bool, device=engine.device)
-        self._diverged_at = torch.zeros(len(jobs), dtype=torch.int64, device=engine.device)  # 0: has not
-        # From the first scale on: float32 [B, 3, height, width], and the terms of the last evaluation.
-        self._image = self._last_good = self._mean = self._terms = torch.empty(0)
-        self._kept = 1.0  # how much of the average is still the zeros that it began with
+        self._stage: Stage | None = None  # from the first scale on
 
     @property
     def finished(self) -> bool:
@@ -128,47 +159,44 @@ class EngineRun:
     def advance(self, iterations: int = 1) -> tuple[Report, ...]:
         """Some iterations of every job; see `job.Run.advance`."""
         try:
-            if not self._left:
-                self._next_scale()
-            for _ in range(min(iterations, self._left)):
-                self._iterate()
+            stage = self._present() if self._left else self._next_scale()
+            n = min(iterations, self._left)
+            stage.iterate(n)
+            self._done += n
+            self._left -= n
+            self._pixels -= n * stage.width * stage.height
+            return self._reports(stage)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
             raise OutOfDeviceMemory(*self._jobs[0].result_size) from error
-        return self._reports()
 
     def picture(self, index: int) -> Tensor:
         """The present picture of one job; see `job.Run.picture`."""
-        if not self._image.numel():
-            self._next_scale()
-        image = self._picture()[index]
-        return image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+        return self.snapshot(index)()
+
+    def snapshot(self, index: int) -> Callable[[], Tensor]:
+        """The present picture of one job, for later; see `job.Run.snapshot`."""
+        stage = self._present() if self._stage is not None else self._next_scale()
+        return self._engine.snapshots.take(self._pictures(stage)[index])
+
+    def close(self) -> None:
+        """Leaves the buffers to the next job; see `job.Run.close`."""
+        if self._stage is not None:
+            self._engine.stages.give_back(self._stage, self._recipe)
+            self._stage = None
+        self._done = self._iterations
+
+    def _present(self) -> Stage:
+        assert self._stage is not None, "the run is closed"
+        return self._stage
 
     @torch.inference_mode()
-    def _iterate(self) -> None:
-        evaluation = self._objective.evaluate(self._image)
-        self._terms = evaluation.terms
-        self._done += 1
-        finite = evaluation.terms.isfinite().all(0) & evaluation.grad.isfinite().flatten(1).all(1)
-        self._diverged_at = torch.where(self._alive & ~finite, self._done, self._diverged_at)
-        self._alive = self._alive & finite
-        alive = self._alive.view(-1, 1, 1, 1)
-        following = self._stepper.proposal(self._image, evaluation.grad).clamp_(0, 1)
-        self._last_good = torch.where(alive, self._image, self._last_good)
-        self._image = torch.where(alive, following, self._last_good)
-        if self._recipe.average:
-            self._mean.lerp_(self._image, 1 - self._recipe.average)
-            self._kept *= self._recipe.average
-        width, height, _ = self._scales[self._at]
-        self._left -= 1
-        self._pixels -= width * height
-
-    @torch.inference_mode()
-    def _next_scale(self) -> None:
+    def _next_scale(self) -> Stage:
         self._at += 1
         width, height, self._left = self._scales[self._at]
         device = self._engine.device
+        stage = self._engine.stages.take(self._recipe, len(self._jobs), height, width)
         contents = torch.cat([_resize(job.content.to(device), width, height) for job in self._jobs])
         longest = max(width, height)
         styles = [
@@ -178,39 +206,49 @@ class EngineRun:
             ]
             for job in self._jobs
         ]
-        self._objective = Objective(self._engine.chain, [job.recipe for job in self._jobs], contents, styles)
-        if self._at == 0:
-            self._image = torch.cat(
-                [_start(job, contents[i : i + 1], width, height) for i, job in enumerate(self._jobs)]
-            )
+        stage.objective.aim([job.recipe for job in self._jobs], contents, styles)
+        if self._stage is None:
+            image = torch.cat([_start(job, contents[i : i + 1], width, height) for i, job in enumerate(self._jobs)])
         else:
-            self._image = F.interpolate(self._picture(), (height, width), mode="bicubic").clamp_(0, 1)
-            self._stepper = self._stepper.resampled(height, width)
-        self._last_good = self._image
-        self._mean = torch.zeros_like(self._image)
-        self._kept = 1.0
+            image = F.interpolate(self._pictures(self._stage), (height, width), mode="bicubic").clamp_(0, 1)
+        stage.begin(image, [job.recipe.step for job in self._jobs], self._stage)
+        if self._stage is not None:
+            self._engine.stages.give_back(self._stage, self._recipe)
+        self._stage = stage
+        return stage
 
-    def _picture(self) -> Tensor:
+    @torch.inference_mode()
+    def _pictures(self, stage: Stage) -> Tensor:
         """The average of the iterates of this scale where the recipe has one, else the last iterate, and of a job that
         diverged the last good one. [B, 3, H, W]."""
-        if not self._recipe.average or self._kept == 1.0:
-            return self._image
-        average = (self._mean / (1 - self._kept)).clamp_(0, 1)
-        return torch.where(self._alive.view(-1, 1, 1, 1), average, self._image)
+        canvas, done = stage.canvas, self._scales[self._at].iterations - self._left
+        if canvas.mean is None or not done:
+            return canvas.image
+        average = (canvas.mean / (1 - canvas.average**done)).clamp_(0, 1)  # without the zeros that it began with
+        return torch.where(canvas.alive.view(-1, 1, 1, 1), average, canvas.image)
 
-    def _reports(self) -> tuple[Report, ...]:
-        """One per job, as of the last iteration. The only place that waits for the device."""
-        width, height, _ = self._scales[self._at]
-        content, style = self._objective.content_layers, self._objective.style_layers
+    @torch.inference_mode()
+    def _reports(self, stage: Stage) -> tuple[Report, ...]:
+        """One per job, as of the last iteration. The only place that waits for the device, and it does so once."""
+        content, style = stage.objective.content_layers, stage.objective.style_layers
+        read = torch.cat([stage.terms.double(), stage.canvas.diverged_at[None].double()]).T.tolist()
         reports = []
-        for column, diverged_at in zip(self._terms.T.tolist(), self._diverged_at.tolist(), strict=True):
+        for *column, tv, diverged_at in read:
             losses = Losses(
                 content=dict(zip(content, column[: len(content)], strict=True)),
-                style=dict(zip(style, column[len(content) : -1], strict=True)),
-                tv=column[-1],
+                style=dict(zip(style, column[len(content) :], strict=True)),
+                tv=tv,
             )
             reports.append(
-                Report(self._done, self._iterations, width, height, losses, self._pixels, diverged_at or None)
+                Report(
+                    self._done,
+                    self._iterations,
+                    stage.width,
+                    stage.height,
+                    losses,
+                    self._pixels,
+                    int(diverged_at) or None,
+                )
             )
         return tuple(reports)
 
@@ -256,25 +294,47 @@ def _start(job: StyleJob, content: Tensor, width: int, height: int) -> Tensor:
             return _resize(job.start.to(content.device), width, height)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> tuple[torch.device, str]:
+    """The device of that name, and with "auto" why it is not a GPU, if it is not. Raises `StartupError`."""
     if name not in ("auto", "cpu", "cuda"):
         raise StartupError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu"), ""
+    missing = _missing_for_cuda()
+    if missing is None:
+        # The first process to ask gets the whole GPU as it is; which one is CUDA_VISIBLE_DEVICES' business.
+        return torch.device("cuda", torch.cuda.current_device()), ""
+    what, remedy = missing
     if name == "cuda":
-        ops.require_kernels("cuda")
-    return torch.device("cpu")
+        raise StartupError(f"device cuda is not possible: {what}; {remedy}, or run the server with --device cpu")
+    log.info("on the CPU, because %s; for a GPU, %s", what, remedy)
+    return torch.device("cpu"), f"not on a GPU: {what}"
 
 
-def _precision(name: str, device: torch.device) -> str:
-    if name == "auto":
-        return "bf16" if _multiplies_bf16() else "fp32"
-    if name not in DTYPES:
-        raise StartupError(f"precision on {device.type} must be auto, {' or '.join(DTYPES)}, got {name!r}")
-    return name
+def _missing_for_cuda() -> tuple[str, str] | None:
+    """What keeps this process from a GPU, and what to do about it."""
+    info = ops.build_info()
+    if info["cuda"] is None:
+        return "this build has no CUDA kernels", "build it where nvcc is, with GRAMOPHONE_CUDA=1"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU with a working driver is visible", "check with nvidia-smi and CUDA_VISIBLE_DEVICES"
+    major, minor = torch.cuda.get_device_capability()
+    if not any(_runs_on(built, major, minor) for built in info["cuda_architectures"]):
+        built_for = ", ".join(info["cuda_architectures"])
+        return (
+            f"the GPU has compute capability {major}.{minor} and this build has kernels for {built_for}",
+            f"build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}",
+        )
+    return None
 
 
-def _multiplies_bf16() -> bool:
-    """The CPU has AMX or AVX512-BF16; without either bf16 is slower than fp32."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+def _runs_on(built: str, major: int, minor: int) -> bool:
+    """Machine code runs on later GPUs of its major version, PTX on all later ones."""
+    version, _, ptx = built.partition("+")
+    built_major, built_minor = (int(n) for n in version.rstrip("af").split("."))
+    if ptx:
+        return (built_major, built_minor) <= (major, minor)
+    return built_major == major and built_minor <= minor
 
 
 def cpu_name() -> str:

@@ -3,7 +3,7 @@ picture is made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -84,7 +84,7 @@ class Report:
 
 
 class Run(Protocol):
-    """A batch of same-shape jobs on its way. Belongs to one thread; dropping it frees what it holds."""
+    """A batch of same-shape jobs on its way. Belongs to one thread."""
 
     @property
     def finished(self) -> bool:
@@ -100,6 +100,13 @@ class Run(Protocol):
 
     def picture(self, index: int) -> Tensor:
         """The present picture of one job at the present scale: uint8 [height, width, 3], RGB, a copy on the CPU."""
+
+    def snapshot(self, index: int) -> Callable[[], Tensor]:
+        """`picture`, begun now and finished by whoever calls the result, on any thread: the run does not wait for the
+        copy, and may go on at once."""
+
+    def close(self) -> None:
+        """Gives back what the run holds, for the next one. Nothing can be asked of it afterwards."""
 
 
 def ran_out_of_memory(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gramophone.recipe import Normalisation
 
-__all__ = ["content_factor", "content_terms", "gram_scale", "style_factor", "tv_terms"]
+__all__ = ["content_factor", "gram_scale", "style_factor"]
 
 TINY = 1e-12  # keeps RELATIVE finite for a target that is zero everywhere, such as the layers of a black image
 
@@ -43,38 +43,14 @@ def style_factor(normalisation: Normalisation, target: Tensor, pixels: int) -> T
             return 1 / target.square().sum((1, 2)).clamp_min(TINY)
 
 
-def content_factor(normalisation: Normalisation, target: Tensor) -> Tensor:
-    """What sum (F - T)^2 is multiplied by, float32 [B], for ``target`` T [B, N, H, W]."""
+def content_factor(normalisation: Normalisation, target: Tensor, gain: float) -> Tensor:
+    """What sum (F - T)^2 is multiplied by, float32 [B], for ``target`` T [B, N, H, W] where F and T are kept ``gain``
+    times smaller than they are (`Chain.gain`)."""
     jobs, elements = target.shape[0], target[0].numel()
     match normalisation:
         case Normalisation.NONE | Normalisation.GATYS:
-            return torch.full((jobs,), 0.5, device=target.device)
+            return torch.full((jobs,), 0.5 * gain**2, device=target.device)
         case Normalisation.ELEMENTS:
-            return torch.full((jobs,), 1 / elements, device=target.device)
+            return torch.full((jobs,), gain**2 / elements, device=target.device)
         case Normalisation.RELATIVE:
             return 1 / target.float().square().sum((1, 2, 3)).clamp_min(TINY)
-
-
-def content_terms(features: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [B] = weight * sum (F - T)^2 and its gradient by F, in the type and layout of F. ``weight`` is [B]."""
-    difference = features.float() - target.float()
-    loss = difference.square().sum((1, 2, 3)) * weight
-    return loss, difference.mul_(2 * weight.view(-1, 1, 1, 1)).to(features.dtype)
-
-
-def tv_terms(image: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Total variation: weight * (mean of squared differences along x + the same along y), [B], and its gradient.
-
-    ``image`` is [B, 3, H, W] with H and W at least 2, ``weight`` [B].
-    """
-    right = image[..., 1:] - image[..., :-1]
-    down = image[..., 1:, :] - image[..., :-1, :]
-    loss = weight * (right.square().mean((1, 2, 3)) + down.square().mean((1, 2, 3)))
-    right = right * (2 * weight / right[0].numel()).view(-1, 1, 1, 1)
-    down = down * (2 * weight / down[0].numel()).view(-1, 1, 1, 1)
-    grad = torch.zeros_like(image)
-    grad[..., 1:] += right
-    grad[..., :-1] -= right
-    grad[..., 1:, :] += down
-    grad[..., :-1, :] -= down
-    return loss, grad

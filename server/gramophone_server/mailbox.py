@@ -38,18 +38,19 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The picture, uint8 [height, width, 3], after `iteration`. `dropped` frames were due since the last one."""
+    """The picture after `iteration`, as a call that waits for it: uint8 [height, width, 3]. `dropped` frames were due
+    since the last one."""
 
     iteration: int
-    picture: Tensor
+    picture: Callable[[], Tensor]
     dropped: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """The last picture, uint8 [height, width, 3], and the losses of the last iteration."""
+    """The last picture, as in `Frame`, and the losses of the last iteration."""
 
-    picture: Tensor
+    picture: Callable[[], Tensor]
     losses: Losses
     iterations: int
     elapsed_s: float  # from the first iteration to the last
@@ -91,13 +92,13 @@ class Mailbox:
             self._error = error
         self._wake()
 
-    def offer_frame(self, iteration: int, picture: Callable[[], Tensor]) -> None:
+    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
         """Puts a frame that is due, or only counts it, without taking the picture, while the last one is unread."""
         with self._lock:
             room = Frame not in self._slots or time.monotonic() - self._frame_at >= STALE_S
             self._dropped += not room
         if room:
-            self.put(Frame(iteration, picture()))
+            self.put(Frame(iteration, take()))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(number, event) in increasing order, until `Finished`. Raises what `fail` was given."""

@@ -164,6 +164,7 @@ def _load_engine(settings: Settings) -> Engine:
         weights=settings.weights,
         backbone=settings.backbone,
         threads=settings.threads,
+        graphs=not settings.launch_each,
     )
     engine.warm_up()
     return engine

@@ -1,12 +1,12 @@
 """How the pixels of a batch follow their gradients: gradient descent, Adam, L-BFGS.
 
-All state and all decisions are tensors, per job and on the device, so a step reads nothing back: a job never waits for
-another, and the whole step can be captured once and replayed. ``image`` and ``grad`` are float32 [B, 3, H, W], ``step``
-is float32 [B]. `proposal` returns the next image, before it is clamped to what can be shown.
+All state and all decisions are tensors, per job and on the device, and every step works in place on the same memory and
+reads nothing back: a job never waits for another, and the whole step can be captured once and replayed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,155 +14,189 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone.recipe import Optimiser
+from gramophone_server import ops
 
-__all__ = ["LBFGS", "Adam", "Descent", "Stepper", "make_stepper"]
+__all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "make_stepper"]
+
+
+@dataclass(eq=False)
+class Canvas:
+    """The pictures of a batch at one scale and what decides over their steps; fixed buffers, changed in place."""
+
+    image: Tensor  # float32 [B, 3, H, W], contiguous
+    last_good: Tensor  # like image: the picture before the step, and what a job that diverged shows
+    mean: Tensor | None  # running average of the iterates (zeros at the start), None where the recipe has none
+    average: float  # of the recipe
+    step: Tensor  # float32 [B]
+    count: Tensor  # int64 [B], gradients seen since the job began
+    alive: Tensor  # bool [B]
+    diverged_at: Tensor  # int64 [B], 0: has not
 
 
 class Stepper(Protocol):
     """An optimiser with the state of a batch at one scale."""
 
-    def proposal(self, image: Tensor, grad: Tensor) -> Tensor:
-        """The next image."""
+    def step_(self, grad: Tensor) -> None:
+        """Moves the canvas's image, after `ops.judge_` was called for this gradient."""
 
-    def resampled(self, height: int, width: int) -> Stepper:
-        """The same optimiser for the next scale, its state carried over where that means something."""
+    def reset(self) -> None:
+        """As new, for another job in the same buffers."""
+
+    def carry(self, coarser: Stepper) -> None:
+        """Takes over the state of the same optimiser at the scale before, where that means something."""
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All state."""
 
 
-def make_stepper(optimiser: Optimiser, step: Tensor) -> Stepper:
-    """A fresh optimiser."""
+def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
+    """A fresh optimiser for a canvas."""
     match optimiser:
         case Optimiser.GRADIENT_DESCENT:
-            return Descent(step, normalised=False)
+            return Descent(canvas, normalised=False)
         case Optimiser.NORMALISED_DESCENT:
-            return Descent(step, normalised=True)
+            return Descent(canvas, normalised=True)
         case Optimiser.ADAM:
-            return Adam(step)
+            return Adam(canvas)
         case Optimiser.LBFGS:
-            return LBFGS(step)
-
-
-def _per_job(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square of each job, [B]; the smallest normal float where it is 0, so that one can divide by it."""
-    return x.square().mean((1, 2, 3)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((1, 2, 3))
+            return LBFGS(canvas)
 
 
 class Descent:
     """G <- G - step * dJ/dG; normalised: the gradient first divided by its root mean square."""
 
-    def __init__(self, step: Tensor, normalised: bool) -> None:
-        self.step, self.normalised = step, normalised
+    def __init__(self, canvas: Canvas, normalised: bool) -> None:
+        self.canvas, self.normalised = canvas, normalised
 
-    def proposal(self, image: Tensor, grad: Tensor) -> Tensor:
-        rate = self.step / _rms(grad) if self.normalised else self.step
-        return image - _per_job(rate) * grad
+    def step_(self, grad: Tensor) -> None:
+        """See `ops.descent_`."""
+        c = self.canvas
+        ops.descent_(c.image, c.last_good, c.mean, grad, c.step, c.alive, c.average, self.normalised)
 
-    def resampled(self, height: int, width: int) -> Descent:
-        return self  # no state
+    def reset(self) -> None:
+        """There is no state."""
+
+    def carry(self, coarser: Stepper) -> None:
+        """There is no state."""
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """None."""
+        return []
 
 
 class Adam:
     """Adam (Kingma, Ba 2015, arXiv:1412.6980) with betas 0.9 and 0.99: runs are a hundred steps, not millions.
 
     epsilon is 1e-16: gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp.
+    The kernels have both constants from csrc/step.h.
     """
 
     BETAS = (0.9, 0.99)
     EPSILON = 1e-16
 
-    def __init__(self, step: Tensor) -> None:
-        self.step = step
-        self.taken = 0
-        self.mean: Tensor | None = None
-        self.square: Tensor | None = None
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+        self.first, self.second = torch.zeros_like(canvas.image), torch.zeros_like(canvas.image)
 
-    def proposal(self, image: Tensor, grad: Tensor) -> Tensor:
-        if self.mean is None or self.square is None:
-            self.mean, self.square = torch.zeros_like(grad), torch.zeros_like(grad)
-        first, second = self.BETAS
-        self.taken += 1
-        self.mean.lerp_(grad, 1 - first)
-        self.square.mul_(second).addcmul_(grad, grad, value=1 - second)
-        root = (self.square / (1 - second**self.taken)).sqrt_().add_(self.EPSILON)
-        return image - _per_job(self.step / (1 - first**self.taken)) * self.mean / root
+    def step_(self, grad: Tensor) -> None:
+        """See `ops.adam_`."""
+        c = self.canvas
+        ops.adam_(
+            c.image, c.last_good, c.mean, self.first, self.second, grad, c.step, c.count, c.alive, c.average
+        )  # fmt: skip
 
-    def resampled(self, height: int, width: int) -> Adam:
-        other = Adam(self.step)
-        if self.mean is None or self.square is None:
-            return other
+    def reset(self) -> None:
+        """Forgets the moments; how many gradients they are of is the canvas's count."""
+        for moment in self.buffers:
+            moment.zero_()
+
+    def carry(self, coarser: Stepper) -> None:
+        """The moments of a scale with other pixels."""
+        assert isinstance(coarser, Adam)
         # A pixel's gradient shrinks as their number grows, and squares with it: without this the old, larger squares
         # would hold the steps of the new scale back for about 1 / (1 - 0.99) iterations.
-        shrink = self.mean.shape[2] * self.mean.shape[3] / (height * width)
-        other.taken = self.taken
-        other.mean = _resample(self.mean, height, width) * shrink
-        other.square = _resample(self.square, height, width) * shrink**2
-        return other
+        shrink = coarser.first[0].numel() / self.first[0].numel()
+        self.first.copy_(_resampled(coarser.first, self.first) * shrink)
+        self.second.copy_(_resampled(coarser.second, self.second) * shrink**2)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The moments."""
+        return [self.first, self.second]
 
 
 class LBFGS:
     """L-BFGS (Nocedal 1980) with `PAIRS` correction pairs and without a line search.
 
     A pair that shows no positive curvature is left out of that job's history, and a step is never longer than ``step``
-    (root mean square over the pixels): together they do what a line search is for, at one gradient per iteration.
+    (root mean square over the pixels): together they do what a line search is for, at one gradient per iteration. The
+    attributes are the arguments of `ops.lbfgs_`; the kernels have both constants from csrc/step.h.
     """
 
     PAIRS = 10  # 20 image-sized tensors, 240 MB for a 1024 px square
     LEAST_CURVATURE = 1e-6  # of s.y / (|s| |y|)
 
-    def __init__(self, step: Tensor) -> None:
-        self.step = step
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s, y, 1 / s.y (0: left out), oldest first
-        self.scale: Tensor | None = None  # s.y / y.y of each job's newest good pair
-        self.last: tuple[Tensor, Tensor] | None = None
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+        image, jobs, vectors = canvas.image, canvas.image.shape[0], 2 * self.PAIRS + 1
+        self.history = image.new_zeros(2, self.PAIRS, *image.shape)
+        self.before = torch.zeros_like(image)
+        self.products = image.new_zeros(jobs, vectors, vectors, dtype=torch.float64)
+        self.inverse = image.new_zeros(jobs, self.PAIRS, dtype=torch.float64)
+        self.scale = image.new_zeros(jobs, dtype=torch.float64)
+        self.seen = image.new_zeros(2, jobs, dtype=torch.int64)
 
-    def proposal(self, image: Tensor, grad: Tensor) -> Tensor:
-        if self.last is not None:
-            self._remember(image - self.last[0], grad - self.last[1])
-        self.last = image.clone(), grad.clone()
-        direction = self._direction(grad)
-        longest = self.step / _rms(direction)
-        # Without any curvature known the direction is the bare gradient, whose length means nothing.
-        rate = longest if self.scale is None else torch.where(self.scale > 0, longest.clamp_max(1), longest)
-        return image - _per_job(rate) * direction
+    def step_(self, grad: Tensor) -> None:
+        """See `ops.lbfgs_`."""
+        c = self.canvas
+        memory = (self.history, self.before, self.products, self.inverse, self.scale, self.seen)
+        ops.lbfgs_(c.image, c.last_good, c.mean, *memory, grad, c.step, c.alive, c.average)
 
-    def _remember(self, s: Tensor, y: Tensor) -> None:
-        sy, yy = _dot(s, y), _dot(y, y)
-        good = sy > self.LEAST_CURVATURE * (_dot(s, s) * yy).sqrt()
-        before = torch.zeros_like(sy) if self.scale is None else self.scale
-        self.scale = torch.where(good, sy / yy, before)
-        self.pairs = [*self.pairs, (s, y, torch.where(good, 1 / sy, 0.0))][-self.PAIRS :]
+    def reset(self) -> None:
+        """Forgets all pairs; what no pair was written to since is never read."""
+        for memory in (self.products, self.inverse, self.scale, self.seen):
+            memory.zero_()
 
-    def _direction(self, grad: Tensor) -> Tensor:
-        """The two-loop recursion; a pair with 0 for 1 / s.y changes nothing."""
-        q, alphas = grad.clone(), []
-        for s, y, inverse in reversed(self.pairs):
-            alpha = torch.where(inverse > 0, inverse * _dot(s, q), 0.0)
-            q -= _per_job(alpha) * y
-            alphas.append(alpha)
-        if self.scale is not None:
-            q *= _per_job(torch.where(self.scale > 0, self.scale, 1.0))
-        for (s, y, inverse), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            beta = torch.where(inverse > 0, inverse * _dot(y, q), 0.0)
-            q += _per_job(alpha - beta) * s
-        return q
+    def carry(self, coarser: Stepper) -> None:
+        """The pairs of a scale with other pixels, and what they say there. The next gradient forms none: it is the first
+        at this scale."""
+        assert isinstance(coarser, LBFGS)
+        shrink = coarser.before[0].numel() / self.before[0].numel()  # of y, as in Adam
+        good = coarser.inverse > 0
+        for slot in range(self.PAIRS):
+            kept = good[:, slot].view(-1, 1, 1, 1)  # a pair that was left out stays out
+            for kind, factor in enumerate((1.0, shrink)):
+                resampled = _resampled(coarser.history[kind, slot], self.before) * factor
+                self.history[kind, slot] = torch.where(kept, resampled, 0.0)
+        self.seen[0] = coarser.seen[0]
+        self.seen[1] = 0
+        self._judge_pairs()
 
-    def resampled(self, height: int, width: int) -> LBFGS:
-        other = LBFGS(self.step)
-        for s, y, inverse in self.pairs:
-            shrink = s.shape[2] * s.shape[3] / (height * width)  # as in Adam
-            other._remember(
-                _per_job((inverse > 0).float()) * _resample(s, height, width), _resample(y, height, width) * shrink
-            )
-        return other
+    def _judge_pairs(self) -> None:
+        """All that is known of the pairs, from the history alone."""
+        vectors = 2 * self.PAIRS
+        rows = self.history.view(vectors, len(self.scale), -1).transpose(0, 1)
+        self.products.zero_()
+        for first in range(0, rows.shape[2], 65536):  # 10 MB at a time in float64
+            wide = rows[:, :, first : first + 65536].double()
+            self.products[:, :vectors, :vectors] += wide @ wide.mT
+        own = self.products.diagonal(dim1=1, dim2=2)
+        ss, yy = own[:, : self.PAIRS], own[:, self.PAIRS : vectors]
+        sy = self.products.diagonal(offset=self.PAIRS, dim1=1, dim2=2)[:, : self.PAIRS]
+        good = sy > self.LEAST_CURVATURE * (ss * yy).sqrt()
+        self.inverse.copy_(torch.where(good, 1 / sy, 0.0))
+        age = (self.seen[0][:, None] - 1 - torch.arange(self.PAIRS, device=sy.device)) % self.PAIRS
+        newest = torch.where(good, age, self.PAIRS).argmin(1, keepdim=True)
+        self.scale.copy_(torch.where(good, sy / yy, 0.0).gather(1, newest)[:, 0])
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The pairs and what is known of them."""
+        return [self.history, self.before, self.products, self.inverse, self.scale, self.seen]
 
 
-def _resample(x: Tensor, height: int, width: int) -> Tensor:
+def _resampled(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear: squares must stay positive."""
-    return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+    return F.interpolate(x, like.shape[2:], mode="bilinear", antialias=True)

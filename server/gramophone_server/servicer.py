@@ -301,9 +301,17 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         return message
 
     async def _encoded(
-        self, picture: Tensor, format: images.Format, quality: int, max_side: int = 0, metadata: str | None = None
+        self,
+        picture: Callable[[], Tensor],
+        format: images.Format,
+        quality: int,
+        max_side: int = 0,
+        metadata: str | None = None,
     ) -> pb.Image:
-        encoded = await _in(self._encoders, partial(images.encode, picture, format, quality, max_side, metadata))
+        def encode() -> images.Encoded:
+            return images.encode(picture(), format, quality, max_side, metadata)  # on its thread, also the waiting
+
+        encoded = await _in(self._encoders, encode)
         return pb.Image(
             format=f"IMAGE_FORMAT_{encoded.format}",
             width=encoded.width,

@@ -1,0 +1,83 @@
+"""How much of the device's memory a batch takes, before it has any of it.
+
+The iteration itself is run on torch's meta device, where tensors have a shape and no memory, and what would be alive is
+counted. So the estimate follows the code, whatever is changed there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gramophone.recipe import Recipe
+from gramophone_server.chain import Chain
+from gramophone_server.precision import Precision
+from gramophone_server.stage import Stage
+from gramophone_server.vgg import Vgg
+
+__all__ = ["bytes_needed"]
+
+META = torch.device("meta")
+GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to it
+
+# What the meta device does not see: partial sums of our own kernels (7 MB at 1024 px) and what cuDNN and cuBLAS take to
+# work in (cuBLAS: 32 MB on Hopper). To be measured: `make gpu-check` compares the estimate with the allocator's peak.
+WORKSPACES = 48 * 2**20
+
+
+def bytes_needed(vgg: Vgg, recipe: Recipe, height: int, width: int, jobs: int, precision: Precision, form: str) -> int:
+    """Bytes on the device that an iteration of ``jobs`` jobs of ``recipe`` at ``height`` x ``width`` px takes at its peak,
+    without the network's own weights. ``form`` as in `Chain`; on a CPU it is "library", which takes as much as oneDNN."""
+    chain = Chain(vgg, META, precision, form=form)
+    with Alive() as alive:
+        stage = Stage(chain, recipe, jobs, height, width)
+        stage.iterate(2)  # the second has what the first one left
+    peak: int = alive.peak
+    return peak + (WORKSPACES if form == "cudnn" else 0)
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors made while it is on and still in use, and the `peak` of that."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._users: Counter[int] = Counter()  # of a storage: tensors that Python knows
+        self._bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf) not in given:
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._bytes:
+            self._bytes[key] = -(-storage.nbytes() // GRANULE) * GRANULE
+            self.now += self._bytes[key]
+            self.peak = max(self.peak, self.now)
+        self._users[key] += 1
+        weakref.finalize(tensor, self._dropped, key).atexit = False
+
+    def _dropped(self, key: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.now -= self._bytes.pop(key)

@@ -1,0 +1,102 @@
+"""Every op of ours on small shapes, for compute-sanitizer: python tests/gpu/small_shapes.py cuda
+
+Sides that no tile divides, all types, several jobs, one pixel. Ends with "all small shapes ran".
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+from gramophone.recipe import Optimiser
+from gramophone_server import ops
+from gramophone_server.optimisers import Canvas, make_stepper
+
+LAST = torch.channels_last
+HALVES = (torch.float16, torch.bfloat16)
+SIDES = ((1, 1), (2, 2), (5, 3), (17, 31))
+
+
+def back_type(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Of the gradient; on a CPU nothing computes in float16, so there the two types never meet."""
+    return torch.bfloat16 if dtype == torch.float16 and device == "cuda" else dtype
+
+
+def style(device: str) -> None:
+    for dtype, layout, (h, w), c in itertools.product(
+        (*HALVES, torch.float32), (LAST, torch.contiguous_format), SIDES, (3, 8, 64, 128, 256, 512)
+    ):
+        features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=layout)
+        grad = torch.rand(2, c, h, w, device=device).to(back_type(dtype, device)).contiguous(memory_format=layout)
+        target = ops.gram(features, 0.5)
+        weights = torch.ones(1, 2, device=device)
+        _, (diff,) = ops.style_fwd([features], [target], weights, [1.0])
+        ops.style_bwd_(grad, features, diff, True)
+        ops.style_bwd_(grad, features, None, True)
+        ops.content_(grad, features, features.flip(0).contiguous(memory_format=layout), weights[0], True)
+        ops.style_loss(features, target, 1.0, 1.0)
+    layers = [torch.rand(2, c, s, s, device=device).to(HALVES[0]).contiguous(memory_format=LAST) for c, s in SEVERAL]
+    targets = [ops.gram(f, 1.0) for f in layers]
+    ops.style_fwd(layers, targets, torch.ones(len(layers), 2, device=device), [1.0] * len(layers))
+
+
+SEVERAL = ((64, 40), (128, 20), (256, 10), (512, 5), (512, 2))
+
+
+def line(device: str) -> None:
+    for dtype, (h, w), c in itertools.product((*HALVES, torch.float32), SIDES[1:], (3, 8, 64)):
+        features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
+        pooled = ops.max_pool(features)
+        ops.max_pool_bwd(pooled.to(back_type(dtype, device)), features, pooled, True)
+    if device != "cuda":
+        return  # these have no kernel there
+    for dtype, (h, w), c in itertools.product(HALVES, SIDES[1:], (8, 64, 512)):
+        features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
+        bias = torch.rand(c, device=device)
+        pooled, codes = ops.bias_relu_pool(features, bias)
+        ops.pool_codes_bwd(pooled.to(torch.bfloat16), codes, h, w)
+        ops.bias_relu_(features, bias)
+    for dtype, (h, w) in itertools.product(HALVES, SIDES):
+        weight, bias = torch.rand(64, 32, device=device).to(dtype), torch.rand(64, device=device)
+        image = torch.rand(2, 3, h, w, device=device)
+        ops.first_layer(image, weight, bias, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [2, 1, 0])
+        grad = torch.rand(2, 64, h, w, device=device).to(torch.bfloat16).contiguous(memory_format=LAST)
+        ops.first_layer_bwd(grad, weight.bfloat16(), [1.0, 2.0, 3.0], [2, 1, 0])
+
+
+def step(device: str) -> None:
+    for h, w in (*SIDES[1:], (16, 65)):
+        image, last, mean, grad = (torch.rand(3, 3, h, w, device=device) for _ in range(4))
+        ops.tv_(grad, image, torch.ones(3, device=device))
+        alive = torch.tensor([True, True, False], device=device)
+        count, at = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
+        terms = torch.rand(7, 3, device=device)
+        terms[2, 1] = torch.nan
+        ops.judge_(terms, grad, alive, at, count)
+        for optimiser, average in itertools.product(Optimiser, (0.0, 0.9)):
+            canvas = Canvas(
+                image=image.clone(),
+                last_good=last.clone(),
+                mean=mean.clone() if average else None,
+                average=average,
+                step=torch.full((3,), 0.02, device=device),
+                count=count,
+                alive=alive,
+                diverged_at=at,
+            )
+            stepper = make_stepper(optimiser, canvas)
+            stepper.reset()
+            for _ in range(12):  # L-BFGS keeps ten pairs
+                grad = torch.rand_like(grad)
+                ops.judge_(terms, grad, alive, at, count)
+                stepper.step_(grad)
+
+
+if __name__ == "__main__":
+    for part in (style, line, step):
+        part(sys.argv[1])
+    if sys.argv[1] == "cuda":
+        torch.cuda.synchronize()
+    print("all small shapes ran")

@@ -1,0 +1,182 @@
+"""Captured iterations: as good as launched ones, and what changes in the buffers changes in the replay."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from stand import engine, finish, fresh_engine, job, totals
+from torch import Tensor
+
+from gramophone_server.engine import EngineRun
+from gramophone_server.stage import Stage, Stages
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
+
+NETWORKS = ("tiny", "vgg")
+
+
+def stage_of(run: EngineRun) -> Stage:
+    return run._present()
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """On average, of 255: Adam turns the rounding of tiny gradients into steps, so single pixels may be far apart. Two
+    precisions are 5 apart after these few steps."""
+    return float((a.int() - b.int()).abs().float().mean()) < 0.5
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_replayed_run_is_a_launched_one(name: str) -> None:
+    replayed, launched = (engine(name, "fp16", graphs=graphs).start([job()]) for graphs in (True, False))
+    mine, theirs = (totals(finish(run)) for run in (replayed, launched))
+    assert stage_of(replayed)._graphs and not stage_of(launched)._graphs
+    # Not bitwise: cuDNN may plan a convolution in a capture otherwise than outside.
+    assert mine[:4] == pytest.approx(theirs[:4], rel=2e-3)
+    assert mine == pytest.approx(theirs, rel=2e-2)
+    assert close(replayed.picture(0), launched.picture(0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_stage_with_and_without_its_graphs(name: str) -> None:
+    one = engine(name, "fp16")
+    replayed = one.start([job()])
+    wanted = totals(finish(replayed))
+    picture = replayed.picture(0)
+    replayed.close()
+    launched = one.start([job()])
+    first = launched.advance()
+    graphs, stage = dict(stage_of(launched)._graphs), stage_of(launched)
+    stage._graphs.clear()
+    try:
+        found = [first[0].losses.total, *totals(finish(launched))]
+    finally:
+        stage._graphs.update(graphs)
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert close(launched.picture(0), picture)
+    launched.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_run_twice_is_bitwise_equal(name: str, precision: str) -> None:
+    one, told, pictures = engine(name, precision), [], []
+    for _ in range(2):
+        run = one.start([job()])
+        told.append(totals(finish(run)))
+        pictures.append(run.picture(0))
+        run.close()
+    assert told[0] == told[1]
+    assert torch.equal(pictures[0], pictures[1])
+
+
+def test_many_iterations_at_once_are_the_same_as_one_by_one() -> None:
+    one = engine("vgg", "fp16")
+    runs = [one.start([job(iterations=23)]) for _ in range(2)]
+    at_once, in_turn = finish(runs[0], 50), finish(runs[1], 1)
+    assert (len(at_once), len(in_turn)) == (1, 23)
+    assert totals(at_once)[-1] == pytest.approx(totals(in_turn)[-1], rel=1e-3)
+    assert close(runs[0].picture(0), runs[1].picture(0))
+    for run in runs:
+        run.close()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_and_step_act_on_the_next_replay(name: str) -> None:
+    run = engine(name, "fp16").start([job(iterations=20)])
+    run.advance(5)
+    stage = stage_of(run)
+    graphs = {size: id(graph) for size, graph in stage._graphs.items()}
+    with torch.inference_mode():
+        stage.canvas.step.zero_()
+    run.advance(1)  # its losses are at the picture before its step, which is the last that moved
+    before = run.picture(0)
+    (still,) = run.advance(1)
+    assert torch.equal(run.picture(0), before)
+    with torch.inference_mode():
+        stage.objective.style_weights.mul_(2)
+    (doubled,) = run.advance(1)
+    for layer, loss in still.losses.style.items():
+        assert doubled.losses.style[layer] == pytest.approx(2 * loss, rel=1e-3)
+    assert doubled.losses.tv == pytest.approx(still.losses.tv)
+    with torch.inference_mode():
+        stage.canvas.step.fill_(0.02)
+    run.advance(1)
+    assert not torch.equal(run.picture(0), before)
+    assert {size: id(graph) for size, graph in stage._graphs.items()} == graphs
+    with torch.inference_mode():
+        stage.objective.style_weights.div_(2)
+    run.close()
+
+
+def test_a_diverging_job_stands_still_and_the_others_go_on() -> None:
+    jobs = [job(content=1), job(content=3), job(content=4)]
+    one = engine("vgg", "fp16")
+    calm, troubled = one.start(jobs), one.start(jobs)
+    for run in (calm, troubled):
+        run.advance(2)
+    kept = troubled.picture(1)  # the third evaluation is of this one, and the last that is finite
+    for run in (calm, troubled):
+        run.advance(1)
+    with torch.inference_mode():
+        stage_of(troubled).objective.style_weights[:, 1] = torch.nan
+    wanted, found = finish(calm), finish(troubled)
+    assert [report.diverged_at for report in found[-1]] == [None, 4, None]
+    assert torch.equal(troubled.picture(1), kept)
+    for index in (0, 2):
+        assert totals(found, index) == totals(wanted, index)
+        assert torch.equal(troubled.picture(index), calm.picture(index))
+
+
+def test_a_stage_is_used_again_and_leaves_nothing_behind() -> None:
+    one = engine("vgg", "fp16")
+    first = one.start([job(content=5, style=6, beta=9.0)])
+    finish(first)
+    stage = stage_of(first)
+    first.close()
+    second = one.start([job()])
+    again = totals(finish(second))
+    assert stage_of(second) is stage
+    fresh = fresh_engine("vgg", "fp16").start([job()])
+    assert again == pytest.approx(totals(finish(fresh)), rel=2e-2)
+    assert close(second.picture(0), fresh.picture(0))
+
+
+def test_only_so_many_stages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stages, "MOST", 2)
+    one = fresh_engine("tiny", "fp16")
+    for side in (32, 40, 48, 56):
+        run = one.start([job(side=side, iterations=1)])
+        finish(run)
+        run.close()
+    assert [stage.width for _, stage in one.stages._idle.values()] == [48, 56]
+
+
+def test_a_capture_survives_another_thread_on_the_gpu() -> None:
+    stop, failures = threading.Event(), []
+
+    def disturb() -> None:
+        try:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                turn = 0
+                while not stop.is_set():
+                    turn += 1
+                    x = torch.rand(1000 + 997 * (turn % 50), 64, device="cuda")  # a new size: the allocator must work
+                    x.sum().item()
+                    x.cpu()
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        run = fresh_engine("tiny", "fp16").start([job(side=52)])
+        told = totals(finish(run))
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not failures
+    quiet = fresh_engine("tiny", "fp16").start([job(side=52)])
+    assert told == pytest.approx(totals(finish(quiet)), rel=2e-2)
