@@ -1,18 +1,21 @@
 # The server in an image:
 #
 #     docker build -t gramophone .                            # CPU
-#     docker build --build-arg DEVICE=cuda -t gramophone .    # on CUDA's base images; `make image DEVICE=cuda`
+#     docker build --build-arg DEVICE=cuda -t gramophone .    # with the CUDA kernels; `make image DEVICE=cuda`
 #
-# The ops have no CUDA kernels yet, so the cuda image serves on the CPU at present: its log says "on cpu" at the start,
-# and `--device cuda` ends it with the reason. Both are large, because torch's ordinary wheel brings the CUDA libraries.
+# Neither build needs a GPU: the cuda image has the kernels for all targets of setup.py. Both are large, because torch's
+# ordinary wheel brings the CUDA libraries.
 ARG DEVICE=cpu
 
 # Builder: a compiler and the Makefile's own verbs, the same that CI runs ----------------------------------------------
 
 FROM python:3.12-slim AS builder-cpu
+ENV GRAMOPHONE_CUDA=0
 RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/*
 
+# The toolkit is of the major version that torch in constraints.txt is built with. 1: no image without the kernels.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS builder-cuda
+ENV GRAMOPHONE_CUDA=1
 RUN apt-get update && apt-get install -y --no-install-recommends g++ make python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 

@@ -2,14 +2,15 @@
 PYTHON ?= python3
 EXTRAS ?= server,dev
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-PY := proto/gramophone server client tests benchmarks examples deploy setup.py
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+PY := proto/gramophone server client csrc tests benchmarks examples deploy setup.py
+OPS := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix proto gallery bench serve wheel image clean
+.PHONY: help install demo test lint fix cuda-build gpu-check proto gallery bench serve wheel image clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 install: .venv/installed ## .venv with the pinned packages and the compiled ops
 
@@ -38,6 +39,15 @@ fix: install ## let the formatters write
 	$(BIN)/ruff check --fix $(PY) && $(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP)
 
+cuda-build: ## the CUDA kernels, for every target, without spills; needs nvcc, and no GPU
+	@$(PYTHON) csrc/cuda/gate.py $(wildcard csrc/cuda/*.cu)
+
+# Takes what Python there is, because a machine with a GPU need not reach the network that `install` needs.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
+gpu-check: ## the CUDA ops compiled for this machine's GPU, tested and timed on it
+	GRAMOPHONE_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=proto:server:client:. $(GPU_PYTHON) -m benchmarks.gpu_check
+
 proto: install ## stubs from the proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
 	  gramophone/v1/style_transfer.proto
@@ -50,6 +60,7 @@ bench: install ## the tables of benchmarks/RESULTS.md, in a quarter of an hour
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.jobs
 	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.precision
 
 serve: install ## the server on its default port
 	$(BIN)/gramophone-server

@@ -3,8 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
+
+// setup.py defines these two as bare words, such as 13.0 and 8.0,9.0+PTX, which need no quotes on their way here.
+#define GRAMOPHONE_TEXT(...) #__VA_ARGS__
+#define GRAMOPHONE_TEXT_OF(...) GRAMOPHONE_TEXT(__VA_ARGS__)
 
 namespace {
 
@@ -30,11 +35,28 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
+pybind11::object cuda_version() {
+#ifdef GRAMOPHONE_CUDA_VERSION
+  return pybind11::str(GRAMOPHONE_TEXT_OF(GRAMOPHONE_CUDA_VERSION));
+#else
+  return pybind11::none();
+#endif
+}
+
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> all;
+#ifdef GRAMOPHONE_CUDA_ARCHITECTURES
+  std::istringstream text(GRAMOPHONE_TEXT_OF(GRAMOPHONE_CUDA_ARCHITECTURES));
+  for (std::string one; std::getline(text, one, ',');) all.push_back(one);
+#endif
+  return all;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = compiler();
-  info["cuda"] = pybind11::none();  // no CUDA kernels yet
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda"] = cuda_version();
+  info["cuda_architectures"] = cuda_architectures();
   info["cpu_features"] = cpu_features();
   return info;
 }
