@@ -3,64 +3,167 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from gramophone_server.engine import cpu_name
 
-__all__ = ["Row", "interleaved", "machine", "print_table", "write_json"]
+__all__ = [
+    "MOST_CALLS",
+    "Row",
+    "Switches",
+    "captured",
+    "driver",
+    "interleaved",
+    "machine",
+    "milliseconds",
+    "print_table",
+    "write_json",
+]
 
 Row = dict[str, Any]
 
+MOST_CALLS = 500  # of one measurement
 
-def machine() -> str:
+
+def machine(device: str = "cpu") -> str:
     """One line that says where and with what a number was measured."""
-    return (
-        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {sys.version.split()[0]}, {date.today().isoformat()}"
-    )
+    if device == "cuda":
+        where = f"{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}"
+    else:
+        where = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}, Python {sys.version.split()[0]}, {date.today().isoformat()}"
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def driver() -> str:
+    """The version of NVIDIA's driver, as nvidia-smi has it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def milliseconds(call: Callable[[], object], device: str = "cpu", calls: int = 1) -> float:
+    """Of one call, of so many in a row: between two events of the GPU's stream, or on the host's clock."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / calls
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", least_ms: float = 0.0
+) -> dict[str, float]:
     """Median milliseconds of a call of each variant: each once as a warm-up, then A B C A B C ...
 
-    In turn, so that a machine that slows down slows all of them alike.
+    In turn, so that a machine that slows down slows all of them alike. A call shorter than ``least_ms`` is made several
+    times in a row, so that the clock's own grain and the launch of the first do not count.
     """
+    calls: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
             if sys.stderr.isatty():
                 print(f"\r\033[K{turn}/{repeats} {name}", end="", file=sys.stderr, flush=True)
-            start = time.perf_counter()
-            call()
             if turn:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(milliseconds(call, device, calls[name]))
+                continue
+            call()
+            short = least_ms / max(milliseconds(call, device), 1e-3) if least_ms else 1
+            calls[name] = min(MOST_CALLS, max(1, math.ceil(short)))
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_table(title: str, rows: list[Row]) -> None:
-    """Rows of equal keys as a table for people."""
+def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call as a CUDA graph that replays it; on a CPU the call itself."""
+    if device != "cuda":
+        return call
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries take their workspaces
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+class Switches:
+    """torch's process-wide switches for a while. torch's own defaults are (False, True, False)."""
+
+    def __init__(self, *, benchmark: bool, conv_tf32: bool, matmul_tf32: bool) -> None:
+        self.wanted = benchmark, conv_tf32, matmul_tf32
+
+    def __enter__(self) -> None:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        self.before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.wanted
+
+    def __exit__(self, *_: object) -> None:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.before
+
+    def around(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call with these switches."""
+
+        def switched() -> object:
+            with self:
+                return call()
+
+        return switched
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Rows as a table for people; a cell that a row has not is empty."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key, "")) for key in keys] for row in rows]
+    text = [any(isinstance(row.get(key), str) for row in rows) for key in keys]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a machine with a GPU may have nothing but torch
+        widths = [max(len(line[i]) for line in [keys, *cells]) for i in range(len(keys))]
+        print(title)
+        for line in [keys, *cells]:
+            columns = zip(line, widths, text, strict=True)
+            print("  ".join(c.ljust(width) if left else c.rjust(width) for c, width, left in columns).rstrip())
+        return
     table = Table(title=title, title_justify="left")
-    for key in rows[0]:
-        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    for key, left in zip(keys, text, strict=True):
+        table.add_column(key, justify="left" if left else "right")
+    for line in cells:
+        table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def write_json(path: str | None, rows: list[Row]) -> None:
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: str | None, rows: Sequence[Row]) -> None:
     """Writes the rows, if a path was given."""
     if path:
         Path(path).write_text(json.dumps(rows, indent=1) + os.linesep)

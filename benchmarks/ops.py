@@ -24,7 +24,7 @@ WEIGHT = 1e-3
 
 def ours(features: Tensor, target: Tensor, upstream: Tensor, scale: float) -> Callable[[], Tensor]:
     """style_fwd, then style_bwd_ with the ReLU mask; returns the gradient."""
-    weights, grad = torch.full((1, 1), WEIGHT), torch.empty_like(features)
+    weights, grad = torch.full((1, 1), WEIGHT, device=features.device), torch.empty_like(features)
 
     def call() -> Tensor:
         _, (diff,) = ops.style_fwd([features], [target], weights, [scale])
@@ -51,18 +51,19 @@ def eager(features: Tensor, target: Tensor, upstream: Tensor, scale: float) -> C
 def main() -> None:
     """Runs the comparison and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", help="where to write the rows")
     arguments = parser.parse_args()
 
     rows: list[Row] = []
+    device = arguments.device
     for layer, (channels, stride) in LAYERS.items():
         side = arguments.size // stride
         generator = torch.Generator().manual_seed(channels)
-        features = torch.randn(1, channels, side, side, generator=generator).relu()
-        upstream = torch.randn(features.shape, generator=generator)
+        features = torch.randn(1, channels, side, side, generator=generator).relu().to(device)
+        upstream = torch.randn(features.shape, generator=generator).to(device)
         scale = 1 / side**2
         target = ops.gram(features, scale) * 1.5
         variants: dict[str, Callable[[], object]] = {}
@@ -74,12 +75,12 @@ def main() -> None:
             if apart > (1e-4 if dtype is torch.float32 else 2e-2):
                 raise SystemExit(f"{layer} {name}: ours and torch differ by {apart:.1e}; nothing was timed")
             variants |= {f"ours_{name}": mine, f"eager_{name}": theirs}
-        times = interleaved(variants, arguments.repeats)
+        times = interleaved(variants, arguments.repeats, device, 5.0 if device == "cuda" else 0.0)
         rows += [
             {"name": name, "layer": layer, "size": arguments.size, "ms": ms, "ratio_vs_eager": ms / times["eager_fp32"]}
             for name, ms in times.items()
         ]
-    print_table(f"style loss of one layer, forward and backward with the ReLU mask\n{machine()}", rows)
+    print_table(f"style loss of one layer, forward and backward with the ReLU mask\n{machine(device)}", rows)
     write_json(arguments.json, rows)
 
 

@@ -1,0 +1,77 @@
+"""What the GPU's measurements run on: the network, its arithmetic, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramophone_server.errors import StartupError
+from gramophone_server.vgg import BACKBONES, CHANNELS, OXFORD, Convolution, Vgg, load_vgg
+
+__all__ = ["Shape", "flops", "network", "random_vgg", "shapes", "smooth"]
+
+DEEPEST = "5_1"  # the last convolution that the default recipe reaches
+
+
+class Shape(NamedTuple):
+    """One convolution of the network for one picture size."""
+
+    name: str  # "1_1"
+    channels_in: int
+    channels_out: int
+    height: int
+    width: int
+
+    @property
+    def flops(self) -> int:
+        """Of one way: 2 * 9 * in * out per pixel. The way back to the input has as many."""
+        return 18 * self.channels_in * self.channels_out * self.height * self.width
+
+
+def shapes(height: int, width: int) -> Iterator[Shape]:
+    """The convolutions of VGG-19 up to relu5_1."""
+    below = 3
+    for block, count in enumerate(BACKBONES["vgg19"], 1):
+        for number in range(1, count + 1):
+            out = CHANNELS[block - 1]
+            yield Shape(f"{block}_{number}", below, out, height >> (block - 1), width >> (block - 1))
+            below = out
+            if f"{block}_{number}" == DEEPEST:
+                return
+
+
+def flops(side: int, batch: int = 1) -> int:
+    """Of the convolutions of one iteration on square pictures, there and back; the Gram matrices are 7 % more."""
+    return 2 * batch * sum(shape.flops for shape in shapes(side, side))
+
+
+def random_vgg(seed: int = 0) -> Vgg:
+    """VGG-19 with He-initialised weights: the same work for the GPU as with the real ones."""
+    generator = torch.Generator().manual_seed(seed)
+    convolutions, below = [], 3
+    for block, count in enumerate(BACKBONES["vgg19"], 1):
+        for number in range(1, count + 1):
+            out = CHANNELS[block - 1]
+            weight = torch.randn(out, below, 3, 3, generator=generator) * (2 / (9 * below)) ** 0.5
+            convolutions.append(Convolution(f"{block}_{number}", weight, torch.zeros(out), block > 1 and number == 1))
+            below = out
+    return Vgg("vgg19", tuple(convolutions), OXFORD, "random, He-initialised")
+
+
+def network() -> tuple[Vgg, str]:
+    """The embedded weights, or random ones where their package is missing, and what they are, for people."""
+    try:
+        return load_vgg("embedded"), "the Oxford VGG-19"
+    except StartupError:
+        return random_vgg(), "VGG-19 with random weights, because the package with the real ones is not here"
+
+
+def smooth(side: int, seed: int, batch: int = 1) -> Tensor:
+    """Smooth random pictures in [0, 1], float32 [batch, 3, side, side]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, max(2, side // 8), max(2, side // 8), generator=generator)
+    return F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)

@@ -1,0 +1,152 @@
+"""What the precisions cost in exactness, with the real network: gradients and finished pictures against fp32.
+
+    python -m benchmarks.precision --size 192 --json FILE
+
+Runs on the CPU and computes what a GPU would: operands and activations are rounded to the mode's types, sums are float32.
+The gradient is compared at the photo, where the preset `fast` starts, and at the picture where it ends in fp32. The
+picture is that of a whole `fast` job. `fp32 again` is the same job by other kernels of float32: how far two runs drift apart
+for no reason but the order of sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Row, machine, print_table, write_json
+from gramophone.recipe import Recipe, Start, preset
+from gramophone_server.chain import Chain
+from gramophone_server.config import Settings
+from gramophone_server.convolutions import Form
+from gramophone_server.engine import Engine
+from gramophone_server.images import decode
+from gramophone_server.job import StyleJob
+from gramophone_server.precision import MODES
+from gramophone_server.stage import Stages
+from gramophone_server.vgg import Vgg, load_vgg
+
+CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PAIRS = (("photos/cat.jpg", "styles/brushwork.jpg"), ("photos/coffee.jpg", "styles/woodcut.jpg"))
+
+
+class Rounded:
+    """A convolution as the GPU's matrix units compute it: rounded operands, float32 sums, a rounded result.
+
+    The result of tf32 stays float32; its operands lose all but 10 bits of mantissa.
+    """
+
+    def __init__(self, form: Form, tf32: bool) -> None:
+        self._weight, self._back, self._bias = (getattr(form, name).float() for name in ("weight", "back", "bias"))
+        self._tf32 = tf32
+        if tf32:
+            self._weight, self._back = round_to_tf32(self._weight), round_to_tf32(self._back)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.conv2d(self._operand(x), self._weight, self._bias, padding=1).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu_()
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return F.conv2d(self._operand(grad), self._back, None, padding=1).to(grad.dtype)
+
+    def forward_pooled(self, x: Tensor) -> None:
+        return None
+
+    def _operand(self, x: Tensor) -> Tensor:
+        return round_to_tf32(x) if self._tf32 else x.float()
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """To 10 bits of mantissa, nearest even, as the matrix units take float32."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def rounded(vgg: Vgg, mode: str) -> Engine:
+    """An engine on the CPU that computes as a GPU does in a mode."""
+    engine = Engine(vgg, CPU, MODES[mode])
+    engine.chain = Chain(vgg, CPU, MODES[mode], form="library")
+    if mode != "fp32":
+        engine.chain._line = [
+            (name, pooled, Rounded(form, mode == "tf32")) for name, pooled, form in engine.chain._line
+        ]
+    engine.stages = Stages(engine.chain, graphs=False)
+    return engine
+
+
+def gradient(engine: Engine, job: StyleJob, at: Tensor) -> Tensor:
+    """dJ/dimage of a job at ``at``, uint8 [height, width, 3]; one scale."""
+    start = at.permute(2, 0, 1).contiguous()
+    one = Recipe(size=job.recipe.size, start=Start.IMAGE, smallest_size=0, iterations=1)
+    run = engine.start(
+        [StyleJob(recipe=one, content=job.content, styles=job.styles, style_weights=(1.0,), start=start, seed=0)]
+    )
+    stage = run._next_scale()
+    return stage.objective.evaluate(stage.canvas.image).grad
+
+
+def painted(engine: Engine, job: StyleJob) -> tuple[Tensor, float]:
+    """The finished picture, and the last loss."""
+    run = engine.start([job])
+    while not run.finished:
+        (report,) = run.advance()
+    return run.picture(0), report.losses.total
+
+
+def compared(vgg: Vgg, job: StyleJob, modes: tuple[str, ...]) -> Mapping[str, Row]:
+    """Per mode, relative errors of the gradient and of the last loss, and the picture's difference."""
+    exact = rounded(vgg, "fp32")
+    start = _photo(job)
+    end, loss = painted(exact, job)
+    rows: dict[str, Row] = {}
+    for name in modes:
+        engine = Engine(vgg, CPU, MODES["fp32"]) if name == "fp32 again" else rounded(vgg, name)
+        row: Row = {"name": name, "size": job.recipe.size}
+        for when, at in (("start", start), ("end", end)):
+            expected, got = gradient(exact, job, at), gradient(engine, job, at)
+            row[f"gradient error, {when}"] = float((got - expected).norm() / expected.norm())
+        picture, last = painted(engine, job)
+        row["last loss / fp32"] = last / loss
+        row["picture rms of 255"] = float((picture.float() - end.float()).square().mean().sqrt())
+        rows[name] = row
+    return rows
+
+
+def _photo(job: StyleJob) -> Tensor:
+    width, height = job.result_size
+    x = F.interpolate(job.content[None].float(), (height, width), mode="bicubic", antialias=True)
+    return x[0].clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def example_job(pair: tuple[str, str], size: int) -> StyleJob:
+    """The preset `fast` on one of the example pairs."""
+    content, style = (decode((EXAMPLES / path).read_bytes(), path, Settings(), size) for path in pair)
+    recipe = preset("fast", size=size, smallest_size=min(128, size))
+    return StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
+
+
+def main() -> None:
+    """Runs the comparison and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=192, help="longest side in pixels")
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+
+    vgg = load_vgg("embedded")
+    rows: list[Row] = []
+    for pair in PAIRS:
+        found = compared(vgg, example_job(pair, arguments.size), ("fp32 again", "tf32", "fp16", "bf16"))
+        print_table(f"{' + '.join(Path(p).stem for p in pair)}\n{machine()}", list(found.values()))
+        rows += [{"pair": " + ".join(pair), **row} for row in found.values()]
+    write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
