@@ -18,9 +18,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A GPU as far as its compute capability goes; torch's switches are put back."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic
     yield monkeypatch
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic = before
 
 
 @pytest.mark.parametrize(("multiplies", "expected"), [(True, "bf16"), (False, "fp32")])

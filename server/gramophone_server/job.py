@@ -111,5 +111,10 @@ class Run(Protocol):
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether an exception is Python's, the device's or the CPU allocator's way to say that memory has ended."""
-    # torch's allocator for the CPU raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    at: BaseException | None = error
+    while at is not None:
+        # torch's allocator for the CPU raises a plain RuntimeError.
+        if isinstance(at, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(at):
+            return True
+        at = at.__cause__ or at.__context__  # a capture that runs out of memory ends in an error of its own
+    return False

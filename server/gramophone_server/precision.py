@@ -1,11 +1,11 @@
 """How exactly the network computes. A mode has one type for the way there and one for the way back; Gram matrices, losses
 and the picture itself are float32 in every mode.
 
-    mode   there      back       what it costs: error of the gradient against fp32 (tests/test_numerics.py has the figures)
+    mode   there      back       error of the gradient against fp32 (192 px, benchmarks/RESULTS.md)
     fp32   float32    float32    -
-    tf32   float32    float32    multiplied with 10 bits of mantissa, by the GPU's matrix units
-    fp16   float16    bfloat16   as tf32: the mantissa of the way there decides, the way back needs range instead
-    bf16   bfloat16   bfloat16   three times that of fp16
+    tf32   float32    float32    0.015 to 0.04: multiplied with 10 bits of mantissa, by the GPU's matrix units
+    fp16   float16    bfloat16   0.02 to 0.035: the mantissa of the way there decides, the way back needs range instead
+    bf16   bfloat16   bfloat16   0.07 to 0.13
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def choose(name: str, device: torch.device) -> Precision:
     """The mode of that name, or with "auto" the fastest one that makes the same pictures as fp32 on this device.
 
     That is fp16 on a GPU (the picture after a whole run is as close to fp32's as tf32's is: tests/test_numerics.py), bf16
-    on a CPU that multiplies it, else fp32. Sets the process's switches for tf32. Raises `StartupError`.
+    on a CPU that multiplies it, else fp32. Sets the process's switches of cuDNN and cuBLAS. Raises `StartupError`.
     """
     on_gpu = device.type == "cuda"
     capable = on_gpu and torch.cuda.get_device_capability(device) >= MATRIX_UNITS
@@ -61,6 +61,9 @@ def choose(name: str, device: torch.device) -> Precision:
         # Process-wide in torch. Without this a "float32" convolution is tf32, and a float32 matmul is not.
         torch.backends.cudnn.allow_tf32 = name == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        torch.backends.cudnn.deterministic = (
+            True  # a seed means one picture; all other kernels here add in a fixed order
+        )
     return MODES[name]
 
 
