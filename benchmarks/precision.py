@@ -28,6 +28,7 @@ from gramophone_server.images import decode
 from gramophone_server.job import StyleJob
 from gramophone_server.precision import MODES
 from gramophone_server.stage import Stages
+from gramophone_server.targets import StyleTargets
 from gramophone_server.vgg import Vgg, load_vgg
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def rounded(vgg: Vgg, mode: str) -> Engine:
         engine.chain._line = [
             (name, pooled, Rounded(form, mode == "tf32")) for name, pooled, form in engine.chain._line
         ]
-    engine.stages = Stages(engine.chain, graphs=False)
+    engine.stages, engine.targets = Stages(engine.chain, graphs=False), StyleTargets(engine.chain)
     return engine
 
 
@@ -88,7 +89,7 @@ def gradient(engine: Engine, job: StyleJob, at: Tensor) -> Tensor:
     run = engine.start(
         [StyleJob(recipe=one, content=job.content, styles=job.styles, style_weights=(1.0,), start=start, seed=0)]
     )
-    stage = run._next_scale()
+    stage = run.batch.stage
     return stage.objective.evaluate(stage.canvas.image).grad
 
 

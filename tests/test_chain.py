@@ -12,7 +12,9 @@ from gramophone.recipe import LayerWeight, Normalisation, Pooling, Recipe
 from gramophone_server.chain import Chain
 from gramophone_server.objective import Objective
 from gramophone_server.precision import MODES
+from gramophone_server.targets import style_grams
 from gramophone_server.vgg import Vgg
+from gramophone_server.work import Shape
 
 CPU = torch.device("cpu")
 
@@ -50,8 +52,11 @@ def as_image(picture: Tensor) -> Tensor:
 
 
 def aimed(chain: Chain, recipes: list[Recipe], contents: Tensor, styles: list[list[tuple[Tensor, float]]]) -> Objective:
-    objective = Objective(chain, recipes[0], contents.shape[0], *contents.shape[2:])
-    objective.aim(recipes, contents, styles)
+    shape = Shape.of(recipes[0], *contents.shape[2:])
+    objective = Objective(chain, shape, len(recipes))
+    for slot, recipe in enumerate(recipes):
+        grams = [(style_grams(chain, image, shape.style_layers, shape.pooling), w) for image, w in styles[slot]]
+        objective.aim(slot, recipe, contents[slot : slot + 1], grams)
     return objective
 
 

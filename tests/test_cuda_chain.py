@@ -19,6 +19,7 @@ from gramophone_server.memory import WORKSPACES, Alive, bytes_needed
 from gramophone_server.precision import MODES
 from gramophone_server.stage import Stage
 from gramophone_server.vgg import Vgg
+from gramophone_server.work import Shape
 
 CPU = torch.device("cpu")
 
@@ -91,11 +92,11 @@ def test_the_two_ways_back_agree(wide_vgg: Vgg) -> None:
 def test_the_estimate_of_memory_is_what_the_iteration_takes(
     wide_vgg: Vgg, jobs: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe(size=size)
-    estimate = bytes_needed(wide_vgg, recipe, size, size, jobs, MODES["fp16"], "cudnn")
+    shape = Shape.of(Recipe(size=size), size, size)
+    estimate = bytes_needed(wide_vgg, shape, jobs, MODES["fp16"], "cudnn")
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
     chain = Chain(wide_vgg, CPU, MODES["fp16"], form="cudnn")
     with Alive() as alive:
-        stage = Stage(chain, recipe, jobs, size, size)
+        stage = Stage(chain, shape, jobs)
         stage.iterate(2)
     assert alive.peak == pytest.approx(estimate - WORKSPACES, rel=0.02)

@@ -110,7 +110,7 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_engine: Engine, make_job: 
 
 
 def test_jobs_that_do_not_fit_together_are_refused(tiny_engine: Engine, make_job: MakeJob) -> None:
-    with pytest.raises(ValueError, match="jobs of a batch must have the same optimiser, got adam and lbfgs"):
+    with pytest.raises(ValueError, match="jobs of a run must have the same optimiser, got adam and lbfgs"):
         tiny_engine.start([make_job(), make_job(optimiser=Optimiser.LBFGS)])
 
 
@@ -146,7 +146,7 @@ def test_a_job_whose_loss_is_not_finite_stands_at_its_last_good_picture_and_dist
 ) -> None:
     run = tiny_engine.start([make_job(average=average), make_job(average=average, content=3)])
     starts = [run.picture(i).float() for i in range(2)]
-    stage = run._present()
+    stage = run.batch.stage
     stage.stepper = NanAfter(2, stage.canvas)  # type: ignore[assignment]
     for _ in range(3):
         assert [report.diverged_at for report in run.advance()] == [None, None]

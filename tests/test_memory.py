@@ -10,6 +10,7 @@ from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.memory import WORKSPACES, Alive, bytes_needed
 from gramophone_server.precision import MODES
 from gramophone_server.vgg import Vgg
+from gramophone_server.work import Shape
 
 MIB = 2**20
 
@@ -20,7 +21,8 @@ def wide_vgg() -> Vgg:
 
 
 def needed(vgg: Vgg, size: int = 512, jobs: int = 1, precision: str = "fp16", form: str = "cudnn", **recipe) -> int:
-    return bytes_needed(vgg, Recipe(size=size, **recipe), size, size, jobs, MODES[precision], form)
+    shape = Shape.of(Recipe(size=size, **recipe), size, size)
+    return bytes_needed(vgg, shape, jobs, MODES[precision], form)
 
 
 def test_alive_counts_what_is_in_use() -> None:

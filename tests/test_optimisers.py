@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gramophone.recipe import Optimiser
 from gramophone_server import ops
-from gramophone_server.optimisers import LBFGS, Adam, Canvas, Descent, Stepper, make_stepper
+from gramophone_server.optimisers import LBFGS, Adam, Canvas, Descent, State, Stepper, carried, make_stepper
 
 SHAPE = (2, 3, 4, 5)
 ZERO = torch.zeros(SHAPE)
@@ -43,6 +43,14 @@ def step(canvas: Canvas, stepper: Stepper, grad: Tensor) -> Tensor:
     ops.judge_(torch.zeros(1, grad.shape[0]), grad, canvas.alive, canvas.diverged_at, canvas.count)
     stepper.step_(grad)
     return canvas.image - before
+
+
+def carry(optimiser: Optimiser, coarser: Stepper, finer: Stepper) -> None:
+    """Both jobs to 8x10 px."""
+    for index in range(2):
+        state: State = carried(optimiser, coarser.slot(index), 8, 10)
+        for name, tensor in state.items():
+            finer.slot(index)[name].copy_(tensor)
 
 
 def stretched() -> Tensor:
@@ -182,18 +190,21 @@ def test_a_job_that_diverges_shows_its_last_good_picture_and_is_not_poisoned(opt
         assert torch.equal(canvas.image[0], good)
         assert not torch.equal(canvas.image[1], canvas.last_good[1])
     assert canvas.mean is not None
-    assert all(t.isfinite().all() for t in (canvas.image, canvas.mean, *stepper.buffers))
+    assert all(
+        t.isfinite().all() for t in (canvas.image, canvas.mean, *stepper.slot(0).values(), *stepper.slot(1).values())
+    )
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_a_reset_stepper_is_as_new(optimiser: Optimiser) -> None:
+def test_a_stepper_of_zeros_is_as_new(optimiser: Optimiser) -> None:
     canvas = new_canvas(grey(1), 0.01)
     stepper = make_stepper(optimiser, canvas)
     pictures = []
     for _ in range(2):
         canvas.image.copy_(grey(1))
         canvas.count.zero_()
-        stepper.reset()
+        for view in (*stepper.slot(0).values(), *stepper.slot(1).values()):
+            view.zero_()
         for i in range(12):
             step(canvas, stepper, canvas.image + 0.1 * random(i))
         pictures.append(canvas.image.clone())
@@ -208,10 +219,10 @@ def test_state_goes_on_at_the_next_scale(optimiser: Optimiser) -> None:
         step(canvas, stepper, canvas.image + 0.1 * random(i))
     larger = new_canvas(grey(7, 2, 3, 8, 10), 0.1)
     larger.count.copy_(canvas.count)
-    carried = make_stepper(optimiser, larger)
-    carried.carry(stepper)
+    finer = make_stepper(optimiser, larger)
+    carry(optimiser, stepper, finer)
     fresh = new_canvas(larger.image, 0.1)
-    moved = step(larger, carried, larger.image / 4)
+    moved = step(larger, finer, larger.image / 4)
     assert moved.isfinite().all()
     stateless = optimiser in (Optimiser.GRADIENT_DESCENT, Optimiser.NORMALISED_DESCENT)
     assert torch.equal(moved, step(fresh, make_stepper(optimiser, fresh), fresh.image / 4)) == stateless
@@ -223,9 +234,9 @@ def test_adam_keeps_the_ratio_of_its_moments_when_gradients_shrink_with_the_numb
     step(canvas, stepper, torch.ones(SHAPE))
     larger = new_canvas(torch.full((2, 3, 8, 10), 0.5), 0.1)
     larger.count.copy_(canvas.count)
-    carried = Adam(larger)
-    carried.carry(stepper)
-    moved = step(larger, carried, torch.full((2, 3, 8, 10), 0.25))
+    finer = Adam(larger)
+    carry(Optimiser.ADAM, stepper, finer)
+    moved = step(larger, finer, torch.full((2, 3, 8, 10), 0.25))
     torch.testing.assert_close(moved, torch.full((2, 3, 8, 10), -0.1), rtol=1e-3, atol=0)
 
 
@@ -239,7 +250,7 @@ def test_lbfgs_carries_its_pairs_to_the_next_scale(iterations: int) -> None:
             grad[1] = stepper.before[1] - (canvas.image - canvas.last_good)[1]
         step(canvas, stepper, grad)
     larger = LBFGS(new_canvas(grey(7, 2, 3, 8, 10), 0.01))
-    larger.carry(stepper)
+    carry(Optimiser.LBFGS, stepper, larger)
     assert larger.seen.tolist() == [[iterations - 1] * 2, [0, 0]]
     newest, held = (iterations - 2) % LBFGS.PAIRS, min(iterations - 1, LBFGS.PAIRS)
     assert stepper.inverse[1, newest] == 0

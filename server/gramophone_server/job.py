@@ -3,8 +3,11 @@ picture is made."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from gramophone.recipe import Recipe
 
-__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Run", "Scale", "StyleJob", "fit", "ran_out_of_memory"]
+__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Run", "Scale", "StyleJob", "digest", "fit", "ran_out_of_memory"]
 
 SMALLEST_SIDE = 16  # pixels: four poolings leave one activation for relu5_1
 
@@ -29,6 +32,14 @@ def fit(width: int, height: int, longest: int) -> tuple[int, int]:
     """(width, height) in pixels with the longest side at `longest` and the proportions kept, each side at least 1."""
     scale = longest / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def digest(image: Tensor) -> bytes:
+    """sha256 of a uint8 image on the CPU and its shape; 2 ms for a megapixel."""
+    image = image.contiguous()
+    told = hashlib.sha256(repr(tuple(image.shape)).encode())
+    told.update((ctypes.c_ubyte * image.numel()).from_address(image.data_ptr()))
+    return told.digest()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,6 +66,16 @@ class StyleJob:
         *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
         kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= SMALLEST_SIDE]
         return (*kept, Scale(*final, self.recipe.iterations))
+
+    @cached_property
+    def content_digest(self) -> bytes:
+        """Of the decoded content image; computed once."""
+        return digest(self.content)
+
+    @cached_property
+    def style_digests(self) -> tuple[bytes, ...]:
+        """Of the decoded style images; computed once."""
+        return tuple(digest(style) for style in self.styles)
 
 
 @dataclass(frozen=True)

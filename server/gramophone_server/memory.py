@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gramophone.recipe import Recipe
 from gramophone_server.chain import Chain
 from gramophone_server.precision import Precision
 from gramophone_server.stage import Stage
 from gramophone_server.vgg import Vgg
+from gramophone_server.work import Shape
 
 __all__ = ["bytes_needed"]
 
@@ -32,12 +32,12 @@ GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to it
 WORKSPACES = 48 * 2**20
 
 
-def bytes_needed(vgg: Vgg, recipe: Recipe, height: int, width: int, jobs: int, precision: Precision, form: str) -> int:
-    """Bytes on the device that an iteration of ``jobs`` jobs of ``recipe`` at ``height`` x ``width`` px takes at its peak,
-    without the network's own weights. ``form`` as in `Chain`; on a CPU it is "library", which takes as much as oneDNN."""
+def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, form: str) -> int:
+    """Bytes on the device that an iteration of a batch of ``slots`` jobs takes at its peak, without the network's own
+    weights. ``form`` as in `Chain`; on a CPU it is "library", which takes as much as oneDNN."""
     chain = Chain(vgg, META, precision, form=form)
     with Alive() as alive:
-        stage = Stage(chain, recipe, jobs, height, width)
+        stage = Stage(chain, shape, slots)
         stage.iterate(2)  # the second has what the first one left
     peak: int = alive.peak
     return peak + (WORKSPACES if form == "cudnn" else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from torch import Tensor
 from gramophone.recipe import Recipe
 from gramophone_server import losses, ops
 from gramophone_server.chain import Chain
+from gramophone_server.targets import gram_scale
+from gramophone_server.work import Shape
 
 __all__ = ["Evaluation", "Objective"]
 
@@ -27,16 +28,16 @@ class Evaluation:
 class Objective:
     """What a batch of same-shape jobs is after at one scale.
 
-    The recipes may differ in alpha, beta, tv_weight and layer weights: those are tensors, one entry per job, and can be
-    changed between two evaluations. Everything else is taken from the first. Targets and weights live in buffers that
-    `aim` fills, so that a captured evaluation serves other jobs of the same shape.
+    Targets and weights are tensors with an entry per slot, which can be changed between two evaluations. They live in
+    buffers that `aim` fills for one slot, so that a captured evaluation serves whoever comes. Weights of 0 are an empty
+    slot: its terms and its gradient are 0.
     """
 
-    def __init__(self, chain: Chain, recipe: Recipe, jobs: int, height: int, width: int) -> None:
+    def __init__(self, chain: Chain, shape: Shape, jobs: int) -> None:
         self.chain = chain
-        self.pooling = recipe.pooling
-        self.content_layers = tuple(layer for layer, _ in recipe.content_layers)
-        self.style_layers = tuple(layer for layer, _ in recipe.style_layers)
+        self.pooling = shape.pooling
+        self.content_layers, self.style_layers = shape.content_layers, shape.style_layers
+        height, width = shape.height, shape.width
         self.layers = (*self.content_layers, *self.style_layers)
         self.content_targets = [
             torch.zeros(
@@ -46,41 +47,48 @@ class Objective:
         ]
         shapes = [chain.shape(layer, height, width) for layer in self.style_layers]
         self.pixels = [h * w for _, h, w in shapes]
-        self.scales = [self._scale(layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)]
+        self.scales = [gram_scale(chain, layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)]
         self.style_targets = [torch.zeros(jobs, c, c, device=chain.device) for c, _, _ in shapes]
         self.content_weights = torch.zeros(len(self.content_layers), jobs, device=chain.device)
         self.style_weights = torch.zeros(len(self.style_layers), jobs, device=chain.device)
         self.tv_weights = torch.zeros(jobs, device=chain.device)
 
     @torch.inference_mode()
-    def aim(
-        self, recipes: Sequence[Recipe], contents: Tensor, styles: Sequence[Sequence[tuple[Tensor, float]]]
-    ) -> None:
-        """Targets and weights for new jobs.
+    def aim(self, slot: int, recipe: Recipe, content: Tensor, styles: Sequence[tuple[Sequence[Tensor], float]]) -> None:
+        """Targets and weights of a new job; no other slot's change.
 
-        ``contents``: float32 [B, 3, H, W] in [0, 1]. ``styles``: per job, images [1, 3, h, w] and their weights.
+        ``content``: float32 [1, 3, H, W] in [0, 1]. ``styles``: per image its Gram matrices [C, C], one per style layer,
+        and its weight; each target is their weighted mean.
         """
         if self.content_layers:
-            trace = self.chain.forward(contents, self.content_layers, self.pooling)
+            trace = self.chain.forward(content, self.content_layers, self.pooling)
             for layer, target in zip(self.content_layers, self.content_targets, strict=True):
-                target.copy_(trace[layer])
-            del trace
-        for job, images in enumerate(styles):
-            self._aim_style(job, images)
+                target[slot].copy_(trace[layer][0])
+        total = sum(weight for _, weight in styles)
+        for i, target in enumerate(self.style_targets):
+            target[slot].zero_()
+            for grams, weight in styles:
+                target[slot].add_(grams[i], alpha=weight / total)
+        self.weigh(slot, recipe)
 
-        def fill(weights: Tensor, values: Sequence[Sequence[Any]]) -> None:
-            weights.copy_(torch.tensor(values, dtype=torch.float32).T)
+    @torch.inference_mode()
+    def weigh(self, slot: int, recipe: Recipe) -> None:
+        """The weights of a recipe for the job in ``slot``, from the next evaluation on."""
+        one, normalisation = slice(slot, slot + 1), recipe.normalisation
+        contents = zip(self.content_weights, recipe.content_layers, self.content_targets, strict=True)
+        for row, (layer, weight), target in contents:
+            factor = losses.content_factor(normalisation, target[one], self.chain.gain(layer))
+            row[one] = factor * (recipe.alpha * weight)
+        styles = zip(self.style_weights, recipe.style_layers, self.style_targets, self.pixels, strict=True)
+        for row, (_, weight), target, pixels in styles:
+            row[one] = losses.style_factor(normalisation, target[one], pixels) * (recipe.beta * weight)
+        self.tv_weights[slot] = recipe.tv_weight
 
-        normalisation = recipes[0].normalisation
-        if self.content_layers:
-            fill(self.content_weights, [[r.alpha * w for _, w in r.content_layers] for r in recipes])
-        if self.style_layers:
-            fill(self.style_weights, [[r.beta * w for _, w in r.style_layers] for r in recipes])
-        for layer, row, target in zip(self.content_layers, self.content_weights, self.content_targets, strict=True):
-            row *= losses.content_factor(normalisation, target, self.chain.gain(layer))
-        for row, target, n in zip(self.style_weights, self.style_targets, self.pixels, strict=True):
-            row *= losses.style_factor(normalisation, target, n)
-        self.tv_weights.copy_(torch.tensor([r.tv_weight for r in recipes]))
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Makes the slot an empty one."""
+        for weights in (self.content_weights[:, slot], self.style_weights[:, slot], self.tv_weights[slot]):
+            weights.zero_()
 
     @torch.inference_mode()
     def evaluate(self, image: Tensor) -> Evaluation:
@@ -99,17 +107,3 @@ class Objective:
         grad, content = self.chain.backward(trace, diffs, contents)
         tv = ops.tv_(grad, image, self.tv_weights)
         return Evaluation(torch.cat([*(content[layer][None] for layer in self.content_layers), *terms, tv[None]]), grad)
-
-    def _scale(self, layer: str, pixels: int) -> float:
-        return losses.gram_scale(pixels) * self.chain.gain(layer) ** 2
-
-    def _aim_style(self, job: int, images: Sequence[tuple[Tensor, float]]) -> None:
-        """Each style layer's target is the weighted mean of the styles' Gram matrices."""
-        total = sum(weight for _, weight in images)
-        for target in self.style_targets:
-            target[job].zero_()
-        for image, weight in images if self.style_layers else ():
-            trace = self.chain.forward(image, self.style_layers, self.pooling)
-            for layer, target in zip(self.style_layers, self.style_targets, strict=True):
-                features = trace[layer]
-                target[job] += ops.gram(features, weight / total * self._scale(layer, features[0, 0].numel()))[0]

@@ -16,7 +16,9 @@ from torch import Tensor
 from gramophone.recipe import Optimiser
 from gramophone_server import ops
 
-__all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "make_stepper"]
+__all__ = ["LBFGS", "Adam", "Canvas", "Descent", "State", "Stepper", "carried", "layout", "make_stepper"]
+
+State = dict[str, Tensor]  # what a slot holds of one job, by name; without the dimension of the batch
 
 
 @dataclass(eq=False)
@@ -32,6 +34,26 @@ class Canvas:
     alive: Tensor  # bool [B]
     diverged_at: Tensor  # int64 [B], 0: has not
 
+    @classmethod
+    def empty(cls, jobs: int, height: int, width: int, average: float, device: torch.device) -> Canvas:
+        """Black pictures and nobody alive."""
+        image = torch.zeros(jobs, 3, height, width, device=device)
+        return cls(
+            image=image,
+            last_good=torch.zeros_like(image),
+            mean=torch.zeros_like(image) if average else None,
+            average=average,
+            step=torch.zeros(jobs, device=device),
+            count=torch.zeros(jobs, dtype=torch.int64, device=device),
+            alive=torch.zeros(jobs, dtype=torch.bool, device=device),
+            diverged_at=torch.zeros(jobs, dtype=torch.int64, device=device),
+        )
+
+    def slot(self, index: int) -> State:
+        """The pictures of one job, as views of the buffers."""
+        pictures = {"image": self.image[index], "last_good": self.last_good[index]}
+        return pictures if self.mean is None else {**pictures, "mean": self.mean[index]}
+
 
 class Stepper(Protocol):
     """An optimiser with the state of a batch at one scale."""
@@ -39,15 +61,8 @@ class Stepper(Protocol):
     def step_(self, grad: Tensor) -> None:
         """Moves the canvas's image, after `ops.judge_` was called for this gradient."""
 
-    def reset(self) -> None:
-        """As new, for another job in the same buffers."""
-
-    def carry(self, coarser: Stepper) -> None:
-        """Takes over the state of the same optimiser at the scale before, where that means something."""
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All state."""
+    def slot(self, index: int) -> State:
+        """All state of one job, as views of the buffers; zeros are a new one."""
 
 
 def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
@@ -63,6 +78,22 @@ def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
             return LBFGS(canvas)
 
 
+def carried(optimiser: Optimiser, state: State, height: int, width: int) -> State:
+    """The state of one job at a scale with other pixels, as far as it means something there; the rest is zero."""
+    match optimiser:
+        case Optimiser.ADAM:
+            return Adam.carried(state, height, width)
+        case Optimiser.LBFGS:
+            return LBFGS.carried(state, height, width)
+    return {}
+
+
+def layout(optimiser: Optimiser, average: float, height: int, width: int) -> State:
+    """All that a slot holds of one job, as tensors that have a type and a shape but no memory."""
+    canvas = Canvas.empty(1, height, width, average, torch.device("meta"))
+    return canvas.slot(0) | make_stepper(optimiser, canvas).slot(0)
+
+
 class Descent:
     """G <- G - step * dJ/dG; normalised: the gradient first divided by its root mean square."""
 
@@ -74,16 +105,9 @@ class Descent:
         c = self.canvas
         ops.descent_(c.image, c.last_good, c.mean, grad, c.step, c.alive, c.average, self.normalised)
 
-    def reset(self) -> None:
+    def slot(self, index: int) -> State:
         """There is no state."""
-
-    def carry(self, coarser: Stepper) -> None:
-        """There is no state."""
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """None."""
-        return []
+        return {}
 
 
 class Adam:
@@ -107,24 +131,18 @@ class Adam:
             c.image, c.last_good, c.mean, self.first, self.second, grad, c.step, c.count, c.alive, c.average
         )  # fmt: skip
 
-    def reset(self) -> None:
-        """Forgets the moments; how many gradients they are of is the canvas's count."""
-        for moment in self.buffers:
-            moment.zero_()
+    def slot(self, index: int) -> State:
+        """The moments; how many gradients they are of is the canvas's count."""
+        return {"first": self.first[index], "second": self.second[index]}
 
-    def carry(self, coarser: Stepper) -> None:
-        """The moments of a scale with other pixels."""
-        assert isinstance(coarser, Adam)
+    @staticmethod
+    def carried(state: State, height: int, width: int) -> State:
+        """The moments at a scale with other pixels."""
         # A pixel's gradient shrinks as their number grows, and squares with it: without this the old, larger squares
         # would hold the steps of the new scale back for about 1 / (1 - 0.99) iterations.
-        shrink = coarser.first[0].numel() / self.first[0].numel()
-        self.first.copy_(_resampled(coarser.first, self.first) * shrink)
-        self.second.copy_(_resampled(coarser.second, self.second) * shrink**2)
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The moments."""
-        return [self.first, self.second]
+        first, second = (_resampled(state[name][None], height, width)[0] for name in ("first", "second"))
+        shrink = state["first"].numel() / first.numel()
+        return {"first": first * shrink, "second": second * shrink**2}
 
 
 class LBFGS:
@@ -154,49 +172,51 @@ class LBFGS:
         memory = (self.history, self.before, self.products, self.inverse, self.scale, self.seen)
         ops.lbfgs_(c.image, c.last_good, c.mean, *memory, grad, c.step, c.alive, c.average)
 
-    def reset(self) -> None:
-        """Forgets all pairs; what no pair was written to since is never read."""
-        for memory in (self.products, self.inverse, self.scale, self.seen):
-            memory.zero_()
+    def slot(self, index: int) -> State:
+        """The pairs and what is known of them."""
+        return {
+            "history": self.history[:, :, index],
+            "before": self.before[index],
+            "products": self.products[index],
+            "inverse": self.inverse[index],
+            "scale": self.scale[index],
+            "seen": self.seen[:, index],
+        }
 
-    def carry(self, coarser: Stepper) -> None:
-        """The pairs of a scale with other pixels, and what they say there. The next gradient forms none: it is the first
+    @classmethod
+    def carried(cls, state: State, height: int, width: int) -> State:
+        """The pairs at a scale with other pixels, and what they say there. The next gradient forms none: it is the first
         at this scale."""
-        assert isinstance(coarser, LBFGS)
-        shrink = coarser.before[0].numel() / self.before[0].numel()  # of y, as in Adam
-        good = coarser.inverse > 0
-        for slot in range(self.PAIRS):
-            kept = good[:, slot].view(-1, 1, 1, 1)  # a pair that was left out stays out
-            for kind, factor in enumerate((1.0, shrink)):
-                resampled = _resampled(coarser.history[kind, slot], self.before) * factor
-                self.history[kind, slot] = torch.where(kept, resampled, 0.0)
-        self.seen[0] = coarser.seen[0]
-        self.seen[1] = 0
-        self._judge_pairs()
+        shrink = state["before"].numel() / (3 * height * width)  # of y, as in Adam
+        history = torch.stack([_resampled(pairs, height, width) for pairs in state["history"]])
+        history *= history.new_tensor([1.0, shrink]).view(2, 1, 1, 1, 1)
+        kept = state["inverse"] > 0  # a pair that was left out stays out
+        history = torch.where(kept.view(1, -1, 1, 1, 1), history, 0.0)
+        seen = torch.stack([state["seen"][0], torch.zeros_like(state["seen"][1])])
+        return {"history": history, "seen": seen, **cls._judged(history, seen[0])}
 
-    def _judge_pairs(self) -> None:
-        """All that is known of the pairs, from the history alone."""
-        vectors = 2 * self.PAIRS
-        rows = self.history.view(vectors, len(self.scale), -1).transpose(0, 1)
-        self.products.zero_()
+    @classmethod
+    def _judged(cls, history: Tensor, pairs: Tensor) -> State:
+        """All that is known of the pairs, from the history alone; ``pairs`` were written to it."""
+        held, vectors = cls.PAIRS, 2 * cls.PAIRS
+        rows = history.reshape(1, vectors, -1)
+        products = rows.new_zeros(1, vectors + 1, vectors + 1, dtype=torch.float64)
         for first in range(0, rows.shape[2], 65536):  # 10 MB at a time in float64
             wide = rows[:, :, first : first + 65536].double()
-            self.products[:, :vectors, :vectors] += wide @ wide.mT
-        own = self.products.diagonal(dim1=1, dim2=2)
-        ss, yy = own[:, : self.PAIRS], own[:, self.PAIRS : vectors]
-        sy = self.products.diagonal(offset=self.PAIRS, dim1=1, dim2=2)[:, : self.PAIRS]
-        good = sy > self.LEAST_CURVATURE * (ss * yy).sqrt()
-        self.inverse.copy_(torch.where(good, 1 / sy, 0.0))
-        age = (self.seen[0][:, None] - 1 - torch.arange(self.PAIRS, device=sy.device)) % self.PAIRS
-        newest = torch.where(good, age, self.PAIRS).argmin(1, keepdim=True)
-        self.scale.copy_(torch.where(good, sy / yy, 0.0).gather(1, newest)[:, 0])
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The pairs and what is known of them."""
-        return [self.history, self.before, self.products, self.inverse, self.scale, self.seen]
+            products[:, :vectors, :vectors] += wide @ wide.mT
+        own = products[0].diagonal()
+        ss, yy = own[:held], own[held:vectors]
+        sy = products[0].diagonal(offset=held)[:held]
+        good = sy > cls.LEAST_CURVATURE * (ss * yy).sqrt()
+        age = (pairs - 1 - torch.arange(held, device=sy.device)) % held
+        newest = torch.where(good, age, held).argmin(0, keepdim=True)
+        return {
+            "products": products[0],
+            "inverse": torch.where(good, 1 / sy, 0.0),
+            "scale": torch.where(good, sy / yy, 0.0).gather(0, newest)[0],
+        }
 
 
-def _resampled(x: Tensor, like: Tensor) -> Tensor:
+def _resampled(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear: squares must stay positive."""
-    return F.interpolate(x, like.shape[2:], mode="bilinear", antialias=True)
+    return F.interpolate(x, (height, width), mode="bilinear", antialias=True)

@@ -1,23 +1,22 @@
 """A batch at one scale, in fixed buffers: what an iteration reads and changes, and on a GPU the graph that replays it.
 
 Nothing of an iteration is decided by the host: weights, step sizes, counts and who has diverged are tensors. So an
-iteration can be captured once as a CUDA graph and replayed for every job of the same shape; a job only fills the buffers.
+iteration can be captured once as a CUDA graph and replayed for every job of the same shape; a job only fills its slot of
+the buffers. An empty slot is computed like any other: a black picture with weights of 0 that is not alive.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gramophone.recipe import Recipe
 from gramophone_server import ops
 from gramophone_server.chain import Chain
 from gramophone_server.objective import Objective
-from gramophone_server.optimisers import Canvas, make_stepper
+from gramophone_server.optimisers import Canvas, State, make_stepper
+from gramophone_server.work import Shape
 
 __all__ = ["Stage", "Stages"]
 
@@ -30,55 +29,59 @@ WARM_UPS = 2  # iterations before a capture: cuDNN builds its plans, libraries t
 
 
 class Stage:
-    """One batch at one scale."""
+    """A batch at one scale: ``slots`` jobs of one shape."""
 
-    def __init__(self, chain: Chain, recipe: Recipe, jobs: int, height: int, width: int) -> None:
-        self.height, self.width = height, width
-        self.objective = Objective(chain, recipe, jobs, height, width)
-        device = chain.device
-        image = torch.zeros(jobs, 3, height, width, device=device)
-        self.canvas = Canvas(
-            image=image,
-            last_good=torch.zeros_like(image),
-            mean=torch.zeros_like(image) if recipe.average else None,
-            average=recipe.average,
-            step=torch.zeros(jobs, device=device),
-            count=torch.zeros(jobs, dtype=torch.int64, device=device),
-            alive=torch.ones(jobs, dtype=torch.bool, device=device),
-            diverged_at=torch.zeros(jobs, dtype=torch.int64, device=device),
-        )
-        self.stepper = make_stepper(recipe.optimiser, self.canvas)
-        objective = self.objective
+    def __init__(self, chain: Chain, shape: Shape, slots: int) -> None:
+        self.shape, self.slots = shape, slots
+        self.objective = Objective(chain, shape, slots)
+        self.canvas = Canvas.empty(slots, shape.height, shape.width, shape.average, chain.device)
+        self.stepper = make_stepper(shape.optimiser, self.canvas)
         # The terms of the last evaluation, in the order of `Evaluation.terms`.
-        self.terms = torch.zeros(len(objective.content_layers) + len(objective.style_layers) + 1, jobs, device=device)
+        terms = len(shape.content_layers) + len(shape.style_layers) + 1
+        self.terms = torch.zeros(terms, slots, device=chain.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by iterations
 
+    def slot(self, slot: int) -> State:
+        """All tensors of one job, as views of the buffers."""
+        return self.canvas.slot(slot) | self.stepper.slot(slot)
+
     @torch.inference_mode()
-    def begin(self, image: Tensor, step: Sequence[float], coarser: Stage | None) -> None:
-        """Starts at ``image`` [B, 3, H, W], as new or where the scale before, ``coarser``, has got to."""
+    def put(self, slot: int, tensors: State, step: float, gradients: int, diverged_at: int) -> None:
+        """Fills a slot with a job of which so many gradients were seen; no other slot changes. What ``tensors`` does not
+        have is zero. ``diverged_at``: which of the gradients was not finite, 0 for none."""
+        for name, view in self.slot(slot).items():
+            if name in tensors:
+                view.copy_(tensors[name])
+            else:
+                view.zero_()
         canvas = self.canvas
-        canvas.image.copy_(image)
-        canvas.last_good.copy_(image)
-        if canvas.mean is not None:
-            canvas.mean.zero_()
-        canvas.step.copy_(torch.tensor(step))
-        if coarser is None:
-            canvas.alive.fill_(True)
-            canvas.count.zero_()
-            canvas.diverged_at.zero_()
-            self.stepper.reset()
-        else:
-            for name in ("alive", "count", "diverged_at"):
-                getattr(canvas, name).copy_(getattr(coarser.canvas, name))
-            self.stepper.carry(coarser.stepper)
+        canvas.step[slot] = step
+        canvas.count[slot] = gradients
+        canvas.diverged_at[slot] = diverged_at
+        canvas.alive[slot] = not diverged_at
+
+    @torch.inference_mode()
+    def take(self, slot: int, *, to_cpu: bool = False) -> State:
+        """A copy of all tensors of a slot, on the device or on the CPU."""
+        device = "cpu" if to_cpu else self.canvas.image.device
+        return {
+            name: view.to(device, copy=True, memory_format=torch.contiguous_format)
+            for name, view in self.slot(slot).items()
+        }
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Makes the slot an empty one."""
+        for view in self.canvas.slot(slot).values():
+            view.zero_()
+        self.canvas.alive[slot] = False
+        self.objective.clear(slot)
 
     @property
     def bytes(self) -> int:
         """Of the buffers; what an iteration takes besides is in the pool that all stages share."""
-        canvas, objective = self.canvas, self.objective
-        mean = [] if canvas.mean is None else [canvas.mean]
-        buffers = [canvas.image, canvas.last_good, *mean, *self.stepper.buffers]
-        return sum(b.nbytes for b in (*buffers, *objective.content_targets, *objective.style_targets))
+        targets = (*self.objective.content_targets, *self.objective.style_targets)
+        return self.slots * sum(view.nbytes for view in self.slot(0).values()) + sum(t.nbytes for t in targets)
 
     def iterate(self, iterations: int) -> None:
         """So many iterations of every job; waits for nothing."""
@@ -99,7 +102,7 @@ class Stage:
         self.stepper.step_(evaluation.grad)
 
     def capture(self, pool: Any) -> None:
-        """Captures the iteration. What is in the buffers is lost; `begin` and `Objective.aim` fill them anew.
+        """Captures the iteration. What is in the buffers is lost: all slots are empty afterwards.
 
         Another thread may use the GPU meanwhile (thread_local mode; the default would break the capture).
         """
@@ -118,6 +121,8 @@ class Stage:
                 for _ in range(size):
                     self._iterate()
             self._graphs[size] = graph
+        for slot in range(self.slots):
+            self.clear(slot)
 
 
 class Stages:
@@ -138,30 +143,30 @@ class Stages:
             self._pool = torch.cuda.graph_pool_handle()
             total = torch.cuda.get_device_properties(chain.device).total_memory
             self._most_bytes = int(total * self.MOST_OF_MEMORY)
-        self._idle: OrderedDict[int, tuple[Hashable, Stage]] = OrderedDict()  # by id, oldest first
+        self._idle: OrderedDict[int, Stage] = OrderedDict()  # by id, oldest first
 
-    def take(self, recipe: Recipe, jobs: int, height: int, width: int) -> Stage:
-        """A stage whose buffers the caller fills, and gives back when it is done."""
-        key = _key(recipe, jobs, height, width)
-        for id_, (other, stage) in reversed(self._idle.items()):
-            if other == key:
+    def take(self, shape: Shape, slots: int) -> Stage:
+        """A stage with nothing but empty slots; the caller gives it back when it is done."""
+        for id_, stage in reversed(self._idle.items()):
+            if (stage.shape, stage.slots) == (shape, slots):
                 del self._idle[id_]
                 return stage
         try:
-            return self._new(recipe, jobs, height, width)
+            return self._new(shape, slots)
         except torch.OutOfMemoryError:
             if not self._idle:
                 raise
         self.clear()  # memory kept for jobs that may come goes to the one that is there
-        return self._new(recipe, jobs, height, width)
+        return self._new(shape, slots)
 
-    def give_back(self, stage: Stage, recipe: Recipe) -> None:
+    def give_back(self, stage: Stage) -> None:
         """Keeps a stage for the next job of its shape, if there is anything to gain from it."""
         if self._pool is None:
             return
-        key = _key(recipe, stage.canvas.image.shape[0], stage.height, stage.width)
-        self._idle[id(stage)] = key, stage
-        while len(self._idle) > self.MOST or sum(s.bytes for _, s in self._idle.values()) > self._most_bytes:
+        for slot in range(stage.slots):
+            stage.clear(slot)
+        self._idle[id(stage)] = stage
+        while len(self._idle) > self.MOST or sum(s.bytes for s in self._idle.values()) > self._most_bytes:
             self._idle.popitem(last=False)
 
     def clear(self) -> None:
@@ -170,14 +175,8 @@ class Stages:
         if self._chain.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _new(self, recipe: Recipe, jobs: int, height: int, width: int) -> Stage:
-        stage = Stage(self._chain, recipe, jobs, height, width)
+    def _new(self, shape: Shape, slots: int) -> Stage:
+        stage = Stage(self._chain, shape, slots)
         if self._pool is not None:
             stage.capture(self._pool)
         return stage
-
-
-def _key(recipe: Recipe, jobs: int, height: int, width: int) -> Hashable:
-    """What a captured iteration depends on."""
-    layers = tuple(tuple(layer for layer, _ in named) for named in (recipe.content_layers, recipe.style_layers))
-    return jobs, height, width, layers, recipe.pooling, recipe.optimiser, recipe.average

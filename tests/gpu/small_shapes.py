@@ -87,7 +87,6 @@ def step(device: str) -> None:
                 diverged_at=at,
             )
             stepper = make_stepper(optimiser, canvas)
-            stepper.reset()
             for _ in range(12):  # L-BFGS keeps ten pairs
                 grad = torch.rand_like(grad)
                 ops.judge_(terms, grad, alive, at, count)

@@ -18,7 +18,7 @@ NETWORKS = ("tiny", "vgg")
 
 
 def stage_of(run: EngineRun) -> Stage:
-    return run._present()
+    return run.batch.stage
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -150,7 +150,7 @@ def test_only_so_many_stages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         run = one.start([job(side=side, iterations=1)])
         finish(run)
         run.close()
-    assert [stage.width for _, stage in one.stages._idle.values()] == [48, 56]
+    assert [stage.shape.width for stage in one.stages._idle.values()] == [48, 56]
 
 
 def test_a_capture_survives_another_thread_on_the_gpu() -> None:
