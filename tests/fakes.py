@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from gramophone_server.errors import Diverged
+from gramophone_server.errors import Diverged, OutOfDeviceMemory
 from gramophone_server.job import Losses, Report, StyleJob
+from gramophone_server.work import Shape, Tuning, Work
 
 
 class FakeEngine:
-    """Runs while `go` is set. Iteration `fails_at` raises `error`, of any job."""
+    """Runs while `go` is set. Iteration `fails_at` raises `error`, of any job.
+
+    An iteration of a batch takes `iteration_s` and `pixel_s` for each pixel of each slot, taken or not. A batch of more than
+    `most_pixels` (width x height x slots) is out of memory.
+    """
 
     device_name = "fake"
     precision = "fp32"
@@ -22,8 +29,18 @@ class FakeEngine:
     weights_source = "none, sha256 0"
     layers = ("conv1_1", "relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
-    def __init__(self, iteration_s: float = 0.0, fails_at: int = 0, error: Exception | None = None) -> None:
+    def __init__(
+        self,
+        iteration_s: float = 0.0,
+        fails_at: int = 0,
+        error: Exception | None = None,
+        *,
+        pixel_s: float = 0.0,
+        most_pixels: int = 2**31,
+    ) -> None:
         self.iteration_s = iteration_s
+        self.pixel_s = pixel_s
+        self.most_pixels = most_pixels
         self.fails_at = fails_at
         self.error = error
         self.go = threading.Event()
@@ -34,10 +51,27 @@ class FakeEngine:
         self.taken_at: list[float] = []  # times of the pictures, on the monotonic clock
         self.thread = ""  # that iterated
         self.closed = 0  # runs
+        self.batches: list[FakeBatch] = []  # as they were made
 
     def start(self, jobs: Sequence[StyleJob]) -> FakeRun:
         self.jobs.extend(jobs)
         return FakeRun(self, jobs[0])
+
+    def admit(self, job: StyleJob) -> Work:
+        self.jobs.append(job)
+        return Work(job)
+
+    def most_slots(self, shape: Shape) -> int:
+        return 256
+
+    def batch_bytes(self, shape: Shape, slots: int) -> int:
+        return 1000 * shape.width * shape.height * slots
+
+    def batch(self, shape: Shape, slots: int) -> FakeBatch:
+        if shape.width * shape.height * slots > self.most_pixels:
+            raise OutOfDeviceMemory(shape.width, shape.height)
+        self.batches.append(FakeBatch(self, shape, slots))
+        return self.batches[-1]
 
 
 class FakeRun:
@@ -82,3 +116,72 @@ class FakeRun:
         self.engine.taken_at.append(time.monotonic())
         width, height = self.sizes[max(0, self.done - 1)]
         return torch.full((height, width, 3), min(255, self.done), dtype=torch.uint8)
+
+
+class FakeBatch:
+    """Slots whose pictures are as bright as their jobs' iterations were done."""
+
+    def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
+        self.engine, self.shape, self.slots = engine, shape, slots
+        self.works: dict[int, Work] = {}
+        self.closed = False
+
+    def join(self, work: Work) -> int:
+        if work.joined or work.finished or work.shape != self.shape or len(self.works) == self.slots:
+            raise ValueError("the job does not fit")
+        if work.next_at != work.at:
+            work.at, work.averaged = work.next_at, 0
+        slot = next(slot for slot in range(self.slots) if slot not in self.works)
+        work.tensors, work.joined = None, True
+        self.works[slot] = work
+        return slot
+
+    def leave(self, slot: int) -> Work:
+        work = self.works.pop(slot)
+        work.tensors, work.joined = self._tensors(work), False
+        return work
+
+    def advance(self, iterations: int = 1) -> Mapping[int, Report]:
+        engine = self.engine
+        if not self.works or not all(work.iterations_left for work in self.works.values()):
+            raise ValueError("nobody, or somebody who must leave")
+        n = min(iterations, *(work.iterations_left for work in self.works.values()))
+        engine.thread = threading.current_thread().name
+        engine.under_way.set()
+        assert engine.go.wait(10), "the test never let the engine go on"
+        time.sleep(n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots))
+        reports = {}
+        for slot, work in self.works.items():
+            if engine.error is not None and work.done < engine.fails_at <= work.done + n:
+                if not isinstance(engine.error, Diverged):
+                    raise engine.error
+                work.diverged_at = engine.fails_at
+            work.advanced(n)
+            engine.iterations += n
+            beta = work.recipe.beta  # so that a test sees when weights changed
+            losses = Losses(content={"relu4_2": 1.0 / work.done}, style={"relu1_1": beta / work.done}, tv=0.5)
+            reports[slot] = work.report(losses)
+        return reports
+
+    def iterations_left(self, slot: int) -> int:
+        return self.works[slot].iterations_left
+
+    def snapshot(self, slot: int) -> Callable[[], Tensor]:
+        self.engine.taken_at.append(time.monotonic())
+        picture = (self._tensors(self.works[slot])["image"].permute(1, 2, 0) * 255).round().to(torch.uint8)
+        return lambda: picture
+
+    def copy(self, slot: int) -> Work:
+        work = self.works[slot]
+        return replace(work, joined=False, tensors=self._tensors(work))
+
+    def retune(self, slot: int, **changes: Unpack[Tuning]) -> int:
+        return self.works[slot].retune(**changes)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _tensors(self, work: Work) -> dict[str, Tensor]:
+        width, height, _ = work.scales[work.at]
+        grey = torch.full((3, height, width), min(255, work.done) / 255)
+        return {"image": grey, "last_good": grey}

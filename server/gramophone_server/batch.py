@@ -121,10 +121,14 @@ class EngineBatch:
     def retune(self, slot: int, **changes: Unpack[Tuning]) -> int:
         """Changes weights or the step of a job; see `work.Batch.retune`."""
         work = self._works[slot]
-        first = work.retune(**changes)
-        with self._within_memory(*work.job.result_size), torch.inference_mode():
-            self.stage.objective.weigh(slot, work.recipe)
-            self.stage.canvas.step[slot] = work.recipe.step
+        before, first = work.recipe, work.retune(**changes)
+        try:
+            with self._within_memory(*work.job.result_size), torch.inference_mode():
+                self.stage.objective.weigh(slot, work.recipe)
+                self.stage.canvas.step[slot] = work.recipe.step
+        except BaseException:
+            work.recipe = before
+            raise
         return first
 
     def close(self) -> None:

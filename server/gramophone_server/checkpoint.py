@@ -71,15 +71,20 @@ class Checkpoint:
         if (self.width, self.height) != work.scales[work.at][:2]:
             expected = "x".join(map(str, work.scales[work.at][:2]))
             raise _refusal(f"has a {self.width}x{self.height} picture, and the job a {expected} one at this scale")
-        if work.averaged > work.done - before or work.gradients > work.done or work.diverged_at > work.done:
-            raise _refusal("counts more than its iterations")
+        unseen = work.done - work.gradients
+        if (
+            unseen < 0
+            or work.averaged > work.done - before
+            or not (work.diverged_at == 0 or unseen < work.diverged_at <= work.done)
+        ):
+            raise _refusal("is damaged: its counts contradict each other")
         return work
 
 
 def size(work: Work, *, light: bool = False) -> int:
     """Bytes that `write` makes, but for the header's few hundred."""
     width, height, _ = work.scales[work.at]
-    return width * height * 3 if light else _bytes(layout(work.recipe.optimiser, work.recipe.average, height, width))
+    return width * height * 3 if light else _bytes(layout(*_key(work.recipe), height, width))
 
 
 def write(work: Work, *, light: bool = False, most_bytes: int) -> bytes:
@@ -108,7 +113,7 @@ def write(work: Work, *, light: bool = False, most_bytes: int) -> bytes:
         picture = shown(tensors, work.recipe.average, work.averaged, not work.diverged_at)
         parts.append(_to_bytes(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0)))
     else:
-        for name, like in layout(work.recipe.optimiser, work.recipe.average, height, width).items():
+        for name, like in layout(*_key(work.recipe), height, width).items():
             parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
     return b"".join(parts)
 
@@ -133,26 +138,26 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
         if kind not in ("full", "light") or not width or not height:
             raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise _refusal("is damaged: its header cannot be read") from error
-    body, pixels = len(data) - start - length, width * height
-    light = kind == "light"
-    # The size is asked for before any tensor is thought of: its product fits in no 64 bits if a header wants it so.
-    wanted = pixels * 3 if light else body if pixels > body else _full_bytes(recipe, height, width)
-    if body != wanted or pixels > body:
+    body, pixels, light = len(data) - start - length, width * height, kind == "light"
+    # A picture has fewer pixels than bytes: only then is the layout asked for, whose sizes must fit in 64 bits.
+    if pixels > body or body != (3 * pixels if light else _bytes(layout(*_key(recipe), height, width))):
         raise _refusal(f"is cut off or damaged: {body} bytes of tensors do not make a {width}x{height} picture")
-    tensors = _light(data, start + length, height, width) if light else _full(data, start + length, recipe, height, width)
+    tensors = (
+        _light(data, start + length, height, width) if light else _full(data, start + length, recipe, height, width)
+    )
     _check(tensors, counts)
     return Checkpoint(recipe, width, height, digests[0], tuple(digests[1:]), counts, tensors)
 
 
-def _full_bytes(recipe: Recipe, height: int, width: int) -> int:
-    return _bytes(layout(recipe.optimiser, recipe.average, height, width))
+def _key(recipe: Recipe) -> tuple[Optimiser, float]:
+    return recipe.optimiser, recipe.average
 
 
 def _full(data: bytes, at: int, recipe: Recipe, height: int, width: int) -> State:
     tensors = {}
-    for name, like in layout(recipe.optimiser, recipe.average, height, width).items():
+    for name, like in layout(*_key(recipe), height, width).items():
         # A `bytearray`, as a tensor must own memory that may be written to.
         raw = bytearray(memoryview(data)[at : at + like.nbytes])
         tensors[name] = torch.frombuffer(raw, dtype=like.dtype).view(like.shape)

@@ -1,7 +1,7 @@
 """Style targets: the Gram matrices of style images, kept for the next job in the same style.
 
-A style is asked for again at every scale of every job that paints in it, and its way through the network costs a third of
-an iteration. What is kept is what would be computed, to the last bit. Caches belong to one network in one precision, and
+A style is asked for again at every scale of every job that paints in it, and its way through the network costs half an
+iteration (benchmarks/RESULTS.md). What is kept is what would be computed, to the last bit. Caches belong to one network in one precision, and
 like their engine to one thread, so that no two callers ever compute the same entry at once.
 """
 

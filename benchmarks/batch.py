@@ -1,0 +1,110 @@
+"""Whether jobs gain by sharing a batch: time of an iteration per job, by size and number of slots.
+
+    python -m benchmarks.batch --device cpu --sizes 64,128,256 --slots 1,2,4 --json FILE
+
+Square pictures, the recipe `fast` at one scale, and the engine's own batches with every slot taken. `ratio` is the time per
+job against that of one slot: below 1 a batch pays, at 1 it only shares. `leave`, `join` and
+`join_new_style` are what handing a job back and taking it in cost, in iterations of one slot; the last where its style is not
+in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.iteration import jobs
+from benchmarks.measure import Row, interleaved, machine, print_table, write_json
+from gramophone.recipe import Optimiser, Recipe
+from gramophone_server.engine import Engine
+from gramophone_server.job import StyleJob
+from gramophone_server.work import Batch, Batching
+
+ITERATIONS = 100_000  # more than are made
+
+
+def noise(size: int, count: int) -> Tensor:
+    """Smooth pictures [count, 3, size, size] in [0, 1]."""
+    coarse = torch.rand(count, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(size))
+    return F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+
+
+def rows_of(engine: Engine, size: int, optimiser: Optimiser, slots: list[int], repeats: int) -> list[Row]:
+    """All widths of one size, in turn."""
+    recipe = Recipe(size=size, smallest_size=0, iterations=ITERATIONS, optimiser=optimiser)
+    work = jobs(noise(size, max(slots)), noise(size, max(slots)).flip(0), recipe)
+    batches = {width: filled(engine, work[:width]) for width in slots}
+    variants: dict[str, Callable[[], object]] = {
+        str(width): partial(batch.advance, 2) for width, batch in batches.items()
+    }
+    device = engine.device.type
+    times = {int(name): ms / 2 for name, ms in interleaved(variants, repeats, device, 20.0).items()}
+    alone = times[min(slots)] / min(slots)
+    rows: list[Row] = [
+        {"optimiser": optimiser, "size": size, "slots": width, "ms": ms, "ms_per_job": ms / width,
+         "ratio": ms / width / alone}
+        for width, ms in times.items()
+    ]  # fmt: skip
+    rows[-1] |= {name: ms / alone for name, ms in _moves(engine, batches[max(slots)]).items()}
+    for batch in batches.values():
+        batch.close()
+    return rows
+
+
+def filled(engine: Batching, work: list[StyleJob]) -> Batch:
+    """A batch with a slot for each of the jobs."""
+    batch = engine.batch(engine.admit(work[0]).shape, len(work))
+    for job in work:
+        batch.join(engine.admit(job))
+    return batch
+
+
+def _moves(engine: Engine, batch: Batch) -> dict[str, float]:
+    """Milliseconds to leave a batch and to join it again, the style known and not."""
+
+    def timed(call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
+    work = batch.works[0]
+    moves = {"leave": timed(partial(batch.leave, 0)), "join": timed(partial(batch.join, work))}
+    batch.leave(0)
+    engine.targets.clear()
+    return moves | {"join_new_style": timed(partial(batch.join, work))}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--sizes", default="64,128,256", help="sides in pixels, with commas")
+    parser.add_argument("--slots", default="1,2,4", help="widths of the batches, the first is compared with")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+    engine = Engine.load(
+        device=arguments.device, precision=arguments.precision, weights="embedded", backbone="vgg19", threads=0
+    )
+    slots = [int(width) for width in arguments.slots.split(",")]
+    rows = [
+        row
+        for optimiser in (Optimiser.ADAM, Optimiser.LBFGS)
+        for size in map(int, arguments.sizes.split(","))
+        for row in rows_of(engine, size, optimiser, slots, arguments.repeats)
+    ]
+    print_table(f"an iteration per job, by slots, {engine.precision}\n{machine(arguments.device)}", rows)
+    write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
