@@ -117,13 +117,13 @@ class CuDnn:
     """On a GPU, in 16 bits: cuDNN's convolution, and our own pass for what it leaves apart.
 
     Released torch runs a convolution with a bias and a ReLU as three kernels, which costs 8 bytes per activation more than
-    one (torch's ConvShared.cpp). There are two ways around it each way, and which is faster depends on the layer, so
-    `Fastest` measures them:
+    one (torch's ConvShared.cpp), so here it is the bare convolution and then `ops.bias_relu_`. torch's one-pass
+    cudnn_convolution_relu is left alone: it hands cuDNN its uninitialised output as a summand of weight 0, which is NaN if
+    that is read, hides NaN from the divergence check, and is not bound to deterministic kernels; the GPU check times it.
+    There are two ways back, and which is faster depends on the layer, so `Fastest` measures them:
 
-        there  split    the bare convolution, then `ops.bias_relu_`
-               fused    cudnn_convolution_relu
-        back   flipped  a forward convolution with flipped kernels
-               dgrad    cuDNN's own gradient of the input
+        flipped  a forward convolution with flipped kernels
+        dgrad    cuDNN's own gradient of the input
     """
 
     def __init__(self, convolution: Convolution, device: torch.device, precision: Precision, fastest: Fastest) -> None:
@@ -136,13 +136,15 @@ class CuDnn:
         self._fastest = fastest
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._fastest(("there", *self.weight.shape[:2]), {"split": self.split, "fused": self.fused}, x)
+        out = self.bare(x)
+        ops.bias_relu_(out, self.bias)
+        return out
 
     def linear(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias_16, padding=1)
 
     def backward(self, grad: Tensor) -> Tensor:
-        return self._fastest(("back", *self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
+        return self._fastest(tuple(self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return ops.bias_relu_pool(self.bare(x), self.bias)
@@ -150,17 +152,6 @@ class CuDnn:
     def bare(self, x: Tensor) -> Tensor:
         """The convolution alone."""
         return F.conv2d(x, self.weight, None, padding=1)
-
-    def split(self, x: Tensor) -> Tensor:
-        """`forward` in two kernels."""
-        out = self.bare(x)
-        ops.bias_relu_(out, self.bias)
-        return out
-
-    def fused(self, x: Tensor) -> Tensor:
-        """`forward` in one call of cuDNN."""
-        out: Tensor = torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias_16, ONES, ONES, ONES, 1)
-        return out
 
     def flipped(self, grad: Tensor) -> Tensor:
         """`backward` as a forward convolution."""
@@ -179,7 +170,7 @@ class CuDnn:
 class Fastest:
     """Of several ways to the same result the one that was fastest when they were compared; else the first.
 
-    A question is a layer's channels and direction, without the picture's size: pictures come in any size, and a service
+    A question is a layer's channels, without the picture's size: pictures come in any size, and a service
     cannot stop for seconds at each new one. For the same reason cuDNN's own search (`torch.backends.cudnn.benchmark`) is
     left off, and its heuristics choose the kernels.
     """

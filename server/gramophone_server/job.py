@@ -130,12 +130,15 @@ class Run(Protocol):
         """Gives back what the run holds, for the next one. Nothing can be asked of it afterwards."""
 
 
+# In what torch raises as a plain RuntimeError: its allocator for the CPU, and cuDNN when no workspace could be had.
+MEMORY_ENDED = ("DefaultCPUAllocator", "unable to find an engine to execute")
+
+
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether an exception is Python's, the device's or the CPU allocator's way to say that memory has ended."""
     at: BaseException | None = error
     while at is not None:
-        # torch's allocator for the CPU raises a plain RuntimeError.
-        if isinstance(at, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(at):
+        if isinstance(at, MemoryError | torch.OutOfMemoryError) or any(words in str(at) for words in MEMORY_ENDED):
             return True
         at = at.__cause__ or at.__context__  # a capture that runs out of memory ends in an error of its own
     return False

@@ -14,6 +14,7 @@ import torch
 
 from gramophone_server import ops
 from gramophone_server.chain import Chain
+from gramophone_server.job import ran_out_of_memory
 from gramophone_server.objective import Objective
 from gramophone_server.optimisers import Canvas, State, make_stepper
 from gramophone_server.work import Shape
@@ -83,6 +84,7 @@ class Stage:
         targets = (*self.objective.content_targets, *self.objective.style_targets)
         return self.slots * sum(view.nbytes for view in self.slot(0).values()) + sum(t.nbytes for t in targets)
 
+    @torch.inference_mode()
     def iterate(self, iterations: int) -> None:
         """So many iterations of every job; waits for nothing."""
         left = iterations
@@ -101,14 +103,14 @@ class Stage:
         ops.judge_(evaluation.terms, evaluation.grad, canvas.alive, canvas.diverged_at, canvas.count)
         self.stepper.step_(evaluation.grad)
 
-    def capture(self, pool: Any) -> None:
-        """Captures the iteration. What is in the buffers is lost: all slots are empty afterwards.
+    @torch.inference_mode()
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        """Captures the iteration on ``stream``: the same for all stages, because memory of a pool is shared within one
+        stream only. What is in the buffers is lost: all slots are empty afterwards.
 
         Another thread may use the GPU meanwhile (thread_local mode; the default would break the capture).
         """
-        with torch.inference_mode():
-            self.canvas.image.uniform_()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.canvas.image.uniform_()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -138,9 +140,11 @@ class Stages:
     def __init__(self, chain: Chain, *, graphs: bool) -> None:
         self._chain = chain
         self._pool: Any = None  # torch's handle of a memory pool, where iterations are captured
+        self._stream: Any = None  # on which they are captured
         self._most_bytes = 0
         if graphs:
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(chain.device)  # type: ignore[no-untyped-call]
             total = torch.cuda.get_device_properties(chain.device).total_memory
             self._most_bytes = int(total * self.MOST_OF_MEMORY)
         self._idle: OrderedDict[int, Stage] = OrderedDict()  # by id, oldest first
@@ -153,8 +157,8 @@ class Stages:
                 return stage
         try:
             return self._new(shape, slots)
-        except torch.OutOfMemoryError:
-            if not self._idle:
+        except Exception as error:
+            if not ran_out_of_memory(error) or not self._idle:
                 raise
         self.clear()  # memory kept for jobs that may come goes to the one that is there
         return self._new(shape, slots)
@@ -178,5 +182,5 @@ class Stages:
     def _new(self, shape: Shape, slots: int) -> Stage:
         stage = Stage(self._chain, shape, slots)
         if self._pool is not None:
-            stage.capture(self._pool)
+            stage.capture(self._pool, self._stream)
         return stage

@@ -163,7 +163,7 @@ def test_a_capture_survives_another_thread_on_the_gpu() -> None:
                 turn = 0
                 while not stop.is_set():
                     turn += 1
-                    x = torch.rand(1000 + 997 * (turn % 50), 64, device="cuda")  # a new size: the allocator must work
+                    x = torch.ones(1000 + 997 * (turn % 50), 64, device="cuda")  # a new size: the allocator must work
                     x.sum().item()
                     x.cpu()
         except RuntimeError as error:
