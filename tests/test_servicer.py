@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import types
+import uuid
 
 import grpc
 import pytest
@@ -19,11 +20,12 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_server import errors, main, status
+from gramophone_server.calls import Call
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
 from gramophone_server.images import Format, encode
 from gramophone_server.scheduler import Scheduler
-from gramophone_server.servicer import Call, Servicer
+from gramophone_server.servicer import Servicer
 from tests.fakes import FakeEngine
 
 NAN = float("nan")
@@ -127,7 +129,7 @@ async def test_stylize_returns_a_picture_that_says_how_to_make_it_again():
     accepted, result = response.accepted, response.result
     assert (accepted.width, accepted.height, accepted.iterations, accepted.queue_position) == (64, 32, 5, 0)
     assert accepted.recipe == recipe_to_message(engine.jobs[0].recipe)
-    assert len(accepted.job_id) == 12
+    assert uuid.UUID(accepted.job_id).version == 4
     assert (result.iterations, result.stop_reason) == (5, pb.STOP_REASON_ITERATIONS_DONE)
     assert result.losses.total == pytest.approx(0.2 + 0.4 + 0.5)
     assert [(l.layer, l.value) for l in result.losses.style_layers] == [("relu1_1", pytest.approx(0.4))]
@@ -205,7 +207,7 @@ async def test_one_line_is_logged_for_each_rpc(caplog):
         response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         await refused(s.stub.Stylize(pb.StylizeRequest()))
         await s.servicer.idle()
-    first, second = [r.getMessage() for r in caplog.records if r.name.endswith("servicer")]
+    first, second = [r.getMessage() for r in caplog.records if r.name.endswith("calls")]
     assert first.startswith(f"Stylize job={response.accepted.job_id} code=OK ms=")
     assert "code=INVALID_ARGUMENT" in second
 
@@ -393,6 +395,11 @@ EXAMPLES = {
     "NotReady": errors.NotReady(),
     "QueueFull": errors.QueueFull(16, 16, 12.3),
     "ShuttingDown": errors.ShuttingDown(),
+    "JobNotFound": errors.JobNotFound("j1"),
+    "RequestIdTaken": errors.RequestIdTaken("r1"),
+    "ListingDisabled": errors.ListingDisabled(),
+    "Cancelled": errors.Cancelled(),
+    "SlowReader": errors.SlowReader(30),
     "Diverged": errors.Diverged(2),
     "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
     "EngineFailed": errors.EngineFailed(),
@@ -553,13 +560,13 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
 
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
-    notices, cancelled = [], []
+    notices, left = [], []
     context = types.SimpleNamespace(add_done_callback=notices.append, time_remaining=lambda: None)
-    call = Call("Stylize", context, over=lambda call: None)
+    call = Call("Stylize", context, over=lambda call: None, max_blocked_s=30)
     for notice in notices:
         notice(context)
-    call.owns(types.SimpleNamespace(cancel=lambda: cancelled.append(True)))
-    assert cancelled == [True]
+    call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")
+    assert left == ["a mailbox"]
 
 
 async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
