@@ -183,6 +183,9 @@ DOMAIN_ERRORS = {
     server_errors.QueueFull: (4, 4, 12.5),
     server_errors.Diverged: (17,),
     server_errors.OutOfDeviceMemory: (4096, 4096),
+    server_errors.JobNotFound: ("j1",),
+    server_errors.RequestIdTaken: ("r1",),
+    server_errors.SlowReader: (60.0,),
 }
 CLIENT_NAMES = {"EngineFailed": "ServerFailed"}
 
