@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 from dataclasses import asdict
+from datetime import datetime
 
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import GramophoneError
@@ -52,7 +53,7 @@ def jobs(args: argparse.Namespace) -> None:
             client.wait_until_ready(args.wait)
         told = client.list_jobs()
     if args.json:
-        print(json.dumps([asdict(job) for job in told], indent=2, default=str))  # str: of datetimes
+        print(json.dumps([asdict(job) for job in told], indent=2, default=datetime.isoformat))
     else:
         for job in told:
             print(_line(job))
