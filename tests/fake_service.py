@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from PIL import Image, PngImagePlugin
 
@@ -17,7 +18,7 @@ from gramophone.recipe import Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.errors import GramophoneError
+from gramophone_server.errors import GramophoneError, JobNotFound
 from gramophone_server.status import refusal
 
 HANG = object()  # a step that lasts until the call is over
@@ -67,6 +68,23 @@ def result(data: bytes | None = None) -> pb.JobEvent:
     return pb.JobEvent(result=pb.Result(image=image, losses=losses, iterations=300, stop_reason=done, elapsed=elapsed))
 
 
+def waiting(queue_position: int) -> pb.JobEvent:
+    return pb.JobEvent(waiting=pb.Waiting(queue_position=queue_position))
+
+
+def numbered(*steps) -> list:
+    """The steps with the sequence numbers of a job's events."""
+    for number, step in enumerate(steps, 1):
+        if isinstance(step, pb.JobEvent):
+            step.sequence = number
+    return list(steps)
+
+
+def job(**fields) -> pb.Job:
+    told = {"job_id": "j1", "state": pb.JOB_STATE_RUNNING, "create_time": Timestamp(seconds=1_750_000_000)}
+    return pb.Job(**told | {"iteration": 10, "iterations": 300, "width": 24, "height": 18} | fields)
+
+
 def refused(error: GramophoneError) -> grpc.Status:
     """The status that the real server sends for this error."""
     code, message, trailers = refusal(error)
@@ -86,6 +104,9 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
     def __init__(self) -> None:
         self.scripts: list[list] = [[accepted(), progress(10), frame(10), progress(20), frame(20), result()]]
         self.specs: list[pb.JobSpec] = []
+        self.request_ids: list[str] = []
+        self.watches: list[pb.WatchJobRequest] = []
+        self.jobs = [job()]
         self.target = ""
         self.hanging = threading.Event()  # a call has come to its HANG
         self.over = threading.Event()  # a call has ended, at its end or before
@@ -93,6 +114,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.health = health.HealthServicer()
 
     def Stylize(self, request, context):
+        self.request_ids.append(request.request_id)
         response = pb.StylizeResponse()
         for event in self._play(request.spec, context):
             for name in ("accepted", "result"):
@@ -101,8 +123,29 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         return response
 
     def StylizeStream(self, request, context):
+        self.request_ids.append(request.request_id)
         for event in self._play(request.spec, context):
             yield pb.StylizeStreamResponse(event=event)
+
+    def WatchJob(self, request, context):
+        self.watches.append(request)
+        for event in self._play(None, context):
+            yield pb.WatchJobResponse(event=event)
+
+    def GetJob(self, request, context):
+        return pb.GetJobResponse(job=self._found(request.job_id, context))
+
+    def ListJobs(self, request, context):
+        first = int(request.page_token or 0)
+        token = str(first + 1) if first + 1 < len(self.jobs) else ""
+        return pb.ListJobsResponse(jobs=self.jobs[first : first + 1], next_page_token=token)
+
+    def CancelJob(self, request, context):
+        found = self._found(request.job_id, context)
+        if not found.HasField("end_time"):
+            found.state = pb.JOB_STATE_CANCELLED
+            found.end_time.FromSeconds(1_750_000_060)
+        return pb.CancelJobResponse(job=found)
 
     def GetServerInfo(self, request, context):
         return pb.GetServerInfoResponse(
@@ -120,8 +163,15 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
     def set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         self.health.set("gramophone.v1.StyleTransferService", status)
 
+    def _found(self, job_id, context) -> pb.Job:
+        for found in self.jobs:
+            if found.job_id == job_id:
+                return found
+        context.abort_with_status(refused(JobNotFound(job_id)))
+
     def _play(self, spec, context) -> Iterator[pb.JobEvent]:
-        self.specs.append(spec)
+        if spec is not None:
+            self.specs.append(spec)
         done, ended = False, threading.Event()
         self.over.clear()
 

@@ -13,14 +13,27 @@ from rich.console import Console
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import cli, picture, stylize_command
+from gramophone_client import cli, client, picture, stylize_command
 from gramophone_client.flags import add_recipe_flags, as_flags, flag, recipe_overrides
 from gramophone_client.picture import Picture, write_whole
 from gramophone_client.terminal import HalfBlocks, LiveDisplay, PlainDisplay
 from gramophone_client.timelapse import Timelapse
 from gramophone_client.updates import update
 from gramophone_server import errors as server_errors
-from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
+from tests.fake_service import (
+    HANG,
+    accepted,
+    bare,
+    encoded,
+    frame,
+    job,
+    numbered,
+    progress,
+    refused,
+    result,
+    serving,
+    waiting,
+)
 
 STYLE_WEIGHTS = [0.25, 0.75]
 NOTE = json.dumps(
@@ -312,6 +325,111 @@ def test_help_tells_every_field_and_default_of_a_recipe(gramophone, monkeypatch)
     assert "(default fast 30, quality 150, textbook 300)" in words
     for code in (0, 2, 3, 4, 5, 130):
         assert re.search(rf"^ +{code}  \w", out, re.MULTILINE)
+
+
+# --- jobs that are there already
+
+
+def test_a_detached_job_is_found_again(gramophone, service, here, monkeypatch):
+    monkeypatch.setattr(client, "REATTACH_S", (0.01, 0.05))
+    whole = numbered(accepted(), frame(1), result())
+    service.scripts = [[*whole[:2], bare(grpc.StatusCode.UNAVAILABLE, "gone")], whole[2:]]
+    code, out, err = gramophone("stylize photo.png painting.png -o out.png --detach 5")
+    assert (code, out) == (0, "out.png\n")
+    assert err[0].startswith("job j1: ")
+    assert service.specs[0].detach_grace.seconds == 5
+    assert [(watch.job_id, watch.after_sequence) for watch in service.watches] == [("j1", 2)]
+    assert (here / "out.png").read_bytes() == encoded("green")
+
+
+def test_watch_writes_what_stylize_would(gramophone, service, here):
+    code, out, err = gramophone("watch j1 -o out.jpg --frames f --frame-every 10 --timelapse film.gif")
+    assert (code, out) == (0, "out.jpg\n")
+    assert err == ["job j1: 24x18, 300 iterations, seed 7", "24x18, 300 iterations in 2.2 s, loss 0.5"]
+    assert sorted(os.listdir("f")) == ["frame-0001.jpg", "frame-0002.jpg"]
+    assert (here / "film.gif").exists()
+    with Image.open("out.jpg") as image:
+        assert image.format == "JPEG"
+    (watched,) = service.watches
+    assert (watched.job_id, watched.after_sequence, watched.frames.every_iterations) == ("j1", 0, 10)
+    assert service.specs == []
+    code, _, err = gramophone("watch j1 -o out.jpg --frames f")
+    assert (code, len(service.watches)) == (2, 1)
+
+
+def test_a_watched_job_that_ends_early_leaves_its_picture(gramophone, service, here):
+    service.scripts = [[accepted(), frame(10), refused(server_errors.Cancelled())]]
+    code, out, err = gramophone("watch j1 -o out.png --quiet")
+    assert (code, out) == (5, "")
+    assert "iteration 10 of 300 is kept as out.png" in err[0]
+    assert "the job was stopped" in err[1]
+
+
+def test_a_job_is_cancelled(gramophone, service):
+    code, out, err = gramophone("cancel j1")
+    assert (code, err) == (0, [])
+    assert out.startswith("j1  cancelled  10/300  24x18  since 2025-06-1")
+    assert service.jobs[0].state == pb.JOB_STATE_CANCELLED
+
+
+def test_jobs_are_listed(gramophone, service):
+    service.jobs = [job(job_id="j2", state=pb.JOB_STATE_QUEUED, iteration=0, width=0, queue_position=1), job()]
+    code, out, err = gramophone("jobs")
+    assert (code, err) == (0, [])
+    first, second = out.splitlines()
+    assert re.fullmatch(r"j2  queued     0/300  since 2025-06-1\d \d\d:\d\d:\d\d  behind 1", first)
+    assert second.startswith("j1  running    10/300  24x18  since ")
+    told = json.loads(gramophone("jobs --json")[1])
+    assert [(one["job_id"], one["state"]) for one in told] == [("j2", "QUEUED"), ("j1", "RUNNING")]
+    assert told[0]["create_time"] == "2025-06-15T15:06:40+00:00"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (server_errors.JobNotFound("j9"), 2),
+        (server_errors.RequestIdTaken("r1"), 2),
+        (server_errors.ListingDisabled(), 2),
+        (server_errors.SlowReader(60), 3),
+        (server_errors.Cancelled(), 5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_exit_codes_of_jobs(gramophone, service, error, code):
+    service.scripts = [[refused(error)]]
+    assert gramophone("watch j9 -o out.png") == (code, "", [f"gramophone: {error}"])
+
+
+def test_a_job_that_is_not_there_cannot_be_cancelled(gramophone):
+    code, out, err = gramophone("cancel j9")
+    assert (code, out) == (2, "")
+    assert "there is no job 'j9'" in err[0]
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+def test_a_grace_is_a_number_of_seconds(gramophone, service, seconds):
+    code, _, err = gramophone(f"stylize photo.png painting.png -o out.png --detach {seconds}")
+    assert (code, service.specs) == (2, [])
+    assert "argument --detach: must be a number of seconds, 0 or more" in err[-1]
+
+
+def test_a_grace_above_the_limit_is_told_as_typed(gramophone, service):
+    service.scripts = [[refused(server_errors.InvalidRequest([Violation("spec.detach_grace", "must be less")]))]]
+    assert gramophone("stylize photo.png painting.png -o out.png --detach 9999")[2] == [
+        "gramophone: --detach: must be less"
+    ]
+
+
+def test_waiting_is_shown():
+    out = io.StringIO()
+    display = PlainDisplay(out, 0)
+    for ahead in (2, 1):
+        display.show(update(waiting(ahead)))
+    assert out.getvalue().splitlines() == ["waits behind 2 others", "waits behind 1 other"]
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None, legacy_windows=False)
+    live = LiveDisplay(console, preview=False)
+    live.show(update(waiting(2)))
+    assert "waits behind 2 others" in drawn(live._render(), 60, colours=None)
 
 
 # --- info, recipe

@@ -4,8 +4,11 @@ import gc
 import inspect
 import io
 import json
+import re
 import threading
 import time
+import uuid
+from datetime import UTC, datetime
 from itertools import pairwise
 
 import grpc
@@ -17,11 +20,25 @@ import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors
+from gramophone_client import client as client_module
 from gramophone_client.client import _options
 from gramophone_client.job_spec import JobOptions, job_spec
 from gramophone_server import errors as server_errors
 from gramophone_server.status import CODES as SERVER_CODES
-from tests.fake_service import HANG, accepted, bare, encoded, frame, progress, refused, result, serving
+from tests.fake_service import (
+    HANG,
+    accepted,
+    bare,
+    encoded,
+    frame,
+    job,
+    numbered,
+    progress,
+    refused,
+    result,
+    serving,
+    waiting,
+)
 
 PHOTO, PAINTING = encoded("red"), encoded("yellow")
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens on
@@ -183,6 +200,9 @@ DOMAIN_ERRORS = {
     server_errors.QueueFull: (4, 4, 12.5),
     server_errors.Diverged: (17,),
     server_errors.OutOfDeviceMemory: (4096, 4096),
+    server_errors.JobNotFound: ("j1",),
+    server_errors.RequestIdTaken: ("r1",),
+    server_errors.SlowReader: (60.0,),
 }
 CLIENT_NAMES = {"EngineFailed": "ServerFailed"}
 
@@ -340,6 +360,147 @@ def test_the_channel_is_made_for_images():
     assert options["grpc.max_send_message_length"] == options["grpc.max_receive_message_length"] == 1000
     assert options["grpc.http2.bdp_probe"] == 0
     assert json.loads(options["grpc.service_config"])["retryThrottling"]
+
+
+# --- jobs that outlive their call
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(client_module, "REATTACH_S", (0.01, 0.05))
+
+
+@pytest.mark.parametrize("how", ["unary", "stream"])
+async def test_every_job_has_an_id_of_its_own_and_every_attempt_the_same(client, service, how):
+    async def ask(**options):
+        if how == "unary":
+            await client.stylize(PHOTO, PAINTING, **options)
+        else:
+            await collected(client.stream(PHOTO, PAINTING, **options))
+
+    service.scripts = [[refused(server_errors.QueueFull(4, 4, 0.01))], service.scripts[0]]
+    await ask()
+    await ask()
+    given = str(uuid.uuid4())
+    await ask(request_id=given)
+    first, retried, other, last = service.request_ids
+    assert first == retried == str(uuid.UUID(first))
+    assert len({first, other, last}) == 3
+    assert last == given
+
+
+async def test_the_grace_reaches_the_request(client, service):
+    await client.stylize(PHOTO, PAINTING, detach_grace=1.5)
+    await collected(client.stream(PHOTO, PAINTING, detach_grace=0))
+    await client.stylize(PHOTO, PAINTING)
+    graces = [spec.detach_grace.ToMilliseconds() if spec.HasField("detach_grace") else None for spec in service.specs]
+    assert graces == [1500, 0, None]
+    with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+        await client.stylize(PHOTO, PAINTING, detach_grace=float("nan"))
+
+
+async def test_watching_tells_the_same_as_streaming(client, service):
+    service.scripts = [numbered(accepted(attached=True), waiting(2), progress(1), frame(1), result())]
+    told = await collected(client.watch("j1", frames=FrameOptions(max_side=64)))
+    names = [type(update).__name__ for update in told]
+    assert names == ["Accepted", "Waiting", "Progress", "Frame", "Result"]
+    assert [update.sequence for update in told] == [1, 2, 3, 4, 5]
+    assert (told[0].attached, told[1].queue_position) == (True, 2)
+    assert (service.watches[0].job_id, service.watches[0].frames.max_side) == ("j1", 64)
+    told = await collected(client.watch("j1", 3, frames=None))
+    assert [update.sequence for update in told] == [4, 5]
+    assert service.watches[1] == pb.WatchJobRequest(job_id="j1", after_sequence=3)
+    with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+        await collected(client.watch("j1", -1))
+
+
+@pytest.mark.parametrize("status", [bare(UNAVAILABLE, "gone"), bare(grpc.StatusCode.INTERNAL, "RST_STREAM")], ids=repr)
+async def test_a_lost_stream_goes_on_where_it_was(client, service, hasty, status):
+    whole = numbered(accepted(), progress(1), frame(1), progress(2), frame(2), result())
+    service.scripts = [
+        [*whole[:3], status],
+        [bare(UNAVAILABLE, "still gone", (("grpc-retry-pushback-ms", "-1"),))],
+        [*whole[2:4], refused(server_errors.SlowReader(60))],  # the third one once more
+        whole[4:],
+    ]
+    options = FrameOptions(max_side=64)
+    told = await collected(client.stream(PHOTO, PAINTING, frames=options, detach_grace=5))
+    assert [update.sequence for update in told] == [1, 2, 3, 4, 5, 6]
+    assert [(watch.job_id, watch.after_sequence) for watch in service.watches] == [("j1", 3), ("j1", 3), ("j1", 4)]
+    assert all(watch.frames.max_side == 64 for watch in service.watches)
+    assert len(service.specs) == 1
+
+
+async def test_a_connection_lost_after_the_result_loses_nothing(client, service):
+    service.scripts = [[*numbered(accepted(), result()), bare(UNAVAILABLE, "gone")]]
+    assert len(await collected(client.stream(PHOTO, PAINTING))) == 2
+    assert service.watches == []
+
+
+async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service, hasty):
+    never = (("grpc-retry-pushback-ms", "-1"),)
+    service.scripts = [[*numbered(accepted(), frame(1)), bare(UNAVAILABLE)], [bare(UNAVAILABLE, "gone", never)]]
+    started = time.monotonic()
+    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3))
+    assert 0.3 <= time.monotonic() - started < 3
+    assert raised.value.frame.iteration == 1
+    assert len(service.watches) > 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [server_errors.EngineFailed(), server_errors.ShuttingDown(), server_errors.Cancelled()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_the_service_itself_says_is_final(client, service, error):
+    service.scripts = [[accepted(), refused(error)]]
+    with pytest.raises(errors.GramophoneError, match=re.escape(str(error))):
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
+    assert service.watches == []
+
+
+async def test_a_job_that_was_forgotten_meanwhile_is_told(client, service, hasty):
+    lost = [accepted(), bare(UNAVAILABLE, "gone")]
+    service.scripts = [lost, [refused(server_errors.JobNotFound("j1"))]]
+    with pytest.raises(errors.JobNotFound, match="j1"):
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
+
+
+async def test_closing_the_client_ends_a_search_for_a_lost_job(client, service):
+    service.scripts = [[accepted(), bare(UNAVAILABLE, "gone")]]
+    updates = client.stream(PHOTO, PAINTING, detach_grace=5)
+    await anext(updates)
+    task = asyncio.create_task(anext(updates))
+    await asyncio.sleep(0.1)
+    await client.close()
+    with pytest.raises(errors.Cancelled):
+        await task
+
+
+async def test_jobs_are_told_cancelled_and_listed(client, service):
+    service.jobs = [
+        job(job_id="j2", state=pb.JOB_STATE_QUEUED, queue_position=1, iteration=0),
+        job(losses=pb.Losses(total=3), start_time={"seconds": 1_750_000_001}),
+    ]
+    told = await client.get_job("j1")
+    assert (told.state, told.iteration, told.losses.total, told.stop_reason) == ("RUNNING", 10, 3, "")
+    assert told.create_time == datetime.fromtimestamp(1_750_000_000, UTC)
+    assert told.start_time == datetime.fromtimestamp(1_750_000_001, UTC)
+    assert (told.end_time, told.expire_time) == (None, None)
+    assert [(one.job_id, one.queue_position) for one in await client.list_jobs()] == [("j2", 1), ("j1", 0)]
+    stopped = await client.cancel_job("j1")
+    assert (stopped.state, stopped.end_time) == ("CANCELLED", datetime.fromtimestamp(1_750_000_060, UTC))
+    for ask in (client.get_job, client.cancel_job):
+        with pytest.raises(errors.JobNotFound, match="j3"):
+            await ask("j3")
+
+
+def test_the_synchronous_face_knows_jobs(service):
+    with SyncGramophoneClient(service.target) as client:
+        assert [type(update).__name__ for update in client.watch("j1")][-1] == "Result"
+        assert client.get_job("j1") == client.list_jobs()[0]
+        assert client.cancel_job("j1").state == "CANCELLED"
 
 
 # --- leaving early

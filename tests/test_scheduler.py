@@ -2,11 +2,14 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
+import types
 
 import pytest
 import torch
 
 from gramophone.recipe import Recipe
+from gramophone_server.config import Limits
 from gramophone_server.errors import (
     Diverged,
     EngineFailed,
@@ -16,9 +19,11 @@ from gramophone_server.errors import (
     ShuttingDown,
     StartupError,
 )
+from gramophone_server.images import Encoding, Format
 from gramophone_server.job import StyleJob
-from gramophone_server.mailbox import Accepted, Finished, Frame, Mailbox, Progress
-from gramophone_server.scheduler import FrameRule, Scheduler
+from gramophone_server.jobs import Jobs
+from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Mailbox, Picture, Progress, Waiting
+from gramophone_server.scheduler import Scheduler
 from tests.fakes import FakeEngine
 
 
@@ -41,9 +46,14 @@ async def scheduling(engine, max_queued=16):
         assert await asyncio.to_thread(scheduler.join, 5)
 
 
-def submit(scheduler, job=None, frames=None):
-    with scheduler.reserve() as place:
-        return place.submit(job or work(), frames)
+def submit(scheduler, job=None, frames=None, place=None):
+    """A job with one watcher."""
+    job = job or work()
+    with place or scheduler.reserve() as place:
+        listener = Jobs(scheduler, Limits()).create("", b"", 0.0, Encoding(Format.PNG, 0))
+        watcher = listener.watch(frames)
+        listener.submit(place, job)
+    return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
 
 
 async def kinds(job):
@@ -65,7 +75,7 @@ async def test_a_job_is_accepted_reported_and_finished():
     assert events[0][1] == Accepted(position=0)
     finished = events[-1][1]
     assert isinstance(finished, Finished)
-    assert (finished.iterations, finished.picture().shape) == (6, (32, 64, 3))
+    assert (finished.iterations, finished.picture.wait().shape) == (6, (32, 64, 3))
     assert finished.losses.total == pytest.approx(1 / 6 + 2 / 6 + 0.5)
     assert finished.elapsed_s > 0
     assert all(isinstance(event, Progress) for _, event in events[1:-1])
@@ -126,6 +136,22 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
         assert positions == [[0], [1], [2]]
         await until(lambda: scheduler.queued == scheduler.running == 0)
         assert engine.jobs == [job.work for job in jobs]
+
+
+async def test_those_who_wait_are_told_their_place_whenever_it_changes():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        first = submit(scheduler)
+        await until(engine.under_way.is_set)
+        second, third, fourth = (submit(scheduler) for _ in range(3))
+        second.cancel()
+        assert [job.listener.position for job in (third, fourth)] == [1, 2]
+        told = fourth.events()
+        assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3), Waiting(2)]
+        engine.go.set()
+        assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
+        assert [type(event).__name__ async for _, event in told][0] in ("Waiting", "Progress")
 
 
 async def test_an_unused_place_is_given_back():
@@ -198,7 +224,7 @@ async def test_frames_come_at_their_iterations_and_no_more_often_than_their_inte
         frames = [event async for _, event in job.events() if isinstance(event, Frame)]
     assert len(frames) >= 2
     assert all(frame.iteration % 7 == 0 for frame in frames)
-    assert all(int(frame.picture()[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
+    assert all(int(frame.picture.wait()[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
     *taken_at, _result = engine.taken_at
     assert all(
         b - a > 0.05 for a, b in itertools.pairwise(taken_at)
@@ -212,20 +238,21 @@ async def test_no_frames_unless_asked_for():
     assert len(engine.taken_at) == 1
 
 
-async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_stale(monkeypatch):
-    mailbox = Mailbox(asyncio.get_running_loop())
-    picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
-    mailbox.offer_frame(1, lambda: lambda: picture)
-    mailbox.offer_frame(2, lambda: pytest.fail("there is no room"))
-    mailbox.offer_frame(3, lambda: pytest.fail("there is no room"))
-    monkeypatch.setattr("gramophone_server.mailbox.STALE_S", 0.0)
-    mailbox.offer_frame(4, lambda: lambda: picture)
+async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_stale():
+    mailbox, now = Mailbox(asyncio.get_running_loop(), FrameRule()), time.monotonic()
+    assert mailbox.wants_frame(1, now)
+    mailbox.put(1, Frame(1, Picture(None)))
+    assert not mailbox.wants_frame(2, now + 0.05)  # not due, so not dropped either
+    assert not mailbox.wants_frame(3, now + 0.2) and not mailbox.wants_frame(4, now + 0.4)  # there is no room
+    assert mailbox.wants_frame(5, now + 1.2)
+    mailbox.put(2, Frame(5, Picture(None)))
     reader = mailbox.events()
     number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (2, 4, 3)
-    mailbox.offer_frame(5, lambda: lambda: picture)
+    assert (number, frame.iteration, frame.dropped) == (2, 5, 3)
+    assert mailbox.wants_frame(6, now + 1.4)
+    mailbox.put(3, Frame(6, Picture(None)))
     number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (3, 5, 0)
+    assert (number, frame.iteration, frame.dropped) == (3, 6, 0)
 
 
 async def test_many_events_make_one_wake_up(monkeypatch):
@@ -233,7 +260,7 @@ async def test_many_events_make_one_wake_up(monkeypatch):
     monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: calls.append(call))
     mailbox = Mailbox(loop)
     for position in range(100):
-        mailbox.put(Accepted(position))
+        mailbox.put(position, Accepted(position))
     assert len(calls) == 1
 
 
@@ -245,7 +272,7 @@ async def test_a_diverged_job_sends_its_last_good_picture_first():
             async for _, event in job.events():
                 events.append(event)
         assert isinstance(events[-1], Frame)
-        assert events[-1].iteration == 2 == int(events[-1].picture()[0, 0, 0])
+        assert events[-1].iteration == 2 == int(events[-1].picture.wait()[0, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -298,7 +325,7 @@ async def test_drain_lets_running_and_queued_jobs_end_and_refuses_new_ones():
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="takes no new jobs"):
             scheduler.reserve()
-        jobs.append(reserved.submit(work()))
+        jobs.append(submit(scheduler, place=reserved))
         engine.go.set()
         await drain
         for job in jobs:
@@ -319,7 +346,7 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
             with pytest.raises(ShuttingDown):
                 await kinds(job)
         with pytest.raises(ShuttingDown):
-            reserved.submit(work())
+            submit(scheduler, place=reserved)
         assert engine.iterations == 1
 
 

@@ -5,7 +5,9 @@ import inspect
 import io
 import json
 import logging
+import random
 import types
+import uuid
 
 import grpc
 import pytest
@@ -19,11 +21,12 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_server import errors, main, status
+from gramophone_server.calls import Call
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
 from gramophone_server.images import Format, encode
 from gramophone_server.scheduler import Scheduler
-from gramophone_server.servicer import Call, Servicer
+from gramophone_server.servicer import Servicer
 from tests.fakes import FakeEngine
 
 NAN = float("nan")
@@ -47,11 +50,11 @@ def spec(iterations=5, **recipe):
 
 
 @contextlib.asynccontextmanager
-async def serving(engine, limits=None, load=None):
+async def serving(engine, limits=None, load=None, **options):
     limits = limits or Limits()
     server = grpc.aio.server(options=main.server_options(limits))
     scheduler = Scheduler(load or (lambda: engine), max_queued=limits.max_queued)
-    servicer = Servicer(scheduler, limits)
+    servicer = Servicer(scheduler, limits, **options)
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -127,7 +130,7 @@ async def test_stylize_returns_a_picture_that_says_how_to_make_it_again():
     accepted, result = response.accepted, response.result
     assert (accepted.width, accepted.height, accepted.iterations, accepted.queue_position) == (64, 32, 5, 0)
     assert accepted.recipe == recipe_to_message(engine.jobs[0].recipe)
-    assert len(accepted.job_id) == 12
+    assert uuid.UUID(accepted.job_id).version == 4
     assert (result.iterations, result.stop_reason) == (5, pb.STOP_REASON_ITERATIONS_DONE)
     assert result.losses.total == pytest.approx(0.2 + 0.4 + 0.5)
     assert [(l.layer, l.value) for l in result.losses.style_layers] == [("relu1_1", pytest.approx(0.4))]
@@ -205,7 +208,7 @@ async def test_one_line_is_logged_for_each_rpc(caplog):
         response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         await refused(s.stub.Stylize(pb.StylizeRequest()))
         await s.servicer.idle()
-    first, second = [r.getMessage() for r in caplog.records if r.name.endswith("servicer")]
+    first, second = [r.getMessage() for r in caplog.records if r.name.endswith("calls")]
     assert first.startswith(f"Stylize job={response.accepted.job_id} code=OK ms=")
     assert "code=INVALID_ARGUMENT" in second
 
@@ -393,6 +396,11 @@ EXAMPLES = {
     "NotReady": errors.NotReady(),
     "QueueFull": errors.QueueFull(16, 16, 12.3),
     "ShuttingDown": errors.ShuttingDown(),
+    "JobNotFound": errors.JobNotFound("j1"),
+    "RequestIdTaken": errors.RequestIdTaken("r1"),
+    "ListingDisabled": errors.ListingDisabled(),
+    "Cancelled": errors.Cancelled(),
+    "SlowReader": errors.SlowReader(30),
     "Diverged": errors.Diverged(2),
     "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
     "EngineFailed": errors.EngineFailed(),
@@ -553,13 +561,13 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
 
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
-    notices, cancelled = [], []
+    notices, left = [], []
     context = types.SimpleNamespace(add_done_callback=notices.append, time_remaining=lambda: None)
-    call = Call("Stylize", context, over=lambda call: None)
+    call = Call("Stylize", context, over=lambda call: None, max_blocked_s=30)
     for notice in notices:
         notice(context)
-    call.owns(types.SimpleNamespace(cancel=lambda: cancelled.append(True)))
-    assert cancelled == [True]
+    call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")
+    assert left == ["a mailbox"]
 
 
 async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
@@ -593,7 +601,7 @@ async def unread_stream(s, iterations):
 async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
     engine = NoisyEngine(512, iteration_s=0.001)
     async with serving(engine) as s, unread_stream(s, iterations=500) as call:
-        await until(lambda: s.scheduler.running == 0)
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
         assert engine.iterations == 500
         events = [event async for event in rest(call)]
     frames = [event.frame for event in events if event.HasField("frame")]
@@ -627,3 +635,403 @@ async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
         await drain
         assert [event.WhichOneof("event") async for event in rest(call)][-1] == "result"
         await s.servicer.idle()
+
+
+# Jobs that outlive their call -----------------------------------------------------------------------------------------
+
+GRACE = duration_pb2.Duration(seconds=60)
+QUICK = duration_pb2.Duration(nanos=50_000_000)
+
+
+def lasting(iterations=1000, grace=GRACE, **options):
+    """A spec whose job outlives its watchers, always the same one."""
+    wanted = spec(iterations)
+    wanted.seed = 7
+    wanted.detach_grace.CopyFrom(grace)
+    if options:
+        wanted.frames.CopyFrom(pb.FrameOptions(**options))
+    return wanted
+
+
+async def lasting_job(s, engine, wanted=None, request_id=""):
+    """The call of a job in its first iteration, which does not end before the test lets it, and the job's id."""
+    engine.go.clear()
+    call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted or lasting(), request_id=request_id))
+    accepted = (await call.read()).event.accepted
+    await until(engine.under_way.is_set)
+    return call, accepted.job_id
+
+
+def watching(s, job_id, after=0, **options):
+    frames = pb.FrameOptions(**options) if options else None
+    return s.stub.WatchJob(pb.WatchJobRequest(job_id=job_id, after_sequence=after, frames=frames))
+
+
+async def events_of(call):
+    async with asyncio.timeout(5):
+        return [event async for event in rest(call)]
+
+
+async def state(s, job_id):
+    return pb.JobState.Name((await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job.state)[len("JOB_STATE_") :]
+
+
+async def test_watch_job_replays_and_follows_with_the_same_numbers():
+    engine = FakeEngine(iteration_s=0.002)
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, lasting(100))
+        engine.go.set()
+        heard = {}
+        async for event in rest(first):
+            heard[event.sequence] = event
+            if event.progress.iteration >= 20:
+                break
+        second = watching(s, job_id)
+        watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
+    heard |= {event.sequence: event for event in rest_of_first}
+    numbers = [event.sequence for event in watched]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:20] == list(range(1, 21))  # all that the log has, also what a reader may have missed
+    assert [event.WhichOneof("event") for event in (watched[0], watched[-1])] == ["accepted", "result"]
+    assert watched[0].accepted.job_id == job_id and not watched[0].accepted.attached
+    same = [event for event in watched if event.sequence in heard]
+    assert len(same) >= 10 and all(heard[event.sequence] == event for event in same)
+
+
+async def test_after_sequence_leaves_out_what_the_watcher_has():
+    async with serving(FakeEngine()) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(20)))
+        job_id = response.accepted.job_id
+        everything = await events_of(watching(s, job_id))
+        assert len(everything) == 22
+        for after in (1, 10, 21):
+            assert await events_of(watching(s, job_id, after)) == everything[after:]
+        assert await events_of(watching(s, job_id, 22)) == []
+    assert everything[-1].result == response.result
+
+
+async def test_two_watchers_who_want_the_same_get_one_encoding(monkeypatch):
+    encodings = []
+
+    def noted(picture, *encoding):
+        encodings.append(encoding[0])
+        return encode(picture, *encoding)
+
+    monkeypatch.setattr("gramophone_server.images.encode", noted)
+    engine = FakeEngine(iteration_s=0.01)
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, lasting(60, every_iterations=5))
+        second = watching(s, job_id, every_iterations=5)
+        third = watching(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
+        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 3)
+        engine.go.set()
+        heard = await asyncio.gather(*map(events_of, (first, second, third)))
+    frames = [{event.sequence: event.frame.image for event in events if event.HasField("frame")} for events in heard]
+    shared = frames[0].keys() & frames[1].keys()
+    assert shared and all(frames[0][number] == frames[1][number] for number in shared)
+    assert encodings.count(Format.JPEG) == len(frames[0].keys() | frames[1].keys())
+    assert encodings.count(Format.WEBP) == len(frames[2])
+    assert encodings.count(Format.PNG) == 1  # one result for three
+    assert len(engine.taken_at) == len(set().union(*frames)) + 1
+    assert heard[0][-1] == heard[1][-1] == heard[2][-1]
+
+
+async def test_the_same_request_attaches_to_its_job():
+    engine = FakeEngine()
+    request_id = str(uuid.uuid4())
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, request_id=request_id)
+        again = pb.StylizeStreamRequest(spec=lasting(every_iterations=3), request_id=request_id.upper())
+        second = s.stub.StylizeStream(again)
+        accepted = (await second.read()).event.accepted
+        assert (accepted.job_id, accepted.attached) == (job_id, True)
+        third = s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
+        other = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(999), request_id=request_id)))
+        assert (other.code, other.ErrorInfo.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_TAKEN")
+        assert request_id in other.message and "another spec" in other.message
+        assert job_id not in other.message
+        assert (s.scheduler.running, s.scheduler.queued) == (1, 0)
+        engine.go.set()
+        (*_, one), (*_, two), three = await asyncio.gather(events_of(first), events_of(second), third)
+        assert one == two and one.result == three.result
+        late = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
+        assert late.accepted.attached and late.result == three.result
+    assert len(engine.jobs) == 1
+
+
+async def test_a_request_whose_job_failed_begins_anew():
+    engine = FakeEngine(fails_at=2, error=errors.EngineFailed())
+    request = pb.StylizeRequest(spec=lasting(5), request_id=str(uuid.uuid4()))
+    async with serving(engine) as s:
+        await refused(s.stub.Stylize(request))
+        engine.error = None
+        response = await s.stub.Stylize(request)
+        assert not response.accepted.attached and len(engine.jobs) == 2
+        (failed,) = [job for job in s.servicer.jobs.newest_first() if job.id != response.accepted.job_id]
+        assert await state(s, failed.id) == "FAILED"
+        got = await refused(watching(s, failed.id))
+        assert got.code is grpc.StatusCode.INTERNAL
+
+
+async def test_what_is_wrong_with_an_id_a_grace_or_a_page_is_said():
+    wanted = lasting(grace=duration_pb2.Duration(seconds=601))
+    async with serving(FakeEngine(), list_jobs=True) as s:
+        for call, field in (
+            (s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id="my job")), "request_id"),
+            (s.stub.Stylize(pb.StylizeRequest(spec=wanted)), "spec.detach_grace"),
+            (watching(s, "x", every_iterations=-1), "frames.every_iterations"),
+            (s.stub.ListJobs(pb.ListJobsRequest(page_size=-1)), "page_size"),
+            (s.stub.ListJobs(pb.ListJobsRequest(page_token="../")), "page_token"),
+        ):
+            got = await refused(call)
+            assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert [violation.field for violation in got.BadRequest.field_violations] == [field]
+        assert (s.scheduler.queued, len(s.servicer.jobs)) == (0, 0)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["running", "queued"])
+async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        ahead_id = (await lasting_job(s, engine))[1] if waits else ""
+        call, job_id = await lasting_job(s, engine)
+        other = watching(s, job_id)
+        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 2)
+        cancel = pb.CancelJobRequest(job_id=job_id)
+        response = await s.stub.CancelJob(cancel)
+        assert response.job.state == pb.JOB_STATE_CANCELLED
+        for watcher in (call, other, watching(s, job_id)):  # the engine stands still, and nobody waits for it
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await events_of(watcher)
+            assert caught.value.code() is grpc.StatusCode.ABORTED
+            assert "was stopped" in caught.value.details()
+        again = await s.stub.CancelJob(cancel)
+        assert (again.job.state, again.job.end_time) == (pb.JOB_STATE_CANCELLED, response.job.end_time)
+        assert s.scheduler.queued == 0
+        if waits:
+            await s.stub.CancelJob(pb.CancelJobRequest(job_id=ahead_id))
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        assert engine.iterations == 1 and len(engine.jobs) == 1
+
+
+async def test_cancelling_a_finished_job_leaves_its_result():
+    async with serving(FakeEngine()) as s:
+        job_id = (await s.stub.Stylize(pb.StylizeRequest(spec=spec()))).accepted.job_id
+        response = await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
+        assert response.job.state == pb.JOB_STATE_SUCCEEDED
+        assert (await events_of(watching(s, job_id)))[-1].HasField("result")
+
+
+async def test_a_watcher_of_a_cancelled_job_gets_the_reason():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine)
+        call.cancel()
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
+        got = await refused(watching(s, job_id))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.ABORTED, "CANCELLED")
+
+
+async def test_get_job_says_how_a_job_stands():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        _first, running_id = await lasting_job(s, engine)
+        _second, queued_id = await lasting_job(s, engine)
+
+        async def get(job_id):
+            return (await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job
+
+        queued, running = await get(queued_id), await get(running_id)
+        assert (queued.state, queued.queue_position, queued.iteration) == (pb.JOB_STATE_QUEUED, 1, 0)
+        assert queued.HasField("create_time") and not queued.HasField("start_time")
+        assert not queued.HasField("expire_time") and not queued.HasField("losses")
+        assert (running.state, running.queue_position) == (pb.JOB_STATE_RUNNING, 0)
+        assert (running.width, running.height, running.iterations) == (64, 32, 1000)
+        assert running.HasField("start_time") and not running.HasField("end_time")
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=queued_id))
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        done, cancelled = await get(running_id), await get(queued_id)
+        assert (done.state, done.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_ITERATIONS_DONE)
+        assert (done.iteration, done.losses.tv) == (1000, 0.5)
+        kept_s = done.expire_time.ToMilliseconds() - done.end_time.ToMilliseconds()
+        assert kept_s == pytest.approx(600_000, abs=2000)
+        assert cancelled.state == pb.JOB_STATE_CANCELLED and not cancelled.HasField("start_time")
+
+
+async def test_a_job_that_is_not_there_is_not_found():
+    async with serving(FakeEngine()) as s:
+        for call in (
+            s.stub.GetJob(pb.GetJobRequest(job_id="nope")),
+            s.stub.CancelJob(pb.CancelJobRequest(job_id="nope")),
+            watching(s, "nope"),
+        ):
+            got = await refused(call)
+            assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
+            assert got.message == "there is no job 'nope'; it never was, or it ended and was forgotten"
+        long = await refused(s.stub.GetJob(pb.GetJobRequest(job_id="\u00e9" * 10_000)))
+        assert long.code is grpc.StatusCode.NOT_FOUND and len(long.message) < 400
+
+
+async def test_jobs_are_listed_only_where_that_is_allowed():
+    async with serving(FakeEngine()) as s:
+        got = await refused(s.stub.ListJobs(pb.ListJobsRequest()))
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.PERMISSION_DENIED, "LISTING_DISABLED")
+    assert "--list-jobs" in got.message
+
+
+async def test_a_list_has_pages_newest_first():
+    async with serving(FakeEngine(), list_jobs=True) as s:
+        ids = [(await s.stub.Stylize(pb.StylizeRequest(spec=spec(1)))).accepted.job_id for _ in range(5)]
+        pages, token = [], ""
+        while not pages or token:
+            response = await s.stub.ListJobs(pb.ListJobsRequest(page_size=2, page_token=token))
+            token = response.next_page_token
+            pages.append([job.job_id for job in response.jobs])
+            if len(pages) == 1:  # a newer job moves nothing to another page
+                await s.stub.Stylize(pb.StylizeRequest(spec=spec(1)))
+        assert pages == [[ids[4], ids[3]], [ids[2], ids[1]], [ids[0]]]
+        everything = await s.stub.ListJobs(pb.ListJobsRequest())
+        assert len(everything.jobs) == 6 and not everything.next_page_token
+
+
+async def test_a_job_with_a_grace_goes_on_without_its_client():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine)
+        call.cancel()
+        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
+        assert response.job.state == pb.JOB_STATE_RUNNING and response.job.HasField("expire_time")
+        watcher = watching(s, job_id)
+        assert (await watcher.read()).event.HasField("accepted")
+        response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
+        assert not response.job.HasField("expire_time")
+        watcher.cancel()
+        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        (*_, last) = await events_of(watching(s, job_id))
+        assert last.result.iterations == 1000
+
+
+async def test_a_job_whose_grace_is_over_is_stopped():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine, lasting(grace=QUICK))
+        call.cancel()
+        await until(lambda: s.servicer.jobs.find(job_id).cancelled)
+        await stopped(s, engine)
+        assert await state(s, job_id) == "CANCELLED"
+
+
+async def test_without_a_grace_a_second_watcher_keeps_the_job():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        first = await begun(s, engine)
+        (job,) = s.servicer.jobs.newest_first()
+        second = watching(s, job.id)
+        assert (await second.read()).event.HasField("accepted")
+        first.cancel()
+        await until(lambda: len(job._watchers) == 1)
+        assert await state(s, job.id) == "RUNNING"
+        second.cancel()
+        await until(lambda: job.cancelled)
+        await stopped(s, engine)
+
+
+async def test_a_job_that_waits_hears_its_position():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        running, _ = await lasting_job(s, engine, lasting(3))
+        second, second_id = await lasting_job(s, engine, lasting(3))
+        third, _ = await lasting_job(s, engine, lasting(3))
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=second_id))
+        assert (await third.read()).event.waiting.queue_position == 1
+        fourth, fourth_id = await lasting_job(s, engine, lasting(3))
+        assert (await s.stub.GetJob(pb.GetJobRequest(job_id=fourth_id))).job.queue_position == 2
+        engine.go.set()
+        told = await events_of(fourth)
+        assert [e.waiting.queue_position for e in told if e.HasField("waiting")][-1:] in ([], [1])
+        replayed = await events_of(watching(s, fourth_id))
+        assert replayed[0].accepted.queue_position == 2
+        assert [e.waiting.queue_position for e in replayed if e.HasField("waiting")] == [1]
+        await asyncio.gather(events_of(running), events_of(third))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await events_of(second)
+
+
+async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    wanted = lasting(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
+    async with (
+        serving(engine, Limits(max_blocked_s=1)) as s,
+        grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)]) as channel,
+    ):
+        slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        job_id = (await slow.read()).event.accepted.job_id
+        job = s.servicer.jobs.find(job_id)
+        await until(lambda: not job._watchers)  # it reads nothing
+        assert not job.ended and engine.iterations < 400
+        await s.servicer.idle()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await events_of(slow)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
+        (*_, last) = await events_of(watching(s, job_id))
+        assert last.result.iterations == 400
+
+
+async def test_a_slow_reader_without_a_grace_takes_its_job_along():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    async with serving(engine, Limits(max_blocked_s=1)) as s, unread_stream(s, iterations=5000):
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        assert engine.iterations < 5000
+        await s.servicer.idle()
+
+
+def own_tasks():
+    """All tasks but those in which gRPC's server waits for calls, whose number changes."""
+    return {task for task in asyncio.all_tasks() if "AioServer" not in repr(task)}
+
+
+async def test_of_200_jobs_half_of_them_cancelled_nothing_is_left():
+    chance = random.Random(1)
+    engine = FakeEngine(iteration_s=0.0005)
+    limits = Limits(max_queued=200, max_kept=20)
+    async with serving(engine, limits) as s:
+        before = own_tasks()
+
+        async def one(number):
+            wanted = spec(10) if number % 4 < 2 else lasting(10, grace=QUICK)
+            call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+            leaves = number % 2 == 0
+            try:
+                async with asyncio.timeout(chance.uniform(0, 2) if leaves else None):
+                    job_id = (await call.read()).event.accepted.job_id
+                    if leaves and number % 3 == 0:
+                        await asyncio.sleep(chance.uniform(0, 0.5))
+                        await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
+                    return [event async for event in rest(call)][-1].HasField("result")
+            except TimeoutError:
+                return "left"
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            finally:
+                call.cancel()
+
+        async with asyncio.timeout(10):
+            ends = await asyncio.gather(*map(one, range(200)))
+        assert all(end is True for end in ends[1::2])
+        assert {"left", "ABORTED"} <= set(ends[::2]) <= {True, "left", "ABORTED", "NOT_FOUND"}
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        await s.servicer.idle()
+        jobs = s.servicer.jobs
+        await until(lambda: len(jobs) <= 20 and all(job.ended for job in jobs.newest_first()))
+        assert not any(job._watchers for job in jobs.newest_first())
+        assert not s.servicer._preparations and not s.servicer._calls
+        await until(lambda: own_tasks() <= before)
+        assert engine.closed == len(engine.jobs)
+        jobs.close()
+        assert len(jobs) == 0 and not jobs._requests and not jobs._ended

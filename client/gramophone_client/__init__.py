@@ -14,12 +14,16 @@ from gramophone_client.errors import (
     Exhausted,
     GramophoneError,
     InvalidRequest,
+    JobNotFound,
+    ListingDisabled,
     MessageTooLarge,
     NotReady,
     OutOfDeviceMemory,
     QueueFull,
+    RequestIdTaken,
     ServerFailed,
     ShuttingDown,
+    SlowReader,
 )
 from gramophone_client.job_spec import FrameOptions, Style
 from gramophone_client.picture import Picture
@@ -27,6 +31,7 @@ from gramophone_client.sync_client import SyncGramophoneClient
 from gramophone_client.updates import (
     Accepted,
     Frame,
+    JobStatus,
     Limits,
     Losses,
     Progress,
@@ -34,6 +39,7 @@ from gramophone_client.updates import (
     ServerInfo,
     Stylized,
     Update,
+    Waiting,
 )
 
 __all__ = [
@@ -48,8 +54,11 @@ __all__ = [
     "GramophoneClient",
     "GramophoneError",
     "InvalidRequest",
+    "JobNotFound",
+    "JobStatus",
     "LayerWeight",
     "Limits",
+    "ListingDisabled",
     "Losses",
     "MessageTooLarge",
     "Normalisation",
@@ -61,14 +70,17 @@ __all__ = [
     "Progress",
     "QueueFull",
     "Recipe",
+    "RequestIdTaken",
     "Result",
     "ServerFailed",
     "ServerInfo",
     "ShuttingDown",
+    "SlowReader",
     "Start",
     "Style",
     "Stylized",
     "SyncGramophoneClient",
     "Update",
     "Violation",
+    "Waiting",
 ]

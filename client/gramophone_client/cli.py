@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shlex
@@ -18,9 +19,11 @@ from gramophone_client import errors
 from gramophone_client.client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from gramophone_client.errors import GramophoneError
 from gramophone_client.flags import TYPES, add_recipe_flags, as_flags, flag
+from gramophone_client.job_commands import cancel, jobs, watch
 from gramophone_client.note import NoNote, read_note
+from gramophone_client.outputs import Unusable
 from gramophone_client.picture import format_of
-from gramophone_client.stylize_command import Unusable, stylize
+from gramophone_client.stylize_command import stylize
 from gramophone_client.sync_client import SyncGramophoneClient
 from gramophone_client.terminal import complain
 from gramophone_client.timelapse import film_format
@@ -36,8 +39,8 @@ exit codes:
   {BAD_REQUEST:>3}  bad usage, a file that cannot be read or written, or a request that the server refused
   {NO_SERVER:>3}  no server there, or it is not ready, or the connection was lost
   {NO_ROOM:>3}  the server is full, the job does not fit on it, or the time is up
-  {FAILED:>3}  the job failed: the loss diverged, or the server has a defect
-  {INTERRUPTED:>3}  interrupted (Ctrl-C); the job is stopped at the server
+  {FAILED:>3}  the job failed: the loss diverged, or somebody cancelled it, or the server has a defect
+  {INTERRUPTED:>3}  interrupted (Ctrl-C); the job is stopped at the server, or with --detach goes on for so long
 
 When a job ends early and a frame had arrived, that unfinished picture is kept as OUT, or beside an older OUT.
 """
@@ -46,6 +49,9 @@ When a job ends early and a frame had arrived, that unfinished picture is kept a
 CODES: Sequence[tuple[type[GramophoneError], int]] = (
     (errors.InvalidRequest, BAD_REQUEST),
     (errors.MessageTooLarge, BAD_REQUEST),
+    (errors.JobNotFound, BAD_REQUEST),
+    (errors.RequestIdTaken, BAD_REQUEST),
+    (errors.ListingDisabled, BAD_REQUEST),
     (errors.ConnectionFailed, NO_SERVER),
     (errors.Exhausted, NO_ROOM),
     (errors.DeadlineExceeded, NO_ROOM),
@@ -108,6 +114,8 @@ FLAGS_OF_FIELDS = {
     "seed": "--seed",
     "styles": "STYLE",
     "result_quality": "--result-quality",
+    "detach_grace": "--detach",
+    "job_id": "JOB_ID",
     "frames.every_iterations": "--frame-every",
     "frames.max_side": "--frame-size",
 }
@@ -155,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gramophone {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stylize(commands)
+    _add_jobs(commands)
 
     info_parser = commands.add_parser(
         "info",
@@ -195,13 +204,7 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("content", metavar="CONTENT", type=Path, help="the photo: JPEG, PNG or WebP")
     parser.add_argument("styles", metavar="STYLE", type=Path, nargs="+", help="one or several pictures to paint like")
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=_path_with(format_of),
-        required=True,
-        help="the picture to write, replacing what is there: .png, .jpg or .webp",
-    )
+    _add_out(parser)
     parser.add_argument("--preset", choices=list(PRESETS), default="fast", help="a complete recipe (default fast)")
     parser.add_argument("--seed", type=_seed, metavar="N", help="of the noise, 0 to 2**64-1 (default: a random one)")
     parser.add_argument("--style-weights", type=_weights, metavar="X,...", help="shares of the STYLEs (default: equal)")
@@ -211,6 +214,71 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_recipe_flags(parser)
 
+    _add_watching(parser)
+    server = _add_server(parser)
+    _add_timeout(server)
+    server.add_argument(
+        "--detach",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="let the job go on for so long when the connection is lost or this command ends, and look for it again "
+        "until then (default 0)",
+    )
+    parser.set_defaults(run=stylize)
+
+
+def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    watching = commands.add_parser(
+        "watch",
+        help="follow a job that is there already",
+        allow_abbrev=False,
+        description="Follow a job of `gramophone stylize --detach` to its end. Prints the path of the picture.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    watching.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
+    _add_out(watching)
+    _add_watching(watching)
+    server = _add_server(watching)
+    _add_timeout(server)
+    server.add_argument(
+        "--detach",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="look for the job for so long when the connection is lost (default 0)",
+    )
+    watching.set_defaults(run=watch)
+
+    cancelling = commands.add_parser(
+        "cancel", help="stop a job", description="Stop a job, for all who watch it. Prints how it stands then."
+    )
+    cancelling.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
+    _add_server(cancelling)
+    cancelling.set_defaults(run=cancel)
+
+    listing = commands.add_parser(
+        "jobs",
+        help="the jobs that the server has",
+        description="Print the jobs that the server has, newest first, if whoever runs it allows that.",
+    )
+    listing.add_argument("--json", action="store_true", help="as JSON, with losses and times in full")
+    _add_server(listing)
+    listing.set_defaults(run=jobs)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=_path_with(format_of),
+        required=True,
+        help="the picture to write, replacing what is there: .png, .jpg or .webp",
+    )
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
     watching = parser.add_argument_group("watching")
     watching.add_argument("--frames", type=Path, metavar="DIR", help="write every frame there: frame-0001.jpg, ...")
     watching.add_argument(
@@ -226,14 +294,15 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     silence.add_argument("--preview", action="store_true", help="draw the forming picture in the terminal")
     silence.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
-    _add_server(parser).add_argument(
+
+def _add_timeout(server: argparse._ArgumentGroup) -> None:
+    server.add_argument(
         "--timeout",
         type=float,
         default=DEFAULT_TIMEOUT_S,
         metavar="SECONDS",
         help=f"give up after this long (default {DEFAULT_TIMEOUT_S:g})",
     )
-    parser.set_defaults(run=stylize)
 
 
 def _add_server(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -267,6 +336,16 @@ def _seed(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**64:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**64-1, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
+    return seconds
 
 
 def _weights(text: str) -> list[float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -23,16 +24,19 @@ from gramophone_client.errors import (
     GramophoneError,
     NotReady,
     ServerFailed,
+    SlowReader,
     from_rpc,
 )
-from gramophone_client.job_spec import FrameOptions, ImageInput, JobOptions, Styles, job_spec
-from gramophone_client.updates import Frame, Result, ServerInfo, Stylized, Update
+from gramophone_client.job_spec import FrameOptions, ImageInput, JobOptions, Styles, job_spec, watch_request
+from gramophone_client.updates import Accepted, Frame, JobStatus, Result, ServerInfo, Stylized, Update
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "GramophoneClient"]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 900.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's own 4 MiB is less than one PNG of 2048 x 2048
+
+REATTACH_S = (0.2, 5.0)  # first pause before a lost job is asked for again, longest; each is twice the one before
 
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
 
@@ -59,7 +63,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        # With bandwidth probing the transport hoards 6 to 8 MB of old frames before the server notices a slow reader.
+        # With bandwidth probing the transport hoards 6 to 8 MB of old frames for each stream before the server notices a
+        # slow reader (measured; https://github.com/grpc/grpc/issues/21348).
         ("grpc.http2.bdp_probe", 0),
         ("grpc.service_config", json.dumps(service_config)),
         # A request larger than this buffer (256 KiB unless told) is never sent twice, and requests carry images.
@@ -116,52 +121,97 @@ class GramophoneClient:
         await self._channel.close()
 
     async def stylize(
-        self, content: ImageInput, styles: Styles, *, timeout_s: float | None = None, **job: Unpack[JobOptions]
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
     ) -> Stylized:
         """Paints `content` in the style of one or several pictures and returns the finished one.
 
-        `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality` and every field of a recipe; see
-        `job_spec`. A server that is busy or away is asked again, up to three times.
+        `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace` and every field of
+        a recipe; see `job_spec`. A server that is busy or away is asked again, up to three times.
+
+        A call with the `request_id` (a UUID) of a job that is there already finds that job instead of making another.
+        None makes a new id, so that asking again never makes a second job.
         """
         spec = await asyncio.to_thread(job_spec, content, styles, **job)
-        return updates.stylized(await self._ask(self._service.Stylize, pb.StylizeRequest(spec=spec), timeout_s))
+        request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
+        return updates.stylized(await self._ask(self._service.Stylize, request, timeout_s))
 
-    async def stream(
+    def stream(
         self,
         content: ImageInput,
         styles: Styles,
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         timeout_s: float | None = None,
+        request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncGenerator[Update, None]:
         """The same job, told while it runs: `Accepted`, then `Progress` and `Frame`s as they come, then `Result`.
 
         A slow reader gets the newest frame, never a backlog; `frames=None` asks for none. Leaving the iteration stops
-        the job at the server: at once with `contextlib.aclosing`, else when Python drops the generator. An error that
-        comes after a frame carries the newest as `.frame`.
+        the job at the server, or with `detach_grace` leaves it alone for so long: at once with `contextlib.aclosing`,
+        else when Python drops the generator. An error that comes after a frame carries the newest as `.frame`.
+
+        With `detach_grace` a connection that is lost after `Accepted` is made again until that time has passed, and the
+        iteration goes on with the update after the last one.
         """
-        spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, **job)
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        call = self._service.StylizeStream(pb.StylizeStreamRequest(spec=spec), timeout=timeout_s)
-        frame = result = None
-        try:
-            with self._errors_rebuilt(timeout_s):
-                async for response in call:
-                    update = updates.update(response.event)
-                    if isinstance(update, Result):
-                        result = update  # told when the stream has ended, so that nobody cancels a job that is done
-                    elif update is not None:
-                        frame = update if isinstance(update, Frame) else frame
-                        yield update
-            if result is None:
-                raise ServerFailed("the server ended the stream without a result")
-        except GramophoneError as error:
-            error.frame = frame
-            raise
-        finally:
-            call.cancel()
-        yield result
+
+        async def begin(timeout_s: float) -> Any:
+            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, **job)
+            request = pb.StylizeStreamRequest(spec=spec, request_id=_request_id(request_id))
+            return self._service.StylizeStream(request, timeout=timeout_s)
+
+        return self._follow(begin, "", 0, frames, timeout_s, job.get("detach_grace") or 0.0)
+
+    def watch(
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        timeout_s: float | None = None,
+        detach_grace: float = 0.0,
+    ) -> AsyncGenerator[Update, None]:
+        """The updates of a job that is there already, as `stream` tells them, also in its errors.
+
+        They begin after the one whose `sequence` is `after_sequence`, as far as the server still knows them; 0 begins
+        with `Accepted`. A lost connection is made again until `detach_grace` seconds have passed.
+        """
+
+        async def begin(timeout_s: float) -> Any:
+            return self._service.WatchJob(watch_request(job_id, after_sequence, frames), timeout=timeout_s)
+
+        return self._follow(begin, job_id, after_sequence, frames, timeout_s, detach_grace)
+
+    async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """How the job stands."""
+        answer = await self._ask(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
+        return updates.job_status(answer.job)
+
+    async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """Stops the job and returns how it stands then; one that has ended stays as it is."""
+        answer = await self._ask(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s)
+        return updates.job_status(answer.job)
+
+    async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
+        """The jobs that the server has, newest first. Raises `ListingDisabled` unless its owner allows it.
+
+        `timeout_s` is for each page of 100.
+        """
+        jobs: list[JobStatus] = []
+        token = ""
+        while True:
+            request = pb.ListJobsRequest(page_size=100, page_token=token)
+            page = await self._ask(self._service.ListJobs, request, timeout_s)
+            jobs += [updates.job_status(job) for job in page.jobs]
+            token = page.next_page_token
+            if not token:
+                return jobs
 
     async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
         """What the server is and takes: version, device, network, layers, limits, presets, load."""
@@ -196,15 +246,89 @@ class GramophoneClient:
         with self._errors_rebuilt(timeout_s):
             return await method(request, timeout=timeout_s)
 
+    async def _follow(
+        self,
+        begin: Callable[[float], Awaitable[Any]],
+        job_id: str,
+        sequence: int,
+        frames: FrameOptions | None,
+        timeout_s: float | None,
+        grace_s: float,
+    ) -> AsyncGenerator[Update, None]:
+        """The updates of the call that `begin` makes, and of those that follow when the connection is lost.
+
+        `job_id` is "" until `Accepted` has told it; `sequence` is that of the last event that the caller has.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        call = await begin(timeout_s)
+        end = time.monotonic() + timeout_s
+        frame = result = None
+        try:
+            lost_since, pause_s = 0.0, REATTACH_S[0]  # 0: not lost
+            while True:
+                told = sequence
+                try:
+                    with self._errors_rebuilt(timeout_s):
+                        async for response in call:
+                            lost_since, pause_s = 0.0, REATTACH_S[0]
+                            if 0 < response.event.sequence <= told:
+                                continue  # the caller has it already
+                            update = updates.update(response.event)
+                            if isinstance(update, Accepted):
+                                job_id = update.job_id
+                            if isinstance(update, Result):
+                                result = (
+                                    update  # told when the stream has ended: nobody then cancels a job that is done
+                                )
+                            elif update is not None:
+                                frame = update if isinstance(update, Frame) else frame
+                                yield update
+                            sequence = max(sequence, response.event.sequence)
+                    break
+                except GramophoneError as error:
+                    if result is not None and _is_lost(error):
+                        break
+                    now = time.monotonic()
+                    lost_since = lost_since or now
+                    left_s = min(lost_since + grace_s, end) - now
+                    if not job_id or left_s <= 0 or not _is_lost(error):
+                        raise
+                    call.cancel()
+                    await asyncio.sleep(min(pause_s, left_s))
+                    pause_s = min(2 * pause_s, REATTACH_S[1])
+                    with self._errors_rebuilt(timeout_s):
+                        request = watch_request(job_id, sequence, frames)
+                        call = self._service.WatchJob(request, timeout=max(0.0, end - time.monotonic()))
+            if result is None:
+                raise ServerFailed("the server ended the stream without a result")
+        except GramophoneError as error:
+            error.frame = frame
+            raise
+        finally:
+            call.cancel()
+        yield result
+
     @contextmanager
     def _errors_rebuilt(self, timeout_s: float) -> Iterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
+        except grpc.aio.UsageError as error:  # the channel was closed between two calls
+            raise Cancelled("the call was stopped because its client was closed") from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC raises the same when the channel was closed under the call; that must not look like a cancelled task.
             raise Cancelled("the call was stopped because its client was closed") from None
+
+
+def _request_id(given: str | None) -> str:
+    return str(uuid.uuid4()) if given is None else given
+
+
+def _is_lost(error: GramophoneError) -> bool:
+    """Whether only the connection has ended, as far as one can tell: the service itself would have given a reason."""
+    lost = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and not error.reason
+    return lost or isinstance(error, SlowReader)

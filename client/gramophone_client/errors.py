@@ -5,12 +5,16 @@ GramophoneError
 ├── MessageTooLarge       a request or reply is larger than one side takes
 ├── ConnectionFailed      no server there, or the connection was lost
 │   ├── NotReady          still starting; `retry_after_s`
-│   └── ShuttingDown      takes no new jobs; `retry_after_s`
+│   ├── ShuttingDown      takes no new jobs; `retry_after_s`
+│   └── SlowReader        the server dropped this reader; its job may go on
 ├── Exhausted             the server has no room for this job
 │   ├── QueueFull         too many jobs wait; `retry_after_s`
 │   └── OutOfDeviceMemory the job does not fit on the device
 ├── DeadlineExceeded      the call's own time limit passed
-├── Cancelled             somebody stopped the call
+├── JobNotFound           no job of this id, or no longer
+├── RequestIdTaken        the request_id belongs to a job with another spec
+├── ListingDisabled       this server does not say which jobs it has
+├── Cancelled             somebody stopped the call or the job
 ├── Diverged              the loss stopped being finite; `frame` is the last good picture
 └── ServerFailed          a defect of the server, or an answer that this client does not understand
 """
@@ -37,12 +41,16 @@ __all__ = [
     "Exhausted",
     "GramophoneError",
     "InvalidRequest",
+    "JobNotFound",
+    "ListingDisabled",
     "MessageTooLarge",
     "NotReady",
     "OutOfDeviceMemory",
     "QueueFull",
+    "RequestIdTaken",
     "ServerFailed",
     "ShuttingDown",
+    "SlowReader",
     "from_rpc",
 ]
 
@@ -87,6 +95,10 @@ class ShuttingDown(ConnectionFailed):
     """The server takes no new jobs; another one, or the same one later, may."""
 
 
+class SlowReader(ConnectionFailed):
+    """A message was left untaken for too long. The job has lost this watcher only; `watch` finds it while it goes on."""
+
+
 class Exhausted(GramophoneError):
     """The server has no room for this job."""
 
@@ -100,11 +112,23 @@ class OutOfDeviceMemory(Exhausted):
 
 
 class DeadlineExceeded(GramophoneError):
-    """The call took longer than its `timeout_s`; the server stopped the job."""
+    """The call took longer than its `timeout_s`; the job has lost this watcher."""
+
+
+class JobNotFound(GramophoneError):
+    """The server has no job of this id: it never was, or it ended and was forgotten."""
+
+
+class RequestIdTaken(GramophoneError):
+    """The `request_id` belongs to a job with another spec; a new job needs a new id."""
+
+
+class ListingDisabled(GramophoneError):
+    """The server does not list its jobs, because their ids are secrets."""
 
 
 class Cancelled(GramophoneError):
-    """The call was stopped, by the server or because this client was closed."""
+    """The call was stopped because this client was closed, or the job by `cancel_job` or for want of a watcher."""
 
 
 class Diverged(GramophoneError):
@@ -123,6 +147,11 @@ REASONS: Mapping[str, type[GramophoneError]] = {
     "DIVERGED": Diverged,
     "OUT_OF_MEMORY": OutOfDeviceMemory,
     "INTERNAL": ServerFailed,
+    "JOB_NOT_FOUND": JobNotFound,
+    "REQUEST_ID_TAKEN": RequestIdTaken,
+    "LISTING_DISABLED": ListingDisabled,
+    "CANCELLED": Cancelled,
+    "SLOW_READER": SlowReader,
 }
 
 # For errors that gRPC itself or a proxy made, and for reasons younger than this client.

@@ -20,7 +20,7 @@ from gramophone.wire import overrides_to_message
 from gramophone_client.errors import InvalidRequest
 from gramophone_client.picture import Format
 
-__all__ = ["FrameOptions", "ImageInput", "JobOptions", "Style", "Styles", "job_spec"]
+__all__ = ["FrameOptions", "ImageInput", "JobOptions", "Style", "Styles", "job_spec", "watch_request"]
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image
 """A path, the bytes of a JPEG, PNG or WebP file, or a PIL image."""
@@ -55,6 +55,7 @@ class JobOptions(RecipeOverrides, total=False):
     start_image: ImageInput | None
     result_format: Format
     result_quality: int
+    detach_grace: float | None
 
 
 def job_spec(
@@ -67,13 +68,15 @@ def job_spec(
     start_image: ImageInput | None = None,
     result_format: Format = "png",
     result_quality: int = 95,
+    detach_grace: float | None = None,
     **overrides: Unpack[RecipeOverrides],
 ) -> pb.JobSpec:
     """The message; reads files, so it may block.
 
     `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture starts from `start_image`, if
-    given. `result_quality`, 1 to 100, is that of JPEG and WebP. `overrides` are the fields of the recipe that differ
-    from the preset.
+    given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds the job goes on, or waits,
+    with nobody watching; without, it stops at once. `overrides` are the fields of the recipe that differ from the
+    preset.
 
     Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError for
     a file that cannot be read. Everything else is the server's to judge.
@@ -87,6 +90,7 @@ def job_spec(
             result_format=f"IMAGE_FORMAT_{result_format.upper()}",
             result_quality=result_quality,
             seed=seed,
+            detach_grace=_duration(detach_grace) if detach_grace is not None else None,
         )
     spec.content.CopyFrom(_source(content))
     for image, weight in _listed(styles):
@@ -106,16 +110,30 @@ def _as_invalid_request() -> Iterator[None]:
         raise InvalidRequest(f"the request cannot be said: {error}") from error
 
 
+def watch_request(job_id: str, after_sequence: int, frames: FrameOptions | None) -> pb.WatchJobRequest:
+    """The message that asks for what happens to a job. Raises `InvalidRequest` for a value that its field cannot hold."""
+    with _as_invalid_request():
+        return pb.WatchJobRequest(
+            job_id=job_id,
+            after_sequence=after_sequence,
+            frames=_frame_options(frames) if frames is not None else None,
+        )
+
+
 def _frame_options(frames: FrameOptions) -> pb.FrameOptions:
-    min_interval = Duration()
-    min_interval.FromTimedelta(timedelta(seconds=frames.min_interval_s))
     return pb.FrameOptions(
         every_iterations=frames.every_iterations,
-        min_interval=min_interval,
+        min_interval=_duration(frames.min_interval_s),
         max_side=frames.max_side,
         format=f"IMAGE_FORMAT_{frames.format.upper()}",
         quality=frames.quality,
     )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(seconds=seconds))
+    return duration
 
 
 def _listed(styles: Styles) -> list[Style]:

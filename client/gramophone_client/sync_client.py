@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -12,7 +12,7 @@ import grpc
 
 from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, GramophoneClient
 from gramophone_client.job_spec import FrameOptions, ImageInput, JobOptions, Styles
-from gramophone_client.updates import ServerInfo, Stylized, Update
+from gramophone_client.updates import JobStatus, ServerInfo, Stylized, Update
 
 __all__ = ["SyncGramophoneClient"]
 
@@ -71,10 +71,16 @@ class SyncGramophoneClient:
             self._end_thread()
 
     def stylize(
-        self, content: ImageInput, styles: Styles, *, timeout_s: float | None = None, **job: Unpack[JobOptions]
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
     ) -> Stylized:
         """As `GramophoneClient.stylize`."""
-        return self._run(self._client.stylize(content, styles, timeout_s=timeout_s, **job))
+        return self._run(self._client.stylize(content, styles, timeout_s=timeout_s, request_id=request_id, **job))
 
     def stream(
         self,
@@ -83,10 +89,49 @@ class SyncGramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         timeout_s: float | None = None,
+        request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Generator[Update, None, None]:
-        """As `GramophoneClient.stream`; leaving the loop, or closing the generator, stops the job at the server."""
-        updates = self._client.stream(content, styles, frames=frames, timeout_s=timeout_s, **job)
+        """As `GramophoneClient.stream`; leaving the loop, or closing the generator, ends the call at once."""
+        return self._steps(
+            self._client.stream(content, styles, frames=frames, timeout_s=timeout_s, request_id=request_id, **job)
+        )
+
+    def watch(
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        timeout_s: float | None = None,
+        detach_grace: float = 0.0,
+    ) -> Generator[Update, None, None]:
+        """As `GramophoneClient.watch`; leaving the loop, or closing the generator, ends the call at once."""
+        return self._steps(
+            self._client.watch(job_id, after_sequence, frames=frames, timeout_s=timeout_s, detach_grace=detach_grace)
+        )
+
+    def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """As `GramophoneClient.get_job`."""
+        return self._run(self._client.get_job(job_id, timeout_s=timeout_s))
+
+    def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """As `GramophoneClient.cancel_job`."""
+        return self._run(self._client.cancel_job(job_id, timeout_s=timeout_s))
+
+    def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
+        """As `GramophoneClient.list_jobs`."""
+        return self._run(self._client.list_jobs(timeout_s=timeout_s))
+
+    def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
+        """As `GramophoneClient.server_info`."""
+        return self._run(self._client.server_info(timeout_s=timeout_s))
+
+    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        """As `GramophoneClient.wait_until_ready`."""
+        self._run(self._client.wait_until_ready(timeout_s))
+
+    def _steps(self, updates: AsyncGenerator[Update, None]) -> Generator[Update, None, None]:
         # An interrupted step is still on its way out when the generator is closed: one at a time.
         turn = asyncio.Lock()
 
@@ -104,14 +149,6 @@ class SyncGramophoneClient:
         finally:
             if self._thread.is_alive():
                 self._run(leave())
-
-    def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
-        """As `GramophoneClient.server_info`."""
-        return self._run(self._client.server_info(timeout_s=timeout_s))
-
-    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
-        """As `GramophoneClient.wait_until_ready`."""
-        self._run(self._client.wait_until_ready(timeout_s))
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gramophone_client.picture import Picture
-from gramophone_client.updates import Accepted, Frame, Progress, Result, Update
+from gramophone_client.updates import Accepted, Frame, Progress, Result, Update, Waiting
 
 __all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "complain"]
 
@@ -57,6 +57,9 @@ class PlainDisplay:
         match update:
             case Accepted():
                 self.say(_accepted(update))
+                self._next_s = time.monotonic() + self._every_s
+            case Waiting() if time.monotonic() >= self._next_s:
+                self.say(f"waits{_behind(update.queue_position)}")
                 self._next_s = time.monotonic() + self._every_s
             case Progress() if time.monotonic() >= self._next_s:
                 self.say(", ".join(_progress(update)))
@@ -97,6 +100,8 @@ class LiveDisplay:
         match update:
             case Accepted():
                 self._status = _accepted(update)
+            case Waiting():
+                self._status = f"waits{_behind(update.queue_position)}"
             case Progress():
                 self._progress = update
             case Frame():
@@ -194,12 +199,15 @@ def _shaded(image: Image.Image, encoding: str) -> Iterable[Segment]:
 
 
 def _accepted(accepted: Accepted) -> str:
-    ahead = accepted.queue_position
-    behind = f", waits behind {ahead} other{'s' if ahead > 1 else ''}" if ahead else ""
+    behind = f", waits{_behind(accepted.queue_position)}" if accepted.queue_position else ""
     return (
         f"job {accepted.job_id}: {accepted.width}x{accepted.height}, {accepted.iterations} iterations, "
         f"seed {accepted.seed}{behind}"
     )
+
+
+def _behind(ahead: int) -> str:
+    return f" behind {ahead} other{'s' if ahead > 1 else ''}"
 
 
 def _progress(progress: Progress) -> Iterable[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from google.protobuf.timestamp_pb2 import Timestamp
 from PIL import Image
 
 from gramophone.recipe import InvalidRecipe, Recipe
@@ -19,6 +21,7 @@ from gramophone_client.picture import Format, Picture
 __all__ = [
     "Accepted",
     "Frame",
+    "JobStatus",
     "Limits",
     "Losses",
     "Progress",
@@ -26,6 +29,8 @@ __all__ = [
     "ServerInfo",
     "Stylized",
     "Update",
+    "Waiting",
+    "job_status",
     "server_info",
     "stylized",
     "update",
@@ -45,20 +50,36 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Accepted:
+class Numbered:
+    """What all updates have."""
+
+    # Grows from update to update of a job, for `after_sequence` of `watch`.
+    sequence: int = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Accepted(Numbered):
     """The job was admitted. Always the first update, exactly once."""
 
-    job_id: str  # names the job in the server's log
+    job_id: str  # for `watch`, `get_job` and `cancel_job`, and in the server's log; whoever knows it may use it
     recipe: Recipe  # complete, the preset's values filled in
     seed: int
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
     queue_position: int  # jobs that run before this one
+    attached: bool  # the `request_id` named a job that was there already
 
 
 @dataclass(frozen=True)
-class Progress:
+class Waiting(Numbered):
+    """The job still waits, and its place in the queue has changed."""
+
+    queue_position: int  # jobs that run before this one, at least one
+
+
+@dataclass(frozen=True)
+class Progress(Numbered):
     """The job's state after an iteration; a slow reader misses some."""
 
     iteration: int  # 1 to `iterations`, counted over all scales
@@ -71,7 +92,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Frame(Numbered):
     """The picture as it forms; a slow reader misses some and gets the newest."""
 
     iteration: int
@@ -80,7 +101,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Numbered):
     """The finished picture. Always the last update of a job that succeeds."""
 
     picture: Picture
@@ -100,7 +121,7 @@ class Result:
 
 FORMATS: Mapping[str, Format] = {"jpeg": "jpeg", "png": "png", "webp": "webp"}
 
-Update = Accepted | Progress | Frame | Result
+Update = Accepted | Waiting | Progress | Frame | Result
 
 
 @dataclass(frozen=True)
@@ -113,6 +134,25 @@ class Stylized(Result):
 
 
 @dataclass(frozen=True)
+class JobStatus:
+    """How a job stood at the moment of the call."""
+
+    job_id: str
+    state: str  # "QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED"; more may come
+    create_time: datetime  # this and the others in UTC
+    start_time: datetime | None  # None until it runs
+    end_time: datetime | None  # None until it has ended
+    expire_time: datetime | None  # when it is forgotten, or stopped for want of a watcher; None while it is watched
+    iteration: int  # done, over all scales
+    iterations: int
+    width: int  # of the result, in pixels; 0 while the images are being decoded
+    height: int
+    losses: Losses | None  # None before the first iteration
+    stop_reason: str  # as of `Result`; "" unless it has one
+    queue_position: int  # jobs that run before this one
+
+
+@dataclass(frozen=True)
 class Limits:
     """What one server takes."""
 
@@ -122,6 +162,11 @@ class Limits:
     max_styles: int
     max_iterations: int  # of a job, over all scales
     max_queued: int
+    max_detach_s: int  # longest `detach_grace`
+    max_kept_s: int  # for which a job is kept after its end
+    max_kept: int  # jobs that are kept after their end
+    max_kept_bytes: int  # of their results, counted as 3 per pixel
+    max_blocked_s: int  # for which a reader may leave a message untaken
 
 
 @dataclass(frozen=True)
@@ -142,16 +187,19 @@ class ServerInfo:
 
 def update(message: pb.JobEvent) -> Update | None:
     """The event's value; None for a kind of event younger than this client, which may be skipped."""
+    sequence = message.sequence
     match message.WhichOneof("event"):
         case "accepted":
-            return _accepted(message.accepted)
+            return replace(_accepted(message.accepted), sequence=sequence)
+        case "waiting":
+            return Waiting(message.waiting.queue_position, sequence=sequence)
         case "progress":
-            return _progress(message.progress)
+            return replace(_progress(message.progress), sequence=sequence)
         case "frame":
             frame = message.frame
-            return Frame(frame.iteration, _picture(frame.image), frame.dropped)
+            return Frame(frame.iteration, _picture(frame.image), frame.dropped, sequence=sequence)
         case "result":
-            return _result(message.result)
+            return replace(_result(message.result), sequence=sequence)
     return None
 
 
@@ -160,6 +208,29 @@ def stylized(message: pb.StylizeResponse) -> Stylized:
     accepted = _accepted(message.accepted)
     result = vars(_result(message.result))
     return Stylized(**result, recipe=accepted.recipe, seed=accepted.seed, job_id=accepted.job_id)
+
+
+def job_status(message: pb.Job) -> JobStatus:
+    """The job of `GetJob`, `ListJobs` and `CancelJob`."""
+
+    def time(name: str) -> datetime | None:
+        return _time(getattr(message, name)) if message.HasField(name) else None
+
+    return JobStatus(
+        job_id=message.job_id,
+        state=_name(pb.JobState, message.state, "JOB_STATE_"),
+        create_time=_time(message.create_time),
+        start_time=time("start_time"),
+        end_time=time("end_time"),
+        expire_time=time("expire_time"),
+        iteration=message.iteration,
+        iterations=message.iterations,
+        width=message.width,
+        height=message.height,
+        losses=_losses(message.losses) if message.HasField("losses") else None,
+        stop_reason=_name(pb.StopReason, message.stop_reason, "STOP_REASON_") if message.stop_reason else "",
+        queue_position=message.queue_position,
+    )
 
 
 def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -179,6 +250,11 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
             max_styles=limits.max_styles,
             max_iterations=limits.max_iterations,
             max_queued=limits.max_queued,
+            max_detach_s=limits.max_detach_s,
+            max_kept_s=limits.max_kept_s,
+            max_kept=limits.max_kept,
+            max_kept_bytes=limits.max_kept_bytes,
+            max_blocked_s=limits.max_blocked_s,
         ),
         presets={preset.name: _recipe(preset.recipe) for preset in message.presets},
         running_jobs=message.running_jobs,
@@ -195,6 +271,7 @@ def _accepted(message: pb.Accepted) -> Accepted:
         height=message.height,
         iterations=message.iterations,
         queue_position=message.queue_position,
+        attached=message.attached,
     )
 
 
@@ -254,3 +331,7 @@ def _name(numbers: EnumTypeWrapper, number: int, prefix: str) -> str:
 
 def _seconds(duration: Duration) -> float:
     return duration.ToNanoseconds() / 1e9
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(UTC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
@@ -11,10 +12,11 @@ from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, variable
 from gramophone_server.job import SMALLEST_SIDE, StyleJob
 
-__all__ = ["check_result", "check_spec"]
+__all__ = ["check_frames", "check_page", "check_request_id", "check_result", "check_spec"]
 
 LARGEST_STYLE_WEIGHT = 1000.0
 LONGEST_FRAME_INTERVAL_S = 3600.0
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
 
 
@@ -31,9 +33,29 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     yield from _check_recipe(recipe, limits, layers)
     yield from _check_start_image(spec, recipe.start)
     if spec.HasField("frames"):
-        yield from _check_frames(spec.frames)
+        yield from check_frames(spec.frames, "spec.frames")
+    grace_s = spec.detach_grace.seconds + spec.detach_grace.nanos / 1e9
+    if not 0 <= grace_s <= limits.max_detach_s:
+        yield Violation(
+            "spec.detach_grace",
+            f"must be 0 to {limits.max_detach_s} seconds (server setting {variable('max_detach_s')}), got {grace_s:g}",
+        )
     yield from _check_format("spec.result_format", spec.result_format)
     yield from _check_quality("spec.result_quality", spec.result_quality)
+
+
+def check_request_id(request_id: str) -> Iterator[Violation]:
+    """What is wrong with the id that a caller gave its request, if it gave one."""
+    if request_id and not UUID.fullmatch(request_id):
+        yield Violation("request_id", f"must be a UUID of 36 characters, or empty, got {request_id[:48]!a}")
+
+
+def check_page(request: pb.ListJobsRequest) -> Iterator[Violation]:
+    """What is wrong with a page of a list."""
+    if request.page_size < 0:
+        yield Violation("page_size", f"must be 0 or more, got {request.page_size}")
+    if request.page_token and not re.fullmatch(r"[0-9]{1,18}", request.page_token):
+        yield Violation("page_token", f"is not one of this server, got {request.page_token[:48]!a}")
 
 
 def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
@@ -122,18 +144,19 @@ def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
         yield Violation("spec.start_image", f"is only for START_IMAGE; this recipe starts from {start.value}")
 
 
-def _check_frames(frames: pb.FrameOptions) -> Iterator[Violation]:
+def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
+    """Everything that is wrong with which frames a watcher wants; `field` is where it said so."""
     if frames.every_iterations < 0:
-        yield Violation("spec.frames.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
+        yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
     interval_s = frames.min_interval.seconds + frames.min_interval.nanos / 1e9
     if not 0 <= interval_s <= LONGEST_FRAME_INTERVAL_S:
         yield Violation(
-            "spec.frames.min_interval", f"must be 0 to {LONGEST_FRAME_INTERVAL_S:g} seconds, got {interval_s:g}"
+            f"{field}.min_interval", f"must be 0 to {LONGEST_FRAME_INTERVAL_S:g} seconds, got {interval_s:g}"
         )
     if frames.max_side:
-        yield from _check_range("spec.frames.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
-    yield from _check_format("spec.frames.format", frames.format)
-    yield from _check_quality("spec.frames.quality", frames.quality)
+        yield from _check_range(f"{field}.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
+    yield from _check_format(f"{field}.format", frames.format)
+    yield from _check_quality(f"{field}.quality", frames.quality)
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:

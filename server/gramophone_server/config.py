@@ -39,6 +39,11 @@ class Limits:
     max_styles: int = _setting(4, "most style images of a job", allowed=Range(1, 16))
     max_iterations: int = _setting(5000, "most iterations of a job, over all its scales", allowed=Range(1, 1_000_000))
     max_queued: int = _setting(16, "jobs that may wait while one runs", allowed=Range(0, 1024))
+    max_detach_s: int = _setting(600, "longest detach_grace of a job in seconds", allowed=Range(0, 86_400))
+    max_kept_s: int = _setting(600, "seconds that a job is kept after its end", allowed=Range(0, 86_400))
+    max_kept: int = _setting(64, "jobs that are kept after their end", allowed=Range(0, 10_000))
+    max_kept_bytes: int = _setting(256 * 2**20, "bytes of their results, 3 a pixel", allowed=Range(0, 2**36))
+    max_blocked_s: int = _setting(30, "seconds that a reader may leave a message untaken", allowed=Range(1, 3600))
 
     @property
     def request_bytes(self) -> int:
@@ -63,6 +68,7 @@ class Settings(Limits):
     backbone: str = _setting("vgg19", "the network", choices=("vgg19", "vgg16"))
     launch_each: bool = _setting(False, "on a GPU, launch every kernel of an iteration instead of replaying a graph")
     threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
+    list_jobs: bool = _setting(False, "let clients list the jobs, whose ids let them watch and cancel")
     reflection: bool = _setting(False, "let clients ask for the description of the service")
     drain_s: float = _setting(30.0, "seconds that jobs may go on after SIGTERM or SIGINT", allowed=Range(0, 3600))
     log_level: str = _setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))

@@ -5,6 +5,11 @@ GramophoneError
 ├── NotReady           the server is still starting; try again after a while
 ├── QueueFull          no room to wait; try again after a while
 ├── ShuttingDown       the server takes no new jobs
+├── JobNotFound        no job of this id, or no longer
+├── RequestIdTaken     the request's id belongs to a job with another spec
+├── ListingDisabled    this server does not say which jobs it has
+├── Cancelled          the job was stopped from outside
+├── SlowReader         a watcher did not take its messages; its job has only lost that watcher
 ├── Diverged           the loss stopped being finite
 ├── OutOfDeviceMemory  the job does not fit
 ├── EngineFailed       a defect: the engine raised something that none of the above describes
@@ -16,14 +21,19 @@ from collections.abc import Iterable
 from gramophone.recipe import Violation
 
 __all__ = [
+    "Cancelled",
     "Diverged",
     "EngineFailed",
     "GramophoneError",
     "InvalidRequest",
+    "JobNotFound",
+    "ListingDisabled",
     "NotReady",
     "OutOfDeviceMemory",
     "QueueFull",
+    "RequestIdTaken",
     "ShuttingDown",
+    "SlowReader",
     "StartupError",
 ]
 
@@ -63,6 +73,47 @@ class ShuttingDown(GramophoneError):
         self.retry_after_s = retry_after_s
         super().__init__(
             "the server is shutting down and takes no new jobs; send the job to another one or retry later"
+        )
+
+
+class JobNotFound(GramophoneError):
+    """The registry has no such job."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id[:36]!a}; it never was, or it ended and was forgotten")
+
+
+class RequestIdTaken(GramophoneError):
+    """The same request_id came with another spec."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id {request_id} belongs to a job with another spec; make a new id for a new job")
+
+
+class ListingDisabled(GramophoneError):
+    """Ids of jobs are secrets, and whoever runs the server has not allowed to list them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server does not list its jobs, because whoever knows the id of one can watch and cancel it; "
+            "whoever runs the server can allow it with --list-jobs"
+        )
+
+
+class Cancelled(GramophoneError):
+    """Somebody stopped the job, or nobody watched it."""
+
+    def __init__(self) -> None:
+        super().__init__("the job was stopped, by CancelJob or because nobody watched it")
+
+
+class SlowReader(GramophoneError):
+    """A message was not taken in time."""
+
+    def __init__(self, blocked_s: float) -> None:
+        super().__init__(
+            f"the reader left a message untaken for {blocked_s:g} s and was dropped; "
+            "a job with detach_grace goes on meanwhile, and WatchJob finds it"
         )
 
 

@@ -19,7 +19,7 @@ from gramophone_server.job import SMALLEST_SIDE, fit
 
 T = TypeVar("T")
 
-__all__ = ["METADATA_KEY", "Encoded", "Format", "decode", "encode"]
+__all__ = ["METADATA_KEY", "Encoded", "Encoding", "Format", "decode", "encode"]
 
 # The key of the text that says how a picture was made: a PNG text chunk of this name. JPEG and WebP have the text in
 # the EXIF field ImageDescription, and this name in the EXIF field Software.
@@ -36,6 +36,14 @@ class Format(StrEnum):
     JPEG = "JPEG"
     PNG = "PNG"
     WEBP = "WEBP"
+
+
+class Encoding(NamedTuple):
+    """How a picture shall be encoded; see `encode`."""
+
+    format: Format
+    quality: int
+    max_side: int = 0
 
 
 class Encoded(NamedTuple):

@@ -1,28 +1,45 @@
-"""What happens to a job, and how it crosses from the compute thread to a reader on the event loop."""
+"""What happens to a job, and how it crosses from the compute thread to one watcher on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from gramophone_server.errors import GramophoneError
 from gramophone_server.job import Losses, Report
 
-__all__ = ["Accepted", "Event", "Finished", "Frame", "Mailbox", "Progress"]
+__all__ = ["Accepted", "Event", "Finished", "Frame", "FrameRule", "Mailbox", "Picture", "Progress", "Waiting"]
 
+LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
 STALE_S = 1.0  # an unread frame older than this is replaced, so that a reader that comes back sees a recent picture
+
+
+@dataclass(eq=False)
+class Picture:
+    """One picture for all who want it: a call that waits for uint8 [height, width, 3], and what was encoded of it."""
+
+    wait: Callable[[], Tensor] | None  # None: dropped, because all that anybody will want of it is encoded
+    encodings: dict[Any, asyncio.Future[Any]] = field(default_factory=dict)  # belongs to the event loop
 
 
 @dataclass(frozen=True)
 class Accepted:
     """The job waits for `position` others."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The job still waits, now for `position` others."""
 
     position: int
 
@@ -38,88 +55,128 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The picture after `iteration`, as a call that waits for it: uint8 [height, width, 3]. `dropped` frames were due
-    since the last one."""
+    """The picture after `iteration`. `dropped` frames were due to this watcher since the last one."""
 
     iteration: int
-    picture: Callable[[], Tensor]
+    picture: Picture
     dropped: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """The last picture, as in `Frame`, and the losses of the last iteration."""
+    """The last picture and the losses of the last iteration."""
 
-    picture: Callable[[], Tensor]
+    picture: Picture
     losses: Losses
     iterations: int
     elapsed_s: float  # from the first iteration to the last
 
 
-Event = Accepted | Progress | Frame | Finished
+Event = Accepted | Waiting | Progress | Frame | Finished
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """When a watcher wants to see the picture."""
+
+    every_iterations: int = 1
+    min_interval_s: float = LEAST_FRAME_INTERVAL_S
 
 
 class Mailbox:
-    """Events on their way from the compute thread to one reader on the event loop.
+    """Events on their way from the compute thread to one watcher on the event loop.
 
-    It has one slot per kind of event: a newer progress or frame replaces an unread one, while accepted and finished
-    come once, so that they are never lost. Slots are read in the order of their numbers.
+    First come the events that the watcher has missed, all of them; then it has one slot per kind of event: a newer
+    progress or frame replaces an unread one, while accepted and finished come once, so that they are never lost. Slots
+    are read in the order of their numbers. The newest frame of those missed is in its slot from the start.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        frames: FrameRule | None = None,
+        missed: Iterable[tuple[int, Event]] = (),
+    ) -> None:
         self._loop = loop
+        self._rule = frames
+        self._frame_due_at = 0.0
         self._lock = threading.Lock()
+        self._missed: deque[tuple[int, Event]] = deque()
         self._slots: dict[type[Event], tuple[int, Event]] = {}
+        for number, event in missed:
+            if isinstance(event, Frame):
+                self._slots[Frame] = (number, event)
+            else:
+                self._missed.append((number, event))
+        self._over = False
         self._error: GramophoneError | None = None
-        self._numbers = itertools.count(1)
         self._dropped = 0  # frames, since the last one read
-        self._frame_at = 0.0  # when the frame in its slot was put there
+        self._frame_at = time.monotonic()  # when the frame in its slot was put there
         self._news = asyncio.Event()
         self._wake_is_due = False
 
-    def put(self, event: Event) -> None:
-        """Called on any thread; never waits for the reader."""
+    # What the job calls, on any thread; it never waits for the reader ---------------------------------------------------
+
+    def put(self, number: int, event: Event) -> None:
+        """Numbers increase from call to call."""
         with self._lock:
             if isinstance(event, Frame):
                 self._dropped += Frame in self._slots
                 self._frame_at = time.monotonic()
-            self._slots[type(event)] = (next(self._numbers), event)
+            self._slots[type(event)] = (number, event)
         self._wake()
 
-    def fail(self, error: GramophoneError) -> None:
-        """Ends the events with an error, after those that wait."""
+    def end(self, error: GramophoneError | None = None) -> None:
+        """Ends the events after those that wait, with an error if there is one."""
         with self._lock:
-            self._error = error
+            self._over, self._error = True, error
         self._wake()
 
-    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
-        """Puts a frame that is due, or only counts it, without taking the picture, while the last one is unread."""
+    def most_at_once(self, iteration: int) -> int | None:
+        """Iterations from this one to the next whose picture may be wanted; None: none is ever wanted."""
+        return None if self._rule is None else self._rule.every_iterations - iteration % self._rule.every_iterations
+
+    def wants_frame(self, iteration: int, now: float) -> bool:
+        """Whether a frame is due and has room. One that is due while the last one is unread is counted as dropped."""
+        rule = self._rule
+        if rule is None or iteration % rule.every_iterations or now < self._frame_due_at:
+            return False
+        self._frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
         with self._lock:
-            room = Frame not in self._slots or time.monotonic() - self._frame_at >= STALE_S
+            room = Frame not in self._slots or now - self._frame_at >= STALE_S
             self._dropped += not room
-        if room:
-            self.put(Frame(iteration, take()))
+        return room
+
+    # The reader's side ------------------------------------------------------------------------------------------------
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number, event) in increasing order, until `Finished`. Raises what `fail` was given."""
+        """(number, event) in increasing order, for one reader. Raises what `end` was given."""
         while True:
             with self._lock:
-                kind = min(self._slots, key=lambda kind: self._slots[kind][0], default=None)
-                number, event = self._slots.pop(kind) if kind is not None else (0, None)
-                error = self._error
-                if isinstance(event, Frame):
-                    event = replace(event, dropped=self._dropped)
-                    self._dropped = 0
-                if event is None:
+                item = self._next()
+                over, error = self._over, self._error
+                if item is None:
                     self._news.clear()
-            if event is not None:
-                yield number, event
-                if isinstance(event, Finished):
-                    return
+            if item is not None:
+                yield item
             elif error is not None:
                 raise error
+            elif over:
+                return
             else:
                 await self._news.wait()
+
+    def _next(self) -> tuple[int, Event] | None:
+        kind = min(self._slots, key=lambda kind: self._slots[kind][0], default=None)
+        if self._missed and (kind is None or self._missed[0][0] < self._slots[kind][0]):
+            return self._missed.popleft()
+        if kind is None:
+            return None
+        number, event = self._slots.pop(kind)
+        if isinstance(event, Frame):
+            event = replace(event, dropped=self._dropped)
+            self._dropped = 0
+        return number, event
 
     def _wake(self) -> None:
         with self._lock:

@@ -28,8 +28,9 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import config
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
+from gramophone_server.messages import version
 from gramophone_server.scheduler import Engine, Scheduler
-from gramophone_server.servicer import Servicer, version
+from gramophone_server.servicer import Servicer
 
 __all__ = ["main", "serve", "server_options"]
 
@@ -85,7 +86,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     started = time.monotonic()
     server = grpc.aio.server(options=server_options(settings))
     scheduler = Scheduler(load, max_queued=settings.max_queued)
-    servicer = Servicer(scheduler, settings)
+    servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs)
     health_servicer = health.aio.HealthServicer()
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -1,8 +1,8 @@
 """Jobs on one compute thread, one after another, behind a bounded queue.
 
-The event loop reserves places, submits jobs and reads their events; the compute thread loads the engine and runs it.
-The two meet in a lock that neither holds for long and in one mailbox per job, so the engine never waits for a reader
-and the loop never waits for the engine.
+The event loop reserves places, submits jobs and withdraws them; the compute thread loads the engine, runs it and tells
+the job's `Listener`. The two meet in a lock that neither holds for long, so the engine never waits for a reader and the
+loop never waits for the engine.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
+
+from torch import Tensor
 
 from gramophone_server.errors import (
     Diverged,
@@ -28,13 +29,12 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.job import Run, StyleJob, ran_out_of_memory
-from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Mailbox, Progress
+from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Picture, Progress, Waiting
 
-__all__ = ["Engine", "FrameRule", "Job", "Place", "Scheduler"]
+__all__ = ["Engine", "Listener", "Place", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
-LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
 # The longest that the engine is left alone: cancelling takes no longer, and a wait for the GPU (30 us of 0.4 ms at 256 px)
 # comes once in so long instead of after every iteration.
 SLICE_S = 0.02
@@ -58,31 +58,35 @@ class Engine(Protocol):
     def start(self, jobs: Sequence[StyleJob]) -> Run: ...
 
 
-@dataclass(frozen=True)
-class FrameRule:
-    """When a watcher wants to see the picture."""
+class Listener(Protocol):
+    """Whom a job is run for; see `jobs.Job`. Called on the compute thread and, for the queue, on the event loop, with
+    the scheduler's lock held at times: it never waits and never calls back."""
 
-    every_iterations: int = 1
-    min_interval_s: float = LEAST_FRAME_INTERVAL_S
+    @property
+    def cancelled(self) -> bool:
+        """The job shall stop before its next iteration."""
+
+    def most_at_once(self, iteration: int) -> int | None:
+        """Iterations from this one to the next whose picture may be wanted, None if none will be."""
+
+    def started(self) -> None:
+        """The job waits no longer."""
+
+    def publish(self, event: Event) -> None:
+        """`Accepted` first, then `Waiting` and `Progress`, `Finished` last."""
+
+    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
+        """Takes the picture if somebody wants it."""
+
+    def fail(self, error: GramophoneError) -> None:
+        """The job has ended without a result."""
 
 
-class Job:
-    """A submitted job, as whoever submitted it holds it."""
+class Task(NamedTuple):
+    """A job of the queue."""
 
-    def __init__(self, work: StyleJob, frames: FrameRule | None, scheduler: Scheduler, mailbox: Mailbox) -> None:
-        self.work = work
-        self.frames = frames
-        self.cancelled = False  # read between iterations
-        self.mailbox = mailbox
-        self._scheduler = scheduler
-
-    def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number, event): `Accepted` first, `Finished` last; for one reader. Raises the error that ended the job."""
-        return self.mailbox.events()
-
-    def cancel(self) -> None:
-        """Stops the job within one iteration, or takes it out of the queue. Does nothing to a job that has ended."""
-        self._scheduler._cancel(self)
+    work: StyleJob
+    listener: Listener
 
 
 class Place:
@@ -92,12 +96,11 @@ class Place:
         self._scheduler = scheduler
         self._used = False
 
-    def submit(self, work: StyleJob, frames: FrameRule | None = None) -> Job:
+    def submit(self, work: StyleJob, listener: Listener) -> None:
         """Queues the job. Raises `ShuttingDown` if the drain time has run out meanwhile."""
         assert not self._used, "a place is for one job"
-        job = self._scheduler._enqueue(work, frames)
+        self._scheduler._enqueue(Task(work, listener))
         self._used = True
-        return job
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +113,7 @@ class Place:
 
 
 class Scheduler:
-    """Runs jobs on a compute thread of its own. Build it inside the event loop that will read the events.
+    """Runs jobs on a compute thread of its own. Build it inside the event loop that will submit them.
 
     `load` builds and warms up the engine; it runs on the compute thread, because torch's thread pool belongs to the
     thread that first uses it.
@@ -125,8 +128,8 @@ class Scheduler:
         self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
         # Everything below is guarded by the lock of this condition, which says that there is a job, or an end.
         self._work = threading.Condition()
-        self._queue: deque[Job] = deque()
-        self._running: Job | None = None
+        self._queue: deque[Task] = deque()
+        self._running: Task | None = None
         self._places = 0  # reserved, queued and running jobs
         self._draining = False
         self._stopped = False
@@ -169,6 +172,16 @@ class Scheduler:
             self._places += 1
         return Place(self)
 
+    def withdraw(self, listener: Listener) -> None:
+        """Takes a cancelled job out of the queue. One that runs is left to see that it is cancelled."""
+        with self._work:
+            task = next((task for task in self._queue if task.listener is listener), None)
+            if task is None:
+                return
+            self._queue.remove(task)
+            self._tell_positions()
+        self._release()
+
     async def drain(self, within_s: float) -> None:
         """Takes no new jobs, and returns when all have ended or the time is over; see `stop`."""
         with self._work:
@@ -192,24 +205,18 @@ class Scheduler:
 
     # The event loop's side of a job -----------------------------------------------------------------------------------
 
-    def _enqueue(self, work: StyleJob, frames: FrameRule | None) -> Job:
-        job = Job(work, frames, self, Mailbox(self._loop))
+    def _enqueue(self, task: Task) -> None:
         with self._work:
             if self._stopped:
                 raise ShuttingDown
-            job.mailbox.put(Accepted(position=len(self._queue) + self.running))
-            self._queue.append(job)
+            task.listener.publish(Accepted(position=len(self._queue) + self.running))
+            self._queue.append(task)
             self._work.notify()
-        return job
 
-    def _cancel(self, job: Job) -> None:
-        with self._work:
-            job.cancelled = True
-            try:
-                self._queue.remove(job)
-            except ValueError:
-                return  # running: the compute thread sees the flag; or ended
-        self._release()
+    def _tell_positions(self) -> None:
+        """To those who wait, when somebody has left the queue. The lock is held."""
+        for position, task in enumerate(self._queue, self.running):
+            task.listener.publish(Waiting(position))
 
     def _release(self) -> None:
         with self._work:
@@ -231,66 +238,64 @@ class Scheduler:
             self._tell_loaded(lambda error=error: self._loaded.set_exception(error))  # type: ignore[misc]
             return
         self._tell_loaded(lambda: self._loaded.set_result(engine))
-        while (job := self._next()) is not None:
+        while (task := self._next()) is not None:
             try:
-                self._run(engine, job)
+                self._run(engine, task)
             except GramophoneError as error:
-                job.mailbox.fail(_bare(error))
+                task.listener.fail(_bare(error))
             except Exception as error:
                 if ran_out_of_memory(error):
-                    job.mailbox.fail(OutOfDeviceMemory(*job.work.result_size))
+                    task.listener.fail(OutOfDeviceMemory(*task.work.result_size))
                 else:
                     log.exception("the engine failed")
-                    job.mailbox.fail(EngineFailed())
+                    task.listener.fail(EngineFailed())
             finally:
                 with self._work:
                     self._running = None
-                del job  # its images, while the next one is awaited
+                del task  # its images, while the next one is awaited
                 self._release()
 
     def _tell_loaded(self, tell: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
             self._loop.call_soon_threadsafe(tell)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Task | None:
         """The next job, or None when the thread shall end."""
         with self._work:
             while not self._queue and not self._stopped:
                 self._work.wait()
             if self._stopped:
-                for job in self._queue:
-                    job.mailbox.fail(ShuttingDown())
+                for task in self._queue:
+                    task.listener.fail(ShuttingDown())
                 self._places -= len(self._queue)
                 self._queue.clear()
                 return None
             self._running = self._queue.popleft()
             self._pixels_left = sum(width * height * n for width, height, n in self._running.work.scales)
+            self._running.listener.started()
+            self._tell_positions()
             return self._running
 
-    def _run(self, engine: Engine, job: Job) -> None:
-        run = engine.start([job.work])
+    def _run(self, engine: Engine, task: Task) -> None:
+        run = engine.start([task.work])
         try:
-            self._follow(run, job)
+            self._follow(run, task.listener)
         finally:
             run.close()
 
-    def _follow(self, run: Run, job: Job) -> None:
+    def _follow(self, run: Run, listener: Listener) -> None:
         started = scale_started = time.monotonic()
-        frame_due_at = started
         scale, scale_iterations, iteration, per_s = (0, 0), 0, 0, 0.0
-        rule = job.frames
         while not run.finished:
-            if job.cancelled:
+            if listener.cancelled:
                 return
             if self._stopped:
                 raise ShuttingDown
             before = time.monotonic()
             at_once = max(1, int(per_s * SLICE_S))
-            if rule is not None:
-                at_once = min(at_once, rule.every_iterations - iteration % rule.every_iterations)
-            (report,) = run.advance(at_once)
+            (report,) = run.advance(min(at_once, listener.most_at_once(iteration) or at_once))
             if report.diverged_at is not None:
-                job.mailbox.put(Frame(report.diverged_at - 1, run.snapshot(0)))
+                listener.publish(Frame(report.diverged_at - 1, Picture(run.snapshot(0))))
                 raise Diverged(report.diverged_at)
             now = time.monotonic()
             if (report.width, report.height) != scale:
@@ -300,11 +305,10 @@ class Scheduler:
             per_s = scale_iterations / max(now - scale_started, 1e-9)
             self._pixels_left = report.pixels_left
             self._pixels_per_s = per_s * report.width * report.height
-            job.mailbox.put(Progress(report, per_s, report.pixels_left / self._pixels_per_s))
-            if rule is not None and report.iteration % rule.every_iterations == 0 and now >= frame_due_at:
-                frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
-                job.mailbox.offer_frame(report.iteration, lambda: run.snapshot(0))
-        job.mailbox.put(Finished(run.snapshot(0), report.losses, report.iterations, time.monotonic() - started))
+            listener.publish(Progress(report, per_s, report.pixels_left / self._pixels_per_s))
+            listener.offer_frame(report.iteration, lambda: run.snapshot(0))
+        elapsed_s = time.monotonic() - started
+        listener.publish(Finished(Picture(run.snapshot(0)), report.losses, report.iterations, elapsed_s))
 
 
 def _bare(error: GramophoneError) -> GramophoneError:

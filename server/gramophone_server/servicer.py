@@ -1,122 +1,59 @@
-"""The service's RPCs: check the request, call the scheduler, translate what comes back. See `checks` and `status`."""
+"""The service's RPCs: check the request, find or make its job, send what happens to it. See `checks` and `messages`."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.metadata
-import json
+import hashlib
+import itertools
 import logging
 import math
 import secrets
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TypeVar
 
-import grpc
 from google.protobuf import duration_pb2
 from torch import Tensor
 
-from gramophone.recipe import PRESETS, InvalidRecipe, Recipe
+from gramophone.recipe import PRESETS, InvalidRecipe, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_from_message, recipe_to_message
 from gramophone_server import images
-from gramophone_server.checks import check_result, check_spec
+from gramophone_server.calls import Call, Context
+from gramophone_server.checks import check_frames, check_page, check_request_id, check_result, check_spec
 from gramophone_server.config import Limits
-from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest
-from gramophone_server.job import Losses, StyleJob
-from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Progress
-from gramophone_server.scheduler import FrameRule, Job, Scheduler
-from gramophone_server.status import refusal
+from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, ListingDisabled, RequestIdTaken
+from gramophone_server.job import StyleJob
+from gramophone_server.jobs import Job, Jobs
+from gramophone_server.mailbox import FrameRule
+from gramophone_server.messages import Encoders, event_message, frame_encoding, job_message, result_encoding, version
+from gramophone_server.scheduler import Place, Scheduler
 
-__all__ = ["Servicer", "version"]
+__all__ = ["Servicer"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-# Two of each: one more does not help while the compute thread has the cores, and each decoder may hold 12 bytes a pixel.
-DECODERS, ENCODERS = 2, 2
-FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, where the request says 0
-
-
-def version() -> str:
-    """The version of the installed package."""
-    try:
-        return importlib.metadata.version("gramophone")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed)"
-
-
-class Call:
-    """One RPC from its start to its end: whether its client is still there, its job, and its line in the log."""
-
-    def __init__(self, method: str, context: Context, over: Callable[[Call], None]) -> None:
-        self.id = secrets.token_hex(6)
-        self.gone = False
-        self._method = method
-        self._context = context
-        self._over = over
-        self._job: Job | None = None
-        self._code: grpc.StatusCode | None = None
-        self._started = time.monotonic()
-        task = asyncio.current_task()
-        assert task is not None, "a handler runs in a task"
-        self._task = task
-        # The only notice of an end that always comes: a client that leaves while a message is being written makes no
-        # CancelledError in the handler, and `context.cancelled()` stays false.
-        context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stub asks for a class of its own
-
-    def owns(self, job: Job) -> None:
-        """The job ends with this RPC."""
-        self._job = job
-        if self.gone:
-            job.cancel()
-
-    def succeeded(self) -> None:
-        """The handler has nothing more to say."""
-        self._code = grpc.StatusCode.OK
-
-    async def fail(self, error: BaseException) -> NoReturn:
-        """Ends the RPC with the status of `error`. The one way out for every exception of a handler."""
-        if isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit):
-            raise error
-        if isinstance(error, asyncio.CancelledError) and self._task.cancelling():
-            raise error  # gRPC cancelled this handler; swallowing that leaks the call's operations
-        if not isinstance(error, GramophoneError):
-            # A CancelledError from something awaited, too: without a status the client would hang until its deadline.
-            log.error("%s job=%s failed", self._method, self.id, exc_info=error)
-            error = EngineFailed()
-        code, message, trailers = refusal(error)
-        self._code = code
-        await self._context.abort(code, message, trailing_metadata=trailers)
-
-    def _done(self, _: Any) -> None:
-        self.gone = True
-        if self._job is not None:
-            self._job.cancel()
-        code = self._code
-        if code is None:
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-        took_ms = (time.monotonic() - self._started) * 1000
-        log.info("%s job=%s code=%s ms=%.0f", self._method, self.id, code.name, took_ms)
-        self._over(self)
+# One more does not help while the compute thread has the cores, and each may hold 12 bytes a pixel.
+DECODERS = 2
+PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
 
 
 class Servicer(pb_grpc.StyleTransferServiceServicer):
     """StyleTransferService of one server."""
 
-    def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
+    def __init__(self, scheduler: Scheduler, limits: Limits, *, list_jobs: bool = False) -> None:
+        self.jobs = Jobs(scheduler, limits)
         self._scheduler = scheduler
         self._limits = limits
+        self._list_jobs = list_jobs
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
-        self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
+        self._encoders = Encoders()
+        self._preparations: set[asyncio.Task[None]] = set()  # asyncio itself does not hold its tasks
         self._calls: set[Call] = set()
         self._no_calls = asyncio.Event()
         self._no_calls.set()
@@ -126,9 +63,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         await self._no_calls.wait()
 
     def close(self) -> None:
-        """Gives the threads back."""
+        """Gives the threads back, and forgets all jobs."""
+        self.jobs.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.close()
 
     async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
         """See the proto."""
@@ -136,7 +74,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         response = pb.StylizeResponse()
         request.spec.ClearField("frames")
         try:
-            async for event in self._events(request.spec, call):
+            async for event in self._made(request, call):
                 if event.HasField("accepted"):
                     response.accepted.CopyFrom(event.accepted)
                 elif event.HasField("result"):
@@ -152,11 +90,67 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("StylizeStream", context)
         try:
-            async for event in self._events(request.spec, call):
-                yield pb.StylizeStreamResponse(event=event)
+            async for event in self._made(request, call):
+                with call.writing():
+                    yield pb.StylizeStreamResponse(event=event)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
+        """See the proto."""
+        call = self._call("WatchJob", context)
+        try:
+            frames = request.frames if request.HasField("frames") else None
+            _refuse(check_frames(frames, "frames") if frames is not None else ())
+            job = self.jobs.find(request.job_id)
+            async for event in self._watched(job, call, frames, after=request.after_sequence):
+                with call.writing():
+                    yield pb.WatchJobResponse(event=event)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
+        """See the proto."""
+        call = self._call("GetJob", context)
+        try:
+            response = pb.GetJobResponse(job=job_message(self.jobs.find(request.job_id)))
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+        """See the proto."""
+        call = self._call("ListJobs", context)
+        try:
+            if not self._list_jobs:
+                raise ListingDisabled
+            _refuse(check_page(request))
+            size = min(request.page_size or PAGE, LARGEST_PAGE)
+            before = int(request.page_token) if request.page_token else None
+            page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
+            response = pb.ListJobsResponse(
+                jobs=map(job_message, page[:size]),
+                next_page_token=str(page[size - 1].ordinal) if len(page) > size else "",
+            )
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
+        """See the proto."""
+        call = self._call("CancelJob", context)
+        try:
+            job = self.jobs.find(request.job_id)
+            job.cancel()
+            response = pb.CancelJobResponse(job=job_message(job))
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""
@@ -181,7 +175,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         return response
 
     def _call(self, method: str, context: Context) -> Call:
-        call = Call(method, context, self._over)
+        call = Call(method, context, self._over, self._limits.max_blocked_s)
         self._calls.add(call)
         self._no_calls.clear()
         return call
@@ -191,14 +185,51 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         if not self._calls:
             self._no_calls.set()
 
-    async def _events(self, spec: pb.JobSpec, call: Call) -> AsyncIterator[pb.JobEvent]:
-        """The whole life of a job, for both of its RPCs."""
-        with self._scheduler.reserve() as place:  # before any image is decoded
-            work = await self._work(spec)
-            job = place.submit(work, _frame_rule(spec))
-        call.owns(job)
-        async for number, event in job.events():
-            yield await self._message(number, event, spec, work, call.id)
+    def _made(self, request: pb.StylizeRequest | pb.StylizeStreamRequest, call: Call) -> AsyncIterator[pb.JobEvent]:
+        """The job that the request makes, or that an earlier one with its id made, for both of their RPCs."""
+        spec, request_id = request.spec, request.request_id.lower()
+        _refuse(check_request_id(request_id))
+        job = self.jobs.of_request(request_id)
+        attached = job is not None
+        if job is None:
+            place = self._scheduler.reserve()  # before anything is hashed or decoded
+            grace_s = _seconds(spec.detach_grace)
+            job = self.jobs.create(request_id, _digest(spec) if request_id else b"", grace_s, result_encoding(spec))
+            # A task of its own, so that the job has its images even if this call does not live to see them.
+            preparation = asyncio.create_task(self._prepare(job, place, spec))
+            self._preparations.add(preparation)
+            preparation.add_done_callback(self._preparations.discard)
+        elif job.digest != _digest(spec):
+            raise RequestIdTaken(request_id)
+        return self._watched(job, call, spec.frames if spec.HasField("frames") else None, attached=attached)
+
+    def _watched(
+        self, job: Job, call: Call, frames: pb.FrameOptions | None, *, after: int = 0, attached: bool = False
+    ) -> AsyncIterator[pb.JobEvent]:
+        """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
+        mailbox = job.watch(_frame_rule(frames), after)
+        call.watches(job, mailbox)
+        encoding = frame_encoding(frames or pb.FrameOptions())
+        weights = self._scheduler.engine.weights_source
+
+        async def events() -> AsyncIterator[pb.JobEvent]:
+            async for number, event in mailbox.events():
+                yield await event_message(number, event, job, self._encoders, encoding, attached, weights)
+
+        return events()
+
+    async def _prepare(self, job: Job, place: Place, spec: pb.JobSpec) -> None:
+        """Decodes the images and queues the job; its watchers hear of it when that fails."""
+        try:
+            with place:
+                job.submit(place, await self._work(spec))
+        except GramophoneError as error:
+            job.fail(error.with_traceback(None))
+        except BaseException as error:
+            log.error("job=%s failed", job.id, exc_info=error)
+            job.fail(EngineFailed())
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                raise
 
     async def _work(self, spec: pb.JobSpec) -> StyleJob:
         """The job of a request. Raises `InvalidRequest` with every violation, those of the images included."""
@@ -227,8 +258,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 raise picture
             else:
                 decoded[field] = picture
-        if violations:
-            raise InvalidRequest(violations)
+        _refuse(violations)
         work = StyleJob(
             recipe=recipe,
             content=decoded["spec.content.data"],
@@ -237,128 +267,35 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             start=decoded.get("spec.start_image.data"),
             seed=spec.seed if spec.HasField("seed") else secrets.randbits(64),
         )
-        violations = list(check_result(work))
-        if violations:
-            raise InvalidRequest(violations)
+        _refuse(check_result(work))
         return work
 
     async def _decoded(self, field: str, data: bytes, needed: int) -> Tensor:
         return await _in(self._decoders, partial(images.decode, data, field, self._limits, needed))
-
-    async def _message(self, number: int, event: Event, spec: pb.JobSpec, work: StyleJob, job_id: str) -> pb.JobEvent:
-        message = pb.JobEvent(sequence=number)
-        match event:
-            case Accepted(position):
-                width, height = work.result_size
-                message.accepted.CopyFrom(
-                    pb.Accepted(
-                        job_id=job_id,
-                        recipe=recipe_to_message(work.recipe),
-                        seed=work.seed,
-                        width=width,
-                        height=height,
-                        iterations=sum(scale.iterations for scale in work.scales),
-                        queue_position=position,
-                    )
-                )
-            case Progress(report, iterations_per_second, time_left_s):
-                message.progress.CopyFrom(
-                    pb.Progress(
-                        iteration=report.iteration,
-                        iterations=report.iterations,
-                        width=report.width,
-                        height=report.height,
-                        losses=_losses(report.losses),
-                        iterations_per_second=iterations_per_second,
-                        time_left=_duration(time_left_s),
-                    )
-                )
-            case Frame(iteration, picture, dropped):
-                options = spec.frames
-                image = await self._encoded(
-                    picture,
-                    _format(options.format, images.Format.JPEG),
-                    options.quality or FRAME_QUALITY,
-                    options.max_side,
-                )
-                message.frame.CopyFrom(pb.Frame(iteration=iteration, image=image, dropped=dropped))
-            case Finished(picture, losses, iterations, elapsed_s):
-                image = await self._encoded(
-                    picture,
-                    _format(spec.result_format, images.Format.PNG),
-                    spec.result_quality or RESULT_QUALITY,
-                    metadata=_how_it_was_made(work, self._scheduler.engine.weights_source),
-                )
-                message.result.CopyFrom(
-                    pb.Result(
-                        image=image,
-                        losses=_losses(losses),
-                        iterations=iterations,
-                        stop_reason=pb.STOP_REASON_ITERATIONS_DONE,
-                        elapsed=_duration(elapsed_s),
-                    )
-                )
-        return message
-
-    async def _encoded(
-        self,
-        picture: Callable[[], Tensor],
-        format: images.Format,
-        quality: int,
-        max_side: int = 0,
-        metadata: str | None = None,
-    ) -> pb.Image:
-        def encode() -> images.Encoded:
-            return images.encode(picture(), format, quality, max_side, metadata)  # on its thread, also the waiting
-
-        encoded = await _in(self._encoders, encode)
-        return pb.Image(
-            format=f"IMAGE_FORMAT_{encoded.format}",
-            width=encoded.width,
-            height=encoded.height,
-            data=encoded.data,
-        )
 
 
 async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _frame_rule(spec: pb.JobSpec) -> FrameRule | None:
-    if not spec.HasField("frames"):
+def _refuse(violations: Iterable[Violation]) -> None:
+    if violations := tuple(violations):
+        raise InvalidRequest(violations)
+
+
+def _frame_rule(frames: pb.FrameOptions | None) -> FrameRule | None:
+    if frames is None:
         return None
-    interval = spec.frames.min_interval
-    return FrameRule(max(1, spec.frames.every_iterations), interval.seconds + interval.nanos / 1e9)
+    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval))
 
 
-def _format(value: int, default: images.Format) -> images.Format:
-    return images.Format[pb.ImageFormat.Name(value).removeprefix("IMAGE_FORMAT_")] if value else default
+def _digest(spec: pb.JobSpec) -> bytes:
+    """Of everything but how the job is watched. On the event loop: 0.7 ms a MiB, once for each job."""
+    same = pb.JobSpec()
+    same.CopyFrom(spec)
+    same.ClearField("frames")
+    return hashlib.sha256(same.SerializeToString(deterministic=True)).digest()
 
 
-def _how_it_was_made(work: StyleJob, weights: str) -> str:
-    """ASCII JSON for the result's metadata: with the same images it makes the same picture again."""
-    made = {
-        "gramophone": version(),
-        "recipe": dataclasses.asdict(work.recipe),  # fields by name; layers as [name, weight]
-        "style_weights": work.style_weights,
-        "seed": work.seed,
-        "weights": weights,
-    }
-    return json.dumps(made)
-
-
-def _losses(losses: Losses) -> pb.Losses:
-    return pb.Losses(
-        total=losses.total,
-        content=sum(losses.content.values()),
-        style=sum(losses.style.values()),
-        tv=losses.tv,
-        content_layers=(pb.LayerLoss(layer=layer, value=value) for layer, value in losses.content.items()),
-        style_layers=(pb.LayerLoss(layer=layer, value=value) for layer, value in losses.style.items()),
-    )
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromMicroseconds(round(seconds * 1e6))
-    return duration
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return float(duration.seconds + duration.nanos / 1e9)

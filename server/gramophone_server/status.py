@@ -11,14 +11,19 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.errors import (
+    Cancelled,
     Diverged,
     EngineFailed,
     GramophoneError,
     InvalidRequest,
+    JobNotFound,
+    ListingDisabled,
     NotReady,
     OutOfDeviceMemory,
     QueueFull,
+    RequestIdTaken,
     ShuttingDown,
+    SlowReader,
 )
 
 __all__ = ["CODES", "Refusal", "refusal"]
@@ -45,6 +50,11 @@ CODES: Mapping[type[GramophoneError], Code] = {
     QueueFull: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
     NotReady: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
     ShuttingDown: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_SHUTTING_DOWN),
+    JobNotFound: Code(grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_JOB_NOT_FOUND),
+    RequestIdTaken: Code(grpc.StatusCode.ALREADY_EXISTS, pb.ERROR_REASON_REQUEST_ID_TAKEN),
+    ListingDisabled: Code(grpc.StatusCode.PERMISSION_DENIED, pb.ERROR_REASON_LISTING_DISABLED),
+    Cancelled: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_CANCELLED),
+    SlowReader: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_SLOW_READER),
     Diverged: Code(grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_DIVERGED),
     OutOfDeviceMemory: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OUT_OF_MEMORY),
     EngineFailed: Code(grpc.StatusCode.INTERNAL, pb.ERROR_REASON_INTERNAL),

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -58,6 +59,15 @@ class StopReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STOP_REASON_UNSPECIFIED: _ClassVar[StopReason]
     STOP_REASON_ITERATIONS_DONE: _ClassVar[StopReason]
 
+class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
+    JOB_STATE_QUEUED: _ClassVar[JobState]
+    JOB_STATE_RUNNING: _ClassVar[JobState]
+    JOB_STATE_SUCCEEDED: _ClassVar[JobState]
+    JOB_STATE_FAILED: _ClassVar[JobState]
+    JOB_STATE_CANCELLED: _ClassVar[JobState]
+
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
@@ -68,6 +78,11 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_OUT_OF_MEMORY: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_READY: _ClassVar[ErrorReason]
+    ERROR_REASON_JOB_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_REQUEST_ID_TAKEN: _ClassVar[ErrorReason]
+    ERROR_REASON_CANCELLED: _ClassVar[ErrorReason]
+    ERROR_REASON_SLOW_READER: _ClassVar[ErrorReason]
+    ERROR_REASON_LISTING_DISABLED: _ClassVar[ErrorReason]
 PRESET_UNSPECIFIED: Preset
 PRESET_FAST: Preset
 PRESET_QUALITY: Preset
@@ -95,6 +110,12 @@ IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
 STOP_REASON_UNSPECIFIED: StopReason
 STOP_REASON_ITERATIONS_DONE: StopReason
+JOB_STATE_UNSPECIFIED: JobState
+JOB_STATE_QUEUED: JobState
+JOB_STATE_RUNNING: JobState
+JOB_STATE_SUCCEEDED: JobState
+JOB_STATE_FAILED: JobState
+JOB_STATE_CANCELLED: JobState
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_REQUEST: ErrorReason
 ERROR_REASON_QUEUE_FULL: ErrorReason
@@ -103,6 +124,11 @@ ERROR_REASON_DIVERGED: ErrorReason
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_NOT_READY: ErrorReason
+ERROR_REASON_JOB_NOT_FOUND: ErrorReason
+ERROR_REASON_REQUEST_ID_TAKEN: ErrorReason
+ERROR_REASON_CANCELLED: ErrorReason
+ERROR_REASON_SLOW_READER: ErrorReason
+ERROR_REASON_LISTING_DISABLED: ErrorReason
 
 class ImageSource(_message.Message):
     __slots__ = ("data",)
@@ -185,7 +211,7 @@ class FrameOptions(_message.Message):
     def __init__(self, every_iterations: _Optional[int] = ..., min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_side: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed")
+    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed", "detach_grace")
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     STYLES_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +220,7 @@ class JobSpec(_message.Message):
     RESULT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     RESULT_QUALITY_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    DETACH_GRACE_FIELD_NUMBER: _ClassVar[int]
     content: ImageSource
     styles: _containers.RepeatedCompositeFieldContainer[StyleSource]
     recipe: Recipe
@@ -202,7 +229,8 @@ class JobSpec(_message.Message):
     result_format: ImageFormat
     result_quality: int
     seed: int
-    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    detach_grace: _duration_pb2.Duration
+    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("format", "width", "height", "data")
@@ -241,7 +269,7 @@ class Losses(_message.Message):
     def __init__(self, total: _Optional[float] = ..., content: _Optional[float] = ..., style: _Optional[float] = ..., tv: _Optional[float] = ..., content_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ..., style_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("job_id", "recipe", "seed", "width", "height", "iterations", "queue_position")
+    __slots__ = ("job_id", "recipe", "seed", "width", "height", "iterations", "queue_position", "attached")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -249,6 +277,7 @@ class Accepted(_message.Message):
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     recipe: Recipe
     seed: int
@@ -256,7 +285,14 @@ class Accepted(_message.Message):
     height: int
     iterations: int
     queue_position: int
-    def __init__(self, job_id: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., iterations: _Optional[int] = ..., queue_position: _Optional[int] = ...) -> None: ...
+    attached: bool
+    def __init__(self, job_id: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., iterations: _Optional[int] = ..., queue_position: _Optional[int] = ..., attached: _Optional[bool] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("queue_position",)
+    QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    queue_position: int
+    def __init__(self, queue_position: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("iteration", "iterations", "width", "height", "losses", "iterations_per_second", "time_left")
@@ -301,24 +337,58 @@ class Result(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations: _Optional[int] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class JobEvent(_message.Message):
-    __slots__ = ("sequence", "accepted", "progress", "frame", "result")
+    __slots__ = ("sequence", "accepted", "progress", "frame", "result", "waiting")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     accepted: Accepted
     progress: Progress
     frame: Frame
     result: Result
-    def __init__(self, sequence: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, sequence: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+
+class Job(_message.Message):
+    __slots__ = ("job_id", "state", "create_time", "start_time", "end_time", "expire_time", "iteration", "iterations", "width", "height", "losses", "stop_reason", "queue_position")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    STOP_REASON_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    state: JobState
+    create_time: _timestamp_pb2.Timestamp
+    start_time: _timestamp_pb2.Timestamp
+    end_time: _timestamp_pb2.Timestamp
+    expire_time: _timestamp_pb2.Timestamp
+    iteration: int
+    iterations: int
+    width: int
+    height: int
+    losses: Losses
+    stop_reason: StopReason
+    queue_position: int
+    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., queue_position: _Optional[int] = ...) -> None: ...
 
 class StylizeRequest(_message.Message):
-    __slots__ = ("spec",)
+    __slots__ = ("spec", "request_id")
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     spec: JobSpec
-    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class StylizeResponse(_message.Message):
     __slots__ = ("accepted", "result")
@@ -329,10 +399,12 @@ class StylizeResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class StylizeStreamRequest(_message.Message):
-    __slots__ = ("spec",)
+    __slots__ = ("spec", "request_id")
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     spec: JobSpec
-    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class StylizeStreamResponse(_message.Message):
     __slots__ = ("event",)
@@ -340,25 +412,91 @@ class StylizeStreamResponse(_message.Message):
     event: JobEvent
     def __init__(self, event: _Optional[_Union[JobEvent, _Mapping]] = ...) -> None: ...
 
+class WatchJobRequest(_message.Message):
+    __slots__ = ("job_id", "after_sequence", "frames")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    after_sequence: int
+    frames: FrameOptions
+    def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ...) -> None: ...
+
+class WatchJobResponse(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: JobEvent
+    def __init__(self, event: _Optional[_Union[JobEvent, _Mapping]] = ...) -> None: ...
+
+class GetJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class GetJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class ListJobsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListJobsResponse(_message.Message):
+    __slots__ = ("jobs", "next_page_token")
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[Job]
+    next_page_token: str
+    def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class CancelJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class CancelJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued")
+    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s")
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_STYLES_FIELD_NUMBER: _ClassVar[int]
     MAX_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    MAX_DETACH_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEPT_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKED_S_FIELD_NUMBER: _ClassVar[int]
     max_image_bytes: int
     max_image_pixels: int
     max_size: int
     max_styles: int
     max_iterations: int
     max_queued: int
-    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ...) -> None: ...
+    max_detach_s: int
+    max_kept_s: int
+    max_kept: int
+    max_kept_bytes: int
+    max_blocked_s: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ...) -> None: ...
 
 class PresetRecipe(_message.Message):
     __slots__ = ("name", "recipe")

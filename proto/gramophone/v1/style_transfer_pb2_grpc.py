@@ -28,6 +28,11 @@ if _version_not_supported:
 class StyleTransferServiceStub:
     """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
     content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+
+    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
+    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
+    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
+    secret.
     """
 
     def __init__(self, channel):
@@ -46,6 +51,26 @@ class StyleTransferServiceStub:
                 request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.SerializeToString,
                 response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.FromString,
                 _registered_method=True)
+        self.WatchJob = channel.unary_stream(
+                '/gramophone.v1.StyleTransferService/WatchJob',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobResponse.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/gramophone.v1.StyleTransferService/GetJob',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.GetJobResponse.FromString,
+                _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/gramophone.v1.StyleTransferService/ListJobs',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/gramophone.v1.StyleTransferService/CancelJob',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/gramophone.v1.StyleTransferService/GetServerInfo',
                 request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.GetServerInfoRequest.SerializeToString,
@@ -56,11 +81,16 @@ class StyleTransferServiceStub:
 class StyleTransferServiceServicer:
     """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
     content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+
+    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
+    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
+    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
+    secret.
     """
 
     def Stylize(self, request, context):
-        """Stylize runs one job and returns only the finished image. Cancelling the call, or its deadline, stops the job.
-        Nothing is kept between calls, so a failed call is safe to repeat.
+        """Stylize runs one job and returns only the finished image. A call that is cancelled, or whose deadline passes, leaves
+        its job like any other watcher. With a request_id a failed call is safe to repeat: it finds the job that it made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +101,41 @@ class StyleTransferServiceServicer:
         `progress` and, if asked for, `frame` events, and exactly one `result` last; a stream without a result ended in
         an error. A reader that is slow gets the newest frame instead of a backlog, and never slows the job.
         A job whose loss stops being finite ends in FAILED_PRECONDITION (ERROR_REASON_DIVERGED); its last good picture is
-        sent as a frame before, whatever the frame options are.
+        sent as a frame before, whatever the frame options are. A job that CancelJob stopped ends in ABORTED
+        (ERROR_REASON_CANCELLED). A reader that leaves a message untaken for longer than the server's limit is dropped with
+        ABORTED (ERROR_REASON_SLOW_READER); that is a watcher leaving, not the end of the job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJob(self, request, context):
+        """WatchJob follows a job that is there already, from another call, another client, or after a lost connection. It
+        sends what happened after `after_sequence` as far as the job still knows it (the newest 256 small events, the newest
+        frame if frames are asked for, the result), and then goes on as StylizeStream does, also in its errors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """GetJob returns how a job stands.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """ListJobs returns the jobs that the server has, newest first. Ids are secrets, so it answers PERMISSION_DENIED
+        (ERROR_REASON_LISTING_DISABLED) unless whoever runs the server has allowed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """CancelJob stops a job within one iteration, or takes it out of the queue, and returns how it stands then. All its
+        watchers get ABORTED. Cancelling a job that has ended changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +161,26 @@ def add_StyleTransferServiceServicer_to_server(servicer, server):
                     request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.FromString,
                     response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.SerializeToString,
             ),
+            'WatchJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJob,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.GetJobRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.GetJobResponse.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.ListJobsRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.SerializeToString,
+            ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
                     request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.GetServerInfoRequest.FromString,
@@ -113,6 +197,11 @@ def add_StyleTransferServiceServicer_to_server(servicer, server):
 class StyleTransferService:
     """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
     content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+
+    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
+    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
+    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
+    secret.
     """
 
     @staticmethod
@@ -159,6 +248,114 @@ class StyleTransferService:
             '/gramophone.v1.StyleTransferService/StylizeStream',
             gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.SerializeToString,
             gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gramophone.v1.StyleTransferService/WatchJob',
+            gramophone_dot_v1_dot_style__transfer__pb2.WatchJobRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gramophone.v1.StyleTransferService/GetJob',
+            gramophone_dot_v1_dot_style__transfer__pb2.GetJobRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gramophone.v1.StyleTransferService/ListJobs',
+            gramophone_dot_v1_dot_style__transfer__pb2.ListJobsRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gramophone.v1.StyleTransferService/CancelJob',
+            gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,320 @@
+"""Jobs as their callers know them: found by id or by request, watched by any number, kept for a while after their end.
+
+Who owns what: the scheduler tells a `Job`, its `Listener`, what happens. The job numbers the event, keeps it in its log
+and puts it into the mailbox of each watcher, all under a lock that nobody holds for long. The registry `Jobs` and every
+timer belong to the event loop. A job has one timer at most: until it is stopped because nobody watches it, or, when it
+has ended, until it is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from gramophone.recipe import Recipe
+from gramophone_server.config import Limits
+from gramophone_server.errors import Cancelled, Diverged, GramophoneError, JobNotFound
+from gramophone_server.images import Encoding
+from gramophone_server.job import StyleJob
+from gramophone_server.mailbox import (
+    Accepted,
+    Event,
+    Finished,
+    Frame,
+    FrameRule,
+    Mailbox,
+    Picture,
+    Progress,
+    Waiting,
+)
+from gramophone_server.scheduler import Place, Scheduler
+
+__all__ = ["Job", "Jobs", "Plan", "State"]
+
+LOG_LENGTH = 256  # small events, some 1.2 KB each: 0.3 MB a job, the last five seconds or more of a quick one
+
+
+class State(Enum):
+    """Where a job is on its way; the names are the proto's."""
+
+    QUEUED = 1
+    RUNNING = 2
+    SUCCEEDED = 3
+    FAILED = 4
+    CANCELLED = 5
+
+
+class Plan(NamedTuple):
+    """What a job does, without its images."""
+
+    recipe: Recipe
+    style_weights: tuple[float, ...]
+    seed: int
+    width: int  # of the result, in pixels
+    height: int
+    iterations: int  # over all scales
+
+    @classmethod
+    def of(cls, work: StyleJob) -> Self:
+        """The plan of a job whose images are there."""
+        iterations = sum(scale.iterations for scale in work.scales)
+        return cls(work.recipe, work.style_weights, work.seed, *work.result_size, iterations)
+
+
+class Job:
+    """One job from its request to when it is forgotten. `Jobs.create` makes it; its maker must `watch` it at once.
+
+    Other threads may read its attributes, whose changes are whole.
+    """
+
+    def __init__(self, jobs: Jobs, ordinal: int, request_id: str, digest: bytes, grace_s: float, encoding: Encoding):
+        self.id = str(uuid.uuid4())  # 122 bits from the system's source of randomness: nobody guesses it
+        self.ordinal = ordinal  # of those that this process made
+        self.request_id = request_id
+        self.digest = digest  # of what was asked for
+        self.grace_s = grace_s
+        self.encoding = encoding  # of the result
+        self.plan: Plan | None = None
+        self.state = State.QUEUED
+        self.created_at = jobs.clock()
+        self.started_at: float | None = None
+        self.ended_at: float | None = None
+        self.expires_at: float | None = None
+        self.position = 0  # jobs before this one, while it is queued
+        self.progress: Progress | None = None  # the newest
+        self.result: Finished | None = None
+        self.error: GramophoneError | None = None
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._number = 0  # of the newest event
+        self._accepted: tuple[int, Event] | None = None
+        self._log: deque[tuple[int, Event]] = deque(maxlen=LOG_LENGTH)
+        self._frame: tuple[int, Event] | None = None
+        self._result: tuple[int, Event] | None = None
+        self._watchers: tuple[Mailbox, ...] = ()  # replaced, never changed, so that the compute thread needs no lock
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will happen to it."""
+        return self.state not in (State.QUEUED, State.RUNNING)
+
+    @property
+    def bytes(self) -> int:
+        """What its picture takes, at most: a PNG of noise is as large as its pixels."""
+        held = self._result or self._frame
+        return 3 * self.plan.width * self.plan.height if self.plan is not None and held is not None else 0
+
+    # The event loop's side --------------------------------------------------------------------------------------------
+
+    def submit(self, place: Place, work: StyleJob) -> None:
+        """Queues the work, unless the job was cancelled meanwhile."""
+        if not self.ended:
+            self.plan = Plan.of(work)
+            place.submit(work, self)
+
+    def watch(self, frames: FrameRule | None = None, after: int = 0) -> Mailbox:
+        """A watcher more, who has the events up to number `after` and gets what it missed, then what comes."""
+        with self._lock:
+            # A frame that outlived the end is the last good picture, which everybody is told.
+            missed = [(n, e) for n, e in self._known() if n > after and (frames or self.ended or type(e) is not Frame)]
+            mailbox = Mailbox(self._jobs.loop, frames, missed)
+            if self.ended:
+                mailbox.end(self.error)
+                return mailbox
+            self._watchers += (mailbox,)
+        self.expire()
+        return mailbox
+
+    def leave(self, mailbox: Mailbox) -> None:
+        """The watcher is gone. The last one to leave stops the job, now or after its grace; twice is once."""
+        with self._lock:
+            if mailbox not in self._watchers:
+                return
+            self._watchers = tuple(other for other in self._watchers if other is not mailbox)
+            if self._watchers:
+                return
+        if self.grace_s > 0:
+            self.expire(self.grace_s, self.cancel)
+        else:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the job with `Cancelled`, at once for its watchers and within one iteration for the engine. Does nothing
+        to one that has ended."""
+        self.fail(Cancelled())
+        self._jobs.scheduler.withdraw(self)
+
+    def expire(self, after_s: float = 0.0, then: Callable[[], None] | None = None) -> None:
+        """Sets the job's timer in the place of the last one, or stops it."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.expires_at = None
+        if then is not None:
+            self._timer = self._jobs.loop.call_later(after_s, then)
+            self.expires_at = self._jobs.clock() + after_s
+
+    def _known(self) -> list[tuple[int, Event]]:
+        kept = (self._accepted, *self._log, self._frame, self._result)
+        return sorted((item for item in kept if item is not None), key=lambda item: item[0])
+
+    # The scheduler's side: see `scheduler.Listener` ---------------------------------------------------------------------
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody wants it any more."""
+        return self.state is State.CANCELLED
+
+    def most_at_once(self, iteration: int) -> int | None:
+        """Iterations until somebody may want the picture."""
+        steps = (mailbox.most_at_once(iteration) for mailbox in self._watchers)
+        return min((step for step in steps if step is not None), default=None)
+
+    def started(self) -> None:
+        """The engine begins."""
+        with self._lock:
+            if not self.ended:
+                self.state, self.position, self.started_at = State.RUNNING, 0, self._jobs.clock()
+
+    def publish(self, event: Event) -> None:
+        """Tells all watchers, those to come included. What comes after the end is left out."""
+        with self._lock:
+            if not self.ended:
+                self._tell(event, self._watchers)
+
+    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
+        """Takes the picture once for all watchers that are due one and have room for it; not at all if none is."""
+        now = time.monotonic()
+        wanting = [mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)]
+        if wanting:
+            frame = Frame(iteration, Picture(take()))  # milliseconds for a large one, so without the lock
+            with self._lock:
+                if not self.ended:
+                    self._tell(frame, wanting)
+
+    def fail(self, error: GramophoneError) -> None:
+        """Ends the job without a result."""
+        with self._lock:
+            if not self.ended:
+                self.error = error
+                self._end(State.CANCELLED if isinstance(error, Cancelled) else State.FAILED)
+
+    def _tell(self, event: Event, watchers: tuple[Mailbox, ...] | list[Mailbox]) -> None:
+        match event:
+            case Waiting(position) if position == self.position:
+                return
+            case Accepted(position) | Waiting(position):
+                self.position = position
+            case Progress():
+                self.progress = event
+        self._number += 1
+        item = (self._number, event)
+        match event:
+            case Accepted():
+                self._accepted = item  # whoever comes needs it, however long the log has become
+            case Frame():
+                self._frame = item
+            case Finished():
+                self._result, self.result = item, event
+            case _:
+                self._log.append(item)
+        for mailbox in watchers:
+            mailbox.put(*item)
+        if isinstance(event, Finished):
+            self._end(State.SUCCEEDED)
+
+    def _end(self, state: State) -> None:
+        self.state, self.ended_at = state, self._jobs.clock()
+        if not isinstance(self.error, Diverged):
+            self._frame = None
+        for mailbox in self._watchers:
+            mailbox.end(self.error)
+        self._watchers = ()
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody looks for it
+            self._jobs.loop.call_soon_threadsafe(self._jobs.keep, self)
+
+
+class Jobs:
+    """The jobs of one server: those under way, and for a bounded while those that have ended.
+
+    `loop` (its timers) and `clock` (seconds of the epoch) are for tests to replace.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: Limits,
+        loop: asyncio.AbstractEventLoop | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.scheduler = scheduler
+        self.loop = loop or asyncio.get_running_loop()
+        self.clock = clock
+        self._limits = limits
+        self._created = 0
+        self._jobs: dict[str, Job] = {}  # by id, oldest first
+        self._requests: dict[str, Job] = {}  # by request_id
+        self._ended: dict[str, Job] = {}  # by id, the one that ended first first
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def create(self, request_id: str, digest: bytes, grace_s: float, encoding: Encoding) -> Job:
+        """A job that has no work yet; see `Job.submit`."""
+        self._created += 1
+        job = Job(self, self._created, request_id, digest, grace_s, encoding)
+        self._jobs[job.id] = job
+        if request_id:
+            self._requests[request_id] = job
+        return job
+
+    def find(self, job_id: str) -> Job:
+        """Raises `JobNotFound`."""
+        try:
+            return self._jobs[job_id]
+        except KeyError:
+            raise JobNotFound(job_id) from None
+
+    def of_request(self, request_id: str) -> Job | None:
+        """The job that this request made, unless it failed or was cancelled: then a retry begins anew."""
+        job = self._requests.get(request_id)
+        return None if job is None or job.state in (State.FAILED, State.CANCELLED) else job
+
+    def newest_first(self, before: int | None = None) -> Iterator[Job]:
+        """All jobs, or those older than the one with this ordinal."""
+        return (job for job in reversed(self._jobs.values()) if before is None or job.ordinal < before)
+
+    def keep(self, job: Job) -> None:
+        """Keeps a job that has ended as long as there is room and time for it. One that was refused is not kept."""
+        if job.plan is None or job.id not in self._jobs:  # the registry was closed
+            self._forget(job)
+            return
+        self._ended[job.id] = job
+        job.expire(self._limits.max_kept_s, lambda: self._forget(job))
+        held = sum(ended.bytes for ended in self._ended.values())
+        for ended in list(self._ended.values()):
+            if len(self._ended) <= self._limits.max_kept and held <= self._limits.max_kept_bytes:
+                break
+            held -= ended.bytes
+            self._forget(ended)
+
+    def close(self) -> None:
+        """Forgets every job and stops its timer."""
+        for job in list(self._jobs.values()):
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        job.expire()
+        self._jobs.pop(job.id, None)
+        self._ended.pop(job.id, None)
+        if self._requests.get(job.request_id) is job:
+            del self._requests[job.request_id]

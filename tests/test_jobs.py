@@ -1,0 +1,449 @@
+"""The registry and its jobs, on a clock and timers that the test moves by hand."""
+
+import types
+
+import pytest
+import torch
+
+from gramophone.recipe import Recipe
+from gramophone_server import jobs as jobs_module
+from gramophone_server import mailbox as mailbox_module
+from gramophone_server.config import Limits
+from gramophone_server.errors import Cancelled, Diverged, EngineFailed, JobNotFound
+from gramophone_server.images import Encoding, Format
+from gramophone_server.job import Losses, Report, StyleJob
+from gramophone_server.jobs import LOG_LENGTH, Jobs, State
+from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Picture, Progress, Waiting
+
+LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
+
+
+class Timer:
+    """What `call_later` gives."""
+
+    def __init__(self, at, call):
+        self.at, self.call, self.cancelled = at, call, False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Loop:
+    """The part of an event loop that jobs use: `pass_s` moves its time."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.timers = []
+        self.soon = []
+
+    def call_later(self, after_s, call):
+        self.timers.append(Timer(self.now + after_s, call))
+        return self.timers[-1]
+
+    def call_soon_threadsafe(self, call, *arguments):
+        self.soon.append((call, arguments))
+
+    def pass_s(self, seconds=0.0):
+        until = self.now + seconds
+        while True:
+            while self.soon:
+                call, arguments = self.soon.pop(0)
+                call(*arguments)
+            timer = min((t for t in self.live if t.at <= until), key=lambda t: t.at, default=None)
+            if timer is None:
+                break
+            self.timers.remove(timer)
+            self.now = timer.at
+            timer.call()
+        self.now = until
+
+    @property
+    def live(self):
+        return [timer for timer in self.timers if not timer.cancelled]
+
+
+@pytest.fixture
+def loop():
+    return Loop()
+
+
+@pytest.fixture
+def registry(loop):
+    """Makes a registry with limits; its scheduler notes what was withdrawn."""
+
+    def make(**limits):
+        withdrawn = []
+        scheduler = types.SimpleNamespace(withdrawn=withdrawn, withdraw=withdrawn.append)
+        return Jobs(scheduler, Limits(**limits), loop, clock=lambda: loop.now)
+
+    return make
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock of frames, in a list of one."""
+    now = [0.0]
+    for module in (jobs_module, mailbox_module):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
+    return now
+
+
+def work(width=64, height=32):
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    return StyleJob(
+        recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
+        content=image,
+        styles=(image,),
+        style_weights=(1.0,),
+        start=None,
+        seed=1,
+    )
+
+
+class Queue:
+    """A place in a queue of one."""
+
+    def submit(self, work, listener):
+        listener.publish(Accepted(0))
+
+
+def create(jobs, request_id="", grace_s=0.0, **size):
+    """A job that was accepted, and its first watcher."""
+    job = jobs.create(request_id, b"", grace_s, Encoding(Format.PNG, 0))
+    watcher = job.watch()
+    job.submit(Queue(), work(**size))
+    return job, watcher
+
+
+def picture():
+    return Picture(lambda: torch.zeros(32, 64, 3, dtype=torch.uint8))
+
+
+def progress(iteration):
+    return Progress(Report(iteration, 1000, 64, 32, LOSSES, 0), 10.0, 1.0)
+
+
+def finished():
+    return Finished(picture(), LOSSES, 10, 1.0)
+
+
+def unread(watcher):
+    """What the watcher could read now, as (number, event)."""
+    items = []
+    while (item := watcher._next()) is not None:
+        items.append(item)
+    return items
+
+
+def numbers(watcher):
+    return [number for number, _ in unread(watcher)]
+
+
+def kinds(watcher):
+    return [type(event).__name__ for _, event in unread(watcher)]
+
+
+# What a watcher hears -------------------------------------------------------------------------------------------------
+
+
+def test_every_watcher_hears_the_same_numbers(registry):
+    job, first = create(registry())
+    heard = unread(first)
+    for iteration in (1, 2, 3):
+        job.publish(progress(iteration))
+        heard += unread(first)
+    late = job.watch()
+    job.publish(finished())
+    assert heard + unread(first) == unread(late)
+    assert [number for number, _ in heard] == [1, 2, 3, 4]
+
+
+def test_the_log_is_bounded_and_what_a_job_is_stays_known(registry):
+    job, _ = create(registry())
+    for iteration in range(1, 3 * LOG_LENGTH + 1):
+        job.publish(progress(iteration))
+    items = unread(job.watch())
+    assert len(items) == 1 + LOG_LENGTH
+    assert items[0] == (1, Accepted(0))
+    assert [event.report.iteration for _, event in items[1:]] == list(range(2 * LOG_LENGTH + 1, 3 * LOG_LENGTH + 1))
+
+
+def test_a_watcher_gets_what_came_after_the_number_that_it_has(registry):
+    job, _ = create(registry())
+    for iteration in range(1, 6):
+        job.publish(progress(iteration))
+    assert numbers(job.watch()) == [1, 2, 3, 4, 5, 6]
+    assert numbers(job.watch(after=4)) == [5, 6]
+    assert numbers(job.watch(after=6)) == []
+    ahead = job.watch(after=99)  # a number of some other job
+    assert numbers(ahead) == []
+    job.publish(finished())
+    assert numbers(ahead) == [7]
+    assert numbers(job.watch(after=6)) == [7]
+
+
+def test_only_the_newest_frame_is_kept_and_only_for_who_wants_frames(registry, clock):
+    job, first = create(registry())
+    job.leave(job.watch())
+    eye = job.watch(FrameRule())
+    for iteration in (1, 2, 3):
+        clock[0] += 1.0
+        job.publish(progress(iteration))
+        job.offer_frame(iteration, lambda: torch.zeros)
+        unread(eye)
+    frames = [event.iteration for _, event in unread(job.watch(FrameRule())) if isinstance(event, Frame)]
+    assert frames == [3]
+    assert "Frame" not in kinds(job.watch()) + kinds(first)
+    job.publish(finished())
+    assert "Frame" not in kinds(job.watch(FrameRule()))
+
+
+def test_the_last_good_picture_outlives_a_divergence_for_everybody(registry, loop):
+    job, watcher = create(registry())
+    job.publish(Frame(3, picture()))
+    job.fail(Diverged(4))
+    loop.pass_s()
+    assert kinds(watcher)[-1] == kinds(job.watch())[-1] == "Frame"
+
+
+def test_one_picture_is_taken_for_all_who_are_due_one(registry, clock):
+    job, blind = create(registry())
+    even, third = job.watch(FrameRule(every_iterations=2)), job.watch(FrameRule(every_iterations=3))
+    assert job.most_at_once(0) == 2
+    assert job.most_at_once(4) == 2 and job.most_at_once(5) == 1
+    taken, seen = [], {"even": [], "third": []}
+
+    def take():
+        taken.append(iteration)
+        return lambda: torch.zeros(32, 64, 3, dtype=torch.uint8)
+
+    for iteration in range(1, 8):
+        clock[0] += 1.0
+        job.offer_frame(iteration, take)
+        for name, watcher in (("even", even), ("third", third)):
+            seen[name] += [(event.iteration, event.picture) for _, event in unread(watcher) if isinstance(event, Frame)]
+    assert taken == [2, 3, 4, 6]
+    assert [iteration for iteration, _ in seen["even"]] == [2, 4, 6]
+    assert [iteration for iteration, _ in seen["third"]] == [3, 6]
+    assert seen["even"][-1][1] is seen["third"][-1][1]
+    assert kinds(blind) == ["Accepted"]
+
+
+def test_nobody_who_looks_means_no_picture(registry):
+    job, _ = create(registry())
+    assert job.most_at_once(0) is None
+    job.offer_frame(1, lambda: pytest.fail("a picture was taken for nobody"))
+
+
+def test_a_position_is_told_when_it_has_changed(registry):
+    jobs = registry()
+    job = jobs.create("", b"", 0.0, Encoding(Format.PNG, 0))
+    watcher = job.watch()
+    job.publish(Accepted(2))
+    for position in (2, 1, 1):
+        job.publish(Waiting(position))
+    assert unread(watcher) == [(1, Accepted(2)), (2, Waiting(1))]
+    assert job.position == 1
+    job.started()
+    assert (job.position, job.state) == (0, State.RUNNING)
+
+
+def test_nothing_happens_after_the_end(registry, loop):
+    job, watcher = create(registry())
+    job.cancel()
+    job.publish(progress(1))
+    job.publish(finished())
+    job.offer_frame(1, lambda: pytest.fail("a picture was taken"))
+    job.fail(EngineFailed())
+    job.started()
+    job.cancel()
+    loop.pass_s()
+    assert (job.state, job.result, job.started_at) == (State.CANCELLED, None, None)
+    assert isinstance(job.error, Cancelled)
+    assert kinds(watcher) == ["Accepted"]
+
+
+# Watchers that leave --------------------------------------------------------------------------------------------------
+
+
+def test_the_last_watcher_to_leave_stops_the_job(registry):
+    jobs = registry()
+    job, first = create(jobs)
+    second = job.watch()
+    job.leave(first)
+    job.leave(first)  # twice is once
+    assert not job.ended
+    job.leave(second)
+    assert job.cancelled and jobs.scheduler.withdrawn == [job]
+
+
+def test_a_grace_is_waited_for_and_a_watcher_that_comes_back_ends_it(registry, loop):
+    jobs = registry()
+    job, watcher = create(jobs, grace_s=10.0)
+    for _ in range(3):
+        job.leave(watcher)
+        assert job.expires_at == loop.now + 10
+        loop.pass_s(9.0)
+        assert not job.ended
+        watcher = job.watch()
+        assert job.expires_at is None and loop.live == []
+        loop.pass_s(20.0)
+    job.leave(watcher)
+    loop.pass_s(9.9)
+    assert not job.ended
+    loop.pass_s(0.2)
+    assert job.cancelled
+    assert jobs.find(job.id).expires_at == pytest.approx(loop.now + 600, abs=1)
+
+
+def test_a_job_that_ends_alone_is_kept_from_its_end(registry, loop):
+    jobs = registry(max_kept_s=60)
+    job, watcher = create(jobs, grace_s=10.0)
+    job.leave(watcher)
+    loop.pass_s(5)
+    job.publish(finished())
+    loop.pass_s(30)  # its grace is over, which is nothing to it
+    assert job.state is State.SUCCEEDED and jobs.scheduler.withdrawn == []
+    assert jobs.find(job.id) is job
+    late = job.watch()
+    assert kinds(late) == ["Accepted", "Finished"]
+    job.leave(late)
+    assert len(loop.live) == 1
+    loop.pass_s(30)
+    with pytest.raises(JobNotFound):
+        jobs.find(job.id)
+
+
+# How long a job is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (lambda job: job.publish(finished()), State.SUCCEEDED),
+        (lambda job: job.fail(EngineFailed()), State.FAILED),
+        (lambda job: job.cancel(), State.CANCELLED),
+    ],
+    ids=["succeeded", "failed", "cancelled"],
+)
+def test_a_job_that_ended_is_kept_for_a_while(registry, loop, end, state):
+    jobs = registry(max_kept_s=60)
+    job, _ = create(jobs)
+    loop.pass_s(1000)
+    end(job)
+    loop.pass_s()
+    assert (job.state, job.ended_at, job.expires_at) == (state, loop.now, loop.now + 60)
+    loop.pass_s(59)
+    assert jobs.find(job.id) is job
+    loop.pass_s(1.5)
+    assert len(jobs) == 0 and loop.live == []
+
+
+def test_the_one_that_ended_first_makes_room(registry, loop):
+    jobs = registry(max_kept=2)
+    made = [create(jobs)[0] for _ in range(4)]
+    running, *others = made
+    for job in reversed(others):
+        job.publish(finished())
+        loop.pass_s()
+    assert list(jobs.newest_first()) == [others[1], others[0], running]
+    running.publish(finished())
+    loop.pass_s()
+    assert list(jobs.newest_first()) == [others[0], running]
+    assert len(loop.live) == 2
+
+
+def test_room_is_counted_in_bytes_of_results_too(registry, loop):
+    jobs = registry(max_kept_bytes=2 * 3 * 64 * 32)
+    failed, _ = create(jobs)
+    failed.fail(EngineFailed())  # has no picture, so it takes no room
+    loop.pass_s()
+    first, second, third = (create(jobs)[0] for _ in range(3))
+    for job in (first, second):
+        job.publish(finished())
+        loop.pass_s()
+    assert len(jobs) == 4
+    third.publish(finished())
+    loop.pass_s()
+    assert set(jobs.newest_first()) == {second, third}
+
+
+def test_a_result_larger_than_all_room_is_not_kept(registry, loop):
+    jobs = registry(max_kept_bytes=100)
+    job, watcher = create(jobs)
+    job.publish(finished())
+    loop.pass_s()
+    assert len(jobs) == 0 and loop.live == []
+    assert kinds(watcher) == ["Accepted", "Finished"]  # who was there has it
+
+
+def test_no_room_keeps_nothing(registry, loop):
+    jobs = registry(max_kept=0)
+    job, _ = create(jobs, request_id="r")
+    job.publish(finished())
+    loop.pass_s()
+    assert len(jobs) == 0 and jobs.of_request("r") is None
+
+
+def test_a_job_that_was_refused_is_not_kept(registry, loop):
+    jobs = registry()
+    job = jobs.create("r", b"", 0.0, Encoding(Format.PNG, 0))
+    job.watch()
+    job.fail(EngineFailed())
+    loop.pass_s()
+    assert len(jobs) == 0 and jobs.of_request("r") is None and loop.live == []
+
+
+def test_a_closed_registry_has_no_job_and_no_timer(registry, loop):
+    jobs = registry()
+    ended, left, running = (create(jobs, grace_s=10.0) for _ in range(3))
+    ended[0].publish(finished())
+    left[0].leave(left[1])
+    loop.pass_s()
+    assert len(loop.live) == 2
+    jobs.close()
+    running[0].publish(finished())  # the compute thread is a little late
+    loop.pass_s(10_000)
+    assert len(jobs) == 0 and loop.live == []
+
+
+# Request ids ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failed", [True, False], ids=["failed", "cancelled"])
+def test_a_job_without_a_result_gives_its_request_up(registry, loop, failed):
+    jobs = registry(max_kept_s=60)
+    job, _ = create(jobs, request_id="r")
+    assert jobs.of_request("r") is job
+    job.fail(EngineFailed() if failed else Cancelled())
+    assert jobs.of_request("r") is None  # at once, not when the loop gets to it
+    loop.pass_s(30)
+    again, _ = create(jobs, request_id="r")
+    assert jobs.of_request("r") is again and jobs.find(job.id) is job
+    loop.pass_s(31)  # the first is forgotten, and takes nothing of the second along
+    with pytest.raises(JobNotFound):
+        jobs.find(job.id)
+    assert jobs.of_request("r") is again
+
+
+def test_a_request_finds_the_result_of_its_job_while_that_is_kept(registry, loop):
+    jobs = registry(max_kept_s=60)
+    job, _ = create(jobs, request_id="r")
+    job.publish(finished())
+    loop.pass_s(59)
+    assert jobs.of_request("r") is job
+    loop.pass_s(2)
+    assert jobs.of_request("r") is None
+
+
+def test_jobs_without_a_request_id_are_strangers(registry):
+    jobs = registry()
+    create(jobs)
+    assert jobs.of_request("") is None
+
+
+def test_pages_go_from_the_newest_to_the_oldest(registry):
+    jobs = registry()
+    made = [create(jobs)[0] for _ in range(4)]
+    assert list(jobs.newest_first()) == made[::-1]
+    assert list(jobs.newest_first(before=made[2].ordinal)) == [made[1], made[0]]
