@@ -159,7 +159,7 @@ def info(server: Server, *, cwd: Path) -> dict[str, Any]:
 def test_a_photo_becomes_a_painting_and_can_be_made_again(server: Server, tmp_path: Path) -> None:
     watched = ("--frames", "frames", "--frame-every", "1", "--timelapse", "film.gif")
     said = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
-    assert re.fullmatch(r"job \w+: 96x64, 6 iterations, seed 7", said[0])  # 2 at 68 px and 4 at 96
+    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", said[0])  # 2 at 68 px and 4 at 96
     assert re.match(r"96x64, 6 iterations in .* s, loss ", said[-2])
     assert said[-1] == "out.png"
     with Image.open(tmp_path / "out.png") as out:
@@ -281,7 +281,7 @@ def test_sigterm_lets_the_job_end(tmp_path: Path) -> None:
         assert server.code() == 0, server.said
     with Image.open(tmp_path / "out.png") as out:
         assert out.size == (96, 64)
-    assert re.search(r"SIGTERM: draining(.|\n)* StylizeStream job=\w+ code=OK (.|\n)* stopped\n$", server.said)
+    assert re.search(r"SIGTERM: draining(.|\n)* StylizeStream job=[\w-]+ code=OK (.|\n)* stopped\n$", server.said)
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,10 @@ async def scheduling(engine, max_queued=16):
 def submit(scheduler, job=None, frames=None, place=None):
     """A job with one watcher."""
     job = job or work()
-    with place or scheduler.reserve() as place:
+    with place or scheduler.reserve() as held:
         listener = Jobs(scheduler, Limits()).create("", b"", 0.0, Encoding(Format.PNG, 0))
         watcher = listener.watch(frames)
-        listener.submit(place, job)
+        listener.submit(held, job)
     return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
 
 
@@ -151,7 +151,8 @@ async def test_those_who_wait_are_told_their_place_whenever_it_changes():
         assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3), Waiting(2)]
         engine.go.set()
         assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
-        assert [type(event).__name__ async for _, event in told][0] in ("Waiting", "Progress")
+        names = [type(event).__name__ async for _, event in told]
+        assert names[0] in ("Waiting", "Progress")
 
 
 async def test_an_unused_place_is_given_back():
