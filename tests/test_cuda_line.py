@@ -367,6 +367,8 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusal_says_what_was_expected_and_what_came(gpu: Any, case: str) -> None:
+    if emulated.ON_GPU and case == "alignment":
+        pytest.skip("the copy on the GPU is aligned")
     call, words = REFUSALS[case]
     with pytest.raises(RuntimeError, match=words):
         call(gpu)

@@ -47,6 +47,9 @@ def resize(image: Tensor, width: int, height: int) -> Tensor:
     x = image[None].float() / 255
     if (width, height) == (image.shape[2], image.shape[1]):
         return x
+    # torch's kernel for GPUs keeps its weights in shared memory, which is enough for a reduction by 47.
+    if x.is_cuda and max(image.shape[1] / height, image.shape[2] / width) > 40:
+        return resize(image.cpu(), width, height).to(image.device)
     return F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
 
 

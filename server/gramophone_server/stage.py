@@ -7,6 +7,7 @@ the buffers. An empty slot is computed like any other: a black picture with weig
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from typing import Any
 
@@ -112,17 +113,26 @@ class Stage:
         """
         self.canvas.image.uniform_()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._iterate()
-        torch.cuda.current_stream().wait_stream(stream)
-        several = self.canvas.image[:, 0].numel() <= MOST_PIXELS_OF_SEVERAL
-        for size in (ITERATIONS_PER_GRAPH, 1) if several else (1,):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(size):
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
                     self._iterate()
-            self._graphs[size] = graph
+        finally:  # out of memory: the buffers go back while the stream may still be at work on them
+            torch.cuda.current_stream().wait_stream(stream)
+        several = self.canvas.image[:, 0].numel() <= MOST_PIXELS_OF_SEVERAL
+        collecting = gc.isenabled()
+        gc.disable()  # an old graph that is collected here would break the capture, and with torch 2.11 every later one
+        try:
+            with torch.cuda.stream(stream):  # torch leaves it current where a capture cannot be ended
+                for size in (ITERATIONS_PER_GRAPH, 1) if several else (1,):
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        for _ in range(size):
+                            self._iterate()
+                    self._graphs[size] = graph
+        finally:
+            if collecting:
+                gc.enable()
         for slot in range(self.slots):
             self.clear(slot)
 
