@@ -151,8 +151,9 @@ async def test_those_who_wait_are_told_their_place_whenever_it_changes():
         assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3), Waiting(2)]
         engine.go.set()
         assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
-        names = [type(event).__name__ async for _, event in told]
-        assert names[0] in ("Waiting", "Progress")
+        (_, moved_up), *rest = [item async for item in told]
+        assert moved_up == Waiting(1)
+        assert not [event for _, event in rest if isinstance(event, Waiting)]  # its start is no place in the queue
 
 
 async def test_an_unused_place_is_given_back():

@@ -20,6 +20,7 @@ from gramophone.recipe import PRESETS, LayerWeight, Violation, preset
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
+from gramophone_client import ConnectionFailed, GramophoneClient
 from gramophone_server import errors, main, status
 from gramophone_server.calls import Call
 from gramophone_server.checks import check_spec
@@ -914,6 +915,97 @@ async def test_a_job_with_a_grace_goes_on_without_its_client():
         await until(lambda: s.scheduler.running == 0)
         (*_, last) = await events_of(watching(s, job_id))
         assert last.result.iterations == 1000
+
+
+class Proxy:
+    """Bytes there and back over connections that the test can cut."""
+
+    def __init__(self, address):
+        self.host, self.port = address.split(":")
+        self.writers = []
+        self.connections = 0
+        self.tasks = set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.accept, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self.server.sockets[0].getsockname())
+        return self
+
+    async def __aexit__(self, *error):
+        self.cut()
+        self.server.close()
+        await asyncio.gather(*self.tasks)
+
+    async def accept(self, reader, writer):
+        self.connections += 1
+        there_reader, there = await asyncio.open_connection(self.host, self.port)
+        self.writers += [writer, there]
+        for source, target in ((reader, there), (there_reader, writer)):
+            task = asyncio.create_task(self.carry(source, target))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def carry(self, source, target):
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(2**16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    def cut(self):
+        while self.writers:
+            self.writers.pop().transport.abort()
+
+
+@pytest.mark.parametrize("grace_s", [30.0, 0.0])
+async def test_a_client_whose_connection_is_cut_comes_back_to_its_job_if_it_has_a_grace(grace_s):
+    engine = FakeEngine(iteration_s=0.005)
+    async with (
+        serving(engine) as s,
+        Proxy(s.address) as proxy,
+        GramophoneClient(proxy.address, timeout_s=20) as client,
+    ):
+        told = []
+
+        async def follow():
+            wanted = {"size": 64, "smallest_size": 0, "iterations": 300, "detach_grace": grace_s}
+            async for update in client.stream(png(), png(32, 32), **wanted):
+                told.append(update)
+                if len(told) in (10, 30):
+                    proxy.cut()
+
+        if grace_s:
+            await follow()
+            names = [type(update).__name__ for update in told]
+            assert (names[0], names[-1]) == ("Accepted", "Result")
+            assert names.count("Accepted") == names.count("Result") == 1 and {"Progress", "Frame"} <= set(names)
+            assert proxy.connections >= 3
+        else:
+            with pytest.raises(ConnectionFailed):
+                await follow()
+            await until(lambda: s.scheduler.running == 0)
+            assert engine.iterations < 300
+        numbers = [update.sequence for update in told]
+        assert numbers == sorted(set(numbers))
+        assert len(engine.jobs) == 1
+
+
+@pytest.mark.parametrize(("grace_s", "jobs"), [(30.0, 1), (0.0, 2)])
+async def test_a_unary_call_whose_connection_is_cut_is_sent_again_and_finds_its_job_if_that_goes_on(grace_s, jobs):
+    engine = FakeEngine(iteration_s=0.005)
+    async with (
+        serving(engine) as s,
+        Proxy(s.address) as proxy,
+        GramophoneClient(proxy.address, timeout_s=20) as client,
+    ):
+        wanted = {"size": 64, "smallest_size": 0, "iterations": 200, "detach_grace": grace_s}
+        call = asyncio.create_task(client.stylize(png(), png(32, 32), **wanted))
+        await until(engine.under_way.is_set)
+        proxy.cut()
+        stylized = await call
+        assert stylized.iterations == 200
+        assert len(engine.jobs) == jobs
+        assert (await client.get_job(stylized.job_id)).state == "SUCCEEDED"
 
 
 async def test_a_job_whose_grace_is_over_is_stopped():
