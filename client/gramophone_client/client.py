@@ -34,7 +34,7 @@ __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 900.0
-DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC's own 4 MiB is less than one PNG of 2048 x 2048
+DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20  # a request with a checkpoint of 64 MiB; gRPC's own 4 MiB is less than one PNG
 
 REATTACH_S = (0.2, 5.0)  # first pause before a lost job is asked for again, longest; each is twice the one before
 

@@ -146,6 +146,11 @@ class Recipe:
         "decay of the running average of the iterates that becomes the picture; 0: the last iterate",
         Range(0, 0.999),
     )
+    time_budget: float = _said(
+        0.0,
+        "seconds from its acceptance in which the job must end, if need be with the picture so far; 0: no bound",
+        Range(0, 86_400),
+    )
 
     def __post_init__(self) -> None:
         violations = tuple(_violations(self))
@@ -240,6 +245,7 @@ class RecipeOverrides(TypedDict, total=False):
     coarse_iterations: int
     smallest_size: int
     average: float
+    time_budget: float
 
 
 def preset(name: str, /, **overrides: Any) -> Recipe:

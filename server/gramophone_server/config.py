@@ -38,22 +38,31 @@ class Limits:
     max_size: int = _setting(2048, "largest longest side of a result in pixels", allowed=Range(16, 16383))
     max_styles: int = _setting(4, "most style images of a job", allowed=Range(1, 16))
     max_iterations: int = _setting(5000, "most iterations of a job, over all its scales", allowed=Range(1, 1_000_000))
-    max_queued: int = _setting(16, "jobs that may wait while one runs", allowed=Range(0, 1024))
+    max_running: int = _setting(16, "jobs that are worked on side by side", allowed=Range(1, 256))
+    max_queued: int = _setting(16, "jobs that may wait while as many as can run", allowed=Range(0, 1024))
     max_detach_s: int = _setting(600, "longest detach_grace of a job in seconds", allowed=Range(0, 86_400))
     max_kept_s: int = _setting(600, "seconds that a job is kept after its end", allowed=Range(0, 86_400))
     max_kept: int = _setting(64, "jobs that are kept after their end", allowed=Range(0, 10_000))
     max_kept_bytes: int = _setting(256 * 2**20, "bytes of their results, 3 a pixel", allowed=Range(0, 2**36))
     max_blocked_s: int = _setting(30, "seconds that a reader may leave a message untaken", allowed=Range(1, 3600))
+    max_paused_s: int = _setting(600, "seconds that a job may stand paused before it goes on", allowed=Range(1, 86_400))
+    max_watchers: int = _setting(16, "watchers of one job", allowed=Range(1, 1024))
+    max_checkpoint_bytes: int = _setting(64 * 2**20, "largest checkpoint in bytes", allowed=Range(65536, 2**30))
+    max_uploads_bytes: int = _setting(128 * 2**20, "bytes of uploaded images that are kept", allowed=Range(0, 2**36))
 
     @property
     def request_bytes(self) -> int:
-        """Largest request: content image, start image and all styles."""
-        return (2 + self.max_styles) * self.max_image_bytes + MESSAGE_SLACK
+        """Largest request: content image, start image or checkpoint, and all styles."""
+        return (
+            (1 + self.max_styles) * self.max_image_bytes
+            + max(self.max_image_bytes, self.max_checkpoint_bytes)
+            + (MESSAGE_SLACK)
+        )
 
     @property
     def response_bytes(self) -> int:
-        """Largest response: a square result whose PNG did not shrink."""
-        return 3 * self.max_size**2 + MESSAGE_SLACK
+        """Largest response: a checkpoint, or a square result whose PNG did not shrink."""
+        return max(3 * self.max_size**2, self.max_checkpoint_bytes) + MESSAGE_SLACK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +105,8 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
         raise StartupError("; ".join(wrong))
     settings = Settings(**values)
     for name, size, parts in (
-        ("a request", settings.request_bytes, ("max_image_bytes", "max_styles")),
-        ("a result", settings.response_bytes, ("max_size",)),
+        ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
+        ("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),
     ):
         if size > LARGEST_MESSAGE:
             raise StartupError(

@@ -4,9 +4,13 @@ GramophoneError
 ├── InvalidRequest     the caller asked for something that cannot be done; lists every field
 ├── NotReady           the server is still starting; try again after a while
 ├── QueueFull          no room to wait; try again after a while
+├── DeadlineUnattainable  it would not be done in time
 ├── ShuttingDown       the server takes no new jobs
 ├── JobNotFound        no job of this id, or no longer
 ├── RequestIdTaken     the request's id belongs to a job with another spec
+├── ImageNotFound      no image of this digest, or no longer
+├── JobControlled      somebody else controls the job
+├── TooManyWatchers    no room for another watcher of the job
 ├── ListingDisabled    this server does not say which jobs it has
 ├── Cancelled          the job was stopped from outside
 ├── SlowReader         a watcher did not take its messages; its job has only lost that watcher
@@ -22,10 +26,13 @@ from gramophone.recipe import Violation
 
 __all__ = [
     "Cancelled",
+    "DeadlineUnattainable",
     "Diverged",
     "EngineFailed",
     "GramophoneError",
+    "ImageNotFound",
     "InvalidRequest",
+    "JobControlled",
     "JobNotFound",
     "ListingDisabled",
     "NotReady",
@@ -35,6 +42,7 @@ __all__ = [
     "ShuttingDown",
     "SlowReader",
     "StartupError",
+    "TooManyWatchers",
 ]
 
 
@@ -64,6 +72,18 @@ class QueueFull(GramophoneError):
     def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(f"queue is full: {waiting} waiting, limit {limit}; retry after about {retry_after_s:.0f} s")
+
+
+class DeadlineUnattainable(GramophoneError):
+    """By the speed measured so far the job would not be done by its caller's deadline."""
+
+    def __init__(self, wait_s: float, run_s: float, left_s: float) -> None:
+        # Only the waiting can pass: a job that takes too long by itself is not to be sent again.
+        self.retry_after_s = wait_s if run_s <= left_s else None
+        super().__init__(
+            f"the job would wait for about {wait_s:.1f} s and then take about {run_s:.1f} s, and the call ends in "
+            f"{left_s:.1f} s; allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+        )
 
 
 class ShuttingDown(GramophoneError):
@@ -105,6 +125,27 @@ class Cancelled(GramophoneError):
 
     def __init__(self) -> None:
         super().__init__("the job was stopped, by CancelJob or because nobody watched it")
+
+
+class JobControlled(GramophoneError):
+    """A job has one controller at a time."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"somebody controls job {job_id[:36]!a} already; WatchJob can watch it all the same")
+
+
+class TooManyWatchers(GramophoneError):
+    """As many watch a job as may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the job has {limit} watchers already, and more are not allowed")
+
+
+class ImageNotFound(GramophoneError):
+    """A digest of no image that the server keeps."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"no image {digest[:80]!a} is kept here; upload it with UploadImage, and send the job again")
 
 
 class SlowReader(GramophoneError):

@@ -9,14 +9,32 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
+from gramophone.recipe import Recipe
 from gramophone_server.errors import GramophoneError
 from gramophone_server.job import Losses, Report
 
-__all__ = ["Accepted", "Event", "Finished", "Frame", "FrameRule", "Mailbox", "Picture", "Progress", "Waiting"]
+__all__ = [
+    "Accepted",
+    "Changed",
+    "Event",
+    "Finished",
+    "Frame",
+    "FrameRule",
+    "Mailbox",
+    "Paused",
+    "Picture",
+    "Progress",
+    "Resumed",
+    "Saved",
+    "State",
+    "StopReason",
+    "Waiting",
+]
 
 LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
 STALE_S = 1.0  # an unread frame older than this is replaced, so that a reader that comes back sees a recent picture
@@ -35,6 +53,7 @@ class Accepted:
     """The job waits for `position` others."""
 
     position: int
+    wait_s: float | None = None  # by the speed measured so far; None: nothing was measured yet
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class Waiting:
     """The job still waits, now for `position` others."""
 
     position: int
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +82,66 @@ class Frame:
     dropped: int = 0
 
 
+@dataclass(eq=False)
+class State:
+    """The job's state for all who want it: a call that makes the bytes of a checkpoint, and these once they are made."""
+
+    light: bool
+    write: Callable[[], bytes]
+    written: asyncio.Future[bytes] | None = None  # belongs to the event loop
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """The job as it was after `iteration`, to go on from."""
+
+    iteration: int
+    state: State
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The job stands still behind `iteration`."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """It goes on."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Changed:
+    """From `iteration` on the job has another recipe."""
+
+    iteration: int
+    recipe: Recipe
+    iterations: int  # of the whole job
+
+
+class StopReason(Enum):
+    """Why a job ended with a result; the names are the proto's."""
+
+    ITERATIONS_DONE = 1
+    TIME_BUDGET = 2
+    FINISHED = 3
+
+
 @dataclass(frozen=True, eq=False)
 class Finished:
     """The last picture and the losses of the last iteration."""
 
     picture: Picture
     losses: Losses
-    iterations: int
+    iterations: int  # done
     elapsed_s: float  # from the first iteration to the last
+    reason: StopReason = StopReason.ITERATIONS_DONE
 
 
-Event = Accepted | Waiting | Progress | Frame | Finished
+Event = Accepted | Waiting | Progress | Frame | Saved | Paused | Resumed | Changed | Finished
 
 
 @dataclass(frozen=True)

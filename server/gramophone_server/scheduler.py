@@ -29,7 +29,7 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.job import Run, StyleJob, ran_out_of_memory
-from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Picture, Progress, Waiting
+from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Picture, Progress, State, Waiting
 
 __all__ = ["Engine", "Listener", "Place", "Scheduler"]
 
@@ -77,6 +77,12 @@ class Listener(Protocol):
 
     def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
         """Takes the picture if somebody wants it."""
+
+    def offer_checkpoint(self, iteration: int, take: Callable[[bool], State]) -> None:
+        """Takes the state if somebody wants it; `take` is told whether a light one will do."""
+
+    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], State]) -> None:
+        """The server goes away with the job on its way: everybody gets the picture, and the state. `fail` follows."""
 
     def fail(self, error: GramophoneError) -> None:
         """The job has ended without a result."""

@@ -12,10 +12,13 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.errors import (
     Cancelled,
+    DeadlineUnattainable,
     Diverged,
     EngineFailed,
     GramophoneError,
+    ImageNotFound,
     InvalidRequest,
+    JobControlled,
     JobNotFound,
     ListingDisabled,
     NotReady,
@@ -24,6 +27,7 @@ from gramophone_server.errors import (
     RequestIdTaken,
     ShuttingDown,
     SlowReader,
+    TooManyWatchers,
 )
 
 __all__ = ["CODES", "Refusal", "refusal"]
@@ -48,9 +52,13 @@ class Code(NamedTuple):
 CODES: Mapping[type[GramophoneError], Code] = {
     InvalidRequest: Code(grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST),
     QueueFull: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
+    DeadlineUnattainable: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_DEADLINE_UNATTAINABLE),
     NotReady: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
     ShuttingDown: Code(grpc.StatusCode.UNAVAILABLE, pb.ERROR_REASON_SHUTTING_DOWN),
     JobNotFound: Code(grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_JOB_NOT_FOUND),
+    ImageNotFound: Code(grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_IMAGE_NOT_FOUND),
+    JobControlled: Code(grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_JOB_CONTROLLED),
+    TooManyWatchers: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_TOO_MANY_WATCHERS),
     RequestIdTaken: Code(grpc.StatusCode.ALREADY_EXISTS, pb.ERROR_REASON_REQUEST_ID_TAKEN),
     ListingDisabled: Code(grpc.StatusCode.PERMISSION_DENIED, pb.ERROR_REASON_LISTING_DISABLED),
     Cancelled: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_CANCELLED),
@@ -77,16 +85,18 @@ def refusal(error: GramophoneError) -> Refusal:
     name = pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
     status.details.append(_packed(error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN)))
     trailers: list[tuple[str, str | bytes]] = []
-    if isinstance(error, QueueFull | NotReady | ShuttingDown):
+    if (
+        isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ShuttingDown)
+        and error.retry_after_s is not None
+    ):
         retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration())
         retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         status.details.append(_packed(retry))
-    if isinstance(error, QueueFull):
-        # A client's retry policy waits this long of its own accord.
-        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
-    if isinstance(error, OutOfDeviceMemory):
-        # The code is one that retry policies try again, and this job would fail again: a negative delay forbids it.
-        trailers.append(("grpc-retry-pushback-ms", "-1"))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # A client's retry policy waits this long of its own accord. A job that would fail again must not come again,
+        # although retry policies name its code: a negative delay forbids it.
+        after_s = getattr(error, "retry_after_s", None)
+        trailers.append(("grpc-retry-pushback-ms", "-1" if after_s is None else str(round(after_s * 1000))))
     if isinstance(error, InvalidRequest):
         room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
         status.details.append(_packed(_bad_request(error, room)))

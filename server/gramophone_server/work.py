@@ -50,6 +50,7 @@ class Tuning(TypedDict, total=False):
     step: float
     content_layers: tuple[LayerWeight, ...]
     style_layers: tuple[LayerWeight, ...]
+    iterations: int  # at the final size, those done there included
 
 
 @dataclass(eq=False)
@@ -72,7 +73,8 @@ class Work:
 
     def __post_init__(self) -> None:
         self.recipe = self.recipe or self.job.recipe
-        self.scales: tuple[Scale, ...] = self.job.scales
+        *coarse, final = self.job.scales
+        self.scales: tuple[Scale, ...] = (*coarse, final._replace(iterations=self.recipe.iterations))
 
     @property
     def iterations(self) -> int:
@@ -138,6 +140,14 @@ class Work:
                 raise InvalidRecipe(
                     [Violation(name, f"must name the job's layers, {old or 'none'}, got {new or 'none'}")]
                 )
+        if "iterations" in changes:
+            *coarse, final = self.scales
+            done = max(0, self.done - sum(scale.iterations for scale in coarse))
+            if recipe.iterations < done:
+                raise InvalidRecipe(
+                    [Violation("iterations", f"must be at least the {done} that are done, got {recipe.iterations}")]
+                )
+            self.scales = (*coarse, final._replace(iterations=recipe.iterations))
         self.recipe = recipe
         return self.done + 1
 

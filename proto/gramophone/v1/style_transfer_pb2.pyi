@@ -58,6 +58,8 @@ class StopReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STOP_REASON_UNSPECIFIED: _ClassVar[StopReason]
     STOP_REASON_ITERATIONS_DONE: _ClassVar[StopReason]
+    STOP_REASON_TIME_BUDGET: _ClassVar[StopReason]
+    STOP_REASON_FINISHED: _ClassVar[StopReason]
 
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -67,6 +69,7 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_SUCCEEDED: _ClassVar[JobState]
     JOB_STATE_FAILED: _ClassVar[JobState]
     JOB_STATE_CANCELLED: _ClassVar[JobState]
+    JOB_STATE_PAUSED: _ClassVar[JobState]
 
 class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -83,6 +86,10 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_CANCELLED: _ClassVar[ErrorReason]
     ERROR_REASON_SLOW_READER: _ClassVar[ErrorReason]
     ERROR_REASON_LISTING_DISABLED: _ClassVar[ErrorReason]
+    ERROR_REASON_DEADLINE_UNATTAINABLE: _ClassVar[ErrorReason]
+    ERROR_REASON_JOB_CONTROLLED: _ClassVar[ErrorReason]
+    ERROR_REASON_IMAGE_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_TOO_MANY_WATCHERS: _ClassVar[ErrorReason]
 PRESET_UNSPECIFIED: Preset
 PRESET_FAST: Preset
 PRESET_QUALITY: Preset
@@ -110,12 +117,15 @@ IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
 STOP_REASON_UNSPECIFIED: StopReason
 STOP_REASON_ITERATIONS_DONE: StopReason
+STOP_REASON_TIME_BUDGET: StopReason
+STOP_REASON_FINISHED: StopReason
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
 JOB_STATE_SUCCEEDED: JobState
 JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
+JOB_STATE_PAUSED: JobState
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_REQUEST: ErrorReason
 ERROR_REASON_QUEUE_FULL: ErrorReason
@@ -129,12 +139,18 @@ ERROR_REASON_REQUEST_ID_TAKEN: ErrorReason
 ERROR_REASON_CANCELLED: ErrorReason
 ERROR_REASON_SLOW_READER: ErrorReason
 ERROR_REASON_LISTING_DISABLED: ErrorReason
+ERROR_REASON_DEADLINE_UNATTAINABLE: ErrorReason
+ERROR_REASON_JOB_CONTROLLED: ErrorReason
+ERROR_REASON_IMAGE_NOT_FOUND: ErrorReason
+ERROR_REASON_TOO_MANY_WATCHERS: ErrorReason
 
 class ImageSource(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "digest")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    digest: str
+    def __init__(self, data: _Optional[bytes] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class StyleSource(_message.Message):
     __slots__ = ("image", "weight")
@@ -159,7 +175,7 @@ class LayerWeights(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerWeight, _Mapping]]] = ...) -> None: ...
 
 class Recipe(_message.Message):
-    __slots__ = ("preset", "content_layers", "style_layers", "alpha", "beta", "tv_weight", "normalisation", "pooling", "size", "style_scale", "start", "optimiser", "step", "iterations", "coarse_iterations", "smallest_size", "average")
+    __slots__ = ("preset", "content_layers", "style_layers", "alpha", "beta", "tv_weight", "normalisation", "pooling", "size", "style_scale", "start", "optimiser", "step", "iterations", "coarse_iterations", "smallest_size", "average", "time_budget")
     PRESET_FIELD_NUMBER: _ClassVar[int]
     CONTENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
     STYLE_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +193,7 @@ class Recipe(_message.Message):
     COARSE_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     SMALLEST_SIZE_FIELD_NUMBER: _ClassVar[int]
     AVERAGE_FIELD_NUMBER: _ClassVar[int]
+    TIME_BUDGET_FIELD_NUMBER: _ClassVar[int]
     preset: Preset
     content_layers: LayerWeights
     style_layers: LayerWeights
@@ -194,24 +211,35 @@ class Recipe(_message.Message):
     coarse_iterations: int
     smallest_size: int
     average: float
-    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., content_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., style_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., alpha: _Optional[float] = ..., beta: _Optional[float] = ..., tv_weight: _Optional[float] = ..., normalisation: _Optional[_Union[Normalisation, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., size: _Optional[int] = ..., style_scale: _Optional[float] = ..., start: _Optional[_Union[Start, str]] = ..., optimiser: _Optional[_Union[Optimiser, str]] = ..., step: _Optional[float] = ..., iterations: _Optional[int] = ..., coarse_iterations: _Optional[int] = ..., smallest_size: _Optional[int] = ..., average: _Optional[float] = ...) -> None: ...
+    time_budget: float
+    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., content_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., style_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., alpha: _Optional[float] = ..., beta: _Optional[float] = ..., tv_weight: _Optional[float] = ..., normalisation: _Optional[_Union[Normalisation, str]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., size: _Optional[int] = ..., style_scale: _Optional[float] = ..., start: _Optional[_Union[Start, str]] = ..., optimiser: _Optional[_Union[Optimiser, str]] = ..., step: _Optional[float] = ..., iterations: _Optional[int] = ..., coarse_iterations: _Optional[int] = ..., smallest_size: _Optional[int] = ..., average: _Optional[float] = ..., time_budget: _Optional[float] = ...) -> None: ...
 
 class FrameOptions(_message.Message):
-    __slots__ = ("every_iterations", "min_interval", "max_side", "format", "quality")
+    __slots__ = ("every_iterations", "min_interval", "max_side", "format", "quality", "max_in_flight")
     EVERY_ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     MIN_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     MAX_SIDE_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     every_iterations: int
     min_interval: _duration_pb2.Duration
     max_side: int
     format: ImageFormat
     quality: int
-    def __init__(self, every_iterations: _Optional[int] = ..., min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_side: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ...) -> None: ...
+    max_in_flight: int
+    def __init__(self, every_iterations: _Optional[int] = ..., min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_side: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
+
+class CheckpointOptions(_message.Message):
+    __slots__ = ("min_interval", "light")
+    MIN_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    LIGHT_FIELD_NUMBER: _ClassVar[int]
+    min_interval: _duration_pb2.Duration
+    light: bool
+    def __init__(self, min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., light: _Optional[bool] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed", "detach_grace")
+    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed", "detach_grace", "checkpoints", "resume")
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     STYLES_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +249,8 @@ class JobSpec(_message.Message):
     RESULT_QUALITY_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DETACH_GRACE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     content: ImageSource
     styles: _containers.RepeatedCompositeFieldContainer[StyleSource]
     recipe: Recipe
@@ -230,7 +260,9 @@ class JobSpec(_message.Message):
     result_quality: int
     seed: int
     detach_grace: _duration_pb2.Duration
-    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    checkpoints: CheckpointOptions
+    resume: bytes
+    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., checkpoints: _Optional[_Union[CheckpointOptions, _Mapping]] = ..., resume: _Optional[bytes] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("format", "width", "height", "data")
@@ -269,7 +301,7 @@ class Losses(_message.Message):
     def __init__(self, total: _Optional[float] = ..., content: _Optional[float] = ..., style: _Optional[float] = ..., tv: _Optional[float] = ..., content_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ..., style_layers: _Optional[_Iterable[_Union[LayerLoss, _Mapping]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("job_id", "recipe", "seed", "width", "height", "iterations", "queue_position", "attached")
+    __slots__ = ("job_id", "recipe", "seed", "width", "height", "iterations", "queue_position", "attached", "resumed_at", "estimated_wait")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +310,8 @@ class Accepted(_message.Message):
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_AT_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_WAIT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     recipe: Recipe
     seed: int
@@ -286,13 +320,17 @@ class Accepted(_message.Message):
     iterations: int
     queue_position: int
     attached: bool
-    def __init__(self, job_id: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., iterations: _Optional[int] = ..., queue_position: _Optional[int] = ..., attached: _Optional[bool] = ...) -> None: ...
+    resumed_at: int
+    estimated_wait: _duration_pb2.Duration
+    def __init__(self, job_id: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., iterations: _Optional[int] = ..., queue_position: _Optional[int] = ..., attached: _Optional[bool] = ..., resumed_at: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Waiting(_message.Message):
-    __slots__ = ("queue_position",)
+    __slots__ = ("queue_position", "estimated_wait")
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_WAIT_FIELD_NUMBER: _ClassVar[int]
     queue_position: int
-    def __init__(self, queue_position: _Optional[int] = ...) -> None: ...
+    estimated_wait: _duration_pb2.Duration
+    def __init__(self, queue_position: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("iteration", "iterations", "width", "height", "losses", "iterations_per_second", "time_left")
@@ -322,6 +360,38 @@ class Frame(_message.Message):
     dropped: int
     def __init__(self, iteration: _Optional[int] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., dropped: _Optional[int] = ...) -> None: ...
 
+class Checkpoint(_message.Message):
+    __slots__ = ("iteration", "light", "data")
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    LIGHT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    light: bool
+    data: bytes
+    def __init__(self, iteration: _Optional[int] = ..., light: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Paused(_message.Message):
+    __slots__ = ("iteration",)
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    def __init__(self, iteration: _Optional[int] = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("iteration",)
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    def __init__(self, iteration: _Optional[int] = ...) -> None: ...
+
+class Changed(_message.Message):
+    __slots__ = ("iteration", "recipe", "iterations")
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    iteration: int
+    recipe: Recipe
+    iterations: int
+    def __init__(self, iteration: _Optional[int] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., iterations: _Optional[int] = ...) -> None: ...
+
 class Result(_message.Message):
     __slots__ = ("image", "losses", "iterations", "stop_reason", "elapsed")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
@@ -337,20 +407,28 @@ class Result(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations: _Optional[int] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class JobEvent(_message.Message):
-    __slots__ = ("sequence", "accepted", "progress", "frame", "result", "waiting")
+    __slots__ = ("sequence", "accepted", "progress", "frame", "result", "waiting", "checkpoint", "paused", "resumed", "changed")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     accepted: Accepted
     progress: Progress
     frame: Frame
     result: Result
     waiting: Waiting
-    def __init__(self, sequence: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+    checkpoint: Checkpoint
+    paused: Paused
+    resumed: Resumed
+    changed: Changed
+    def __init__(self, sequence: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., paused: _Optional[_Union[Paused, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., changed: _Optional[_Union[Changed, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("job_id", "state", "create_time", "start_time", "end_time", "expire_time", "iteration", "iterations", "width", "height", "losses", "stop_reason", "queue_position")
@@ -412,15 +490,133 @@ class StylizeStreamResponse(_message.Message):
     event: JobEvent
     def __init__(self, event: _Optional[_Union[JobEvent, _Mapping]] = ...) -> None: ...
 
-class WatchJobRequest(_message.Message):
-    __slots__ = ("job_id", "after_sequence", "frames")
+class StylizeInteractiveRequest(_message.Message):
+    __slots__ = ("command_id", "start", "attach", "pause", "resume", "update", "frame", "checkpoint", "finish", "ack")
+    COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    command_id: int
+    start: StartCommand
+    attach: AttachCommand
+    pause: PauseCommand
+    resume: ResumeCommand
+    update: UpdateCommand
+    frame: FrameCommand
+    checkpoint: CheckpointCommand
+    finish: FinishCommand
+    ack: AckCommand
+    def __init__(self, command_id: _Optional[int] = ..., start: _Optional[_Union[StartCommand, _Mapping]] = ..., attach: _Optional[_Union[AttachCommand, _Mapping]] = ..., pause: _Optional[_Union[PauseCommand, _Mapping]] = ..., resume: _Optional[_Union[ResumeCommand, _Mapping]] = ..., update: _Optional[_Union[UpdateCommand, _Mapping]] = ..., frame: _Optional[_Union[FrameCommand, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ..., finish: _Optional[_Union[FinishCommand, _Mapping]] = ..., ack: _Optional[_Union[AckCommand, _Mapping]] = ...) -> None: ...
+
+class StartCommand(_message.Message):
+    __slots__ = ("spec", "request_id")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    spec: JobSpec
+    request_id: str
+    def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class AttachCommand(_message.Message):
+    __slots__ = ("job_id", "after_sequence", "frames", "checkpoints")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     after_sequence: int
     frames: FrameOptions
-    def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ...) -> None: ...
+    checkpoints: CheckpointOptions
+    def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., checkpoints: _Optional[_Union[CheckpointOptions, _Mapping]] = ...) -> None: ...
+
+class PauseCommand(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeCommand(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UpdateCommand(_message.Message):
+    __slots__ = ("alpha", "beta", "tv_weight", "step", "content_layers", "style_layers", "iterations")
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    TV_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STYLE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    alpha: float
+    beta: float
+    tv_weight: float
+    step: float
+    content_layers: LayerWeights
+    style_layers: LayerWeights
+    iterations: int
+    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., tv_weight: _Optional[float] = ..., step: _Optional[float] = ..., content_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., style_layers: _Optional[_Union[LayerWeights, _Mapping]] = ..., iterations: _Optional[int] = ...) -> None: ...
+
+class FrameCommand(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointCommand(_message.Message):
+    __slots__ = ("light",)
+    LIGHT_FIELD_NUMBER: _ClassVar[int]
+    light: bool
+    def __init__(self, light: _Optional[bool] = ...) -> None: ...
+
+class FinishCommand(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AckCommand(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class FieldError(_message.Message):
+    __slots__ = ("field", "description")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    description: str
+    def __init__(self, field: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
+
+class CommandResult(_message.Message):
+    __slots__ = ("command_id", "iteration", "field_errors")
+    COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
+    ITERATION_FIELD_NUMBER: _ClassVar[int]
+    FIELD_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    command_id: int
+    iteration: int
+    field_errors: _containers.RepeatedCompositeFieldContainer[FieldError]
+    def __init__(self, command_id: _Optional[int] = ..., iteration: _Optional[int] = ..., field_errors: _Optional[_Iterable[_Union[FieldError, _Mapping]]] = ...) -> None: ...
+
+class StylizeInteractiveResponse(_message.Message):
+    __slots__ = ("event", "command_result")
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_RESULT_FIELD_NUMBER: _ClassVar[int]
+    event: JobEvent
+    command_result: CommandResult
+    def __init__(self, event: _Optional[_Union[JobEvent, _Mapping]] = ..., command_result: _Optional[_Union[CommandResult, _Mapping]] = ...) -> None: ...
+
+class WatchJobRequest(_message.Message):
+    __slots__ = ("job_id", "after_sequence", "frames", "checkpoints")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    after_sequence: int
+    frames: FrameOptions
+    checkpoints: CheckpointOptions
+    def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., checkpoints: _Optional[_Union[CheckpointOptions, _Mapping]] = ...) -> None: ...
 
 class WatchJobResponse(_message.Message):
     __slots__ = ("event",)
@@ -468,12 +664,28 @@ class CancelJobResponse(_message.Message):
     job: Job
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
+class UploadImageRequest(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+
+class UploadImageResponse(_message.Message):
+    __slots__ = ("digest", "width", "height")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    width: int
+    height: int
+    def __init__(self, digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s")
+    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s", "max_running", "max_paused_s", "max_checkpoint_bytes", "max_uploads_bytes", "max_watchers")
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -485,6 +697,11 @@ class Limits(_message.Message):
     MAX_KEPT_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKED_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAUSED_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_UPLOADS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_WATCHERS_FIELD_NUMBER: _ClassVar[int]
     max_image_bytes: int
     max_image_pixels: int
     max_size: int
@@ -496,7 +713,24 @@ class Limits(_message.Message):
     max_kept: int
     max_kept_bytes: int
     max_blocked_s: int
-    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ...) -> None: ...
+    max_running: int
+    max_paused_s: int
+    max_checkpoint_bytes: int
+    max_uploads_bytes: int
+    max_watchers: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ..., max_running: _Optional[int] = ..., max_paused_s: _Optional[int] = ..., max_checkpoint_bytes: _Optional[int] = ..., max_uploads_bytes: _Optional[int] = ..., max_watchers: _Optional[int] = ...) -> None: ...
+
+class CacheStats(_message.Message):
+    __slots__ = ("hits", "misses", "bytes", "max_bytes")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hits: int
+    misses: int
+    bytes: int
+    max_bytes: int
+    def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
 class PresetRecipe(_message.Message):
     __slots__ = ("name", "recipe")
@@ -507,7 +741,7 @@ class PresetRecipe(_message.Message):
     def __init__(self, name: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "device", "precision", "backbone", "weights", "layers", "limits", "presets", "running_jobs", "queued_jobs")
+    __slots__ = ("version", "device", "precision", "backbone", "weights", "layers", "limits", "presets", "running_jobs", "queued_jobs", "paused_jobs", "style_cache", "uploads", "estimated_wait")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -518,6 +752,10 @@ class GetServerInfoResponse(_message.Message):
     PRESETS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    STYLE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_WAIT_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     precision: str
@@ -528,4 +766,8 @@ class GetServerInfoResponse(_message.Message):
     presets: _containers.RepeatedCompositeFieldContainer[PresetRecipe]
     running_jobs: int
     queued_jobs: int
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., backbone: _Optional[str] = ..., weights: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., presets: _Optional[_Iterable[_Union[PresetRecipe, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ...) -> None: ...
+    paused_jobs: int
+    style_cache: CacheStats
+    uploads: CacheStats
+    estimated_wait: _duration_pb2.Duration
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., backbone: _Optional[str] = ..., weights: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., presets: _Optional[_Iterable[_Union[PresetRecipe, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., paused_jobs: _Optional[int] = ..., style_cache: _Optional[_Union[CacheStats, _Mapping]] = ..., uploads: _Optional[_Union[CacheStats, _Mapping]] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -51,6 +51,11 @@ class StyleTransferServiceStub:
                 request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.SerializeToString,
                 response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.FromString,
                 _registered_method=True)
+        self.StylizeInteractive = channel.stream_stream(
+                '/gramophone.v1.StyleTransferService/StylizeInteractive',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/gramophone.v1.StyleTransferService/WatchJob',
                 request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobRequest.SerializeToString,
@@ -70,6 +75,11 @@ class StyleTransferServiceStub:
                 '/gramophone.v1.StyleTransferService/CancelJob',
                 request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.UploadImage = channel.stream_unary(
+                '/gramophone.v1.StyleTransferService/UploadImage',
+                request_serializer=gramophone_dot_v1_dot_style__transfer__pb2.UploadImageRequest.SerializeToString,
+                response_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.UploadImageResponse.FromString,
                 _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/gramophone.v1.StyleTransferService/GetServerInfo',
@@ -109,6 +119,18 @@ class StyleTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StylizeInteractive(self, request_iterator, context):
+        """StylizeInteractive starts a job, or attaches to one, and controls it while it runs: pause and resume, other weights,
+        more or fewer iterations, a picture now, the end now. The first message says which job; each message after it is a
+        command and is answered with a CommandResult, also when it could not be done, which does not end the stream. A job has
+        one controller at a time: a second one ends in FAILED_PRECONDITION (ERROR_REASON_JOB_CONTROLLED), and anybody may watch.
+        The stream of responses is that of StylizeStream, also in its errors. When the client closes its side it keeps
+        watching, and gives up control.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """WatchJob follows a job that is there already, from another call, another client, or after a lost connection. It
         sends what happened after `after_sequence` as far as the job still knows it (the newest 256 small events, the newest
@@ -141,6 +163,15 @@ class StyleTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadImage(self, request_iterator, context):
+        """UploadImage keeps an image, sent in pieces, so that jobs can name it by digest instead of carrying it. The server
+        keeps the ones used last, within its limits; a job that names another ends in NOT_FOUND
+        (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
         """GetServerInfo returns what this server is and what it takes: version, device, network, limits, load.
         """
@@ -161,6 +192,11 @@ def add_StyleTransferServiceServicer_to_server(servicer, server):
                     request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.FromString,
                     response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.SerializeToString,
             ),
+            'StylizeInteractive': grpc.stream_stream_rpc_method_handler(
+                    servicer.StylizeInteractive,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveResponse.SerializeToString,
+            ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
                     request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.WatchJobRequest.FromString,
@@ -180,6 +216,11 @@ def add_StyleTransferServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.FromString,
                     response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'UploadImage': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadImage,
+                    request_deserializer=gramophone_dot_v1_dot_style__transfer__pb2.UploadImageRequest.FromString,
+                    response_serializer=gramophone_dot_v1_dot_style__transfer__pb2.UploadImageResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -248,6 +289,33 @@ class StyleTransferService:
             '/gramophone.v1.StyleTransferService/StylizeStream',
             gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamRequest.SerializeToString,
             gramophone_dot_v1_dot_style__transfer__pb2.StylizeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StylizeInteractive(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/gramophone.v1.StyleTransferService/StylizeInteractive',
+            gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.StylizeInteractiveResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -356,6 +424,33 @@ class StyleTransferService:
             '/gramophone.v1.StyleTransferService/CancelJob',
             gramophone_dot_v1_dot_style__transfer__pb2.CancelJobRequest.SerializeToString,
             gramophone_dot_v1_dot_style__transfer__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/gramophone.v1.StyleTransferService/UploadImage',
+            gramophone_dot_v1_dot_style__transfer__pb2.UploadImageRequest.SerializeToString,
+            gramophone_dot_v1_dot_style__transfer__pb2.UploadImageResponse.FromString,
             options,
             channel_credentials,
             insecure,
