@@ -10,9 +10,10 @@ from gramophone_server import jobs as jobs_module
 from gramophone_server import mailbox as mailbox_module
 from gramophone_server.config import Limits
 from gramophone_server.errors import Cancelled, Diverged, EngineFailed, JobNotFound
+from gramophone_server.history import LOG_LENGTH
 from gramophone_server.images import Encoding, Format
 from gramophone_server.job import Losses, Report, StyleJob
-from gramophone_server.jobs import LOG_LENGTH, Jobs, State
+from gramophone_server.jobs import Jobs, State
 from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Picture, Progress, Waiting
 
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)

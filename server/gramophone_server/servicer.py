@@ -23,13 +23,22 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_from_message, recipe_to_message
 from gramophone_server import images
 from gramophone_server.calls import Call, Context
-from gramophone_server.checks import check_frames, check_page, check_request_id, check_result, check_spec
+from gramophone_server.checks import (
+    check_first,
+    check_no_credit,
+    check_page,
+    check_request_id,
+    check_result,
+    check_spec,
+    check_watch,
+)
 from gramophone_server.config import Limits
+from gramophone_server.control import Controller
 from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, ListingDisabled, RequestIdTaken
 from gramophone_server.job import StyleJob
 from gramophone_server.jobs import Job, Jobs
-from gramophone_server.mailbox import FrameRule
-from gramophone_server.messages import Encoders, event_message, frame_encoding, job_message, result_encoding, version
+from gramophone_server.mailbox import CheckpointRule, FrameRule
+from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
 from gramophone_server.scheduler import Place, Scheduler
 
 __all__ = ["Servicer"]
@@ -73,8 +82,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._call("Stylize", context)
         response = pb.StylizeResponse()
         request.spec.ClearField("frames")
+        request.spec.ClearField("checkpoints")
         try:
-            async for event in self._made(request, call):
+            async for event in self._made(request, call).events():
                 if event.HasField("accepted"):
                     response.accepted.CopyFrom(event.accepted)
                 elif event.HasField("result"):
@@ -90,9 +100,26 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("StylizeStream", context)
         try:
-            async for event in self._made(request, call):
+            _refuse(check_no_credit(request.spec.frames, "spec.frames"))
+            async for event in self._made(request, call).events():
                 with call.writing():
                     yield pb.StylizeStreamResponse(event=event)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def StylizeInteractive(
+        self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
+    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+        """See the proto."""
+        call = self._call("StylizeInteractive", context)
+        try:
+            requests = aiter(request_iterator)
+            first = await anext(requests, None)
+            controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
+            async for response in controller.responses(requests, call):
+                with call.writing():
+                    yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -101,10 +128,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("WatchJob", context)
         try:
-            frames = request.frames if request.HasField("frames") else None
-            _refuse(check_frames(frames, "frames") if frames is not None else ())
+            _refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
-            async for event in self._watched(job, call, frames, after=request.after_sequence):
+            async for event in self._watched(job, call, request, after=request.after_sequence).events():
                 with call.writing():
                     yield pb.WatchJobResponse(event=event)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -185,8 +211,24 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         if not self._calls:
             self._no_calls.set()
 
-    def _made(self, request: pb.StylizeRequest | pb.StylizeStreamRequest, call: Call) -> AsyncIterator[pb.JobEvent]:
-        """The job that the request makes, or that an earlier one with its id made, for both of their RPCs."""
+    def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
+        """The job of a controller's first message."""
+        _refuse(check_first(first))
+        assert first is not None, "its absence was refused"
+        if first.HasField("start"):
+            return self._made(first.start, call, controls=True)
+        _refuse(check_watch(first.attach, "attach."))
+        job = self.jobs.find(first.attach.job_id)
+        return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
+
+    def _made(
+        self,
+        request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
+        call: Call,
+        *,
+        controls: bool = False,
+    ) -> View:
+        """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
         spec, request_id = request.spec, request.request_id.lower()
         _refuse(check_request_id(request_id))
         job = self.jobs.of_request(request_id)
@@ -201,22 +243,25 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             preparation.add_done_callback(self._preparations.discard)
         elif job.digest != _digest(spec):
             raise RequestIdTaken(request_id)
-        return self._watched(job, call, spec.frames if spec.HasField("frames") else None, attached=attached)
+        return self._watched(job, call, spec, attached=attached, controls=controls)
 
     def _watched(
-        self, job: Job, call: Call, frames: pb.FrameOptions | None, *, after: int = 0, attached: bool = False
-    ) -> AsyncIterator[pb.JobEvent]:
+        self,
+        job: Job,
+        call: Call,
+        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        *,
+        after: int = 0,
+        attached: bool = False,
+        controls: bool = False,
+    ) -> View:
         """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
-        mailbox = job.watch(_frame_rule(frames), after)
+        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
+        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        mailbox = job.watch(frames, checkpoints, after, controls=controls)
         call.watches(job, mailbox)
-        encoding = frame_encoding(frames or pb.FrameOptions())
         weights = self._scheduler.engine.weights_source
-
-        async def events() -> AsyncIterator[pb.JobEvent]:
-            async for number, event in mailbox.events():
-                yield await event_message(number, event, job, self._encoders, encoding, attached, weights)
-
-        return events()
+        return View(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
 
     async def _prepare(self, job: Job, place: Place, spec: pb.JobSpec) -> None:
         """Decodes the images and queues the job; its watchers hear of it when that fails."""
@@ -283,10 +328,12 @@ def _refuse(violations: Iterable[Violation]) -> None:
         raise InvalidRequest(violations)
 
 
-def _frame_rule(frames: pb.FrameOptions | None) -> FrameRule | None:
-    if frames is None:
-        return None
-    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval))
+def _frame_rule(frames: pb.FrameOptions) -> FrameRule:
+    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval), frames.max_in_flight)
+
+
+def _checkpoint_rule(checkpoints: pb.CheckpointOptions) -> CheckpointRule:
+    return CheckpointRule(_seconds(checkpoints.min_interval), checkpoints.light)
 
 
 def _digest(spec: pb.JobSpec) -> bytes:
@@ -294,6 +341,7 @@ def _digest(spec: pb.JobSpec) -> bytes:
     same = pb.JobSpec()
     same.CopyFrom(spec)
     same.ClearField("frames")
+    same.ClearField("checkpoints")
     return hashlib.sha256(same.SerializeToString(deterministic=True)).digest()
 
 
