@@ -16,6 +16,8 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import checkpoint
 from gramophone_server.config import Limits
+from gramophone_server.mailbox import State
+from gramophone_server.messages import Encoders
 from tests.fakes import FakeEngine
 from tests.test_servicer import LARGE, events_of, lasting, refused, serving, spec, until, watching
 
@@ -436,6 +438,11 @@ async def test_the_same_start_finds_its_job_again():
         await second.send(start=start)
         accepted = await second.event("accepted")
         assert (accepted.job_id, accepted.attached) == (first.job_id, True)
+        start.spec.frames.quality = 101
+        third = Controller(s.stub)
+        await third.send(start=start)
+        (violation,) = (await refused(third.rest())).BadRequest.field_violations
+        assert (violation.field, violation.description[-7:]) == ("spec.frames.quality", "got 101")
         assert not await second.errors(finish=FINISH)
 
 
@@ -530,6 +537,14 @@ async def test_each_watcher_has_the_checkpoints_that_it_asked_for():
         for one in saved:
             read = checkpoint.read(one.data, most_bytes=LIMITS.max_checkpoint_bytes)
             assert read.counts["done"] == one.iteration
+
+
+async def test_a_state_is_written_once_for_all():
+    written, encoders = [], Encoders()
+    state = State(light=True, write=lambda: written.append(1) or b"state")
+    assert await asyncio.gather(*(encoders.written(state) for _ in range(3))) == [b"state"] * 3
+    assert len(written) == 1
+    encoders.close()
 
 
 @pytest.mark.parametrize("light", [True, False])

@@ -175,7 +175,7 @@ def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator
     yield from _check_interval(f"{field}.min_interval", checkpoints.min_interval)
 
 
-def check_watch(wanted: pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
+def check_watch(wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
     """Everything that is wrong with how a job that is there shall be watched."""
     yield from check_frames(wanted.frames, f"{prefix}frames")
     yield from check_checkpoints(wanted.checkpoints, f"{prefix}checkpoints")

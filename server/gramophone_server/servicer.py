@@ -243,6 +243,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             preparation.add_done_callback(self._preparations.discard)
         elif job.digest != _digest(spec):
             raise RequestIdTaken(request_id)
+        else:
+            _refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
         return self._watched(job, call, spec, attached=attached, controls=controls)
 
     def _watched(
