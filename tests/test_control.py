@@ -16,8 +16,8 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import checkpoint
 from gramophone_server.config import Limits
-from gramophone_server.mailbox import State
-from gramophone_server.messages import Encoders
+from gramophone_server.mailbox import State, Waiting
+from gramophone_server.messages import Encoders, View
 from tests.fakes import FakeEngine
 from tests.test_servicer import LARGE, events_of, lasting, refused, serving, spec, until, watching
 
@@ -566,6 +566,13 @@ async def test_a_server_that_goes_away_sends_the_picture_and_the_state_to_all(li
             assert frame.frame.iteration == saved.checkpoint.iteration >= done
             assert saved.checkpoint.light is light
             checkpoint.read(saved.checkpoint.data, most_bytes=LIMITS.max_checkpoint_bytes)
+
+
+async def test_a_wait_is_told_where_one_was_measured():
+    view = View(None, None, None)
+    measured, unknown = [(await view.message(3, Waiting(2, wait_s))).waiting for wait_s in (1.5, None)]
+    assert measured.queue_position == unknown.queue_position == 2
+    assert measured.estimated_wait.ToMilliseconds() == 1500 and not unknown.HasField("estimated_wait")
 
 
 # Clients that leave, or do not read -----------------------------------------------------------------------------------
