@@ -39,6 +39,7 @@ from gramophone_server.mailbox import (
     Waiting,
 )
 from gramophone_server.mailbox import State as SavedState
+from gramophone_server.work import Work
 
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
 
@@ -115,20 +116,22 @@ def clock(monkeypatch):
 
 def work(width=64, height=32):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
-    return StyleJob(
-        recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
-        content=image,
-        styles=(image,),
-        style_weights=(1.0,),
-        start=None,
-        seed=1,
+    return Work(
+        StyleJob(
+            recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
+            content=image,
+            styles=(image,),
+            style_weights=(1.0,),
+            start=None,
+            seed=1,
+        )
     )
 
 
 class Queue:
     """A place in a queue of one."""
 
-    def submit(self, work, listener):
+    def submit(self, work, listener, deadline_at):
         listener.publish(Accepted(0))
 
 
@@ -302,7 +305,7 @@ def test_what_changes_a_job_is_never_lost(registry):
     assert [event for _, event in unread(job.watch()) if type(event) is Paused] == [Paused(1)] * 2
 
 
-def test_a_job_is_what_its_controller_has_made_of_it(registry):
+def test_a_job_is_what_its_controller_has_made_of_it(registry, loop):
     job, _ = create(registry())
     job.started()
     job.publish(Paused(3))
@@ -311,7 +314,11 @@ def test_a_job_is_what_its_controller_has_made_of_it(registry):
     assert (job.plan.recipe.beta, job.plan.iterations) == (7.0, 25)
     assert (job.admitted.recipe.beta, job.admitted.iterations) == (3.0, 10)
     job.publish(Resumed(3))
-    assert job.state is State.RUNNING
+    assert job.state is State.QUEUED  # others may be before it
+    began_at = job.started_at
+    loop.pass_s(5)
+    job.started()
+    assert (job.state, job.started_at) == (State.RUNNING, began_at)
     for iteration in range(LOG_LENGTH):
         job.publish(progress(iteration))
     assert kinds(job.watch())[:2] == ["Accepted", "Changed"]  # however long ago

@@ -31,7 +31,6 @@ from gramophone_server.errors import (
 )
 from gramophone_server.history import History
 from gramophone_server.images import Encoding
-from gramophone_server.job import StyleJob
 from gramophone_server.mailbox import (
     Accepted,
     Answer,
@@ -51,6 +50,7 @@ from gramophone_server.mailbox import (
 )
 from gramophone_server.mailbox import State as SavedState
 from gramophone_server.scheduler import Place, Scheduler
+from gramophone_server.work import Work
 
 __all__ = ["Job", "Jobs", "Plan", "State"]
 
@@ -75,12 +75,13 @@ class Plan(NamedTuple):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
+    resumed_at: int  # iterations that its checkpoint had behind it
 
     @classmethod
-    def of(cls, work: StyleJob) -> Self:
-        """The plan of a job whose images are there."""
-        iterations = sum(scale.iterations for scale in work.scales)
-        return cls(work.recipe, work.style_weights, work.seed, *work.result_size, iterations)
+    def of(cls, work: Work) -> Self:
+        """The plan of work that waits to begin, or to go on."""
+        job = work.job
+        return cls(work.recipe, job.style_weights, job.seed, *job.result_size, work.iterations, work.done)
 
 
 class Job:
@@ -126,11 +127,11 @@ class Job:
 
     # The event loop's side --------------------------------------------------------------------------------------------
 
-    def submit(self, place: Place, work: StyleJob) -> None:
-        """Queues the work, unless the job was cancelled meanwhile."""
+    def submit(self, place: Place, work: Work, deadline_at: float | None = None) -> None:
+        """Queues the work, unless the job was cancelled meanwhile; see `Place.submit`."""
         if not self.ended:
             self.admitted = self.plan = Plan.of(work)
-            place.submit(work, self)
+            place.submit(work, self, deadline_at)
 
     def watch(
         self,
@@ -225,10 +226,11 @@ class Job:
         return min((step for step in steps if step is not None), default=None)
 
     def started(self) -> None:
-        """The engine begins."""
+        """The engine begins, or goes on with a job that was paused."""
         with self._lock:
             if not self.ended:
-                self.state, self.position, self.started_at = State.RUNNING, 0, self._jobs.clock()
+                self.state, self.position = State.RUNNING, 0
+                self.started_at = self.started_at or self._jobs.clock()
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
@@ -279,7 +281,7 @@ class Job:
                 case Paused():
                     self.state = State.PAUSED
                 case Resumed():
-                    self.state = State.RUNNING
+                    self.state = State.QUEUED  # others may have taken its place
                 case Changed(_, recipe, iterations):
                     assert self.plan is not None, "a job has a plan before it has events"
                     self.plan = self.plan._replace(recipe=recipe, iterations=iterations)

@@ -176,6 +176,7 @@ class View:
             iterations=plan.iterations,
             queue_position=event.position,
             attached=self._attached,
+            resumed_at=plan.resumed_at,
             estimated_wait=_duration(event.wait_s),
         )
 

@@ -269,7 +269,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Decodes the images and queues the job; its watchers hear of it when that fails."""
         try:
             with place:
-                job.submit(place, await self._work(spec))
+                job.submit(place, self._scheduler.engine.admit(await self._work(spec)))
         except GramophoneError as error:
             job.fail(error.with_traceback(None))
         except BaseException as error:
