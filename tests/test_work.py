@@ -104,11 +104,12 @@ def test_the_sizes_that_are_told(work: Work) -> None:
 
 def test_what_is_too_large_is_neither_written_nor_read(work: Work) -> None:
     with pytest.raises(
-        InvalidRequest, match=r"48x40 picture takes \d+ bytes, at most 9000 are allowed; a light one is"
+        InvalidRequest,
+        match=r"^checkpoint: of a 48x40 picture takes \d+ bytes, at most 9000 are allowed; a light one is",
     ):
         checkpoint.write(work, most_bytes=9000)
     data = checkpoint.write(work, light=True, most_bytes=9000)
-    with pytest.raises(InvalidRequest, match=f"checkpoint: has {len(data)} bytes, at most 5000 are taken"):
+    with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are taken"):
         checkpoint.read(data, most_bytes=5000)
     with pytest.raises(ValueError, match="only a job that has begun and is in no batch"):
         checkpoint.write(Work(work.job), most_bytes=MOST)

@@ -103,6 +103,7 @@ async def event_message(
                     iterations=plan.iterations,
                     queue_position=position,
                     attached=attached,
+                    resumed_at=plan.resumed_at,
                 )
             )
         case Waiting(position):
