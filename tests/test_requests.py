@@ -14,7 +14,7 @@ from PIL import Image
 
 from gramophone.recipe import Optimiser, Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.wire import overrides_to_message, recipe_to_message
+from gramophone.wire import recipe_to_message
 from gramophone_server import checkpoint, images
 from gramophone_server.config import Limits
 from gramophone_server.engine import Engine
@@ -221,8 +221,8 @@ async def test_a_checkpoint_that_will_not_do_is_refused_with_the_rest():
             ),
             (
                 "spec.resume",
-                "has a recipe whose iterations and coarse_iterations make 10 over 2 scales; "
-                "at most 9 are allowed (server setting GRAMOPHONE_MAX_ITERATIONS)",
+                "has a recipe whose iterations and coarse_iterations make 10 over 2 scales; at most 9 are allowed "
+                + "(server setting GRAMOPHONE_MAX_ITERATIONS)",
             ),
         ]
         assert s.scheduler.queued == 0

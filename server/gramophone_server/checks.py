@@ -101,7 +101,7 @@ def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Viola
             f"{field}.digest",
             f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
         )
-    elif not image.digest and not image.data:
+    elif not image.WhichOneof("source"):  # and not whether `data` is empty: to ask for it is to copy it
         yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
 
 

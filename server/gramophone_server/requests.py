@@ -7,10 +7,11 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,17 +37,24 @@ T = TypeVar("T")
 DECODERS = 2
 
 
-class Source(NamedTuple):
+@dataclass(eq=False)
+class Source:
     """One image of a request."""
 
     field: str  # "spec.content"
     image: pb.ImageSource
     needed: int  # pixels of the longest side
+    uploaded: bytes = b""
 
     @property
     def path(self) -> str:
         """Of what names the image: "spec.content.data" or "spec.content.digest"."""
         return f"{self.field}.{self.image.WhichOneof('source')}"
+
+    @cached_property
+    def data(self) -> bytes:
+        """The encoded image. The first call copies it out of its message, 0.2 ms a MiB, so not on the event loop."""
+        return self.uploaded or self.image.data
 
 
 class Admission:
@@ -70,11 +78,10 @@ class Admission:
         """
         violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
         recipe, saved = await self._recipe(spec, violations)
-        sources = self._sources(spec, recipe)
-        encoded = self._encoded(sources, violations)
+        sources = self._sources(spec, recipe, violations)
         if not violations:
-            await self._estimate(recipe, saved, encoded["spec.content"], deadline_at)
-        decoded = await self._decoded(sources, encoded, violations)
+            await self._estimate(recipe, saved, sources["spec.content"], deadline_at)
+        decoded = await self._decoded(sources, violations)
         refuse(violations)
         job = StyleJob(
             recipe=recipe,
@@ -99,9 +106,9 @@ class Admission:
         """The recipe, or the default one if it will not do, which is among the violations then."""
         try:
             if not spec.resume:
-                return recipe_from_message(spec.recipe), None  # checked by `check_spec`
+                return recipe_from_message(spec.recipe), None  # `check_spec` has told what is wrong with it
             most_bytes = self._limits.max_checkpoint_bytes
-            saved = await self._in_thread(partial(checkpoint.read, spec.resume, most_bytes=most_bytes))
+            saved = await self._in_thread(lambda: checkpoint.read(spec.resume, most_bytes=most_bytes))
         except InvalidRecipe:
             return Recipe(), None
         except InvalidRequest as error:
@@ -110,66 +117,72 @@ class Admission:
         violations.extend(check_resumed(saved.recipe, self._limits, self._scheduler.engine.layers))
         return saved.recipe, saved
 
-    def _sources(self, spec: pb.JobSpec, recipe: Recipe) -> list[Source]:
-        """The images that are there."""
+    def _sources(self, spec: pb.JobSpec, recipe: Recipe, violations: Sequence[Violation]) -> dict[str, Source]:
+        """The images that are there, by field. Raises `ImageNotFound`, unless more than that is wrong."""
         needed = min(recipe.size, self._limits.max_size)
         needed_style = min(math.ceil(needed * recipe.style_scale), self._limits.max_size)
-        sources = [Source("spec.content", spec.content, needed), Source("spec.start_image", spec.start_image, needed)]
+        named = [Source("spec.content", spec.content, needed), Source("spec.start_image", spec.start_image, needed)]
         for i, style in enumerate(spec.styles[: self._limits.max_styles]):
-            sources.append(Source(f"spec.styles[{i}].image", style.image, needed_style))
-        return [source for source in sources if source.image.data or source.image.digest]
-
-    def _encoded(self, sources: Iterable[Source], violations: list[Violation]) -> dict[str, bytes]:
-        """The bytes of the images by field. Raises `ImageNotFound`, unless more than that is wrong."""
-        encoded = {}
-        for field, image, _ in sources:
-            try:
-                encoded[field] = image.data or self.uploads.find(image.digest)
-            except ImageNotFound:
-                if not violations:
-                    raise
-        return encoded
+            named.append(Source(f"spec.styles[{i}].image", style.image, needed_style))
+        sources = {}
+        for source in named:
+            if source.image.digest:
+                try:
+                    source.uploaded = self.uploads.find(source.image.digest)
+                except ImageNotFound:
+                    if not violations:
+                        raise
+                    continue
+            if source.image.WhichOneof("source"):
+                sources[source.field] = source
+        return sources
 
     async def _estimate(
-        self, recipe: Recipe, saved: Checkpoint | None, content: bytes, deadline_at: float | None
+        self, recipe: Recipe, saved: Checkpoint | None, content: Source, deadline_at: float | None
     ) -> None:
         """Raises `OutOfDeviceMemory` and `DeadlineUnattainable` by what the content image's header says of its size. One
         that says nothing, or nothing that would be taken, is for the decoder to judge."""
-        width, height = headers.size(content) or (0, 0)
-        if min(width, height) < SMALLEST_SIDE or width * height > self._limits.max_image_pixels:
-            return
-        outline = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # a size without pixels
-        job = StyleJob(recipe=recipe, content=outline, styles=(), style_weights=(), start=None, seed=0)
-        work = Work(job) if saved is None else Work(job, at=saved.counts["at"], done=saved.counts["done"])
-        result = job.result_size
-        if min(result) < SMALLEST_SIDE or work.at >= len(work.scales):
-            return
-        shape = Shape.of(recipe, height=result[1], width=result[0])
-        await self._in_thread(partial(self._scheduler.require_memory, shape))
-        if deadline_at is not None:
-            left_s = deadline_at - time.monotonic()
-            self._scheduler.require_time(work.pixels_left, shape, recipe.time_budget, left_s)
 
-    async def _decoded(
-        self, sources: Iterable[Source], encoded: dict[str, bytes], violations: list[Violation]
-    ) -> dict[str, Tensor]:
+        def outlined() -> tuple[int, Shape] | None:
+            outline = self._outline(recipe, saved, content)
+            if outline is not None:
+                self._scheduler.require_memory(outline[1])
+            return outline
+
+        outline = await self._in_thread(outlined)
+        if outline is not None and deadline_at is not None:
+            left_s = deadline_at - time.monotonic()
+            self._scheduler.require_time(*outline, recipe.time_budget, left_s)
+
+    def _outline(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
+        """The pixel-iterations that a job has left, and its largest shape; None where the header does not tell."""
+        width, height = headers.size(content.data) or (0, 0)
+        if min(width, height) < SMALLEST_SIDE or width * height > self._limits.max_image_pixels:
+            return None
+        picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # a size without pixels
+        job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
+        work = Work(job) if saved is None else Work(job, at=saved.counts["at"], done=saved.counts["done"])
+        result_width, result_height = job.result_size
+        if min(result_width, result_height) < SMALLEST_SIDE or work.at >= len(work.scales):
+            return None
+        return work.pixels_left, Shape.of(recipe, result_height, result_width)
+
+    async def _decoded(self, sources: Mapping[str, Source], violations: list[Violation]) -> dict[str, Tensor]:
         """The pictures by field, but for those that have violations."""
-        there = [source for source in sources if source.field in encoded]
-        pictures = await asyncio.gather(
-            *(
-                self._in_thread(partial(images.decode, encoded[s.field], s.path, self._limits, s.needed))
-                for s in there
-            ),
-            return_exceptions=True,
-        )  # fmt: skip
+
+        def decode(source: Source) -> Tensor:
+            return images.decode(source.data, source.path, self._limits, source.needed)
+
+        decoding = (self._in_thread(partial(decode, source)) for source in sources.values())
+        pictures = await asyncio.gather(*decoding, return_exceptions=True)
         decoded: dict[str, Tensor] = {}
-        for source, picture in zip(there, pictures, strict=True):
+        for field, picture in zip(sources, pictures, strict=True):
             if isinstance(picture, InvalidRequest):
                 violations.extend(picture.violations)
             elif isinstance(picture, BaseException):
                 raise picture
             else:
-                decoded[source.field] = picture
+                decoded[field] = picture
         return decoded
 
     async def _resumed(self, saved: Checkpoint, job: StyleJob) -> Work:
