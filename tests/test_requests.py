@@ -189,6 +189,18 @@ async def test_a_job_goes_on_where_its_checkpoint_has_it(light):
         assert plain.accepted.resumed_at == 0
 
 
+async def test_a_resumed_job_that_waits_stands_where_its_checkpoint_does():
+    engine = FakeEngine()
+    data = written(on_its_way(engine, spec(), 7))
+    engine.go.clear()
+    async with serving(engine) as s:
+        call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=resumed(data)))
+        job_id = (await call.read()).event.accepted.job_id
+        job = (await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job
+        assert (job.iteration, job.iterations) == (7, 10)
+        call.cancel()
+
+
 async def test_what_was_tuned_stays_so():
     engine = FakeEngine()
     work = on_its_way(engine, spec(), 7)

@@ -248,6 +248,7 @@ CASES = {
         "spec.content.digest",
         "must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got 'sha256:FFF",
     ),
+    "empty digest": (lambda s: setattr(s.content, "digest", ""), "spec.content.digest", "got ''"),
     "style digest": (lambda s: setattr(s.styles[0].image, "digest", "x"), "spec.styles[0].image.digest", "got 'x'"),
     "start digest": (
         lambda s: (setattr(s.recipe, "start", pb.START_IMAGE), setattr(s.start_image, "digest", "sha256:")),

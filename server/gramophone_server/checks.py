@@ -96,13 +96,14 @@ def check_result(work: StyleJob) -> Iterator[Violation]:
 
 
 def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Violation]:
-    if image.digest and not DIGEST.fullmatch(image.digest):
+    said = image.WhichOneof("source")  # and not whether `data` is empty: to ask for it is to copy it
+    if said is None:
+        yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
+    elif said == "digest" and not DIGEST.fullmatch(image.digest):
         yield Violation(
             f"{field}.digest",
             f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
         )
-    elif not image.WhichOneof("source"):  # and not whether `data` is empty: to ask for it is to copy it
-        yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
 
 
 def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[Violation]:

@@ -126,7 +126,7 @@ class Admission:
             named.append(Source(f"spec.styles[{i}].image", style.image, needed_style))
         sources = {}
         for source in named:
-            if source.image.digest:
+            if source.image.HasField("digest"):
                 try:
                     source.uploaded = self.uploads.find(source.image.digest)
                 except ImageNotFound:
