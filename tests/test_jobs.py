@@ -14,6 +14,7 @@ from gramophone_server.images import Encoding, Format
 from gramophone_server.job import Losses, Report, StyleJob
 from gramophone_server.jobs import LOG_LENGTH, Jobs, State
 from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Picture, Progress, Waiting
+from gramophone_server.work import Work
 
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
 
@@ -90,20 +91,22 @@ def clock(monkeypatch):
 
 def work(width=64, height=32):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
-    return StyleJob(
-        recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
-        content=image,
-        styles=(image,),
-        style_weights=(1.0,),
-        start=None,
-        seed=1,
+    return Work(
+        StyleJob(
+            recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
+            content=image,
+            styles=(image,),
+            style_weights=(1.0,),
+            start=None,
+            seed=1,
+        )
     )
 
 
 class Queue:
     """A place in a queue of one."""
 
-    def submit(self, work, listener):
+    def submit(self, work, listener, deadline_at=None):
         listener.publish(Accepted(0))
 
 

@@ -49,6 +49,12 @@ class Call:
         if self.gone:
             job.leave(mailbox)
 
+    @property
+    def deadline_at(self) -> float | None:
+        """When its client stops to wait, in seconds of the monotonic clock."""
+        left_s = self._context.time_remaining()
+        return None if left_s is None else time.monotonic() + left_s
+
     def succeeded(self) -> None:
         """The handler has nothing more to say."""
         self._code = grpc.StatusCode.OK

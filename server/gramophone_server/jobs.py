@@ -24,7 +24,6 @@ from gramophone.recipe import Recipe
 from gramophone_server.config import Limits
 from gramophone_server.errors import Cancelled, Diverged, GramophoneError, JobNotFound
 from gramophone_server.images import Encoding
-from gramophone_server.job import StyleJob
 from gramophone_server.mailbox import (
     Accepted,
     Event,
@@ -37,6 +36,7 @@ from gramophone_server.mailbox import (
     Waiting,
 )
 from gramophone_server.scheduler import Place, Scheduler
+from gramophone_server.work import Work
 
 __all__ = ["Job", "Jobs", "Plan", "State"]
 
@@ -62,12 +62,13 @@ class Plan(NamedTuple):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
+    resumed_at: int  # iterations that its checkpoint had behind it
 
     @classmethod
-    def of(cls, work: StyleJob) -> Self:
-        """The plan of a job whose images are there."""
-        iterations = sum(scale.iterations for scale in work.scales)
-        return cls(work.recipe, work.style_weights, work.seed, *work.result_size, iterations)
+    def of(cls, work: Work) -> Self:
+        """The plan of work that waits to begin, or to go on."""
+        job = work.job
+        return cls(work.recipe, job.style_weights, job.seed, *job.result_size, work.iterations, work.done)
 
 
 class Job:
@@ -116,11 +117,11 @@ class Job:
 
     # The event loop's side --------------------------------------------------------------------------------------------
 
-    def submit(self, place: Place, work: StyleJob) -> None:
-        """Queues the work, unless the job was cancelled meanwhile."""
+    def submit(self, place: Place, work: Work, deadline_at: float | None = None) -> None:
+        """Queues the work, unless the job was cancelled meanwhile; see `Place.submit`."""
         if not self.ended:
             self.plan = Plan.of(work)
-            place.submit(work, self)
+            place.submit(work, self, deadline_at)
 
     def watch(self, frames: FrameRule | None = None, after: int = 0) -> Mailbox:
         """A watcher more, who has the events up to number `after` and gets what it missed, then what comes."""
