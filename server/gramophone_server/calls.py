@@ -50,6 +50,12 @@ class Call:
         if self.gone:
             job.leave(mailbox)
 
+    @property
+    def deadline_at(self) -> float | None:
+        """When its client stops to wait, in seconds of the monotonic clock."""
+        left_s = self._context.time_remaining()
+        return None if left_s is None else time.monotonic() + left_s
+
     def reads(self, reader: asyncio.Task[None]) -> None:
         """`reader` takes the client's messages; the end of this RPC is its end, too."""
         self._reader = reader

@@ -2,7 +2,7 @@
 
     magic, version   8 bytes
     length           4 bytes, little endian, of the header
-    header           JSON: where the job stands, its recipe, digests of its images, "full" or "light"
+    header           JSON: where the job stands, its recipe and seed, digests of its images, "full" or "light"
     tensors          their bytes in the order of `optimisers.layout`, or of a light one the picture, uint8 [H, W, 3]
 
 Types and shapes of the tensors are not in it: they follow from recipe and size, so a checkpoint cannot ask for others.
@@ -32,7 +32,7 @@ from gramophone_server.work import Tuning, Work
 
 __all__ = ["Checkpoint", "read", "size", "write"]
 
-FIELD = "checkpoint"  # of a request, for those who are told that it will not do
+FIELD = "spec.resume"  # of a request, for those who are told that it will not do
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version: another layout of any optimiser's state is another version
 MOST_HEADER = 64 * 1024  # bytes; 32 layers with their weights and everything else are 4 KB
 
@@ -43,7 +43,8 @@ COUNTS = ("at", "done", "gradients", "averaged", "diverged_at")
 class Checkpoint:
     """What was read from bytes and holds by itself; whether it is of a job is asked by `work`."""
 
-    recipe: Recipe  # with the weights and the step that it was written with
+    recipe: Recipe  # with what can be tuned as it was when this was written
+    seed: int
     width: int  # of the picture, in pixels
     height: int
     content_digest: bytes  # of the job's images, see `job.digest`
@@ -52,13 +53,14 @@ class Checkpoint:
     tensors: State
 
     def work(self, job: StyleJob) -> Work:
-        """The job where it stood. The weights and the step are ``job``'s, so whoever wants it to go on as it was gives a
-        job of this checkpoint's recipe. Raises `InvalidRequest` for a job of other images or another structure."""
+        """The job where it stood. What can be tuned and the time budget are ``job``'s, so whoever wants it to go on as it
+        was gives a job of this checkpoint's recipe; a start image it needs no more. Raises `InvalidRequest` for a job of
+        other images or another structure."""
         for f in dataclasses.fields(Recipe):
             mine, other = getattr(self.recipe, f.name), getattr(job.recipe, f.name)
             if f.name in ("content_layers", "style_layers"):
                 mine, other = (", ".join(layer for layer, _ in named) for named in (mine, other))
-            elif f.name in Tuning.__optional_keys__:
+            elif f.name in Tuning.__optional_keys__ or f.name == "time_budget":
                 continue
             if mine != other:
                 raise _refusal(f"is of a job with {f.name} {mine or 'none'}, and this one has {other or 'none'}")
@@ -93,7 +95,8 @@ def require_room(work: Work, *, light: bool = False, most_bytes: int) -> None:
     if total > most_bytes:
         width, height, _ = work.scales[work.at]
         instead = "" if light else "; a light one is smaller"
-        raise _refusal(f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}")
+        taken = f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}"
+        raise InvalidRequest([Violation("checkpoint", taken)])
 
 
 def write(work: Work, *, light: bool = False, picture: Tensor | None = None, most_bytes: int) -> bytes:
@@ -137,6 +140,7 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         recipe = _recipe(header["recipe"])
         digests = [bytes.fromhex(text) for text in (header["content"], *header["styles"])]
         counts = {name: _count(header[name]) for name in COUNTS}
+        seed = _count(header["seed"], below=2**64)
         width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
         if kind not in ("full", "light") or not width or not height:
             raise ValueError
@@ -150,7 +154,7 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         _light(data, start + length, height, width) if light else _full(data, start + length, recipe, height, width)
     )
     _check(tensors, counts)
-    return Checkpoint(recipe, width, height, digests[0], tuple(digests[1:]), counts, tensors)
+    return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), counts, tensors)
 
 
 def _header(work: Work, light: bool) -> bytes:
@@ -160,7 +164,7 @@ def _header(work: Work, light: bool) -> bytes:
         counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
     return json.dumps({
         "kind": "light" if light else "full", "width": width, "height": height, **counts,
-        "recipe": dataclasses.asdict(work.recipe), "content": work.job.content_digest.hex(),
+        "recipe": dataclasses.asdict(work.recipe), "seed": work.job.seed, "content": work.job.content_digest.hex(),
         "styles": [digest.hex() for digest in work.job.style_digests],
     }).encode()  # fmt: skip
 
@@ -211,8 +215,8 @@ def _recipe(fields: dict[str, Any]) -> Recipe:
     return Recipe(**layers, **chosen, **whole, **numbers)  # type: ignore[arg-type]
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
+def _count(value: Any, below: int = 2**31) -> int:
+    if type(value) is not int or not 0 <= value < below:
         raise ValueError
     return value
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_page",
     "check_request_id",
     "check_result",
+    "check_resumed",
     "check_spec",
     "check_watch",
 ]
@@ -29,22 +30,28 @@ __all__ = [
 LARGEST_STYLE_WEIGHT = 1000.0
 LONGEST_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
 MOST_IN_FLIGHT = 16  # frames that are not acknowledged
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
 
 
 def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """Everything that is wrong with a job, but for what the bytes of its images hold. `layers` the network has."""
-    if not spec.content.data:
-        yield Violation("spec.content", "is missing; send the content image as `data`")
+    """Everything that is wrong with a job, but for what the bytes of its images and of its checkpoint hold. `layers` the
+    network has."""
+    yield from _check_image("spec.content", spec.content, "the content image")
     yield from _check_styles(spec.styles, limits)
-    try:
-        recipe = recipe_from_message(spec.recipe)
-    except InvalidRecipe as error:
-        yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
-        recipe = _rest(spec.recipe, error.violations)
-    yield from _check_recipe(recipe, limits, layers)
-    yield from _check_start_image(spec, recipe.start)
+    if spec.resume:
+        for name in ("recipe", "start_image", "seed"):
+            if spec.HasField(name):
+                yield Violation(f"spec.{name}", "must be unset with `resume`, as the checkpoint has all that it says")
+    else:
+        try:
+            recipe = recipe_from_message(spec.recipe)
+        except InvalidRecipe as error:
+            yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
+            recipe = _rest(spec.recipe, error.violations)
+        yield from _check_recipe(recipe, limits, layers)
+        yield from _check_start_image(spec, recipe.start)
     if spec.HasField("frames"):
         yield from check_frames(spec.frames, "spec.frames")
     yield from check_checkpoints(spec.checkpoints, "spec.checkpoints")
@@ -56,6 +63,12 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
         )
     yield from _check_format("spec.result_format", spec.result_format)
     yield from _check_quality("spec.result_quality", spec.result_quality)
+
+
+def check_resumed(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """What is wrong with the recipe of a checkpoint on this server, which may not be the one that wrote it."""
+    for field, description in _check_recipe(recipe, limits, layers):
+        yield Violation("spec.resume", f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
 
 
 def check_request_id(request_id: str) -> Iterator[Violation]:
@@ -97,6 +110,17 @@ def check_result(work: StyleJob) -> Iterator[Violation]:
         )
 
 
+def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Violation]:
+    said = image.WhichOneof("source")  # and not whether `data` is empty: to ask for it is to copy it
+    if said is None:
+        yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
+    elif said == "digest" and not DIGEST.fullmatch(image.digest):
+        yield Violation(
+            f"{field}.digest",
+            f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
+        )
+
+
 def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[Violation]:
     if not 1 <= len(styles) <= limits.max_styles:
         yield Violation(
@@ -104,8 +128,7 @@ def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[
             f"must have 1 to {limits.max_styles} images (server setting {variable('max_styles')}), got {len(styles)}",
         )
     for i, style in enumerate(styles):
-        if not style.image.data:
-            yield Violation(f"spec.styles[{i}].image", "is missing; send the style image as `data`")
+        yield from _check_image(f"spec.styles[{i}].image", style.image, "the style image")
         if style.HasField("weight") and not 0 < style.weight <= LARGEST_STYLE_WEIGHT:  # true for NaN too
             yield Violation(
                 f"spec.styles[{i}].weight",
@@ -152,8 +175,8 @@ def _check_layers(field: str, wanted: Sequence[LayerWeight], layers: Sequence[st
 
 def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
     given = spec.HasField("start_image")
-    if start is Start.IMAGE and not spec.start_image.data:
-        yield Violation("spec.start_image", "is missing; START_IMAGE needs one as `data`")
+    if start is Start.IMAGE:
+        yield from _check_image("spec.start_image", spec.start_image, "the image that START_IMAGE needs")
     if start is not Start.IMAGE and given:
         yield Violation("spec.start_image", f"is only for START_IMAGE; this recipe starts from {start.value}")
 

@@ -207,6 +207,7 @@ def job_message(job: Job) -> pb.Job:
     )
     if job.plan is not None:
         message.iterations, message.width, message.height = job.plan.iterations, job.plan.width, job.plan.height
+        message.iteration = job.plan.resumed_at
     if job.state is State.QUEUED:
         message.queue_position = job.position
     if job.progress is not None:
