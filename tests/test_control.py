@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import random
 import time
 import uuid
 
@@ -19,7 +20,7 @@ from gramophone_server.config import Limits
 from gramophone_server.mailbox import State, Waiting
 from gramophone_server.messages import Encoders, View
 from tests.fakes import FakeEngine
-from tests.test_servicer import LARGE, events_of, lasting, refused, serving, spec, until, watching
+from tests.test_servicer import LARGE, events_of, lasting, own_tasks, refused, serving, spec, until, watching
 
 NAN = float("nan")
 LIMITS = Limits()
@@ -666,6 +667,32 @@ async def test_a_controller_that_reads_nothing_is_dropped_and_loses_control():
         got = await refused(controller.rest())
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.ABORTED, "SLOW_READER")
         await s.stub.CancelJob(pb.CancelJobRequest(job_id=job.id))
+
+
+async def test_of_60_controllers_who_leave_whenever_nothing_is_left():
+    chance = random.Random(1)
+    async with serving(FakeEngine(iteration_s=0.001), Limits(max_queued=60, max_kept=0)) as s:
+        before = own_tasks()
+
+        async def one(number):
+            controller = Controller(s.stub)
+            try:
+                async with asyncio.timeout(chance.uniform(0, 1.5) if number % 2 else None):
+                    await controller.send(start=pb.StartCommand(spec=spec(50)))
+                    await controller.event("accepted")
+                    for command in ({"pause": PAUSE}, {"frame": FRAME}, {"resume": RESUME}, {"finish": FINISH}):
+                        await controller.ask(**command)
+                    await controller.rest()
+            except (TimeoutError, AssertionError):  # of `read`, or the job was quicker than the commands
+                controller.call.cancel()
+            return controller.order[-1:] == ["result"]
+
+        ends = await asyncio.gather(*map(one, range(60)))
+        assert all(ends[::2])
+        await until(lambda: not s.scheduler.running + s.scheduler.queued + s.scheduler.paused)
+        await s.servicer.idle()
+        assert not s.servicer._calls
+        await until(lambda: own_tasks() <= before and len(s.servicer.jobs) == 0)
 
 
 async def test_cancel_job_ends_the_controllers_stream_too():
