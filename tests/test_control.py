@@ -16,8 +16,9 @@ from PIL import Image
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import checkpoint
+from gramophone_server.commands import Done
 from gramophone_server.config import Limits
-from gramophone_server.mailbox import State, Waiting
+from gramophone_server.mailbox import Frame, Picture, State, Waiting
 from gramophone_server.messages import Encoders, View
 from tests.fakes import FakeEngine
 from tests.test_servicer import LARGE, events_of, lasting, own_tasks, refused, serving, spec, until, watching
@@ -339,6 +340,22 @@ async def test_commands_on_the_heels_of_the_end_are_answered_before_the_result()
             assert answered == list(range(2, 2 + len(answered)))  # in order, and none left out
             numbers = [event.sequence for event in controller.events]
             assert numbers == sorted(set(numbers))
+
+
+async def test_a_picture_that_was_taken_when_the_job_ended_comes_too_late():
+    async with serving(slow()) as s:
+        controller = await started(s, lasting(100))
+        job = s.servicer.jobs.find(controller.job_id)
+
+        async def late():
+            await until(lambda: job.ended)
+            return Done(100, Frame(100, Picture(None)))
+
+        s.scheduler.command = lambda listener, command: late()
+        assert await controller.errors(frame=FRAME) == {"frame": "comes too late, the job has ended"}
+        assert not controller.of("result")
+        await controller.rest()
+    assert controller.order[-1] == "result" and not controller.of("frame")
 
 
 # The first message, and who may control -------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Controller:
         try:
             yield
         finally:
-            task.cancel()
+            task.cancel()  # before the status is sent, behind which reading raises
 
     async def _obey(self, requests: AsyncIterator[pb.StylizeInteractiveRequest]) -> None:
         """Returns when the client has closed its side, which gives the control up."""
