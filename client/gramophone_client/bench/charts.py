@@ -60,7 +60,7 @@ def line_chart(x: Axis, y: Axis, series: Sequence[Series]) -> str:
             tip = escape(f"{one.name}: {number(py)} at {frame.label(px, x)}")
             where = f'cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}"'
             # A small dot is hard to meet with a pointer, so a larger one that cannot be seen lies above it.
-            drawn.append(f'<circle class="dot {one.colour}" {where} r="4"/>')
+            drawn.append(f'<circle class="dot {one.colour}" {where} r="5"/>')
             drawn.append(f'<circle class="target" {where} r="12"><title>{tip}</title></circle>')
     return _svg(drawn, frame.width, y.title)
 

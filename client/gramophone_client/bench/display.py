@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from gramophone_client.bench.metrics import number
@@ -19,7 +18,7 @@ from gramophone_client.bench.table import StepTable
 __all__ = ["shown"]
 
 REFRESH_S = 0.25
-SPARK_COLUMNS = 40
+BAR_COLUMNS = SPARK_COLUMNS = 40
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -49,12 +48,10 @@ def _drawn(bench: Bench, encoding: str) -> RenderableType:
     if bench.recorder is None:
         parts.append(Text("waiting for the server"))
     else:
-        line = Table.grid(padding=(0, 2, 0, 0))
-        duration_s = bench.plan.duration_s
-        bar = ProgressBar(duration_s, min(bench.step_s, duration_s), width=20)
-        title = Text(f"step {len(bench.steps) + 1} of {len(bench.plan.loads)}: {bench.load}", style="bold")
-        line.add_row(title, bar, f"{bench.step_s:.0f} s of at most {duration_s:g}")
-        parts.append(line)
+        step, steps, duration_s = len(bench.steps) + 1, len(bench.plan.loads), bench.plan.duration_s
+        title = f"step {step} of {steps}: {bench.load}, {bench.step_s:.0f} s of at most {duration_s:g}"
+        parts.append(Text(title, style="bold", no_wrap=True, overflow="ellipsis"))
+        parts.append(ProgressBar(duration_s, min(bench.step_s, duration_s), width=BAR_COLUMNS))
         parts += [Text(words, no_wrap=True, overflow="ellipsis") for words in _words(bench, encoding)]
     return Group(*parts)
 

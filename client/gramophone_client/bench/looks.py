@@ -35,12 +35,13 @@ header p { margin: 0; color: var(--soft); }
 .tiles p { margin: 0; font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 14px; }
 figure { margin: 0; padding: 16px 18px 10px; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
+.charts figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
+.charts figure svg { max-height: 400px; }
+main > figure { margin-top: 14px; }
 figcaption { font-weight: 600; }
 .key { margin: 4px 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; color: var(--soft); font-size: 13px; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
 svg { width: 100%; height: auto; display: block; }
-figure.wide svg { max-height: 420px; }
 .word { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--quiet); stroke-width: 1; }

@@ -18,7 +18,8 @@ LEFT = "LEFT"  # by us, as the mix's `cancel` asked
 
 WINDOWS = 3  # in a row that have to agree
 TOLERANCE = 0.1  # by which a window may differ from their mean
-FEWEST_JOBS = {True: 3, False: 10}  # of a window, in a closed loop and in an open one, where chance has a part
+FEWEST_JOBS = 3  # of a window, for each kind
+FEWEST_CHANCE_JOBS = 10  # of a window of an open loop, where chance says when they come
 
 
 @dataclass
@@ -158,10 +159,12 @@ class Recorder:
     """The jobs of one step, in windows. The first window is the warm-up and counts for nothing.
 
     A window ends with the first good job after its time, so that a rate is jobs over the time that they took, and not
-    before it has a few; the warm-up ends when each caller has had one.
+    before it has a few of each kind; the warm-up lasts until as many jobs have ended as there are callers, since those
+    that were sent together wait for each other.
     """
 
-    def __init__(self, load: Load, *, warm_up_s: float, window_s: float) -> None:
+    def __init__(self, load: Load, *, warm_up_s: float, window_s: float, kinds: int = 1) -> None:
+        """`warm_up_s` and `window_s` in seconds; `kinds` that the mix has."""
         self.load = load
         self.windows: list[Tally] = []
         self.timeline: list[Counter[str]] = []  # statuses of each second of the step, with the warm-up
@@ -174,6 +177,7 @@ class Recorder:
         self.callers = load.concurrency if isinstance(load, ClosedLoop) else 1
         self._window_began_s = 0.0
         self._warm_up_s, self._window_s = warm_up_s, window_s
+        self._fewest_jobs = max(FEWEST_JOBS * kinds, 0 if self.is_closed else FEWEST_CHANCE_JOBS)
 
     def send(self, number: int, due_s: float, sent_s: float) -> None:
         """The job of this number is on its way."""
@@ -189,15 +193,17 @@ class Recorder:
         self.timeline[int(sample.ended_s)][sample.status] += 1
         self.current.add(sample)
         seconds = sample.ended_s - self._window_began_s
-        fewest = max(self.callers, FEWEST_JOBS[self.is_closed] if self.is_warm else 1)
-        if sample.status != OK or self.current.ok < fewest:
+        if sample.status != OK:
             return
-        if self.is_warm and seconds >= self._window_s:
+        if not self.is_warm:
+            if seconds < self._warm_up_s or self.current.ended < self.callers:
+                return
+        elif seconds < self._window_s or self.current.ok < self._fewest_jobs:
+            return
+        else:
             self.current.seconds = seconds
             self.windows.append(self.current)
             self.is_stable = self._is_stable()
-        elif self.is_warm or seconds < self._warm_up_s:
-            return
         self.is_warm, self.current, self._window_began_s = True, Tally(), sample.ended_s
 
     def measured(self, now_s: float) -> Tally:

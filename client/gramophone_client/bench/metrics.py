@@ -31,6 +31,7 @@ METRICS = (
     Metric("result max", "s", lambda step: step.tally.result_s.quantile(1.0)),
     Metric("frame gap p50", "s", lambda step: step.tally.frame_gap_s.quantile(0.5)),
     Metric("frame gap p99", "s", lambda step: step.tally.frame_gap_s.quantile(0.99)),
+    Metric("sent", "jobs/s", lambda step: step.tally.due / (step.tally.seconds or 1), None),
     Metric("jobs measured", "", lambda step: step.tally.ended, None),
     Metric("failed", "% of jobs", lambda step: 100 * step.tally.failed / (step.tally.ended or 1)),
     Metric("frames dropped", "", lambda step: step.tally.frames_dropped, None),

@@ -33,7 +33,7 @@ __all__ = ["BadMix", "Draw", "Kind", "draws", "read_mix"]
 
 
 class BadMix(Exception):
-    """A mix file that cannot be used; the text names the file, the job, the key, and what is allowed."""
+    """A mix that cannot be used; the text names the job, the key, and what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)

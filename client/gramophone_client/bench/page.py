@@ -37,8 +37,8 @@ def report_page(report: Report) -> str:
     body = [_tiles(_headline(report)), '<div class="charts">']
     for closed in (True, False):
         if _steps(report, closed):
-            body += [_throughput(shown, closed), _latency(report, closed)]
-    body += [_percentiles(report), _outcomes(report), "</div>", *_step_table(report)]
+            body += [_throughput(shown, closed), _latency(report, closed), _percentiles(report, closed)]
+    body += ["</div>", _outcomes(report), *_step_table(report)]
     return _page("gramophone bench", [said_of_server(report), *_about(report)], body)
 
 
@@ -126,8 +126,8 @@ def _compared(shown: Sequence[_Report], closed: bool, metric: Metric) -> str:
     return _figure(name, lines, line_chart(axis, Axis(metric.unit), lines))
 
 
-def _percentiles(report: Report) -> str:
-    steps = [step for step in report.steps if step.tally.result_s.count]
+def _percentiles(report: Report, closed: bool) -> str:
+    steps = [step for step in _steps(report, closed) if step.tally.result_s.count]
     colours = [RAMP[i * (len(RAMP) - 1) // max(1, len(steps) - 1)] for i in range(len(steps))]
     lines = [_curve(str(step.load), colour, step.tally.result_s) for step, colour in zip(steps, colours, strict=True)]
     return _figure("How long a result took, s: the share of jobs that had it by then", lines, _curves(lines))
@@ -175,13 +175,12 @@ def _outcomes(report: Report) -> str:
     marks = [(step.began_s, str(step.load)) for step in report.steps]
     lines = [Series(name, colour, ()) for name, colour in colours.items()]
     chart = bar_chart(Axis("seconds since the bench began"), Axis("jobs/s"), bars, colours, marks)
-    return _figure("What became of the jobs, jobs/s", lines, chart, is_wide=True)
+    return _figure("What became of the jobs, jobs/s", lines, chart)
 
 
-def _figure(title: str, lines: Sequence[Series], chart: str, is_wide: bool = False) -> str:
+def _figure(title: str, lines: Sequence[Series], chart: str) -> str:
     keys = "".join(f'<span><i class="{line.colour}"></i>{escape(line.name)}</span>' for line in lines)
-    width = ' class="wide"' if is_wide else ""
-    return f"<figure{width}><figcaption>{escape(title)}</figcaption><p class='key'>{keys}</p>{chart}</figure>"
+    return f'<figure><figcaption>{escape(title)}</figcaption><p class="key">{keys}</p>{chart}</figure>'
 
 
 # Words and tables -----------------------------------------------------------------------------------------------------
@@ -194,9 +193,9 @@ def _headline(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "0", "jobs", "nothing was finished"
         return
     best, first = max(done, key=lambda step: step.tally.jobs_per_s), done[0]
-    yield number(best.tally.jobs_per_s), "jobs/s", f"most, {best.load}"
+    yield number(best.tally.jobs_per_s), "jobs/s", f"most jobs, {best.load}"
     work = max(done, key=lambda step: step.tally.megapixel_iterations_per_s)
-    yield number(work.tally.megapixel_iterations_per_s), "megapixel-iterations/s", f"most, {work.load}"
+    yield number(work.tally.megapixel_iterations_per_s), "Mpx·it/s", f"most megapixel-iterations, {work.load}"
     if first.tally.first_frame_s.count:
         yield number(first.tally.first_frame_s.quantile(0.5)), "s", f"to the first frame, median, {first.load}"
     yield number(first.tally.result_s.quantile(0.5)), "s", f"to the result, median, {first.load}"

@@ -61,7 +61,7 @@ class Step:
             p50s = " ".join(f"{window.p50_s:.3g}" for window in self.windows[-3:])
             said = f" (medians of the last ones: {p50s} s)" if p50s else ""
             notes.append(f"{self.ending} before three windows agreed within 10 %{said}")
-        if self.unfinished:
+        if self.oldest_unfinished_s > self.tally.result_s.max_s:  # so the figures leave out the longest
             notes.append(f"{self.unfinished} jobs had not ended, the oldest after {self.oldest_unfinished_s:.3g} s")
         if self.client_cpu > BUSY_CLIENT:
             notes.append(f"this client kept {self.client_cpu:.2g} cores busy and may be what was measured")

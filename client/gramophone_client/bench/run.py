@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gramophone_client.bench.load import ClosedLoop, Load, poisson
 from gramophone_client.bench.measure import LEFT, Recorder, Sample, megapixel_iterations
-from gramophone_client.bench.mix import Draw, Kind, draws
+from gramophone_client.bench.mix import BadMix, Draw, Kind, draws
 from gramophone_client.bench.report import Step, Window
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import GramophoneError, InvalidRequest
@@ -64,7 +64,7 @@ class Bench:
     async def run(self) -> None:
         """All steps, or as many as there are before this task is cancelled, which ends the bench but is no error.
 
-        Raises `GramophoneError` if the server is not there, or finds a job of the mix invalid.
+        Raises `BadMix` if the server finds a job of it invalid, `GramophoneError` if there is no server any more.
         """
         idle = await self._server_load()
         for load in self.plan.loads:
@@ -81,7 +81,7 @@ class Bench:
 
     async def _step(self, load: Load, before: tuple[int, int]) -> None:
         plan, stable = self.plan, asyncio.Event()
-        recorder = Recorder(load, warm_up_s=plan.warm_up_s, window_s=plan.window_s)
+        recorder = Recorder(load, warm_up_s=plan.warm_up_s, window_s=plan.window_s, kinds=len(plan.mix))
         cpu_s, self._step_began_s = time.process_time(), time.monotonic()
         self.load, self.recorder = load, recorder
         sending = asyncio.create_task(self._send(load, recorder, stable))
@@ -153,8 +153,8 @@ class Bench:
             else:
                 await self._ask(draw.kind, number, sample)
         except InvalidRequest as error:
-            error.add_note(f"of {draw.kind.name!r}")
-            raise  # all of its kind are, so there is nothing to measure
+            # All of its kind are invalid, so there is nothing to measure.
+            raise BadMix(f"the server takes no job like {draw.kind.name!r}: {error}") from error
         except GramophoneError as error:
             sample.status = error.reason or (error.code.name if error.code else type(error).__name__)
             pause_s = min(max(error.retry_after_s or 0.0, LEAST_PAUSE_S), LONGEST_PAUSE_S)

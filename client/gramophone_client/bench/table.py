@@ -43,8 +43,8 @@ class StepTable:
         self._steps = steps
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = len(COLUMNS)
-        while columns > 3 and Measurement.get(console, options, self._table(columns)).minimum > options.max_width:
+        columns, unbounded = len(COLUMNS), options.update(max_width=10_000)
+        while columns > 3 and Measurement.get(console, unbounded, self._table(columns)).maximum > options.max_width:
             columns -= 1
         yield self._table(columns)
 
@@ -88,7 +88,9 @@ def differences(before: Report, after: Report) -> Iterator[str]:
     """What makes the two hard to compare, in a sentence each."""
     for key in sorted(before.settings.keys() | after.settings.keys()):
         if before.settings.get(key) != after.settings.get(key):
-            yield f"they differ in {key}: {before.settings.get(key)} and {after.settings.get(key)}"
+            values = before.settings.get(key), after.settings.get(key)
+            is_long = any(isinstance(value, list) for value in values)
+            yield f"they differ in {key}" + ("" if is_long else f": {values[0]} and {values[1]}")
     missing = {step.load for step in before.steps} ^ {step.load for step in after.steps}
     if missing:
         yield f"only one of them has: {', '.join(sorted(map(str, missing)))}"
