@@ -2,7 +2,7 @@ import io
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from rich.console import Console
@@ -55,7 +55,7 @@ def test_arrivals_are_poisson_and_the_same_for_the_same_seed():
     assert list(islice(poisson(2.0, 7), 50)) == list(islice(poisson(2.0, 7), 50))
     assert next(poisson(2.0, 7)) != next(poisson(2.0, 8))
     moments = [0.0, *islice(poisson(2.0, 7), 20_000)]
-    gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(moments)]
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(0.5, rel=0.03)
     # Of exponential gaps as many are longer than the mean, and than twice the mean, as e says.

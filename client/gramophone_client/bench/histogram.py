@@ -1,6 +1,7 @@
 """Durations in buckets that grow with their size: any quantile of any number of them, in little memory.
 
-The layout is HdrHistogram's. Its package is not used because it needs a setuptools that torch does not allow.
+The layout is HdrHistogram's. Its package is not used because the two cannot be installed together: hdrhistogram 0.10.8
+needs setuptools 83 at run time, torch 2.12 one below 82.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -93,9 +94,11 @@ class Bench:
             self._interrupt()
             ending = "interrupted"
         now_s, cpu_s = self.step_s, time.process_time() - cpu_s
-        tally = recorder.measured(now_s)  # before the jobs that are on their way are left
+        # All of it before the jobs that are on their way are left.
+        tally = recorder.measured(now_s)
         ending = "stable" if recorder.is_stable else ending
         windows = tuple(Window(w.seconds, w.ok, w.result_s.quantile(0.5) or 0.0) for w in recorder.windows)
+        timeline = tuple(map(Counter, recorder.timeline))
         unfinished, oldest_s = len(recorder.in_flight), now_s - min(recorder.in_flight.values(), default=now_s)
         after = None
         with suppress(GramophoneError):  # what was measured until the server went away is worth having
@@ -120,7 +123,7 @@ class Bench:
                 client_cpu=cpu_s / now_s,
                 server_before=before,
                 server_after=after,
-                timeline=tuple(recorder.timeline),
+                timeline=timeline,
             )
         )
 
