@@ -330,7 +330,7 @@ def test_numbers_have_three_digits():
 # --- text and page
 
 
-@pytest.mark.parametrize("width", [40, 60, 100, 200])
+@pytest.mark.parametrize("width", [24, 40, 60, 100, 200])
 def test_the_table_is_as_wide_as_there_is_room(width):
     console = Console(width=width, file=io.StringIO())
     console.print(table.StepTable([make_step(), make_step(OpenLoop(2.0), refusals=3)]))

@@ -12,7 +12,7 @@ from gramophone_client.bench.metrics import number
 __all__ = ["Axis", "Bar", "Series", "bar_chart", "line_chart"]
 
 WIDTH, WIDE, HEIGHT = 640, 1240, 320  # of lines, of bars, of both
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44  # margins, with room for the axes' words
+LEFT, RIGHT, TOP, BOTTOM = 56, 26, 14, 44  # margins, with room for the axes' words
 
 
 @dataclass(frozen=True)

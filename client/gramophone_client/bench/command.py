@@ -123,7 +123,7 @@ def _compare(args: argparse.Namespace) -> None:
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
     if args.html:
         write_whole(args.html, comparison_page(before, after, names).encode())
-    print_comparison(_console(), before, after, names)
+    _print(lambda console: print_comparison(console, before, after, names))
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -150,7 +150,7 @@ def _measure(args: argparse.Namespace) -> None:
                 report.save(args.json)
             if args.html:
                 write_whole(args.html, report_page(report).encode())
-            print_report(_console(), report)
+            _print(lambda console: print_report(console, report))
     if benches[0].is_interrupted:
         raise KeyboardInterrupt
 
@@ -215,9 +215,14 @@ def _empty_report(args: argparse.Namespace, plan: Plan, server: ServerInfo) -> R
     )
 
 
-def _console() -> Console:
+def _print(write: Callable[[Console], None]) -> None:
+    """On standard output, in the terminal's colours and width; a console of its own would end the process when a pipe
+    breaks."""
     console = Console()
-    return console if console.is_terminal else Console(width=PIPED_COLUMNS)
+    console = console if console.is_terminal else Console(width=PIPED_COLUMNS)
+    with console.capture() as text:
+        write(console)
+    print(text.get(), end="", flush=True)
 
 
 def _listed(one: Callable[[str], T]) -> Callable[[str], list[T]]:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from gramophone_client.bench.metrics import number
@@ -51,7 +52,9 @@ def _drawn(bench: Bench, encoding: str) -> RenderableType:
         step, steps, duration_s = len(bench.steps) + 1, len(bench.plan.loads), bench.plan.duration_s
         title = f"step {step} of {steps}: {bench.load}, {bench.step_s:.0f} s of at most {duration_s:g}"
         parts.append(Text(title, style="bold", no_wrap=True, overflow="ellipsis"))
-        parts.append(ProgressBar(duration_s, min(bench.step_s, duration_s), width=BAR_COLUMNS))
+        bar = Table.grid()  # which ends its line
+        bar.add_row(ProgressBar(duration_s, min(bench.step_s, duration_s), width=BAR_COLUMNS))
+        parts.append(bar)
         parts += [Text(words, no_wrap=True, overflow="ellipsis") for words in _words(bench, encoding)]
     return Group(*parts)
 
@@ -65,7 +68,7 @@ def _words(bench: Bench, encoding: str) -> Iterator[str]:
     medians = " ".join(number(window.result_s.quantile(0.5)) for window in recorder.windows[-3:])
     yield f"{stage}, {len(recorder.in_flight)} jobs on their way" + (f", medians so far {medians} s" if medians else "")
     yield (
-        f"{number(tally.jobs_per_s)} jobs/s, {number(tally.megapixel_iterations_per_s)} Mpx·it/s, "
+        f"{number(tally.jobs_per_s)} jobs/s, {number(tally.megapixel_iterations_per_s)} Mpx it/s, "
         f"first frame {number(tally.first_frame_s.quantile(0.5))} s, "
         f"result p50 {number(tally.result_s.quantile(0.5))} s, p99 {number(tally.result_s.quantile(0.99))} s"
     )

@@ -93,8 +93,9 @@ def _throughput(shown: Sequence[_Report], closed: bool) -> str:
         for i, one in enumerate(shown)
     ]
     if not closed:
-        highest = max(places)
-        lines.append(Series("offered", "quiet", [(0.0, 0.0), (highest, highest)], is_dashed=True, has_dots=False))
+        # As far as it leaves room for what was done: under overload it would be far above.
+        furthest = min(max(places), 1.5 * max(y for line in lines for _, y in line.points) or math.inf)
+        lines.append(Series("offered", "quiet", [(0.0, 0.0), (furthest, furthest)], is_dashed=True, has_dots=False))
     return _figure("Throughput, jobs/s", lines, line_chart(axis, Axis("jobs/s"), lines))
 
 

@@ -27,7 +27,7 @@ COLUMNS: Sequence[tuple[str, Callable[[Step], str]]] = (
     ("result s\np50/p95/p99/max", lambda step: _quantiles(step.tally.result_s, QUARTET)),
     ("failed", lambda step: str(step.tally.failed)),
     ("first frame s\np50/p95/p99/max", lambda step: _quantiles(step.tally.first_frame_s, QUARTET)),
-    ("Mpx·it/s", lambda step: number(step.tally.megapixel_iterations_per_s)),
+    ("Mpx it/s", lambda step: number(step.tally.megapixel_iterations_per_s)),
     ("jobs", lambda step: str(step.tally.ended)),
     ("frame gap s\np50/p99", lambda step: _quantiles(step.tally.frame_gap_s, (0.5, 0.99))),
     ("dropped", lambda step: str(step.tally.frames_dropped)),
@@ -44,7 +44,7 @@ class StepTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, unbounded = len(COLUMNS), options.update(max_width=10_000)
-        while columns > 3 and Measurement.get(console, unbounded, self._table(columns)).maximum > options.max_width:
+        while columns > 2 and Measurement.get(console, unbounded, self._table(columns)).maximum > options.max_width:
             columns -= 1
         yield self._table(columns)
 
