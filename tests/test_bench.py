@@ -298,13 +298,13 @@ def test_notes_say_what_the_figures_leave_out():
     (note,) = make_step(is_warm=False, ending="time is up").notes()
     assert "the warm-up had not ended" in note
     (note,) = make_step(unfinished=4, oldest_unfinished_s=30.0).notes()
-    assert note == "4 jobs had not ended, the oldest after 30 s"
+    assert note == "not ended in time: 4, the oldest after 30 s"
     (note,) = make_step(client_cpu=0.95).notes()
     assert "this client kept 0.95 cores busy" in note
     (note,) = make_step(OpenLoop(1.0), late_s=2.0).notes()
     assert note == "a job was sent 2 s late; its latency counts from when it was due"
     (note,) = make_step(server_before=(1, 2)).notes()
-    assert "1 jobs of others ran and 2 waited" in note
+    assert "others had 1 running and 2 waiting" in note
 
 
 # --- compare

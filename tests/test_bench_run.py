@@ -66,8 +66,8 @@ def plan(*loads, mix=(FAST,), **fields) -> Plan:
 
 async def benched(service, plan: Plan) -> list[Step]:
     async with GramophoneClient(service.target, retries=False) as client:
-        bench = Bench(client, plan)
-        await bench.run()
+        bench = Bench(plan)
+        await bench.run(client)
         return bench.steps
 
 
@@ -209,9 +209,9 @@ def test_the_display_fits_and_goes(service, monkeypatch, width):
 
     async def show() -> None:
         async with GramophoneClient(service.target, retries=False) as client:
-            bench = Bench(client, plan(ClosedLoop(1), OpenLoop(50.0), duration_s=0.3))
+            bench = Bench(plan(ClosedLoop(1), OpenLoop(50.0), duration_s=0.3))
             async with display.shown(bench, console):
-                await bench.run()
+                await bench.run(client)
 
     asyncio.run(show())
     out = console.file.getvalue()
@@ -258,10 +258,10 @@ def test_the_command_takes_pictures_and_a_mix(gramophone, service, hasty):
     (hasty / "photo.png").write_bytes(PICTURES.content)
     (hasty / "painting.png").write_bytes(PICTURES.styles[0])
     (hasty / "mix.toml").write_text('[[job]]\nname = "a"\nsize = 64\n[[job]]\nname = "b"\n')
-    code, _, _ = gramophone(f"{QUICK} photo.png painting.png --mix mix.toml --concurrency 2 --beta 5 --json a.json")
+    code, _, _ = gramophone(f"{QUICK} photo.png painting.png --mix mix.toml --preset quality --beta 5 --json a.json")
     assert code == 0
     assert {spec.content.data for spec in service.specs} == {PICTURES.content}
-    assert {spec.recipe.beta for spec in service.specs} == {5.0}
+    assert {(spec.recipe.preset, spec.recipe.beta) for spec in service.specs} == {(pb.PRESET_QUALITY, 5.0)}
     settings = read_report(hasty / "a.json").settings
     assert [kind["name"] for kind in settings["mix"]] == ["a", "b"]
     assert settings["pictures"] == ["photo.png", "painting.png"]
@@ -289,7 +289,7 @@ def test_a_server_that_goes_away_leaves_what_was_measured(gramophone, service, h
 
     async def failing(self, **kwargs):
         asked.append(True)
-        if len(asked) > 3:  # for the report, before the first step (twice), and now after it
+        if len(asked) > 2:  # in the beginning, before the first step, and now after it
             self.target = "127.0.0.1:1"
             await self.close()
         return await told(self, **kwargs)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from gramophone.recipe import PRESETS
 from gramophone_client.bench.display import shown
 from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
 from gramophone_client.bench.mix import BadMix, Kind, read_mix
@@ -85,6 +86,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     load.add_argument("--rate", type=_listed(_rate), metavar="X,...", help="a step of an open loop for each, in jobs/s")
     load.add_argument("--mix", type=Path, metavar="FILE", help="the kinds of jobs (default: one kind, by the flags)")
+    load.add_argument("--preset", choices=list(PRESETS), help="a complete recipe (default fast, or the mix's)")
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of moments, mix and pictures (default 0)")
     time = parser.add_argument_group("time")
     time.add_argument("--warm-up", type=_seconds, default=5.0, metavar="SECONDS", help="not measured (default 5)")
@@ -127,31 +129,26 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    plan = _plan(args)
-    asked: list[Report] = []  # the report without steps, and the bench, as soon as there is a server
-    benches: list[Bench] = []
+    running, began = Bench(_plan(args)), datetime.now(UTC)
 
     async def measure() -> None:
         async with GramophoneClient(args.server, timeout_s=args.deadline, retries=False) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
-            asked.append(_empty_report(args, plan, await client.server_info()))
-            benches.append(Bench(client, plan))
-            console = Console(stderr=True, quiet=args.quiet)
-            async with shown(benches[0], console):
-                await benches[0].run()
+            async with shown(running, Console(stderr=True, quiet=args.quiet)):
+                await running.run(client)
 
     try:
         asyncio.run(measure())
     finally:  # also of a bench that was interrupted, or whose server went away
-        if benches and benches[0].steps:
-            report = replace(asked[0], steps=tuple(benches[0].steps))
+        if running.server is not None and running.steps:
+            report = _report(args, began, running, running.server)
             if args.json:
                 report.save(args.json)
             if args.html:
                 write_whole(args.html, report_page(report).encode())
             _print(lambda console: print_report(console, report))
-    if benches[0].is_interrupted:
+    if running.is_interrupted:
         raise KeyboardInterrupt
 
 
@@ -159,8 +156,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     closed: Sequence[int] = args.concurrency or (() if args.rate else DEFAULT_CONCURRENCY)
     loads: list[Load] = [*map(ClosedLoop, closed), *map(OpenLoop, args.rate or ())]
     overrides = recipe_overrides(args)
-    mix = read_mix(args.mix) if args.mix else [Kind(name="fast")]
-    mix = [replace(kind, overrides=kind.overrides | overrides) for kind in mix]
+    mix = read_mix(args.mix) if args.mix else [Kind(name=args.preset or "fast")]
+    # The flags change every kind, so that a mix can be tried with small pictures.
+    mix = [replace(k, preset=args.preset or k.preset, overrides=k.overrides | overrides) for k in mix]
     for kind in mix:
         kind.recipe()  # raises; the server would say the same, but later
     return Plan(
@@ -190,8 +188,8 @@ def _pictures(paths: Sequence[Path], seed: int) -> Callable[[Kind], Pictures]:
     return lambda kind: made(kind.recipe().size)
 
 
-def _empty_report(args: argparse.Namespace, plan: Plan, server: ServerInfo) -> Report:
-    told = asdict(server)
+def _report(args: argparse.Namespace, began: datetime, bench: Bench, server: ServerInfo) -> Report:
+    plan, told = bench.plan, asdict(server)
     left_out = {"presets", "layers", "running_jobs", "queued_jobs"}
     settings: dict[str, Any] = {
         "mix": [asdict(kind) for kind in plan.mix],
@@ -207,11 +205,12 @@ def _empty_report(args: argparse.Namespace, plan: Plan, server: ServerInfo) -> R
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     return Report(
-        began=datetime.now(UTC).isoformat(timespec="seconds"),
+        began=began.isoformat(timespec="seconds"),
         client=version,
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         server={key: value for key, value in told.items() if key not in left_out},
         settings=settings,
+        steps=tuple(bench.steps),
     )
 
 

@@ -233,6 +233,9 @@ def _step_table(report: Report) -> Iterator[str]:
     for status in sorted(report.statuses):
         cells = "".join(f"<td>{step.tally.statuses.get(status, 0)}</td>" for step in steps)
         yield f"<tr><th>{escape(status)}</th>{cells}</tr>"
+    for word, loads in (("before", [s.server_before for s in steps]), ("after", [s.server_after for s in steps])):
+        cells = "".join(f"<td>{'-' if load is None else f'{load[0]}, {load[1]}'}</td>" for load in loads)
+        yield f"<tr><th>at the server {word} <span>running, waiting</span></th>{cells}</tr>"
     kinds = sorted({kind for step in steps for kind in step.tally.by_kind})
     for kind in kinds if len(kinds) > 1 else ():
         medians = (step.tally.by_kind.get(kind, Histogram()).quantile(0.5) for step in steps)

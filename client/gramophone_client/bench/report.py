@@ -62,14 +62,14 @@ class Step:
             said = f" (medians of the last ones: {p50s} s)" if p50s else ""
             notes.append(f"{self.ending} before three windows agreed within 10 %{said}")
         if self.oldest_unfinished_s > self.tally.result_s.max_s:  # so the figures leave out the longest
-            notes.append(f"{self.unfinished} jobs had not ended, the oldest after {self.oldest_unfinished_s:.3g} s")
+            notes.append(f"not ended in time: {self.unfinished}, the oldest after {self.oldest_unfinished_s:.3g} s")
         if self.client_cpu > BUSY_CLIENT:
             notes.append(f"this client kept {self.client_cpu:.2g} cores busy and may be what was measured")
         if isinstance(self.load, OpenLoop) and self.late_s > LATE_SHARE * (self.tally.result_s.quantile(0.5) or 1.0):
             notes.append(f"a job was sent {self.late_s:.3g} s late; its latency counts from when it was due")
         if self.server_before is not None and any(self.server_before):
             running, waiting = self.server_before
-            notes.append(f"{running} jobs of others ran and {waiting} waited at the server before this step")
+            notes.append(f"others had {running} running and {waiting} waiting at the server before this step")
         return notes
 
     def as_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gramophone_client.bench.report import Step, Window
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import GramophoneError, InvalidRequest
 from gramophone_client.job_spec import FrameOptions
-from gramophone_client.updates import Accepted, Frame, Progress, Result
+from gramophone_client.updates import Accepted, Frame, Progress, Result, ServerInfo
 
 __all__ = ["Bench", "Pictures", "Plan"]
 
@@ -50,24 +50,29 @@ class Plan:
 
 @dataclass
 class Bench:
-    """A bench on its way, for whoever shows it. The client must not retry: a refused job is to be counted."""
+    """A bench on its way, for whoever shows it."""
 
-    client: GramophoneClient
     plan: Plan
+    server: ServerInfo | None = None  # as it was in the beginning
     steps: list[Step] = field(default_factory=list)  # that have ended
     load: Load | None = None  # of the present step
     recorder: Recorder | None = None  # of the present step
     is_interrupted: bool = False
+    _client: GramophoneClient = field(init=False)
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _jobs: int = 0
 
-    async def run(self) -> None:
+    async def run(self, client: GramophoneClient) -> None:
         """All steps, or as many as there are before this task is cancelled, which ends the bench but is no error.
+
+        The client is one without retries, so that each refusal is counted.
 
         Raises `BadMix` if the server finds a job of it invalid, `GramophoneError` if there is no server any more.
         """
-        idle = await self._server_load()
+        self._client = client
+        self.server = await client.server_info()
+        idle = self.server.running_jobs, self.server.queued_jobs
         for load in self.plan.loads:
             if self.is_interrupted:
                 break
@@ -171,7 +176,7 @@ class Bench:
         kind, pictures = draw.kind, self.plan.pictures(draw.kind)
         frames = FrameOptions(every_iterations=kind.frame_every, max_side=kind.frame_size) if kind.frames else None
         accepted, done = None, 0
-        updates = self.client.stream(
+        updates = self._client.stream(
             pictures.content,
             pictures.styles,
             frames=frames,
@@ -203,7 +208,7 @@ class Bench:
 
     async def _ask(self, kind: Kind, number: int, sample: Sample) -> None:
         pictures = self.plan.pictures(kind)
-        done = await self.client.stylize(
+        done = await self._client.stylize(
             pictures.content,
             pictures.styles,
             timeout_s=kind.deadline_s or self.plan.deadline_s,
@@ -216,7 +221,7 @@ class Bench:
         sample.megapixel_iterations = megapixel_iterations(done.recipe, *size, done.iterations, done.iterations)
 
     async def _server_load(self) -> tuple[int, int]:
-        info = await self.client.server_info()
+        info = await self._client.server_info()
         return info.running_jobs, info.queued_jobs
 
     async def _settled(self, idle: tuple[int, int]) -> tuple[int, int]:
