@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gramophone.recipe import PRESETS, InvalidRecipe, Violation
 from gramophone_client import errors
+from gramophone_client.bench.command import add_bench
 from gramophone_client.client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from gramophone_client.errors import GramophoneError
 from gramophone_client.flags import TYPES, add_recipe_flags, as_flags, flag
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stylize(commands)
     _add_jobs(commands)
+    _add_server(add_bench(commands))
 
     info_parser = commands.add_parser(
         "info",

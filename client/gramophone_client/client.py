@@ -95,12 +95,14 @@ class GramophoneClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
+        retries: bool = True,
     ) -> None:
-        """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext."""
+        """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext. Without `retries` a call that the
+        server refuses fails at once, for whoever counts refusals."""
         asyncio.get_running_loop()  # a channel belongs to a loop; without one, gRPC would pick another silently
         self.target = target
         self.timeout_s = timeout_s
-        options = _options(max_message_bytes)
+        options = [*_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:
