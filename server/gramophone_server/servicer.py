@@ -15,12 +15,13 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
 from gramophone_server.calls import Call, Context
-from gramophone_server.checks import check_frames, check_page, check_request_id
+from gramophone_server.checks import check_first, check_no_credit, check_page, check_request_id, check_watch
 from gramophone_server.config import Limits
+from gramophone_server.control import Controller
 from gramophone_server.errors import EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.jobs import Job, Jobs
-from gramophone_server.mailbox import FrameRule
-from gramophone_server.messages import Encoders, event_message, frame_encoding, job_message, result_encoding, version
+from gramophone_server.mailbox import CheckpointRule, FrameRule
+from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
 from gramophone_server.requests import Admission, refuse, spec_digest
 from gramophone_server.scheduler import Place, Scheduler
 from gramophone_server.targets import CacheCounts
@@ -65,7 +66,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         request.spec.ClearField("frames")
         request.spec.ClearField("checkpoints")
         try:
-            async for event in self._made(request, call):
+            async for event in self._made(request, call).events():
                 if event.HasField("accepted"):
                     response.accepted.CopyFrom(event.accepted)
                 elif event.HasField("result"):
@@ -81,9 +82,26 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("StylizeStream", context)
         try:
-            async for event in self._made(request, call):
+            refuse(check_no_credit(request.spec.frames, "spec.frames"))
+            async for event in self._made(request, call).events():
                 with call.writing():
                     yield pb.StylizeStreamResponse(event=event)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def StylizeInteractive(
+        self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
+    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+        """See the proto."""
+        call = self._call("StylizeInteractive", context)
+        try:
+            requests = aiter(request_iterator)
+            first = await anext(requests, None)
+            controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
+            async for response in controller.responses(requests, call):
+                with call.writing():
+                    yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -92,10 +110,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("WatchJob", context)
         try:
-            frames = request.frames if request.HasField("frames") else None
-            refuse(check_frames(frames, "frames") if frames is not None else ())
+            refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
-            async for event in self._watched(job, call, frames, after=request.after_sequence):
+            async for event in self._watched(job, call, request, after=request.after_sequence).events():
                 with call.writing():
                     yield pb.WatchJobResponse(event=event)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -197,8 +214,24 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         if not self._calls:
             self._no_calls.set()
 
-    def _made(self, request: pb.StylizeRequest | pb.StylizeStreamRequest, call: Call) -> AsyncIterator[pb.JobEvent]:
-        """The job that the request makes, or that an earlier one with its id made, for both of their RPCs."""
+    def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
+        """The job of a controller's first message."""
+        refuse(check_first(first))
+        assert first is not None, "its absence was refused"
+        if first.HasField("start"):
+            return self._made(first.start, call, controls=True)
+        refuse(check_watch(first.attach, "attach."))
+        job = self.jobs.find(first.attach.job_id)
+        return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
+
+    def _made(
+        self,
+        request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
+        call: Call,
+        *,
+        controls: bool = False,
+    ) -> View:
+        """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
         spec, request_id = request.spec, request.request_id.lower()
         refuse(check_request_id(request_id))
         job = self.jobs.of_request(request_id)
@@ -214,22 +247,27 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             preparation.add_done_callback(self._preparations.discard)
         elif job.digest != spec_digest(spec):
             raise RequestIdTaken(request_id)
-        return self._watched(job, call, spec.frames if spec.HasField("frames") else None, attached=attached)
+        else:
+            refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
+        return self._watched(job, call, spec, attached=attached, controls=controls)
 
     def _watched(
-        self, job: Job, call: Call, frames: pb.FrameOptions | None, *, after: int = 0, attached: bool = False
-    ) -> AsyncIterator[pb.JobEvent]:
+        self,
+        job: Job,
+        call: Call,
+        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        *,
+        after: int = 0,
+        attached: bool = False,
+        controls: bool = False,
+    ) -> View:
         """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
-        mailbox = job.watch(_frame_rule(frames), after)
+        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
+        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        mailbox = job.watch(frames, checkpoints, after, controls=controls)
         call.watches(job, mailbox)
-        encoding = frame_encoding(frames or pb.FrameOptions())
         weights = self._scheduler.engine.weights_source
-
-        async def events() -> AsyncIterator[pb.JobEvent]:
-            async for number, event in mailbox.events():
-                yield await event_message(number, event, job, self._encoders, encoding, attached, weights)
-
-        return events()
+        return View(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
 
     async def _prepare(self, job: Job, place: Place, spec: pb.JobSpec, deadline_at: float | None) -> None:
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
@@ -250,10 +288,12 @@ def _cache_stats(counts: CacheCounts) -> pb.CacheStats:
     return pb.CacheStats(hits=counts.hits, misses=counts.misses, bytes=counts.bytes, max_bytes=counts.most_bytes)
 
 
-def _frame_rule(frames: pb.FrameOptions | None) -> FrameRule | None:
-    if frames is None:
-        return None
-    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval))
+def _frame_rule(frames: pb.FrameOptions) -> FrameRule:
+    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval), frames.max_in_flight)
+
+
+def _checkpoint_rule(checkpoints: pb.CheckpointOptions) -> CheckpointRule:
+    return CheckpointRule(_seconds(checkpoints.min_interval), checkpoints.light)
 
 
 def _seconds(duration: duration_pb2.Duration) -> float:
