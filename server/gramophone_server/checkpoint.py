@@ -30,7 +30,7 @@ from gramophone_server.optimisers import State, layout
 from gramophone_server.scales import shown
 from gramophone_server.work import Tuning, Work
 
-__all__ = ["Checkpoint", "read", "size", "write"]
+__all__ = ["Checkpoint", "read", "require_room", "size", "write"]
 
 FIELD = "spec.resume"  # of a request, for those who are told that it will not do
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version: another layout of any optimiser's state is another version
@@ -89,33 +89,35 @@ def size(work: Work, *, light: bool = False) -> int:
     return width * height * 3 if light else _bytes(layout(*_key(work.recipe), height, width))
 
 
-def write(work: Work, *, light: bool = False, most_bytes: int) -> bytes:
-    """A job that is in no batch, such as one of `Batch.copy` or `Batch.leave`, as bytes.
-
-    Raises `InvalidRequest` if that takes more than ``most_bytes``, and `ValueError` if the job has not begun.
-    """
-    if work.tensors is None:
-        raise ValueError("only a job that has begun and is in no batch can be written")
-    width, height, _ = work.scales[work.at]
-    tensors = {name: tensor.cpu() for name, tensor in work.tensors.items()}
-    counts = {name: getattr(work, name) for name in COUNTS}
-    if light:
-        counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
-    header = json.dumps({
-        "kind": "light" if light else "full", "width": width, "height": height, **counts,
-        "recipe": dataclasses.asdict(work.recipe), "seed": work.job.seed, "content": work.job.content_digest.hex(),
-        "styles": [digest.hex() for digest in work.job.style_digests],
-    }).encode()  # fmt: skip
-    total = len(MAGIC) + 4 + len(header) + size(work, light=light)
+def require_room(work: Work, *, light: bool = False, most_bytes: int) -> None:
+    """Raises `InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
+    total = len(MAGIC) + 4 + len(_header(work, light)) + size(work, light=light)
     if total > most_bytes:
+        width, height, _ = work.scales[work.at]
         instead = "" if light else "; a light one is smaller"
         taken = f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}"
         raise InvalidRequest([Violation("checkpoint", taken)])
+
+
+def write(work: Work, *, light: bool = False, picture: Tensor | None = None, most_bytes: int) -> bytes:
+    """A job that is in no batch, such as one of `Batch.copy` or `Batch.leave`, as bytes.
+
+    ``picture`` is what `Batch.snapshot` gives: with it, a light one needs no tensors. Raises `InvalidRequest` if the bytes
+    are more than ``most_bytes``, and `ValueError` if the job has not begun.
+    """
+    if work.tensors is None and not (light and picture is not None):
+        raise ValueError("only a job that has begun and is in no batch can be written")
+    require_room(work, light=light, most_bytes=most_bytes)
+    header = _header(work, light)
     parts = [MAGIC, len(header).to_bytes(4, "little"), header]
+    tensors = {name: tensor.cpu() for name, tensor in (work.tensors or {}).items()}
     if light:
-        picture = shown(tensors, work.recipe.average, work.averaged, not work.diverged_at)
-        parts.append(_to_bytes(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0)))
+        if picture is None:
+            image = shown(tensors, work.recipe.average, work.averaged, not work.diverged_at)
+            picture = image.mul(255).round().to(torch.uint8).permute(1, 2, 0)
+        parts.append(_to_bytes(picture))
     else:
+        width, height, _ = work.scales[work.at]
         for name, like in layout(*_key(work.recipe), height, width).items():
             parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
     return b"".join(parts)
@@ -153,6 +155,18 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
     )
     _check(tensors, counts)
     return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), counts, tensors)
+
+
+def _header(work: Work, light: bool) -> bytes:
+    width, height, _ = work.scales[work.at]
+    counts = {name: getattr(work, name) for name in COUNTS}
+    if light:
+        counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
+    return json.dumps({
+        "kind": "light" if light else "full", "width": width, "height": height, **counts,
+        "recipe": dataclasses.asdict(work.recipe), "seed": work.job.seed, "content": work.job.content_digest.hex(),
+        "styles": [digest.hex() for digest in work.job.style_digests],
+    }).encode()  # fmt: skip
 
 
 def _key(recipe: Recipe) -> tuple[Optimiser, float]:

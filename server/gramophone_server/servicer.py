@@ -24,8 +24,8 @@ from gramophone_server.mailbox import CheckpointRule, FrameRule
 from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
 from gramophone_server.requests import Admission, refuse, spec_digest
 from gramophone_server.scheduler import Place, Scheduler
-from gramophone_server.targets import CacheCounts
 from gramophone_server.uploads import Upload
+from gramophone_server.work import CacheCounts
 
 __all__ = ["Servicer"]
 

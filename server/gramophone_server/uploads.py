@@ -9,7 +9,7 @@ from collections import OrderedDict
 from gramophone.recipe import Violation
 from gramophone_server.config import Limits, variable
 from gramophone_server.errors import ImageNotFound, InvalidRequest
-from gramophone_server.targets import CacheCounts
+from gramophone_server.work import CacheCounts
 
 __all__ = ["LARGEST_CHUNK", "Upload", "Uploads"]
 
