@@ -54,7 +54,7 @@ def _described(told: ServerInfo) -> str:
         "uploads": _cached(told.uploads),
         "presets": ", ".join(told.presets),
     }
-    return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
 
 
 def _cached(cache: CacheStats) -> str:
