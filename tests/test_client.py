@@ -19,8 +19,7 @@ from PIL import Image
 import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors
-from gramophone_client import following
+from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors, following
 from gramophone_client.connection import channel_options
 from gramophone_client.job_spec import JobOptions, job_spec
 from gramophone_server import errors as server_errors

@@ -113,7 +113,7 @@ async def wire(target):
 
 async def test_a_job_goes_on_from_its_last_checkpoint(client, service):
     service.scripts = [
-        numbered(accepted(), progress(30), checkpoint(30), progress(38), checkpoint(38), frame(40)) + [LOST],
+        [*numbered(accepted(), progress(30), checkpoint(30), progress(38), checkpoint(38), frame(40)), LOST],
         numbered(accepted(job_id="j2", resumed_at=38), progress(39), result()),
     ]
     options = {"beta": 5.0, "seed": 3, "start_image": PAINTING, "result_format": "jpeg"}
