@@ -136,7 +136,8 @@ def test_keys_are_commands(gramophone, service, press, tmp_path):
 
     def answered(take, request):  # the next key when the one before was seen to
         yield from played(take, request)
-        threading.Timer(0.2, lambda: press(next(typing, ""))).start()
+        if key := next(typing, ""):
+            threading.Timer(0.2, press, [key]).start()
 
     service._answered = answered
     press("p")
