@@ -282,6 +282,11 @@ async def test_a_job_that_takes_its_servers_down_does_not_go_round(client, servi
         await collected(client.stream(PHOTO, PAINTING))
     assert len(service.specs) == 1 + following.MOST_MOVES
     service.specs.clear()
+    service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
+    with pytest.raises(errors.ConnectionFailed, match="gone"):
+        await collected(client.stream(PHOTO, PAINTING))
+    assert len(service.specs) == 1 + following.MOST_MOVES
+    service.specs.clear()
     service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(6)] + [[accepted(), result()]]
     await collected(client.stream(PHOTO, PAINTING))  # each of them got on
     assert len(service.specs) == 7

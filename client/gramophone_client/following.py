@@ -92,7 +92,7 @@ class Following:
         self._submission: Submission | None = None
         self._renewed = False  # the images of this request were uploaded again
         self._moving = False  # the job was sent again and not accepted yet
-        self._moves = 0  # since the last checkpoint
+        self._moves = 0  # since there was a newer checkpoint
         self._seed = 0
         self._frame: Frame | None = None
         self._checkpoint: Checkpoint | None = None
@@ -144,7 +144,9 @@ class Following:
             case Frame():
                 self._frame = arrived
             case Checkpoint():
-                self._checkpoint, self._moves = arrived, 0
+                if self._checkpoint is None or arrived.iteration > self._checkpoint.iteration:
+                    self._moves = 0
+                self._checkpoint = arrived
             case Result():
                 self._result = arrived
 
