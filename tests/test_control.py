@@ -227,14 +227,42 @@ async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
         assert not service.over.is_set()
 
 
-async def test_many_commands_against_an_ending_call_get_its_status(client, service):
-    # A write that races the end makes gRPC forget the status; then it is a lost connection, never a defect.
-    for _ in range(20):
-        service.scripts = [[accepted(), Take(), refused(server_errors.Cancelled())]]
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [(refused(server_errors.Cancelled()), errors.Cancelled), (refused(server_errors.Diverged(3)), errors.Diverged)],
+    ids=["cancelled", "diverged"],
+)
+async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, kind):
+    # gRPC forgets the status when a write races it, which these do more often than not.
+    for _ in range(10):
+        service.scripts = [[*numbered(accepted(), frame(2)), Take(), end], [end]]
         async with client.control(PHOTO, PAINTING) as job:
             told = await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
+            with pytest.raises(kind) as raised:
+                await job.result()
         assert told[0] == 1
-        assert {type(one) for one in told[1:]} <= {errors.Cancelled, errors.ConnectionFailed}
+        assert {type(one) for one in told[1:]} == {kind}
+        assert raised.value.frame.iteration == 2
+    assert {(watch.job_id, watch.after_sequence) for watch in service.watches} <= {("j1", 2)}
+
+
+async def test_a_result_that_commands_race_is_there(client, service):
+    for _ in range(10):
+        told = numbered(accepted(), result())
+        service.scripts = [[told[0], Take(), told[1]], [told[1]]]
+        async with client.control(PHOTO, PAINTING) as job:
+            await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
+            assert (await job.result()).iterations == 300
+
+
+async def test_an_end_that_nobody_knows_is_a_lost_connection():
+    class Forgotten(grpc.aio.AioRpcError):
+        def __init__(self):
+            super().__init__(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), errors.FORGOTTEN)
+
+    error = errors.from_rpc(Forgotten(), target="gpu-1:1", timeout_s=1)
+    assert isinstance(error, errors.ConnectionFailed)
+    assert "the call to gpu-1:1 ended while a message was on its way there; `get_job` tells" in str(error)
 
 
 def test_the_synchronous_face_controls_too(service):

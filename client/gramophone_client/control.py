@@ -13,13 +13,24 @@ from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import uploads
 from gramophone_client.connection import Connection
-from gramophone_client.errors import GramophoneError, InvalidRequest, JobEnded, ServerFailed
+from gramophone_client.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    GramophoneError,
+    InvalidRequest,
+    JobEnded,
+    JobNotFound,
+    ServerFailed,
+    is_forgotten,
+)
 from gramophone_client.following import is_lost
-from gramophone_client.job_spec import FrameOptions, UploadedImage, said
+from gramophone_client.job_spec import FrameOptions, UploadedImage, said, watch_request
 from gramophone_client.messages import update
 from gramophone_client.updates import Accepted, Checkpoint, Frame, Result, Update
 
 __all__ = ["Changes", "JobControl"]
+
+END_WITHIN_S = 5.0  # in which the end of a job is asked for that gRPC has forgotten
 
 
 class Changes(TypedDict, total=False):
@@ -78,6 +89,7 @@ class JobControl:
         self._commands: dict[int, _Command] = {}  # not answered yet
         self._taking: dict[type, tuple[int, _Command]] = {}  # answered; what it asked for is of that iteration
         self._untaken: dict[type, Update] = {}  # the newest of each kind, oldest first
+        self._sequence = 0  # of the newest event
         self._checkpoint: Checkpoint | None = None
         self._frame: Frame | None = None
         self._result: Result | None = None
@@ -197,9 +209,12 @@ class JobControl:
             if self._result is None:
                 raise ServerFailed("the server ended the stream without a result")
         except GramophoneError as error:
-            if self._result is None or not is_lost(error):
-                error.frame, error.checkpoint = self._frame, self._checkpoint
+            if self._result is None and self.accepted is not None and is_forgotten(error):
+                self._error = await self._end_as_watched(self.accepted.job_id, error)
+            elif self._result is None or not is_lost(error):
                 self._error = error
+            if self._error is not None:
+                self._error.frame, self._error.checkpoint = self._frame, self._checkpoint
         finally:
             if self._result is not None and self._error is None:
                 self._untaken[Result] = self._result  # told when the stream has ended, as `stream` does
@@ -209,6 +224,26 @@ class JobControl:
             self._begun.set()
             self._news.set()
             self._over.set()
+
+    async def _end_as_watched(self, job_id: str, error: GramophoneError) -> GramophoneError | None:
+        """How the job ended, asked again because gRPC has forgotten it: its error, None if it has its result, or `error`
+        if it cannot be had."""
+        with self._connection.errors_rebuilt(END_WITHIN_S):
+            request = watch_request(job_id, self._sequence, None, None)
+            call = self._connection.service.WatchJob(request, timeout=END_WITHIN_S)
+        try:
+            with self._connection.errors_rebuilt(END_WITHIN_S):
+                async for response in call:
+                    arrived = update(response.event)
+                    if arrived is not None and arrived.sequence > self._sequence:
+                        self._take(arrived)
+        except (ConnectionFailed, DeadlineExceeded, JobNotFound):
+            pass
+        except GramophoneError as end:
+            return end
+        finally:
+            call.cancel()
+        return error if self._result is None else None
 
     def _answer(self, answered: pb.CommandResult) -> None:
         command = self._commands.pop(answered.command_id, None)
@@ -224,6 +259,7 @@ class JobControl:
             self._taking[TAKEN[command.kind]] = answered.iteration, command
 
     def _take(self, arrived: Update) -> None:
+        self._sequence = max(self._sequence, arrived.sequence)
         kind = type(arrived)
         iteration, command = self._taking.get(kind, (None, None))
         if command is not None and isinstance(arrived, Frame | Checkpoint) and arrived.iteration == iteration:
