@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Unpack
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramophone_server.errors import Diverged, OutOfDeviceMemory
 from gramophone_server.job import Losses, Report, StyleJob
-from gramophone_server.work import Shape, Tuning, Work
+from gramophone_server.work import CacheCounts, Shape, Tuning, Work
 
 
 class FakeEngine:
@@ -27,6 +27,7 @@ class FakeEngine:
     precision = "fp32"
     backbone = "vgg19"
     weights_source = "none, sha256 0"
+    style_cache = CacheCounts(hits=3, misses=2, bytes=1000, most_bytes=5000)
     layers = ("conv1_1", "relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
     def __init__(
@@ -37,10 +38,12 @@ class FakeEngine:
         *,
         pixel_s: float = 0.0,
         most_pixels: int = 2**31,
+        memory_bytes: int = 2**40,
     ) -> None:
         self.iteration_s = iteration_s
         self.pixel_s = pixel_s
         self.most_pixels = most_pixels
+        self.memory_bytes = memory_bytes  # 1000 for each pixel of each slot
         self.fails_at = fails_at
         self.error = error
         self.go = threading.Event()
@@ -50,12 +53,8 @@ class FakeEngine:
         self.iterations = 0  # of all jobs
         self.taken_at: list[float] = []  # times of the pictures, on the monotonic clock
         self.thread = ""  # that iterated
-        self.closed = 0  # runs
+        self.closed = 0  # batches
         self.batches: list[FakeBatch] = []  # as they were made
-
-    def start(self, jobs: Sequence[StyleJob]) -> FakeRun:
-        self.jobs.extend(jobs)
-        return FakeRun(self, jobs[0])
 
     def admit(self, job: StyleJob) -> Work:
         self.jobs.append(job)
@@ -67,55 +66,16 @@ class FakeEngine:
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         return 1000 * shape.width * shape.height * slots
 
+    def picture(self, work: Work) -> Callable[[], Tensor]:
+        self.taken_at.append(time.monotonic())
+        picture = _seen(work.tensors["image"])
+        return lambda: picture
+
     def batch(self, shape: Shape, slots: int) -> FakeBatch:
         if shape.width * shape.height * slots > self.most_pixels:
             raise OutOfDeviceMemory(shape.width, shape.height)
         self.batches.append(FakeBatch(self, shape, slots))
         return self.batches[-1]
-
-
-class FakeRun:
-    """One job. Its picture is as bright as iterations were done."""
-
-    def __init__(self, engine: FakeEngine, job: StyleJob) -> None:
-        self.engine = engine
-        self.sizes = [(width, height) for width, height, n in job.scales for _ in range(n)]  # of each iteration
-        self.done = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.done == len(self.sizes)
-
-    def advance(self, iterations: int = 1) -> tuple[Report, ...]:
-        self.engine.thread = threading.current_thread().name
-        self.engine.under_way.set()
-        assert self.engine.go.wait(10), "the test never let the engine go on"
-        time.sleep(self.engine.iteration_s)
-        width, height = self.sizes[self.done]
-        diverged_at = None
-        if self.engine.error is not None and self.done + 1 == self.engine.fails_at:
-            if not isinstance(self.engine.error, Diverged):
-                raise self.engine.error
-            diverged_at = self.engine.fails_at  # its picture stays what it was
-        else:
-            self.done += 1
-        self.engine.iterations += 1
-        n = max(1, self.done)
-        losses = Losses(content={"relu4_2": 1.0 / n}, style={"relu1_1": 2.0 / n}, tv=0.5)
-        pixels_left = sum(w * h for w, h in self.sizes[self.done :])
-        return (Report(self.done, len(self.sizes), width, height, losses, pixels_left, diverged_at),)
-
-    def snapshot(self, index: int) -> Callable[[], Tensor]:
-        picture = self.picture(index)
-        return lambda: picture
-
-    def close(self) -> None:
-        self.engine.closed += 1
-
-    def picture(self, index: int) -> Tensor:
-        self.engine.taken_at.append(time.monotonic())
-        width, height = self.sizes[max(0, self.done - 1)]
-        return torch.full((height, width, 3), min(255, self.done), dtype=torch.uint8)
 
 
 class FakeBatch:
@@ -140,6 +100,9 @@ class FakeBatch:
         work = self.works.pop(slot)
         work.tensors, work.joined = self._tensors(work), False
         return work
+
+    def drop(self, slot: int) -> None:
+        self.works.pop(slot).joined = False
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         engine = self.engine
@@ -168,7 +131,7 @@ class FakeBatch:
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
         self.engine.taken_at.append(time.monotonic())
-        picture = (self._tensors(self.works[slot])["image"].permute(1, 2, 0) * 255).round().to(torch.uint8)
+        picture = _seen(self._tensors(self.works[slot])["image"])
         return lambda: picture
 
     def copy(self, slot: int) -> Work:
@@ -180,8 +143,13 @@ class FakeBatch:
 
     def close(self) -> None:
         self.closed = True
+        self.engine.closed += 1
 
     def _tensors(self, work: Work) -> dict[str, Tensor]:
         width, height, _ = work.scales[work.at]
         grey = torch.full((3, height, width), min(255, work.done) / 255)
         return {"image": grey, "last_good": grey}
+
+
+def _seen(image: Tensor) -> Tensor:
+    return (image.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous()

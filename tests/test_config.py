@@ -62,9 +62,12 @@ def test_a_wrong_value_is_named_with_what_it_must_be(arguments, environment, sen
 
 
 def test_limits_make_the_message_sizes():
-    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000)
+    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=65536)
     assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
     assert limits.response_bytes == 3_000_000 + 2**20
+    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=2**26)
+    assert limits.request_bytes == 3 * 2**20 + 2**26 + 2**20  # a checkpoint instead of a start
+    assert limits.response_bytes == 2**26 + 2**20
 
 
 def test_help_says_unit_range_and_default(capsys):

@@ -1,5 +1,6 @@
 """The registry and its jobs, on a clock and timers that the test moves by hand."""
 
+import dataclasses
 import types
 
 import pytest
@@ -9,11 +10,36 @@ from gramophone.recipe import Recipe
 from gramophone_server import jobs as jobs_module
 from gramophone_server import mailbox as mailbox_module
 from gramophone_server.config import Limits
-from gramophone_server.errors import Cancelled, Diverged, EngineFailed, JobNotFound
+from gramophone_server.errors import (
+    Cancelled,
+    Diverged,
+    EngineFailed,
+    JobControlled,
+    JobNotFound,
+    ShuttingDown,
+    TooManyWatchers,
+)
+from gramophone_server.history import LOG_LENGTH
 from gramophone_server.images import Encoding, Format
 from gramophone_server.job import Losses, Report, StyleJob
-from gramophone_server.jobs import LOG_LENGTH, Jobs, State
-from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Picture, Progress, Waiting
+from gramophone_server.jobs import Jobs, State
+from gramophone_server.mailbox import (
+    Accepted,
+    Answer,
+    Changed,
+    CheckpointRule,
+    Finished,
+    Frame,
+    FrameRule,
+    Paused,
+    Picture,
+    Progress,
+    Resumed,
+    Saved,
+    Waiting,
+)
+from gramophone_server.mailbox import State as SavedState
+from gramophone_server.work import Work
 
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
 
@@ -90,20 +116,22 @@ def clock(monkeypatch):
 
 def work(width=64, height=32):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
-    return StyleJob(
-        recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
-        content=image,
-        styles=(image,),
-        style_weights=(1.0,),
-        start=None,
-        seed=1,
+    return Work(
+        StyleJob(
+            recipe=Recipe(size=max(width, height), smallest_size=0, iterations=10),
+            content=image,
+            styles=(image,),
+            style_weights=(1.0,),
+            start=None,
+            seed=1,
+        )
     )
 
 
 class Queue:
     """A place in a queue of one."""
 
-    def submit(self, work, listener):
+    def submit(self, work, listener, deadline_at=None):
         listener.publish(Accepted(0))
 
 
@@ -261,6 +289,188 @@ def test_nothing_happens_after_the_end(registry, loop):
     assert (job.state, job.result, job.started_at) == (State.CANCELLED, None, None)
     assert isinstance(job.error, Cancelled)
     assert kinds(watcher) == ["Accepted"]
+
+
+def test_what_changes_a_job_is_never_lost(registry):
+    job, watcher = create(registry())
+    recipe = dataclasses.replace(job.plan.recipe, beta=7.0)
+    told = [Paused(1), Resumed(1), Paused(1), Changed(2, recipe, 12), Changed(2, recipe, 13), Resumed(1)]
+    for event in told:
+        job.publish(progress(1))
+        job.publish(event)
+    job.publish(progress(2))
+    items = unread(watcher)
+    assert [event for _, event in items[1:]] == [*told, progress(2)]  # of the progress only the newest
+    assert [number for number, _ in items] == sorted(number for number, _ in items)
+    assert [event for _, event in unread(job.watch()) if type(event) is Paused] == [Paused(1)] * 2
+
+
+def test_a_job_is_what_its_controller_has_made_of_it(registry):
+    job, _ = create(registry())
+    job.started()
+    job.publish(Paused(3))
+    assert (job.state, job.ended) == (State.PAUSED, False)
+    job.publish(Changed(4, dataclasses.replace(job.plan.recipe, beta=7.0), 25))
+    assert (job.plan.recipe.beta, job.plan.iterations) == (7.0, 25)
+    assert (job.admitted.recipe.beta, job.admitted.iterations) == (3.0, 10)
+    job.publish(Resumed(3))
+    assert job.state is State.RUNNING
+    for iteration in range(LOG_LENGTH):
+        job.publish(progress(iteration))
+    assert kinds(job.watch())[:2] == ["Accepted", "Changed"]  # however long ago
+    job.publish(Paused(300))
+    job.cancel()
+    assert job.state is State.CANCELLED
+
+
+# Frames that are acknowledged -----------------------------------------------------------------------------------------
+
+
+def see(job, clock, iteration):
+    """Whether a picture was taken for somebody, a second later."""
+    clock[0] += 1.0
+    taken = []
+    job.offer_frame(iteration, lambda: taken.append(iteration))
+    return bool(taken)
+
+
+def test_credit_bounds_the_frames_on_their_way(registry, clock):
+    job, _ = create(registry())
+    eye = job.watch(FrameRule(max_in_flight=2))
+    frames = []
+
+    def look(iteration):
+        see(job, clock, iteration)
+        frames.extend((number, e.iteration, e.dropped) for number, e in unread(eye) if isinstance(e, Frame))
+        return [iteration for _, iteration, _ in frames]
+
+    assert [look(iteration) for iteration in (1, 2, 3, 4)][-1] == [1, 2]
+    eye.acknowledge(frames[0][0])
+    eye.acknowledge(frames[0][0])  # twice is once
+    assert [look(iteration) for iteration in (5, 6)][-1] == [1, 2, 5]
+    assert frames[-1][2] == 2  # 3 and 4 were due
+    eye.acknowledge(frames[-1][0])  # and all before
+    assert [look(iteration) for iteration in (7, 8, 9)][-1] == [1, 2, 5, 7, 8]
+
+
+def test_an_unread_frame_is_replaced_when_it_is_stale_but_credit_is_for_what_was_read(registry, clock):
+    job, _ = create(registry())
+    eye = job.watch(FrameRule(max_in_flight=1))
+    assert all(see(job, clock, iteration) for iteration in (1, 2, 3))
+    (frame,) = [event for _, event in unread(eye) if isinstance(event, Frame)]
+    assert (frame.iteration, frame.dropped) == (3, 2)
+    assert not see(job, clock, 4)
+
+
+def test_the_last_good_picture_needs_no_credit(registry, clock):
+    job, _ = create(registry())
+    eye = job.watch(FrameRule(max_in_flight=1))
+    see(job, clock, 1)
+    unread(eye)
+    job.publish(Frame(2, picture()))
+    assert kinds(eye) == ["Frame"]
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def save(job, clock, iteration, after_s):
+    """Of which kinds the state was taken."""
+    clock[0] += after_s
+    taken = []
+
+    def take(light):
+        taken.append(light)
+        return SavedState(light, lambda: b"")
+
+    job.offer_checkpoint(iteration, take)
+    return taken
+
+
+def test_the_state_is_taken_once_for_each_kind_that_somebody_is_due(registry, clock):
+    job, blind = create(registry())
+    assert save(job, clock, 1, 10) == []
+    light, lighter = (job.watch(None, CheckpointRule(light=True)) for _ in range(2))
+    full = job.watch(None, CheckpointRule(min_interval_s=3.0))
+    assert sorted(save(job, clock, 2, 10)) == [False, True]
+    assert save(job, clock, 3, 0.9) == []  # at most one a second
+    assert save(job, clock, 4, 0.2) == [True]
+    heard = [[(e.iteration, e.state) for _, e in unread(m) if isinstance(e, Saved)] for m in (light, lighter, full)]
+    assert heard[0] == heard[1] != heard[2]
+    assert [iteration for iteration, _ in heard[0]] == [4]  # the newest of two
+    assert [(iteration, state.light) for iteration, state in heard[2]] == [(2, False)]
+    assert save(job, clock, 5, 2.0) == [True, False]
+    assert "Saved" not in kinds(blind) + kinds(job.watch(None, CheckpointRule()))  # too large to be remembered
+
+
+@pytest.mark.parametrize(("rules", "light"), [([], True), ([True], True), ([True, False], False)])
+def test_everybody_gets_the_picture_and_the_state_of_a_job_that_is_interrupted(registry, rules, light):
+    job, watcher = create(registry())
+    for rule in rules:
+        job.watch(None, CheckpointRule(light=rule))
+    unread(watcher)
+    taken = []
+    job.interrupted(5, picture(), lambda light: taken.append(light) or SavedState(light, lambda: b""))
+    job.fail(ShuttingDown())
+    assert taken == [light]
+    assert [(type(event).__name__, event.iteration) for _, event in unread(watcher)] == [("Frame", 5), ("Saved", 5)]
+
+
+def test_a_job_that_has_ended_is_not_interrupted(registry):
+    job, watcher = create(registry())
+    job.publish(finished())
+    job.interrupted(5, picture(), lambda light: SavedState(light, lambda: b""))
+    assert kinds(watcher) == ["Accepted", "Finished"]
+
+
+# The controller -------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_has_one_controller_at_a_time(registry):
+    job, maker = create(registry())
+    first = job.watch(controls=True)
+    with pytest.raises(JobControlled):
+        job.watch(controls=True)
+    job.give_up_control(maker)  # it has none
+    job.leave(maker)
+    with pytest.raises(JobControlled, match=f"somebody controls job '{job.id}' already"):
+        job.watch(controls=True)
+    job.give_up_control(first)
+    second = job.watch(controls=True)
+    job.leave(second)
+    third = job.watch(controls=True)
+    job.give_up_control(first)
+    with pytest.raises(JobControlled):
+        job.watch(controls=True)
+    job.publish(finished())
+    assert kinds(job.watch(controls=True))[-1] == kinds(third)[-1] == "Finished"
+
+
+def test_an_answer_is_for_one_alone_and_what_was_taken_has_a_number(registry):
+    job, other = create(registry())
+    controller = job.watch(controls=True)
+    unread(other), unread(controller)
+    taken = Frame(3, picture())
+    assert job.answer(controller, Answer(8, 1))
+    assert job.answer(controller, Answer(9, 3, taken=taken))
+    job.publish(progress(4))
+    assert [(n, getattr(e, "command_id", None)) for n, e in unread(controller)] == [(0, 8), (2, 9), (3, None)]
+    assert numbers(other) == [3]
+    assert numbers(job.watch()) == [1, 3]
+    job.publish(finished())
+    assert not job.answer(controller, Answer(10, 3, taken=taken))
+    assert job.answer(controller, Answer(11, 4))
+
+
+def test_a_job_has_so_many_watchers_at_most(registry):
+    job, first = create(registry(max_watchers=2))
+    second = job.watch()
+    with pytest.raises(TooManyWatchers, match="the job has 2 watchers already"):
+        job.watch()
+    job.leave(second)
+    second = job.watch()
+    job.publish(finished())
+    assert kinds(job.watch()) == kinds(first) == kinds(second)
 
 
 # Watchers that leave --------------------------------------------------------------------------------------------------

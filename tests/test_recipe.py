@@ -27,6 +27,7 @@ OTHER = {
     "coarse_iterations": 13,
     "smallest_size": 99,
     "average": 0.5,
+    "time_budget": 2.5,
 }
 
 

@@ -26,6 +26,7 @@ from gramophone_server.calls import Call
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
 from gramophone_server.images import Format, encode
+from gramophone_server.requests import Admission
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
 from tests.fakes import FakeEngine
@@ -199,7 +200,10 @@ async def test_server_info_says_what_the_server_is():
     assert (info.limits.max_size, info.limits.max_image_bytes) == (1000, 10 * 2**20)
     assert [p.name for p in info.presets] == list(PRESETS)
     assert info.presets[0].recipe == recipe_to_message(PRESETS["fast"])
-    assert (info.running_jobs, info.queued_jobs) == (0, 0)
+    assert (info.running_jobs, info.queued_jobs, info.paused_jobs) == (0, 0, 0)
+    assert info.style_cache == pb.CacheStats(hits=3, misses=2, bytes=1000, max_bytes=5000)
+    assert info.uploads == pb.CacheStats(max_bytes=128 * 2**20)
+    assert not info.HasField("estimated_wait")  # nothing was measured yet
     assert info.version
 
 
@@ -239,6 +243,29 @@ CASES = {
         "must have 1 to 4 images (server setting GRAMOPHONE_MAX",
     ),
     "five styles": (lambda s: s.styles.extend([s.styles[0]] * 4), "spec.styles", "must have 1 to 4 images (server"),
+    "content digest": (
+        lambda s: setattr(s.content, "digest", "sha256:" + "F" * 64),
+        "spec.content.digest",
+        "must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got 'sha256:FFF",
+    ),
+    "empty digest": (lambda s: setattr(s.content, "digest", ""), "spec.content.digest", "got ''"),
+    "style digest": (lambda s: setattr(s.styles[0].image, "digest", "x"), "spec.styles[0].image.digest", "got 'x'"),
+    "start digest": (
+        lambda s: (setattr(s.recipe, "start", pb.START_IMAGE), setattr(s.start_image, "digest", "sha256:")),
+        "spec.start_image.digest",
+        "got 'sha256:'",
+    ),
+    "resume and a recipe": (lambda s: setattr(s, "resume", b"x"), "spec.recipe", "must be unset with `resume`"),
+    "resume and a seed": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s, "seed", 0)),
+        "spec.seed",
+        "must be unset with `resume`, as the checkpoint has all that it says",
+    ),
+    "resume and a start image": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s.start_image, "data", b"x")),
+        "spec.start_image",
+        "must be unset with `resume`",
+    ),
     "empty style": (lambda s: s.styles.add(), "spec.styles[1].image", "is missing"),
     "no weight": (
         lambda s: setattr(s.styles[0], "weight", 0),
@@ -281,7 +308,7 @@ CASES = {
     "no start image": (
         lambda s: setattr(s.recipe, "start", pb.START_IMAGE),
         "spec.start_image",
-        "START_IMAGE needs one",
+        "send the image that START_IMAGE needs as `data`, or name it by the `digest` of UploadImage",
     ),
     "a start image": (lambda s: setattr(s.start_image, "data", b"x"), "spec.start_image", "is only for START_IMAGE"),
     "every -1": (
@@ -396,8 +423,12 @@ EXAMPLES = {
     "InvalidRequest": errors.InvalidRequest([Violation("spec.content", "is odd")]),
     "NotReady": errors.NotReady(),
     "QueueFull": errors.QueueFull(16, 16, 12.3),
+    "DeadlineUnattainable": errors.DeadlineUnattainable(wait_s=12.3, run_s=4, left_s=5),
     "ShuttingDown": errors.ShuttingDown(),
     "JobNotFound": errors.JobNotFound("j1"),
+    "ImageNotFound": errors.ImageNotFound("sha256:0"),
+    "JobControlled": errors.JobControlled("j1"),
+    "TooManyWatchers": errors.TooManyWatchers(16),
     "RequestIdTaken": errors.RequestIdTaken("r1"),
     "ListingDisabled": errors.ListingDisabled(),
     "Cancelled": errors.Cancelled(),
@@ -432,11 +463,34 @@ async def test_every_exception_has_its_code_reason_and_details(name):
 
 @pytest.mark.parametrize(
     ("name", "pushback"),
-    # A full queue says when, too little memory says never, and the rest leaves it to the client's policy.
-    [(name, {"QueueFull": "12300", "OutOfDeviceMemory": "-1"}.get(name)) for name in RAISED],
+    # What passes says when, what would be refused again says never, and the rest leaves it to the client's policy.
+    [
+        (
+            name,
+            {
+                "QueueFull": "12300",
+                "DeadlineUnattainable": "12300",
+                "OutOfDeviceMemory": "-1",
+                "TooManyWatchers": "-1",
+            }.get(name),
+        )
+        for name in RAISED
+    ],
 )
 def test_a_retry_policy_is_told_when_or_never(name, pushback):
     assert dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms") == pushback
+
+
+def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
+    refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
+    assert refusal.message == (
+        "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
+        "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+    )
+    trailers = dict(refusal.trailers)
+    assert trailers["grpc-retry-pushback-ms"] == "-1"
+    said = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
 
 
 def test_every_reason_is_used_once():
@@ -454,10 +508,10 @@ async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
 
 
 async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
-    async def cancelled(self, spec):
+    async def cancelled(self, spec, deadline_at):
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(Servicer, "_work", cancelled)
+    monkeypatch.setattr(Admission, "work", cancelled)
     async with serving(FakeEngine()) as s:
         for call in (
             s.stub.Stylize(pb.StylizeRequest(spec=spec())),

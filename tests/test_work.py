@@ -104,11 +104,12 @@ def test_the_sizes_that_are_told(work: Work) -> None:
 
 def test_what_is_too_large_is_neither_written_nor_read(work: Work) -> None:
     with pytest.raises(
-        InvalidRequest, match=r"48x40 picture takes \d+ bytes, at most 9000 are allowed; a light one is"
+        InvalidRequest,
+        match=r"^checkpoint: of a 48x40 picture takes \d+ bytes, at most 9000 are allowed; a light one is",
     ):
         checkpoint.write(work, most_bytes=9000)
     data = checkpoint.write(work, light=True, most_bytes=9000)
-    with pytest.raises(InvalidRequest, match=f"checkpoint: has {len(data)} bytes, at most 5000 are taken"):
+    with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are taken"):
         checkpoint.read(data, most_bytes=5000)
     with pytest.raises(ValueError, match="only a job that has begun and is in no batch"):
         checkpoint.write(Work(work.job), most_bytes=MOST)
@@ -133,6 +134,7 @@ def test_bytes_that_are_no_checkpoint_are_refused(work: Work) -> None:
         (change(data, kind="pickle"), damaged),
         (change(data, done=-1), damaged),
         (change(data, done=1.5), damaged),
+        (change(data, seed=2**64), damaged),
         (change(data, styles=3), damaged),
         (change(data, recipe=recipe | {"size": 10**400}), damaged),
         (change(data, recipe=recipe | {"beta": -1}), damaged),
@@ -179,5 +181,18 @@ def test_a_checkpoint_is_of_one_job(work: Work, make_job: MakeJob) -> None:
     assert refusal(job, averaged=4) == "is damaged: its counts contradict each other"
     assert refusal(job, gradients=8) == "is damaged: its counts contradict each other"
     assert refusal(job, diverged_at=8) == "is damaged: its counts contradict each other"
-    # What can change on the way may have changed.
-    assert checkpoint.read(data, most_bytes=MOST).work(other(beta=8.0, step=0.1)).recipe.beta == 8.0
+    # What can change on the way may have changed, and a new acceptance has a new budget.
+    again = checkpoint.read(data, most_bytes=MOST).work(other(beta=8.0, step=0.1, iterations=9, time_budget=4.0))
+    assert (again.recipe.beta, again.recipe.time_budget, again.iterations) == (8.0, 4.0, 13)
+    assert refusal(other(iterations=2), at=1, done=7) == "says iteration 7 at scale 1, which the job does not have"
+
+
+def test_a_checkpoint_has_the_recipe_of_its_time_and_the_seed(work: Work) -> None:
+    work = replace(work, job=replace(work.job, seed=2**64 - 1))
+    work.retune(beta=8.0, iterations=20)
+    read = checkpoint.read(checkpoint.write(work, most_bytes=MOST), most_bytes=MOST)
+    assert (read.recipe, read.seed) == (work.recipe, 2**64 - 1)
+    assert (read.recipe.beta, read.recipe.iterations) == (8.0, 20)
+    # A job made of it, which has no start image to give, goes on to the retuned end.
+    again = read.work(replace(work.job, recipe=read.recipe))
+    assert (again.iterations, again.pixels_left) == (work.iterations, work.pixels_left) == (24, 17 * 48 * 40)

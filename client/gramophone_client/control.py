@@ -153,12 +153,11 @@ class JobControl:
                         f"{name} cannot be changed while a job runs; {', '.join(Changes.__annotations__)} can",
                         violations=(Violation(f"update.{name}", "cannot be changed while a job runs"),),
                     )
-                if isinstance(value, int | float):
-                    setattr(command, name, value)
-                else:
-                    layers = (pb.LayerWeight(layer=layer, weight=weight) for layer, weight in value)  # type: ignore[attr-defined]
+                if isinstance(value, Sequence):
+                    layers = [pb.LayerWeight(layer=layer, weight=weight) for layer, weight in value]
                     getattr(command, name).CopyFrom(pb.LayerWeights(layers=layers))
-                    getattr(command, name).SetInParent()  # an empty list is said, too
+                else:
+                    setattr(command, name, value)
         return await self._command(update=command).answer
 
     async def picture(self) -> Frame:

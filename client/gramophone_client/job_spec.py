@@ -117,10 +117,10 @@ def job_spec(
 ) -> pb.JobSpec:
     """The message; reads files, so it may block.
 
-    `preset` is "fast" unless told. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture starts from `start_image`, if
-    given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds the job goes on, or waits,
-    with nobody watching; without, it stops at once. `overrides` are the fields of the recipe that differ from the
-    preset.
+    `preset` is "fast" unless told. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
+    starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds
+    the job goes on, or waits, with nobody watching; without, it stops at once. `overrides` are the fields of the recipe
+    that differ from the preset.
 
     `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, lets that job go on where it
     stood. It brings the recipe, the seed and the picture to start from, so none of them can be given beside it.

@@ -73,6 +73,11 @@ class EngineBatch:
         work.tensors, work.joined = tensors, False
         return work
 
+    def drop(self, slot: int) -> None:
+        """Empties a slot; see `work.Batch.drop`."""
+        self._works.pop(slot).joined = False
+        self.stage.clear(slot)
+
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         """Some iterations of every job; see `work.Batch.advance`."""
         for slot, work in self._works.items():

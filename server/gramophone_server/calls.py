@@ -33,6 +33,7 @@ class Call:
         self._over = over
         self._max_blocked_s = max_blocked_s
         self._watched: tuple[Job, Mailbox] | None = None
+        self._reader: asyncio.Task[None] | None = None
         self._code: grpc.StatusCode | None = None
         self._dismissal: asyncio.Task[None] | None = None
         self._started = time.monotonic()
@@ -48,6 +49,18 @@ class Call:
         self._watched = job, mailbox
         if self.gone:
             job.leave(mailbox)
+
+    @property
+    def deadline_at(self) -> float | None:
+        """When its client stops to wait, in seconds of the monotonic clock."""
+        left_s = self._context.time_remaining()
+        return None if left_s is None else time.monotonic() + left_s
+
+    def reads(self, reader: asyncio.Task[None]) -> None:
+        """`reader` takes the client's messages; the end of this RPC is its end, too."""
+        self._reader = reader
+        if self.gone:
+            reader.cancel()
 
     def succeeded(self) -> None:
         """The handler has nothing more to say."""
@@ -98,6 +111,8 @@ class Call:
         if self._watched is not None:
             job, mailbox = self._watched
             job.leave(mailbox)
+        if self._reader is not None:
+            self._reader.cancel()
 
     @property
     def _job_id(self) -> str:

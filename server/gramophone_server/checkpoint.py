@@ -2,7 +2,7 @@
 
     magic, version   8 bytes
     length           4 bytes, little endian, of the header
-    header           JSON: where the job stands, its recipe, digests of its images, "full" or "light"
+    header           JSON: where the job stands, its recipe and seed, digests of its images, "full" or "light"
     tensors          their bytes in the order of `optimisers.layout`, or of a light one the picture, uint8 [H, W, 3]
 
 Types and shapes of the tensors are not in it: they follow from recipe and size, so a checkpoint cannot ask for others.
@@ -32,7 +32,7 @@ from gramophone_server.work import Tuning, Work
 
 __all__ = ["Checkpoint", "read", "size", "write"]
 
-FIELD = "checkpoint"  # of a request, for those who are told that it will not do
+FIELD = "spec.resume"  # of a request, for those who are told that it will not do
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version: another layout of any optimiser's state is another version
 MOST_HEADER = 64 * 1024  # bytes; 32 layers with their weights and everything else are 4 KB
 
@@ -43,7 +43,8 @@ COUNTS = ("at", "done", "gradients", "averaged", "diverged_at")
 class Checkpoint:
     """What was read from bytes and holds by itself; whether it is of a job is asked by `work`."""
 
-    recipe: Recipe  # with the weights and the step that it was written with
+    recipe: Recipe  # with what can be tuned as it was when this was written
+    seed: int
     width: int  # of the picture, in pixels
     height: int
     content_digest: bytes  # of the job's images, see `job.digest`
@@ -52,13 +53,14 @@ class Checkpoint:
     tensors: State
 
     def work(self, job: StyleJob) -> Work:
-        """The job where it stood. The weights and the step are ``job``'s, so whoever wants it to go on as it was gives a
-        job of this checkpoint's recipe. Raises `InvalidRequest` for a job of other images or another structure."""
+        """The job where it stood. What can be tuned and the time budget are ``job``'s, so whoever wants it to go on as it
+        was gives a job of this checkpoint's recipe; a start image it needs no more. Raises `InvalidRequest` for a job of
+        other images or another structure."""
         for f in dataclasses.fields(Recipe):
             mine, other = getattr(self.recipe, f.name), getattr(job.recipe, f.name)
             if f.name in ("content_layers", "style_layers"):
                 mine, other = (", ".join(layer for layer, _ in named) for named in (mine, other))
-            elif f.name in Tuning.__optional_keys__:
+            elif f.name in Tuning.__optional_keys__ or f.name == "time_budget":
                 continue
             if mine != other:
                 raise _refusal(f"is of a job with {f.name} {mine or 'none'}, and this one has {other or 'none'}")
@@ -87,32 +89,35 @@ def size(work: Work, *, light: bool = False) -> int:
     return width * height * 3 if light else _bytes(layout(*_key(work.recipe), height, width))
 
 
-def write(work: Work, *, light: bool = False, most_bytes: int) -> bytes:
+def require_room(work: Work, *, light: bool = False, most_bytes: int) -> None:
+    """Raises `InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
+    total = len(MAGIC) + 4 + len(_header(work, light)) + size(work, light=light)
+    if total > most_bytes:
+        width, height, _ = work.scales[work.at]
+        instead = "" if light else "; a light one is smaller"
+        taken = f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}"
+        raise InvalidRequest([Violation("checkpoint", taken)])
+
+
+def write(work: Work, *, light: bool = False, picture: Tensor | None = None, most_bytes: int) -> bytes:
     """A job that is in no batch, such as one of `Batch.copy` or `Batch.leave`, as bytes.
 
-    Raises `InvalidRequest` if that takes more than ``most_bytes``, and `ValueError` if the job has not begun.
+    ``picture`` is what `Batch.snapshot` gives: with it, a light one needs no tensors. Raises `InvalidRequest` if the bytes
+    are more than ``most_bytes``, and `ValueError` if the job has not begun.
     """
-    if work.tensors is None:
+    if work.tensors is None and not (light and picture is not None):
         raise ValueError("only a job that has begun and is in no batch can be written")
-    width, height, _ = work.scales[work.at]
-    tensors = {name: tensor.cpu() for name, tensor in work.tensors.items()}
-    counts = {name: getattr(work, name) for name in COUNTS}
-    if light:
-        counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
-    header = json.dumps({
-        "kind": "light" if light else "full", "width": width, "height": height, **counts,
-        "recipe": dataclasses.asdict(work.recipe), "content": work.job.content_digest.hex(),
-        "styles": [digest.hex() for digest in work.job.style_digests],
-    }).encode()  # fmt: skip
-    total = len(MAGIC) + 4 + len(header) + size(work, light=light)
-    if total > most_bytes:
-        instead = "" if light else "; a light one is smaller"
-        raise _refusal(f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}")
+    require_room(work, light=light, most_bytes=most_bytes)
+    header = _header(work, light)
     parts = [MAGIC, len(header).to_bytes(4, "little"), header]
+    tensors = {name: tensor.cpu() for name, tensor in (work.tensors or {}).items()}
     if light:
-        picture = shown(tensors, work.recipe.average, work.averaged, not work.diverged_at)
-        parts.append(_to_bytes(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0)))
+        if picture is None:
+            image = shown(tensors, work.recipe.average, work.averaged, not work.diverged_at)
+            picture = image.mul(255).round().to(torch.uint8).permute(1, 2, 0)
+        parts.append(_to_bytes(picture))
     else:
+        width, height, _ = work.scales[work.at]
         for name, like in layout(*_key(work.recipe), height, width).items():
             parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
     return b"".join(parts)
@@ -135,6 +140,7 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         recipe = _recipe(header["recipe"])
         digests = [bytes.fromhex(text) for text in (header["content"], *header["styles"])]
         counts = {name: _count(header[name]) for name in COUNTS}
+        seed = _count(header["seed"], below=2**64)
         width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
         if kind not in ("full", "light") or not width or not height:
             raise ValueError
@@ -148,7 +154,19 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         _light(data, start + length, height, width) if light else _full(data, start + length, recipe, height, width)
     )
     _check(tensors, counts)
-    return Checkpoint(recipe, width, height, digests[0], tuple(digests[1:]), counts, tensors)
+    return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), counts, tensors)
+
+
+def _header(work: Work, light: bool) -> bytes:
+    width, height, _ = work.scales[work.at]
+    counts = {name: getattr(work, name) for name in COUNTS}
+    if light:
+        counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
+    return json.dumps({
+        "kind": "light" if light else "full", "width": width, "height": height, **counts,
+        "recipe": dataclasses.asdict(work.recipe), "seed": work.job.seed, "content": work.job.content_digest.hex(),
+        "styles": [digest.hex() for digest in work.job.style_digests],
+    }).encode()  # fmt: skip
 
 
 def _key(recipe: Recipe) -> tuple[Optimiser, float]:
@@ -197,8 +215,8 @@ def _recipe(fields: dict[str, Any]) -> Recipe:
     return Recipe(**layers, **chosen, **whole, **numbers)  # type: ignore[arg-type]
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
+def _count(value: Any, below: int = 2**31) -> int:
+    if type(value) is not int or not 0 <= value < below:
         raise ValueError
     return value
 

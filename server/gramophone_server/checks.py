@@ -6,34 +6,55 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 
+from google.protobuf import duration_pb2
+
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, variable
 from gramophone_server.job import SMALLEST_SIDE, StyleJob
 
-__all__ = ["check_frames", "check_page", "check_request_id", "check_result", "check_spec"]
+__all__ = [
+    "check_checkpoints",
+    "check_first",
+    "check_frames",
+    "check_no_credit",
+    "check_page",
+    "check_request_id",
+    "check_result",
+    "check_resumed",
+    "check_spec",
+    "check_watch",
+]
 
 LARGEST_STYLE_WEIGHT = 1000.0
-LONGEST_FRAME_INTERVAL_S = 3600.0
+LONGEST_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
+MOST_IN_FLIGHT = 16  # frames that are not acknowledged
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
 
 
 def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """Everything that is wrong with a job, but for what the bytes of its images hold. `layers` the network has."""
-    if not spec.content.data:
-        yield Violation("spec.content", "is missing; send the content image as `data`")
+    """Everything that is wrong with a job, but for what the bytes of its images and of its checkpoint hold. `layers` the
+    network has."""
+    yield from _check_image("spec.content", spec.content, "the content image")
     yield from _check_styles(spec.styles, limits)
-    try:
-        recipe = recipe_from_message(spec.recipe)
-    except InvalidRecipe as error:
-        yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
-        recipe = _rest(spec.recipe, error.violations)
-    yield from _check_recipe(recipe, limits, layers)
-    yield from _check_start_image(spec, recipe.start)
+    if spec.resume:
+        for name in ("recipe", "start_image", "seed"):
+            if spec.HasField(name):
+                yield Violation(f"spec.{name}", "must be unset with `resume`, as the checkpoint has all that it says")
+    else:
+        try:
+            recipe = recipe_from_message(spec.recipe)
+        except InvalidRecipe as error:
+            yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
+            recipe = _rest(spec.recipe, error.violations)
+        yield from _check_recipe(recipe, limits, layers)
+        yield from _check_start_image(spec, recipe.start)
     if spec.HasField("frames"):
         yield from check_frames(spec.frames, "spec.frames")
+    yield from check_checkpoints(spec.checkpoints, "spec.checkpoints")
     grace_s = spec.detach_grace.seconds + spec.detach_grace.nanos / 1e9
     if not 0 <= grace_s <= limits.max_detach_s:
         yield Violation(
@@ -42,6 +63,12 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
         )
     yield from _check_format("spec.result_format", spec.result_format)
     yield from _check_quality("spec.result_quality", spec.result_quality)
+
+
+def check_resumed(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """What is wrong with the recipe of a checkpoint on this server, which may not be the one that wrote it."""
+    for field, description in _check_recipe(recipe, limits, layers):
+        yield Violation("spec.resume", f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
 
 
 def check_request_id(request_id: str) -> Iterator[Violation]:
@@ -83,6 +110,17 @@ def check_result(work: StyleJob) -> Iterator[Violation]:
         )
 
 
+def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Violation]:
+    said = image.WhichOneof("source")  # and not whether `data` is empty: to ask for it is to copy it
+    if said is None:
+        yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
+    elif said == "digest" and not DIGEST.fullmatch(image.digest):
+        yield Violation(
+            f"{field}.digest",
+            f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
+        )
+
+
 def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[Violation]:
     if not 1 <= len(styles) <= limits.max_styles:
         yield Violation(
@@ -90,8 +128,7 @@ def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[
             f"must have 1 to {limits.max_styles} images (server setting {variable('max_styles')}), got {len(styles)}",
         )
     for i, style in enumerate(styles):
-        if not style.image.data:
-            yield Violation(f"spec.styles[{i}].image", "is missing; send the style image as `data`")
+        yield from _check_image(f"spec.styles[{i}].image", style.image, "the style image")
         if style.HasField("weight") and not 0 < style.weight <= LARGEST_STYLE_WEIGHT:  # true for NaN too
             yield Violation(
                 f"spec.styles[{i}].weight",
@@ -138,8 +175,8 @@ def _check_layers(field: str, wanted: Sequence[LayerWeight], layers: Sequence[st
 
 def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
     given = spec.HasField("start_image")
-    if start is Start.IMAGE and not spec.start_image.data:
-        yield Violation("spec.start_image", "is missing; START_IMAGE needs one as `data`")
+    if start is Start.IMAGE:
+        yield from _check_image("spec.start_image", spec.start_image, "the image that START_IMAGE needs")
     if start is not Start.IMAGE and given:
         yield Violation("spec.start_image", f"is only for START_IMAGE; this recipe starts from {start.value}")
 
@@ -148,15 +185,45 @@ def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
     """Everything that is wrong with which frames a watcher wants; `field` is where it said so."""
     if frames.every_iterations < 0:
         yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
-    interval_s = frames.min_interval.seconds + frames.min_interval.nanos / 1e9
-    if not 0 <= interval_s <= LONGEST_FRAME_INTERVAL_S:
-        yield Violation(
-            f"{field}.min_interval", f"must be 0 to {LONGEST_FRAME_INTERVAL_S:g} seconds, got {interval_s:g}"
-        )
+    yield from _check_interval(f"{field}.min_interval", frames.min_interval)
     if frames.max_side:
         yield from _check_range(f"{field}.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
     yield from _check_format(f"{field}.format", frames.format)
     yield from _check_quality(f"{field}.quality", frames.quality)
+    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, 0, MOST_IN_FLIGHT)
+
+
+def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator[Violation]:
+    """Everything that is wrong with which checkpoints a watcher wants; `field` is where it said so."""
+    yield from _check_interval(f"{field}.min_interval", checkpoints.min_interval)
+
+
+def check_watch(wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
+    """Everything that is wrong with how a job that is there shall be watched."""
+    yield from check_frames(wanted.frames, f"{prefix}frames")
+    yield from check_checkpoints(wanted.checkpoints, f"{prefix}checkpoints")
+
+
+def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
+    """A stream without commands has no acknowledgements."""
+    if frames.max_in_flight:
+        yield Violation(
+            f"{field}.max_in_flight",
+            f"is only for StylizeInteractive, where frames are acknowledged, got {frames.max_in_flight}",
+        )
+
+
+def check_first(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violation]:
+    """What is wrong with the first message of a controller, None if it closed its side without one."""
+    command = request.WhichOneof("command") if request is not None else "none"
+    if command not in ("start", "attach"):
+        yield Violation("command", f"the first message must be start or attach, got {command or 'an unknown one'}")
+
+
+def _check_interval(field: str, interval: duration_pb2.Duration) -> Iterator[Violation]:
+    interval_s = interval.seconds + interval.nanos / 1e9
+    if not 0 <= interval_s <= LONGEST_INTERVAL_S:
+        yield Violation(field, f"must be 0 to {LONGEST_INTERVAL_S:g} seconds, got {interval_s:g}")
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:

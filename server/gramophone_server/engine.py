@@ -25,13 +25,14 @@ from gramophone_server.batch import EngineBatch
 from gramophone_server.chain import Chain
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory, StartupError
 from gramophone_server.job import Report, StyleJob, ran_out_of_memory
-from gramophone_server.memory import bytes_needed
+from gramophone_server.memory import bytes_free, bytes_needed
 from gramophone_server.precision import Precision, choose
+from gramophone_server.scales import shown
 from gramophone_server.snapshots import Snapshots
 from gramophone_server.stage import Stages
-from gramophone_server.targets import STYLE_CACHE_BYTES, CacheCounts, StyleTargets
+from gramophone_server.targets import STYLE_CACHE_BYTES, StyleTargets
 from gramophone_server.vgg import Vgg, load_vgg
-from gramophone_server.work import Shape, Work
+from gramophone_server.work import CacheCounts, Shape, Work
 
 __all__ = ["Engine", "EngineRun", "cpu_name"]
 
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 # cuDNN and torch count the elements of a tensor in 32 bits in places, and the widest activations are 64 per pixel.
 MOST_ELEMENTS_CUDA = 2**31 - 1
 MOST_SLOTS = 256  # of a batch of the smallest pictures; long before that a batch gains nothing by growing
+
+MOST_OF_MEMORY = (
+    0.8  # of what is free when the network is there; estimates are some percent off, and images are decoded
+)
 
 # What jobs of one run must have in common: the shape of every scale, and that they go from scale to scale together.
 SHARED = (
@@ -79,6 +84,7 @@ class Engine:
         self.stages = Stages(self.chain, graphs=device.type == "cuda" if graphs is None else graphs)
         self.targets = StyleTargets(self.chain, style_cache_bytes)
         self.snapshots = Snapshots(device)
+        self.memory_bytes = int(bytes_free(device) * MOST_OF_MEMORY)
         self._widest = vgg.convolutions[0].weight.shape[0]  # activations per pixel; every pooling quarters the pixels
         self._vgg = vgg
         self._note = note
@@ -122,6 +128,13 @@ class Engine:
             size = f"makes a {width}x{height} picture, of which the GPU's libraries take at most {self._most_pixels} pixels"
             raise InvalidRequest([Violation("spec.recipe.size", f"{size}; give a smaller one")])
         return work
+
+    def picture(self, work: Work) -> Callable[[], Tensor]:
+        """The present picture of a job in no batch; see `work.Batching.picture`."""
+        if work.tensors is None:
+            raise ValueError("only a job that has begun and is in no batch has a picture of its own")
+        with torch.inference_mode():
+            return self.snapshots.take(shown(work.tensors, work.recipe.average, work.averaged, not work.diverged_at))
 
     def batch(self, shape: Shape, slots: int) -> EngineBatch:
         """An empty batch; see `work.Batching.batch`."""

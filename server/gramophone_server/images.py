@@ -19,7 +19,7 @@ from gramophone_server.job import SMALLEST_SIDE, fit
 
 T = TypeVar("T")
 
-__all__ = ["METADATA_KEY", "Encoded", "Encoding", "Format", "decode", "encode"]
+__all__ = ["METADATA_KEY", "Encoded", "Encoding", "Format", "decode", "encode", "size"]
 
 # The key of the text that says how a picture was made: a PNG text chunk of this name. JPEG and WebP have the text in
 # the EXIF field ImageDescription, and this name in the EXIF field Software.
@@ -62,21 +62,21 @@ def decode(data: bytes, field: str, limits: Limits, needed: int) -> Tensor:
     less is `needed` (pixels of the longest side) comes reduced by a whole factor, with its longest side still at
     `needed` or more; this bounds what a waiting job keeps in memory. Raises `InvalidRequest` that names `field`.
     """
-    if len(data) > limits.max_image_bytes:
-        raise _refusal(
-            field,
-            f"has {len(data)} bytes; at most {limits.max_image_bytes} are taken "
-            f"(server setting {variable('max_image_bytes')}); send a smaller or more compressed image",
-        )
-    image = _attempt(lambda: Image.open(io.BytesIO(data), formats=tuple(Format)), field, _what_instead(data))
-    with image:
-        _refuse(image, field, limits)
+    with _opened(data, field, limits) as image:
         image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is enough
         _attempt(image.load, field, _damaged(image.format))
         rgb = _to_srgb(_oriented(_reduced(_plain(image), needed), image), image.info.get("icc_profile"))
     # `bytearray`, as a tensor must own memory that may be written to.
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+
+
+def size(data: bytes, field: str, limits: Limits) -> tuple[int, int]:
+    """(width, height) in pixels of the picture in `data` as it will be turned, from its header. Raises `InvalidRequest`
+    that names `field` where `decode` would by the header alone."""
+    with _opened(data, field, limits) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in ACROSS else (width, height)
 
 
 def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, metadata: str | None = None) -> Encoded:
@@ -105,6 +105,19 @@ def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, met
         # `method` is WebP's effort: 0 takes 78 ms at 1024 px. JPEG ignores it.
         image.save(out, format.value, quality=quality, method=0, exif=exif)
     return Encoded(format, image.width, image.height, out.getvalue())
+
+
+def _opened(data: bytes, field: str, limits: Limits) -> Image.Image:
+    """The picture with its header read, and its pixels not yet. Raises `InvalidRequest`."""
+    if len(data) > limits.max_image_bytes:
+        raise _refusal(
+            field,
+            f"has {len(data)} bytes; at most {limits.max_image_bytes} are taken "
+            f"(server setting {variable('max_image_bytes')}); send a smaller or more compressed image",
+        )
+    image = _attempt(lambda: Image.open(io.BytesIO(data), formats=tuple(Format)), field, _what_instead(data))
+    _refuse(image, field, limits)
+    return image
 
 
 def _refusal(field: str, description: str) -> InvalidRequest:
@@ -191,15 +204,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ACROSS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 
 
 def _oriented(image: Image.Image, source: Image.Image) -> Image.Image:
-    try:
-        orientation = source.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - a picture with damaged EXIF data is still a picture
-        return image
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    turn = TURNS.get(_orientation(source))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF numbers it, 1 for upright."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - a picture with damaged EXIF data is still a picture
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

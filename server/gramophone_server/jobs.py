@@ -13,8 +13,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple, Self
 
@@ -22,25 +21,38 @@ from torch import Tensor
 
 from gramophone.recipe import Recipe
 from gramophone_server.config import Limits
-from gramophone_server.errors import Cancelled, Diverged, GramophoneError, JobNotFound
+from gramophone_server.errors import (
+    Cancelled,
+    Diverged,
+    GramophoneError,
+    JobControlled,
+    JobNotFound,
+    TooManyWatchers,
+)
+from gramophone_server.history import History
 from gramophone_server.images import Encoding
-from gramophone_server.job import StyleJob
 from gramophone_server.mailbox import (
     Accepted,
+    Answer,
+    Changed,
+    CheckpointRule,
     Event,
     Finished,
     Frame,
     FrameRule,
     Mailbox,
+    Paused,
     Picture,
     Progress,
+    Resumed,
+    Saved,
     Waiting,
 )
+from gramophone_server.mailbox import State as SavedState
 from gramophone_server.scheduler import Place, Scheduler
+from gramophone_server.work import Work
 
 __all__ = ["Job", "Jobs", "Plan", "State"]
-
-LOG_LENGTH = 256  # small events, some 1.2 KB each: 0.3 MB a job, the last five seconds or more of a quick one
 
 
 class State(Enum):
@@ -51,6 +63,7 @@ class State(Enum):
     SUCCEEDED = 3
     FAILED = 4
     CANCELLED = 5
+    PAUSED = 6
 
 
 class Plan(NamedTuple):
@@ -62,12 +75,13 @@ class Plan(NamedTuple):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
+    resumed_at: int  # iterations that its checkpoint had behind it
 
     @classmethod
-    def of(cls, work: StyleJob) -> Self:
-        """The plan of a job whose images are there."""
-        iterations = sum(scale.iterations for scale in work.scales)
-        return cls(work.recipe, work.style_weights, work.seed, *work.result_size, iterations)
+    def of(cls, work: Work) -> Self:
+        """The plan of work that waits to begin, or to go on."""
+        job = work.job
+        return cls(work.recipe, job.style_weights, job.seed, *job.result_size, work.iterations, work.done)
 
 
 class Job:
@@ -83,7 +97,8 @@ class Job:
         self.digest = digest  # of what was asked for
         self.grace_s = grace_s
         self.encoding = encoding  # of the result
-        self.plan: Plan | None = None
+        self.admitted: Plan | None = None
+        self.plan: Plan | None = None  # as it is now
         self.state = State.QUEUED
         self.created_at = jobs.clock()
         self.started_at: float | None = None
@@ -95,48 +110,71 @@ class Job:
         self.error: GramophoneError | None = None
         self._jobs = jobs
         self._lock = threading.Lock()
-        self._number = 0  # of the newest event
-        self._accepted: tuple[int, Event] | None = None
-        self._log: deque[tuple[int, Event]] = deque(maxlen=LOG_LENGTH)
-        self._frame: tuple[int, Event] | None = None
-        self._result: tuple[int, Event] | None = None
+        self._history = History()
         self._watchers: tuple[Mailbox, ...] = ()  # replaced, never changed, so that the compute thread needs no lock
+        self._controller: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
         """Nothing more will happen to it."""
-        return self.state not in (State.QUEUED, State.RUNNING)
+        return self.state in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
     @property
     def bytes(self) -> int:
         """What its picture takes, at most: a PNG of noise is as large as its pixels."""
-        held = self._result or self._frame
-        return 3 * self.plan.width * self.plan.height if self.plan is not None and held is not None else 0
+        return 3 * self.plan.width * self.plan.height if self.plan is not None and self._history.has_picture else 0
 
     # The event loop's side --------------------------------------------------------------------------------------------
 
-    def submit(self, place: Place, work: StyleJob) -> None:
-        """Queues the work, unless the job was cancelled meanwhile."""
+    def submit(self, place: Place, work: Work, deadline_at: float | None = None) -> None:
+        """Queues the work, unless the job was cancelled meanwhile; see `Place.submit`."""
         if not self.ended:
-            self.plan = Plan.of(work)
-            place.submit(work, self)
+            self.admitted = self.plan = Plan.of(work)
+            place.submit(work, self, deadline_at)
 
-    def watch(self, frames: FrameRule | None = None, after: int = 0) -> Mailbox:
-        """A watcher more, who has the events up to number `after` and gets what it missed, then what comes."""
+    def watch(
+        self,
+        frames: FrameRule | None = None,
+        checkpoints: CheckpointRule | None = None,
+        after: int = 0,
+        *,
+        controls: bool = False,
+    ) -> Mailbox:
+        """A watcher more, who has the events up to number `after` and gets what it missed, then what comes. One that
+        `controls` the job keeps others from it until it leaves or gives control up.
+
+        Raises `JobControlled` or `TooManyWatchers`, but neither once the job has ended.
+        """
         with self._lock:
             # A frame that outlived the end is the last good picture, which everybody is told.
-            missed = [(n, e) for n, e in self._known() if n > after and (frames or self.ended or type(e) is not Frame)]
-            mailbox = Mailbox(self._jobs.loop, frames, missed)
+            missed = [
+                (number, event)
+                for number, event in self._history.after(after)
+                if frames or self.ended or not isinstance(event, Frame)
+            ]
+            mailbox = Mailbox(self._jobs.loop, frames, checkpoints, missed)
             if self.ended:
                 mailbox.end(self.error)
                 return mailbox
+            if controls and self._controller is not None:
+                raise JobControlled(self.id)
+            if len(self._watchers) >= self._jobs.limits.max_watchers:
+                raise TooManyWatchers(self._jobs.limits.max_watchers)
             self._watchers += (mailbox,)
+            if controls:
+                self._controller = mailbox
         self.expire()
         return mailbox
 
+    def give_up_control(self, mailbox: Mailbox) -> None:
+        """The controller watches on as any other; from anybody else it is nothing."""
+        if self._controller is mailbox:
+            self._controller = None
+
     def leave(self, mailbox: Mailbox) -> None:
         """The watcher is gone. The last one to leave stops the job, now or after its grace; twice is once."""
+        self.give_up_control(mailbox)
         with self._lock:
             if mailbox not in self._watchers:
                 return
@@ -147,6 +185,18 @@ class Job:
             self.expire(self.grace_s, self.cancel)
         else:
             self.cancel()
+
+    def answer(self, mailbox: Mailbox, answer: Answer) -> bool:
+        """Tells one watcher what became of its command. False if the job has ended since something was taken for it:
+        nothing comes behind the result."""
+        with self._lock:
+            if answer.taken is None:
+                mailbox.put(0, answer)
+            elif not self.ended:
+                mailbox.put(self._history.next_number(), answer)
+            else:
+                return False
+        return True
 
     def cancel(self) -> None:
         """Ends the job with `Cancelled`, at once for its watchers and within one iteration for the engine. Does nothing
@@ -162,10 +212,6 @@ class Job:
         if then is not None:
             self._timer = self._jobs.loop.call_later(after_s, then)
             self.expires_at = self._jobs.clock() + after_s
-
-    def _known(self) -> list[tuple[int, Event]]:
-        kept = (self._accepted, *self._log, self._frame, self._result)
-        return sorted((item for item in kept if item is not None), key=lambda item: item[0])
 
     # The scheduler's side: see `scheduler.Listener` ---------------------------------------------------------------------
 
@@ -187,19 +233,30 @@ class Job:
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
-        with self._lock:
-            if not self.ended:
-                self._tell(event, self._watchers)
+        self._publish(event)
 
     def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
         """Takes the picture once for all watchers that are due one and have room for it; not at all if none is."""
         now = time.monotonic()
         wanting = [mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)]
         if wanting:
-            frame = Frame(iteration, Picture(take()))  # milliseconds for a large one, so without the lock
-            with self._lock:
-                if not self.ended:
-                    self._tell(frame, wanting)
+            self._publish(Frame(iteration, Picture(take())), wanting)  # takes milliseconds, so without the lock
+
+    def offer_checkpoint(self, iteration: int, take: Callable[[bool], SavedState]) -> None:
+        """Takes the state for all watchers that are due a checkpoint: once for those who want a light one, once for those
+        who want a full one."""
+        now = time.monotonic()
+        wanting = [mailbox for mailbox in self._watchers if mailbox.wants_checkpoint(now)]
+        for light in (True, False):
+            if alike := [m for m in wanting if m.checkpoints is not None and m.checkpoints.light is light]:
+                self._publish(Saved(iteration, take(light)), alike)
+
+    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], SavedState]) -> None:
+        """Sends the picture and the state to every watcher, whatever it asked for: it has to go on without this server."""
+        self._publish(Frame(iteration, picture))
+        wanted = (mailbox.checkpoints for mailbox in self._watchers)
+        light = all(checkpoints is None or checkpoints.light for checkpoints in wanted)
+        self._publish(Saved(iteration, take(light)))
 
     def fail(self, error: GramophoneError) -> None:
         """Ends the job without a result."""
@@ -208,37 +265,40 @@ class Job:
                 self.error = error
                 self._end(State.CANCELLED if isinstance(error, Cancelled) else State.FAILED)
 
-    def _tell(self, event: Event, watchers: tuple[Mailbox, ...] | list[Mailbox]) -> None:
-        match event:
-            case Waiting(position) if position == self.position:
+    def _publish(self, event: Event, watchers: Iterable[Mailbox] | None = None) -> None:
+        """Tells the watchers, or all, and those to come."""
+        with self._lock:
+            if self.ended:
                 return
-            case Accepted(position) | Waiting(position):
-                self.position = position
-            case Progress():
-                self.progress = event
-        self._number += 1
-        item = (self._number, event)
-        match event:
-            case Accepted():
-                self._accepted = item  # whoever comes needs it, however long the log has become
-            case Frame():
-                self._frame = item
-            case Finished():
-                self._result, self.result = item, event
-            case _:
-                self._log.append(item)
-        for mailbox in watchers:
-            mailbox.put(*item)
-        if isinstance(event, Finished):
-            self._end(State.SUCCEEDED)
+            match event:
+                case Waiting(position) if position == self.position:
+                    return
+                case Accepted(position) | Waiting(position):
+                    self.position = position
+                case Progress():
+                    self.progress = event
+                case Paused():
+                    self.state = State.PAUSED
+                case Resumed():
+                    self.state = State.RUNNING
+                case Changed(_, recipe, iterations):
+                    assert self.plan is not None, "a job has a plan before it has events"
+                    self.plan = self.plan._replace(recipe=recipe, iterations=iterations)
+                case Finished():
+                    self.result = event
+            item = self._history.add(event)
+            for mailbox in self._watchers if watchers is None else watchers:
+                mailbox.put(*item)
+            if isinstance(event, Finished):
+                self._end(State.SUCCEEDED)
 
     def _end(self, state: State) -> None:
         self.state, self.ended_at = state, self._jobs.clock()
         if not isinstance(self.error, Diverged):
-            self._frame = None
+            self._history.forget_frame()
         for mailbox in self._watchers:
             mailbox.end(self.error)
-        self._watchers = ()
+        self._watchers, self._controller = (), None
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody looks for it
             self._jobs.loop.call_soon_threadsafe(self._jobs.keep, self)
 
@@ -259,7 +319,7 @@ class Jobs:
         self.scheduler = scheduler
         self.loop = loop or asyncio.get_running_loop()
         self.clock = clock
-        self._limits = limits
+        self.limits = limits
         self._created = 0
         self._jobs: dict[str, Job] = {}  # by id, oldest first
         self._requests: dict[str, Job] = {}  # by request_id
@@ -299,10 +359,10 @@ class Jobs:
             self._forget(job)
             return
         self._ended[job.id] = job
-        job.expire(self._limits.max_kept_s, lambda: self._forget(job))
+        job.expire(self.limits.max_kept_s, lambda: self._forget(job))
         held = sum(ended.bytes for ended in self._ended.values())
         for ended in list(self._ended.values()):
-            if len(self._ended) <= self._limits.max_kept and held <= self._limits.max_kept_bytes:
+            if len(self._ended) <= self.limits.max_kept and held <= self.limits.max_kept_bytes:
                 break
             held -= ended.bytes
             self._forget(ended)

@@ -7,20 +7,22 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
 
-from gramophone.recipe import Recipe
+from gramophone.recipe import Recipe, Violation
 from gramophone_server.errors import GramophoneError
 from gramophone_server.job import Losses, Report
 
 __all__ = [
     "Accepted",
+    "Answer",
     "Changed",
+    "CheckpointRule",
     "Event",
     "Finished",
     "Frame",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
+LEAST_CHECKPOINT_INTERVAL_S = 1.0  # each costs a copy of the job's state, some MB
 STALE_S = 1.0  # an unread frame older than this is replaced, so that a reader that comes back sees a recent picture
 
 
@@ -144,55 +147,79 @@ class Finished:
 Event = Accepted | Waiting | Progress | Frame | Saved | Paused | Resumed | Changed | Finished
 
 
+# Of these only the newest matters to a reader that has fallen behind.
+COALESCED = (Waiting, Progress, Frame, Saved)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What became of a command, for the watcher alone who gave it. `taken` is what it asked for."""
+
+    command_id: int
+    iteration: int = 0  # as in `commands.Done`
+    violations: tuple[Violation, ...] = ()  # why it was not done
+    taken: Frame | Saved | None = None
+
+
 @dataclass(frozen=True)
 class FrameRule:
     """When a watcher wants to see the picture."""
 
     every_iterations: int = 1
     min_interval_s: float = LEAST_FRAME_INTERVAL_S
+    max_in_flight: int = 0  # frames that it may not have acknowledged yet; 0: it acknowledges none
+
+
+@dataclass(frozen=True)
+class CheckpointRule:
+    """When a watcher wants the job's state."""
+
+    min_interval_s: float = LEAST_CHECKPOINT_INTERVAL_S
+    light: bool = False
 
 
 class Mailbox:
-    """Events on their way from the compute thread to one watcher on the event loop.
+    """Events on their way from the compute thread to one watcher on the event loop, read in the order of their numbers.
 
-    First come the events that the watcher has missed, all of them; then it has one slot per kind of event: a newer
-    progress or frame replaces an unread one, while accepted and finished come once, so that they are never lost. Slots
-    are read in the order of their numbers. The newest frame of those missed is in its slot from the start.
+    A newer event of the kinds in `COALESCED` replaces one that is unread, and no other is ever lost; nor is any of those
+    that the watcher has missed, but for its frames.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         frames: FrameRule | None = None,
+        checkpoints: CheckpointRule | None = None,
         missed: Iterable[tuple[int, Event]] = (),
     ) -> None:
+        self.checkpoints = checkpoints
         self._loop = loop
-        self._rule = frames
-        self._frame_due_at = 0.0
+        self._frames = frames
+        self._frame_due_at = self._checkpoint_due_at = 0.0
         self._lock = threading.Lock()
-        self._missed: deque[tuple[int, Event]] = deque()
-        self._slots: dict[type[Event], tuple[int, Event]] = {}
-        for number, event in missed:
-            if isinstance(event, Frame):
-                self._slots[Frame] = (number, event)
-            else:
-                self._missed.append((number, event))
+        # By kind what can be replaced, and the rest by a key of its own.
+        self._unread: dict[Hashable, tuple[int, Event | Answer]] = {
+            Frame if isinstance(event, Frame) else object(): (number, event) for number, event in missed
+        }
         self._over = False
         self._error: GramophoneError | None = None
         self._dropped = 0  # frames, since the last one read
-        self._frame_at = time.monotonic()  # when the frame in its slot was put there
+        self._frame_at = time.monotonic()  # when the unread frame was put there
+        self._in_flight: deque[int] = deque()  # numbers of the frames that were read and not acknowledged
         self._news = asyncio.Event()
         self._wake_is_due = False
 
     # What the job calls, on any thread; it never waits for the reader ---------------------------------------------------
 
-    def put(self, number: int, event: Event) -> None:
-        """Numbers increase from call to call."""
+    def put(self, number: int, event: Event | Answer) -> None:
+        """Numbers never decrease from call to call."""
+        kind = type(event) if isinstance(event, COALESCED) else object()
         with self._lock:
-            if isinstance(event, Frame):
-                self._dropped += Frame in self._slots
+            replaced = self._unread.pop(kind, None)
+            self._unread[kind] = (number, event)
+            if kind is Frame:
+                self._dropped += replaced is not None
                 self._frame_at = time.monotonic()
-            self._slots[type(event)] = (number, event)
         self._wake()
 
     def end(self, error: GramophoneError | None = None) -> None:
@@ -203,23 +230,36 @@ class Mailbox:
 
     def most_at_once(self, iteration: int) -> int | None:
         """Iterations from this one to the next whose picture may be wanted; None: none is ever wanted."""
-        return None if self._rule is None else self._rule.every_iterations - iteration % self._rule.every_iterations
+        return (
+            None if self._frames is None else self._frames.every_iterations - iteration % self._frames.every_iterations
+        )
 
     def wants_frame(self, iteration: int, now: float) -> bool:
-        """Whether a frame is due and has room. One that is due while the last one is unread is counted as dropped."""
-        rule = self._rule
+        """Whether a frame is due and has room. One that is due and has none, because the last one is unread or too many
+        are unacknowledged, is counted as dropped."""
+        rule = self._frames
         if rule is None or iteration % rule.every_iterations or now < self._frame_due_at:
             return False
         self._frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
         with self._lock:
-            room = Frame not in self._slots or now - self._frame_at >= STALE_S
+            unread = Frame in self._unread and now - self._frame_at < STALE_S
+            room = not unread and not 0 < rule.max_in_flight <= len(self._in_flight)
             self._dropped += not room
         return room
 
+    def wants_checkpoint(self, now: float) -> bool:
+        """Whether a checkpoint is due."""
+        rule = self.checkpoints
+        if rule is None or now < self._checkpoint_due_at:
+            return False
+        self._checkpoint_due_at = now + max(rule.min_interval_s, LEAST_CHECKPOINT_INTERVAL_S)
+        return True
+
     # The reader's side ------------------------------------------------------------------------------------------------
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number, event) in increasing order, for one reader. Raises what `end` was given."""
+    async def events(self) -> AsyncIterator[tuple[int, Event | Answer]]:
+        """(number, event) in increasing order, for one reader; an answer without `taken` has no number of its own. Raises
+        what `end` was given."""
         while True:
             with self._lock:
                 item = self._next()
@@ -235,16 +275,21 @@ class Mailbox:
             else:
                 await self._news.wait()
 
-    def _next(self) -> tuple[int, Event] | None:
-        kind = min(self._slots, key=lambda kind: self._slots[kind][0], default=None)
-        if self._missed and (kind is None or self._missed[0][0] < self._slots[kind][0]):
-            return self._missed.popleft()
-        if kind is None:
+    def acknowledge(self, number: int) -> None:
+        """The frames up to this one have arrived."""
+        with self._lock:
+            while self._in_flight and self._in_flight[0] <= number:
+                self._in_flight.popleft()
+
+    def _next(self) -> tuple[int, Event | Answer] | None:
+        if not self._unread:
             return None
-        number, event = self._slots.pop(kind)
+        number, event = self._unread.pop(next(iter(self._unread)))
         if isinstance(event, Frame):
             event = replace(event, dropped=self._dropped)
             self._dropped = 0
+            if self._frames is not None and self._frames.max_in_flight:
+                self._in_flight.append(number)
         return number, event
 
     def _wake(self) -> None:

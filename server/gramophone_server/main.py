@@ -29,8 +29,9 @@ from gramophone_server import config
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.messages import version
-from gramophone_server.scheduler import Engine, Scheduler
+from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
+from gramophone_server.work import Engine
 
 __all__ = ["main", "serve", "server_options"]
 
@@ -85,7 +86,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     """
     started = time.monotonic()
     server = grpc.aio.server(options=server_options(settings))
-    scheduler = Scheduler(load, max_queued=settings.max_queued)
+    scheduler = Scheduler(load, settings)
     servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs)
     health_servicer = health.aio.HealthServicer()
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

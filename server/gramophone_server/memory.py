@@ -6,9 +6,12 @@ counted. So the estimate follows the code, whatever is changed there.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from gramophone_server.stage import Stage
 from gramophone_server.vgg import Vgg
 from gramophone_server.work import Shape
 
-__all__ = ["bytes_needed"]
+__all__ = ["bytes_free", "bytes_needed"]
 
 META = torch.device("meta")
 GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to it
@@ -30,6 +33,23 @@ GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to it
 # What the meta device does not see: partial sums of our own kernels (7 MB at 1024 px) and what cuDNN and cuBLAS take to
 # work in (cuBLAS: 32 MB on Hopper). To be measured: `make gpu-check` compares the estimate with the allocator's peak.
 WORKSPACES = 48 * 2**20
+
+
+def bytes_free(device: torch.device) -> int:
+    """Bytes of the device's memory that nobody uses; of the computer's, or of its container's, on a CPU."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(
+        OSError, StopIteration
+    ):  # not Linux; without what files are kept in, which it would give up
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # in no container, or in one without a limit ("max")
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
 
 
 def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, form: str) -> int:

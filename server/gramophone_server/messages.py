@@ -1,4 +1,4 @@
-"""From what happens to a job to the messages that say so; each picture is encoded once for all who want it alike."""
+"""From what happens to a job to the messages that say so; each picture is encoded and each state written once for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,9 +18,24 @@ from gramophone_server import images
 from gramophone_server.images import Encoding
 from gramophone_server.job import Losses
 from gramophone_server.jobs import Job, Plan, State
-from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Picture, Progress, Waiting
+from gramophone_server.mailbox import (
+    Accepted,
+    Answer,
+    Changed,
+    Event,
+    Finished,
+    Frame,
+    Mailbox,
+    Paused,
+    Picture,
+    Progress,
+    Resumed,
+    Saved,
+    Waiting,
+)
+from gramophone_server.mailbox import State as SavedState
 
-__all__ = ["Encoders", "event_message", "frame_encoding", "job_message", "result_encoding", "version"]
+__all__ = ["Encoders", "View", "frame_encoding", "job_message", "result_encoding", "version"]
 
 # One more does not help while the compute thread has the cores.
 ENCODERS = 2
@@ -47,7 +63,7 @@ def result_encoding(spec: pb.JobSpec) -> Encoding:
 
 
 class Encoders:
-    """Threads that encode pictures."""
+    """Threads that encode pictures and write checkpoints."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(ENCODERS, "encode")
@@ -77,6 +93,13 @@ class Encoders:
             data=encoded.data,
         )
 
+    async def written(self, state: SavedState) -> bytes:
+        """The state's only checkpoint; the first to ask for it starts it. Raises `InvalidRequest` if it is too large."""
+        if state.written is None:
+            state.written = asyncio.get_running_loop().run_in_executor(self._threads, state.write)
+            state.written.add_done_callback(_noted)
+        return await asyncio.shield(state.written)
+
 
 def _noted(future: asyncio.Future[Any]) -> None:
     """An error that no watcher has waited for must not be reported as lost."""
@@ -84,57 +107,92 @@ def _noted(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-async def event_message(
-    number: int, event: Event, job: Job, encoders: Encoders, frames: Encoding, attached: bool, weights: str
-) -> pb.JobEvent:
-    """The event for one watcher, who wants `frames` so, and whose request was `attached` to the job or made it."""
-    plan = job.plan
-    assert plan is not None, "a job has a plan before it has events"
-    message = pb.JobEvent(sequence=number)
-    match event:
-        case Accepted(position):
-            message.accepted.CopyFrom(
-                pb.Accepted(
-                    job_id=job.id,
-                    recipe=recipe_to_message(plan.recipe),
-                    seed=plan.seed,
-                    width=plan.width,
-                    height=plan.height,
-                    iterations=plan.iterations,
-                    queue_position=position,
-                    attached=attached,
+class View:
+    """A job as one of its watchers is told about it.
+
+    `frames` says how it wants its pictures; its request was `attached` to the job or made it; `weights` are the network's.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        mailbox: Mailbox,
+        encoders: Encoders,
+        frames: pb.FrameOptions | None = None,
+        *,
+        attached: bool = False,
+        weights: str = "",
+    ) -> None:
+        self.job = job
+        self.mailbox = mailbox
+        self.encoders = encoders
+        self._frames = frame_encoding(frames or pb.FrameOptions())
+        self._attached = attached
+        self._weights = weights
+
+    async def events(self) -> AsyncIterator[pb.JobEvent]:
+        """What happens to the job, for a watcher that gives no commands. Raises the error that it ended in."""
+        async for number, event in self.mailbox.events():
+            assert not isinstance(event, Answer), "nobody has asked"
+            yield await self.message(number, event)
+
+    async def message(self, number: int, event: Event, frames: Encoding | None = None) -> pb.JobEvent:
+        """One event, a frame as ``frames`` instead of as it was wanted."""
+        message = pb.JobEvent(sequence=number)
+        match event:
+            case Accepted():
+                message.accepted.CopyFrom(self._accepted(event))
+            case Waiting(position, wait_s):
+                message.waiting.CopyFrom(pb.Waiting(queue_position=position, estimated_wait=_duration(wait_s)))
+            case Progress():
+                message.progress.CopyFrom(_progress(event))
+            case Frame(iteration, picture, dropped):
+                image = await self.encoders.encoded(picture, frames or self._frames)
+                message.frame.CopyFrom(pb.Frame(iteration=iteration, image=image, dropped=dropped))
+            case Saved(iteration, state):
+                data = await self.encoders.written(state)
+                message.checkpoint.CopyFrom(pb.Checkpoint(iteration=iteration, light=state.light, data=data))
+            case Paused(iteration):
+                message.paused.iteration = iteration
+            case Resumed(iteration):
+                message.resumed.iteration = iteration
+            case Changed(iteration, recipe, iterations):
+                message.changed.CopyFrom(
+                    pb.Changed(iteration=iteration, recipe=recipe_to_message(recipe), iterations=iterations)
                 )
-            )
-        case Waiting(position):
-            message.waiting.queue_position = position
-        case Progress(report, iterations_per_second, time_left_s):
-            message.progress.CopyFrom(
-                pb.Progress(
-                    iteration=report.iteration,
-                    iterations=report.iterations,
-                    width=report.width,
-                    height=report.height,
-                    losses=_losses(report.losses),
-                    iterations_per_second=iterations_per_second,
-                    time_left=_duration(time_left_s),
-                )
-            )
-        case Frame(iteration, picture, dropped):
-            image = await encoders.encoded(picture, frames)
-            message.frame.CopyFrom(pb.Frame(iteration=iteration, image=image, dropped=dropped))
-        case Finished(picture, losses, iterations, elapsed_s):
-            image = await encoders.encoded(picture, job.encoding, _how_it_was_made(plan, weights))
-            picture.wait = None  # all want the result alike, so the pixels have done their part
-            message.result.CopyFrom(
-                pb.Result(
-                    image=image,
-                    losses=_losses(losses),
-                    iterations=iterations,
-                    stop_reason=pb.STOP_REASON_ITERATIONS_DONE,
-                    elapsed=_duration(elapsed_s),
-                )
-            )
-    return message
+            case Finished():
+                message.result.CopyFrom(await self._result(event))
+        return message
+
+    def _accepted(self, event: Accepted) -> pb.Accepted:
+        plan = self.job.admitted
+        assert plan is not None, "a job has a plan before it has events"
+        return pb.Accepted(
+            job_id=self.job.id,
+            recipe=recipe_to_message(plan.recipe),
+            seed=plan.seed,
+            width=plan.width,
+            height=plan.height,
+            iterations=plan.iterations,
+            queue_position=event.position,
+            attached=self._attached,
+            resumed_at=plan.resumed_at,
+            estimated_wait=_duration(event.wait_s),
+        )
+
+    async def _result(self, event: Finished) -> pb.Result:
+        plan = self.job.plan
+        assert plan is not None, "a job has a plan before it has events"
+        metadata = _how_it_was_made(plan, self._weights)
+        image = await self.encoders.encoded(event.picture, self.job.encoding, metadata)
+        event.picture.wait = None  # all want the result alike, so the pixels have done their part
+        return pb.Result(
+            image=image,
+            losses=_losses(event.losses),
+            iterations=event.iterations,
+            stop_reason=f"STOP_REASON_{event.reason.name}",
+            elapsed=_duration(event.elapsed_s),
+        )
 
 
 def job_message(job: Job) -> pb.Job:
@@ -149,13 +207,14 @@ def job_message(job: Job) -> pb.Job:
     )
     if job.plan is not None:
         message.iterations, message.width, message.height = job.plan.iterations, job.plan.width, job.plan.height
+        message.iteration = job.plan.resumed_at
     if job.state is State.QUEUED:
         message.queue_position = job.position
     if job.progress is not None:
         message.iteration = job.progress.report.iteration
         message.losses.CopyFrom(_losses(job.progress.report.losses))
     if job.result is not None:
-        message.stop_reason = pb.STOP_REASON_ITERATIONS_DONE
+        message.stop_reason = getattr(pb, f"STOP_REASON_{job.result.reason.name}")
     return message
 
 
@@ -177,6 +236,19 @@ def _how_it_was_made(plan: Plan, weights: str) -> str:
     return json.dumps(made)
 
 
+def _progress(event: Progress) -> pb.Progress:
+    report = event.report
+    return pb.Progress(
+        iteration=report.iteration,
+        iterations=report.iterations,
+        width=report.width,
+        height=report.height,
+        losses=_losses(report.losses),
+        iterations_per_second=event.iterations_per_second,
+        time_left=_duration(event.time_left_s),
+    )
+
+
 def _losses(losses: Losses) -> pb.Losses:
     return pb.Losses(
         total=losses.total,
@@ -188,7 +260,9 @@ def _losses(losses: Losses) -> pb.Losses:
     )
 
 
-def _duration(seconds: float) -> duration_pb2.Duration:
+def _duration(seconds: float | None) -> duration_pb2.Duration | None:
+    if seconds is None:
+        return None
     duration = duration_pb2.Duration()
     duration.FromMicroseconds(round(seconds * 1e6))
     return duration

@@ -1,98 +1,62 @@
-"""Jobs on one compute thread, one after another, behind a bounded queue.
+"""Many jobs on one compute thread: who may come, who waits, whose turn it is.
 
-The event loop reserves places, submits jobs and withdraws them; the compute thread loads the engine, runs it and tells
-the job's `Listener`. The two meet in a lock that neither holds for long, so the engine never waits for a reader and the
-loop never waits for the engine.
+The event loop reserves places, submits jobs, withdraws them and sends commands; the compute thread loads the engine, runs
+it and tells each job's `Listener`. The two meet in a lock that neither holds for long, so the engine never waits for a
+reader and the loop never waits for the engine.
+
+Up to `max_running` jobs are worked on side by side, in slices of about 20 ms (see `worker`). The next slice is for the job that has
+had least of the device's time, together with whoever shares its batch (see `lanes`). That is what deficit round robin
+comes to, without rounds: a job of 2048 px whose iteration takes a second is followed by a second's worth of slices for
+others. Those who wait begin in the order of the time at which they must, to be done by their deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
-from torch import Tensor
-
+from gramophone.recipe import InvalidRecipe, Violation
+from gramophone_server.commands import Command, Done, Pause, Resume
+from gramophone_server.config import Limits
 from gramophone_server.errors import (
-    Diverged,
+    DeadlineUnattainable,
     EngineFailed,
     GramophoneError,
+    InvalidRequest,
     NotReady,
     OutOfDeviceMemory,
     QueueFull,
     ShuttingDown,
 )
-from gramophone_server.job import Run, StyleJob, ran_out_of_memory
-from gramophone_server.mailbox import Accepted, Event, Finished, Frame, Picture, Progress, State, Waiting
+from gramophone_server.mailbox import Accepted, Paused, Resumed, Waiting
+from gramophone_server.pace import Forecast, Pace, forecast
+from gramophone_server.work import Engine, Shape, Work
+from gramophone_server.worker import Listener, Task, Worker
 
-__all__ = ["Engine", "Listener", "Place", "Scheduler"]
+__all__ = ["Place", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
-# The longest that the engine is left alone: cancelling takes no longer, and a wait for the GPU (30 us of 0.4 ms at 256 px)
-# comes once in so long instead of after every iteration.
-SLICE_S = 0.02
 GUESSED_RETRY_S = 5.0  # until the first iteration of this process has been measured
+PATIENCE_S = 600.0  # of a job without a deadline: whoever must be done earlier goes first, for so long
 
 
-class Engine(Protocol):
-    """What the scheduler needs of an engine, and what the server says about it."""
+class Order(NamedTuple):
+    """A command on its way to the compute thread."""
 
-    @property
-    def device_name(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def backbone(self) -> str: ...
-    @property
-    def weights_source(self) -> str: ...
-    @property
-    def layers(self) -> tuple[str, ...]: ...
-
-    def start(self, jobs: Sequence[StyleJob]) -> Run: ...
-
-
-class Listener(Protocol):
-    """Whom a job is run for; see `jobs.Job`. Called on the compute thread and, for the queue, on the event loop, with
-    the scheduler's lock held at times: it never waits and never calls back."""
-
-    @property
-    def cancelled(self) -> bool:
-        """The job shall stop before its next iteration."""
-
-    def most_at_once(self, iteration: int) -> int | None:
-        """Iterations from this one to the next whose picture may be wanted, None if none will be."""
-
-    def started(self) -> None:
-        """The job waits no longer."""
-
-    def publish(self, event: Event) -> None:
-        """`Accepted` first, then `Waiting` and `Progress`, `Finished` last."""
-
-    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
-        """Takes the picture if somebody wants it."""
-
-    def offer_checkpoint(self, iteration: int, take: Callable[[bool], State]) -> None:
-        """Takes the state if somebody wants it; `take` is told whether a light one will do."""
-
-    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], State]) -> None:
-        """The server goes away with the job on its way: everybody gets the picture, and the state. `fail` follows."""
-
-    def fail(self, error: GramophoneError) -> None:
-        """The job has ended without a result."""
-
-
-class Task(NamedTuple):
-    """A job of the queue."""
-
-    work: StyleJob
     listener: Listener
+    command: Command
+    done: asyncio.Future[Done]
 
 
 class Place:
@@ -102,10 +66,11 @@ class Place:
         self._scheduler = scheduler
         self._used = False
 
-    def submit(self, work: StyleJob, listener: Listener) -> None:
-        """Queues the job. Raises `ShuttingDown` if the drain time has run out meanwhile."""
+    def submit(self, work: Work, listener: Listener, deadline_at: float | None = None) -> None:
+        """Queues the job. ``deadline_at``: when nobody wants it any more, on the monotonic clock. Raises `ShuttingDown` if
+        the drain time has run out meanwhile."""
         assert not self._used, "a place is for one job"
-        self._scheduler._enqueue(Task(work, listener))
+        self._scheduler._enqueue(work, listener, math.inf if deadline_at is None else deadline_at)
         self._used = True
 
     def __enter__(self) -> Self:
@@ -115,7 +80,7 @@ class Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._used:
-            self._scheduler._release()
+            self._scheduler._release(1)
 
 
 class Scheduler:
@@ -125,22 +90,23 @@ class Scheduler:
     thread that first uses it.
     """
 
-    def __init__(self, load: Callable[[], Engine], *, max_queued: int) -> None:
+    def __init__(self, load: Callable[[], Engine], limits: Limits) -> None:
         self._load = load
-        self._max_queued = max_queued
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[Engine] = self._loop.create_future()
         self._place_freed = asyncio.Event()
         self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
-        # Everything below is guarded by the lock of this condition, which says that there is a job, or an end.
-        self._work = threading.Condition()
-        self._queue: deque[Task] = deque()
-        self._running: Task | None = None
-        self._places = 0  # reserved, queued and running jobs
+        self._pace = Pace()
+        # Everything below is guarded by the lock of this condition, which says that there is something to do.
+        self._news = threading.Condition()
+        self._queue: list[Task] = []  # in the order in which they must begin
+        self._paused: list[Task] = []
+        self._running: list[Task] = []
+        self._orders: deque[Order] = deque()
+        self._places = 0  # reserved, queued, paused and running jobs
         self._draining = False
         self._stopped = False
-        self._pixels_left = 0  # of the running job, in pixel-iterations
-        self._pixels_per_s = 0.0  # pixel-iterations per second at the last report; 0: not measured yet
 
     def start(self) -> None:
         """Starts the compute thread, which starts to load the engine."""
@@ -160,80 +126,157 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Jobs that are being worked on."""
-        return int(self._running is not None)
+        return len(self._running)
+
+    @property
+    def paused(self) -> int:
+        """Jobs that stand still."""
+        return len(self._paused)
 
     @property
     def queued(self) -> int:
         """Jobs that wait, or whose images are still being decoded."""
-        return self._places - self.running
+        return max(0, self._places - self.running - self.paused)
+
+    def estimated_wait_s(self) -> float | None:
+        """Seconds until a job that came now would begin; None while nothing was measured."""
+        with self._news:
+            seen = self._forecast(0.0)
+        return None if seen is None else seen.begins[-1]
 
     def reserve(self) -> Place:
         """A place for a job. Raises `ShuttingDown`, `NotReady` or `QueueFull`."""
-        with self._work:
+        with self._news:
             if self._draining:
                 raise ShuttingDown
             _ = self.engine
-            if self._places > self._max_queued:
-                raise QueueFull(self.queued, self._max_queued, self._seconds_to_next_place())
+            if self._places >= self._limits.max_running + self._limits.max_queued:
+                waiting = self._places - self.running
+                raise QueueFull(waiting, self._limits.max_queued, self._seconds_to_next_place())
             self._places += 1
         return Place(self)
 
+    def require_time(self, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
+        """Raises `DeadlineUnattainable` if a job that came now would not be done in ``left_s`` seconds, by the speed measured
+        so far. ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe."""
+        each_s = self._pace.job_s(shape)
+        if each_s is None:
+            return
+        run_s = pixels * each_s / (shape.width * shape.height)
+        with self._news:
+            seen = self._forecast(run_s)
+        if seen is None:
+            return
+        wait_s, end_s = seen.begins[-1], seen.end
+        if time_budget:
+            run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
+        if end_s > left_s:
+            raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
+
+    def require_memory(self, shape: Shape) -> None:
+        """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for some 12 ms."""
+        engine = self.engine
+        if engine.batch_bytes(shape, 1) > engine.memory_bytes:
+            raise OutOfDeviceMemory(shape.width, shape.height)
+
     def withdraw(self, listener: Listener) -> None:
-        """Takes a cancelled job out of the queue. One that runs is left to see that it is cancelled."""
-        with self._work:
-            task = next((task for task in self._queue if task.listener is listener), None)
-            if task is None:
+        """Takes a cancelled job out of those that wait or stand still. One that runs is left to see that it is cancelled."""
+        with self._news:
+            for tasks in (self._queue, self._paused):
+                task = next((task for task in tasks if task.listener is listener), None)
+                if task is not None:
+                    tasks.remove(task)
+                    self._tell_positions()
+                    break
+            else:
                 return
-            self._queue.remove(task)
-            self._tell_positions()
-        self._release()
+        self._release(1)
+
+    def command(self, listener: Listener, command: Command) -> asyncio.Future[Done]:
+        """Has a command done to a job before its next slice. The future ends in `InvalidRequest` or `InvalidRecipe` if that
+        is impossible, with fields relative to the command, and in `ShuttingDown`."""
+        done: asyncio.Future[Done] = self._loop.create_future()
+        with self._news:
+            if self._stopped:
+                done.set_exception(ShuttingDown())
+            else:
+                self._orders.append(Order(listener, command, done))
+                self._news.notify()
+        return done
 
     async def drain(self, within_s: float) -> None:
-        """Takes no new jobs, and returns when all have ended or the time is over; see `stop`."""
-        with self._work:
+        """Takes no new jobs, and returns when all but the paused have ended or the time is over; see `stop`."""
+        with self._news:
             self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self._places:
+                while self._places > self.paused:
                     self._place_freed.clear()
                     await self._place_freed.wait()
 
     def stop(self) -> None:
-        """Ends every job with `ShuttingDown`, the running one after its present iteration, and then the thread."""
-        with self._work:
+        """Ends every job with `ShuttingDown`, those on their way after the present slice and with their picture and state,
+        and then the thread."""
+        with self._news:
             self._draining = self._stopped = True
-            self._work.notify()
+            self._news.notify()
 
     def join(self, timeout_s: float) -> bool:
         """Waits for the compute thread to end after `stop`; whether it has. Blocks, so not on the event loop."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    # The event loop's side of a job -----------------------------------------------------------------------------------
+    # The queue --------------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, task: Task) -> None:
-        with self._work:
+    def _enqueue(self, work: Work, listener: Listener, deadline_at: float) -> None:
+        now = time.monotonic()
+        budget_at = now + work.recipe.time_budget if work.recipe.time_budget else math.inf
+        left_s = self._pace.left_s(work)
+        must_begin_at = min(deadline_at, budget_at, now + PATIENCE_S) - (left_s or 0.0)
+        task = Task(
+            work=work, listener=listener, budget_at=budget_at, must_begin_at=must_begin_at, left_s=left_s
+        )  # fmt: skip
+        with self._news:
             if self._stopped:
                 raise ShuttingDown
-            task.listener.publish(Accepted(position=len(self._queue) + self.running))
-            self._queue.append(task)
-            self._work.notify()
+            bisect.insort(self._queue, task, key=_must_begin_at)
+            index = self._queue.index(task)
+            task.listener.publish(Accepted(*self._outlook()[index]))
+            self._tell_positions(index + 1)
+            self._news.notify()
 
-    def _tell_positions(self) -> None:
-        """To those who wait, when somebody has left the queue. The lock is held."""
-        for position, task in enumerate(self._queue, self.running):
-            task.listener.publish(Waiting(position))
+    def _tell_positions(self, first: int = 0) -> None:
+        """To those who wait, from that place on, when somebody has come or gone. The lock is held."""
+        for task, (position, wait_s) in zip(self._queue[first:], self._outlook()[first:], strict=True):
+            if position:
+                task.listener.publish(Waiting(position, wait_s))
 
-    def _release(self) -> None:
-        with self._work:
-            self._places -= 1
+    def _outlook(self) -> list[tuple[int, float | None]]:
+        """Of those who wait: the place in the queue, 0 for who will begin at once, and seconds until it begins. The lock is
+        held."""
+        room = max(0, self._limits.max_running - len(self._running))
+        positions = [max(0, index + 1 - room) for index in range(len(self._queue))]
+        seen = self._forecast(0.0) if positions else None
+        begins = seen.begins[:-1] if seen is not None else (None,) * len(positions)
+        return list(zip(positions, begins, strict=True))
+
+    def _forecast(self, own_s: float) -> Forecast | None:
+        """For a job that comes now; None while nothing was measured. The lock is held."""
+        running = [task.left_s for task in self._running]
+        ahead = [task.left_s for task in self._queue]
+        if None in running or None in ahead:
+            return None
+        return forecast(running, ahead, own_s, self._limits.max_running)  # type: ignore[arg-type]
+
+    def _release(self, places: int) -> None:
+        with self._news:
+            self._places -= places
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
             self._loop.call_soon_threadsafe(self._place_freed.set)
 
     def _seconds_to_next_place(self) -> float:
-        if not self._pixels_per_s or self._running is None:
-            return GUESSED_RETRY_S
-        return max(1.0, self._pixels_left / self._pixels_per_s)
+        left = [task.left_s for task in self._running if task.left_s is not None]
+        return max(1.0, min(left) * len(self._running)) if left else GUESSED_RETRY_S  # they share the device
 
     # The compute thread -----------------------------------------------------------------------------------------------
 
@@ -241,83 +284,119 @@ class Scheduler:
         try:
             engine = self._load()
         except Exception as error:  # noqa: BLE001 - whoever awaits `ready` gets it
-            self._tell_loaded(lambda error=error: self._loaded.set_exception(error))  # type: ignore[misc]
+            self._call(partial(_answer, self._loaded, error))
             return
-        self._tell_loaded(lambda: self._loaded.set_result(engine))
-        while (task := self._next()) is not None:
-            try:
-                self._run(engine, task)
-            except GramophoneError as error:
-                task.listener.fail(_bare(error))
-            except Exception as error:
-                if ran_out_of_memory(error):
-                    task.listener.fail(OutOfDeviceMemory(*task.work.result_size))
-                else:
-                    log.exception("the engine failed")
-                    task.listener.fail(EngineFailed())
-            finally:
-                with self._work:
-                    self._running = None
-                del task  # its images, while the next one is awaited
-                self._release()
+        worker = Worker(engine, self._pace, self._limits.max_checkpoint_bytes)
+        self._call(partial(_answer, self._loaded, engine))
+        while not self._stopped:
+            self._wait(worker)
+            while self._orders and not self._stopped:
+                self._carry_out(worker, self._orders.popleft())
+            worker.turn(self._running)
+            self._sweep()
+        self._end_all(worker)
 
-    def _tell_loaded(self, tell: Callable[[], None]) -> None:
+    def _wait(self, worker: Worker) -> None:
+        """Until there is something to do."""
+        with self._news:
+            while not self._stopped:
+                now = time.monotonic()
+                for task in [task for task in self._paused if task.paused_until <= now]:
+                    self._resume(task)
+                begun = False
+                while self._queue and len(self._running) < self._limits.max_running and not worker.full:
+                    task = self._queue.pop(0)
+                    worker.begin(task, self._running)
+                    self._running.append(task)
+                    begun = True
+                if begun:
+                    self._tell_positions()
+                if self._orders or self._running:
+                    return
+                until = min((task.paused_until for task in self._paused), default=None)
+                self._news.wait(None if until is None else until - now)
+
+    def _carry_out(self, worker: Worker, order: Order) -> None:
+        listener, command, answer = order
+        try:
+            with self._news:
+                tasks = (*self._running, *self._queue, *self._paused)
+                task = next((task for task in tasks if task.listener is listener and not task.over), None)
+            if task is None:
+                raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
+            match command:
+                case Pause():
+                    done = self._pause(worker, task)
+                case Resume():
+                    with self._news:
+                        if task in self._paused:
+                            self._resume(task)
+                    done = Done(task.work.done + 1)
+                case _:
+                    done = worker.do(task, command)
+            self._call(partial(_answer, answer, done))
+        except Exception as error:
+            told = error if isinstance(error, GramophoneError | InvalidRecipe) else EngineFailed()
+            if told is not error:
+                log.error("a command failed", exc_info=error)
+            self._call(partial(_answer, answer, told))
+        self._sweep()
+
+    def _pause(self, worker: Worker, task: Task) -> Done:
+        done = Done(task.work.done + 1)
+        if task in self._paused:
+            return done
+        worker.leave(task)
+        with self._news:
+            here = self._running if task in self._running else self._queue
+            if task in here:  # it may have been withdrawn
+                here.remove(task)
+                task.paused_until = time.monotonic() + self._limits.max_paused_s
+                self._paused.append(task)
+                task.listener.publish(Paused(task.work.done))
+                self._tell_positions()
+        return done
+
+    def _resume(self, task: Task) -> None:
+        """Back to those who wait, where it begins before whoever came later. The lock is held."""
+        self._paused.remove(task)
+        bisect.insort(self._queue, task, key=_must_begin_at)
+        task.listener.publish(Resumed(task.work.done))
+        self._tell_positions()
+
+    def _sweep(self) -> None:
+        """Frees the places of those who are over."""
+        with self._news:
+            over = 0
+            for tasks in (self._running, self._queue, self._paused):
+                left = [task for task in tasks if not task.over]
+                over += len(tasks) - len(left)
+                tasks[:] = left
+        if over:
+            self._release(over)
+
+    def _end_all(self, worker: Worker) -> None:
+        with self._news:
+            tasks = [*self._running, *self._paused, *self._queue]
+            orders, self._orders = self._orders, deque()
+        for order in orders:
+            self._call(partial(_answer, order.done, ShuttingDown()))
+        for task in tasks:
+            worker.interrupt(task)
+        self._sweep()
+
+    def _call(self, tell: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
             self._loop.call_soon_threadsafe(tell)
 
-    def _next(self) -> Task | None:
-        """The next job, or None when the thread shall end."""
-        with self._work:
-            while not self._queue and not self._stopped:
-                self._work.wait()
-            if self._stopped:
-                for task in self._queue:
-                    task.listener.fail(ShuttingDown())
-                self._places -= len(self._queue)
-                self._queue.clear()
-                return None
-            self._running = self._queue.popleft()
-            self._pixels_left = sum(width * height * n for width, height, n in self._running.work.scales)
-            self._running.listener.started()
-            self._tell_positions()
-            return self._running
 
-    def _run(self, engine: Engine, task: Task) -> None:
-        run = engine.start([task.work])
-        try:
-            self._follow(run, task.listener)
-        finally:
-            run.close()
-
-    def _follow(self, run: Run, listener: Listener) -> None:
-        started = scale_started = time.monotonic()
-        scale, scale_iterations, iteration, per_s = (0, 0), 0, 0, 0.0
-        while not run.finished:
-            if listener.cancelled:
-                return
-            if self._stopped:
-                raise ShuttingDown
-            before = time.monotonic()
-            at_once = max(1, int(per_s * SLICE_S))
-            (report,) = run.advance(min(at_once, listener.most_at_once(iteration) or at_once))
-            if report.diverged_at is not None:
-                listener.publish(Frame(report.diverged_at - 1, Picture(run.snapshot(0))))
-                raise Diverged(report.diverged_at)
-            now = time.monotonic()
-            if (report.width, report.height) != scale:
-                scale, scale_iterations, scale_started = (report.width, report.height), 0, before
-            scale_iterations += report.iteration - iteration
-            iteration = report.iteration
-            per_s = scale_iterations / max(now - scale_started, 1e-9)
-            self._pixels_left = report.pixels_left
-            self._pixels_per_s = per_s * report.width * report.height
-            listener.publish(Progress(report, per_s, report.pixels_left / self._pixels_per_s))
-            listener.offer_frame(report.iteration, lambda: run.snapshot(0))
-        elapsed_s = time.monotonic() - started
-        listener.publish(Finished(Picture(run.snapshot(0)), report.losses, report.iterations, elapsed_s))
+def _answer(future: asyncio.Future[Any], answer: object) -> None:
+    if not future.done():  # whoever asked may have gone
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
 
-def _bare(error: GramophoneError) -> GramophoneError:
-    """The error without its traceback and causes, whose frames would keep a run's memory until the reader is gone."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+def _must_begin_at(task: Task) -> float:
+    return task.must_begin_at

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import itertools
 import logging
-import math
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 from google.protobuf import duration_pb2
-from torch import Tensor
 
-from gramophone.recipe import PRESETS, InvalidRecipe, Recipe, Violation
+from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone.wire import recipe_from_message, recipe_to_message
-from gramophone_server import images
+from gramophone.wire import recipe_to_message
 from gramophone_server.calls import Call, Context
-from gramophone_server.checks import check_frames, check_page, check_request_id, check_result, check_spec
+from gramophone_server.checks import check_first, check_no_credit, check_page, check_request_id, check_watch
 from gramophone_server.config import Limits
-from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, ListingDisabled, RequestIdTaken
-from gramophone_server.job import StyleJob
+from gramophone_server.control import Controller
+from gramophone_server.errors import EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.jobs import Job, Jobs
-from gramophone_server.mailbox import FrameRule
-from gramophone_server.messages import Encoders, event_message, frame_encoding, job_message, result_encoding, version
+from gramophone_server.mailbox import CheckpointRule, FrameRule
+from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
+from gramophone_server.requests import Admission, refuse, spec_digest
 from gramophone_server.scheduler import Place, Scheduler
+from gramophone_server.uploads import Upload
+from gramophone_server.work import CacheCounts
 
 __all__ = ["Servicer"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# One more does not help while the compute thread has the cores, and each may hold 12 bytes a pixel.
-DECODERS = 2
 PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
 
 
@@ -51,7 +42,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
-        self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
         self._preparations: set[asyncio.Task[None]] = set()  # asyncio itself does not hold its tasks
         self._calls: set[Call] = set()
@@ -65,7 +56,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
     def close(self) -> None:
         """Gives the threads back, and forgets all jobs."""
         self.jobs.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._admission.close()
         self._encoders.close()
 
     async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
@@ -73,8 +64,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._call("Stylize", context)
         response = pb.StylizeResponse()
         request.spec.ClearField("frames")
+        request.spec.ClearField("checkpoints")
         try:
-            async for event in self._made(request, call):
+            async for event in self._made(request, call).events():
                 if event.HasField("accepted"):
                     response.accepted.CopyFrom(event.accepted)
                 elif event.HasField("result"):
@@ -90,9 +82,26 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("StylizeStream", context)
         try:
-            async for event in self._made(request, call):
+            refuse(check_no_credit(request.spec.frames, "spec.frames"))
+            async for event in self._made(request, call).events():
                 with call.writing():
                     yield pb.StylizeStreamResponse(event=event)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def StylizeInteractive(
+        self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
+    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+        """See the proto."""
+        call = self._call("StylizeInteractive", context)
+        try:
+            requests = aiter(request_iterator)
+            first = await anext(requests, None)
+            controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
+            async for response in controller.responses(requests, call):
+                with call.writing():
+                    yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -101,10 +110,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._call("WatchJob", context)
         try:
-            frames = request.frames if request.HasField("frames") else None
-            _refuse(check_frames(frames, "frames") if frames is not None else ())
+            refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
-            async for event in self._watched(job, call, frames, after=request.after_sequence):
+            async for event in self._watched(job, call, request, after=request.after_sequence).events():
                 with call.writing():
                     yield pb.WatchJobResponse(event=event)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -127,7 +135,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             if not self._list_jobs:
                 raise ListingDisabled
-            _refuse(check_page(request))
+            refuse(check_page(request))
             size = min(request.page_size or PAGE, LARGEST_PAGE)
             before = int(request.page_token) if request.page_token else None
             page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
@@ -152,6 +160,21 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call.succeeded()
         return response
 
+    async def UploadImage(
+        self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
+    ) -> pb.UploadImageResponse:
+        """See the proto."""
+        call = self._call("UploadImage", context)
+        try:
+            upload = Upload(self._limits)
+            async for request in request_iterator:
+                upload.add(request.chunk)
+            response = await self._admission.kept(upload)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""
         call = self._call("GetServerInfo", context)
@@ -168,7 +191,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 presets=(pb.PresetRecipe(name=n, recipe=recipe_to_message(r)) for n, r in PRESETS.items()),
                 running_jobs=self._scheduler.running,
                 queued_jobs=self._scheduler.queued,
+                paused_jobs=self._scheduler.paused,
+                style_cache=_cache_stats(engine.style_cache),
+                uploads=_cache_stats(self._admission.uploads.counts),
             )
+            wait_s = self._scheduler.estimated_wait_s()
+            if wait_s is not None:
+                response.estimated_wait.FromMilliseconds(round(wait_s * 1000))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -185,45 +214,68 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         if not self._calls:
             self._no_calls.set()
 
-    def _made(self, request: pb.StylizeRequest | pb.StylizeStreamRequest, call: Call) -> AsyncIterator[pb.JobEvent]:
-        """The job that the request makes, or that an earlier one with its id made, for both of their RPCs."""
+    def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
+        """The job of a controller's first message."""
+        refuse(check_first(first))
+        assert first is not None, "its absence was refused"
+        if first.HasField("start"):
+            return self._made(first.start, call, controls=True)
+        refuse(check_watch(first.attach, "attach."))
+        job = self.jobs.find(first.attach.job_id)
+        return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
+
+    def _made(
+        self,
+        request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
+        call: Call,
+        *,
+        controls: bool = False,
+    ) -> View:
+        """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
         spec, request_id = request.spec, request.request_id.lower()
-        _refuse(check_request_id(request_id))
+        refuse(check_request_id(request_id))
         job = self.jobs.of_request(request_id)
         attached = job is not None
         if job is None:
             place = self._scheduler.reserve()  # before anything is hashed or decoded
             grace_s = _seconds(spec.detach_grace)
-            job = self.jobs.create(request_id, _digest(spec) if request_id else b"", grace_s, result_encoding(spec))
+            job = self.jobs.create(request_id, spec_digest(spec) if request_id else b"", grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
-            preparation = asyncio.create_task(self._prepare(job, place, spec))
+            deadline_at = None if grace_s else call.deadline_at
+            preparation = asyncio.create_task(self._prepare(job, place, spec, deadline_at))
             self._preparations.add(preparation)
             preparation.add_done_callback(self._preparations.discard)
-        elif job.digest != _digest(spec):
+        elif job.digest != spec_digest(spec):
             raise RequestIdTaken(request_id)
-        return self._watched(job, call, spec.frames if spec.HasField("frames") else None, attached=attached)
+        else:
+            refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
+        return self._watched(job, call, spec, attached=attached, controls=controls)
 
     def _watched(
-        self, job: Job, call: Call, frames: pb.FrameOptions | None, *, after: int = 0, attached: bool = False
-    ) -> AsyncIterator[pb.JobEvent]:
+        self,
+        job: Job,
+        call: Call,
+        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        *,
+        after: int = 0,
+        attached: bool = False,
+        controls: bool = False,
+    ) -> View:
         """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
-        mailbox = job.watch(_frame_rule(frames), after)
+        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
+        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        mailbox = job.watch(frames, checkpoints, after, controls=controls)
         call.watches(job, mailbox)
-        encoding = frame_encoding(frames or pb.FrameOptions())
         weights = self._scheduler.engine.weights_source
+        return View(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
 
-        async def events() -> AsyncIterator[pb.JobEvent]:
-            async for number, event in mailbox.events():
-                yield await event_message(number, event, job, self._encoders, encoding, attached, weights)
-
-        return events()
-
-    async def _prepare(self, job: Job, place: Place, spec: pb.JobSpec) -> None:
-        """Decodes the images and queues the job; its watchers hear of it when that fails."""
+    async def _prepare(self, job: Job, place: Place, spec: pb.JobSpec, deadline_at: float | None) -> None:
+        """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
             with place:
-                job.submit(place, await self._work(spec))
+                job.submit(place, await self._admission.work(spec, deadline_at), deadline_at)
         except GramophoneError as error:
+            error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))
         except BaseException as error:
             log.error("job=%s failed", job.id, exc_info=error)
@@ -231,70 +283,17 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
 
-    async def _work(self, spec: pb.JobSpec) -> StyleJob:
-        """The job of a request. Raises `InvalidRequest` with every violation, those of the images included."""
-        violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
-        try:
-            recipe = recipe_from_message(spec.recipe)
-        except InvalidRecipe:  # among the violations already
-            recipe = Recipe()
-        needed = min(recipe.size, self._limits.max_size)
-        needed_style = min(math.ceil(needed * recipe.style_scale), self._limits.max_size)
-        sources = {
-            "spec.content.data": (spec.content.data, needed),
-            "spec.start_image.data": (spec.start_image.data, needed),
-        }
-        for i, style in enumerate(spec.styles[: self._limits.max_styles]):
-            sources[f"spec.styles[{i}].image.data"] = (style.image.data, needed_style)
-        pictures = await asyncio.gather(
-            *(self._decoded(field, data, longest) for field, (data, longest) in sources.items() if data),
-            return_exceptions=True,
-        )
-        decoded: dict[str, Tensor] = {}
-        for field, picture in zip((field for field, (data, _) in sources.items() if data), pictures, strict=True):
-            if isinstance(picture, InvalidRequest):
-                violations.extend(picture.violations)
-            elif isinstance(picture, BaseException):
-                raise picture
-            else:
-                decoded[field] = picture
-        _refuse(violations)
-        work = StyleJob(
-            recipe=recipe,
-            content=decoded["spec.content.data"],
-            styles=tuple(decoded[f"spec.styles[{i}].image.data"] for i in range(len(spec.styles))),
-            style_weights=tuple(s.weight if s.HasField("weight") else 1.0 for s in spec.styles),
-            start=decoded.get("spec.start_image.data"),
-            seed=spec.seed if spec.HasField("seed") else secrets.randbits(64),
-        )
-        _refuse(check_result(work))
-        return work
 
-    async def _decoded(self, field: str, data: bytes, needed: int) -> Tensor:
-        return await _in(self._decoders, partial(images.decode, data, field, self._limits, needed))
+def _cache_stats(counts: CacheCounts) -> pb.CacheStats:
+    return pb.CacheStats(hits=counts.hits, misses=counts.misses, bytes=counts.bytes, max_bytes=counts.most_bytes)
 
 
-async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, work)
+def _frame_rule(frames: pb.FrameOptions) -> FrameRule:
+    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval), frames.max_in_flight)
 
 
-def _refuse(violations: Iterable[Violation]) -> None:
-    if violations := tuple(violations):
-        raise InvalidRequest(violations)
-
-
-def _frame_rule(frames: pb.FrameOptions | None) -> FrameRule | None:
-    if frames is None:
-        return None
-    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval))
-
-
-def _digest(spec: pb.JobSpec) -> bytes:
-    """Of everything but how the job is watched. On the event loop: 0.7 ms a MiB, once for each job."""
-    same = pb.JobSpec()
-    same.CopyFrom(spec)
-    same.ClearField("frames")
-    return hashlib.sha256(same.SerializeToString(deterministic=True)).digest()
+def _checkpoint_rule(checkpoints: pb.CheckpointOptions) -> CheckpointRule:
+    return CheckpointRule(_seconds(checkpoints.min_interval), checkpoints.light)
 
 
 def _seconds(duration: duration_pb2.Duration) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +17,11 @@ from gramophone.recipe import Pooling
 from gramophone_server import losses, ops
 from gramophone_server.chain import Chain
 from gramophone_server.scales import resize
+from gramophone_server.work import CacheCounts
 
-__all__ = ["STYLE_CACHE_BYTES", "CacheCounts", "StyleTargets", "gram_scale", "style_grams"]
+__all__ = ["STYLE_CACHE_BYTES", "StyleTargets", "gram_scale", "style_grams"]
 
 STYLE_CACHE_BYTES = 256 * 2**20  # the five layers of a style at one size are 2.4 MB: about 100 of these
-
-
-class CacheCounts(NamedTuple):
-    """What a cache has done since the start, and what it holds now."""
-
-    hits: int
-    misses: int
-    bytes: int
-    most_bytes: int
 
 
 class StyleTargets:

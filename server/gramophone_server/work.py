@@ -20,7 +20,7 @@ from torch import Tensor
 from gramophone.recipe import InvalidRecipe, LayerWeight, Optimiser, Pooling, Recipe, Violation
 from gramophone_server.job import Losses, Report, Scale, StyleJob
 
-__all__ = ["Batch", "Batching", "Shape", "Tuning", "Work"]
+__all__ = ["Batch", "Batching", "CacheCounts", "Engine", "Shape", "Tuning", "Work"]
 
 
 class Shape(NamedTuple):
@@ -39,6 +39,15 @@ class Shape(NamedTuple):
         """The shape of a recipe's jobs at ``height`` x ``width`` px."""
         content, style = (tuple(layer for layer, _ in named) for named in (recipe.content_layers, recipe.style_layers))
         return cls(height, width, content, style, recipe.pooling, recipe.optimiser, recipe.average)
+
+
+class CacheCounts(NamedTuple):
+    """What a cache has done since the start, and what it holds now."""
+
+    hits: int
+    misses: int
+    bytes: int
+    most_bytes: int
 
 
 class Tuning(TypedDict, total=False):
@@ -181,6 +190,9 @@ class Batch(Protocol):
     def leave(self, slot: int) -> Work:
         """Hands the job back with its tensors, and empties the slot."""
 
+    def drop(self, slot: int) -> None:
+        """Empties the slot; its job is over, or lost."""
+
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         """Does so many iterations of every job, but none beyond the scale of any, and reports each as of the last, by
         slot. The device is waited for once, at the end. Raises `ValueError` if a job has none left here."""
@@ -205,8 +217,15 @@ class Batch(Protocol):
 class Batching(Protocol):
     """An engine whose jobs share batches."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """That batches may take on the device, all together."""
+
     def admit(self, job: StyleJob) -> Work:
         """A job that has not begun; takes nothing on the device. Raises `errors.InvalidRequest` if it never could."""
+
+    def picture(self, work: Work) -> Callable[[], Tensor]:
+        """`Batch.snapshot` of a job that has begun and is in no batch."""
 
     def batch(self, shape: Shape, slots: int) -> Batch:
         """An empty batch. Raises `ValueError` above `most_slots`, and `errors.OutOfDeviceMemory`."""
@@ -216,3 +235,20 @@ class Batching(Protocol):
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         """Bytes on the device that a batch takes, without the network; an estimate, exact to some percent."""
+
+
+class Engine(Batching, Protocol):
+    """A `Batching` engine, and what the server says about it."""
+
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def weights_source(self) -> str: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def style_cache(self) -> CacheCounts: ...

@@ -1,0 +1,235 @@
+"""Which jobs share a batch: lanes, each a batch of the engine with the tasks in its slots.
+
+Jobs of one shape share lanes. A lane is as wide as pays by what was measured, and lanes of a shape are laid anew when
+jobs come and go. Belongs to the compute thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from gramophone_server.errors import OutOfDeviceMemory
+from gramophone_server.job import Report
+from gramophone_server.pace import Pace
+from gramophone_server.work import Batch, Batching, Shape, Work
+
+__all__ = ["Lane", "Lanes", "Seat", "widths"]
+
+# An iteration longer than this holds everybody up, and is so long that nothing is gained by sharing it.
+LONGEST_SHARED_S = 0.05
+PAYS, PAYS_NO_MORE = 1.05, 0.97  # gains at which a lane of twice the width is taken, and given up
+
+
+@dataclass(eq=False)
+class Seat:
+    """A job among those that are worked on."""
+
+    work: Work
+    lane: Lane | None = None  # None: it waits for one
+    slot: int = -1
+    used_s: float = 0.0  # of the device, its part of what its batches took
+
+
+@dataclass(eq=False)
+class Lane:
+    """A batch and the jobs in it, by slot."""
+
+    batch: Batch
+    seats: dict[int, Seat] = field(default_factory=dict)
+    cold: bool = True  # its first iterations take longer, so they are no measure
+
+    @property
+    def shape(self) -> Shape:
+        return self.batch.shape
+
+    @property
+    def slots(self) -> int:
+        return self.batch.slots
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.seats) < self.slots
+
+
+class Lanes:
+    """The lanes of one engine."""
+
+    def __init__(self, engine: Batching, pace: Pace) -> None:
+        self._engine, self._pace = engine, pace
+        self._lanes: list[Lane] = []
+        self._width: dict[Shape, int] = {}  # that pays, as far as is known
+        self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
+        self._full = False  # memory ended in a lane of one: until somebody has gone, no lane is opened beside others
+        self._failed: dict[Seat, Exception] = {}
+        self._bytes: dict[tuple[Shape, int], int] = {}
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def arrange(self, seats: Iterable[Seat]) -> dict[Seat, Exception]:
+        """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone. Returns those
+        whose jobs are lost, and why: `OutOfDeviceMemory` of one that does not even fit alone."""
+        by_shape: dict[Shape, list[Seat]] = defaultdict(list)
+        for seat in seats:
+            by_shape[seat.work.shape if seat.lane is None else seat.lane.shape].append(seat)
+        for shape, those in by_shape.items():
+            self._arrange(shape, those)
+        if not self._lanes:
+            self._most.clear()
+        failed, self._failed = self._failed, {}
+        return failed
+
+    def advance(self, lane: Lane, iterations: int) -> dict[Seat, Report]:
+        """Some iterations of everybody in a lane; see `work.Batch.advance`. Where memory ends there are no reports and nobody
+        is in a lane any more: the next one will be half as wide, or waits for others to go. Any exception loses all who
+        are in the lane; see `lose`."""
+        before, done = time.monotonic(), {slot: seat.work.done for slot, seat in lane.seats.items()}
+        try:
+            reports = lane.batch.advance(iterations)
+        except OutOfDeviceMemory as error:
+            if lane.slots > 1:
+                self._most[lane.shape] = lane.slots // 2
+            elif len(self._lanes) > 1:
+                self._full = True
+            else:
+                self._failed |= dict.fromkeys(lane.seats.values(), error)
+            self._dissolve(lane)
+            return {}
+        took_s = time.monotonic() - before
+        slot = next(iter(reports))
+        if not lane.cold or self._pace.iteration_s(lane.shape, lane.slots) is None:
+            self._pace.note(lane.shape, lane.slots, lane.seats[slot].work.done - done[slot], took_s)
+        lane.cold = False
+        for seat in lane.seats.values():
+            seat.used_s += took_s / len(lane.seats)
+        return {lane.seats[slot]: report for slot, report in reports.items()}
+
+    def leave(self, seat: Seat) -> None:
+        """The job goes on elsewhere, or later. May raise `OutOfDeviceMemory`; the seat is as it was then."""
+        if seat.lane is not None:
+            seat.lane.batch.leave(seat.slot)
+            self._vacate(seat)
+
+    def drop(self, seat: Seat) -> None:
+        """The job is over; what it held is given back."""
+        self._full = False
+        if seat.lane is not None:
+            seat.lane.batch.drop(seat.slot)
+            self._vacate(seat)
+
+    def lose(self, lane: Lane) -> list[Seat]:
+        """Closes a lane whose batch is broken, and returns who was in it."""
+        lost = list(lane.seats.values())
+        lane.seats.clear()
+        for seat in lost:
+            seat.lane = None
+        self._full = False
+        self._close(lane)
+        return lost
+
+    def _arrange(self, shape: Shape, seats: list[Seat]) -> None:
+        wanted = widths(len(seats), self._widest(shape, len(seats)))
+        lanes = [lane for lane in self._lanes if lane.shape == shape]
+        if all(seat.lane for seat in seats) and sorted((lane.slots for lane in lanes), reverse=True) == wanted:
+            return
+        missing = Counter(wanted)
+        for lane in sorted(lanes, key=lambda lane: -len(lane.seats)):
+            if missing[lane.slots]:
+                missing[lane.slots] -= 1
+            else:
+                self._dissolve(lane)
+        for seat in seats:
+            if seat.lane is not None or seat in self._failed:
+                continue
+            try:
+                self._sit(self._room(shape, missing), seat)
+            except OutOfDeviceMemory as error:
+                if wanted[0] > 1:
+                    self._most[shape] = wanted[0] // 2
+                    self._arrange(shape, seats)
+                elif not any(lane.seats for lane in self._lanes):
+                    self._failed[seat] = error
+                return  # who has no lane waits until somebody has gone
+            except Exception as error:  # noqa: BLE001 - of this job alone; whoever asked for the arrangement tells it
+                self._failed[seat] = error
+
+    def _widest(self, shape: Shape, jobs: int) -> int:
+        """The width that pays for so many jobs: one step further than is known, if it is not known not to pay."""
+        width = self._width.get(shape, 1)
+        gain, narrower = self._pace.gain(shape, width), self._pace.gain(shape, width // 2)
+        each_s = self._pace.iteration_s(shape, width)
+        if width > 1 and narrower is not None and narrower < PAYS_NO_MORE:
+            width //= 2
+        elif width < jobs and each_s is not None and 2 * each_s <= LONGEST_SHARED_S and (gain is None or gain > PAYS):
+            width *= 2
+        self._width[shape] = width
+        return min(width, self._most.get(shape, width), 1 << (self._engine.most_slots(shape).bit_length() - 1))
+
+    def _room(self, shape: Shape, missing: Counter[int]) -> Lane:
+        """A lane with a free slot, opened if there is none. Raises `OutOfDeviceMemory`."""
+        lane = next((lane for lane in self._lanes if lane.shape == shape and lane.has_room), None)
+        if lane is not None:
+            return lane
+        slots = max(missing.elements(), default=1)
+        missing[slots] -= 1
+        needed = self.bytes_needed(shape, slots)
+        held = sum(self.bytes_needed(lane.shape, lane.slots) for lane in self._lanes)
+        if self._lanes and (self._full or held + needed > self._engine.memory_bytes):
+            raise OutOfDeviceMemory(shape.width, shape.height)
+        lane = Lane(self._engine.batch(shape, slots))
+        self._lanes.append(lane)
+        return lane
+
+    def bytes_needed(self, shape: Shape, slots: int) -> int:
+        """Of the device, for a batch; estimated once for each."""
+        if (shape, slots) not in self._bytes:
+            self._bytes[shape, slots] = self._engine.batch_bytes(shape, slots)
+        return self._bytes[shape, slots]
+
+    def _sit(self, lane: Lane, seat: Seat) -> None:
+        try:
+            seat.slot = lane.batch.join(seat.work)
+        except BaseException:
+            if not lane.seats:
+                self._close(lane)
+            raise
+        seat.lane = lane
+        lane.seats[seat.slot] = seat
+
+    def _dissolve(self, lane: Lane) -> None:
+        for seat in list(lane.seats.values()):
+            try:
+                self.leave(seat)
+            except Exception as error:  # noqa: BLE001 - of this job alone
+                self._failed[seat] = error
+                self.drop(seat)
+
+    def _vacate(self, seat: Seat) -> None:
+        lane = seat.lane
+        assert lane is not None, "only who has a seat can vacate it"
+        del lane.seats[seat.slot]
+        seat.lane = None
+        if not lane.seats:
+            self._close(lane)
+
+    def _close(self, lane: Lane) -> None:
+        self._lanes.remove(lane)
+        lane.batch.close()
+
+
+def widths(jobs: int, widest: int) -> list[int]:
+    """Widths of the lanes for so many jobs, widest first: powers of two, of which at most a quarter of the slots is empty."""
+    made = []
+    while jobs > 0:
+        width = min(widest, 1 << (jobs - 1).bit_length())
+        if 4 * (width - jobs) > width:
+            width //= 2
+        made.append(width)
+        jobs -= width
+    return made

@@ -1,0 +1,276 @@
+"""The compute thread's side of the jobs that are worked on: a slice of one lane at a time, and what controllers ask for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from gramophone.recipe import Violation
+from gramophone_server import checkpoint
+from gramophone_server.commands import Command, Done, Finish, Retune, TakeCheckpoint, TakePicture
+from gramophone_server.errors import (
+    Diverged,
+    EngineFailed,
+    GramophoneError,
+    InvalidRequest,
+    OutOfDeviceMemory,
+    ShuttingDown,
+)
+from gramophone_server.job import Report, ran_out_of_memory
+from gramophone_server.lanes import Lane, Lanes, Seat
+from gramophone_server.mailbox import Changed, Event, Finished, Frame, Picture, Progress, Saved, State, StopReason
+from gramophone_server.pace import Pace
+from gramophone_server.work import Batching, Shape
+
+__all__ = ["Listener", "Task", "Worker"]
+
+log = logging.getLogger(__name__)
+
+# The longest that the engine is left alone, if an iteration is not longer: cancelling takes no longer, and a wait for the
+# GPU (30 us of 0.4 ms at 256 px) comes once in so long instead of after every iteration. Going from one lane to another
+# costs nothing, so nothing is gained by longer slices.
+SLICE_S = 0.02
+HEADER_ROOM = 8192  # bytes of a checkpoint before its tensors; 32 layers with their weights are 4 KB
+
+
+class Listener(Protocol):
+    """Whom a job is run for; see `jobs.Job`. Called on the compute thread and, for the queue, on the event loop, with
+    the scheduler's lock held at times: it never waits and never calls back."""
+
+    @property
+    def cancelled(self) -> bool:
+        """The job shall stop before its next iteration."""
+
+    def most_at_once(self, iteration: int) -> int | None:
+        """Iterations from this one to the next whose picture may be wanted, None if any will do."""
+
+    def started(self) -> None:
+        """The job waits no longer."""
+
+    def publish(self, event: Event) -> None:
+        """`Accepted` first, then `Waiting` and `Progress`, `Finished` last."""
+
+    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
+        """Takes the picture if somebody wants it."""
+
+    def offer_checkpoint(self, iteration: int, take: Callable[[bool], State]) -> None:
+        """Takes the state if somebody wants it; `take` is told whether a light one will do."""
+
+    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], State]) -> None:
+        """The server goes away with the job on its way: everybody gets the picture, and the state. `fail` follows."""
+
+    def fail(self, error: GramophoneError) -> None:
+        """The job has ended without a result."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Task(Seat):
+    """A job and whom it is run for. Times are the monotonic clock's seconds."""
+
+    listener: Listener
+    budget_at: float = math.inf  # the result shall be there, whatever it is by then
+    must_begin_at: float = math.inf  # to be done in time, by what was estimated when it came
+    left_s: float | None = None  # of the device, to the end; None: nothing was measured yet
+    begun_at: float | None = None
+    paused_until: float = 0.0
+    over: bool = False  # its listener has heard the end
+    report: Report | None = None  # the newest; None: it has no picture of its own yet
+    scale_began_at: float = 0.0  # the present one, and the iterations done before it
+    scale_began_behind: int = 0
+    scale_at: int = -1
+
+
+class Worker:
+    """Works on tasks in slices. Belongs to the compute thread; who is worked on is the scheduler's business."""
+
+    def __init__(self, engine: Batching, pace: Pace, most_checkpoint_bytes: int) -> None:
+        self._engine, self._pace = engine, pace
+        self._lanes = Lanes(engine, pace)
+        self._most_checkpoint_bytes = most_checkpoint_bytes
+        self.full = False  # somebody waits for memory, so nobody else shall come
+
+    def begin(self, task: Task, others: Sequence[Task]) -> None:
+        """A task more. It has neither an advantage over the others nor a debt to them."""
+        task.used_s = max(task.used_s, min((other.used_s for other in others), default=0.0))
+        task.listener.started()
+
+    def leave(self, task: Task) -> None:
+        """A task less, which can begin again. Raises `OutOfDeviceMemory`, and the task is over."""
+        try:
+            self._lanes.leave(task)
+        except OutOfDeviceMemory as error:
+            self._fail(task, error)
+            raise
+
+    def turn(self, tasks: Sequence[Task]) -> None:
+        """One slice, for the task that has had the least of the device and those in its lane. Those that are `over` then
+        have been told."""
+        for task in tasks:
+            if task.listener.cancelled:
+                self._end(task)
+        left = [task for task in tasks if not task.over]
+        for seat, error in self._lanes.arrange(left).items():
+            self._fail(seat, error)
+        left = [task for task in left if not task.over]
+        self.full = any(task.lane is None for task in left)
+        poorest = min((task for task in left if task.lane), key=lambda task: task.used_s, default=None)
+        if poorest is not None and poorest.lane is not None:
+            self._advance(poorest.lane)
+
+    def do(self, task: Task, command: Command) -> Done:
+        """Carries out a command between two slices, for a task that is worked on or not. Raises `InvalidRequest` and
+        `InvalidRecipe`; the task is as it was then."""
+        work = task.work
+        match command:
+            case Retune(changes):
+                lane = task.lane
+                first = work.retune(**changes) if lane is None else lane.batch.retune(task.slot, **changes)
+                task.listener.publish(Changed(first, work.recipe, work.iterations))
+                self._count(task)
+                if work.finished:
+                    self._finish(task, StopReason.ITERATIONS_DONE)
+                elif not work.iterations_left:
+                    self._lanes.leave(task)
+                return Done(first)
+            case TakePicture():
+                return Done(work.done, Frame(work.done, Picture(self._picture(task))))
+            case TakeCheckpoint(light):
+                _must_have_begun(task)
+                checkpoint.require_room(work, light=light, most_bytes=self._most_checkpoint_bytes)
+                return Done(work.done, Saved(work.done, self._state(task, light)))
+            case Finish():
+                self._finish(task, StopReason.FINISHED)
+                return Done(work.done)
+        raise AssertionError(f"{command} is the scheduler's to do")
+
+    def interrupt(self, task: Task) -> None:
+        """Ends a task with its present picture and state, because the server goes away."""
+        try:
+            if task.report is not None:
+                picture = Picture(self._picture(task))
+                task.listener.interrupted(task.work.done, picture, lambda light: self._state(task, light))
+            task.listener.fail(ShuttingDown())
+        except Exception:
+            log.exception("the picture of an interrupted job could not be taken")
+            task.listener.fail(ShuttingDown())
+        self._end(task)
+
+    # One slice --------------------------------------------------------------------------------------------------------
+
+    def _advance(self, lane: Lane) -> None:
+        tasks: list[Task] = [seat for seat in lane.seats.values() if isinstance(seat, Task)]
+        now = time.monotonic()
+        for task in tasks:
+            if task.begun_at is None:
+                task.begun_at = now
+            if task.scale_at != task.work.at:
+                task.scale_at, task.scale_began_at, task.scale_began_behind = task.work.at, now, task.work.done
+        each_s = self._pace.iteration_s(lane.shape, lane.slots)
+        try:
+            reports = self._lanes.advance(lane, _slice(tasks, now, each_s))
+        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+            self._lanes.lose(lane)
+            for task in tasks:
+                self._fail(task, error)
+            return
+        each_s = self._pace.iteration_s(lane.shape, lane.slots) or 0.0
+        for task in tasks:
+            if task in reports:
+                try:
+                    self._told(task, reports[task], each_s)
+                except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+                    self._fail(task, error)
+
+    def _told(self, task: Task, report: Report, each_s: float) -> None:
+        work, listener, now = task.work, task.listener, time.monotonic()
+        task.report = report
+        if report.diverged_at is not None:
+            listener.publish(Frame(report.diverged_at - 1, Picture(self._picture(task))))
+            raise Diverged(report.diverged_at)
+        self._count(task)
+        per_s = (work.done - task.scale_began_behind) / max(now - task.scale_began_at, 1e-9)
+        left_s = report.pixels_left / (per_s * report.width * report.height)
+        listener.publish(Progress(report, per_s, left_s))
+        listener.offer_frame(work.done, lambda: self._picture(task))
+        if work.finished:
+            self._finish(task, StopReason.ITERATIONS_DONE)
+        elif now + each_s > task.budget_at:
+            self._finish(task, StopReason.TIME_BUDGET)
+        else:
+            if checkpoint.size(work, light=True) + HEADER_ROOM <= self._most_checkpoint_bytes:
+                listener.offer_checkpoint(work.done, lambda light: self._state(task, light))
+            if not work.iterations_left:
+                self._lanes.leave(task)
+
+    def _finish(self, task: Task, reason: StopReason) -> None:
+        picture, report, begun_at = self._picture(task), task.report, task.begun_at
+        assert report is not None and begun_at is not None, "a task with a picture has begun"
+        elapsed_s = time.monotonic() - begun_at
+        task.listener.publish(Finished(Picture(picture), report.losses, task.work.done, elapsed_s, reason))
+        self._end(task)
+
+    def _count(self, task: Task) -> None:
+        """What is left, by the newest speed."""
+        width, height, _ = task.work.scales[task.work.at]
+        each_s = self._pace.job_s(Shape.of(task.work.recipe, height, width))
+        if each_s is not None:
+            task.left_s = task.work.pixels_left * each_s / (width * height)
+
+    def _picture(self, task: Task) -> Callable[[], Tensor]:
+        _must_have_begun(task)
+        if task.lane is not None:
+            return task.lane.batch.snapshot(task.slot)
+        return self._engine.picture(task.work)
+
+    def _state(self, task: Task, light: bool) -> State:
+        """A light one where a full one would be too large."""
+        most_bytes = self._most_checkpoint_bytes
+        if light or checkpoint.size(task.work) + HEADER_ROOM > most_bytes:
+            picture, work = self._picture(task), replace(task.work, tensors=None)
+            return State(True, lambda: checkpoint.write(work, light=True, picture=picture(), most_bytes=most_bytes))
+        work = replace(task.work) if task.lane is None else task.lane.batch.copy(task.slot)
+        return State(False, lambda: checkpoint.write(work, most_bytes=most_bytes))
+
+    def _fail(self, seat: Seat, error: Exception) -> None:
+        assert isinstance(seat, Task)
+        if isinstance(error, GramophoneError):
+            seat.listener.fail(_bare(error))
+        elif ran_out_of_memory(error):
+            seat.listener.fail(OutOfDeviceMemory(*seat.work.job.result_size))
+        else:
+            log.error("the engine failed", exc_info=error)
+            seat.listener.fail(EngineFailed())
+        self._end(seat)
+
+    def _end(self, task: Task) -> None:
+        self._lanes.drop(task)
+        task.over = True
+
+
+def _slice(tasks: list[Task], now: float, each_s: float | None) -> int:
+    """Iterations until the next look at everything else."""
+    if each_s is None:
+        return 1
+    most = max(1, int(SLICE_S / each_s))
+    for task in tasks:
+        most = min(most, task.listener.most_at_once(task.work.done) or most)
+        if task.budget_at < math.inf:
+            most = min(most, max(1, int((task.budget_at - now) / each_s)))
+    return most
+
+
+def _must_have_begun(task: Task) -> None:
+    if task.report is None:
+        raise InvalidRequest([Violation("", "the job has not begun yet; wait for its first progress")])
+
+
+def _bare(error: GramophoneError) -> GramophoneError:
+    """The error without its traceback and causes, whose frames would keep a batch's memory until the reader is gone."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
