@@ -1146,7 +1146,7 @@ def own_tasks():
 
 async def test_of_200_jobs_half_of_them_cancelled_nothing_is_left():
     chance = random.Random(1)
-    engine = FakeEngine(iteration_s=0.01)
+    engine = FakeEngine(iteration_s=0.004)
     limits = Limits(max_queued=200, max_kept=20)
     async with serving(engine, limits) as s:
         before = own_tasks()
