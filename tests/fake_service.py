@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -18,10 +20,19 @@ from gramophone.recipe import Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.errors import GramophoneError, JobNotFound
+from gramophone_server.errors import GramophoneError, ImageNotFound, JobNotFound
 from gramophone_server.status import refusal
 
 HANG = object()  # a step that lasts until the call is over
+
+
+class Take(NamedTuple):
+    """A step that waits for the next message of a controller and answers it, unless it is an acknowledgement."""
+
+    iteration: int = 1  # of the answer
+    wrong: str = ""  # what is wrong with the command's only field
+    taken: pb.JobEvent | None = None  # follows the answer
+
 
 SIZE = (24, 18)
 
@@ -68,8 +79,26 @@ def result(data: bytes | None = None) -> pb.JobEvent:
     return pb.JobEvent(result=pb.Result(image=image, losses=losses, iterations=300, stop_reason=done, elapsed=elapsed))
 
 
-def waiting(queue_position: int) -> pb.JobEvent:
-    return pb.JobEvent(waiting=pb.Waiting(queue_position=queue_position))
+def waiting(queue_position: int, wait_s: int | None = None) -> pb.JobEvent:
+    wait = None if wait_s is None else Duration(seconds=wait_s)
+    return pb.JobEvent(waiting=pb.Waiting(queue_position=queue_position, estimated_wait=wait))
+
+
+def picture(iteration: int) -> pb.JobEvent:
+    """A frame as a controller asks for it."""
+    image = pb.Image(format=pb.IMAGE_FORMAT_PNG, width=SIZE[0], height=SIZE[1], data=encoded("purple"))
+    return pb.JobEvent(frame=pb.Frame(iteration=iteration, image=image))
+
+
+def checkpoint(iteration: int, light: bool = True) -> pb.JobEvent:
+    state = pb.Checkpoint(iteration=iteration, light=light, data=b"state after %d" % iteration)
+    return pb.JobEvent(checkpoint=state)
+
+
+def changed(iteration: int, **fields) -> pb.JobEvent:
+    return pb.JobEvent(
+        changed=pb.Changed(iteration=iteration, recipe=recipe_to_message(Recipe(**fields)), iterations=300)
+    )
 
 
 def numbered(*steps) -> list:
@@ -106,8 +135,12 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.specs: list[pb.JobSpec] = []
         self.request_ids: list[str] = []
         self.watches: list[pb.WatchJobRequest] = []
+        self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
+        self.images: dict[str, bytes] = {}  # uploaded, by digest
+        self.uploads = 0
         self.jobs = [job()]
         self.target = ""
+        self.stop = lambda: None  # at once, with all calls
         self.hanging = threading.Event()  # a call has come to its HANG
         self.over = threading.Event()  # a call has ended, at its end or before
         self.cancelled = False  # the last call that was over had not come to its end
@@ -132,6 +165,35 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         for event in self._play(None, context):
             yield pb.WatchJobResponse(event=event)
 
+    def StylizeInteractive(self, requests, context):
+        first = next(requests)
+        self.messages.append(first)
+        spec = first.start.spec if first.HasField("start") else None
+        for step in self._play(spec, context):
+            if isinstance(step, Take):
+                yield from self._answered(step, next(requests))
+            else:
+                yield pb.StylizeInteractiveResponse(event=step)
+
+    def _answered(self, take, request):
+        self.messages.append(request)
+        kind = request.WhichOneof("command")
+        if kind == "ack":
+            return
+        told = pb.CommandResult(command_id=request.command_id, iteration=take.iteration)
+        if take.wrong:
+            told.field_errors.add(field=f"{kind}.beta", description=take.wrong)
+        yield pb.StylizeInteractiveResponse(command_result=told)
+        if take.taken is not None:
+            yield pb.StylizeInteractiveResponse(event=take.taken)
+
+    def UploadImage(self, requests, context):
+        data = b"".join(request.chunk for request in requests)
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        self.images[digest] = data
+        self.uploads += 1
+        return pb.UploadImageResponse(digest=digest, width=SIZE[0], height=SIZE[1])
+
     def GetJob(self, request, context):
         return pb.GetJobResponse(job=self._found(request.job_id, context))
 
@@ -155,9 +217,22 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             backbone="vgg19",
             weights="none",
             layers=["relu1_1", "relu4_2"],
-            limits=pb.Limits(max_image_bytes=10 * 2**20, max_image_pixels=25_000_000, max_size=2048, max_queued=16),
+            limits=pb.Limits(
+                max_image_bytes=10 * 2**20,
+                max_image_pixels=25_000_000,
+                max_size=2048,
+                max_queued=16,
+                max_running=2,
+                max_paused_s=600,
+                max_checkpoint_bytes=64 * 2**20,
+                max_watchers=8,
+            ),
             presets=[pb.PresetRecipe(name="fast", recipe=recipe_to_message(Recipe()))],
             running_jobs=1,
+            paused_jobs=1,
+            style_cache=pb.CacheStats(hits=3, misses=1, bytes=5 * 2**19, max_bytes=64 * 2**20),
+            uploads=pb.CacheStats(max_bytes=2**30),
+            estimated_wait=Duration(seconds=12, nanos=500_000_000),
         )
 
     def set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -172,6 +247,9 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
     def _play(self, spec, context) -> Iterator[pb.JobEvent]:
         if spec is not None:
             self.specs.append(spec)
+            for image in (spec.content, *(style.image for style in spec.styles)):
+                if image.digest and image.digest not in self.images:
+                    context.abort_with_status(refused(ImageNotFound(image.digest)))
         done, ended = False, threading.Event()
         self.over.clear()
 
@@ -189,7 +267,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             if isinstance(step, grpc.Status):
                 done = True
                 context.abort_with_status(step)
-            done = step.HasField("result")
+            done = not isinstance(step, Take) and step.HasField("result")
             yield step
 
 
@@ -205,7 +283,8 @@ def serving() -> Iterator[FakeService]:
         health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
         service.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
+        service.stop = lambda: server.stop(None).wait()
         try:
             yield service
         finally:
-            server.stop(None).wait()
+            service.stop()

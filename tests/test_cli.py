@@ -13,17 +13,18 @@ from rich.console import Console
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import cli, client, picture, stylize_command
+from gramophone_client import cli, following, picture, stylize_command
 from gramophone_client.flags import add_recipe_flags, as_flags, flag, recipe_overrides
+from gramophone_client.messages import update
 from gramophone_client.picture import Picture, write_whole
 from gramophone_client.terminal import HalfBlocks, LiveDisplay, PlainDisplay
 from gramophone_client.timelapse import Timelapse
-from gramophone_client.updates import update
 from gramophone_server import errors as server_errors
 from tests.fake_service import (
     HANG,
     accepted,
     bare,
+    checkpoint,
     encoded,
     frame,
     job,
@@ -247,6 +248,12 @@ def test_a_server_that_is_not_ready_is_an_exit_code(gramophone):
         ("stylize photo.png painting.png -o out.png --iter 5", "unrecognized arguments: --iter"),
         ("stylize photo.png painting.png -o out.png --frame-size 99999999999", "the request cannot be said"),
         ("recipe missing.png", "missing.png: No such file"),
+        ("stylize photo.png painting.png -o out.png --resume no", "no: there is no such file"),
+        ("stylize photo.png painting.png -o out.png --checkpoint no/c", "no/c: there is no folder no; make it first"),
+        (
+            "stylize photo.png painting.png -o out.png --resume photo.png --seed 1 --beta 2 --preset fast",
+            "--preset, --seed, --beta: cannot be given with --resume, which goes on with the checkpoint's",
+        ),
     ],
 )
 def test_bad_usage_is_refused_in_words(gramophone, service, command, words):
@@ -331,7 +338,7 @@ def test_help_tells_every_field_and_default_of_a_recipe(gramophone, monkeypatch)
 
 
 def test_a_detached_job_is_found_again(gramophone, service, here, monkeypatch):
-    monkeypatch.setattr(client, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
     whole = numbered(accepted(), frame(1), result())
     service.scripts = [[*whole[:2], bare(grpc.StatusCode.UNAVAILABLE, "gone")], whole[2:]]
     code, out, err = gramophone("stylize photo.png painting.png -o out.png --detach 5")
@@ -388,6 +395,8 @@ def test_jobs_are_listed(gramophone, service):
     ("error", "code"),
     [
         (server_errors.JobNotFound("j9"), 2),
+        (server_errors.JobControlled("j9"), 2),
+        (server_errors.TooManyWatchers(8), 4),
         (server_errors.RequestIdTaken("r1"), 2),
         (server_errors.ListingDisabled(), 2),
         (server_errors.SlowReader(60), 3),
@@ -423,13 +432,63 @@ def test_a_grace_above_the_limit_is_told_as_typed(gramophone, service):
 def test_waiting_is_shown():
     out = io.StringIO()
     display = PlainDisplay(out, 0)
-    for ahead in (2, 1):
-        display.show(update(waiting(ahead)))
-    assert out.getvalue().splitlines() == ["waits behind 2 others", "waits behind 1 other"]
+    for event in (waiting(2), waiting(1, wait_s=75), accepted(queue_position=1, estimated_wait={"seconds": 5})):
+        display.show(update(event))
+    assert out.getvalue().splitlines() == [
+        "waits behind 2 others",
+        "waits behind 1 other, about 1:15",
+        "job j1: 24x18, 300 iterations, seed 7, waits behind 1 other, about 0:05",
+    ]
     console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None, legacy_windows=False)
     live = LiveDisplay(console, preview=False)
     live.show(update(waiting(2)))
     assert "waits behind 2 others" in drawn(live._render(), 60, colours=None)
+
+
+# --- checkpoints
+
+
+def test_a_job_goes_on_from_a_file(gramophone, service, here):
+    service.scripts = [[accepted(), checkpoint(10), checkpoint(20, light=False), result()]]
+    code, _, _ = gramophone("stylize photo.png painting.png -o out.png --checkpoint job.checkpoint")
+    assert (code, (here / "job.checkpoint").read_bytes()) == (0, b"state after 20")
+    assert (service.specs[0].checkpoints.light, service.specs[0].checkpoints.min_interval.seconds) == (False, 10)
+    service.scripts = [[accepted(resumed_at=20), result()]]
+    code, _, err = gramophone("stylize photo.png painting.png -o again.png --resume job.checkpoint")
+    assert (code, err[0]) == (0, "job j1: 24x18, 300 iterations, seed 7, from iteration 20")
+    assert (service.specs[1].resume, service.specs[1].HasField("recipe")) == (b"state after 20", False)
+    assert service.specs[1].checkpoints.light  # enough to go on from elsewhere
+
+
+def test_a_job_that_moves_says_so(gramophone, service, monkeypatch):
+    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
+    lost = bare(grpc.StatusCode.UNAVAILABLE, "gone")
+    service.scripts = [
+        [accepted(), checkpoint(38), progress(40), lost],
+        [accepted(job_id="j2", resumed_at=38), lost],
+        [accepted(job_id="j3", resumed_at=38), result()],
+    ]
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png")
+    assert code == 0
+    assert err[1:3] == [
+        "server lost at iteration 40, going on as job j2 from iteration 38",
+        "server lost at iteration 38, going on as job j3 from iteration 38",
+    ]
+    out = io.StringIO()
+    display = PlainDisplay(out)
+    for event in (accepted(), accepted(job_id="j2", queue_position=2)):
+        display.show(update(event))
+    assert out.getvalue().splitlines()[1] == (
+        "server lost at iteration 0, going on as job j2 from its beginning, waits behind 2 others"
+    )
+
+
+def test_a_terminal_keeps_the_note_of_a_move():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    with LiveDisplay(console, preview=False) as display:
+        for event in (accepted(), progress(40), accepted(job_id="j2", resumed_at=38), progress(39)):
+            display.show(update(event))
+    assert "server lost at iteration 40, going on as job j2 from iteration 38" in console.file.getvalue()
 
 
 # --- info, recipe
@@ -439,10 +498,16 @@ def test_info(gramophone):
     code, out, err = gramophone("info")
     assert (code, err) == (0, [])
     assert "device   cpu (a test), fp32" in out
+    assert "jobs     1 of at most 2 running, 0 of at most 16 waiting, 1 paused\nwait     about 12.5 s\n" in out
+    assert "watchers at most 8 of a job; one may pause it, for at most 600 s\n" in out
+    assert "states   checkpoints of at most 64 MiB\n" in out
+    assert "styles   2.5 of at most 64 MiB kept, 3 of 4 found there\n" in out
+    assert "uploads  0.0 of at most 1024 MiB kept, 0 of 0 found there\n" in out
     assert gramophone("--version")[1].startswith("gramophone ")
     code, out, _ = gramophone("info --json")
     told = json.loads(out)
     assert (told["version"], told["limits"]["max_size"], told["presets"]["fast"]["beta"]) == ("1.2.3", 2048, 3.0)
+    assert (told["style_cache"]["hits"], told["estimated_wait_s"], told["limits"]["max_watchers"]) == (3, 12.5, 8)
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.webp"])

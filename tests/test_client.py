@@ -19,9 +19,8 @@ from PIL import Image
 import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors
-from gramophone_client import client as client_module
-from gramophone_client.client import _options
+from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors, following
+from gramophone_client.connection import channel_options
 from gramophone_client.job_spec import JobOptions, job_spec
 from gramophone_server import errors as server_errors
 from gramophone_server.status import CODES as SERVER_CODES
@@ -190,7 +189,7 @@ def test_what_is_not_said_is_left_to_the_server():
 def test_the_options_of_a_job_are_the_keywords_of_its_spec():
     keywords = {name for name, p in inspect.signature(job_spec).parameters.items() if p.kind is p.KEYWORD_ONLY}
     fields = {field for field in JobOptions.__annotations__ if field not in Recipe.__annotations__}
-    assert fields == keywords - {"frames"}
+    assert fields == keywords - {"frames", "checkpoints"}
 
 
 # --- errors
@@ -202,6 +201,10 @@ DOMAIN_ERRORS = {
     server_errors.OutOfDeviceMemory: (4096, 4096),
     server_errors.JobNotFound: ("j1",),
     server_errors.RequestIdTaken: ("r1",),
+    server_errors.ImageNotFound: ("sha256:0",),
+    server_errors.JobControlled: ("j1",),
+    server_errors.TooManyWatchers: (8,),
+    server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
     server_errors.SlowReader: (60.0,),
 }
 CLIENT_NAMES = {"EngineFailed": "ServerFailed"}
@@ -258,7 +261,7 @@ async def test_errors_without_a_reason_fall_back_on_the_code(client, service, co
 def test_the_tree_in_the_docstring_is_the_tree():
     drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
     kinds = [line.split("── ")[1].split()[0] for line in drawn]
-    assert sorted([*kinds, "GramophoneError", "from_rpc"]) == errors.__all__
+    assert sorted([*kinds, "GramophoneError", "from_rpc", "is_forgotten"]) == errors.__all__
     for line, name in zip(drawn, kinds, strict=True):
         depth = line.index("──") // 4 + 1
         assert len(getattr(errors, name).__mro__) == depth + len(errors.GramophoneError.__mro__)
@@ -341,10 +344,10 @@ async def test_retries_wait_as_long_as_the_server_says(client, service):
     assert time.monotonic() - started >= 0.4
 
 
-async def test_nothing_is_sent_again_after_the_first_message(client, service):
+async def test_without_patience_nothing_is_sent_again_after_the_first_message(client, service):
     service.scripts = [[accepted(), bare(UNAVAILABLE, "going down")], service.scripts[0]]
     with pytest.raises(errors.ConnectionFailed, match="going down"):
-        await collected(client.stream(PHOTO, PAINTING))
+        await collected(client.stream(PHOTO, PAINTING, patience_s=0))
     assert len(service.specs) == 1
 
 
@@ -356,7 +359,7 @@ async def test_a_bad_request_is_not_sent_again(client, service):
 
 
 def test_the_channel_is_made_for_images():
-    options = dict(_options(1000))
+    options = dict(channel_options(1000))
     assert options["grpc.max_send_message_length"] == options["grpc.max_receive_message_length"] == 1000
     assert options["grpc.http2.bdp_probe"] == 0
     assert json.loads(options["grpc.service_config"])["retryThrottling"]
@@ -367,7 +370,7 @@ def test_the_channel_is_made_for_images():
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(client_module, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
 
 
 @pytest.mark.parametrize("how", ["unary", "stream"])
@@ -439,10 +442,10 @@ async def test_a_connection_lost_after_the_result_loses_nothing(client, service)
 
 async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service, hasty):
     never = (("grpc-retry-pushback-ms", "-1"),)
-    service.scripts = [[*numbered(accepted(), frame(1)), bare(UNAVAILABLE)], [bare(UNAVAILABLE, "gone", never)]]
+    service.scripts = [[*numbered(accepted(), frame(1)), bare(UNAVAILABLE, "gone")], [bare(UNAVAILABLE, "", never)]]
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
-        await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3))
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3, patience_s=0))
     assert 0.3 <= time.monotonic() - started < 3
     assert raised.value.frame.iteration == 1
     assert len(service.watches) > 2
@@ -450,21 +453,27 @@ async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service,
 
 @pytest.mark.parametrize(
     "error",
-    [server_errors.EngineFailed(), server_errors.ShuttingDown(), server_errors.Cancelled()],
+    [
+        server_errors.EngineFailed(),
+        server_errors.Cancelled(),
+        server_errors.Diverged(3),
+        server_errors.OutOfDeviceMemory(9, 9),
+        server_errors.InvalidRequest([Violation("spec.seed", "must be y")]),
+    ],
     ids=lambda error: type(error).__name__,
 )
 async def test_what_the_service_itself_says_is_final(client, service, error):
     service.scripts = [[accepted(), refused(error)]]
     with pytest.raises(errors.GramophoneError, match=re.escape(str(error))):
         await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
-    assert service.watches == []
+    assert (service.watches, len(service.specs)) == ([], 1)
 
 
 async def test_a_job_that_was_forgotten_meanwhile_is_told(client, service, hasty):
     lost = [accepted(), bare(UNAVAILABLE, "gone")]
     service.scripts = [lost, [refused(server_errors.JobNotFound("j1"))]]
     with pytest.raises(errors.JobNotFound, match="j1"):
-        await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
+        await collected(client.watch("j1", detach_grace=5))
 
 
 async def test_closing_the_client_ends_a_search_for_a_lost_job(client, service):

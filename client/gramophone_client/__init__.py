@@ -6,14 +6,19 @@ with SyncGramophoneClient() as client:
 
 from gramophone.recipe import LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
 from gramophone_client.client import GramophoneClient
+from gramophone_client.control import JobControl
 from gramophone_client.errors import (
     Cancelled,
     ConnectionFailed,
     DeadlineExceeded,
+    DeadlineUnattainable,
     Diverged,
     Exhausted,
     GramophoneError,
+    ImageNotFound,
     InvalidRequest,
+    JobControlled,
+    JobEnded,
     JobNotFound,
     ListingDisabled,
     MessageTooLarge,
@@ -24,19 +29,23 @@ from gramophone_client.errors import (
     ServerFailed,
     ShuttingDown,
     SlowReader,
+    TooManyWatchers,
 )
-from gramophone_client.job_spec import FrameOptions, Style
+from gramophone_client.job_spec import CheckpointOptions, FrameOptions, Style, UploadedImage
 from gramophone_client.picture import Picture
-from gramophone_client.sync_client import SyncGramophoneClient
+from gramophone_client.server_info import CacheStats, Limits, ServerInfo
+from gramophone_client.sync_client import SyncGramophoneClient, SyncJobControl
 from gramophone_client.updates import (
     Accepted,
+    Changed,
+    Checkpoint,
     Frame,
     JobStatus,
-    Limits,
     Losses,
+    Paused,
     Progress,
     Result,
-    ServerInfo,
+    Resumed,
     Stylized,
     Update,
     Waiting,
@@ -44,16 +53,25 @@ from gramophone_client.updates import (
 
 __all__ = [
     "Accepted",
+    "CacheStats",
     "Cancelled",
+    "Changed",
+    "Checkpoint",
+    "CheckpointOptions",
     "ConnectionFailed",
     "DeadlineExceeded",
+    "DeadlineUnattainable",
     "Diverged",
     "Exhausted",
     "Frame",
     "FrameOptions",
     "GramophoneClient",
     "GramophoneError",
+    "ImageNotFound",
     "InvalidRequest",
+    "JobControl",
+    "JobControlled",
+    "JobEnded",
     "JobNotFound",
     "JobStatus",
     "LayerWeight",
@@ -65,6 +83,7 @@ __all__ = [
     "NotReady",
     "Optimiser",
     "OutOfDeviceMemory",
+    "Paused",
     "Picture",
     "Pooling",
     "Progress",
@@ -72,6 +91,7 @@ __all__ = [
     "Recipe",
     "RequestIdTaken",
     "Result",
+    "Resumed",
     "ServerFailed",
     "ServerInfo",
     "ShuttingDown",
@@ -80,7 +100,10 @@ __all__ = [
     "Style",
     "Stylized",
     "SyncGramophoneClient",
+    "SyncJobControl",
+    "TooManyWatchers",
     "Update",
+    "UploadedImage",
     "Violation",
     "Waiting",
 ]

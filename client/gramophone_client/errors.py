@@ -9,9 +9,14 @@ GramophoneError
 │   └── SlowReader        the server dropped this reader; its job may go on
 ├── Exhausted             the server has no room for this job
 │   ├── QueueFull         too many jobs wait; `retry_after_s`
+│   ├── DeadlineUnattainable  it would not be done in time; `retry_after_s` if that may pass
+│   ├── TooManyWatchers   as many watch the job as may
 │   └── OutOfDeviceMemory the job does not fit on the device
 ├── DeadlineExceeded      the call's own time limit passed
 ├── JobNotFound           no job of this id, or no longer
+├── JobControlled         somebody controls the job already
+├── JobEnded              the job ended before a command reached it
+├── ImageNotFound         the server does not keep an uploaded image, or no longer
 ├── RequestIdTaken        the request_id belongs to a job with another spec
 ├── ListingDisabled       this server does not say which jobs it has
 ├── Cancelled             somebody stopped the call or the job
@@ -31,16 +36,20 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from gramophone.recipe import Violation
 
 if TYPE_CHECKING:
-    from gramophone_client.updates import Frame
+    from gramophone_client.updates import Checkpoint, Frame
 
 __all__ = [
     "Cancelled",
     "ConnectionFailed",
     "DeadlineExceeded",
+    "DeadlineUnattainable",
     "Diverged",
     "Exhausted",
     "GramophoneError",
+    "ImageNotFound",
     "InvalidRequest",
+    "JobControlled",
+    "JobEnded",
     "JobNotFound",
     "ListingDisabled",
     "MessageTooLarge",
@@ -51,7 +60,9 @@ __all__ = [
     "ServerFailed",
     "ShuttingDown",
     "SlowReader",
+    "TooManyWatchers",
     "from_rpc",
+    "is_forgotten",
 ]
 
 
@@ -73,6 +84,7 @@ class GramophoneError(Exception):
         self.violations = violations
         self.retry_after_s = retry_after_s  # when the server said so
         self.frame: Frame | None = None  # the newest picture that arrived before the error
+        self.checkpoint: Checkpoint | None = None  # the newest state that did: `resume` goes on from it
 
 
 class InvalidRequest(GramophoneError):
@@ -107,6 +119,17 @@ class QueueFull(Exhausted):
     """As many jobs wait as may wait; come back after `retry_after_s`."""
 
 
+class DeadlineUnattainable(Exhausted):
+    """By the server's estimate the job would not be done within `timeout_s`: allow more time, or set a `time_budget`.
+
+    `retry_after_s` says when the load may have gone; it is None where the job itself takes too long.
+    """
+
+
+class TooManyWatchers(Exhausted):
+    """As many watch this job as may; `get_job` still tells how it stands."""
+
+
 class OutOfDeviceMemory(Exhausted):
     """The device cannot hold a job of this size."""
 
@@ -117,6 +140,21 @@ class DeadlineExceeded(GramophoneError):
 
 class JobNotFound(GramophoneError):
     """The server has no job of this id: it never was, or it ended and was forgotten."""
+
+
+class JobControlled(GramophoneError):
+    """Somebody else controls the job: `watch` it, or try again when they have left."""
+
+
+class JobEnded(GramophoneError):
+    """The job ended with its result before the command reached it; iterating, or `result`, tells it."""
+
+
+class ImageNotFound(GramophoneError):
+    """The server keeps no image of this digest: it was not uploaded there, or made room for others; `upload` it again.
+
+    The client does that by itself, once for each request, with the images that its own `upload` returned.
+    """
 
 
 class RequestIdTaken(GramophoneError):
@@ -143,16 +181,24 @@ REASONS: Mapping[str, type[GramophoneError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "NOT_READY": NotReady,
     "QUEUE_FULL": QueueFull,
+    "DEADLINE_UNATTAINABLE": DeadlineUnattainable,
+    "TOO_MANY_WATCHERS": TooManyWatchers,
     "SHUTTING_DOWN": ShuttingDown,
     "DIVERGED": Diverged,
     "OUT_OF_MEMORY": OutOfDeviceMemory,
     "INTERNAL": ServerFailed,
     "JOB_NOT_FOUND": JobNotFound,
+    "JOB_CONTROLLED": JobControlled,
+    "IMAGE_NOT_FOUND": ImageNotFound,
     "REQUEST_ID_TAKEN": RequestIdTaken,
     "LISTING_DISABLED": ListingDisabled,
     "CANCELLED": Cancelled,
     "SLOW_READER": SlowReader,
 }
+
+# What gRPC says instead of the status when a message was on its way as the call ended
+# (https://github.com/grpc/grpc/issues/36066).
+FORGOTTEN = "Internal error from Core"
 
 # For errors that gRPC itself or a proxy made, and for reasons younger than this client.
 CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
@@ -179,6 +225,11 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
         elif code is grpc.StatusCode.UNAVAILABLE:
             cause = said.rpartition(": ")[2]  # the rest is the way through gRPC's layers
             message = f"no connection to a gramophone server at {target} ({cause}); is it running there?"
+        elif code is grpc.StatusCode.INTERNAL and FORGOTTEN in said:
+            kind = ConnectionFailed
+            message = (
+                f"the call to {target} ended while a message was on its way there; `get_job` tells how the job stands"
+            )
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"not done within {timeout_s:g} s; allow more time, or ask for fewer iterations or a smaller size"
         elif code is grpc.StatusCode.UNIMPLEMENTED:
@@ -186,6 +237,12 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
                 f"the server at {target} does not know this call ({said}); is it a gramophone server of this version?"
             )
     return kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
+
+
+def is_forgotten(error: GramophoneError) -> bool:
+    """Whether gRPC has put an error of its own in the place of the call's status; see `FORGOTTEN`."""
+    cause = error.__cause__
+    return isinstance(cause, grpc.aio.AioRpcError) and FORGOTTEN in (cause.details() or "")
 
 
 def _details(error: grpc.aio.AioRpcError) -> tuple[str, tuple[Violation, ...], float | None]:

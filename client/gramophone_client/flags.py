@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, RecipeOverrides
 
-__all__ = ["TYPES", "add_recipe_flags", "as_flags", "flag", "recipe_overrides"]
+__all__ = ["TYPES", "add_recipe_flags", "as_flags", "flag", "recipe_overrides", "value_of"]
 
 TYPES: Mapping[str, Any] = get_type_hints(Recipe)
 
@@ -43,6 +43,12 @@ def recipe_overrides(args: argparse.Namespace) -> RecipeOverrides:
         if value is not None:
             overrides[name] = kind(value) if isinstance(kind, type) else value  # type: ignore[literal-required]
     return overrides
+
+
+def value_of(field: str, text: str) -> Any:
+    """The value of a recipe's field as typed. Raises ValueError or argparse.ArgumentTypeError if it cannot be one."""
+    kind = TYPES[field]
+    return kind(text) if isinstance(kind, type) else _layers(text)
 
 
 def as_flags(recipe: Recipe) -> list[str]:

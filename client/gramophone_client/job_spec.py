@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Unpack
@@ -14,16 +14,45 @@ from typing import NamedTuple, Unpack
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image, ImageOps
 
-from gramophone.recipe import InvalidRecipe, RecipeOverrides, Start
+from gramophone.recipe import InvalidRecipe, RecipeOverrides, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
 from gramophone_client.errors import InvalidRequest
 from gramophone_client.picture import Format
+from gramophone_client.updates import Checkpoint
 
-__all__ = ["FrameOptions", "ImageInput", "JobOptions", "Style", "Styles", "job_spec", "watch_request"]
+__all__ = [
+    "CheckpointOptions",
+    "FrameOptions",
+    "ImageInput",
+    "JobOptions",
+    "Style",
+    "Styles",
+    "UploadedImage",
+    "encoded",
+    "job_spec",
+    "resumed_spec",
+    "said",
+    "uploaded",
+    "watch_request",
+]
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image
-"""A path, the bytes of a JPEG, PNG or WebP file, or a PIL image."""
+
+@dataclass(frozen=True, kw_only=True)
+class UploadedImage:
+    """An image that `upload` has sent: usable wherever an image is, and jobs then carry its digest only.
+
+    It holds the image's bytes, because a server may forget it, or another one take the job: then it is sent again.
+    """
+
+    digest: str
+    width: int  # as it will be decoded, in pixels
+    height: int
+    data: bytes = field(repr=False)
+
+
+ImageInput = str | os.PathLike[str] | bytes | Image.Image | UploadedImage
+"""A path, the bytes of a JPEG, PNG or WebP file, a PIL image, or what `upload` returned."""
 
 
 class Style(NamedTuple):
@@ -45,17 +74,30 @@ class FrameOptions:
     max_side: int = 0  # pixels; larger pictures are reduced, 0: none is
     format: Format = "jpeg"
     quality: int = 85  # of JPEG and WebP, 1 to 100
+    # Frames on their way that the caller has not taken yet, 1 to 16; only for `control`. 0: as many as the connection holds
+    max_in_flight: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How often a stream carries the job's state, from which it can go on, there or on another server."""
+
+    every_s: float = 5.0  # at most an hour; the server holds it at 1 s or more
+    # The picture and the iteration only: 3 bytes a pixel instead of 48 with Adam or 276 with L-BFGS, and the optimiser
+    # begins anew. A full one goes on bit for bit; where it is larger than the server's limit, a light one comes instead.
+    light: bool = True
 
 
 class JobOptions(RecipeOverrides, total=False):
     """What else a job can be told: the keyword arguments of `job_spec`, for the methods that pass them on."""
 
-    preset: str
+    preset: str | None
     seed: int | None
     start_image: ImageInput | None
     result_format: Format
     result_quality: int
     detach_grace: float | None
+    resume: Checkpoint | bytes | str | os.PathLike[str] | None
 
 
 def job_spec(
@@ -63,30 +105,38 @@ def job_spec(
     styles: Styles,
     *,
     frames: FrameOptions | None = None,
-    preset: str = "fast",
+    checkpoints: CheckpointOptions | None = None,
+    preset: str | None = None,
     seed: int | None = None,
     start_image: ImageInput | None = None,
     result_format: Format = "png",
     result_quality: int = 95,
     detach_grace: float | None = None,
+    resume: Checkpoint | bytes | str | os.PathLike[str] | None = None,
     **overrides: Unpack[RecipeOverrides],
 ) -> pb.JobSpec:
     """The message; reads files, so it may block.
 
-    `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture starts from `start_image`, if
-    given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds the job goes on, or waits,
-    with nobody watching; without, it stops at once. `overrides` are the fields of the recipe that differ from the
-    preset.
+    `preset` is "fast" unless told. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
+    starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds
+    the job goes on, or waits, with nobody watching; without, it stops at once. `overrides` are the fields of the recipe
+    that differ from the preset.
+
+    `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, lets that job go on where it
+    stood. It brings the recipe, the seed and the picture to start from, so none of them can be given beside it.
 
     Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError for
     a file that cannot be read. Everything else is the server's to judge.
     """
+    if resume is not None:
+        _check_resumable(preset=preset, seed=seed, start_image=start_image, **overrides)
     if start_image is not None:
         overrides.setdefault("start", Start.IMAGE)
-    with _as_invalid_request():
+    with said():
         spec = pb.JobSpec(
-            recipe=overrides_to_message(overrides, preset),
+            recipe=overrides_to_message(overrides, preset or "fast") if resume is None else None,
             frames=_frame_options(frames) if frames is not None else None,
+            checkpoints=_checkpoint_options(checkpoints) if checkpoints is not None else None,
             result_format=f"IMAGE_FORMAT_{result_format.upper()}",
             result_quality=result_quality,
             seed=seed,
@@ -97,11 +147,33 @@ def job_spec(
         spec.styles.add(image=_source(image), weight=weight)
     if start_image is not None:
         spec.start_image.CopyFrom(_source(start_image))
+    if resume is not None:
+        spec.resume = _state(resume)
     return spec
 
 
+def resumed_spec(spec: pb.JobSpec, seed: int, checkpoint: Checkpoint | None) -> pb.JobSpec:
+    """The same job once more: from the checkpoint, or from its beginning with the seed that it had."""
+    again = pb.JobSpec()
+    again.CopyFrom(spec)
+    if checkpoint is not None:
+        for name in ("recipe", "start_image", "seed"):
+            again.ClearField(name)
+        again.resume = checkpoint.data
+    elif not again.resume:
+        again.seed = seed
+    return again
+
+
+def uploaded(content: ImageInput, styles: Styles, start_image: ImageInput | None = None) -> tuple[UploadedImage, ...]:
+    """Those of a job's images that it only names."""
+    images = (content, *(style.image for style in _listed(styles)), start_image)
+    return tuple(image for image in images if isinstance(image, UploadedImage))
+
+
 @contextmanager
-def _as_invalid_request() -> Iterator[None]:
+def said() -> Iterator[None]:
+    """Values that a message cannot hold become `InvalidRequest`."""
     try:
         yield
     except InvalidRecipe as error:
@@ -110,14 +182,49 @@ def _as_invalid_request() -> Iterator[None]:
         raise InvalidRequest(f"the request cannot be said: {error}") from error
 
 
-def watch_request(job_id: str, after_sequence: int, frames: FrameOptions | None) -> pb.WatchJobRequest:
+def watch_request(
+    job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
+) -> pb.WatchJobRequest:
     """The message that asks for what happens to a job. Raises `InvalidRequest` for a value that its field cannot hold."""
-    with _as_invalid_request():
+    with said():
         return pb.WatchJobRequest(
             job_id=job_id,
             after_sequence=after_sequence,
             frames=_frame_options(frames) if frames is not None else None,
+            checkpoints=_checkpoint_options(checkpoints) if checkpoints is not None else None,
         )
+
+
+def encoded(image: ImageInput) -> bytes:
+    """The bytes of an image file; reads one, so it may block."""
+    if isinstance(image, UploadedImage):
+        return image.data
+    if isinstance(image, Image.Image):
+        return _as_png(image)
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+
+def _check_resumable(**given: object) -> None:
+    """Raises `InvalidRequest` if anything is given that the checkpoint brings."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        because = "cannot be given with resume: the job goes on with the checkpoint's"
+        violations = tuple(Violation(name, because) for name in names)
+        raise InvalidRequest("; ".join(f"{name}: {because}" for name in names), violations=violations)
+
+
+def _state(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
+    if isinstance(resume, Checkpoint):
+        return resume.data
+    data = resume if isinstance(resume, bytes) else Path(resume).read_bytes()
+    if not data:
+        where = "the bytes given" if isinstance(resume, bytes) else os.fspath(resume)
+        raise InvalidRequest(f"resume: {where} are not a checkpoint: there is nothing in them")
+    return data
+
+
+def _checkpoint_options(checkpoints: CheckpointOptions) -> pb.CheckpointOptions:
+    return pb.CheckpointOptions(min_interval=_duration(checkpoints.every_s), light=checkpoints.light)
 
 
 def _frame_options(frames: FrameOptions) -> pb.FrameOptions:
@@ -127,6 +234,7 @@ def _frame_options(frames: FrameOptions) -> pb.FrameOptions:
         max_side=frames.max_side,
         format=f"IMAGE_FORMAT_{frames.format.upper()}",
         quality=frames.quality,
+        max_in_flight=frames.max_in_flight,
     )
 
 
@@ -139,17 +247,15 @@ def _duration(seconds: float) -> Duration:
 def _listed(styles: Styles) -> list[Style]:
     if isinstance(styles, Style):
         return [styles]
-    if isinstance(styles, str | bytes | os.PathLike | Image.Image):
+    if isinstance(styles, str | bytes | os.PathLike | Image.Image | UploadedImage):
         return [Style(styles)]
     return [style if isinstance(style, Style) else Style(style) for style in styles]
 
 
 def _source(image: ImageInput) -> pb.ImageSource:
-    if isinstance(image, Image.Image):
-        return pb.ImageSource(data=_as_png(image))
-    if isinstance(image, bytes):
-        return pb.ImageSource(data=image)
-    return pb.ImageSource(data=Path(image).read_bytes())
+    if isinstance(image, UploadedImage):
+        return pb.ImageSource(digest=image.digest)
+    return pb.ImageSource(data=encoded(image))
 
 
 def _as_png(image: Image.Image) -> bytes:

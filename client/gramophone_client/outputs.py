@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext
@@ -13,7 +14,7 @@ from rich.console import Console
 from gramophone_client.job_spec import FrameOptions
 from gramophone_client.terminal import LiveDisplay, PlainDisplay, complain
 from gramophone_client.timelapse import Timelapse
-from gramophone_client.updates import Accepted, Frame, Result, Update
+from gramophone_client.updates import Accepted, Checkpoint, Frame, Result, Update
 
 __all__ = ["Display", "Outputs", "Unusable", "display"]
 
@@ -42,7 +43,8 @@ class Outputs:
         self.args = args
         self.out: Path = args.out
         self.out_is_old = self.out.exists()
-        for path in (self.out, args.timelapse):
+        self.checkpoint: Path | None = getattr(args, "checkpoint", None)  # `watch` has none
+        for path in (self.out, args.timelapse, self.checkpoint):
             if path and not path.parent.is_dir():
                 raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
         self.accepted: Accepted | None = None
@@ -76,10 +78,12 @@ class Outputs:
                 match update:
                     case Accepted():
                         self.accepted = update
-                        if args.timelapse:
+                        if args.timelapse and self.timelapse is None:  # not when the job has moved
                             self.timelapse = Timelapse((update.width, update.height))
                     case Frame():
                         self._keep_frame(update)
+                    case Checkpoint() if self.checkpoint is not None:
+                        await asyncio.to_thread(update.save, self.checkpoint)
                     case Result():
                         update.save(self.out)
                         self.frame = None  # nothing is unfinished any more

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, GramophoneClient
-from gramophone_client.job_spec import FrameOptions, ImageInput, JobOptions, Styles
-from gramophone_client.updates import JobStatus, ServerInfo, Stylized, Update
+from gramophone_client.control import Changes, JobControl
+from gramophone_client.following import PATIENCE_S
+from gramophone_client.job_spec import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles, UploadedImage
+from gramophone_client.server_info import ServerInfo
+from gramophone_client.updates import Accepted, Checkpoint, Frame, JobStatus, Result, Stylized, Update
 
-__all__ = ["SyncGramophoneClient"]
+__all__ = ["SyncGramophoneClient", "SyncJobControl"]
 
 T = TypeVar("T")
 
@@ -88,13 +91,24 @@ class SyncGramophoneClient:
         styles: Styles,
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        patience_s: float = PATIENCE_S,
         timeout_s: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Generator[Update, None, None]:
         """As `GramophoneClient.stream`; leaving the loop, or closing the generator, ends the call at once."""
         return self._steps(
-            self._client.stream(content, styles, frames=frames, timeout_s=timeout_s, request_id=request_id, **job)
+            self._client.stream(
+                content,
+                styles,
+                frames=frames,
+                checkpoints=checkpoints,
+                patience_s=patience_s,
+                timeout_s=timeout_s,
+                request_id=request_id,
+                **job,
+            )
         )
 
     def watch(
@@ -103,13 +117,60 @@ class SyncGramophoneClient:
         after_sequence: int = 0,
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = None,
         timeout_s: float | None = None,
         detach_grace: float = 0.0,
     ) -> Generator[Update, None, None]:
         """As `GramophoneClient.watch`; leaving the loop, or closing the generator, ends the call at once."""
         return self._steps(
-            self._client.watch(job_id, after_sequence, frames=frames, timeout_s=timeout_s, detach_grace=detach_grace)
+            self._client.watch(
+                job_id,
+                after_sequence,
+                frames=frames,
+                checkpoints=checkpoints,
+                timeout_s=timeout_s,
+                detach_grace=detach_grace,
+            )
         )
+
+    def control(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
+    ) -> SyncJobControl:
+        """As `GramophoneClient.control`."""
+        controlled = self._client.control(
+            content,
+            styles,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            **job,
+        )
+        return SyncJobControl(controlled, self._run)
+
+    def control_job(
+        self,
+        job_id: str,
+        *,
+        frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = None,
+        timeout_s: float | None = None,
+    ) -> SyncJobControl:
+        """As `GramophoneClient.control_job`."""
+        controlled = self._client.control_job(job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s)
+        return SyncJobControl(controlled, self._run)
+
+    def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
+        """As `GramophoneClient.upload`."""
+        return self._run(self._client.upload(image, timeout_s=timeout_s))
 
     def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
         """As `GramophoneClient.get_job`."""
@@ -161,3 +222,74 @@ class SyncGramophoneClient:
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
+
+
+class SyncJobControl:
+    """`JobControl` without asyncio: a context manager and an iterator of updates. Its methods may be called from other
+    threads than the one that iterates.
+
+    with client.control("photo.jpg", "painting.jpg") as job:
+        for update in job:
+            ...
+    """
+
+    def __init__(self, job: JobControl, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._job = job
+        self._run = run
+
+    def __enter__(self) -> Self:
+        self._run(self._job.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._run(self._job.__aexit__(kind, error, traceback))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Update:
+        async def step() -> Update | None:
+            return await anext(self._job, None)
+
+        arrived: Update | None = self._run(step())
+        if arrived is None:
+            raise StopIteration
+        return arrived
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """As of `JobControl`."""
+        return self._job.accepted
+
+    def result(self) -> Result:
+        """As `JobControl.result`."""
+        result: Result = self._run(self._job.result())
+        return result
+
+    def pause(self) -> int:
+        """As `JobControl.pause`."""
+        return int(self._run(self._job.pause()))
+
+    def resume(self) -> int:
+        """As `JobControl.resume`."""
+        return int(self._run(self._job.resume()))
+
+    def update(self, **changes: Unpack[Changes]) -> int:
+        """As `JobControl.update`."""
+        return int(self._run(self._job.update(**changes)))
+
+    def picture(self) -> Frame:
+        """As `JobControl.picture`."""
+        frame: Frame = self._run(self._job.picture())
+        return frame
+
+    def checkpoint(self, *, light: bool = False) -> Checkpoint:
+        """As `JobControl.checkpoint`."""
+        checkpoint: Checkpoint = self._run(self._job.checkpoint(light=light))
+        return checkpoint
+
+    def finish(self) -> int:
+        """As `JobControl.finish`."""
+        return int(self._run(self._job.finish()))

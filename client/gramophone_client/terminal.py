@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gramophone_client.picture import Picture
-from gramophone_client.updates import Accepted, Frame, Progress, Result, Update, Waiting
+from gramophone_client.updates import Accepted, Changed, Frame, Paused, Progress, Result, Resumed, Update, Waiting
 
 __all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "complain"]
 
@@ -43,6 +43,7 @@ class PlainDisplay:
         self._stream = stream
         self._every_s = every_s
         self._next_s = 0.0
+        self._iteration: int | None = None  # the last that was told; None before `Accepted`
 
     def __enter__(self) -> Self:
         return self
@@ -54,20 +55,26 @@ class PlainDisplay:
 
     def show(self, update: Update) -> None:
         """Prints the update if it is time."""
+        if isinstance(update, Progress):
+            self._iteration = update.iteration
         match update:
             case Accepted():
-                self.say(_accepted(update))
+                self.note(_accepted(update, self._iteration))
                 self._next_s = time.monotonic() + self._every_s
             case Waiting() if time.monotonic() >= self._next_s:
-                self.say(f"waits{_behind(update.queue_position)}")
+                self.note(_waiting(update))
                 self._next_s = time.monotonic() + self._every_s
             case Progress() if time.monotonic() >= self._next_s:
-                self.say(", ".join(_progress(update)))
+                self.note(", ".join(_progress(update)))
                 self._next_s = time.monotonic() + self._every_s
+            case Paused() | Resumed() | Changed():
+                self.note(_steered(update))
             case Result():
-                self.say(_result(update))
+                self.note(_result(update))
+        if isinstance(update, Accepted):
+            self._iteration = update.resumed_at
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """Prints a line."""
         print(text, file=self._stream, flush=True)
 
@@ -84,6 +91,7 @@ class LiveDisplay:
         self._picture: HalfBlocks | None = None
         self._status = "waiting for the server"
         self._progress: Progress | None = None
+        self._iteration: int | None = None  # the last that was told; None before `Accepted`
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S)
 
     def __enter__(self) -> Self:
@@ -99,11 +107,16 @@ class LiveDisplay:
         """Takes the update into the picture of the next refresh."""
         match update:
             case Accepted():
-                self._status = _accepted(update)
+                if self._iteration is not None:
+                    self.note(_accepted(update, self._iteration))
+                self.say(_accepted(update, None))
+                self._iteration = update.resumed_at
             case Waiting():
-                self._status = f"waits{_behind(update.queue_position)}"
+                self._status = _waiting(update)
             case Progress():
-                self._progress = update
+                self._progress, self._iteration = update, update.iteration
+            case Paused() | Resumed() | Changed():
+                self.say(_steered(update))
             case Frame():
                 self._take(update.picture)
             case Result():
@@ -113,6 +126,10 @@ class LiveDisplay:
     def say(self, text: str) -> None:
         """Puts a text in the place of the progress line."""
         self._status, self._progress = text, None
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays, above the one that changes."""
+        self._console.print(Text(text))
 
     def _take(self, picture: Picture) -> None:
         if self._preview:
@@ -198,16 +215,40 @@ def _shaded(image: Image.Image, encoding: str) -> Iterable[Segment]:
         yield Segment.line()
 
 
-def _accepted(accepted: Accepted) -> str:
-    behind = f", waits{_behind(accepted.queue_position)}" if accepted.queue_position else ""
+def _accepted(accepted: Accepted, lost_at: int | None) -> str:
+    """`lost_at` is the last iteration that was told of the job that this one takes up again, None of a new one."""
+    behind = f", {_wait(accepted.queue_position, accepted.estimated_wait_s)}" if accepted.queue_position else ""
+    if lost_at is not None:
+        whence = f"from iteration {accepted.resumed_at}" if accepted.resumed_at else "from its beginning"
+        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id} {whence}{behind}"
+    resumed = f", from iteration {accepted.resumed_at}" if accepted.resumed_at else ""
     return (
         f"job {accepted.job_id}: {accepted.width}x{accepted.height}, {accepted.iterations} iterations, "
-        f"seed {accepted.seed}{behind}"
+        f"seed {accepted.seed}{resumed}{behind}"
     )
 
 
-def _behind(ahead: int) -> str:
-    return f" behind {ahead} other{'s' if ahead > 1 else ''}"
+def _waiting(waiting: Waiting) -> str:
+    return _wait(waiting.queue_position, waiting.estimated_wait_s)
+
+
+def _wait(ahead: int, seconds: float | None) -> str:
+    about = f", about {_clock(seconds)}" if seconds is not None else ""
+    return f"waits behind {ahead} other{'s' if ahead > 1 else ''}{about}"
+
+
+def _steered(update: Paused | Resumed | Changed) -> str:
+    match update:
+        case Paused():
+            return f"paused after iteration {update.iteration}"
+        case Resumed():
+            return f"goes on after iteration {update.iteration}"
+        case Changed():
+            recipe = update.recipe
+            return (
+                f"changed from iteration {update.iteration} of {update.iterations} on: alpha {recipe.alpha:g}, "
+                f"beta {recipe.beta:g}, tv-weight {recipe.tv_weight:g}, step {recipe.step:g}"
+            )
 
 
 def _progress(progress: Progress) -> Iterable[str]:

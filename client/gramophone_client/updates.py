@@ -1,39 +1,31 @@
-"""What a job tells its caller: frozen values, built from the messages here and nowhere else."""
+"""What a job tells its caller: frozen values; `messages` builds them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import datetime
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
-from google.protobuf.timestamp_pb2 import Timestamp
 from PIL import Image
 
-from gramophone.recipe import InvalidRecipe, Recipe
-from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.wire import recipe_from_message
-from gramophone_client.errors import ServerFailed
-from gramophone_client.picture import Format, Picture
+from gramophone.recipe import Recipe
+from gramophone_client.picture import Picture, write_whole
 
 __all__ = [
     "Accepted",
+    "Changed",
+    "Checkpoint",
     "Frame",
     "JobStatus",
-    "Limits",
     "Losses",
+    "Paused",
     "Progress",
     "Result",
-    "ServerInfo",
+    "Resumed",
     "Stylized",
     "Update",
     "Waiting",
-    "job_status",
-    "server_info",
-    "stylized",
-    "update",
 ]
 
 
@@ -59,7 +51,10 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Accepted(Numbered):
-    """The job was admitted. Always the first update, exactly once."""
+    """The job was admitted. Always the first update; another one says that the job was sent again, and begins anew there.
+
+    Iteration numbers then go back to `resumed_at`: what was done since that checkpoint was lost with the server.
+    """
 
     job_id: str  # for `watch`, `get_job` and `cancel_job`, and in the server's log; whoever knows it may use it
     recipe: Recipe  # complete, the preset's values filled in
@@ -69,6 +64,8 @@ class Accepted(Numbered):
     iterations: int  # over all scales
     queue_position: int  # jobs that run before this one
     attached: bool  # the `request_id` named a job that was there already
+    resumed_at: int = 0  # iterations that the checkpoint had behind it, with `resume`
+    estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ class Waiting(Numbered):
     """The job still waits, and its place in the queue has changed."""
 
     queue_position: int  # jobs that run before this one, at least one
+    estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,49 @@ class Frame(Numbered):
 
 
 @dataclass(frozen=True)
+class Checkpoint(Numbered):
+    """The job's state after an iteration, from which `resume` goes on, on any server."""
+
+    iteration: int
+    light: bool  # the picture and the iteration only, so that the optimiser begins anew
+    data: bytes = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it, whole or not at all, replacing what is there."""
+        write_whole(path, self.data)
+
+
+@dataclass(frozen=True)
+class Paused(Numbered):
+    """The job stands still after an iteration, as its controller asked."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Resumed(Numbered):
+    """A paused job goes on."""
+
+    iteration: int  # behind which it stood still
+
+
+@dataclass(frozen=True)
+class Changed(Numbered):
+    """The controller has changed the job."""
+
+    iteration: int  # the first that is done so
+    recipe: Recipe  # complete, as it holds from then on
+    iterations: int  # of the whole job, over all scales
+
+
+@dataclass(frozen=True)
 class Result(Numbered):
     """The finished picture. Always the last update of a job that succeeds."""
 
     picture: Picture
     losses: Losses
     iterations: int  # done, over all scales
-    stop_reason: str  # "ITERATIONS_DONE"; more may come
+    stop_reason: str  # "ITERATIONS_DONE", "TIME_BUDGET", "FINISHED" (its controller wanted that); more may come
     elapsed_s: float  # from the first iteration to the last, without queueing
 
     def image(self) -> Image.Image:
@@ -119,9 +153,7 @@ class Result(Numbered):
         self.picture.save(path)
 
 
-FORMATS: Mapping[str, Format] = {"jpeg": "jpeg", "png": "png", "webp": "webp"}
-
-Update = Accepted | Waiting | Progress | Frame | Result
+Update = Accepted | Waiting | Progress | Frame | Checkpoint | Paused | Resumed | Changed | Result
 
 
 @dataclass(frozen=True)
@@ -138,7 +170,7 @@ class JobStatus:
     """How a job stood at the moment of the call."""
 
     job_id: str
-    state: str  # "QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED"; more may come
+    state: str  # "QUEUED", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"; more may come
     create_time: datetime  # this and the others in UTC
     start_time: datetime | None  # None until it runs
     end_time: datetime | None  # None until it has ended
@@ -150,188 +182,3 @@ class JobStatus:
     losses: Losses | None  # None before the first iteration
     stop_reason: str  # as of `Result`; "" unless it has one
     queue_position: int  # jobs that run before this one
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes."""
-
-    max_image_bytes: int  # encoded
-    max_image_pixels: int  # decoded
-    max_size: int  # longest side of a result, in pixels
-    max_styles: int
-    max_iterations: int  # of a job, over all scales
-    max_queued: int
-    max_detach_s: int  # longest `detach_grace`
-    max_kept_s: int  # for which a job is kept after its end
-    max_kept: int  # jobs that are kept after their end
-    max_kept_bytes: int  # of their results, counted as 3 per pixel
-    max_blocked_s: int  # for which a reader may leave a message untaken
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """The server as it was at the moment of the call."""
-
-    version: str
-    device: str
-    precision: str
-    backbone: str
-    weights: str  # source, sha256 and attribution
-    layers: tuple[str, ...]  # from the first to the deepest
-    limits: Limits
-    presets: Mapping[str, Recipe]
-    running_jobs: int
-    queued_jobs: int
-
-
-def update(message: pb.JobEvent) -> Update | None:
-    """The event's value; None for a kind of event younger than this client, which may be skipped."""
-    sequence = message.sequence
-    match message.WhichOneof("event"):
-        case "accepted":
-            return replace(_accepted(message.accepted), sequence=sequence)
-        case "waiting":
-            return Waiting(message.waiting.queue_position, sequence=sequence)
-        case "progress":
-            return replace(_progress(message.progress), sequence=sequence)
-        case "frame":
-            frame = message.frame
-            return Frame(frame.iteration, _picture(frame.image), frame.dropped, sequence=sequence)
-        case "result":
-            return replace(_result(message.result), sequence=sequence)
-    return None
-
-
-def stylized(message: pb.StylizeResponse) -> Stylized:
-    """The answer to `Stylize`."""
-    accepted = _accepted(message.accepted)
-    result = vars(_result(message.result))
-    return Stylized(**result, recipe=accepted.recipe, seed=accepted.seed, job_id=accepted.job_id)
-
-
-def job_status(message: pb.Job) -> JobStatus:
-    """The job of `GetJob`, `ListJobs` and `CancelJob`."""
-
-    def time(name: str) -> datetime | None:
-        return _time(getattr(message, name)) if message.HasField(name) else None
-
-    return JobStatus(
-        job_id=message.job_id,
-        state=_name(pb.JobState, message.state, "JOB_STATE_"),
-        create_time=_time(message.create_time),
-        start_time=time("start_time"),
-        end_time=time("end_time"),
-        expire_time=time("expire_time"),
-        iteration=message.iteration,
-        iterations=message.iterations,
-        width=message.width,
-        height=message.height,
-        losses=_losses(message.losses) if message.HasField("losses") else None,
-        stop_reason=_name(pb.StopReason, message.stop_reason, "STOP_REASON_") if message.stop_reason else "",
-        queue_position=message.queue_position,
-    )
-
-
-def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
-    """The answer to `GetServerInfo`."""
-    limits = message.limits
-    return ServerInfo(
-        version=message.version,
-        device=message.device,
-        precision=message.precision,
-        backbone=message.backbone,
-        weights=message.weights,
-        layers=tuple(message.layers),
-        limits=Limits(
-            max_image_bytes=limits.max_image_bytes,
-            max_image_pixels=limits.max_image_pixels,
-            max_size=limits.max_size,
-            max_styles=limits.max_styles,
-            max_iterations=limits.max_iterations,
-            max_queued=limits.max_queued,
-            max_detach_s=limits.max_detach_s,
-            max_kept_s=limits.max_kept_s,
-            max_kept=limits.max_kept,
-            max_kept_bytes=limits.max_kept_bytes,
-            max_blocked_s=limits.max_blocked_s,
-        ),
-        presets={preset.name: _recipe(preset.recipe) for preset in message.presets},
-        running_jobs=message.running_jobs,
-        queued_jobs=message.queued_jobs,
-    )
-
-
-def _accepted(message: pb.Accepted) -> Accepted:
-    return Accepted(
-        job_id=message.job_id,
-        recipe=_recipe(message.recipe),
-        seed=message.seed,
-        width=message.width,
-        height=message.height,
-        iterations=message.iterations,
-        queue_position=message.queue_position,
-        attached=message.attached,
-    )
-
-
-def _progress(message: pb.Progress) -> Progress:
-    return Progress(
-        iteration=message.iteration,
-        iterations=message.iterations,
-        width=message.width,
-        height=message.height,
-        losses=_losses(message.losses),
-        iterations_per_second=message.iterations_per_second,
-        time_left_s=_seconds(message.time_left) if message.HasField("time_left") else None,
-    )
-
-
-def _result(message: pb.Result) -> Result:
-    return Result(
-        picture=_picture(message.image),
-        losses=_losses(message.losses),
-        iterations=message.iterations,
-        stop_reason=_name(pb.StopReason, message.stop_reason, "STOP_REASON_"),
-        elapsed_s=_seconds(message.elapsed),
-    )
-
-
-def _losses(message: pb.Losses) -> Losses:
-    return Losses(
-        total=message.total,
-        content=message.content,
-        style=message.style,
-        tv=message.tv,
-        content_layers={loss.layer: loss.value for loss in message.content_layers},
-        style_layers={loss.layer: loss.value for loss in message.style_layers},
-    )
-
-
-def _picture(message: pb.Image) -> Picture:
-    name = _name(pb.ImageFormat, message.format, "IMAGE_FORMAT_").lower()
-    if name not in FORMATS:
-        raise ServerFailed(f"the server sent a picture of an unknown format ({name}); a newer client may read it")
-    return Picture(format=FORMATS[name], width=message.width, height=message.height, data=message.data)
-
-
-def _recipe(message: pb.Recipe) -> Recipe:
-    try:
-        return recipe_from_message(message)
-    except InvalidRecipe as error:
-        raise ServerFailed(
-            f"the server's recipe is not one that this client knows ({error}); update the client"
-        ) from error
-
-
-def _name(numbers: EnumTypeWrapper, number: int, prefix: str) -> str:
-    """The enum value's name without its prefix; its number if it is younger than this client."""
-    return numbers.Name(number).removeprefix(prefix) if number in numbers.values() else str(number)
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
-
-
-def _time(timestamp: Timestamp) -> datetime:
-    return timestamp.ToDatetime(UTC)

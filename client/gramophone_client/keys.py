@@ -1,0 +1,42 @@
+"""Single keys from a terminal, without Enter."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+__all__ = ["pressed_keys"]
+
+
+@contextmanager
+def pressed_keys(terminal: TextIO) -> Iterator[asyncio.Queue[str]]:
+    """The keys as they are pressed, with "q" at the end of the input; the terminal is put back afterwards.
+
+    Needs a running loop. Raises OSError where there are no such terminals.
+    """
+    try:
+        import termios
+        import tty
+    except ImportError as error:  # not a Unix
+        raise OSError("single keys cannot be read on this system; use the options instead") from error
+    keys: asyncio.Queue[str] = asyncio.Queue()
+    loop, number = asyncio.get_running_loop(), terminal.fileno()
+
+    def take() -> None:
+        pressed = os.read(number, 64)
+        if not pressed:
+            loop.remove_reader(number)
+        for key in pressed.decode(errors="ignore") or "q":
+            keys.put_nowait(key)
+
+    before = termios.tcgetattr(number)
+    tty.setcbreak(number, termios.TCSANOW)  # what was typed already counts
+    try:
+        loop.add_reader(number, take)
+        yield keys
+    finally:
+        loop.remove_reader(number)
+        termios.tcsetattr(number, termios.TCSADRAIN, before)

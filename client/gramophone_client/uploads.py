@@ -1,0 +1,44 @@
+"""Images that a server keeps, so that jobs name them by digest instead of carrying them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client.connection import Connection
+from gramophone_client.errors import ImageNotFound
+from gramophone_client.job_spec import UploadedImage
+
+__all__ = ["renewing", "upload"]
+
+CHUNK_BYTES = 256 * 1024  # the server takes pieces of up to 1 MiB
+
+T = TypeVar("T")
+
+
+async def upload(connection: Connection, data: bytes, timeout_s: float | None) -> UploadedImage:
+    """Sends an encoded image in pieces and returns what names it."""
+
+    async def pieces() -> AsyncIterator[pb.UploadImageRequest]:
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield pb.UploadImageRequest(chunk=data[start : start + CHUNK_BYTES])
+
+    answer = await connection.ask(connection.service.UploadImage, pieces(), timeout_s)
+    return UploadedImage(digest=answer.digest, width=answer.width, height=answer.height, data=data)
+
+
+async def renewing(
+    connection: Connection, images: Sequence[UploadedImage], ask: Callable[[float], Awaitable[T]], timeout_s: float
+) -> T:
+    """What `ask` returns, within so many seconds. Where the server has lost one of the images, all are sent once more."""
+    end = time.monotonic() + timeout_s
+    try:
+        return await ask(timeout_s)
+    except ImageNotFound:
+        if not images:
+            raise
+        for image in images:
+            await upload(connection, image.data, max(0.0, end - time.monotonic()))
+        return await ask(max(0.0, end - time.monotonic()))

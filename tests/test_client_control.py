@@ -1,0 +1,286 @@
+import asyncio
+import threading
+
+import grpc
+import pytest
+
+from gramophone.recipe import LayerWeight, Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client import FrameOptions, GramophoneClient, JobControl, SyncGramophoneClient, SyncJobControl, errors
+from gramophone_server import errors as server_errors
+from tests.fake_service import (
+    HANG,
+    Take,
+    accepted,
+    bare,
+    changed,
+    checkpoint,
+    encoded,
+    frame,
+    numbered,
+    picture,
+    progress,
+    refused,
+    result,
+    serving,
+)
+
+PHOTO, PAINTING = encoded("red"), encoded("yellow")
+
+
+@pytest.fixture
+def service():
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+async def client(service):
+    async with GramophoneClient(service.target, timeout_s=10) as connected:
+        yield connected
+
+
+def kinds(told):
+    return [type(update).__name__ for update in told]
+
+
+def commands(service):
+    return [message.WhichOneof("command") for message in service.messages]
+
+
+async def test_a_job_is_controlled_while_nobody_iterates(client, service):
+    paused, resumed = pb.JobEvent(paused=pb.Paused(iteration=3)), pb.JobEvent(resumed=pb.Resumed(iteration=3))
+    service.scripts = [
+        [accepted(), progress(3), Take(4), paused, Take(4), changed(4, beta=9.0), Take(4), resumed, Take(5), result()]
+    ]
+    async with client.control(PHOTO, PAINTING, frames=None, beta=2.0) as job:
+        assert job.accepted.job_id == "j1"
+        assert await job.pause() == 4
+        assert await job.update(beta=9.0, style_layers=[LayerWeight("relu1_1", 2)], iterations=40) == 4
+        assert await job.resume() == 4
+        assert await job.finish() == 5
+        assert (await job.result()).iterations == 300
+        told = [update async for update in job]
+    assert kinds(told) == ["Accepted", "Progress", "Paused", "Changed", "Resumed", "Result"]
+    assert (told[2].iteration, told[3].recipe.beta, told[4].iteration) == (3, 9.0, 3)
+    assert commands(service) == ["start", "pause", "update", "resume", "finish"]
+    start, _, update, *_ = service.messages
+    assert (start.start.spec.recipe.beta, len(start.start.request_id)) == (2.0, 36)
+    assert start.start.spec.checkpoints.light and not start.start.spec.HasField("frames")
+    assert update.update == pb.UpdateCommand(
+        beta=9, iterations=40, style_layers=pb.LayerWeights(layers=[pb.LayerWeight(layer="relu1_1", weight=2)])
+    )
+    assert len({message.command_id for message in service.messages[1:]}) == 4
+
+
+async def test_a_job_is_controlled_while_somebody_iterates(client, service):
+    service.scripts = [[accepted(), progress(1), Take(2), changed(2, beta=5.0), progress(2), result()]]
+    told = []
+    async with client.control(PHOTO, PAINTING) as job:
+        async for update in job:
+            told.append(update)
+            if kinds(told[-1:]) == ["Progress"] and update.iteration == 1:
+                assert await job.update(beta=5) == 2
+    assert kinds(told) == ["Accepted", "Progress", "Changed", "Progress", "Result"]
+
+
+async def test_a_bad_command_tells_its_fields_and_ends_nothing(client, service):
+    service.scripts = [[accepted(), Take(wrong="must be between 0 and 1e+15, got -1"), Take(3), result()]]
+    async with client.control(PHOTO, PAINTING) as job:
+        with pytest.raises(errors.InvalidRequest, match=r"update\.beta: must be between 0 and") as raised:
+            await job.update(beta=-1)
+        assert raised.value.violations == (Violation("update.beta", "must be between 0 and 1e+15, got -1"),)
+        assert await job.update(beta=1) == 3
+        assert (await job.result()).stop_reason == "ITERATIONS_DONE"
+
+
+async def test_what_cannot_be_said_is_not_sent(client, service):
+    service.scripts = [[accepted(), Take(2), result()]]
+    async with client.control(PHOTO, PAINTING) as job:
+        with pytest.raises(errors.InvalidRequest, match="size cannot be changed while a job runs; alpha, beta, "):
+            await job.update(size=3)
+        with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+            await job.update(iterations=2**40)
+        await job.pause()
+    assert commands(service) == ["start", "pause"]
+
+
+async def test_a_picture_and_a_state_come_to_who_asked(client, service):
+    service.scripts = [
+        [
+            *numbered(accepted(), frame(8)),
+            Take(9, taken=picture(9)),
+            checkpoint(9),
+            Take(10, taken=checkpoint(10, light=False)),
+            result(),
+        ]
+    ]
+    async with client.control(PHOTO, PAINTING, frames=FrameOptions()) as job:
+        taken = await job.picture()
+        assert (taken.iteration, taken.picture.format, taken.picture.width) == (9, "png", 24)
+        state = await job.checkpoint()
+        assert (state.iteration, state.light, state.data) == (10, False, b"state after 10")
+        told = [update async for update in job]
+    assert kinds(told) == ["Accepted", "Frame", "Checkpoint", "Result"]  # the job's own, not those that were asked for
+    assert (told[1].iteration, told[2].iteration) == (8, 9)
+    assert commands(service) == ["start", "frame", "checkpoint"]
+
+
+async def test_frames_are_acknowledged_as_they_are_taken(client, service):
+    service.scripts = [[*numbered(accepted(), frame(1), frame(2)), Take(), *numbered(result())]]
+    async with client.control(PHOTO, PAINTING) as job:
+        await asyncio.sleep(0.2)  # nobody takes one, so nothing is acknowledged
+        assert commands(service) == ["start"]
+        told = [update async for update in job]
+    assert kinds(told) == ["Accepted", "Frame", "Result"]
+    assert told[1].iteration == 2  # the newest
+    assert service.messages[0].start.spec.frames.max_in_flight == 2
+    assert service.messages[1] == pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=3))
+
+
+async def test_updates_that_nobody_takes_make_room(client, service):
+    service.scripts = [
+        [accepted(), *(progress(i) for i in range(1, 200)), checkpoint(3), checkpoint(7), Take(), result()]
+    ]
+    async with client.control(PHOTO, PAINTING) as job:
+        await job.pause()
+        told = [update async for update in job]
+    assert kinds(told) == ["Accepted", "Progress", "Checkpoint", "Result"]
+    assert (told[1].iteration, told[2].iteration) == (199, 7)
+
+
+async def test_a_job_that_is_there_is_taken_over(client, service):
+    service.scripts = [[accepted(attached=True), Take(8), HANG]]
+    async with client.control_job("j1", frames=FrameOptions(max_side=64, max_in_flight=3)) as job:
+        assert await job.pause() == 8
+    attach = service.messages[0].attach
+    assert (attach.job_id, attach.frames.max_side, attach.frames.max_in_flight) == ("j1", 64, 3)
+    assert not attach.HasField("checkpoints")
+    assert await asyncio.to_thread(service.over.wait, 5)
+    assert service.cancelled  # leaving gives the job up
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (server_errors.JobControlled("j1"), "somebody controls job 'j1' already"),
+        (server_errors.TooManyWatchers(8), "8 watchers already"),
+        (server_errors.JobNotFound("j1"), "there is no job 'j1'"),
+    ],
+)
+async def test_entering_raises_what_the_server_has_against_it(client, service, error, words):
+    status = refused(error)
+    service.scripts = [[status]]
+    with pytest.raises(errors.GramophoneError, match=words) as raised:
+        async with client.control_job("j1"):
+            pytest.fail("came in")
+    assert type(raised.value).__name__ == type(error).__name__
+
+
+async def test_an_error_of_the_job_ends_iteration_and_commands(client, service):
+    service.scripts = [[accepted(), frame(4), checkpoint(4), Take(5), refused(server_errors.Diverged(5))]]
+    async with client.control(PHOTO, PAINTING) as job:
+        await job.pause()
+        with pytest.raises(errors.Diverged, match="iteration 5") as raised:
+            await job.result()
+        assert (raised.value.frame.iteration, raised.value.checkpoint.iteration) == (4, 4)
+        for command in (job.resume, job.picture, job.finish):
+            with pytest.raises(errors.Diverged):
+                await command()
+        told = []
+        with pytest.raises(errors.Diverged):
+            async for update in job:
+                told.append(update)
+        assert kinds(told) == ["Accepted", "Frame", "Checkpoint"]
+
+
+async def test_a_command_after_the_result_is_told_so(client, service):
+    service.scripts = [[accepted(), result()]]
+    async with client.control(PHOTO, PAINTING) as job:
+        await job.result()
+        for command in (job.pause, job.picture):
+            with pytest.raises(errors.JobEnded, match="ended with its result before it took the command"):
+                await command()
+
+
+async def test_a_command_under_way_gets_the_jobs_error(client, service):
+    service.scripts = [[accepted(), HANG]]
+    async with client.control(PHOTO, PAINTING, timeout_s=0.5) as job:
+        with pytest.raises(errors.DeadlineExceeded, match=r"0\.5 s"):
+            await job.pause()
+
+
+async def test_a_lost_connection_is_an_error_with_the_last_state(client, service):
+    service.scripts = [[accepted(), checkpoint(6), Take(6), bare(grpc.StatusCode.UNAVAILABLE, "gone")]]
+    async with client.control(PHOTO, PAINTING) as job:
+        await job.pause()
+        with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+            await job.result()
+    assert raised.value.checkpoint.iteration == 6
+
+
+async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
+    service.scripts = [[accepted(), HANG]]
+    async with client.control(PHOTO, PAINTING) as job:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(job.pause(), 0.1)
+        assert not service.over.is_set()
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [(refused(server_errors.Cancelled()), errors.Cancelled), (refused(server_errors.Diverged(3)), errors.Diverged)],
+    ids=["cancelled", "diverged"],
+)
+async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, kind):
+    # gRPC forgets the status when a write races it, which these do more often than not.
+    for _ in range(10):
+        service.scripts = [[*numbered(accepted(), frame(2)), Take(), end], [end]]
+        async with client.control(PHOTO, PAINTING) as job:
+            told = await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
+            with pytest.raises(kind) as raised:
+                await job.result()
+        assert told[0] == 1
+        assert {type(one) for one in told[1:]} == {kind}
+        assert raised.value.frame.iteration == 2
+    assert {(watch.job_id, watch.after_sequence) for watch in service.watches} <= {("j1", 2)}
+
+
+async def test_a_result_that_commands_race_is_there(client, service):
+    for _ in range(10):
+        told = numbered(accepted(), result())
+        service.scripts = [[told[0], Take(), told[1]], [told[1]]]
+        async with client.control(PHOTO, PAINTING) as job:
+            await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
+            assert (await job.result()).iterations == 300
+
+
+async def test_an_end_that_nobody_knows_is_a_lost_connection():
+    class Forgotten(grpc.aio.AioRpcError):
+        def __init__(self):
+            super().__init__(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), errors.FORGOTTEN)
+
+    error = errors.from_rpc(Forgotten(), target="gpu-1:1", timeout_s=1)
+    assert isinstance(error, errors.ConnectionFailed)
+    assert "the call to gpu-1:1 ended while a message was on its way there; `get_job` tells" in str(error)
+
+
+def test_the_synchronous_face_controls_too(service):
+    service.scripts = [[accepted(), Take(4), Take(4, taken=picture(4)), Take(5), result()]]
+    with SyncGramophoneClient(service.target) as client, client.control(PHOTO, PAINTING) as job:
+        assert job.accepted.job_id == "j1"
+        told = []
+        watching = threading.Thread(target=lambda: told.extend(job))
+        watching.start()
+        assert job.update(beta=3.0) == 4
+        assert job.picture().iteration == 4
+        assert job.finish() == 5
+        assert job.result().picture.width == 24
+        watching.join(5)
+    assert kinds(told) == ["Accepted", "Result"]
+
+
+def test_the_synchronous_control_has_every_method():
+    public = [name for name in vars(JobControl) if not name.startswith("_")]
+    assert len(public) >= 7
+    assert all(hasattr(SyncJobControl, name) for name in public)
