@@ -29,7 +29,7 @@ from gramophone_client.client import GramophoneClient
 from gramophone_client.flags import add_recipe_flags, recipe_overrides
 from gramophone_client.outputs import Unusable
 from gramophone_client.picture import write_whole
-from gramophone_client.updates import ServerInfo
+from gramophone_client.server_info import ServerInfo
 
 __all__ = ["add_bench"]
 

@@ -16,7 +16,8 @@ from gramophone_client.bench.report import Step, Window
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import GramophoneError, InvalidRequest
 from gramophone_client.job_spec import FrameOptions
-from gramophone_client.updates import Accepted, Frame, Progress, Result, ServerInfo
+from gramophone_client.server_info import ServerInfo
+from gramophone_client.updates import Accepted, Frame, Progress, Result
 
 __all__ = ["Bench", "Pictures", "Plan"]
 
