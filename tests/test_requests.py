@@ -141,8 +141,8 @@ async def test_the_images_of_a_job_go_when_it_ends():
         (job,) = engine.jobs
         pictures = [weakref.ref(picture) for picture in (job.content, *job.styles)]
         del job
-        engine.jobs.clear()
-        engine.batches.clear()
+        for noted in (engine.jobs, engine.begun, engine.batches):
+            noted.clear()
         gc.collect()
         await until(lambda: not any(picture() is not None for picture in pictures))
 

@@ -1025,7 +1025,7 @@ async def test_a_client_whose_connection_is_cut_comes_back_to_its_job_if_it_has_
 
         async def follow():
             wanted = {"size": 64, "smallest_size": 0, "iterations": 300, "detach_grace": grace_s}
-            async for update in client.stream(png(), png(32, 32), **wanted):
+            async for update in client.stream(png(), png(32, 32), patience_s=0, **wanted):  # the job, or none
                 told.append(update)
                 if len(told) in (10, 30):
                     proxy.cut()
