@@ -177,7 +177,8 @@ async def test_reflection_is_there_when_asked_for(capsys):
 
 
 def test_the_port_is_not_shared_and_messages_are_as_large_as_the_limits():
-    options = dict(main.server_options(Limits(max_image_bytes=2**20, max_styles=1)))
+    limits = Limits(max_image_bytes=2**20, max_styles=1, max_checkpoint_bytes=2**20)
+    options = dict(main.server_options(limits))
     assert options["grpc.so_reuseport"] == 0
     assert options["grpc.max_receive_message_length"] == 4 * 2**20
     assert options["grpc.max_send_message_length"] > 3 * 2048**2

@@ -123,6 +123,17 @@ async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s
         assert (len(left) == 1) == asked_for
 
 
+async def test_what_the_device_never_could_hold_is_refused_over_the_wire():
+    engine = FakeEngine(memory_bytes=1000 * 64 * 32 - 1)
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+        assert got.message == "the device has too little memory for a 64x32 picture; ask for a smaller size"
+        assert got.trailers["grpc-retry-pushback-ms"] == "-1"
+        assert s.scheduler.queued == 0 and engine.jobs == []
+        await s.stub.Stylize(pb.StylizeRequest(spec=spec(size=62)))
+
+
 async def test_the_images_of_a_job_go_when_it_ends():
     engine = FakeEngine()
     async with serving(engine) as s:
@@ -130,8 +141,8 @@ async def test_the_images_of_a_job_go_when_it_ends():
         (job,) = engine.jobs
         pictures = [weakref.ref(picture) for picture in (job.content, *job.styles)]
         del job
-        engine.jobs.clear()
-        engine.batches.clear()
+        for noted in (engine.jobs, engine.begun, engine.batches):
+            noted.clear()
         gc.collect()
         await until(lambda: not any(picture() is not None for picture in pictures))
 

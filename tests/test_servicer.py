@@ -116,10 +116,10 @@ class NoisyEngine(FakeEngine):
         super().__init__(**options)
         self.noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
 
-    def start(self, jobs):
-        run = super().start(jobs)
-        run.picture = lambda index: self.noise
-        return run
+    def batch(self, shape, slots):
+        batch = super().batch(shape, slots)
+        batch.snapshot = lambda slot: lambda: self.noise
+        return batch
 
 
 # What a job answers ---------------------------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ async def test_stylize_returns_a_picture_that_says_how_to_make_it_again():
     assert accepted.recipe == recipe_to_message(engine.jobs[0].recipe)
     assert uuid.UUID(accepted.job_id).version == 4
     assert (result.iterations, result.stop_reason) == (5, pb.STOP_REASON_ITERATIONS_DONE)
-    assert result.losses.total == pytest.approx(0.2 + 0.4 + 0.5)
-    assert [(l.layer, l.value) for l in result.losses.style_layers] == [("relu1_1", pytest.approx(0.4))]
+    assert result.losses.total == pytest.approx(0.2 + 0.5 + 0.5)
+    assert [(l.layer, l.value) for l in result.losses.style_layers] == [("relu1_1", pytest.approx(0.5))]
     assert (result.image.format, result.image.width, result.image.height) == (pb.IMAGE_FORMAT_PNG, 64, 32)
     with Image.open(io.BytesIO(result.image.data)) as image:
         assert image.getpixel((0, 0)) == (5, 5, 5)
@@ -203,7 +203,7 @@ async def test_server_info_says_what_the_server_is():
     assert (info.running_jobs, info.queued_jobs, info.paused_jobs) == (0, 0, 0)
     assert info.style_cache == pb.CacheStats(hits=3, misses=2, bytes=1000, max_bytes=5000)
     assert info.uploads == pb.CacheStats(max_bytes=128 * 2**20)
-    assert not info.HasField("estimated_wait")  # nothing was measured yet
+    assert info.HasField("estimated_wait") and not info.estimated_wait.ToNanoseconds()  # nobody is there
     assert info.version
 
 
@@ -524,7 +524,7 @@ async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, capl
 async def test_a_full_queue_says_when_to_come_back_and_decodes_nothing():
     engine = FakeEngine()
     engine.go.clear()
-    async with serving(engine, Limits(max_queued=1)) as s:
+    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
         calls = [s.stub.Stylize(pb.StylizeRequest(spec=spec())) for _ in range(2)]
         await until(lambda: s.scheduler.queued == 1 and engine.under_way.is_set())
         junk = spec()
@@ -627,7 +627,7 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job()
 
 async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
     engine = FakeEngine()
-    async with serving(engine, Limits(max_queued=1)) as s:
+    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
         running = await begun(s, engine)
         waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
         assert (await waiting.read()).event.accepted.queue_position == 1
@@ -696,6 +696,8 @@ async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
 
 GRACE = duration_pb2.Duration(seconds=60)
 QUICK = duration_pb2.Duration(nanos=50_000_000)
+SLOW_S = 0.02  # of an iteration that takes a slice of its own, so that each is told
+ONE = Limits(max_running=1)
 
 
 def lasting(iterations=1000, grace=GRACE, **options):
@@ -732,14 +734,14 @@ async def state(s, job_id):
 
 
 async def test_watch_job_replays_and_follows_with_the_same_numbers():
-    engine = FakeEngine(iteration_s=0.002)
+    engine = FakeEngine(iteration_s=SLOW_S)
     async with serving(engine) as s:
-        first, job_id = await lasting_job(s, engine, lasting(100))
+        first, job_id = await lasting_job(s, engine, lasting(40))
         engine.go.set()
         heard = {}
         async for event in rest(first):
             heard[event.sequence] = event
-            if event.progress.iteration >= 20:
+            if event.progress.iteration >= 15:
                 break
         second = watching(s, job_id)
         watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
@@ -754,7 +756,7 @@ async def test_watch_job_replays_and_follows_with_the_same_numbers():
 
 
 async def test_after_sequence_leaves_out_what_the_watcher_has():
-    async with serving(FakeEngine()) as s:
+    async with serving(FakeEngine(iteration_s=SLOW_S)) as s:
         response = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(20)))
         job_id = response.accepted.job_id
         everything = await events_of(watching(s, job_id))
@@ -847,7 +849,7 @@ async def test_what_is_wrong_with_an_id_a_grace_or_a_page_is_said():
 @pytest.mark.parametrize("waits", [False, True], ids=["running", "queued"])
 async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
     engine = FakeEngine()
-    async with serving(engine) as s:
+    async with serving(engine, ONE) as s:
         ahead_id = (await lasting_job(s, engine))[1] if waits else ""
         call, job_id = await lasting_job(s, engine)
         other = watching(s, job_id)
@@ -867,7 +869,7 @@ async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
             await s.stub.CancelJob(pb.CancelJobRequest(job_id=ahead_id))
         engine.go.set()
         await until(lambda: s.scheduler.running == 0)
-        assert engine.iterations == 1 and len(engine.jobs) == 1
+        assert engine.iterations == 1 and len(engine.batches) == 1
 
 
 async def test_cancelling_a_finished_job_leaves_its_result():
@@ -890,7 +892,7 @@ async def test_a_watcher_of_a_cancelled_job_gets_the_reason():
 
 async def test_get_job_says_how_a_job_stands():
     engine = FakeEngine()
-    async with serving(engine) as s:
+    async with serving(engine, ONE) as s:
         _first, running_id = await lasting_job(s, engine)
         _second, queued_id = await lasting_job(s, engine)
 
@@ -1023,7 +1025,7 @@ async def test_a_client_whose_connection_is_cut_comes_back_to_its_job_if_it_has_
 
         async def follow():
             wanted = {"size": 64, "smallest_size": 0, "iterations": 300, "detach_grace": grace_s}
-            async for update in client.stream(png(), png(32, 32), **wanted):
+            async for update in client.stream(png(), png(32, 32), patience_s=0, **wanted):  # the job, or none
                 told.append(update)
                 if len(told) in (10, 30):
                     proxy.cut()
@@ -1089,7 +1091,7 @@ async def test_without_a_grace_a_second_watcher_keeps_the_job():
 
 async def test_a_job_that_waits_hears_its_position():
     engine = FakeEngine()
-    async with serving(engine) as s:
+    async with serving(engine, ONE) as s:
         running, _ = await lasting_job(s, engine, lasting(3))
         second, second_id = await lasting_job(s, engine, lasting(3))
         third, _ = await lasting_job(s, engine, lasting(3))
@@ -1144,7 +1146,7 @@ def own_tasks():
 
 async def test_of_200_jobs_half_of_them_cancelled_nothing_is_left():
     chance = random.Random(1)
-    engine = FakeEngine(iteration_s=0.0005)
+    engine = FakeEngine(iteration_s=0.004)
     limits = Limits(max_queued=200, max_kept=20)
     async with serving(engine, limits) as s:
         before = own_tasks()
@@ -1178,6 +1180,6 @@ async def test_of_200_jobs_half_of_them_cancelled_nothing_is_left():
         assert not any(job._watchers for job in jobs.newest_first())
         assert not s.servicer._preparations and not s.servicer._calls
         await until(lambda: own_tasks() <= before)
-        assert engine.closed == len(engine.jobs)
+        assert engine.closed == len(engine.batches)
         jobs.close()
         assert len(jobs) == 0 and not jobs._requests and not jobs._ended
