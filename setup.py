@@ -19,7 +19,10 @@ from setuptools import Distribution, setup
 ROOT = Path(__file__).parent
 CLIENT_ONLY = os.environ.get("GRAMOPHONE_BUILD") == "client"
 CONTRACT = {"gramophone": "proto/gramophone", "gramophone.v1": "proto/gramophone/v1"}
-CLIENT = {"gramophone_client": "client/gramophone_client"}
+CLIENT = {
+    "gramophone_client": "client/gramophone_client",
+    "gramophone_client.bench": "client/gramophone_client/bench",
+}
 SERVER = {"gramophone_server": "server/gramophone_server"}
 PACKAGES = CONTRACT | CLIENT | ({} if CLIENT_ONLY else SERVER)
 COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.main:main"]

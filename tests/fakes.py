@@ -55,6 +55,8 @@ class FakeEngine:
         self.thread = ""  # that iterated
         self.closed = 0  # batches
         self.batches: list[FakeBatch] = []  # as they were made
+        self.begun: list[Work] = []  # as they joined their first batch
+        self.slices: list[tuple[Shape, int, int]] = []  # of each call of `advance`: shape, jobs, iterations
 
     def admit(self, job: StyleJob) -> Work:
         self.jobs.append(job)
@@ -94,6 +96,8 @@ class FakeBatch:
         slot = next(slot for slot in range(self.slots) if slot not in self.works)
         work.tensors, work.joined = None, True
         self.works[slot] = work
+        if work not in self.engine.begun:
+            self.engine.begun.append(work)
         return slot
 
     def leave(self, slot: int) -> Work:
@@ -109,6 +113,7 @@ class FakeBatch:
         if not self.works or not all(work.iterations_left for work in self.works.values()):
             raise ValueError("nobody, or somebody who must leave")
         n = min(iterations, *(work.iterations_left for work in self.works.values()))
+        engine.slices.append((self.shape, len(self.works), n))
         engine.thread = threading.current_thread().name
         engine.under_way.set()
         assert engine.go.wait(10), "the test never let the engine go on"
@@ -147,7 +152,8 @@ class FakeBatch:
 
     def _tensors(self, work: Work) -> dict[str, Tensor]:
         width, height, _ = work.scales[work.at]
-        grey = torch.full((3, height, width), min(255, work.done) / 255)
+        good = work.diverged_at - 1 if work.diverged_at else work.done
+        grey = torch.full((3, height, width), min(255, good) / 255)
         return {"image": grey, "last_good": grey}
 
 

@@ -190,7 +190,7 @@ async def test_the_end_now_has_the_present_picture_and_says_why():
         await controller.rest()
         (result,) = controller.of("result")
         assert controller.order[-1] == "result" and "answer" in controller.order
-        assert (result.stop_reason, result.iterations) == (pb.STOP_REASON_FINISHED, answer.iteration - 1)
+        assert (result.stop_reason, result.iterations) == (pb.STOP_REASON_FINISHED, answer.iteration)
         job = (await s.stub.GetJob(pb.GetJobRequest(job_id=controller.job_id))).job
         assert (job.state, job.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_FINISHED)
     assert engine.iterations < 5000
@@ -302,20 +302,24 @@ async def test_fewer_iterations_than_were_done_are_refused():
     assert told["update.iterations"].startswith("must be at least the ")
 
 
-async def test_a_command_to_a_job_that_waits_is_answered():
-    engine = FakeEngine()
-    engine.go.clear()
-    async with serving(engine, Limits(max_running=1)) as s:
-        ahead = Controller(s.stub)
-        await ahead.send(start=pb.StartCommand(spec=lasting(5)))
-        await until(engine.under_way.is_set)
+async def test_a_job_that_waits_can_be_changed_and_paused_but_has_no_picture_yet():
+    async with serving(slow(), Limits(max_running=1)) as s:
+        ahead = await started(s)
         controller = Controller(s.stub)
         await controller.send(start=pb.StartCommand(spec=lasting(5)))
         await controller.event("accepted")
-        told = await controller.errors(frame=FRAME)
-        assert told.keys() == {"frame"} and "begun" in told["frame"]
-        engine.go.set()
-        await asyncio.gather(ahead.rest(), controller.rest())
+        words = "the job has not begun yet; wait for its first progress"
+        for command in ({"frame": FRAME}, {"checkpoint": pb.CheckpointCommand()}, {"finish": FINISH}):
+            assert await controller.errors(**command) == dict.fromkeys(command, words)
+        assert (await controller.ask(update=pb.UpdateCommand(beta=9.0))).iteration == 1
+        assert not await controller.errors(pause=PAUSE)
+        await ahead.ask(finish=FINISH)
+        await ahead.rest()
+        job = s.servicer.jobs.find(controller.job_id)
+        assert (s.scheduler.paused, job.state.name, job.started_at) == (1, "PAUSED", None)
+        assert not await controller.errors(resume=RESUME)
+        await controller.rest()
+    assert controller.of("changed")[0].recipe.beta == 9.0
     assert controller.order[-1] == "result"
 
 

@@ -305,7 +305,7 @@ def test_what_changes_a_job_is_never_lost(registry):
     assert [event for _, event in unread(job.watch()) if type(event) is Paused] == [Paused(1)] * 2
 
 
-def test_a_job_is_what_its_controller_has_made_of_it(registry):
+def test_a_job_is_what_its_controller_has_made_of_it(registry, loop):
     job, _ = create(registry())
     job.started()
     job.publish(Paused(3))
@@ -314,7 +314,11 @@ def test_a_job_is_what_its_controller_has_made_of_it(registry):
     assert (job.plan.recipe.beta, job.plan.iterations) == (7.0, 25)
     assert (job.admitted.recipe.beta, job.admitted.iterations) == (3.0, 10)
     job.publish(Resumed(3))
-    assert job.state is State.RUNNING
+    assert job.state is State.QUEUED  # others may be before it
+    began_at = job.started_at
+    loop.pass_s(5)
+    job.started()
+    assert (job.state, job.started_at) == (State.RUNNING, began_at)
     for iteration in range(LOG_LENGTH):
         job.publish(progress(iteration))
     assert kinds(job.watch())[:2] == ["Accepted", "Changed"]  # however long ago

@@ -61,3 +61,11 @@ def test_it_grows_with_pixels_jobs_type_and_history(wide_vgg: Vgg) -> None:
 
 def test_nothing_is_allocated_and_nothing_computed(wide_vgg: Vgg) -> None:
     assert needed(wide_vgg, size=16384, jobs=8) > 500 * 2**30
+
+
+def test_it_is_estimated_once(wide_vgg: Vgg) -> None:
+    first = needed(wide_vgg, size=128)
+    asked = bytes_needed.cache_info()
+    assert needed(wide_vgg, size=128) == first
+    again = bytes_needed.cache_info()
+    assert (again.hits, again.misses) == (asked.hits + 1, asked.misses)

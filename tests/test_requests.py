@@ -316,3 +316,35 @@ async def test_a_job_that_was_stopped_and_resumed_has_the_same_result(tiny_vgg, 
     assert result.iterations == first.result.iterations == 10
     assert result.image.data == first.result.image.data
     assert result.losses == first.result.losses
+
+
+async def test_a_job_goes_on_from_a_checkpoint_that_came_over_the_wire(tiny_vgg):
+    images = {"content": encoded(make_picture(1)), "style": encoded(make_picture(2, 36, 36))}
+    wanted = pb.JobSpec(
+        content=pb.ImageSource(data=images["content"]),
+        styles=[pb.StyleSource(image=pb.ImageSource(data=images["style"]))],
+        recipe=recipe_to_message(Recipe(size=48, smallest_size=0, iterations=400, start="noise")),
+        seed=3,
+    )
+    async with serving(Painter(tiny_vgg, torch.device("cpu"), MODES["fp32"])) as s:
+        call = s.stub.StylizeInteractive()
+        await call.write(pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=wanted)))
+        while not (await call.read()).event.HasField("progress"):
+            pass
+        for command in (
+            {"pause": pb.PauseCommand()},
+            {"checkpoint": pb.CheckpointCommand()},
+        ):
+            await call.write(pb.StylizeInteractiveRequest(**command))
+        while not (response := await call.read()).event.HasField("checkpoint"):
+            assert not response.event.HasField("result")
+        saved = response.event.checkpoint
+        call.cancel()
+        assert 0 < saved.iteration < 400 and not saved.light
+        whole = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        for name in ("recipe", "seed"):
+            wanted.ClearField(name)
+        wanted.resume = saved.data
+        rest = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert rest.accepted.resumed_at == saved.iteration
+    assert rest.result.image.data == whole.result.image.data

@@ -24,18 +24,20 @@ from gramophone_server.job import StyleJob
 from gramophone_server.jobs import Jobs
 from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Mailbox, Picture, Progress, Waiting
 from gramophone_server.scheduler import Scheduler
+from gramophone_server.work import Work
 from tests.fakes import FakeEngine
 
 
 def work(iterations=3, **recipe):
     recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
     image = torch.zeros(3, 32, 64, dtype=torch.uint8)
-    return StyleJob(recipe=Recipe(**recipe), content=image, styles=(image,), style_weights=(1.0,), start=None, seed=1)
+    job = StyleJob(recipe=Recipe(**recipe), content=image, styles=(image,), style_weights=(1.0,), start=None, seed=1)
+    return Work(job)
 
 
 @contextlib.asynccontextmanager
-async def scheduling(engine, max_queued=16):
-    scheduler = Scheduler(lambda: engine, max_queued=max_queued)
+async def scheduling(engine, max_running=1, **limits):
+    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits))
     scheduler.start()
     await scheduler.ready()
     try:
@@ -46,13 +48,13 @@ async def scheduling(engine, max_queued=16):
         assert await asyncio.to_thread(scheduler.join, 5)
 
 
-def submit(scheduler, job=None, frames=None, place=None):
+def submit(scheduler, job=None, frames=None, place=None, deadline_at=None):
     """A job with one watcher."""
     job = job or work()
     with place or scheduler.reserve() as held:
         listener = Jobs(scheduler, Limits()).create("", b"", 0.0, Encoding(Format.PNG, 0))
         watcher = listener.watch(frames)
-        listener.submit(held, job)
+        listener.submit(held, job, deadline_at)
     return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
 
 
@@ -72,11 +74,11 @@ async def test_a_job_is_accepted_reported_and_finished():
         events = [event async for event in job.events()]
     numbers = [number for number, _ in events]
     assert numbers == sorted(set(numbers))
-    assert events[0][1] == Accepted(position=0)
+    assert events[0][1] == Accepted(position=0, wait_s=None)
     finished = events[-1][1]
     assert isinstance(finished, Finished)
     assert (finished.iterations, finished.picture.wait().shape) == (6, (32, 64, 3))
-    assert finished.losses.total == pytest.approx(1 / 6 + 2 / 6 + 0.5)
+    assert finished.losses.total == pytest.approx(1 / 6 + 3 / 6 + 0.5)
     assert finished.elapsed_s > 0
     assert all(isinstance(event, Progress) for _, event in events[1:-1])
 
@@ -88,7 +90,7 @@ async def test_the_engine_loads_and_runs_on_the_compute_thread():
         loaded_on.append(threading.current_thread().name)
         return engine
 
-    scheduler = Scheduler(load, max_queued=1)
+    scheduler = Scheduler(load, Limits())
     with pytest.raises(NotReady, match="still loading"):
         scheduler.reserve()
     scheduler.start()
@@ -102,7 +104,7 @@ async def test_a_failed_start_reaches_whoever_waits_for_it():
     def load():
         raise StartupError("the weights file is damaged")
 
-    scheduler = Scheduler(load, max_queued=1)
+    scheduler = Scheduler(load, Limits())
     scheduler.start()
     with pytest.raises(StartupError, match="damaged"):
         await scheduler.ready()
@@ -135,7 +137,7 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
         positions = [[e.position async for _, e in job.events() if isinstance(e, Accepted)] for job in jobs]
         assert positions == [[0], [1], [2]]
         await until(lambda: scheduler.queued == scheduler.running == 0)
-        assert engine.jobs == [job.work for job in jobs]
+        assert engine.begun == [job.work for job in jobs]
 
 
 async def test_those_who_wait_are_told_their_place_whenever_it_changes():
@@ -148,11 +150,11 @@ async def test_those_who_wait_are_told_their_place_whenever_it_changes():
         second.cancel()
         assert [job.listener.position for job in (third, fourth)] == [1, 2]
         told = fourth.events()
-        assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3), Waiting(2)]
+        assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3, None), Waiting(2, None)]
         engine.go.set()
         assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
         (_, moved_up), *rest = [item async for item in told]
-        assert moved_up == Waiting(1)
+        assert moved_up.position == 1
         assert not [event for _, event in rest if isinstance(event, Waiting)]  # its start is no place in the queue
 
 
@@ -203,7 +205,7 @@ async def test_cancel_takes_a_waiting_job_out_of_the_queue():
         third = submit(scheduler)  # takes the place
         engine.go.set()
         assert (await kinds(running))[-1] == (await kinds(third))[-1] == "Finished"
-        assert engine.jobs == [running.work, third.work]
+        assert engine.begun == [running.work, third.work]
         running.cancel()  # after its end: nothing
         assert scheduler.queued == 0
 
@@ -299,15 +301,16 @@ async def test_a_failure_ends_its_job_only(raised, expected, words):
         assert (await kinds(submit(scheduler)))[-1] == "Finished"
 
 
-async def test_a_failed_job_frees_what_its_run_held():
-    """An error that waits for its reader must not keep the run alive through its traceback."""
+async def test_a_failed_job_frees_what_its_batch_held():
+    """An error that waits for its reader must not keep the batch alive through its traceback."""
     freed = threading.Event()
 
     class Held(FakeEngine):
-        def start(self, jobs):
-            run = super().start(jobs)
-            run.held = type("Memory", (), {"__del__": lambda self: freed.set()})()
-            return run
+        def batch(self, shape, slots):
+            batch = super().batch(shape, slots)
+            self.batches.clear()
+            batch.held = type("Memory", (), {"__del__": lambda self: freed.set()})()
+            return batch
 
     engine = Held(fails_at=2, error=Diverged(iteration=2))
     async with scheduling(engine) as scheduler:

@@ -55,7 +55,7 @@ def spec(iterations=5, **recipe):
 async def serving(engine, limits=None, load=None, **options):
     limits = limits or Limits()
     server = grpc.aio.server(options=main.server_options(limits))
-    scheduler = Scheduler(load or (lambda: engine), max_queued=limits.max_queued)
+    scheduler = Scheduler(load or (lambda: engine), limits)
     servicer = Servicer(scheduler, limits, **options)
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gramophone.recipe import PRESETS
+from gramophone_client.bench.command import add_bench
 from gramophone_client.client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from gramophone_client.control_command import CHANGEABLE, KEYS_HELP, change, control
 from gramophone_client.exit_codes import EXIT_CODES
@@ -37,6 +38,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_stylize(commands)
     _add_jobs(commands)
     _add_control(commands)
+    _add_server(add_bench(commands))
 
     info_parser = commands.add_parser(
         "info",

@@ -60,13 +60,19 @@ class GramophoneClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
+        retries: bool = True,
     ) -> None:
-        """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext."""
+        """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext. Without `retries` a call that the
+        server refuses fails at once, for whoever counts refusals."""
         asyncio.get_running_loop()  # a channel belongs to a loop; without one, gRPC would pick another silently
         self.target = target
         self.timeout_s = timeout_s
         self._connection = Connection(
-            target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, credentials=credentials
+            target,
+            timeout_s=timeout_s,
+            max_message_bytes=max_message_bytes,
+            credentials=credentials,
+            retries=retries,
         )
         self._service: Any = self._connection.service
 

@@ -62,11 +62,17 @@ class Connection:
     """A channel with the stubs on it. `target` may name several servers; gRPC then takes the first that answers."""
 
     def __init__(
-        self, target: str, *, timeout_s: float, max_message_bytes: int, credentials: grpc.ChannelCredentials | None
+        self,
+        target: str,
+        *,
+        timeout_s: float,
+        max_message_bytes: int,
+        credentials: grpc.ChannelCredentials | None,
+        retries: bool,
     ) -> None:
         self.target = target
         self.timeout_s = timeout_s  # of calls that name none
-        options = channel_options(max_message_bytes)
+        options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:

@@ -30,7 +30,7 @@ from gramophone_server.optimisers import State, layout
 from gramophone_server.scales import shown
 from gramophone_server.work import Tuning, Work
 
-__all__ = ["Checkpoint", "read", "size", "write"]
+__all__ = ["Checkpoint", "read", "require_room", "size", "write"]
 
 FIELD = "spec.resume"  # of a request, for those who are told that it will not do
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version: another layout of any optimiser's state is another version

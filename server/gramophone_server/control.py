@@ -13,7 +13,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.calls import Call
 from gramophone_server.commands import Command, Done, Finish, Pause, Resume, Retune, TakeCheckpoint, TakePicture
 from gramophone_server.config import Limits, variable
-from gramophone_server.errors import EngineFailed, InvalidRequest
+from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest
 from gramophone_server.images import Encoding, Format
 from gramophone_server.jobs import Plan
 from gramophone_server.mailbox import Answer, Finished, Saved
@@ -107,6 +107,8 @@ class Controller:
                 await self._view.encoders.written(done.taken.state)  # whether it is too large shows here
         except (InvalidRequest, InvalidRecipe) as error:
             return _refused(request, error.violations)
+        except GramophoneError as error:  # if the job ends in it, so will the stream
+            return _refused(request, [Violation("", str(error))])
         return Answer(request.command_id, done.iteration, taken=done.taken)
 
 
@@ -135,10 +137,11 @@ def _changes(update: pb.UpdateCommand, plan: Plan, limits: Limits) -> Tuning:
     """What an update sets. What it means to the job where it stands, `Work.retune` checks."""
     changes = Tuning()
     for name in Tuning.__optional_keys__:
-        if update.HasField(name):  # type: ignore[arg-type]
+        if update.HasField(name):
             value = getattr(update, name)
-            layers = name.endswith("_layers")
-            changes[name] = tuple(LayerWeight(l.layer, l.weight) for l in value.layers) if layers else value  # type: ignore[literal-required]
+            if name.endswith("_layers"):
+                value = tuple(LayerWeight(layer.layer, layer.weight) for layer in value.layers)
+            changes[name] = value  # type: ignore[literal-required]
     if not changes:
         raise InvalidRequest([Violation("", "changes nothing; set one of its fields")])
     recipe = replace(plan.recipe, **changes)

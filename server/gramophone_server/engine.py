@@ -181,6 +181,7 @@ class Engine:
             run.advance()
         run.picture(0)
         run.close()
+        self.batch_bytes(Shape.of(recipe, 64, 64), 1)  # the first estimate loads a second's worth of torch
 
 
 class EngineRun:

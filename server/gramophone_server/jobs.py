@@ -226,10 +226,11 @@ class Job:
         return min((step for step in steps if step is not None), default=None)
 
     def started(self) -> None:
-        """The engine begins."""
+        """The engine begins, or goes on with a job that was paused."""
         with self._lock:
             if not self.ended:
-                self.state, self.position, self.started_at = State.RUNNING, 0, self._jobs.clock()
+                self.state, self.position = State.RUNNING, 0
+                self.started_at = self.started_at or self._jobs.clock()
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
@@ -280,7 +281,7 @@ class Job:
                 case Paused():
                     self.state = State.PAUSED
                 case Resumed():
-                    self.state = State.RUNNING
+                    self.state = State.QUEUED  # others may have taken its place
                 case Changed(_, recipe, iterations):
                     assert self.plan is not None, "a job has a plan before it has events"
                     self.plan = self.plan._replace(recipe=recipe, iterations=iterations)

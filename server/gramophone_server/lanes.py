@@ -166,7 +166,13 @@ class Lanes:
         each_s = self._pace.iteration_s(shape, width)
         if width > 1 and narrower is not None and narrower < PAYS_NO_MORE:
             width //= 2
-        elif width < jobs and each_s is not None and 2 * each_s <= LONGEST_SHARED_S and (gain is None or gain > PAYS):
+        elif (
+            width < jobs
+            and each_s is not None
+            and self._pace.knows(shape, width)
+            and 2 * each_s <= LONGEST_SHARED_S
+            and (gain is None or gain > PAYS)
+        ):
             width *= 2
         self._width[shape] = width
         return min(width, self._most.get(shape, width), 1 << (self._engine.most_slots(shape).bit_length() - 1))

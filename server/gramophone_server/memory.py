@@ -11,6 +11,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def bytes_free(device: torch.device) -> int:
     return free
 
 
+@lru_cache(1024)  # 20 ms of Python each, which every request asks for
 def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, form: str) -> int:
     """Bytes on the device that an iteration of a batch of ``slots`` jobs takes at its peak, without the network's own
     weights. ``form`` as in `Chain`; on a CPU it is "library", which takes as much as oneDNN."""

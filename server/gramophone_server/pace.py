@@ -10,6 +10,7 @@ from gramophone_server.work import Shape, Work
 
 __all__ = ["Forecast", "Pace", "forecast"]
 
+ENOUGH = 3  # measurements before two widths are compared
 NEWEST = 0.3  # weight of the newest measurement: speeds change when a neighbour comes, and single iterations are noisy
 
 
@@ -18,22 +19,32 @@ class Pace:
 
     def __init__(self) -> None:
         self._measured: dict[tuple[Shape, int], float] = {}
+        self._best: dict[tuple[Shape, int], list[float]] = {}  # the shortest few, shortest first
         self._widest: dict[Shape, int] = {}
 
     def note(self, shape: Shape, slots: int, iterations: int, seconds: float) -> None:
         """A batch of ``slots`` has taken so long for so many iterations."""
         new, old = seconds / iterations, self._measured.get((shape, slots))
         self._measured[shape, slots] = new if old is None else NEWEST * new + (1 - NEWEST) * old
+        best = self._best.setdefault((shape, slots), [])
+        bisect.insort(best, new)
+        del best[ENOUGH:]
         self._widest[shape] = max(slots, self._widest.get(shape, 0))
 
     def iteration_s(self, shape: Shape, slots: int) -> float | None:
         """Seconds of an iteration of such a batch; None if there was none yet."""
         return self._measured.get((shape, slots))
 
+    def knows(self, shape: Shape, slots: int) -> bool:
+        """Enough was measured to judge this width."""
+        return len(self._best.get((shape, slots), ())) == ENOUGH
+
     def gain(self, shape: Shape, slots: int) -> float | None:
-        """How many times faster a job is done in a batch of twice ``slots``; None where one of both was never measured."""
-        narrow, wide = self.iteration_s(shape, slots), self.iteration_s(shape, 2 * slots)
-        return None if narrow is None or wide is None else 2 * narrow / wide
+        """How many times faster jobs are done in a batch of twice ``slots``; None until both are known. By the shortest
+        times: what is longer was somebody else's doing."""
+        if not (self.knows(shape, slots) and self.knows(shape, 2 * slots)):
+            return None
+        return 2 * self._best[shape, slots][0] / self._best[shape, 2 * slots][0]
 
     def job_s(self, shape: Shape) -> float | None:
         """Seconds of the device that an iteration of one job takes, in the widest batch so far; of a shape that never ran,

@@ -174,7 +174,8 @@ class Scheduler:
             raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
 
     def require_memory(self, shape: Shape) -> None:
-        """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for some 12 ms."""
+        """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for 20 ms when it sees a
+        shape for the first time."""
         engine = self.engine
         if engine.batch_bytes(shape, 1) > engine.memory_bytes:
             raise OutOfDeviceMemory(shape.width, shape.height)

@@ -1,0 +1,88 @@
+import pytest
+
+from gramophone.recipe import Recipe
+from gramophone_server.pace import Pace, forecast
+from gramophone_server.work import Shape, Work
+from tests.test_scheduler import work
+
+SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
+
+
+def test_nothing_is_guessed_before_anything_was_measured():
+    pace = Pace()
+    assert pace.iteration_s(SMALL, 1) is pace.gain(SMALL, 1) is pace.job_s(SMALL) is None
+    assert pace.left_s(Work(work().job)) is None
+
+
+def test_a_job_costs_its_part_of_the_widest_batch_and_unknown_sizes_cost_their_pixels():
+    pace = Pace()
+    pace.note(SMALL, 1, 10, 1.0)
+    pace.note(SMALL, 4, 10, 2.0)
+    assert pace.iteration_s(SMALL, 1) == pytest.approx(0.1)
+    assert pace.job_s(SMALL) == pytest.approx(0.05)
+    assert pace.job_s(LARGE) == pytest.approx(0.2)
+
+
+def test_the_newest_measurement_counts_for_a_part():
+    pace = Pace()
+    pace.note(SMALL, 1, 1, 1.0)
+    pace.note(SMALL, 1, 1, 2.0)
+    assert pace.iteration_s(SMALL, 1) == pytest.approx(1.3)
+
+
+def test_the_gain_of_twice_the_width():
+    pace = Pace()
+    for seconds in (1.2, 1.0, 9.0):
+        pace.note(SMALL, 2, 1, seconds)
+    for seconds in (1.6, 2.0):
+        pace.note(SMALL, 4, 1, seconds)
+        assert pace.gain(SMALL, 1) is pace.gain(SMALL, 2) is None  # not enough yet
+    pace.note(SMALL, 4, 1, 7.0)
+    assert pace.gain(SMALL, 2) == pytest.approx(1.25)
+
+
+def test_what_is_left_is_summed_over_the_scales():
+    pace, job = Pace(), work(iterations=4, smallest_size=45, coarse_iterations=2)
+    at_64, at_45 = (Shape.of(job.recipe, height, width) for width, height in ((64, 32), (45, 22)))
+    pace.note(at_64, 1, 1, 0.3)
+    pace.note(at_45, 1, 1, 0.1)
+    assert pace.left_s(job) == pytest.approx(2 * 0.1 + 4 * 0.3)
+    job.advanced(3)
+    assert pace.left_s(job) == pytest.approx(3 * 0.3)
+
+
+@pytest.mark.parametrize(
+    ("running", "ahead", "own", "most", "begins", "end"),
+    [
+        ([], [], 5, 1, [0], 5),
+        ([3], [], 5, 1, [3], 8),
+        ([3], [2, 4], 5, 1, [3, 5, 9], 14),
+        ([3], [], 5, 2, [0], 8),  # shares with it for 6 s, then has 2 s alone
+        ([3, 1], [4], 5, 2, [2, 6], 13),
+        ([10, 10, 10], [], 1, 4, [0], 4),
+    ],
+)
+def test_a_forecast_is_what_even_sharing_comes_to(running, ahead, own, most, begins, end):
+    seen = forecast(running, ahead, own, most)
+    assert list(seen.begins) == pytest.approx(begins)
+    assert seen.end == pytest.approx(end)
+    slow_begins, slow_end = simulated(running, ahead, own, most)
+    assert slow_begins == pytest.approx(seen.begins, abs=0.02) and slow_end == pytest.approx(seen.end, abs=0.02)
+
+
+def simulated(running, ahead, own, most, step=0.001):
+    """The slow way: everybody gets an equal part of every millisecond."""
+    left, waiting, begins, now = dict(enumerate(running)), [*ahead, own], [], 0.0
+    last = None
+    while waiting or last in left:
+        while waiting and len(left) < most:
+            last = f"waited {len(begins)}"
+            left[last] = waiting.pop(0)
+            begins.append(now)
+            if waiting:
+                last = None
+        for name in left:
+            left[name] -= step / len(left)
+        left = {name: seconds for name, seconds in left.items() if seconds > 0}
+        now += step
+    return begins, now
