@@ -147,7 +147,8 @@ class GramophoneClient:
         async def prepare() -> Submission:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
             images = uploaded(content, styles, job.get("start_image"))
-            return Submission(spec, _request_id(request_id), images, patience_s)
+            patience = patience_s if self._connection.retries else 0.0
+            return Submission(spec, _request_id(request_id), images, patience)
 
         return Following(
             self._connection,

@@ -68,9 +68,10 @@ class Connection:
         timeout_s: float,
         max_message_bytes: int,
         credentials: grpc.ChannelCredentials | None,
-        retries: bool,
+        retries: bool = True,
     ) -> None:
         self.target = target
+        self.retries = retries
         self.timeout_s = timeout_s  # of calls that name none
         options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
         if credentials is None:
