@@ -181,6 +181,8 @@ class Bench:
             pictures.content,
             pictures.styles,
             frames=frames,
+            checkpoints=None,
+            patience_s=0,  # a job that is lost counts as lost
             timeout_s=kind.deadline_s or self.plan.deadline_s,
             preset=kind.preset,
             seed=number,
