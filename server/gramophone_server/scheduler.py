@@ -1,8 +1,7 @@
 """Many jobs on one compute thread: who may come, who waits, whose turn it is.
 
-The event loop reserves places, submits jobs, withdraws them and sends commands; the compute thread loads the engine, runs
-it and tells each job's `Listener`. The two meet in a lock that neither holds for long, so the engine never waits for a
-reader and the loop never waits for the engine.
+The event loop reserves places, submits jobs and sends commands; the compute thread runs the engine and tells each job's
+`Listener`. They meet in a lock that neither holds for long.
 
 Up to `max_running` jobs are worked on side by side, in slices of about 20 ms (see `worker`). The next slice is for the job that has
 had least of the device's time, together with whoever shares its batch (see `lanes`). That is what deficit round robin
@@ -165,9 +164,7 @@ class Scheduler:
         run_s = pixels * each_s / (shape.width * shape.height)
         with self._news:
             seen = self._forecast(run_s)
-        if seen is None:
-            return
-        wait_s, end_s = seen.begins[-1], seen.end
+        wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
         if time_budget:
             run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
         if end_s > left_s:
@@ -184,8 +181,7 @@ class Scheduler:
         """Takes a cancelled job out of those that wait or stand still. One that runs is left to see that it is cancelled."""
         with self._news:
             for tasks in (self._queue, self._paused):
-                task = next((task for task in tasks if task.listener is listener), None)
-                if task is not None:
+                if (task := next((task for task in tasks if task.listener is listener), None)) is not None:
                     tasks.remove(task)
                     self._tell_positions()
                     break
