@@ -318,7 +318,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, when: str)
         demo.signal(signal.SIGINT)  # to the whole group; the server has one of its own
         assert demo.code() == 130, demo.said
     assert "demo.py" not in demo.said  # no traceback of its own; the client's is possible while Python still imports it
-    assert log.read_text().endswith(" stopped\n")
+    assert " stopped\n" in log.read_text()  # the thread that still loads may have said something behind it
     assert _processes_in(tmp_path) == []
 
 
