@@ -358,3 +358,17 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
 async def test_drain_of_an_idle_scheduler_is_immediate():
     async with scheduling(FakeEngine()) as scheduler, asyncio.timeout(1):
         await scheduler.drain(within_s=30)
+
+
+async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog):
+    """`most_slots` never raises; whatever does where nothing should must not take the compute thread with it."""
+    engine = FakeEngine()
+    engine.most_slots = broken = lambda shape: 1 // 0
+    async with scheduling(engine, max_running=2) as scheduler:
+        for job in [submit(scheduler), submit(scheduler)]:
+            with pytest.raises(EngineFailed):
+                await kinds(job)
+        assert engine.most_slots is broken and "ZeroDivisionError" in caplog.text
+        del engine.most_slots
+        assert (await kinds(submit(scheduler)))[-1] is Finished
+        await until(lambda: scheduler.running == scheduler.queued == 0)

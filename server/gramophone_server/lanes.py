@@ -43,14 +43,17 @@ class Lane:
 
     @property
     def shape(self) -> Shape:
+        """Of everybody in it."""
         return self.batch.shape
 
     @property
     def slots(self) -> int:
+        """Its width."""
         return self.batch.slots
 
     @property
     def has_room(self) -> bool:
+        """A slot is free."""
         return len(self.seats) < self.slots
 
 
@@ -62,15 +65,11 @@ class Lanes:
         self._lanes: list[Lane] = []
         self._width: dict[Shape, int] = {}  # that pays, as far as is known
         self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
-        self._full = False  # memory ended in a lane of one: until somebody has gone, no lane is opened beside others
+        self._full = False  # memory ended in a lane of one: until a lane is closed, none is opened beside others
         self._failed: dict[Seat, Exception] = {}
-        self._bytes: dict[tuple[Shape, int], int] = {}
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes)
-
-    def __len__(self) -> int:
-        return len(self._lanes)
 
     def arrange(self, seats: Iterable[Seat]) -> dict[Seat, Exception]:
         """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone. Returns those
@@ -95,11 +94,11 @@ class Lanes:
         except OutOfDeviceMemory as error:
             if lane.slots > 1:
                 self._most[lane.shape] = lane.slots // 2
-            elif len(self._lanes) > 1:
-                self._full = True
-            else:
+            elif len(self._lanes) == 1:
                 self._failed |= dict.fromkeys(lane.seats.values(), error)
+            alone = lane.slots == 1
             self._dissolve(lane)
+            self._full = alone
             return {}
         took_s = time.monotonic() - before
         slot = next(iter(reports))
@@ -118,20 +117,16 @@ class Lanes:
 
     def drop(self, seat: Seat) -> None:
         """The job is over; what it held is given back."""
-        self._full = False
         if seat.lane is not None:
             seat.lane.batch.drop(seat.slot)
             self._vacate(seat)
 
-    def lose(self, lane: Lane) -> list[Seat]:
-        """Closes a lane whose batch is broken, and returns who was in it."""
-        lost = list(lane.seats.values())
-        lane.seats.clear()
-        for seat in lost:
+    def lose(self, lane: Lane) -> None:
+        """Closes a lane whose batch is broken; who was in it has none then."""
+        for seat in lane.seats.values():
             seat.lane = None
-        self._full = False
+        lane.seats.clear()
         self._close(lane)
-        return lost
 
     def _arrange(self, shape: Shape, seats: list[Seat]) -> None:
         wanted = widths(len(seats), self._widest(shape, len(seats)))
@@ -153,8 +148,10 @@ class Lanes:
                 if wanted[0] > 1:
                     self._most[shape] = wanted[0] // 2
                     self._arrange(shape, seats)
-                elif not any(lane.seats for lane in self._lanes):
+                elif not self._lanes:
                     self._failed[seat] = error
+                else:
+                    self._full = True
                 return  # who has no lane waits until somebody has gone
             except Exception as error:  # noqa: BLE001 - of this job alone; whoever asked for the arrangement tells it
                 self._failed[seat] = error
@@ -184,19 +181,13 @@ class Lanes:
             return lane
         slots = max(missing.elements(), default=1)
         missing[slots] -= 1
-        needed = self.bytes_needed(shape, slots)
-        held = sum(self.bytes_needed(lane.shape, lane.slots) for lane in self._lanes)
+        needed = self._engine.batch_bytes(shape, slots)
+        held = sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in self._lanes)
         if self._lanes and (self._full or held + needed > self._engine.memory_bytes):
             raise OutOfDeviceMemory(shape.width, shape.height)
         lane = Lane(self._engine.batch(shape, slots))
         self._lanes.append(lane)
         return lane
-
-    def bytes_needed(self, shape: Shape, slots: int) -> int:
-        """Of the device, for a batch; estimated once for each."""
-        if (shape, slots) not in self._bytes:
-            self._bytes[shape, slots] = self._engine.batch_bytes(shape, slots)
-        return self._bytes[shape, slots]
 
     def _sit(self, lane: Lane, seat: Seat) -> None:
         try:
@@ -225,6 +216,7 @@ class Lanes:
             self._close(lane)
 
     def _close(self, lane: Lane) -> None:
+        self._full = False
         self._lanes.remove(lane)
         lane.batch.close()
 

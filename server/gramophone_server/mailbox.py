@@ -229,10 +229,9 @@ class Mailbox:
         self._wake()
 
     def most_at_once(self, iteration: int) -> int | None:
-        """Iterations from this one to the next whose picture may be wanted; None: none is ever wanted."""
-        return (
-            None if self._frames is None else self._frames.every_iterations - iteration % self._frames.every_iterations
-        )
+        """Iterations from this one to the next whose picture may be wanted; None: none is wanted, or any will do."""
+        every = 1 if self._frames is None else self._frames.every_iterations
+        return None if every == 1 else every - iteration % every
 
     def wants_frame(self, iteration: int, now: float) -> bool:
         """Whether a frame is due and has room. One that is due and has none, because the last one is unread or too many

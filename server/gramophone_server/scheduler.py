@@ -3,10 +3,10 @@
 The event loop reserves places, submits jobs and sends commands; the compute thread runs the engine and tells each job's
 `Listener`. They meet in a lock that neither holds for long.
 
-Up to `max_running` jobs are worked on side by side, in slices of about 20 ms (see `worker`). The next slice is for the job that has
-had least of the device's time, together with whoever shares its batch (see `lanes`). That is what deficit round robin
-comes to, without rounds: a job of 2048 px whose iteration takes a second is followed by a second's worth of slices for
-others. Those who wait begin in the order of the time at which they must, to be done by their deadline.
+Up to `max_running` jobs are worked on side by side, in slices of about 20 ms (see `worker`). The next slice is for the
+job that has had least of the device's time, together with whoever shares its batch (see `lanes`). That is what deficit
+round robin comes to, without rounds: a job of 2048 px whose iteration takes a second is followed by a second's worth of
+slices for others. Those who wait begin in the order of the time at which they must, to be done by their deadline.
 """
 
 from __future__ import annotations
@@ -229,16 +229,14 @@ class Scheduler:
         now = time.monotonic()
         budget_at = now + work.recipe.time_budget if work.recipe.time_budget else math.inf
         left_s = self._pace.left_s(work)
-        must_begin_at = min(deadline_at, budget_at, now + PATIENCE_S) - (left_s or 0.0)
-        task = Task(
-            work=work, listener=listener, budget_at=budget_at, must_begin_at=must_begin_at, left_s=left_s
-        )  # fmt: skip
+        begin = min(deadline_at, budget_at, now + PATIENCE_S) - (left_s or 0.0)
+        task = Task(work=work, listener=listener, budget_at=budget_at, must_begin_at=begin, left_s=left_s)
         with self._news:
             if self._stopped:
                 raise ShuttingDown
-            bisect.insort(self._queue, task, key=_must_begin_at)
-            index = self._queue.index(task)
-            task.listener.publish(Accepted(*self._outlook()[index]))
+            index = bisect.bisect(self._queue, begin, key=_must_begin_at)
+            self._queue.insert(index, task)
+            listener.publish(Accepted(*self._outlook()[index]))
             self._tell_positions(index + 1)
             self._news.notify()
 
@@ -289,7 +287,10 @@ class Scheduler:
             self._wait(worker)
             while self._orders and not self._stopped:
                 self._carry_out(worker, self._orders.popleft())
-            worker.turn(self._running)
+            try:
+                worker.turn(self._running)
+            except Exception as error:  # noqa: BLE001 - a defect; the thread must live on for whoever comes next
+                worker.lose(self._running, error)
             self._sweep()
         self._end_all(worker)
 

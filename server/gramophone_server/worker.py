@@ -102,6 +102,7 @@ class Worker:
 
     def leave(self, task: Task) -> None:
         """A task less, which can begin again. Raises `OutOfDeviceMemory`, and the task is over."""
+        task.scale_at = -1  # its speed is measured anew then
         try:
             self._lanes.leave(task)
         except OutOfDeviceMemory as error:
@@ -122,6 +123,13 @@ class Worker:
         poorest = min((task for task in left if task.lane), key=lambda task: task.used_s, default=None)
         if poorest is not None and poorest.lane is not None:
             self._advance(poorest.lane)
+
+    def lose(self, tasks: Sequence[Task], error: Exception) -> None:
+        """Ends everybody, after an error that is nobody's own."""
+        for lane in list(self._lanes):
+            self._lanes.lose(lane)
+        for task in tasks:
+            self._fail(task, error)
 
     def do(self, task: Task, command: Command) -> Done:
         """Carries out a command between two slices, for a task that is worked on or not. Raises `InvalidRequest` and
