@@ -141,7 +141,7 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
 
 
 async def test_those_who_wait_are_told_their_place_whenever_it_changes():
-    engine = FakeEngine()
+    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
     engine.go.clear()
     async with scheduling(engine) as scheduler:
         first = submit(scheduler)
@@ -370,5 +370,5 @@ async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog
                 await kinds(job)
         assert engine.most_slots is broken and "ZeroDivisionError" in caplog.text
         del engine.most_slots
-        assert (await kinds(submit(scheduler)))[-1] is Finished
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
         await until(lambda: scheduler.running == scheduler.queued == 0)

@@ -1090,7 +1090,7 @@ async def test_without_a_grace_a_second_watcher_keeps_the_job():
 
 
 async def test_a_job_that_waits_hears_its_position():
-    engine = FakeEngine()
+    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
     async with serving(engine, ONE) as s:
         running, _ = await lasting_job(s, engine, lasting(3))
         second, second_id = await lasting_job(s, engine, lasting(3))

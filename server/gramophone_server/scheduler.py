@@ -12,7 +12,6 @@ slices for others. Those who wait begin in the order of the time at which they m
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import logging
 import math
@@ -37,8 +36,9 @@ from gramophone_server.errors import (
     QueueFull,
     ShuttingDown,
 )
-from gramophone_server.mailbox import Accepted, Paused, Resumed, Waiting
-from gramophone_server.pace import Forecast, Pace, forecast
+from gramophone_server.line import Line
+from gramophone_server.mailbox import Paused, Resumed
+from gramophone_server.pace import Pace
 from gramophone_server.work import Engine, Shape, Work
 from gramophone_server.worker import Listener, Task, Worker
 
@@ -99,7 +99,7 @@ class Scheduler:
         self._pace = Pace()
         # Everything below is guarded by the lock of this condition, which says that there is something to do.
         self._news = threading.Condition()
-        self._queue: list[Task] = []  # in the order in which they must begin
+        self._line = Line(self._pace, limits.max_running)
         self._paused: list[Task] = []
         self._running: list[Task] = []
         self._orders: deque[Order] = deque()
@@ -140,7 +140,7 @@ class Scheduler:
     def estimated_wait_s(self) -> float | None:
         """Seconds until a job that came now would begin; None while nothing was measured."""
         with self._news:
-            seen = self._forecast(0.0)
+            seen = self._line.forecast(self._running, 0.0)
         return None if seen is None else seen.begins[-1]
 
     def reserve(self) -> Place:
@@ -163,7 +163,7 @@ class Scheduler:
             return
         run_s = pixels * each_s / (shape.width * shape.height)
         with self._news:
-            seen = self._forecast(run_s)
+            seen = self._line.forecast(self._running, run_s)
         wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
         if time_budget:
             run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
@@ -180,10 +180,10 @@ class Scheduler:
     def withdraw(self, listener: Listener) -> None:
         """Takes a cancelled job out of those that wait or stand still. One that runs is left to see that it is cancelled."""
         with self._news:
-            for tasks in (self._queue, self._paused):
+            for tasks in (self._line, self._paused):
                 if (task := next((task for task in tasks if task.listener is listener), None)) is not None:
                     tasks.remove(task)
-                    self._tell_positions()
+                    self._line.tell(self._running)
                     break
             else:
                 return
@@ -234,34 +234,8 @@ class Scheduler:
         with self._news:
             if self._stopped:
                 raise ShuttingDown
-            index = bisect.bisect(self._queue, begin, key=_must_begin_at)
-            self._queue.insert(index, task)
-            listener.publish(Accepted(*self._outlook()[index]))
-            self._tell_positions(index + 1)
+            self._line.accept(task, self._running)
             self._news.notify()
-
-    def _tell_positions(self, first: int = 0) -> None:
-        """To those who wait, from that place on, when somebody has come or gone. The lock is held."""
-        for task, (position, wait_s) in zip(self._queue[first:], self._outlook()[first:], strict=True):
-            if position:
-                task.listener.publish(Waiting(position, wait_s))
-
-    def _outlook(self) -> list[tuple[int, float | None]]:
-        """Of those who wait: the place in the queue, 0 for who will begin at once, and seconds until it begins. The lock is
-        held."""
-        room = max(0, self._limits.max_running - len(self._running))
-        positions = [max(0, index + 1 - room) for index in range(len(self._queue))]
-        seen = self._forecast(0.0) if positions else None
-        begins = seen.begins[:-1] if seen is not None else (None,) * len(positions)
-        return list(zip(positions, begins, strict=True))
-
-    def _forecast(self, own_s: float) -> Forecast | None:
-        """For a job that comes now; None while nothing was measured. The lock is held."""
-        running = [task.left_s for task in self._running]
-        ahead = [task.left_s for task in self._queue]
-        if None in running or None in ahead:
-            return None
-        return forecast(running, ahead, own_s, self._limits.max_running)  # type: ignore[arg-type]
 
     def _release(self, places: int) -> None:
         with self._news:
@@ -301,14 +275,12 @@ class Scheduler:
                 now = time.monotonic()
                 for task in [task for task in self._paused if task.paused_until <= now]:
                     self._resume(task)
-                begun = False
-                while self._queue and len(self._running) < self._limits.max_running and not worker.full:
-                    task = self._queue.pop(0)
+                while self._line and len(self._running) < self._limits.max_running and not worker.full:
+                    task = next(iter(self._line))
+                    self._line.remove(task)
                     worker.begin(task, self._running)
                     self._running.append(task)
-                    begun = True
-                if begun:
-                    self._tell_positions()
+                self._line.tell(self._running)
                 if self._orders or self._running:
                     return
                 until = min((task.paused_until for task in self._paused), default=None)
@@ -318,7 +290,7 @@ class Scheduler:
         listener, command, answer = order
         try:
             with self._news:
-                tasks = (*self._running, *self._queue, *self._paused)
+                tasks = (*self._running, *self._line, *self._paused)
                 task = next((task for task in tasks if task.listener is listener and not task.over), None)
             if task is None:
                 raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
@@ -346,36 +318,34 @@ class Scheduler:
             return done
         worker.leave(task)
         with self._news:
-            here = self._running if task in self._running else self._queue
+            here = self._running if task in self._running else self._line
             if task in here:  # it may have been withdrawn
                 here.remove(task)
                 task.paused_until = time.monotonic() + self._limits.max_paused_s
                 self._paused.append(task)
                 task.listener.publish(Paused(task.work.done))
-                self._tell_positions()
         return done
 
     def _resume(self, task: Task) -> None:
         """Back to those who wait, where it begins before whoever came later. The lock is held."""
         self._paused.remove(task)
-        bisect.insort(self._queue, task, key=_must_begin_at)
+        self._line.add(task)
         task.listener.publish(Resumed(task.work.done))
-        self._tell_positions()
 
     def _sweep(self) -> None:
         """Frees the places of those who are over."""
         with self._news:
             over = 0
-            for tasks in (self._running, self._queue, self._paused):
-                left = [task for task in tasks if not task.over]
-                over += len(tasks) - len(left)
-                tasks[:] = left
+            for tasks in (self._running, self._line, self._paused):
+                for task in [task for task in tasks if task.over]:
+                    tasks.remove(task)
+                    over += 1
         if over:
             self._release(over)
 
     def _end_all(self, worker: Worker) -> None:
         with self._news:
-            tasks = [*self._running, *self._paused, *self._queue]
+            tasks = [*self._running, *self._paused, *self._line]
             orders, self._orders = self._orders, deque()
         for order in orders:
             self._call(partial(_answer, order.done, ShuttingDown()))
@@ -394,7 +364,3 @@ def _answer(future: asyncio.Future[Any], answer: object) -> None:
             future.set_exception(answer)
         else:
             future.set_result(answer)
-
-
-def _must_begin_at(task: Task) -> float:
-    return task.must_begin_at
