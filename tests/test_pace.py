@@ -41,6 +41,43 @@ def test_the_gain_of_twice_the_width():
     assert pace.gain(SMALL, 2) == pytest.approx(1.25)
 
 
+def test_a_width_is_taken_while_it_pays_and_given_up_when_it_does_not():
+    pace = Pace()
+
+    def measured(slots, seconds):
+        for _ in range(3):
+            pace.note(SMALL, slots, 1, seconds)
+
+    assert pace.width(SMALL, 64) == 1  # nothing is known
+    measured(1, 0.010)
+    assert pace.width(SMALL, 1) == 1 and pace.width(SMALL, 64) == 2
+    measured(2, 0.012)
+    assert pace.width(SMALL, 64) == 4
+    measured(4, 0.026)  # 26 ms for four, 2 x 12 for twice two
+    assert pace.width(SMALL, 64) == 2
+    assert pace.width(SMALL, 64) == 2
+    measured(2, 0.030)  # the shortest times count, so neighbours change nothing
+    assert pace.width(SMALL, 64) == 2
+
+
+def test_what_takes_long_is_not_shared():
+    pace = Pace()
+    for _ in range(3):
+        pace.note(LARGE, 1, 1, 0.026)
+    assert pace.width(LARGE, 64) == 1
+
+
+def test_sizes_without_end_take_no_memory_without_end():
+    pace = Pace()
+    shapes = [Shape.of(Recipe(), 16, width) for width in range(16, 3016)]
+    for shape in shapes:
+        pace.note(shape, 1, 1, 0.001)
+        pace.width(shape, 8)
+    assert pace.iteration_s(shapes[-1], 1) is not None and pace.iteration_s(shapes[0], 1) is None
+    assert sum(pace.iteration_s(shape, 1) is not None for shape in shapes) == 256
+    assert len(pace._width) <= 256
+
+
 def test_what_is_left_is_summed_over_the_scales():
     pace, job = Pace(), work(iterations=4, smallest_size=45, coarse_iterations=2)
     at_64, at_45 = (Shape.of(job.recipe, height, width) for width, height in ((64, 32), (45, 22)))

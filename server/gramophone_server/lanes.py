@@ -18,10 +18,6 @@ from gramophone_server.work import Batch, Batching, Shape, Work
 
 __all__ = ["Lane", "Lanes", "Seat", "widths"]
 
-# An iteration longer than this holds everybody up, and is so long that nothing is gained by sharing it.
-LONGEST_SHARED_S = 0.05
-PAYS, PAYS_NO_MORE = 1.05, 0.97  # gains at which a lane of twice the width is taken, and given up
-
 
 @dataclass(eq=False)
 class Seat:
@@ -63,7 +59,6 @@ class Lanes:
     def __init__(self, engine: Batching, pace: Pace) -> None:
         self._engine, self._pace = engine, pace
         self._lanes: list[Lane] = []
-        self._width: dict[Shape, int] = {}  # that pays, as far as is known
         self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
         self._full = False  # memory ended in a lane of one: until a lane is closed, none is opened beside others
         self._failed: dict[Seat, Exception] = {}
@@ -157,22 +152,9 @@ class Lanes:
                 self._failed[seat] = error
 
     def _widest(self, shape: Shape, jobs: int) -> int:
-        """The width that pays for so many jobs: one step further than is known, if it is not known not to pay."""
-        width = self._width.get(shape, 1)
-        gain, narrower = self._pace.gain(shape, width), self._pace.gain(shape, width // 2)
-        each_s = self._pace.iteration_s(shape, width)
-        if width > 1 and narrower is not None and narrower < PAYS_NO_MORE:
-            width //= 2
-        elif (
-            width < jobs
-            and each_s is not None
-            and self._pace.knows(shape, width)
-            and 2 * each_s <= LONGEST_SHARED_S
-            and (gain is None or gain > PAYS)
-        ):
-            width *= 2
-        self._width[shape] = width
-        return min(width, self._most.get(shape, width), 1 << (self._engine.most_slots(shape).bit_length() - 1))
+        """What pays and can be had; a power of two."""
+        pays, counted = self._pace.width(shape, jobs), self._engine.most_slots(shape)
+        return min(pays, self._most.get(shape, pays), 1 << (counted.bit_length() - 1))
 
     def _room(self, shape: Shape, missing: Counter[int]) -> Lane:
         """A lane with a free slot, opened if there is none. Raises `OutOfDeviceMemory`."""

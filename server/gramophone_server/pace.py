@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gramophone_server.work import Shape, Work
@@ -12,52 +13,90 @@ __all__ = ["Forecast", "Pace", "forecast"]
 
 ENOUGH = 3  # measurements before two widths are compared
 NEWEST = 0.3  # weight of the newest measurement: speeds change when a neighbour comes, and single iterations are noisy
+PAYS, PAYS_NO_MORE = 1.05, 0.97  # gains at which a batch of twice the width is taken, and given up
+# An iteration longer than this holds everybody up, and is so long that nothing is gained by sharing it.
+LONGEST_SHARED_S = 0.05
+MOST_SHAPES = 256  # that are remembered: callers choose sizes as they like, and one that comes again is soon measured
+
+
+@dataclass
+class Speed:
+    """Of a batch, in seconds per iteration."""
+
+    mean_s: float  # the newest counts most
+    best_s: list[float] = field(default_factory=list)  # the shortest few, shortest first
+
+    @property
+    def known(self) -> bool:
+        """Enough was measured to judge this width."""
+        return len(self.best_s) == ENOUGH
 
 
 class Pace:
     """Seconds per iteration by shape and width of the batch. Written on one thread, read on any."""
 
     def __init__(self) -> None:
-        self._measured: dict[tuple[Shape, int], float] = {}
-        self._best: dict[tuple[Shape, int], list[float]] = {}  # the shortest few, shortest first
-        self._widest: dict[Shape, int] = {}
+        self._speeds: dict[Shape, dict[int, Speed]] = {}  # by width
+        self._width: dict[Shape, int] = {}  # that pays, as far as is known
 
     def note(self, shape: Shape, slots: int, iterations: int, seconds: float) -> None:
         """A batch of ``slots`` has taken so long for so many iterations."""
-        new, old = seconds / iterations, self._measured.get((shape, slots))
-        self._measured[shape, slots] = new if old is None else NEWEST * new + (1 - NEWEST) * old
-        best = self._best.setdefault((shape, slots), [])
-        bisect.insort(best, new)
-        del best[ENOUGH:]
-        self._widest[shape] = max(slots, self._widest.get(shape, 0))
+        new = seconds / iterations
+        if shape not in self._speeds:
+            while len(self._speeds) >= MOST_SHAPES:
+                oldest = next(iter(self._speeds))
+                del self._speeds[oldest]
+                self._width.pop(oldest, None)
+            self._speeds[shape] = {slots: Speed(new)}
+        speed = self._speeds[shape].setdefault(slots, Speed(new))
+        speed.mean_s = NEWEST * new + (1 - NEWEST) * speed.mean_s
+        bisect.insort(speed.best_s, new)
+        del speed.best_s[ENOUGH:]
 
     def iteration_s(self, shape: Shape, slots: int) -> float | None:
         """Seconds of an iteration of such a batch; None if there was none yet."""
-        return self._measured.get((shape, slots))
+        speed = self._speeds.get(shape, {}).get(slots)
+        return None if speed is None else speed.mean_s
 
-    def knows(self, shape: Shape, slots: int) -> bool:
-        """Enough was measured to judge this width."""
-        return len(self._best.get((shape, slots), ())) == ENOUGH
+    def width(self, shape: Shape, jobs: int) -> int:
+        """Of the batches that so many jobs of a shape are best done in: one step wider than is known to pay, if it is not
+        known not to."""
+        width = self._width.get(shape, 1)
+        gain, narrower = self.gain(shape, width), self.gain(shape, width // 2)
+        speed = self._speeds.get(shape, {}).get(width)
+        if width > 1 and narrower is not None and narrower < PAYS_NO_MORE:
+            width //= 2
+        elif (
+            width < jobs
+            and speed is not None
+            and speed.known
+            and 2 * speed.mean_s <= LONGEST_SHARED_S
+            and (gain is None or gain > PAYS)
+        ):
+            width *= 2
+        if speed is not None:
+            self._width[shape] = width
+        return width
 
     def gain(self, shape: Shape, slots: int) -> float | None:
         """How many times faster jobs are done in a batch of twice ``slots``; None until both are known. By the shortest
         times: what is longer was somebody else's doing."""
-        if not (self.knows(shape, slots) and self.knows(shape, 2 * slots)):
+        speeds = self._speeds.get(shape, {})
+        one, two = speeds.get(slots), speeds.get(2 * slots)
+        if one is None or two is None or not (one.known and two.known):
             return None
-        return 2 * self._best[shape, slots][0] / self._best[shape, 2 * slots][0]
+        return 2 * one.best_s[0] / two.best_s[0]
 
     def job_s(self, shape: Shape) -> float | None:
         """Seconds of the device that an iteration of one job takes, in the widest batch so far; of a shape that never ran,
         in proportion to its pixels from the one that is nearest in size. None if nothing ever ran."""
-        if shape in self._widest:
-            return self._of(shape)
+        if (speeds := self._speeds.get(shape)) is not None:
+            return _of_one(speeds)
         pixels = shape.width * shape.height
-        near = min(list(self._widest), key=lambda known: _apart(known.width * known.height, pixels), default=None)
-        return None if near is None else self._of(near) * pixels / (near.width * near.height)
-
-    def _of(self, shape: Shape) -> float:
-        slots = self._widest[shape]
-        return self._measured[shape, slots] / slots
+        near = min(  # of a copy, because another thread may write
+            list(self._speeds.items()), key=lambda item: _apart(item[0].width * item[0].height, pixels), default=None
+        )
+        return None if near is None else _of_one(near[1]) * pixels / (near[0].width * near[0].height)
 
     def left_s(self, work: Work) -> float | None:
         """Seconds of the device that the rest of a job takes; None if nothing ever ran."""
@@ -98,3 +137,8 @@ def forecast(running: Iterable[float], ahead: Iterable[float], own: float, most:
 
 def _apart(a: int, b: int) -> float:
     return max(a, b) / min(a, b)
+
+
+def _of_one(speeds: dict[int, Speed]) -> float:
+    slots = max(speeds)
+    return speeds[slots].mean_s / slots
