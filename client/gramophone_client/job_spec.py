@@ -160,7 +160,7 @@ def resumed_spec(spec: pb.JobSpec, seed: int, checkpoint: Checkpoint | None) -> 
         for name in ("recipe", "start_image", "seed"):
             again.ClearField(name)
         again.resume = checkpoint.data
-    elif not again.resume:
+    elif not again.HasField("resume"):
         again.seed = seed
     return again
 

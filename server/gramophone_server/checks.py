@@ -40,7 +40,7 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     network has."""
     yield from _check_image("spec.content", spec.content, "the content image")
     yield from _check_styles(spec.styles, limits)
-    if spec.resume:
+    if spec.HasField("resume"):  # asking for the field itself copies megabytes
         for name in ("recipe", "start_image", "seed"):
             if spec.HasField(name):
                 yield Violation(f"spec.{name}", "must be unset with `resume`, as the checkpoint has all that it says")

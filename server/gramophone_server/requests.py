@@ -105,7 +105,7 @@ class Admission:
     async def _recipe(self, spec: pb.JobSpec, violations: list[Violation]) -> tuple[Recipe, Checkpoint | None]:
         """The recipe, or the default one if it will not do, which is among the violations then."""
         try:
-            if not spec.resume:
+            if not spec.HasField("resume"):
                 return recipe_from_message(spec.recipe), None  # `check_spec` has told what is wrong with it
             most_bytes = self._limits.max_checkpoint_bytes
             saved = await self._in_thread(lambda: checkpoint.read(spec.resume, most_bytes=most_bytes))
