@@ -21,7 +21,8 @@ from gramophone_server.config import Limits
 from gramophone_server.mailbox import Frame, Picture, State, Waiting
 from gramophone_server.messages import Encoders, View
 from tests.fakes import FakeEngine
-from tests.test_servicer import LARGE, events_of, lasting, own_tasks, refused, serving, spec, until, watching
+from tests.test_leaks import own_tasks
+from tests.test_servicer import LARGE, events_of, lasting, refused, serving, spec, until, watching
 
 NAN = float("nan")
 LIMITS = Limits()

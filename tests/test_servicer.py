@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import logging
-import random
 import types
 import uuid
 
@@ -1137,49 +1136,3 @@ async def test_a_slow_reader_without_a_grace_takes_its_job_along():
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
         assert engine.iterations < 5000
         await s.servicer.idle()
-
-
-def own_tasks():
-    """All tasks but those in which gRPC's server waits for calls, whose number changes."""
-    return {task for task in asyncio.all_tasks() if "AioServer" not in repr(task)}
-
-
-async def test_of_200_jobs_half_of_them_cancelled_nothing_is_left():
-    chance = random.Random(1)
-    engine = FakeEngine(iteration_s=0.004)
-    limits = Limits(max_queued=200, max_kept=20)
-    async with serving(engine, limits) as s:
-        before = own_tasks()
-
-        async def one(number):
-            wanted = spec(10) if number % 4 < 2 else lasting(10, grace=QUICK)
-            call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
-            leaves = number % 2 == 0
-            try:
-                async with asyncio.timeout(chance.uniform(0, 2) if leaves else None):
-                    job_id = (await call.read()).event.accepted.job_id
-                    if leaves and number % 3 == 0:
-                        await asyncio.sleep(chance.uniform(0, 0.5))
-                        await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
-                    return [event async for event in rest(call)][-1].HasField("result")
-            except TimeoutError:
-                return "left"
-            except grpc.aio.AioRpcError as error:
-                return error.code().name
-            finally:
-                call.cancel()
-
-        async with asyncio.timeout(10):
-            ends = await asyncio.gather(*map(one, range(200)))
-        assert all(end is True for end in ends[1::2])
-        assert {"left", "ABORTED"} <= set(ends[::2]) <= {True, "left", "ABORTED", "NOT_FOUND"}
-        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
-        await s.servicer.idle()
-        jobs = s.servicer.jobs
-        await until(lambda: len(jobs) <= 20 and all(job.ended for job in jobs.newest_first()))
-        assert not any(job._watchers for job in jobs.newest_first())
-        assert not s.servicer._preparations and not s.servicer._calls
-        await until(lambda: own_tasks() <= before)
-        assert engine.closed == len(engine.batches)
-        jobs.close()
-        assert len(jobs) == 0 and not jobs._requests and not jobs._ended
