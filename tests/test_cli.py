@@ -521,7 +521,16 @@ def test_recipe_prints_the_flags_that_make_the_picture_again(gramophone, service
     assert (recipe_from_message(spec.recipe), spec.seed) == (PRESETS["textbook"], 7)
     assert [style.weight for style in spec.styles] == STYLE_WEIGHTS
     told = json.loads(gramophone(f"recipe {name} --json")[1])
-    assert (told["seed"], told["recipe"]["start"]) == (7, "noise")
+    assert (told["seed"], told["recipe"]["start"], told["iterations"]) == (7, "noise", None)
+
+
+def test_a_recipe_that_was_changed_on_the_way_is_said_to_be(gramophone, here):
+    (here / "tuned.png").write_bytes(encoded(note=json.dumps(json.loads(NOTE) | {"iterations": 90, "changed_at": 41})))
+    code, out, err = gramophone("recipe tuned.png")
+    assert code == 0 and out.startswith("--seed 7")
+    assert "was changed while tuned.png was made, and is this one from iteration 41 on" in err[0]
+    told = json.loads(gramophone("recipe tuned.png --json")[1])
+    assert (told["iterations"], told["changed_at"]) == (90, 41)
 
 
 @pytest.mark.parametrize(

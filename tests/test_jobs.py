@@ -311,7 +311,7 @@ def test_a_job_is_what_its_controller_has_made_of_it(registry, loop):
     job.publish(Paused(3))
     assert (job.state, job.ended) == (State.PAUSED, False)
     job.publish(Changed(4, dataclasses.replace(job.plan.recipe, beta=7.0), 25))
-    assert (job.plan.recipe.beta, job.plan.iterations) == (7.0, 25)
+    assert (job.plan.recipe.beta, job.plan.iterations, job.plan.changed_at) == (7.0, 25, 4)
     assert (job.admitted.recipe.beta, job.admitted.iterations) == (3.0, 10)
     job.publish(Resumed(3))
     assert job.state is State.QUEUED  # others may be before it

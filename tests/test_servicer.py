@@ -143,6 +143,7 @@ async def test_stylize_returns_a_picture_that_says_how_to_make_it_again():
     assert again == engine.jobs[0].recipe
     assert made["seed"] == accepted.seed == engine.jobs[0].seed
     assert (made["style_weights"], made["weights"]) == ([1.0], "none, sha256 0")
+    assert (made["iterations"], made["changed_at"]) == (5, 0)
 
 
 async def test_a_stream_has_one_accepted_first_and_one_result_last():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from dataclasses import asdict
 
 from gramophone_client.flags import as_flags
@@ -28,11 +29,16 @@ def recipe(args: argparse.Namespace) -> None:
     """`gramophone recipe`."""
     note = read_note(args.picture)
     if args.json:
-        told = {"recipe": asdict(note.recipe), "seed": note.seed, "style_weights": note.style_weights}
-        print(json.dumps(told, indent=2))
+        print(json.dumps(note._asdict() | {"recipe": asdict(note.recipe)}, indent=2))
     else:
         weights = ",".join(f"{weight:g}" for weight in note.style_weights)
         print(shlex.join(["--seed", str(note.seed), "--style-weights", weights, *as_flags(note.recipe)]))
+    if note.changed_at:
+        print(
+            f"gramophone: the recipe was changed while {args.picture} was made, and is this one from iteration "
+            f"{note.changed_at} on; from the start it makes another picture",
+            file=sys.stderr,
+        )
 
 
 def _described(told: ServerInfo) -> str:

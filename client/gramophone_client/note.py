@@ -24,6 +24,8 @@ class Note(NamedTuple):
     recipe: Recipe
     seed: int
     style_weights: tuple[float, ...]
+    iterations: int | None = None  # that were done, over all scales; None: the server did not say
+    changed_at: int = 0  # the first iteration of this recipe; 0: the job had no other one
 
 
 def read_note(path: str | os.PathLike[str]) -> Note:
@@ -40,6 +42,13 @@ def read_note(path: str | os.PathLike[str]) -> Note:
         fields: dict[str, Any] = dict(said["recipe"])
         for name in fields.keys() & {"content_layers", "style_layers"}:
             fields[name] = tuple(LayerWeight(layer, weight) for layer, weight in fields[name])
-        return Note(Recipe(**fields), int(said["seed"]), tuple(said["style_weights"]))
+        done = said.get("iterations")
+        return Note(
+            Recipe(**fields),
+            int(said["seed"]),
+            tuple(said["style_weights"]),
+            None if done is None else int(done),
+            int(said.get("changed_at", 0)),
+        )
     except (KeyError, TypeError, ValueError) as error:  # InvalidRecipe is a ValueError
         raise NoNote(f"{os.fspath(path)}: its recipe is not one that this version knows ({error})") from error

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
     height: int
     iterations: int  # over all scales
     resumed_at: int  # iterations that its checkpoint had behind it
+    changed_at: int = 0  # the first iteration of the present recipe; 0: there was no other one
 
     @classmethod
     def of(cls, work: Work) -> Self:
@@ -282,9 +283,9 @@ class Job:
                     self.state = State.PAUSED
                 case Resumed():
                     self.state = State.QUEUED  # others may have taken its place
-                case Changed(_, recipe, iterations):
+                case Changed(iteration, recipe, iterations):
                     assert self.plan is not None, "a job has a plan before it has events"
-                    self.plan = self.plan._replace(recipe=recipe, iterations=iterations)
+                    self.plan = self.plan._replace(recipe=recipe, iterations=iterations, changed_at=iteration)
                 case Finished():
                     self.result = event
             item = self._history.add(event)

@@ -183,7 +183,7 @@ class View:
     async def _result(self, event: Finished) -> pb.Result:
         plan = self.job.plan
         assert plan is not None, "a job has a plan before it has events"
-        metadata = _how_it_was_made(plan, self._weights)
+        metadata = _how_it_was_made(plan, event.iterations, self._weights)
         image = await self.encoders.encoded(event.picture, self.job.encoding, metadata)
         event.picture.wait = None  # all want the result alike, so the pixels have done their part
         return pb.Result(
@@ -224,14 +224,17 @@ def _format(value: int, default: images.Format) -> images.Format:
     return images.Format[pb.ImageFormat.Name(known).removeprefix("IMAGE_FORMAT_")] if known else default
 
 
-def _how_it_was_made(plan: Plan, weights: str) -> str:
-    """ASCII JSON for the result's metadata: with the same images it makes the same picture again."""
+def _how_it_was_made(plan: Plan, iterations: int, weights: str) -> str:
+    """ASCII JSON for the result's metadata: with the same images it makes the same picture again, unless the recipe was
+    changed on the way, or the end came early."""
     made = {
         "gramophone": version(),
         "recipe": dataclasses.asdict(plan.recipe),  # fields by name; layers as [name, weight]
         "style_weights": plan.style_weights,
         "seed": plan.seed,
         "weights": weights,
+        "iterations": iterations,
+        "changed_at": plan.changed_at,
     }
     return json.dumps(made)
 
