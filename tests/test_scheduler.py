@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gramophone.recipe import Recipe
+from gramophone_server.commands import Pause
 from gramophone_server.config import Limits
 from gramophone_server.errors import (
     Diverged,
@@ -25,7 +26,7 @@ from gramophone_server.jobs import Jobs
 from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Mailbox, Picture, Progress, Waiting
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.work import Work
-from tests.fakes import FakeEngine
+from tests.fakes import FakeBatch, FakeEngine
 
 
 def work(iterations=3, **recipe):
@@ -372,3 +373,26 @@ async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog
         del engine.most_slots
         assert (await kinds(submit(scheduler)))[-1] == "Finished"
         await until(lambda: scheduler.running == scheduler.queued == 0)
+
+
+async def test_a_job_that_is_cancelled_while_it_is_being_paused_gives_its_place_back(monkeypatch):
+    """Its tensors take a while to be handed over, and it must not stand still for ten minutes with nobody to wake it."""
+    engine, loop = FakeEngine(iteration_s=0.001), asyncio.get_running_loop()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=100_000))
+        cancelled = threading.Event()
+        hand_over = FakeBatch.leave
+
+        def cancel():
+            job.cancel()
+            cancelled.set()
+
+        def leave(batch, slot):
+            loop.call_soon_threadsafe(cancel)
+            assert cancelled.wait(5)
+            return hand_over(batch, slot)
+
+        monkeypatch.setattr(FakeBatch, "leave", leave)
+        await until(engine.under_way.is_set)
+        await scheduler.command(job.listener, Pause())
+        await until(lambda: scheduler.running + scheduler.paused + scheduler.queued == 0)

@@ -319,7 +319,9 @@ class Scheduler:
         worker.leave(task)
         with self._news:
             here = self._running if task in self._running else self._line
-            if task in here:  # it may have been withdrawn
+            # It may have been withdrawn; and one that was cancelled while it ran ends at the next turn, which those that
+            # stand still do not see.
+            if task in here and not task.listener.cancelled:
                 here.remove(task)
                 task.paused_until = time.monotonic() + self._limits.max_paused_s
                 self._paused.append(task)
