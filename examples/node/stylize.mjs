@@ -1,0 +1,199 @@
+#!/usr/bin/env node
+// Paints a photo in the manner of a painting, with nothing but the proto of a Gramophone server.
+//
+//   node stylize.mjs photo.jpg painting.jpg -o out.png [--target 127.0.0.1:50051] [--preset fast] [--size 512]
+//                    [--iterations 100] [--frames FOLDER] [--timeout 600]
+//   node stylize.mjs --info
+//
+// Exit codes are those of the command `gramophone`: 0 done, 2 bad request, 3 no server, 4 no room or no time, 5 failed,
+// 130 interrupted.
+
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import process from 'node:process';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+
+import grpc from '@grpc/grpc-js';
+import protoLoader from '@grpc/proto-loader';
+import protobuf from 'protobufjs';
+
+const HERE = path.dirname(fileURLToPath(import.meta.url));
+const PROTOS = path.join(HERE, '..', '..', 'proto');
+const LARGEST_MESSAGE = 2 ** 26; // bytes; gRPC's own limit is 4 MiB, and a PNG of 2048 px is larger
+const EXIT = { done: 0, badRequest: 2, noServer: 3, noRoom: 4, failed: 5, interrupted: 130 };
+const EXIT_OF = {
+  [grpc.status.INVALID_ARGUMENT]: EXIT.badRequest,
+  [grpc.status.ALREADY_EXISTS]: EXIT.badRequest,
+  [grpc.status.NOT_FOUND]: EXIT.badRequest,
+  [grpc.status.UNAVAILABLE]: EXIT.noServer,
+  [grpc.status.UNIMPLEMENTED]: EXIT.noServer,
+  [grpc.status.RESOURCE_EXHAUSTED]: EXIT.noRoom,
+  [grpc.status.DEADLINE_EXCEEDED]: EXIT.noRoom,
+  [grpc.status.CANCELLED]: EXIT.interrupted,
+};
+
+/** A mistake of whoever typed the command: a sentence, no stack. */
+class Usage extends Error {}
+
+/** The proto, read at run time: no code was generated. */
+const api = grpc.loadPackageDefinition(
+  protoLoader.loadSync('gramophone/v1/style_transfer.proto', {
+    includeDirs: [PROTOS],
+    enums: String,
+    longs: Number, // sequences, which stay far below 2^53
+    defaults: true,
+    oneofs: true,
+  }),
+).gramophone.v1;
+
+function connected(target) {
+  return new api.StyleTransferService(target, grpc.credentials.createInsecure(), {
+    'grpc.max_receive_message_length': LARGEST_MESSAGE,
+    'grpc.max_send_message_length': LARGEST_MESSAGE,
+    'grpc.keepalive_time_ms': 20_000, // the server allows a ping every 10 s
+  });
+}
+
+/**
+ * What an error's trailers say beside its message.
+ * @param {grpc.ServiceError} error
+ * @returns {{reason: string, violations: {field: string, description: string}[], retryS: number | undefined}}
+ */
+function details(error) {
+  const told = { reason: '', violations: [], retryS: undefined };
+  const [bytes] = error.metadata?.get('grpc-status-details-bin') ?? [];
+  if (!bytes) return told;
+  const root = protobuf.loadSync(path.join(HERE, 'rpc_errors.proto'));
+  for (const { typeUrl, value } of root.lookupType('google.rpc.Status').decode(bytes).details) {
+    const name = typeUrl.split('/').at(-1);
+    if (name === 'google.rpc.ErrorInfo') told.reason = root.lookupType(name).decode(value).reason;
+    if (name === 'google.rpc.BadRequest') told.violations = root.lookupType(name).decode(value).fieldViolations;
+    if (name === 'google.rpc.RetryInfo') {
+      const { seconds, nanos } = root.lookupType(name).decode(value).retryDelay;
+      told.retryS = Number(seconds) + nanos / 1e9;
+    }
+  }
+  return told;
+}
+
+/** One line that is written over on a terminal, and nothing where nobody looks. */
+function say(line) {
+  if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns ?? 80) - 1)}`);
+}
+
+/** @returns {Promise<Buffer>} an image file, or the usage error that names it */
+async function image(file) {
+  return readFile(file).catch((error) => {
+    throw new Usage(`${file}: cannot be read (${error.code})`);
+  });
+}
+
+/** Streams one job; resolves with its Result, rejects with a ServiceError. */
+async function stylize(client, [photo, painting], options) {
+  const recipe = { preset: preset(options.preset) };
+  for (const name of ['size', 'iterations']) {
+    if (options[name] !== undefined) recipe[name] = whole(name, options[name]);
+  }
+  const spec = { content: { data: await image(photo) }, styles: [{ image: { data: await image(painting) } }], recipe };
+  if (options.frames) {
+    await mkdir(options.frames, { recursive: true });
+    spec.frames = { format: 'IMAGE_FORMAT_JPEG' };
+  }
+  const deadline = Date.now() + 1000 * whole('timeout', options.timeout);
+  const call = client.stylizeStream({ spec }, { deadline, waitForReady: false });
+  process.once('SIGINT', () => call.cancel());
+  let result;
+  for await (const { event } of call) {
+    switch (event.event) {
+      case 'accepted':
+        say(`accepted: ${event.accepted.width} x ${event.accepted.height} px`);
+        break;
+      case 'waiting':
+        say(`waiting, place ${event.waiting.queuePosition}`);
+        break;
+      case 'progress':
+        say(`iteration ${event.progress.iteration} of ${event.progress.iterations}, loss ${event.progress.losses.total.toPrecision(4)}`);
+        break;
+      case 'frame': {
+        const name = `${String(event.frame.iteration).padStart(6, '0')}.jpg`;
+        await writeFile(path.join(options.frames, name), event.frame.image.data);
+        break;
+      }
+      case 'result':
+        result = event.result;
+        break;
+      default: // an event that newer servers send
+    }
+  }
+  say('');
+  return result;
+}
+
+/** The enum's name of a preset; a name that is not in the enum would be sent as 0, which means the default. */
+function preset(name) {
+  const known = api.Preset.type.value.map((value) => value.name).filter((value) => !value.endsWith('UNSPECIFIED'));
+  const wanted = `PRESET_${name.toUpperCase()}`;
+  if (known.includes(wanted)) return wanted;
+  const names = known.map((value) => value.replace('PRESET_', '').toLowerCase());
+  throw new Usage(`--preset must be one of ${names.join(', ')}, got ${name}`);
+}
+
+function whole(name, text) {
+  if (!/^\d+$/.test(text)) throw new Usage(`--${name} must be a whole number, got ${text}`);
+  return Number(text);
+}
+
+function info(client) {
+  return new Promise((resolve, reject) => {
+    const deadline = Date.now() + 10_000;
+    client.getServerInfo({}, { deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
+  });
+}
+
+async function main() {
+  const { values: options, positionals: images } = parseArgs({
+    allowPositionals: true,
+    options: {
+      target: { type: 'string', default: '127.0.0.1:50051' },
+      output: { type: 'string', short: 'o' },
+      preset: { type: 'string', default: 'fast' },
+      size: { type: 'string' },
+      iterations: { type: 'string' },
+      frames: { type: 'string' },
+      timeout: { type: 'string', default: '600' },
+      info: { type: 'boolean', default: false },
+    },
+  });
+  if (!options.info && (images.length !== 2 || !options.output)) {
+    throw new Usage('usage: node stylize.mjs PHOTO PAINTING -o OUT.png, or node stylize.mjs --info');
+  }
+  const client = connected(options.target);
+  try {
+    if (options.info) {
+      const { version, device, precision, backbone, weights, runningJobs, queuedJobs } = await info(client);
+      console.log(JSON.stringify({ version, device, precision, backbone, weights, runningJobs, queuedJobs }, null, 2));
+      return;
+    }
+    const { image: picture, iterations, stopReason } = await stylize(client, images, options);
+    await writeFile(options.output, picture.data);
+    console.log(`${options.output}: ${picture.width} x ${picture.height} px, ${iterations} iterations, ${stopReason}`);
+  } finally {
+    client.close();
+  }
+}
+
+main().catch((error) => {
+  say('');
+  if (error instanceof Usage || error.code?.startsWith?.('ERR_PARSE_ARGS') || error.syscall) {
+    console.error(`stylize: ${error.message}`);
+    process.exitCode = EXIT.badRequest;
+    return;
+  }
+  if (!(error.code in grpc.status)) throw error;
+  const { reason, violations, retryS } = details(error);
+  console.error(`stylize: ${error.details} (${[grpc.status[error.code], reason].filter(Boolean).join(', ')})`);
+  if (violations.length > 1) for (const { field, description } of violations) console.error(`  ${field} ${description}`);
+  if (retryS !== undefined) console.error(`  come back in ${retryS.toFixed(1)} s`);
+  process.exitCode = EXIT_OF[error.code] ?? EXIT.failed;
+});
