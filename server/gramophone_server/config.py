@@ -71,6 +71,10 @@ class Settings(Limits):
 
     host: str = _setting("127.0.0.1", "address to listen on, in plaintext")
     port: int = _setting(50051, "port to listen on, 0 for any free one", allowed=Range(0, 65535))
+    engine: str = _setting(
+        "vgg", "what makes the pictures; fake: patterns, to measure all else", choices=("vgg", "fake")
+    )
+    iter_ms: float = _setting(5.0, "milliseconds of an iteration of --engine fake", allowed=Range(0, 10_000))
     device: str = _setting("auto", "where pictures are made", choices=("auto", "cpu", "cuda"))
     precision: str = _setting("auto", "precision of the network", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     weights: str = _setting("embedded", "embedded, imagenet, or the path of a .pth or .safetensors file")
@@ -104,6 +108,8 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     if wrong:
         raise StartupError("; ".join(wrong))
     settings = Settings(**values)
+    if "iter_ms" in values and settings.engine != "fake":
+        raise StartupError("--iter-ms sets the pace of --engine fake; a network takes the time that it takes")
     for name, size, parts in (
         ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
         ("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),
@@ -164,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         between = f"{allowed.low:.10g} to {allowed.high:.10g}, " if allowed else ""
         group.add_argument(
             _flag(f.name),
-            metavar="|".join(choices) or {int: "N", float: "SECONDS"}.get(type(f.default), "TEXT"),
+            metavar="|".join(choices) or ("SECONDS" if f.name.endswith("_s") else "N" if allowed else "TEXT"),
             help=f"{f.metadata['help']} ({between}default {default})",
         )
     return parser

@@ -158,6 +158,11 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _load_engine(settings: Settings) -> Engine:
+    if settings.engine == "fake":
+        from gramophone_server.fake_engine import FakeEngine
+
+        log.warning("--engine fake: every picture is a pattern, and an iteration takes %g ms", settings.iter_ms)
+        return FakeEngine(settings.iter_ms / 1000)
     from gramophone_server.engine import Engine as VggEngine  # loads torch's kernels: seconds, on the compute thread
 
     engine = VggEngine.load(
