@@ -35,7 +35,6 @@ class Lane:
 
     batch: Batch
     seats: dict[int, Seat] = field(default_factory=dict)
-    cold: bool = True  # its first iterations take longer, so they are no measure
 
     @property
     def shape(self) -> Shape:
@@ -97,9 +96,7 @@ class Lanes:
             return {}
         took_s = time.monotonic() - before
         slot = next(iter(reports))
-        if not lane.cold or self._pace.iteration_s(lane.shape, lane.slots) is None:
-            self._pace.note(lane.shape, lane.slots, lane.seats[slot].work.done - done[slot], took_s)
-        lane.cold = False
+        self._pace.note(lane.shape, lane.slots, lane.seats[slot].work.done - done[slot], took_s)
         for seat in lane.seats.values():
             seat.used_s += took_s / len(lane.seats)
         return {lane.seats[slot]: report for slot, report in reports.items()}

@@ -23,7 +23,8 @@ MOST_SHAPES = 256  # that are remembered: callers choose sizes as they like, and
 class Speed:
     """Of a batch, in seconds per iteration."""
 
-    mean_s: float  # the newest counts most
+    mean_s: float  # the newest counts most, and the first, with all that is made once, only until there is another
+    measured: int = 0
     best_s: list[float] = field(default_factory=list)  # the shortest few, shortest first
 
     @property
@@ -49,7 +50,8 @@ class Pace:
                 self._width.pop(oldest, None)
             self._speeds[shape] = {slots: Speed(new)}
         speed = self._speeds[shape].setdefault(slots, Speed(new))
-        speed.mean_s = NEWEST * new + (1 - NEWEST) * speed.mean_s
+        speed.mean_s = new if speed.measured < 2 else NEWEST * new + (1 - NEWEST) * speed.mean_s
+        speed.measured += 1
         bisect.insort(speed.best_s, new)
         del speed.best_s[ENOUGH:]
 
