@@ -1,0 +1,254 @@
+"""What the server carries apart from the network: jobs, frames, streams and health checks, with `--engine fake`.
+
+    python -m benchmarks.transport --seconds 8 --json FILE
+
+Server and clients share this machine's cores, so the clients' processes count, too: the columns of CPU seconds say what each
+side took. Frames are JPEGs of about 64 KB; `watched` is one job's frames sent to many watchers, each encoded once, and
+`own` a job for each stream, each frame encoded for itself. Health checks are sent every 20 ms by a process of their own
+during all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from PIL import Image
+
+from benchmarks.measure import Row, machine, print_table, write_json
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+
+CLIENTS = 2  # processes
+ITERATION_MS = 5
+FRAME_SIDE = 470  # pixels, of which a pattern is a JPEG of 64 KB
+STREAMS = 500
+WATCHERS = 200
+GOALS = {"jobs": 300.0, "frames, watched": 2000.0, "streams": float(STREAMS)}  # per second; at once
+HEALTH_GOAL_MS = 50.0  # p99
+OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
+FLAGS = (
+    *("--engine", "fake", "--iter-ms", str(ITERATION_MS), "--port", "0", "--log-level", "warning"),
+    *("--max-running", "256", "--max-queued", "1024", "--max-watchers", "1024", "--max-iterations", "100000"),
+)
+
+
+def main() -> None:
+    """Runs every measurement against a server of its own, and prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+    rows = [
+        measured("jobs", unary_jobs, arguments.seconds),
+        measured("frames, watched", watched_frames, arguments.seconds),
+        measured("frames, own", own_frames, arguments.seconds),
+        measured("streams", open_streams, arguments.seconds),
+    ]
+    print_table(f"transport and scheduler, engine: fake, {ITERATION_MS} ms\n{machine()}", rows)
+    write_json(arguments.json, rows)
+
+
+def measured(name: str, client: Callable[[str, float, int], Coroutine[Any, Any, float]], seconds: float) -> Row:
+    """What all client processes did together, and what it cost."""
+    with serving() as (address, pid), health_checks(address) as latencies:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(CLIENTS, context) as pool:
+            list(pool.map(warm, [address] * CLIENTS))
+            before = cpu_s(pid)
+            parts = list(
+                pool.map(in_process, *zip(*[(client, address, seconds, i) for i in range(CLIENTS)], strict=True))
+            )
+        server_s = cpu_s(pid) - before
+    done = sum(amount for amount, _ in parts)
+    health = sorted(latencies)
+    p99 = health[int(0.99 * len(health))] * 1000
+    each = 1.0 if name == "streams" else seconds
+    goal = GOALS.get(name)
+    return {
+        "name": name, "amount": done / each, "unit": "at once" if name == "streams" else "per s",
+        "goal": goal if goal is not None else "-", "met": "-" if goal is None else done / each >= goal,
+        "server cpu s": server_s, "clients cpu s": sum(cpu for _, cpu in parts),
+        "health p50 ms": statistics.median(health) * 1000, "health p99 ms": p99, "p99 met": p99 < HEALTH_GOAL_MS,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[tuple[str, int]]:
+    """A server: its address and process id."""
+    command = [sys.executable, "-m", "gramophone_server.main", *FLAGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[-1]
+            server.stdout.readline()  # ready
+            yield address, server.pid
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+@contextlib.contextmanager
+def health_checks(address: str) -> Iterator[list[float]]:
+    """Seconds of each health check, known when the block has ended."""
+    context = multiprocessing.get_context("spawn")
+    stop, latencies = context.Event(), list[float]()
+    with ProcessPoolExecutor(1, context, initializer=_share, initargs=(stop,)) as pool:
+        checks = pool.submit(check_health, address)
+        try:
+            yield latencies
+        finally:
+            stop.set()
+            latencies.extend(checks.result())
+
+
+_stop: Event
+
+
+def _share(stop: Event) -> None:
+    global _stop
+    _stop = stop
+
+
+def check_health(address: str) -> list[float]:
+    """Asks every 20 ms until it is told to stop."""
+    took = []
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        while not _stop.wait(0.02):
+            before = time.perf_counter()
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            took.append(time.perf_counter() - before)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING, "the server is well"
+    return took
+
+
+def cpu_s(pid: int) -> float:
+    """Of a process and its threads, from the start."""
+    with open(f"/proc/{pid}/stat") as file:
+        user, system = file.read().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+# In the clients' processes --------------------------------------------------------------------------------------------
+
+
+def warm(address: str) -> None:
+    """Imports done, a connection was made."""
+    with grpc.insecure_channel(address) as channel:
+        grpc.channel_ready_future(channel).result(10)
+
+
+def in_process(
+    client: Callable[[str, float, int], Coroutine[Any, Any, float]], address: str, seconds: float, number: int
+) -> tuple[float, float]:
+    """What one client process did, and its CPU seconds."""
+    before = time.process_time()
+    return asyncio.run(client(address, seconds, number)), time.process_time() - before
+
+
+def spec(size: int, iterations: int, *, frames: bool = False) -> pb.JobSpec:
+    """A job with two small images."""
+    out = io.BytesIO()
+    Image.new("RGB", (size, size * 3 // 4), "red").save(out, "PNG")
+    image = pb.ImageSource(data=out.getvalue())
+    recipe = pb.Recipe(size=size, iterations=iterations, smallest_size=0)
+    return pb.JobSpec(
+        content=image,
+        styles=[pb.StyleSource(image=image)],
+        recipe=recipe,
+        frames=pb.FrameOptions(format=pb.IMAGE_FORMAT_JPEG) if frames else None,
+    )
+
+
+async def unary_jobs(address: str, seconds: float, number: int) -> float:
+    """Jobs of 64 px and two iterations, 32 at a time."""
+    done, end = 0, time.monotonic() + seconds
+    request = pb.StylizeRequest(spec=spec(64, 2))
+
+    async def caller(stub: pb_grpc.StyleTransferServiceStub) -> None:
+        nonlocal done
+        while time.monotonic() < end:
+            await stub.Stylize(request, timeout=60)
+            done += time.monotonic() < end
+
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        await asyncio.gather(*(caller(stub) for _ in range(32)))
+    return done
+
+
+async def frames_of(stream: Any, end: float) -> int:
+    """Frames that came before ``end``."""
+    count = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + end - time.monotonic()):
+            while (response := await stream.read()) is not grpc.aio.EOF:
+                count += response.event.HasField("frame")
+    stream.cancel()
+    return count
+
+
+async def watched_frames(address: str, seconds: float, number: int) -> float:
+    """One job's frames, at most ten a second, for many watchers."""
+    async with contextlib.AsyncExitStack() as stack:
+        stubs = []
+        for _ in range(4):  # connections
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=OPTIONS))
+            stubs.append(pb_grpc.StyleTransferServiceStub(channel))  # type: ignore[no-untyped-call]
+        job = stubs[0].StylizeStream(pb.StylizeStreamRequest(spec=spec(FRAME_SIDE, 100_000, frames=True)))
+        accepted = (await job.read()).event.accepted
+        wanted = pb.WatchJobRequest(
+            job_id=accepted.job_id, frames=pb.FrameOptions(format=pb.IMAGE_FORMAT_JPEG), after_sequence=2**60
+        )
+        end = time.monotonic() + seconds
+        watching = [stubs[i % 4].WatchJob(wanted) for i in range(WATCHERS // CLIENTS - 1)]
+        return sum(await asyncio.gather(*(frames_of(stream, end) for stream in (job, *watching))))
+
+
+async def own_frames(address: str, seconds: float, number: int) -> float:
+    """The frames of 50 jobs, each for itself."""
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = pb.StylizeStreamRequest(spec=spec(FRAME_SIDE, 100_000, frames=True))
+        end = time.monotonic() + seconds
+        return sum(await asyncio.gather(*(frames_of(stub.StylizeStream(request), end) for _ in range(50))))
+
+
+async def open_streams(address: str, seconds: float, number: int) -> float:
+    """Streams that are open at once, each with a job of its own that ends in a result."""
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        count = STREAMS // CLIENTS
+        request = pb.StylizeStreamRequest(spec=spec(64, int(seconds * 1000 / ITERATION_MS / 2), frames=True))
+        streams = [stub.StylizeStream(request, timeout=120) for _ in range(count)]
+        for stream in streams:
+            assert (await stream.read()).event.HasField("accepted"), "every stream's job is accepted"
+        accepted_at = time.monotonic()
+
+        async def last(stream: Any) -> bool:
+            while (response := await stream.read()) is not grpc.aio.EOF:
+                if response.event.HasField("result"):
+                    return time.monotonic() > accepted_at
+            return False
+
+        return sum(await asyncio.gather(*map(last, streams)))
+
+
+if __name__ == "__main__":
+    main()
