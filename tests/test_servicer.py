@@ -20,7 +20,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
-from gramophone_server import errors, main, status
+from gramophone_server import errors, main, status, worker
 from gramophone_server.calls import Call
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
@@ -733,7 +733,8 @@ async def state(s, job_id):
     return pb.JobState.Name((await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job.state)[len("JOB_STATE_") :]
 
 
-async def test_watch_job_replays_and_follows_with_the_same_numbers():
+async def test_watch_job_replays_and_follows_with_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
     engine = FakeEngine(iteration_s=SLOW_S)
     async with serving(engine) as s:
         first, job_id = await lasting_job(s, engine, lasting(40))
@@ -755,7 +756,8 @@ async def test_watch_job_replays_and_follows_with_the_same_numbers():
     assert len(same) >= 10 and all(heard[event.sequence] == event for event in same)
 
 
-async def test_after_sequence_leaves_out_what_the_watcher_has():
+async def test_after_sequence_leaves_out_what_the_watcher_has(monkeypatch):
+    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
     async with serving(FakeEngine(iteration_s=SLOW_S)) as s:
         response = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(20)))
         job_id = response.accepted.job_id

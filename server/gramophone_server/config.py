@@ -108,7 +108,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     if wrong:
         raise StartupError("; ".join(wrong))
     settings = Settings(**values)
-    if "iter_ms" in values and settings.engine != "fake":
+    if settings.iter_ms != Settings.iter_ms and settings.engine != "fake":
         raise StartupError("--iter-ms sets the pace of --engine fake; a network takes the time that it takes")
     for name, size, parts in (
         ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
