@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 # GPU (30 us of 0.4 ms at 256 px) comes once in so long instead of after every iteration. Going from one lane to another
 # costs nothing, so nothing is gained by longer slices.
 SLICE_S = 0.02
-# Nobody reads faster, and 256 jobs that tell of every slice are 12,000 messages a second, all that a core can write.
-PROGRESS_EVERY_S = 0.05
+# As often as frames come. 256 jobs that tell of every slice are 12,000 messages a second, and a core writes some 5,000.
+PROGRESS_EVERY_S = 0.1
 HEADER_ROOM = 8192  # bytes of a checkpoint before its tensors; 32 layers with their weights are 4 KB
 
 
