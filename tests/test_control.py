@@ -593,7 +593,9 @@ async def test_a_server_that_goes_away_sends_the_picture_and_the_state_to_all(li
 
 async def test_a_wait_is_told_where_one_was_measured():
     view = View(None, None, None)
-    measured, unknown = [(await view.message(3, Waiting(2, wait_s))).waiting for wait_s in (1.5, None)]
+    measured, unknown = [
+        (await view.response(pb.WatchJobResponse, 3, Waiting(2, wait_s))).event.waiting for wait_s in (1.5, None)
+    ]
     assert measured.queue_position == unknown.queue_position == 2
     assert measured.estimated_wait.ToMilliseconds() == 1500 and not unknown.HasField("estimated_wait")
 

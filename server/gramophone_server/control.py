@@ -25,6 +25,7 @@ __all__ = ["Controller"]
 
 log = logging.getLogger(__name__)
 
+RESPONSE = pb.StylizeInteractiveResponse
 LOSSLESS = Encoding(Format.PNG, 100)
 ENDED = "comes too late, the job has ended"
 
@@ -60,13 +61,12 @@ class Controller:
                     case Answer():
                         yield pb.StylizeInteractiveResponse(command_result=_command_result(event))
                         if event.taken is not None:
-                            taken = await self._view.message(number, event.taken, LOSSLESS)
-                            yield pb.StylizeInteractiveResponse(event=taken)
+                            yield await self._view.response(RESPONSE, number, event.taken, LOSSLESS)
                         self._written.release()
                     case _:
-                        yield pb.StylizeInteractiveResponse(event=await self._view.message(number, event))
+                        yield await self._view.response(RESPONSE, number, event)
             if result is not None:
-                yield pb.StylizeInteractiveResponse(event=await self._view.message(*result))
+                yield await self._view.response(RESPONSE, *result)
 
     @contextlib.contextmanager
     def _obeying(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: Call) -> Iterator[None]:

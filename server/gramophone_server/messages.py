@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
@@ -37,6 +37,9 @@ from gramophone_server.mailbox import (
 from gramophone_server.mailbox import State as SavedState
 
 __all__ = ["Encoders", "View", "frame_encoding", "job_message", "result_encoding", "version"]
+
+# What carries the events of a job.
+R = TypeVar("R", pb.StylizeStreamResponse, pb.WatchJobResponse, pb.StylizeInteractiveResponse)
 
 # One more does not help while the compute thread has the cores.
 ENCODERS = 2
@@ -74,26 +77,22 @@ class Encoders:
         """Gives the threads back."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def encoded(self, picture: Picture, encoding: Encoding, metadata: str | None = None) -> pb.Image:
-        """The picture's only encoding of this kind; the first to ask for it starts it."""
+    async def encode(self, into: pb.Image, picture: Picture, encoding: Encoding, metadata: str | None = None) -> None:
+        """Fills ``into`` with the picture's only encoding of this kind; the first to ask for it starts it."""
         future = picture.encodings.get(encoding)
         if future is None:
             wait = picture.wait
             assert wait is not None, "a picture is dropped when all that is wanted of it has been encoded"
 
-            def encode() -> images.Encoded:
+            def encoded() -> images.Encoded:
                 return images.encode(wait(), *encoding, metadata)  # on its thread, also the waiting
 
-            future = asyncio.get_running_loop().run_in_executor(self._threads, encode)
+            future = asyncio.get_running_loop().run_in_executor(self._threads, encoded)
             picture.encodings[encoding] = future
             future.add_done_callback(_noted)
-        encoded = await asyncio.shield(future)  # others wait for it, too
-        return pb.Image(
-            format=f"IMAGE_FORMAT_{encoded.format}",
-            width=encoded.width,
-            height=encoded.height,
-            data=encoded.data,
-        )
+        made = await asyncio.shield(future)  # others wait for it, too
+        into.format = getattr(pb, f"IMAGE_FORMAT_{made.format}")
+        into.width, into.height, into.data = made.width, made.height, made.data
 
     async def written(self, state: SavedState) -> bytes:
         """The state's only checkpoint; the first to ask for it starts it. Raises `InvalidRequest` if it is too large."""
@@ -132,15 +131,18 @@ class View:
         self._attached = attached
         self._weights = weights
 
-    async def events(self) -> AsyncIterator[pb.JobEvent]:
+    async def responses(self, kind: type[R]) -> AsyncIterator[R]:
         """What happens to the job, for a watcher that gives no commands. Raises the error that it ended in."""
         async for number, event in self.mailbox.events():
             assert not isinstance(event, Answer), "nobody has asked"
-            yield await self.message(number, event)
+            yield await self.response(kind, number, event)
 
-    async def message(self, number: int, event: Event, frames: Encoding | None = None) -> pb.JobEvent:
-        """One event, a frame as ``frames`` instead of as it was wanted."""
-        message = pb.JobEvent(sequence=number)
+    async def response(self, kind: type[R], number: int, event: Event, frames: Encoding | None = None) -> R:
+        """One event, a frame as ``frames`` instead of as it was wanted. It is written where it is sent from, because every
+        message that is put into another is copied, and a frame was copied four times."""
+        response = kind()
+        message = response.event
+        message.sequence = number
         match event:
             case Accepted():
                 message.accepted.CopyFrom(self._accepted(event))
@@ -149,11 +151,11 @@ class View:
             case Progress():
                 message.progress.CopyFrom(_progress(event))
             case Frame(iteration, picture, dropped):
-                image = await self.encoders.encoded(picture, frames or self._frames)
-                message.frame.CopyFrom(pb.Frame(iteration=iteration, image=image, dropped=dropped))
+                message.frame.iteration, message.frame.dropped = iteration, dropped
+                await self.encoders.encode(message.frame.image, picture, frames or self._frames)
             case Saved(iteration, state):
-                data = await self.encoders.written(state)
-                message.checkpoint.CopyFrom(pb.Checkpoint(iteration=iteration, light=state.light, data=data))
+                message.checkpoint.iteration, message.checkpoint.light = iteration, state.light
+                message.checkpoint.data = await self.encoders.written(state)
             case Paused(iteration):
                 message.paused.iteration = iteration
             case Resumed(iteration):
@@ -163,8 +165,8 @@ class View:
                     pb.Changed(iteration=iteration, recipe=recipe_to_message(recipe), iterations=iterations)
                 )
             case Finished():
-                message.result.CopyFrom(await self._result(event))
-        return message
+                await self._finished(event, message.result)
+        return response
 
     def _accepted(self, event: Accepted) -> pb.Accepted:
         plan = self.job.admitted
@@ -182,19 +184,16 @@ class View:
             estimated_wait=_duration(event.wait_s),
         )
 
-    async def _result(self, event: Finished) -> pb.Result:
+    async def _finished(self, event: Finished, result: pb.Result) -> None:
         plan = self.job.plan
         assert plan is not None, "a job has a plan before it has events"
         metadata = _how_it_was_made(plan, event.iterations, self._weights)
-        image = await self.encoders.encoded(event.picture, self.job.encoding, metadata)
+        await self.encoders.encode(result.image, event.picture, self.job.encoding, metadata)
         event.picture.wait = None  # all want the result alike, so the pixels have done their part
-        return pb.Result(
-            image=image,
-            losses=_losses(event.losses),
-            iterations=event.iterations,
-            stop_reason=f"STOP_REASON_{event.reason.name}",
-            elapsed=_duration(event.elapsed_s),
-        )
+        result.losses.CopyFrom(_losses(event.losses))
+        result.iterations = event.iterations
+        result.stop_reason = getattr(pb, f"STOP_REASON_{event.reason.name}")
+        result.elapsed.FromMicroseconds(round(event.elapsed_s * 1e6))
 
 
 def job_message(job: Job) -> pb.Job:

@@ -66,11 +66,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         request.spec.ClearField("frames")
         request.spec.ClearField("checkpoints")
         try:
-            async for event in self._made(request, call).events():
-                if event.HasField("accepted"):
-                    response.accepted.CopyFrom(event.accepted)
-                elif event.HasField("result"):
-                    response.result.CopyFrom(event.result)
+            async for told in self._made(request, call).responses(pb.StylizeStreamResponse):
+                if told.event.HasField("accepted"):
+                    response.accepted.CopyFrom(told.event.accepted)
+                elif told.event.HasField("result"):
+                    response.result.CopyFrom(told.event.result)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -83,9 +83,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._call("StylizeStream", context)
         try:
             refuse(check_no_credit(request.spec.frames, "spec.frames"))
-            async for event in self._made(request, call).events():
-                with call.writing():
-                    yield pb.StylizeStreamResponse(event=event)
+            async for response in self._made(request, call).responses(pb.StylizeStreamResponse):
+                with call.writing:
+                    yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -100,7 +100,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             first = await anext(requests, None)
             controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
-                with call.writing():
+                with call.writing:
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -112,9 +112,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
-            async for event in self._watched(job, call, request, after=request.after_sequence).events():
-                with call.writing():
-                    yield pb.WatchJobResponse(event=event)
+            view = self._watched(job, call, request, after=request.after_sequence)
+            async for response in view.responses(pb.WatchJobResponse):
+                with call.writing:
+                    yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
