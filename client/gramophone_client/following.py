@@ -15,6 +15,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.connection import Connection
 from gramophone_client.errors import (
     ConnectionFailed,
+    DeadlineExceeded,
     GramophoneError,
     ImageNotFound,
     JobNotFound,
@@ -165,6 +166,8 @@ class Following:
             if not self._job_id or not (is_lost(error) or isinstance(error, ShuttingDown)):
                 raise error
             self._loss = _Loss(error, time.monotonic(), gone=isinstance(error, ShuttingDown))
+        elif isinstance(error, DeadlineExceeded):  # the call's time ended during the search
+            raise self._loss.error from error
         elif isinstance(error, JobNotFound) and self._movable():
             self._loss.gone = True
         elif not (is_lost(error) or isinstance(error, ConnectionFailed | QueueFull)):
