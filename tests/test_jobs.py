@@ -100,7 +100,7 @@ def registry(loop):
     def make(**limits):
         withdrawn = []
         scheduler = types.SimpleNamespace(withdrawn=withdrawn, withdraw=withdrawn.append)
-        return Jobs(scheduler, Limits(**limits), loop, clock=lambda: loop.now)
+        return Jobs(scheduler, Limits(**limits), loop=loop, clock=lambda: loop.now)
 
     return make
 

@@ -21,10 +21,12 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
 from gramophone_server import errors, main, status, worker
-from gramophone_server.calls import Call
+from gramophone_server.access import AccessLog
+from gramophone_server.calls import Calls
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
 from gramophone_server.images import Format, encode
+from gramophone_server.metrics import Metrics
 from gramophone_server.requests import Admission
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
@@ -54,7 +56,8 @@ def spec(iterations=5, **recipe):
 async def serving(engine, limits=None, load=None, **options):
     limits = limits or Limits()
     server = grpc.aio.server(options=main.server_options(limits))
-    scheduler = Scheduler(load or (lambda: engine), limits)
+    metrics = options.setdefault("metrics", Metrics())
+    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
     servicer = Servicer(scheduler, limits, **options)
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -617,8 +620,13 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
     notices, left = [], []
-    context = types.SimpleNamespace(add_done_callback=notices.append, time_remaining=lambda: None)
-    call = Call("Stylize", context, over=lambda call: None, max_blocked_s=30)
+    context = types.SimpleNamespace(
+        add_done_callback=notices.append,
+        time_remaining=lambda: None,
+        invocation_metadata=tuple,
+        peer=lambda: "ipv4:127.0.0.1:1",
+    )
+    call = Calls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
     for notice in notices:
         notice(context)
     call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")

@@ -109,6 +109,11 @@ class Job:
         self.progress: Progress | None = None  # the newest
         self.result: Finished | None = None
         self.error: GramophoneError | None = None
+        # Seconds from its request on, which the steps of a wall clock do not change.
+        self.waited_s: float | None = None  # until it began
+        self.first_frame_s: float | None = None  # until somebody's first picture was taken
+        self.lasted_s: float | None = None  # until it ended
+        self._made_at = time.monotonic()
         self._jobs = jobs
         self._lock = threading.Lock()
         self._history = History()
@@ -231,7 +236,8 @@ class Job:
         with self._lock:
             if not self.ended:
                 self.state, self.position = State.RUNNING, 0
-                self.started_at = self.started_at or self._jobs.clock()
+                if self.started_at is None:
+                    self.started_at, self.waited_s = self._jobs.clock(), self._age_s
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
@@ -279,6 +285,8 @@ class Job:
                     self.position = position
                 case Progress():
                     self.progress = event
+                case Frame() if self.first_frame_s is None:
+                    self.first_frame_s = self._age_s
                 case Paused():
                     self.state = State.PAUSED
                 case Resumed():
@@ -294,8 +302,12 @@ class Job:
             if isinstance(event, Finished):
                 self._end(State.SUCCEEDED)
 
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._made_at
+
     def _end(self, state: State) -> None:
-        self.state, self.ended_at = state, self._jobs.clock()
+        self.state, self.ended_at, self.lasted_s = state, self._jobs.clock(), self._age_s
         if not isinstance(self.error, Diverged):
             self._history.forget_frame()
         for mailbox in self._watchers:
@@ -308,13 +320,15 @@ class Job:
 class Jobs:
     """The jobs of one server: those under way, and for a bounded while those that have ended.
 
-    `loop` (its timers) and `clock` (seconds of the epoch) are for tests to replace.
+    `ended` hears of each job's end, on the event loop. `loop` (its timers) and `clock` (seconds of the epoch) are for tests to
+    replace.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         limits: Limits,
+        ended: Callable[[Job], None] = lambda job: None,
         loop: asyncio.AbstractEventLoop | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -322,6 +336,7 @@ class Jobs:
         self.loop = loop or asyncio.get_running_loop()
         self.clock = clock
         self.limits = limits
+        self._hear_of_end = ended
         self._created = 0
         self._jobs: dict[str, Job] = {}  # by id, oldest first
         self._requests: dict[str, Job] = {}  # by request_id
@@ -357,6 +372,7 @@ class Jobs:
 
     def keep(self, job: Job) -> None:
         """Keeps a job that has ended as long as there is room and time for it. One that was refused is not kept."""
+        self._hear_of_end(job)
         if job.plan is None or job.id not in self._jobs:  # the registry was closed
             self._forget(job)
             return

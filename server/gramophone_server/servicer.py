@@ -14,17 +14,20 @@ from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.calls import Call, Context
+from gramophone_server.access import AccessLog
+from gramophone_server.calls import Call, Calls, Context
 from gramophone_server.checks import check_first, check_no_credit, check_page, check_request_id, check_watch
 from gramophone_server.config import Limits
 from gramophone_server.control import Controller
-from gramophone_server.errors import EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
+from gramophone_server.errors import Cancelled, EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.jobs import Job, Jobs
 from gramophone_server.mailbox import CheckpointRule, FrameRule
 from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
+from gramophone_server.metrics import Metrics
 from gramophone_server.requests import Admission, refuse, spec_digest
 from gramophone_server.scheduler import Place, Scheduler
-from gramophone_server.uploads import Upload
+from gramophone_server.status import reason
+from gramophone_server.uploads import Upload, Uploads
 from gramophone_server.work import CacheCounts
 
 __all__ = ["Servicer"]
@@ -37,21 +40,33 @@ PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
 class Servicer(pb_grpc.StyleTransferServiceServicer):
     """StyleTransferService of one server."""
 
-    def __init__(self, scheduler: Scheduler, limits: Limits, *, list_jobs: bool = False) -> None:
-        self.jobs = Jobs(scheduler, limits)
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: Limits,
+        *,
+        list_jobs: bool = False,
+        metrics: Metrics | None = None,
+        access: AccessLog | None = None,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self.jobs = Jobs(scheduler, limits, self._job_ended)
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
         self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
         self._preparations: set[asyncio.Task[None]] = set()  # asyncio itself does not hold its tasks
-        self._calls: set[Call] = set()
-        self._no_calls = asyncio.Event()
-        self._no_calls.set()
+        self._calls = Calls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
+
+    @property
+    def uploads(self) -> Uploads:
+        """The images that are kept for jobs to come."""
+        return self._admission.uploads
 
     async def idle(self) -> None:
         """Returns when no RPC is under way."""
-        await self._no_calls.wait()
+        await self._calls.idle()
 
     def close(self) -> None:
         """Gives the threads back, and forgets all jobs."""
@@ -61,7 +76,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
         """See the proto."""
-        call = self._call("Stylize", context)
+        call = self._calls.begin("Stylize", context)
         response = pb.StylizeResponse()
         request.spec.ClearField("frames")
         request.spec.ClearField("checkpoints")
@@ -80,11 +95,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request: pb.StylizeStreamRequest, context: Context
     ) -> AsyncIterator[pb.StylizeStreamResponse]:
         """See the proto."""
-        call = self._call("StylizeStream", context)
+        call = self._calls.begin("StylizeStream", context)
         try:
             refuse(check_no_credit(request.spec.frames, "spec.frames"))
             async for response in self._made(request, call).responses(pb.StylizeStreamResponse):
-                with call.writing:
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -94,13 +109,14 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
     ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
         """See the proto."""
-        call = self._call("StylizeInteractive", context)
+        call = self._calls.begin("StylizeInteractive", context)
         try:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
+            call.received()
             controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
-                with call.writing:
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -108,13 +124,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         """See the proto."""
-        call = self._call("WatchJob", context)
+        call = self._calls.begin("WatchJob", context)
         try:
             refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             view = self._watched(job, call, request, after=request.after_sequence)
             async for response in view.responses(pb.WatchJobResponse):
-                with call.writing:
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -122,7 +138,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         """See the proto."""
-        call = self._call("GetJob", context)
+        call = self._calls.begin("GetJob", context)
         try:
             response = pb.GetJobResponse(job=job_message(self.jobs.find(request.job_id)))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -132,7 +148,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         """See the proto."""
-        call = self._call("ListJobs", context)
+        call = self._calls.begin("ListJobs", context)
         try:
             if not self._list_jobs:
                 raise ListingDisabled
@@ -151,7 +167,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         """See the proto."""
-        call = self._call("CancelJob", context)
+        call = self._calls.begin("CancelJob", context)
         try:
             job = self.jobs.find(request.job_id)
             job.cancel()
@@ -165,10 +181,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
     ) -> pb.UploadImageResponse:
         """See the proto."""
-        call = self._call("UploadImage", context)
+        call = self._calls.begin("UploadImage", context)
         try:
             upload = Upload(self._limits)
             async for request in request_iterator:
+                call.received()
                 upload.add(request.chunk)
             response = await self._admission.kept(upload)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -178,7 +195,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""
-        call = self._call("GetServerInfo", context)
+        call = self._calls.begin("GetServerInfo", context)
         try:
             engine = self._scheduler.engine
             response = pb.GetServerInfoResponse(
@@ -194,7 +211,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 queued_jobs=self._scheduler.queued,
                 paused_jobs=self._scheduler.paused,
                 style_cache=_cache_stats(engine.style_cache),
-                uploads=_cache_stats(self._admission.uploads.counts),
+                uploads=_cache_stats(self.uploads.counts),
             )
             wait_s = self._scheduler.estimated_wait_s()
             if wait_s is not None:
@@ -203,17 +220,6 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             await call.fail(error)
         call.succeeded()
         return response
-
-    def _call(self, method: str, context: Context) -> Call:
-        call = Call(method, context, self._over, self._limits.max_blocked_s)
-        self._calls.add(call)
-        self._no_calls.clear()
-        return call
-
-    def _over(self, call: Call) -> None:
-        self._calls.discard(call)
-        if not self._calls:
-            self._no_calls.set()
 
     def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
         """The job of a controller's first message."""
@@ -238,7 +244,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = self.jobs.of_request(request_id)
         attached = job is not None
         if job is None:
-            place = self._scheduler.reserve()  # before anything is hashed or decoded
+            place = self._reserved()  # before anything is hashed or decoded
             grace_s = _seconds(spec.detach_grace)
             job = self.jobs.create(request_id, spec_digest(spec) if request_id else b"", grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
@@ -251,6 +257,21 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         else:
             refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
         return self._watched(job, call, spec, attached=attached, controls=controls)
+
+    def _reserved(self) -> Place:
+        try:
+            return self._scheduler.reserve()
+        except GramophoneError as error:
+            self._metrics.job_rejected(reason(error))
+            raise
+
+    def _job_ended(self, job: Job) -> None:
+        assert job.lasted_s is not None, "it has ended"
+        if job.plan is None and job.error is not None and not isinstance(job.error, Cancelled):
+            self._metrics.job_rejected(reason(job.error))
+            return
+        outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
+        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
 
     def _watched(
         self,
