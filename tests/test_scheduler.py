@@ -53,7 +53,7 @@ def submit(scheduler, job=None, frames=None, place=None, deadline_at=None):
     """A job with one watcher."""
     job = job or work()
     with place or scheduler.reserve() as held:
-        listener = Jobs(scheduler, Limits()).create("", b"", 0.0, Encoding(Format.PNG, 0))
+        listener = Jobs(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
         watcher = listener.watch(frames)
         listener.submit(held, job, deadline_at)
     return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)

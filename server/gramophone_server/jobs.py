@@ -91,11 +91,11 @@ class Job:
     Other threads may read its attributes, whose changes are whole.
     """
 
-    def __init__(self, jobs: Jobs, ordinal: int, request_id: str, digest: bytes, grace_s: float, encoding: Encoding):
+    def __init__(self, jobs: Jobs, ordinal: int, request_id: str, grace_s: float, encoding: Encoding):
         self.id = str(uuid.uuid4())  # 122 bits from the system's source of randomness: nobody guesses it
         self.ordinal = ordinal  # of those that this process made
         self.request_id = request_id
-        self.digest = digest  # of what was asked for
+        self.digest = b""  # of what was asked for; set before it is submitted
         self.grace_s = grace_s
         self.encoding = encoding  # of the result
         self.admitted: Plan | None = None
@@ -345,10 +345,10 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def create(self, request_id: str, digest: bytes, grace_s: float, encoding: Encoding) -> Job:
+    def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
         """A job that has no work yet; see `Job.submit`."""
         self._created += 1
-        job = Job(self, self._created, request_id, digest, grace_s, encoding)
+        job = Job(self, self._created, request_id, grace_s, encoding)
         self._jobs[job.id] = job
         if request_id:
             self._requests[request_id] = job

@@ -24,7 +24,7 @@ from gramophone_server.jobs import Job, Jobs
 from gramophone_server.mailbox import CheckpointRule, FrameRule
 from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
 from gramophone_server.metrics import Metrics
-from gramophone_server.requests import Admission, refuse, spec_digest
+from gramophone_server.requests import Admission, refuse
 from gramophone_server.scheduler import Place, Scheduler
 from gramophone_server.status import reason
 from gramophone_server.uploads import Upload, Uploads
@@ -56,7 +56,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._list_jobs = list_jobs
         self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
-        self._preparations: set[asyncio.Task[None]] = set()  # asyncio itself does not hold its tasks
+        self._preparations: dict[Job, asyncio.Task[None]] = {}
         self._calls = Calls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
 
     @property
@@ -81,7 +81,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         request.spec.ClearField("frames")
         request.spec.ClearField("checkpoints")
         try:
-            async for told in self._made(request, call).responses(pb.StylizeStreamResponse):
+            async for told in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
                 if told.event.HasField("accepted"):
                     response.accepted.CopyFrom(told.event.accepted)
                 elif told.event.HasField("result"):
@@ -98,7 +98,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._calls.begin("StylizeStream", context)
         try:
             refuse(check_no_credit(request.spec.frames, "spec.frames"))
-            async for response in self._made(request, call).responses(pb.StylizeStreamResponse):
+            async for response in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
                 with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -114,7 +114,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             requests = aiter(request_iterator)
             first = await anext(requests, None)
             call.received()
-            controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
+            controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
                 with call.sending(response):
                     yield response
@@ -221,17 +221,17 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call.succeeded()
         return response
 
-    def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
+    async def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
         """The job of a controller's first message."""
         refuse(check_first(first))
         assert first is not None, "its absence was refused"
         if first.HasField("start"):
-            return self._made(first.start, call, controls=True)
+            return await self._made(first.start, call, controls=True)
         refuse(check_watch(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
         return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
-    def _made(
+    async def _made(
         self,
         request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
         call: Call,
@@ -241,22 +241,35 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
         spec, request_id = request.spec, request.request_id.lower()
         refuse(check_request_id(request_id))
-        job = self.jobs.of_request(request_id)
+        job = await self._made_before(request_id, spec)
         attached = job is not None
         if job is None:
             place = self._reserved()  # before anything is hashed or decoded
             grace_s = _seconds(spec.detach_grace)
-            job = self.jobs.create(request_id, spec_digest(spec) if request_id else b"", grace_s, result_encoding(spec))
+            job = self.jobs.create(request_id, grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
             deadline_at = None if grace_s else call.deadline_at
             preparation = asyncio.create_task(self._prepare(job, place, spec, deadline_at))
-            self._preparations.add(preparation)
-            preparation.add_done_callback(self._preparations.discard)
-        elif job.digest != spec_digest(spec):
-            raise RequestIdTaken(request_id)
+            self._preparations[job] = preparation
+            preparation.add_done_callback(lambda _: self._preparations.pop(job))
         else:
             refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
         return self._watched(job, call, spec, attached=attached, controls=controls)
+
+    async def _made_before(self, request_id: str, spec: pb.JobSpec) -> Job | None:
+        """The job that an earlier request of this id made. Raises `RequestIdTaken` if that asked for something else."""
+        digest = None
+        # Looked for again after each wait: it may have failed meanwhile, and then the request is a new one.
+        while (job := self.jobs.of_request(request_id)) is not None:
+            if job in self._preparations:  # what it was asked for is known when that has ended
+                await asyncio.wait([self._preparations[job]])
+            elif digest is None:
+                digest = await self._admission.digest(spec)
+            elif digest != job.digest:
+                raise RequestIdTaken(request_id)
+            else:
+                return job
+        return None
 
     def _reserved(self) -> Place:
         try:
@@ -295,7 +308,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
             with place:
-                job.submit(place, await self._admission.work(spec, deadline_at), deadline_at)
+                work = await self._admission.work(spec, deadline_at)
+                if job.request_id:
+                    job.digest = await self._admission.digest(spec)
+                job.submit(place, work, deadline_at)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))
