@@ -105,7 +105,7 @@ class Job:
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.expires_at: float | None = None
-        self.position = 0  # jobs before this one, while it is queued
+        self.position = 0  # in the queue, while it is there; 0 is about to begin
         self.progress: Progress | None = None  # the newest
         self.result: Finished | None = None
         self.error: GramophoneError | None = None
@@ -205,7 +205,7 @@ class Job:
         return True
 
     def cancel(self) -> None:
-        """Ends the job with `Cancelled`, at once for its watchers and within one iteration for the engine. Does nothing
+        """Ends the job with `Cancelled`, at once for its watchers and within a slice (20 ms, or an iteration) for the engine. Does nothing
         to one that has ended."""
         self.fail(Cancelled())
         self._jobs.scheduler.withdraw(self)
