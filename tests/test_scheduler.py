@@ -12,6 +12,7 @@ from gramophone.recipe import Recipe
 from gramophone_server.commands import Pause
 from gramophone_server.config import Limits
 from gramophone_server.errors import (
+    DeadlineUnattainable,
     Diverged,
     EngineFailed,
     NotReady,
@@ -179,6 +180,51 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
             scheduler.reserve()
         assert caught.value.retry_after_s > 900 * 0.02  # a busy machine needs longer for its 997 iterations
         job.cancel()
+
+
+async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
+    engine, one = FakeEngine(iteration_s=0.01), work(1)
+    pixels, shape = 64 * 32, one.shape
+    async with scheduling(engine) as scheduler:
+        scheduler.require_time(10**9 * pixels, shape, 0.0, left_s=0.1)  # nothing was measured, so nothing is known
+        await kinds(submit(scheduler, work(10)))
+        scheduler.require_time(1000 * pixels, shape, 0.0, left_s=10**6)
+        with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
+            scheduler.require_time(1000 * pixels, shape, 0.0, left_s=9)
+        assert alone.value.retry_after_s is None  # it takes 10 s by itself
+        scheduler.require_time(1000 * pixels, shape, 5.0, left_s=9)  # its time budget ends it before
+
+        long = submit(scheduler, work(100_000))
+        await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
+        with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
+            scheduler.require_time(pixels, shape, 0.5, left_s=60)
+        assert behind.value.retry_after_s > 500
+        long.cancel()
+
+
+async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
+    engine = FakeEngine(memory_bytes=1000 * 64 * 32)
+    async with scheduling(engine) as scheduler:
+        scheduler.require_memory(work().shape)
+        with pytest.raises(OutOfDeviceMemory, match="too little memory for a 128x64 picture"):
+            scheduler.require_memory(work(size=128).shape)
+        assert scheduler.queued == 0
+
+
+async def test_who_must_be_done_early_begins_before_those_who_came_earlier():
+    engine = FakeEngine()
+    async with scheduling(engine, max_running=1) as scheduler:
+        await kinds(submit(scheduler))  # so that a speed is known
+        engine.go.clear()
+        engine.under_way.clear()
+        running = submit(scheduler)
+        await until(engine.under_way.is_set)
+        now = time.monotonic()
+        patient, late, early = (submit(scheduler, deadline_at=at) for at in (None, now + 60, now + 30))
+        engine.go.set()
+        for job in (running, patient, late, early):
+            assert (await kinds(job))[-1] == "Finished"
+    assert engine.begun[1:] == [job.work for job in (running, early, late, patient)]
 
 
 async def test_cancel_stops_a_running_job_within_an_iteration():
