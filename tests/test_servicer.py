@@ -21,7 +21,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
-from gramophone_server import errors, images, main, status, worker
+from gramophone_server import errors, handlers, images, main, status, worker
 from gramophone_server.access import AccessLog
 from gramophone_server.calls import Calls
 from gramophone_server.checks import check_spec
@@ -60,7 +60,7 @@ async def serving(engine, limits=None, load=None, **options):
     metrics = options.setdefault("metrics", Metrics())
     scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
     servicer = Servicer(scheduler, limits, **options)
-    pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)
+    handlers.add_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     scheduler.start()

@@ -8,24 +8,32 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import grpc
 
+from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.access import AccessLog, trace_id
-from gramophone_server.errors import EngineFailed, GramophoneError, SlowReader
+from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, SlowReader
 from gramophone_server.jobs import Job
 from gramophone_server.mailbox import Mailbox
 from gramophone_server.metrics import METHODS, Metrics
 from gramophone_server.status import reason, refusal
 
-__all__ = ["Call", "Calls", "Context", "Response"]
+__all__ = ["Call", "Calls", "Context", "Malformed", "Response"]
 
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Response: TypeAlias = pb.StylizeStreamResponse | pb.WatchJobResponse | pb.StylizeInteractiveResponse
+
+
+class Malformed(NamedTuple):
+    """What came instead of a request."""
+
+    wanted: str  # full name of the message
+    bytes: int
 
 
 class Calls:
@@ -87,13 +95,14 @@ class Call:
         # CancelledError in the handler, and `context.cancelled()` stays false.
         context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stub asks for a class of its own
         self._metrics.rpc_began(self._method)
-        if not self._method.client_streams:
-            self.received()
 
-    def received(self) -> None:
-        """A message of the client has come; of one that sends no stream, it came with the call."""
+    def received(self, request: object) -> None:
+        """A message of the client has come. Raises `InvalidRequest` if it is none."""
         self._received += 1
         self._metrics.message_received(self._method)
+        if isinstance(request, Malformed):
+            wanted = f"must be a {request.wanted}, got {request.bytes} bytes that cannot be read as one"
+            raise InvalidRequest([Violation("request", f"{wanted}; make the client's stubs from this server's proto")])
 
     def sending(self, response: Response) -> Writing:
         """`with`: the message is on its way."""

@@ -82,7 +82,7 @@ class Controller:
     async def _obey(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: Call) -> None:
         """Returns when the client has closed its side, which gives the control up."""
         async for request in requests:
-            call.received()
+            call.received(request)
             if request.WhichOneof("command") == "ack":
                 self._mailbox.acknowledge(request.ack.sequence)
                 continue
@@ -94,9 +94,12 @@ class Controller:
         self._job.give_up_control(self._mailbox)
 
     def _obeyed(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, GramophoneError):  # else: bytes that are no command, so nobody knows what it was to do
             log.error("the commands of job=%s failed", self._job.id, exc_info=error)
-            self._mailbox.end(EngineFailed())
+            error = EngineFailed()
+        self._mailbox.end(error)
 
     async def _carried_out(self, request: pb.StylizeInteractiveRequest) -> Answer:
         try:

@@ -24,8 +24,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_server import config
+from gramophone_server import config, handlers
 from gramophone_server.access import AccessLog
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
@@ -95,7 +94,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=access)
     vitals = Vitals(scheduler, servicer.uploads, metrics, version())
     health_servicer = health.aio.HealthServicer()
-    pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    handlers.add_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if settings.reflection:
         _add_reflection(server)

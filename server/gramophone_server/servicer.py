@@ -78,9 +78,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("Stylize", context)
         response = pb.StylizeResponse()
-        request.spec.ClearField("frames")
-        request.spec.ClearField("checkpoints")
         try:
+            call.received(request)
+            request.spec.ClearField("frames")
+            request.spec.ClearField("checkpoints")
             async for told in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
                 if told.event.HasField("accepted"):
                     response.accepted.CopyFrom(told.event.accepted)
@@ -97,6 +98,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("StylizeStream", context)
         try:
+            call.received(request)
             refuse(check_no_credit(request.spec.frames, "spec.frames"))
             async for response in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
                 with call.sending(response):
@@ -113,7 +115,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
-            call.received()
+            if first is not None:
+                call.received(first)
             controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
                 with call.sending(response):
@@ -126,6 +129,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("WatchJob", context)
         try:
+            call.received(request)
             refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             view = self._watched(job, call, request, after=request.after_sequence)
@@ -140,6 +144,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("GetJob", context)
         try:
+            call.received(request)
             response = pb.GetJobResponse(job=job_message(self.jobs.find(request.job_id)))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -150,6 +155,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("ListJobs", context)
         try:
+            call.received(request)
             if not self._list_jobs:
                 raise ListingDisabled
             refuse(check_page(request))
@@ -169,6 +175,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("CancelJob", context)
         try:
+            call.received(request)
             job = self.jobs.find(request.job_id)
             job.cancel()
             response = pb.CancelJobResponse(job=job_message(job))
@@ -185,7 +192,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             upload = Upload(self._limits)
             async for request in request_iterator:
-                call.received()
+                call.received(request)
                 upload.add(request.chunk)
             response = await self._admission.kept(upload)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -197,6 +204,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("GetServerInfo", context)
         try:
+            call.received(request)
             engine = self._scheduler.engine
             response = pb.GetServerInfoResponse(
                 version=version(),
