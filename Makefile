@@ -7,7 +7,7 @@ OPS := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cp
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix cuda-build gpu-check other-clients proto gallery bench serve wheel image clean
+.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench serve wheel image clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -47,6 +47,9 @@ GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 gpu-check: ## the CUDA ops compiled for this machine's GPU, tested and timed on it
 	GRAMOPHONE_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=proto:server:client:. $(GPU_PYTHON) -m benchmarks.gpu_check
+
+fuzz: install ## COUNT bad inputs against a server: damaged pictures, bombs, nonsense (20,000 in two minutes)
+	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
 
 other-clients: install ## what tests and load tests need of Node.js and k6: clients that share no code with ours
 	npm ci --prefix examples/node --no-fund --no-audit

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import itertools
 import json
 import struct
 import zlib
@@ -12,6 +13,7 @@ from gramophone_server import images
 from gramophone_server.config import Limits
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import Format
+from tests.bad_input.pictures import good, jpeg_of_scans
 
 LIMITS = Limits()
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -148,6 +150,11 @@ def test_far_larger_than_needed_comes_reduced_but_not_below(format):
         assert picture[0].float().mean() > 250
 
 
+def test_a_thin_jpeg_keeps_its_shorter_side():
+    assert decoded(encoded(Image.new("RGB", (1048, 24)), "JPEG"), needed=16).shape == (3, 24, 1048)
+    assert decoded(encoded(Image.new("RGB", (80, 4000)), "JPEG"), needed=64).shape == (3, 1000, 20)
+
+
 def test_a_thin_picture_keeps_its_shorter_side():
     assert min(decoded(encoded(Image.new("RGB", (1600, 20))), needed=64).shape[1:]) >= 16
 
@@ -204,6 +211,39 @@ def test_size_is_checked_before_pixels_are_decoded(monkeypatch):
         "send a smaller image"
     )
     assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels"
+
+
+def test_a_webp_with_a_huge_canvas_is_refused_before_there_is_room_for_it(monkeypatch):
+    data = bytearray(
+        encoded(Image.new("RGB", (32, 32)), "WEBP", save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
+    )
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = b"\xff\x3f\0" * 2
+    monkeypatch.setattr(images.Image, "open", None)
+    assert refused(bytes(data)).startswith("is 16384x16384, 268435456 pixels; at most 32000000 are taken")
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(monkeypatch):
+    few = jpeg_of_scans(64, images.MOST_SCANS - 1)  # and the first one
+    assert decoded(few).shape == (3, 64, 64)
+    monkeypatch.setattr(images.Image, "open", None)
+    assert refused(jpeg_of_scans(64, images.MOST_SCANS)) == (
+        "is a JPEG of 201 scans; at most 200 are taken; save it as an ordinary JPEG"
+    )
+
+
+def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
+    """Pillow opens a palette's picture without its palette, and stumbles over it later."""
+    data = good()["png, palette"]
+    bounds = [0, 8]
+    while bounds[-1] < len(data):
+        bounds.append(bounds[-1] + 12 + struct.unpack_from(">I", data, bounds[-1])[0])
+    chunks = [data[start:end] for start, end in itertools.pairwise(bounds)]
+    outcomes = set()
+    for order in itertools.permutations(chunks[2:]):
+        with contextlib.suppress(InvalidRequest):
+            outcomes.add(decoded(b"".join((*chunks[:2], *order))).shape)
+    assert outcomes == {(3, 24, 24)}
 
 
 def test_bytes_are_checked_first():

@@ -1,8 +1,8 @@
 """The size of an encoded picture from its first bytes, for estimates before anything is decoded.
 
 Pillow tells it too, but decompresses texts and profiles that stand before the pixels, and for WebP allocates the whole
-canvas. This takes microseconds whatever the bytes are, so it can run on the event loop. It decides nothing: whether a
-picture is one, and how large it really is, `images` says.
+canvas. This takes microseconds whatever the bytes are, so it can run on the event loop. It can show that a picture is too
+large; whether it is one, and how large it really is, `images` says.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from gramophone.recipe import Violation
+from gramophone_server import headers
 from gramophone_server.config import Limits, variable
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.job import SMALLEST_SIDE, fit
@@ -28,6 +29,11 @@ METADATA_KEY = "gramophone"
 # Pillow's own pixel limit only warns up to twice its value, and knows nothing of ours, which `_refuse` applies to the
 # size in the header.
 Image.MAX_IMAGE_PIXELS = None
+
+
+# Of a JPEG. Programs write up to some 20. Each makes the decoder visit all blocks anew and need not be longer than 14 bytes, so
+# that 100,000 of them keep it busy for 20 s at 4 megapixels.
+MOST_SCANS = 200
 
 
 class Format(StrEnum):
@@ -63,9 +69,16 @@ def decode(data: bytes, field: str, limits: Limits, needed: int) -> Tensor:
     `needed` or more; this bounds what a waiting job keeps in memory. Raises `InvalidRequest` that names `field`.
     """
     with _opened(data, field, limits) as image:
+        # Not so far that a thin picture loses its shorter side.
+        needed = max(needed, -(-SMALLEST_SIDE * max(image.size) // min(image.size)))
         image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is enough
-        _attempt(image.load, field, _damaged(image.format))
-        rgb = _to_srgb(_oriented(_reduced(_plain(image), needed), image), image.info.get("icc_profile"))
+
+        def picture() -> Image.Image:
+            image.load()
+            return _to_srgb(_oriented(_reduced(_plain(image), needed), image), image.info.get("icc_profile"))
+
+        # All of it: what loads may still be in pieces, such as a palette's picture without its palette.
+        rgb = _attempt(picture, field, _damaged(image.format))
     # `bytearray`, as a tensor must own memory that may be written to.
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
@@ -115,6 +128,12 @@ def _opened(data: bytes, field: str, limits: Limits) -> Image.Image:
             f"has {len(data)} bytes; at most {limits.max_image_bytes} are taken "
             f"(server setting {variable('max_image_bytes')}); send a smaller or more compressed image",
         )
+    if (told := headers.size(data)) is not None:  # before Pillow makes room for the canvas of a WebP
+        _refuse_pixels(*told, field, limits)
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+        raise _refusal(
+            field, f"is a JPEG of {scans} scans; at most {MOST_SCANS} are taken; save it as an ordinary JPEG"
+        )
     image = _attempt(lambda: Image.open(io.BytesIO(data), formats=tuple(Format)), field, _what_instead(data))
     _refuse(image, field, limits)
     return image
@@ -156,18 +175,22 @@ def _what_instead(data: bytes) -> str:
 def _refuse(image: Image.Image, field: str, limits: Limits) -> None:
     """Refuses what the header tells already."""
     width, height = image.size
-    if width * height > limits.max_image_pixels:
-        raise _refusal(
-            field,
-            f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are taken "
-            f"(server setting {variable('max_image_pixels')}); send a smaller image",
-        )
+    _refuse_pixels(width, height, field, limits)
     if min(width, height) < SMALLEST_SIDE:
         raise _refusal(field, f"is {width}x{height}; each side must have at least {SMALLEST_SIDE} pixels")
     # A JPEG of several pictures (MPO) is what many phones write for one photo; its first picture is the photo.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in (Format.PNG, Format.WEBP):
         raise _refusal(field, f"is an animation of {frames} pictures; send a single picture")
+
+
+def _refuse_pixels(width: int, height: int, field: str, limits: Limits) -> None:
+    if width * height > limits.max_image_pixels:
+        raise _refusal(
+            field,
+            f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are taken "
+            f"(server setting {variable('max_image_pixels')}); send a smaller image",
+        )
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -190,8 +213,6 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _reduced(image: Image.Image, needed: int) -> Image.Image:
     factor = max(image.size) // needed
-    # Not so far that a thin picture loses its shorter side.
-    factor = min(factor, min(image.size) // SMALLEST_SIDE)
     return image.reduce(factor) if factor > 1 else image
 
 

@@ -22,7 +22,7 @@ from gramophone.wire import recipe_from_message
 from gramophone_server import checkpoint, headers, images
 from gramophone_server.checkpoint import Checkpoint
 from gramophone_server.checks import check_result, check_resumed, check_spec
-from gramophone_server.config import Limits
+from gramophone_server.config import DECODERS, Limits
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.job import SMALLEST_SIDE, StyleJob
 from gramophone_server.scheduler import Scheduler
@@ -32,9 +32,6 @@ from gramophone_server.work import Shape, Work
 __all__ = ["Admission", "refuse", "spec_digest"]
 
 T = TypeVar("T")
-
-# One more does not help while the compute thread has the cores, and each may hold 12 bytes a pixel.
-DECODERS = 2
 
 
 @dataclass(eq=False)
