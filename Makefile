@@ -66,6 +66,7 @@ bench: install ## the tables of benchmarks/RESULTS.md, in a quarter of an hour
 	$(BIN)/python -m benchmarks.iteration --sizes 256,512 --profile
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.jobs
+	$(BIN)/python -m benchmarks.crowd
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.precision
 

@@ -97,6 +97,31 @@ async def test_sigterm_drains_while_health_is_watched(capsys):
         assert await asyncio.wait_for(p.task, 5) is True
 
 
+async def test_health_and_control_are_there_when_no_job_more_is(capsys):
+    engine = FakeEngine()
+    async with Process(capsys, engine, max_running=1, max_queued=1) as p:
+        await p.line("ready in ")
+        engine.go.clear()
+        jobs = [p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())) for _ in range(2)]
+        ids = [(await job.read()).event.accepted.job_id for job in jobs]
+        got = await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert [await p.health(name) for name in ("", main.SERVICE)] == [SERVING, SERVING]
+        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=main.SERVICE))
+        assert (await watch.read()).status == SERVING
+        watch.cancel()
+        assert (await p.stub.GetServerInfo(pb.GetServerInfoRequest())).queued_jobs == 1
+        assert (await p.stub.GetJob(pb.GetJobRequest(job_id=ids[1]))).job.queue_position == 1
+        watcher = p.stub.WatchJob(pb.WatchJobRequest(job_id=ids[0]))
+        assert (await watcher.read()).event.HasField("accepted")
+        cancelled = await p.stub.CancelJob(pb.CancelJobRequest(job_id=ids[1]))
+        assert cancelled.job.state == pb.JOB_STATE_CANCELLED
+        engine.go.set()
+        while (response := await watcher.read()) is not grpc.aio.EOF:
+            last = response.event
+        assert last.HasField("result")
+
+
 async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
     engine = FakeEngine(iteration_s=0.001)
     async with Process(capsys, engine, drain_s=0.05) as p:

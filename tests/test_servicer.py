@@ -618,6 +618,21 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
     assert "failed" not in caplog.text
 
 
+async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in_nothing():
+    async with serving(FakeEngine(iteration_s=0.002)) as s:
+        within = await s.stub.Stylize(pb.StylizeRequest(spec=spec(5000, time_budget=0.2)), timeout=10)
+        assert within.result.stop_reason == pb.STOP_REASON_TIME_BUDGET
+        assert 1 <= within.result.iterations <= 100 and within.result.image.data
+        job = (await s.stub.GetJob(pb.GetJobRequest(job_id=within.accepted.job_id))).job
+        assert (job.state, job.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_TIME_BUDGET)
+        # With a grace the server refuses no deadline beforehand; nor does it then end the job with it.
+        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(5000)), timeout=0.5))
+        assert (late.code, late.trailers) == (grpc.StatusCode.DEADLINE_EXCEEDED, {})
+        (lost,) = [job for job in s.servicer.jobs.newest_first() if not job.ended]
+        assert lost.result is None
+        lost.cancel()
+
+
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
     notices, left = [], []
