@@ -12,6 +12,7 @@ from gramophone.recipe import Recipe
 from gramophone_server.commands import Pause
 from gramophone_server.config import Limits
 from gramophone_server.errors import (
+    DeadlineUnattainable,
     Diverged,
     EngineFailed,
     NotReady,
@@ -179,6 +180,25 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
             scheduler.reserve()
         assert caught.value.retry_after_s > 900 * 0.02  # a busy machine needs longer for its 997 iterations
         job.cancel()
+
+
+async def test_those_whose_images_are_being_decoded_are_reckoned_with():
+    engine = FakeEngine()
+    engine.go.clear()
+    job = work(iterations=10)
+    asked = job.pixels_left, job.shape, 0.0
+    async with scheduling(engine) as scheduler:
+        scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
+        with scheduler.reserve() as first, scheduler.reserve() as second:
+            first.require_time(*asked, 15)
+            with pytest.raises(DeadlineUnattainable) as caught:
+                second.require_time(*asked, 15)
+            assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
+            second.require_time(*asked, 25)
+            assert scheduler.estimated_wait_s() == 20
+            submit(scheduler, job, place=first)
+            assert scheduler.estimated_wait_s() == 20  # each is counted once
+        assert scheduler.estimated_wait_s() == 10  # the second was not used
 
 
 async def test_cancel_stops_a_running_job_within_an_iteration():

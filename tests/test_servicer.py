@@ -508,7 +508,7 @@ async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
 
 
 async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
-    async def cancelled(self, spec, deadline_at):
+    async def cancelled(self, spec, place, deadline_at):
         raise asyncio.CancelledError
 
     monkeypatch.setattr(Admission, "work", cancelled)

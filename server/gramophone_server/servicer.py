@@ -274,7 +274,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
             with place:
-                job.submit(place, await self._admission.work(spec, deadline_at), deadline_at)
+                job.submit(place, await self._admission.work(spec, place, deadline_at), deadline_at)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))
