@@ -62,18 +62,18 @@ def test_turns_add_up() -> None:
     twice = outcome(3.0, [0.1, 0.3], 2.0, QUEUE_FULL=[0.001], DEADLINE_UNATTAINABLE=[0.004], DEADLINE_EXCEEDED=[0.5])
     twice.add(step([0.2], UNAVAILABLE=[0.1]), 1.0, 10.0)
     row = twice.row()
-    assert (row["missed"], row["full"], row["too late"], row["other"]) == (1, 1, 1, 1)
+    assert (row["missed"], row["full"], row["too late"], twice.untyped) == (1, 1, 1, 1)
     assert row["done per s"] == pytest.approx(3 / 20)
     assert row["p50 s"] == pytest.approx(0.2, rel=0.01)
     assert row["refusal p50 ms"] == pytest.approx(1, rel=0.01)
     assert row["refusal p99 ms"] == pytest.approx(4, rel=0.01)
-    assert row["server cpu"] == pytest.approx(3 / 20)
-    assert row["client cpu"] == pytest.approx(0.5)
+    assert row["server cpu %"] == pytest.approx(15)
+    assert row["client cpu %"] == pytest.approx(50)
 
 
 def test_goals_that_are_met() -> None:
     verdicts = judged(curve(), curve())
-    assert len(verdicts) == 6 and all(verdict.met for verdict in verdicts.values()), verdicts
+    assert len(verdicts) == 7 and all(verdict.met for verdict in verdicts.values()), verdicts
     assert verdicts["goodput"].measured == "99%"
     assert verdicts["a"].measured == "0.80 ms"  # 0.04 s of CPU a second more for 50 refusals a second more
 
@@ -82,6 +82,7 @@ def test_goals_that_are_met() -> None:
     ("goal", "patient", "hurried"),
     [
         ("goodput", curve(last=440), curve()),
+        ("3x", [outcome(3.0, [0.2] * 500, 2.0), outcome(3.0, [0.2] * 500, 2.0)], curve()),
         ("p95", curve(at_most=1.25 * PLACES / CAPACITY + 0.01), curve()),
         ("p99", curve(), [*curve(), outcome(3.0, [0.4], 3.0, DEADLINE_UNATTAINABLE=[0.06])]),
         ("every", curve(), [*curve(), outcome(3.0, [0.4], 3.0, UNAVAILABLE=[0.001])]),
@@ -95,7 +96,7 @@ def test_a_goal_that_is_missed(goal: str, patient: list[Outcome], hurried: list[
 
 
 def test_an_engine_that_takes_the_cpu_is_not_asked_what_a_refusal_costs() -> None:
-    assert len(overload.judged(CAPACITY, curve(), curve(), sleeps=False)) == 5
+    assert len(overload.judged(CAPACITY, curve(), curve(), sleeps=False)) == 6
 
 
 def test_the_curve_is_a_picture_of_its_own() -> None:
