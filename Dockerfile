@@ -41,10 +41,10 @@ RUN useradd --uid 10001 --create-home gramophone
 COPY --from=builder /opt/gramophone/.venv /opt/gramophone/.venv
 COPY LICENSE deploy/health.py /opt/gramophone/
 # The server binds loopback unless told otherwise, which nobody outside the container would reach.
-ENV PATH=/opt/gramophone/.venv/bin:$PATH GRAMOPHONE_HOST=0.0.0.0 GRAMOPHONE_PORT=50051
+ENV PATH=/opt/gramophone/.venv/bin:$PATH GRAMOPHONE_HOST=0.0.0.0 GRAMOPHONE_PORT=50051 GRAMOPHONE_METRICS_PORT=9464
 USER 10001
 WORKDIR /home/gramophone
-EXPOSE 50051
+EXPOSE 50051 9464
 HEALTHCHECK --interval=15s --timeout=10s --start-period=60s CMD ["python", "/opt/gramophone/health.py"]
 # No shell in between, so that SIGTERM reaches the server, which lets running jobs end. Flags of the server may follow.
 ENTRYPOINT ["gramophone-server"]

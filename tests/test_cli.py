@@ -384,7 +384,7 @@ def test_jobs_are_listed(gramophone, service):
     code, out, err = gramophone("jobs")
     assert (code, err) == (0, [])
     first, second = out.splitlines()
-    assert re.fullmatch(r"j2  queued     0/300  since 2025-06-1\d \d\d:\d\d:\d\d  behind 1", first)
+    assert re.fullmatch(r"j2  queued     0/300  since 2025-06-1\d \d\d:\d\d:\d\d  at place 1 of the queue", first)
     assert second.startswith("j1  running    10/300  24x18  since ")
     told = json.loads(gramophone("jobs --json")[1])
     assert [(one["job_id"], one["state"]) for one in told] == [("j2", "QUEUED"), ("j1", "RUNNING")]
@@ -435,14 +435,14 @@ def test_waiting_is_shown():
     for event in (waiting(2), waiting(1, wait_s=75), accepted(queue_position=1, estimated_wait={"seconds": 5})):
         display.show(update(event))
     assert out.getvalue().splitlines() == [
-        "waits behind 2 others",
-        "waits behind 1 other, about 1:15",
-        "job j1: 24x18, 300 iterations, seed 7, waits behind 1 other, about 0:05",
+        "waits at place 2 of the queue",
+        "waits at place 1 of the queue, about 1:15",
+        "job j1: 24x18, 300 iterations, seed 7, waits at place 1 of the queue, about 0:05",
     ]
     console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None, legacy_windows=False)
     live = LiveDisplay(console, preview=False)
     live.show(update(waiting(2)))
-    assert "waits behind 2 others" in drawn(live._render(), 60, colours=None)
+    assert "waits at place 2 of the queue" in drawn(live._render(), 60, colours=None)
 
 
 # --- checkpoints
@@ -479,7 +479,7 @@ def test_a_job_that_moves_says_so(gramophone, service, monkeypatch):
     for event in (accepted(), accepted(job_id="j2", queue_position=2)):
         display.show(update(event))
     assert out.getvalue().splitlines()[1] == (
-        "server lost at iteration 0, going on as job j2 from its beginning, waits behind 2 others"
+        "server lost at iteration 0, going on as job j2 from its beginning, waits at place 2 of the queue"
     )
 
 

@@ -28,6 +28,7 @@ from tests.fake_service import (
     HANG,
     accepted,
     bare,
+    checkpoint,
     encoded,
     frame,
     job,
@@ -439,6 +440,37 @@ async def test_a_connection_lost_after_the_result_loses_nothing(client, service)
     service.scripts = [[*numbered(accepted(), result()), bare(UNAVAILABLE, "gone")]]
     assert len(await collected(client.stream(PHOTO, PAINTING))) == 2
     assert service.watches == []
+
+
+async def test_of_what_a_slow_reader_has_not_taken_only_the_newest_waits():
+    class Call:
+        cancelled = False
+
+        async def __aiter__(self):
+            for event in numbered(
+                accepted(), frame(1), progress(2), waiting(1), frame(3), progress(4), checkpoint(4), frame(5), result()
+            ):
+                yield pb.StylizeStreamResponse(event=event)
+            if self.fails:
+                raise ValueError("lost")
+
+        def cancel(self):
+            self.cancelled = True
+
+    call = Call()
+    call.fails = False
+    told = [response.event async for response in following._newest(call)]
+    assert [event.WhichOneof("event") for event in told] == [
+        "accepted", "waiting", "progress", "checkpoint", "frame", "result",
+    ]  # fmt: skip
+    assert (told[2].progress.iteration, told[4].frame.iteration) == (4, 5)
+    assert told[4].frame.dropped == 3 * 2 + 2  # what the server has left out, and the two that made room here
+    assert [event.sequence for event in told] == sorted(event.sequence for event in told)
+    call.fails, told = True, []
+    with pytest.raises(ValueError, match="lost"):
+        async for response in following._newest(call):
+            told.append(response)
+    assert len(told) == 6 and call.cancelled  # nothing is lost before the error
 
 
 async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service, hasty):

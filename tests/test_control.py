@@ -1,6 +1,7 @@
 """One client that controls a job while others watch it, over a real connection."""
 
 import asyncio
+import contextlib
 import gc
 import io
 import random
@@ -15,6 +16,8 @@ from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone_client import Frame as Seen
+from gramophone_client import FrameOptions, GramophoneClient
 from gramophone_server import checkpoint
 from gramophone_server.commands import Done
 from gramophone_server.config import Limits
@@ -22,7 +25,7 @@ from gramophone_server.mailbox import Frame, Picture, State, Waiting
 from gramophone_server.messages import Encoders, View
 from tests.fakes import FakeEngine
 from tests.test_leaks import own_tasks
-from tests.test_servicer import LARGE, events_of, lasting, refused, serving, spec, until, watching
+from tests.test_servicer import LARGE, events_of, lasting, png, refused, serving, spec, until, watching
 
 NAN = float("nan")
 LIMITS = Limits()
@@ -535,6 +538,21 @@ async def test_a_reader_ten_times_too_slow_sees_what_is_new():
             await controller.send(ack=pb.AckCommand(sequence=controller.events[-1].sequence))
     assert max(ages) < 0.3
     assert controller.of("frame")[-1].dropped >= 5
+
+
+async def test_a_slow_reader_of_small_frames_is_less_than_three_behind():
+    """Their stream has no acknowledgements, and its connection would hold five of them."""
+    engine, behind = NoisyEngine(64, iteration_s=0.005), []
+    async with serving(engine) as s, GramophoneClient(s.address) as client:
+        updates = client.stream(
+            png(), png(), size=64, smallest_size=0, iterations=5000, frames=FrameOptions(format="png")
+        )
+        async with contextlib.aclosing(updates):
+            while len(behind) < 5:
+                if isinstance(update := await anext(updates), Seen):
+                    behind.append(sum(iteration > update.iteration for iteration in engine.times))
+                    await asyncio.sleep(0.5)
+    assert max(behind) < 3, behind
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

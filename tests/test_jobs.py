@@ -100,7 +100,7 @@ def registry(loop):
     def make(**limits):
         withdrawn = []
         scheduler = types.SimpleNamespace(withdrawn=withdrawn, withdraw=withdrawn.append)
-        return Jobs(scheduler, Limits(**limits), loop, clock=lambda: loop.now)
+        return Jobs(scheduler, Limits(**limits), loop=loop, clock=lambda: loop.now)
 
     return make
 
@@ -137,7 +137,7 @@ class Queue:
 
 def create(jobs, request_id="", grace_s=0.0, **size):
     """A job that was accepted, and its first watcher."""
-    job = jobs.create(request_id, b"", grace_s, Encoding(Format.PNG, 0))
+    job = jobs.create(request_id, grace_s, Encoding(Format.PNG, 0))
     watcher = job.watch()
     job.submit(Queue(), work(**size))
     return job, watcher
@@ -265,7 +265,7 @@ def test_nobody_who_looks_means_no_picture(registry):
 
 def test_a_position_is_told_when_it_has_changed(registry):
     jobs = registry()
-    job = jobs.create("", b"", 0.0, Encoding(Format.PNG, 0))
+    job = jobs.create("", 0.0, Encoding(Format.PNG, 0))
     watcher = job.watch()
     job.publish(Accepted(2))
     for position in (2, 1, 1):
@@ -601,7 +601,7 @@ def test_no_room_keeps_nothing(registry, loop):
 
 def test_a_job_that_was_refused_is_not_kept(registry, loop):
     jobs = registry()
-    job = jobs.create("r", b"", 0.0, Encoding(Format.PNG, 0))
+    job = jobs.create("r", 0.0, Encoding(Format.PNG, 0))
     job.watch()
     job.fail(EngineFailed())
     loop.pass_s()

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import grpc
 import pytest
@@ -222,3 +224,47 @@ def test_compute_threads_sleep_while_they_wait_unless_told_otherwise(chosen, use
     command = [sys.executable, "-c", "import gramophone_server.main"]
     loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert f"OMP_WAIT_POLICY = '{used}'" in loaded.stderr  # OpenMP itself says so, when it is loaded
+
+
+def page(url):
+    """(status, text)"""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as shown:
+            return shown.status, shown.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_metrics_and_probes_have_a_port_of_their_own(capsys):
+    engine = FakeEngine()
+    engine.go.clear()
+    async with Process(capsys, engine, metrics_port=0) as p:
+        metrics = await p.line("metrics on ")
+        healthz = metrics.replace("/metrics", "/healthz")
+        assert metrics.startswith("http://127.0.0.1:")
+        assert await asyncio.to_thread(page, healthz) == (503, "loading the network\n")
+        engine.go.set()
+        await p.line("ready in ")
+        assert await asyncio.to_thread(page, healthz) == (200, "ok\n")
+        await p.stub.Stylize(pb.StylizeRequest(spec=spec()))
+        engine.go.clear()
+        running = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
+        await running.read()
+        status, text = await asyncio.to_thread(page, metrics)
+        assert status == 200
+        assert 'gramophone_jobs_finished_total{outcome="ITERATIONS_DONE"} 1.0' in text
+        assert 'gramophone_jobs{state="running"} 1.0' in text
+        os.kill(os.getpid(), signal.SIGTERM)
+        while (await asyncio.to_thread(page, healthz))[1] != "shutting down\n":
+            await asyncio.sleep(0.01)
+        engine.go.set()
+    with pytest.raises(OSError):
+        page(metrics)
+
+
+async def test_a_metrics_port_that_is_taken_is_told(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}: Address already in use"):
+            await main.serve(Settings(port=0, metrics_port=port), FakeEngine)

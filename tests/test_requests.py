@@ -5,6 +5,7 @@ import io
 import math
 import threading
 import types
+import uuid
 import weakref
 
 import grpc
@@ -16,7 +17,7 @@ from PIL import Image
 from gramophone.recipe import Optimiser, Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_to_message
-from gramophone_server import checkpoint, images
+from gramophone_server import checkpoint, images, requests
 from gramophone_server.config import Limits
 from gramophone_server.engine import Engine
 from gramophone_server.errors import DeadlineUnattainable, InvalidRequest, OutOfDeviceMemory
@@ -134,6 +135,40 @@ async def test_what_the_device_never_could_hold_is_refused_over_the_wire():
         assert got.trailers["grpc-retry-pushback-ms"] == "-1"
         assert s.scheduler.queued == 0 and engine.jobs == []
         await s.stub.Stylize(pb.StylizeRequest(spec=spec(size=62)))
+
+
+@pytest.mark.parametrize("refusal", [OutOfDeviceMemory(64, 32), DeadlineUnattainable(1, 2, 1.5)])
+async def test_what_is_refused_is_not_hashed(monkeypatch, refusal):
+    """For a request_id, which a client always sends: two images of 4.8 MB take 5 ms."""
+
+    def refuse(*_):
+        raise refusal
+
+    async with serving(FakeEngine()) as s:
+        monkeypatch.setattr(s.scheduler, "require_memory", refuse)
+        monkeypatch.setattr(requests, "spec_digest", lambda _: pytest.fail("it was hashed"))
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id=str(uuid.uuid4()))))
+        assert got.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_request_is_known_by_all_that_makes_its_job():
+    def changed(**fields):
+        other = pb.JobSpec()
+        other.CopyFrom(wanted)
+        other.MergeFrom(pb.JobSpec(**fields))
+        return requests.spec_digest(other)
+
+    wanted = spec()
+    image = pb.ImageSource(data=png(48, 32))
+    others = [
+        changed(content=image), changed(start_image=image), changed(styles=[pb.StyleSource(image=image)]),
+        changed(content=pb.ImageSource(digest="x")), changed(resume=b""), changed(resume=b"a"), changed(resume=b"b"),
+        changed(recipe=pb.Recipe(beta=2)), changed(seed=1), changed(result_quality=80), changed(),
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)
+    watched = changed(frames=pb.FrameOptions(quality=50), checkpoints=pb.CheckpointOptions(light=True))
+    assert watched == changed() == requests.spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
+    assert wanted == spec()  # it was only looked at
 
 
 async def test_the_images_of_a_job_go_when_it_ends():

@@ -234,8 +234,30 @@ async def test_the_calls_timeout_bounds_the_search_too(client, service):
     service.scripts = [[accepted(), LOST], [bare(grpc.StatusCode.UNAVAILABLE, "gone", NEVER)]]
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailed, match="gone"):
-        await collected(client.stream(PHOTO, PAINTING, timeout_s=0.4))
-    assert time.monotonic() - started < 3
+        await collected(client.stream(PHOTO, PAINTING, timeout_s=1.5))
+    assert time.monotonic() - started < 5  # of the 30 s of patience
+
+
+@pytest.mark.parametrize("grace", [0.0, 5.0], ids=["sent again", "looked for"])
+async def test_a_timeout_in_the_middle_of_an_attempt_is_told_as_the_loss_before(client, service, grace):
+    service.scripts = [[accepted(), frame(3), LOST], [bare(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")]]
+    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=grace))
+    assert isinstance(raised.value.__cause__, errors.DeadlineExceeded)
+    assert told_of(raised) == (3, None)
+    assert len(service.specs) + len(service.watches) == 2
+
+
+async def test_a_timeout_while_images_are_uploaded_again_is_told_as_the_loss_before(client, service, monkeypatch):
+    async def too_late(*_):
+        raise errors.DeadlineExceeded("not done in time")
+
+    style = await client.upload(PAINTING)
+    service.scripts = [[accepted(), LOST], [refused(server_errors.ImageNotFound(style.digest))]]
+    monkeypatch.setattr(following, "upload", too_late)
+    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+        await collected(client.stream(PHOTO, style))
+    assert isinstance(raised.value.__cause__, errors.DeadlineExceeded)
 
 
 async def test_without_patience_a_loss_is_an_error(client, service):

@@ -54,7 +54,7 @@ def submit(scheduler, job=None, frames=None, place=None, deadline_at=None):
     """A job with one watcher."""
     job = job or work()
     with place or scheduler.reserve() as held:
-        listener = Jobs(scheduler, Limits()).create("", b"", 0.0, Encoding(Format.PNG, 0))
+        listener = Jobs(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
         watcher = listener.watch(frames)
         listener.submit(held, job, deadline_at)
     return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
@@ -199,6 +199,57 @@ async def test_those_whose_images_are_being_decoded_are_reckoned_with():
             submit(scheduler, job, place=first)
             assert scheduler.estimated_wait_s() == 20  # each is counted once
         assert scheduler.estimated_wait_s() == 10  # the second was not used
+
+
+def require_time(scheduler, *asked):
+    """As a job that comes does, and goes again."""
+    with scheduler.reserve() as place:
+        place.require_time(*asked)
+
+
+async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
+    engine, one = FakeEngine(iteration_s=0.01), work(1)
+    pixels, shape = 64 * 32, one.shape
+    async with scheduling(engine) as scheduler:
+        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so nothing is known
+        await kinds(submit(scheduler, work(10)))
+        require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
+        with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
+            require_time(scheduler, 1000 * pixels, shape, 0.0, 9)
+        assert alone.value.retry_after_s is None  # it takes 10 s by itself
+        require_time(scheduler, 1000 * pixels, shape, 5.0, 9)  # its time budget ends it before
+
+        long = submit(scheduler, work(100_000))
+        await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
+        with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
+            require_time(scheduler, pixels, shape, 0.5, 60)
+        assert behind.value.retry_after_s > 500
+        long.cancel()
+
+
+async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
+    engine = FakeEngine(memory_bytes=1000 * 64 * 32)
+    async with scheduling(engine) as scheduler:
+        scheduler.require_memory(work().shape)
+        with pytest.raises(OutOfDeviceMemory, match="too little memory for a 128x64 picture"):
+            scheduler.require_memory(work(size=128).shape)
+        assert scheduler.queued == 0
+
+
+async def test_who_must_be_done_early_begins_before_those_who_came_earlier():
+    engine = FakeEngine()
+    async with scheduling(engine, max_running=1) as scheduler:
+        await kinds(submit(scheduler))  # so that a speed is known
+        engine.go.clear()
+        engine.under_way.clear()
+        running = submit(scheduler)
+        await until(engine.under_way.is_set)
+        now = time.monotonic()
+        patient, late, early = (submit(scheduler, deadline_at=at) for at in (None, now + 60, now + 30))
+        engine.go.set()
+        for job in (running, patient, late, early):
+            assert (await kinds(job))[-1] == "Finished"
+    assert engine.begun[1:] == [job.work for job in (running, early, late, patient)]
 
 
 async def test_cancel_stops_a_running_job_within_an_iteration():

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import logging
+import threading
 import types
 import uuid
 
@@ -20,11 +21,13 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
-from gramophone_server import errors, main, status, worker
-from gramophone_server.calls import Call
+from gramophone_server import errors, images, main, status, worker
+from gramophone_server.access import AccessLog
+from gramophone_server.calls import Calls
 from gramophone_server.checks import check_spec
 from gramophone_server.config import Limits
 from gramophone_server.images import Format, encode
+from gramophone_server.metrics import Metrics
 from gramophone_server.requests import Admission
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
@@ -54,7 +57,8 @@ def spec(iterations=5, **recipe):
 async def serving(engine, limits=None, load=None, **options):
     limits = limits or Limits()
     server = grpc.aio.server(options=main.server_options(limits))
-    scheduler = Scheduler(load or (lambda: engine), limits)
+    metrics = options.setdefault("metrics", Metrics())
+    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
     servicer = Servicer(scheduler, limits, **options)
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -624,8 +628,13 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
     notices, left = [], []
-    context = types.SimpleNamespace(add_done_callback=notices.append, time_remaining=lambda: None)
-    call = Call("Stylize", context, over=lambda call: None, max_blocked_s=30)
+    context = types.SimpleNamespace(
+        add_done_callback=notices.append,
+        time_remaining=lambda: None,
+        invocation_metadata=tuple,
+        peer=lambda: "ipv4:127.0.0.1:1",
+    )
+    call = Calls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
     for notice in notices:
         notice(context)
     call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")
@@ -823,6 +832,53 @@ async def test_the_same_request_attaches_to_its_job():
         late = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
         assert late.accepted.attached and late.result == three.result
     assert len(engine.jobs) == 1
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Decoding waits, on its thread, until this is set; `.begun` says that it has come to it."""
+    go, decode = threading.Event(), images.decode
+    go.begun = threading.Event()
+
+    def waiting(*about):
+        go.begun.set()
+        assert go.wait(10), "the test never let it decode"
+        return decode(*about)
+
+    monkeypatch.setattr(images, "decode", waiting)
+    yield go
+    go.set()
+
+
+async def test_the_same_request_finds_its_job_while_that_is_being_decoded(held):
+    engine, request_id = FakeEngine(), str(uuid.uuid4())
+    async with serving(engine) as s:
+        first = s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id))
+        await until(held.begun.is_set)
+        second, third = (
+            s.stub.Stylize(pb.StylizeRequest(spec=lasting(iterations), request_id=request_id)) for iterations in (5, 6)
+        )
+        await until(lambda: len(s.servicer._calls) == 3)
+        held.set()
+        assert (await refused(third)).code is grpc.StatusCode.ALREADY_EXISTS
+        one, two = await asyncio.gather(first, second)
+    assert one.result == two.result and (one.accepted.attached, two.accepted.attached) == (False, True)
+    assert len(engine.jobs) == 1
+
+
+async def test_the_same_request_begins_anew_when_the_first_is_refused_while_it_waits(held):
+    engine, request_id = FakeEngine(), str(uuid.uuid4())
+    broken = lasting(5)
+    broken.content.data = b"not an image"
+    async with serving(engine) as s:
+        first = s.stub.Stylize(pb.StylizeRequest(spec=broken, request_id=request_id))
+        await until(held.begun.is_set)
+        others = [s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id)) for _ in range(2)]
+        await until(lambda: len(s.servicer._calls) == 3)
+        held.set()
+        assert (await refused(first)).code is grpc.StatusCode.INVALID_ARGUMENT
+        one, two = await asyncio.gather(*others)
+    assert one.accepted.job_id == two.accepted.job_id and len(engine.jobs) == 1
 
 
 async def test_a_request_whose_job_failed_begins_anew():

@@ -136,6 +136,9 @@ def test_bytes_that_are_no_checkpoint_are_refused(work: Work) -> None:
         (change(data, done=1.5), damaged),
         (change(data, seed=2**64), damaged),
         (change(data, styles=3), damaged),
+        (change(data, style_weights=[1.0, 1.0]), damaged),
+        (change(data, style_weights=[0.0]), damaged),
+        (change(data, style_weights=["1"]), damaged),
         (change(data, recipe=recipe | {"size": 10**400}), damaged),
         (change(data, recipe=recipe | {"beta": -1}), damaged),
         (change(data, recipe=recipe | {"extra": 1}), damaged),
@@ -175,6 +178,11 @@ def test_a_checkpoint_is_of_one_job(work: Work, make_job: MakeJob) -> None:
     assert refusal(other(size=64)) == "is of a job with size 48, and this one has 64"
     assert refusal(other(style_layers=job.recipe.style_layers[:2])).endswith("this one has relu1_1, relu2_1")
     assert refusal(replace(job, styles=(make_picture(9),))) == "is of a job with other images"
+    blend = replace(job, styles=2 * job.styles, style_weights=(2.0, 1.0))
+    two = {"styles": [digest.hex() for digest in blend.style_digests], "style_weights": [1.0, 1.0]}
+    assert refusal(blend, **two) == "is of a job with style weights 1, 1, and this one has 2, 1"
+    scaled = checkpoint.read(change(data, **two | {"style_weights": [0.6, 0.3]}), most_bytes=MOST)
+    assert scaled.work(blend).done == 7  # the same proportions are the same blend
     assert refusal(job, at=5) == "says iteration 7 at scale 5, which the job does not have"
     assert refusal(job, at=0) == "says iteration 7 at scale 0, which the job does not have"
     assert refusal(job, done=4, at=0).startswith("has a 48x40 picture, and the job a 34x28 one")

@@ -59,7 +59,7 @@ class JobControl:
     asynchronous iterator of its updates.
 
     Commands can be given while somebody iterates and while nobody does. Each returns the first iteration for which it
-    holds, or what it asked for; raises `InvalidRequest` with the fields that are wrong, after which everything goes on;
+    holds, the end the one that the result is of, or what it asked for; raises `InvalidRequest` with the fields that are wrong, after which everything goes on;
     and raises `JobEnded`, or the error that the job ended in, if it came too late.
 
     Updates that nobody takes make room for newer ones of their kind; the result is never lost. The next frames are on
@@ -175,7 +175,8 @@ class JobControl:
         return checkpoint
 
     async def finish(self) -> int:
-        """Ends the job with the present picture as its result, which `result` or iterating then tells."""
+        """Ends the job with the present picture as its result, which `result` or iterating then tells. Returns the iteration
+        that it is of."""
         return await self._command(finish=pb.FinishCommand()).answer
 
     async def _begin(self, request: pb.StylizeInteractiveRequest, left_s: float) -> None:

@@ -65,5 +65,5 @@ def _line(job: JobStatus) -> str:
         words.append(f"{job.width}x{job.height}")
     words.append(f"since {job.create_time.astimezone():%Y-%m-%d %H:%M:%S}")
     if job.queue_position:
-        words.append(f"behind {job.queue_position}")
+        words.append(f"at place {job.queue_position} of the queue")
     return "  ".join(words)

@@ -232,9 +232,9 @@ def _waiting(waiting: Waiting) -> str:
     return _wait(waiting.queue_position, waiting.estimated_wait_s)
 
 
-def _wait(ahead: int, seconds: float | None) -> str:
+def _wait(place: int, seconds: float | None) -> str:
     about = f", about {_clock(seconds)}" if seconds is not None else ""
-    return f"waits behind {ahead} other{'s' if ahead > 1 else ''}{about}"
+    return f"waits at place {place} of the queue{about}"
 
 
 def _steered(update: Paused | Resumed | Changed) -> str:

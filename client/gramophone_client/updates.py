@@ -62,7 +62,7 @@ class Accepted(Numbered):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
-    queue_position: int  # jobs that run before this one
+    queue_position: int  # place in the queue; 0 begins at once, 1 when a place among those worked on is free
     attached: bool  # the `request_id` named a job that was there already
     resumed_at: int = 0  # iterations that the checkpoint had behind it, with `resume`
     estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
@@ -72,7 +72,7 @@ class Accepted(Numbered):
 class Waiting(Numbered):
     """The job still waits, and its place in the queue has changed."""
 
-    queue_position: int  # jobs that run before this one, at least one
+    queue_position: int  # place in the queue, from 1
     estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
 
 
@@ -85,7 +85,7 @@ class Progress(Numbered):
     width: int  # of the present scale, in pixels
     height: int
     losses: Losses  # at the picture before this iteration's step
-    iterations_per_second: float  # over the present scale; 0 if not measured yet
+    iterations_per_second: float  # over the present scale, from the last pause on; 0 if not measured yet
     time_left_s: float | None  # estimated; None if the server cannot say
 
 
@@ -142,7 +142,7 @@ class Result(Numbered):
     losses: Losses
     iterations: int  # done, over all scales
     stop_reason: str  # "ITERATIONS_DONE", "TIME_BUDGET", "FINISHED" (its controller wanted that); more may come
-    elapsed_s: float  # from the first iteration to the last, without queueing
+    elapsed_s: float  # from the first iteration to the last: without the wait for the first, with pauses
 
     def image(self) -> Image.Image:
         """The decoded picture."""
@@ -181,4 +181,4 @@ class JobStatus:
     height: int
     losses: Losses | None  # None before the first iteration
     stop_reason: str  # as of `Result`; "" unless it has one
-    queue_position: int  # jobs that run before this one
+    queue_position: int  # place in the queue while it is queued; 0 is about to begin

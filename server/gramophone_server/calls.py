@@ -1,4 +1,4 @@
-"""One RPC from its start to its end, however it ends."""
+"""The RPCs under way, each from its start to its end, however it ends."""
 
 from __future__ import annotations
 
@@ -7,44 +7,102 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server.access import AccessLog, trace_id
 from gramophone_server.errors import EngineFailed, GramophoneError, SlowReader
 from gramophone_server.jobs import Job
 from gramophone_server.mailbox import Mailbox
-from gramophone_server.status import refusal
+from gramophone_server.metrics import METHODS, Metrics
+from gramophone_server.status import reason, refusal
 
-__all__ = ["Call", "Context"]
+__all__ = ["Call", "Calls", "Context", "Response"]
 
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Response: TypeAlias = pb.StylizeStreamResponse | pb.WatchJobResponse | pb.StylizeInteractiveResponse
+
+
+class Calls:
+    """The RPCs of one server that are under way."""
+
+    def __init__(self, metrics: Metrics, access: AccessLog, max_blocked_s: float) -> None:
+        self.metrics, self.access, self.max_blocked_s = metrics, access, max_blocked_s
+        self._under_way: set[Call] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self._under_way)
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def begin(self, method: str, context: Context) -> Call:
+        """One more, of this name. In its handler's task."""
+        call = Call(method, context, self)
+        self._under_way.add(call)
+        self._none.clear()
+        return call
+
+    def over(self, call: Call) -> None:
+        """One less."""
+        self._under_way.discard(call)
+        if not self._under_way:
+            self._none.set()
+
+    async def idle(self) -> None:
+        """Returns when none is under way."""
+        await self._none.wait()
 
 
 class Call:
-    """Whether the client of an RPC is still there, the job that it watches, and its line in the log."""
+    """Whether the client of an RPC is still there, the job that it watches, and what is told of it afterwards."""
 
-    def __init__(self, method: str, context: Context, over: Callable[[Call], None], max_blocked_s: float) -> None:
+    def __init__(self, method: str, context: Context, calls: Calls) -> None:
         self.gone = False
-        self._method = method
+        self._method = METHODS[method]
         self._context = context
-        self._over = over
-        self._max_blocked_s = max_blocked_s
+        self._calls = calls
+        self._metrics = calls.metrics
         self._watched: tuple[Job, Mailbox] | None = None
         self._reader: asyncio.Task[None] | None = None
-        self.writing = Writing(max_blocked_s, self._dismiss)  # around a message on its way
+        self._writing = Writing(calls.max_blocked_s, self._dismiss)
         self._code: grpc.StatusCode | None = None
+        self._error: GramophoneError | None = None
+        self._received = self._sent = self._frames = self._dropped = 0  # messages, and what was in them
         self._dismissal: asyncio.Task[None] | None = None
         self._started = time.monotonic()
+        # Asked for now: once the RPC is over, gRPC's context has lost its call, and to ask it crashes the process (1.85.1).
+        self._trace, self._peer = trace_id(context.invocation_metadata()), context.peer()
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._task = task
         # The only notice of an end that always comes: a client that leaves while a message is being written makes no
         # CancelledError in the handler, and `context.cancelled()` stays false.
         context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stub asks for a class of its own
+        self._metrics.rpc_began(self._method)
+        if not self._method.client_streams:
+            self.received()
+
+    def received(self) -> None:
+        """A message of the client has come; of one that sends no stream, it came with the call."""
+        self._received += 1
+        self._metrics.message_received(self._method)
+
+    def sending(self, response: Response) -> Writing:
+        """`with`: the message is on its way."""
+        self._sends()
+        if response.event.HasField("frame"):
+            self._frames += 1
+            self._dropped += response.event.frame.dropped
+            self._metrics.frame_sent(response.event.frame.dropped)
+        return self._writing
 
     def watches(self, job: Job, mailbox: Mailbox) -> None:
         """The end of this RPC is a watcher leaving the job."""
@@ -65,8 +123,10 @@ class Call:
             reader.cancel()
 
     def succeeded(self) -> None:
-        """The handler has nothing more to say."""
+        """The handler has nothing more to say, but for the one response of a call without a stream of them."""
         self._code = grpc.StatusCode.OK
+        if not self._method.server_streams:
+            self._sends()
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Ends the RPC with the status of `error`. The one way out for every exception of a handler."""
@@ -76,14 +136,14 @@ class Call:
             raise error  # gRPC cancelled this handler; swallowing that leaks the call's operations
         if not isinstance(error, GramophoneError):
             # A CancelledError from something awaited, too: without a status the client would hang until its deadline.
-            log.error("%s job=%s failed", self._method, self._job_id, exc_info=error)
+            log.error("%s job=%s failed", self._method.name, self._job_id or "-", exc_info=error)
             error = EngineFailed()
         error.__traceback__ = None  # the job keeps its error, and must not keep this handler with it
         await self._abort(error)
 
     async def _abort(self, error: GramophoneError) -> NoReturn:
         code, message, trailers = refusal(error)
-        self._code = code
+        self._code, self._error = code, error
         await self._context.abort(code, message, trailing_metadata=trailers)
 
     def _dismiss(self) -> None:
@@ -92,25 +152,30 @@ class Call:
         if self.gone:
             return
         self._leave()
-        self._code = grpc.StatusCode.ABORTED
+        error = SlowReader(self._calls.max_blocked_s)
+        self._code, self._error = grpc.StatusCode.ABORTED, error
         self._task.cancel()
-        self._dismissal = asyncio.create_task(self._send(SlowReader(self._max_blocked_s)))
+        self._dismissal = asyncio.create_task(self._send(error))
 
     async def _send(self, error: GramophoneError) -> None:
         with contextlib.suppress(Exception):  # `abort` always raises
             await self._abort(error)
 
     def _leave(self) -> None:
-        self.writing.close()
+        self._writing.close()
         if self._watched is not None:
             job, mailbox = self._watched
             job.leave(mailbox)
         if self._reader is not None:
             self._reader.cancel()
 
+    def _sends(self) -> None:
+        self._sent += 1
+        self._metrics.message_sent(self._method)
+
     @property
-    def _job_id(self) -> str:
-        return self._watched[0].id if self._watched is not None else "-"
+    def _job_id(self) -> str | None:
+        return self._watched[0].id if self._watched is not None else None
 
     def _done(self, _: Any) -> None:
         self.gone = True
@@ -120,9 +185,23 @@ class Call:
             remaining = self._context.time_remaining()
             late = remaining is not None and remaining <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-        took_ms = (time.monotonic() - self._started) * 1000
-        log.info("%s job=%s code=%s ms=%.0f", self._method, self._job_id, code.name, took_ms)
-        self._over(self)
+        took_s = time.monotonic() - self._started
+        log.info("%s job=%s code=%s ms=%.0f", self._method.name, self._job_id or "-", code.name, took_s * 1000)
+        self._metrics.rpc_ended(self._method, code, took_s)
+        self._calls.access.write(
+            method=self._method.name,
+            code=code.name,
+            reason=None if self._error is None else reason(self._error),
+            ms=round(took_s * 1000, 1),
+            job=self._job_id,
+            trace=self._trace,
+            peer=self._peer,
+            received=self._received,
+            sent=self._sent,
+            frames=self._frames,
+            dropped=self._dropped,
+        )
+        self._calls.over(self)
 
 
 class Writing:

@@ -2,7 +2,8 @@
 
     magic, version   8 bytes
     length           4 bytes, little endian, of the header
-    header           JSON: where the job stands, its recipe and seed, digests of its images, "full" or "light"
+    header           JSON: where the job stands, its recipe and seed, digests of its images and the styles' weights, "full"
+                     or "light"
     tensors          their bytes in the order of `optimisers.layout`, or of a light one the picture, uint8 [H, W, 3]
 
 Types and shapes of the tensors are not in it: they follow from recipe and size, so a checkpoint cannot ask for others.
@@ -49,13 +50,14 @@ class Checkpoint:
     height: int
     content_digest: bytes  # of the job's images, see `job.digest`
     style_digests: tuple[bytes, ...]
+    style_weights: tuple[float, ...]
     counts: dict[str, int]  # fields of `Work`
     tensors: State
 
     def work(self, job: StyleJob) -> Work:
         """The job where it stood. What can be tuned and the time budget are ``job``'s, so whoever wants it to go on as it
         was gives a job of this checkpoint's recipe; a start image it needs no more. Raises `InvalidRequest` for a job of
-        other images or another structure."""
+        other images, another blend of styles or another structure."""
         for f in dataclasses.fields(Recipe):
             mine, other = getattr(self.recipe, f.name), getattr(job.recipe, f.name)
             if f.name in ("content_layers", "style_layers"):
@@ -66,6 +68,9 @@ class Checkpoint:
                 raise _refusal(f"is of a job with {f.name} {mine or 'none'}, and this one has {other or 'none'}")
         if (self.content_digest, self.style_digests) != (job.content_digest, job.style_digests):
             raise _refusal("is of a job with other images")
+        if not all(map(math.isclose, _shares(self.style_weights), _shares(job.style_weights))):
+            mine, other = (", ".join(f"{w:g}" for w in weights) for weights in (self.style_weights, job.style_weights))
+            raise _refusal(f"is of a job with style weights {mine}, and this one has {other}")
         work = Work(job, tensors=dict(self.tensors), **self.counts)  # type: ignore[arg-type]
         before = sum(scale.iterations for scale in work.scales[: work.at])
         if work.at >= len(work.scales) or not 0 <= work.done - before <= work.scales[work.at].iterations:
@@ -139,10 +144,13 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         header = json.loads(data[start : start + length])
         recipe = _recipe(header["recipe"])
         digests = [bytes.fromhex(text) for text in (header["content"], *header["styles"])]
+        weights = tuple(_number(weight) for weight in header["style_weights"])
         counts = {name: _count(header[name]) for name in COUNTS}
         seed = _count(header["seed"], below=2**64)
         width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
         if kind not in ("full", "light") or not width or not height:
+            raise ValueError
+        if len(weights) + 1 != len(digests) or not all(weight > 0 for weight in weights):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise _refusal("is damaged: its header cannot be read") from error
@@ -154,7 +162,7 @@ def read(data: bytes, *, most_bytes: int) -> Checkpoint:
         _light(data, start + length, height, width) if light else _full(data, start + length, recipe, height, width)
     )
     _check(tensors, counts)
-    return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), counts, tensors)
+    return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), weights, counts, tensors)
 
 
 def _header(work: Work, light: bool) -> bytes:
@@ -165,8 +173,13 @@ def _header(work: Work, light: bool) -> bytes:
     return json.dumps({
         "kind": "light" if light else "full", "width": width, "height": height, **counts,
         "recipe": dataclasses.asdict(work.recipe), "seed": work.job.seed, "content": work.job.content_digest.hex(),
-        "styles": [digest.hex() for digest in work.job.style_digests],
+        "styles": [digest.hex() for digest in work.job.style_digests], "style_weights": work.job.style_weights,
     }).encode()  # fmt: skip
+
+
+def _shares(weights: tuple[float, ...]) -> list[float]:
+    """Only proportions matter."""
+    return [weight / sum(weights) for weight in weights]
 
 
 def _key(recipe: Recipe) -> tuple[Optimiser, float]:

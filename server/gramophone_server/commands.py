@@ -51,5 +51,5 @@ Command = Pause | Resume | Retune | TakePicture | TakeCheckpoint | Finish
 class Done(NamedTuple):
     """A command was carried out."""
 
-    iteration: int  # the first one for which it holds; of what was taken, the one that it is of
+    iteration: int  # the first one for which it holds; of the end and of what was taken, the one that it is of
     taken: Frame | Saved | None = None  # what was asked for, for whoever asked

@@ -83,6 +83,12 @@ class Settings(Limits):
     threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
     list_jobs: bool = _setting(False, "let clients list the jobs, whose ids let them watch and cancel")
     reflection: bool = _setting(False, "let clients ask for the description of the service")
+    metrics_port: int = _setting(
+        -1,
+        "port for /metrics, /healthz and /livez, in plain HTTP; 0 for any free one, -1 for none",
+        allowed=Range(-1, 65535),
+    )
+    access_log: str = _setting("", "file that gets a line of JSON for each call; - for standard error")
     drain_s: float = _setting(30.0, "seconds that jobs may go on after SIGTERM or SIGINT", allowed=Range(0, 3600))
     log_level: str = _setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
 
@@ -98,7 +104,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     wrong: list[str] = []
     for f in fields(Settings):
         said = flags[f.name] if flags[f.name] is not None else environment.get(variable(f.name))
-        if said is None:
+        if said is None or said == f.default == "":
             continue
         try:
             values[f.name] = _value(said, type(f.default), f.metadata["range"], f.metadata["choices"])

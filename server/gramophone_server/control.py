@@ -71,7 +71,7 @@ class Controller:
     @contextlib.contextmanager
     def _obeying(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: Call) -> Iterator[None]:
         """While commands are read and carried out; a client that leaves ends that at once."""
-        task = asyncio.create_task(self._obey(requests))
+        task = asyncio.create_task(self._obey(requests, call))
         task.add_done_callback(self._obeyed)
         call.reads(task)
         try:
@@ -79,9 +79,10 @@ class Controller:
         finally:
             task.cancel()  # before the status is sent, behind which reading raises
 
-    async def _obey(self, requests: AsyncIterator[pb.StylizeInteractiveRequest]) -> None:
+    async def _obey(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: Call) -> None:
         """Returns when the client has closed its side, which gives the control up."""
         async for request in requests:
+            call.received()
             if request.WhichOneof("command") == "ack":
                 self._mailbox.acknowledge(request.ack.sequence)
                 continue

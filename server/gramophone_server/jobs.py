@@ -91,11 +91,11 @@ class Job:
     Other threads may read its attributes, whose changes are whole.
     """
 
-    def __init__(self, jobs: Jobs, ordinal: int, request_id: str, digest: bytes, grace_s: float, encoding: Encoding):
+    def __init__(self, jobs: Jobs, ordinal: int, request_id: str, grace_s: float, encoding: Encoding):
         self.id = str(uuid.uuid4())  # 122 bits from the system's source of randomness: nobody guesses it
         self.ordinal = ordinal  # of those that this process made
         self.request_id = request_id
-        self.digest = digest  # of what was asked for
+        self.digest = b""  # of what was asked for; set before it is submitted
         self.grace_s = grace_s
         self.encoding = encoding  # of the result
         self.admitted: Plan | None = None
@@ -105,10 +105,15 @@ class Job:
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.expires_at: float | None = None
-        self.position = 0  # jobs before this one, while it is queued
+        self.position = 0  # in the queue, while it is there; 0 is about to begin
         self.progress: Progress | None = None  # the newest
         self.result: Finished | None = None
         self.error: GramophoneError | None = None
+        # Seconds from its request on, which the steps of a wall clock do not change.
+        self.waited_s: float | None = None  # until it began
+        self.first_frame_s: float | None = None  # until somebody's first picture was taken
+        self.lasted_s: float | None = None  # until it ended
+        self._made_at = time.monotonic()
         self._jobs = jobs
         self._lock = threading.Lock()
         self._history = History()
@@ -200,7 +205,7 @@ class Job:
         return True
 
     def cancel(self) -> None:
-        """Ends the job with `Cancelled`, at once for its watchers and within one iteration for the engine. Does nothing
+        """Ends the job with `Cancelled`, at once for its watchers and within a slice (20 ms, or an iteration) for the engine. Does nothing
         to one that has ended."""
         self.fail(Cancelled())
         self._jobs.scheduler.withdraw(self)
@@ -231,7 +236,8 @@ class Job:
         with self._lock:
             if not self.ended:
                 self.state, self.position = State.RUNNING, 0
-                self.started_at = self.started_at or self._jobs.clock()
+                if self.started_at is None:
+                    self.started_at, self.waited_s = self._jobs.clock(), self._age_s
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
@@ -279,6 +285,8 @@ class Job:
                     self.position = position
                 case Progress():
                     self.progress = event
+                case Frame() if self.first_frame_s is None:
+                    self.first_frame_s = self._age_s
                 case Paused():
                     self.state = State.PAUSED
                 case Resumed():
@@ -294,8 +302,12 @@ class Job:
             if isinstance(event, Finished):
                 self._end(State.SUCCEEDED)
 
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._made_at
+
     def _end(self, state: State) -> None:
-        self.state, self.ended_at = state, self._jobs.clock()
+        self.state, self.ended_at, self.lasted_s = state, self._jobs.clock(), self._age_s
         if not isinstance(self.error, Diverged):
             self._history.forget_frame()
         for mailbox in self._watchers:
@@ -308,13 +320,15 @@ class Job:
 class Jobs:
     """The jobs of one server: those under way, and for a bounded while those that have ended.
 
-    `loop` (its timers) and `clock` (seconds of the epoch) are for tests to replace.
+    `ended` hears of each job's end, on the event loop. `loop` (its timers) and `clock` (seconds of the epoch) are for tests to
+    replace.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         limits: Limits,
+        ended: Callable[[Job], None] = lambda job: None,
         loop: asyncio.AbstractEventLoop | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -322,6 +336,7 @@ class Jobs:
         self.loop = loop or asyncio.get_running_loop()
         self.clock = clock
         self.limits = limits
+        self._hear_of_end = ended
         self._created = 0
         self._jobs: dict[str, Job] = {}  # by id, oldest first
         self._requests: dict[str, Job] = {}  # by request_id
@@ -330,10 +345,10 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def create(self, request_id: str, digest: bytes, grace_s: float, encoding: Encoding) -> Job:
+    def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
         """A job that has no work yet; see `Job.submit`."""
         self._created += 1
-        job = Job(self, self._created, request_id, digest, grace_s, encoding)
+        job = Job(self, self._created, request_id, grace_s, encoding)
         self._jobs[job.id] = job
         if request_id:
             self._requests[request_id] = job
@@ -357,6 +372,7 @@ class Jobs:
 
     def keep(self, job: Job) -> None:
         """Keeps a job that has ended as long as there is room and time for it. One that was refused is not kept."""
+        self._hear_of_end(job)
         if job.plan is None or job.id not in self._jobs:  # the registry was closed
             self._forget(job)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gramophone_server.errors import OutOfDeviceMemory
@@ -16,7 +16,7 @@ from gramophone_server.job import Report
 from gramophone_server.pace import Pace
 from gramophone_server.work import Batch, Batching, Shape, Work
 
-__all__ = ["Lane", "Lanes", "Seat", "widths"]
+__all__ = ["Iterated", "Lane", "Lanes", "Seat", "widths"]
 
 
 @dataclass(eq=False)
@@ -52,11 +52,14 @@ class Lane:
         return len(self.seats) < self.slots
 
 
-class Lanes:
-    """The lanes of one engine."""
+Iterated = Callable[[Lane, int, float], None]  # everybody in the lane has done so many iterations in so many seconds
 
-    def __init__(self, engine: Batching, pace: Pace) -> None:
-        self._engine, self._pace = engine, pace
+
+class Lanes:
+    """The lanes of one engine. `iterated` hears of what was done in them, on the compute thread."""
+
+    def __init__(self, engine: Batching, pace: Pace, iterated: Iterated = lambda *_: None) -> None:
+        self._engine, self._pace, self._hear = engine, pace, iterated
         self._lanes: list[Lane] = []
         self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
         self._full = False  # memory ended in a lane of one: until a lane is closed, none is opened beside others
@@ -64,6 +67,11 @@ class Lanes:
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes)
+
+    @property
+    def bytes(self) -> int:
+        """That their batches take on the device, as estimated. For any thread."""
+        return sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in list(self._lanes))
 
     def arrange(self, seats: Iterable[Seat]) -> dict[Seat, Exception]:
         """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone. Returns those
@@ -96,7 +104,9 @@ class Lanes:
             return {}
         took_s = time.monotonic() - before
         slot = next(iter(reports))
-        self._pace.note(lane.shape, lane.slots, lane.seats[slot].work.done - done[slot], took_s)
+        did = lane.seats[slot].work.done - done[slot]
+        self._pace.note(lane.shape, lane.slots, did, took_s)
+        self._hear(lane, did, took_s)
         for seat in lane.seats.values():
             seat.used_s += took_s / len(lane.seats)
         return {lane.seats[slot]: report for slot, report in reports.items()}
@@ -161,8 +171,7 @@ class Lanes:
         slots = max(missing.elements(), default=1)
         missing[slots] -= 1
         needed = self._engine.batch_bytes(shape, slots)
-        held = sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in self._lanes)
-        if self._lanes and (self._full or held + needed > self._engine.memory_bytes):
+        if self._lanes and (self._full or self.bytes + needed > self._engine.memory_bytes):
             raise OutOfDeviceMemory(shape.width, shape.height)
         lane = Lane(self._engine.batch(shape, slots))
         self._lanes.append(lane)

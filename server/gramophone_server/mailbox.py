@@ -53,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The job waits for `position` others."""
+    """The job is at this place in the queue; at 0 it begins at once."""
 
     position: int
     wait_s: float | None = None  # by the speed measured so far; None: nothing was measured yet
@@ -61,7 +61,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The job still waits, now for `position` others."""
+    """The job still waits, now at this place, from 1."""
 
     position: int
     wait_s: float | None = None
@@ -72,7 +72,7 @@ class Progress:
     """An iteration was done."""
 
     report: Report
-    iterations_per_second: float  # over the present scale
+    iterations_per_second: float  # over the present scale, from the last pause on
     time_left_s: float
 
 
@@ -140,7 +140,7 @@ class Finished:
     picture: Picture
     losses: Losses
     iterations: int  # done
-    elapsed_s: float  # from the first iteration to the last
+    elapsed_s: float  # from the first iteration to the last, with pauses
     reason: StopReason = StopReason.ITERATIONS_DONE
 
 

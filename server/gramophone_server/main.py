@@ -1,7 +1,7 @@
 """The server process: settings -> engine -> server -> drain.
 
-Standard output has two lines that a script can wait for, "listening on HOST:PORT" and "ready in N s"; everything else
-goes to the log on standard error. Exit codes: 0 after a drain, 1 for a defect, 2 for a wrong setting.
+Standard output has the lines that a script can wait for, "listening on HOST:PORT", with a metrics port "metrics on URL", and
+"ready in N s"; everything else goes to the log on standard error. Exit codes: 0 after a drain, 1 for a defect, 2 for a wrong setting.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import config
+from gramophone_server.access import AccessLog
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.messages import version
+from gramophone_server.metrics import Metrics
+from gramophone_server.probes import Probes
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
+from gramophone_server.vitals import Vitals
 from gramophone_server.work import Engine
 
 __all__ = ["main", "serve", "server_options"]
@@ -92,8 +96,10 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     """
     started = time.monotonic()
     server = grpc.aio.server(options=server_options(settings))
-    scheduler = Scheduler(load, settings)
-    servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs)
+    metrics, access = Metrics(), AccessLog(settings.access_log)
+    scheduler = Scheduler(load, settings, metrics.iterated)
+    servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=access)
+    vitals = Vitals(scheduler, servicer.uploads, metrics, version())
     health_servicer = health.aio.HealthServicer()
     pb_grpc.add_StyleTransferServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -102,12 +108,19 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     for name in HEALTH_NAMES:  # the health service itself would begin with "" as SERVING
         await health_servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     port = _listen(server, settings.host, settings.port)
+    probes = None
+    if settings.metrics_port >= 0:
+        probes = Probes(settings.host, settings.metrics_port, metrics.registry, vitals.absence, vitals.illness)
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     scheduler.start()
     await server.start()
     print(f"listening on {_address(settings.host, port)}", flush=True)
+    pulse = asyncio.create_task(vitals.watch())
+    if probes is not None:
+        probes.start()
+        print(f"metrics on http://{_address(settings.host, probes.port)}/metrics", flush=True)
     if not _is_loopback(settings.host):
         log.warning("%s is not a loopback address: whoever reaches it can use this server, in plaintext", settings.host)
     log.info("version %s, %s", version(), _limits_line(settings))
@@ -131,6 +144,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
             )
             print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
         log.info("%s: draining for up to %g s; a second signal ends at once", (await asked).name, settings.drain_s)
+        vitals.draining = True
         await health_servicer.enter_graceful_shutdown()  # NOT_SERVING for good, and watchers hear of it
         hurried = not await _unless_signalled(scheduler.drain(settings.drain_s), signals)
         scheduler.stop()
@@ -143,6 +157,10 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
         scheduler.stop()
         await server.stop(grace=HURRIED_S)  # jobs have ended; an open health watch would hold it for all of its grace
         servicer.close()
+        pulse.cancel()
+        if probes is not None:
+            await asyncio.to_thread(probes.close)
+        access.close()
         # The thread ends after its iteration; one that is still loading cannot be told, so it is not waited for.
         ended = await asyncio.to_thread(scheduler.join, patience_s if loaded else 0.0)
     log.info("stopped")

@@ -36,6 +36,7 @@ from gramophone_server.errors import (
     QueueFull,
     ShuttingDown,
 )
+from gramophone_server.lanes import Iterated
 from gramophone_server.line import Line
 from gramophone_server.mailbox import Paused, Resumed
 from gramophone_server.pace import Pace
@@ -94,17 +95,20 @@ class Scheduler:
     """Runs jobs on a compute thread of its own. Build it inside the event loop that will submit them.
 
     `load` builds and warms up the engine; it runs on the compute thread, because torch's thread pool belongs to the
-    thread that first uses it.
+    thread that first uses it. `iterated` hears of what it does, on that thread.
     """
 
-    def __init__(self, load: Callable[[], Engine], limits: Limits) -> None:
+    def __init__(self, load: Callable[[], Engine], limits: Limits, iterated: Iterated = lambda *_: None) -> None:
         self._load = load
+        self._iterated = iterated
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[Engine] = self._loop.create_future()
         self._place_freed = asyncio.Event()
         self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
         self._pace = Pace()
+        self._worker: Worker | None = None  # once the engine is there
+        self._turn_began_at: float | None = None  # None: the compute thread waits
         # Everything below is guarded by the lock of this condition, which says that there is something to do.
         self._news = threading.Condition()
         self._line = Line(self._pace, limits.max_running)
@@ -145,6 +149,17 @@ class Scheduler:
     def queued(self) -> int:
         """Jobs that wait, or whose images are still being decoded."""
         return max(0, self._places - self.running - self.paused)
+
+    @property
+    def batch_bytes(self) -> int:
+        """That the batches of those jobs take on the device, as estimated."""
+        return self._worker.batch_bytes if self._worker is not None else 0
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds since the compute thread was last seen, 0 while it waits for jobs. A turn is a slice and what was ordered."""
+        began_at = self._turn_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
     def estimated_wait_s(self) -> float | None:
         """Seconds until a job that came now would begin; None while nothing was measured."""
@@ -269,10 +284,12 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - whoever awaits `ready` gets it
             self._call(partial(_answer, self._loaded, error))
             return
-        worker = Worker(engine, self._pace, self._limits.max_checkpoint_bytes)
+        worker = self._worker = Worker(engine, self._pace, self._limits.max_checkpoint_bytes, self._iterated)
         self._call(partial(_answer, self._loaded, engine))
         while not self._stopped:
+            self._turn_began_at = None
             self._wait(worker)
+            self._turn_began_at = time.monotonic()
             while self._orders and not self._stopped:
                 self._carry_out(worker, self._orders.popleft())
             try:

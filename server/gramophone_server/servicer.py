@@ -14,17 +14,20 @@ from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.calls import Call, Context
+from gramophone_server.access import AccessLog
+from gramophone_server.calls import Call, Calls, Context
 from gramophone_server.checks import check_first, check_no_credit, check_page, check_request_id, check_watch
 from gramophone_server.config import Limits
 from gramophone_server.control import Controller
-from gramophone_server.errors import EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
+from gramophone_server.errors import Cancelled, EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.jobs import Job, Jobs
 from gramophone_server.mailbox import CheckpointRule, FrameRule
 from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
-from gramophone_server.requests import Admission, refuse, spec_digest
+from gramophone_server.metrics import Metrics
+from gramophone_server.requests import Admission, refuse
 from gramophone_server.scheduler import Place, Scheduler
-from gramophone_server.uploads import Upload
+from gramophone_server.status import reason
+from gramophone_server.uploads import Upload, Uploads
 from gramophone_server.work import CacheCounts
 
 __all__ = ["Servicer"]
@@ -37,21 +40,33 @@ PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
 class Servicer(pb_grpc.StyleTransferServiceServicer):
     """StyleTransferService of one server."""
 
-    def __init__(self, scheduler: Scheduler, limits: Limits, *, list_jobs: bool = False) -> None:
-        self.jobs = Jobs(scheduler, limits)
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: Limits,
+        *,
+        list_jobs: bool = False,
+        metrics: Metrics | None = None,
+        access: AccessLog | None = None,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self.jobs = Jobs(scheduler, limits, self._job_ended)
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
         self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
-        self._preparations: set[asyncio.Task[None]] = set()  # asyncio itself does not hold its tasks
-        self._calls: set[Call] = set()
-        self._no_calls = asyncio.Event()
-        self._no_calls.set()
+        self._preparations: dict[Job, asyncio.Task[None]] = {}
+        self._calls = Calls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
+
+    @property
+    def uploads(self) -> Uploads:
+        """The images that are kept for jobs to come."""
+        return self._admission.uploads
 
     async def idle(self) -> None:
         """Returns when no RPC is under way."""
-        await self._no_calls.wait()
+        await self._calls.idle()
 
     def close(self) -> None:
         """Gives the threads back, and forgets all jobs."""
@@ -61,12 +76,12 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
         """See the proto."""
-        call = self._call("Stylize", context)
+        call = self._calls.begin("Stylize", context)
         response = pb.StylizeResponse()
         request.spec.ClearField("frames")
         request.spec.ClearField("checkpoints")
         try:
-            async for told in self._made(request, call).responses(pb.StylizeStreamResponse):
+            async for told in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
                 if told.event.HasField("accepted"):
                     response.accepted.CopyFrom(told.event.accepted)
                 elif told.event.HasField("result"):
@@ -80,11 +95,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request: pb.StylizeStreamRequest, context: Context
     ) -> AsyncIterator[pb.StylizeStreamResponse]:
         """See the proto."""
-        call = self._call("StylizeStream", context)
+        call = self._calls.begin("StylizeStream", context)
         try:
             refuse(check_no_credit(request.spec.frames, "spec.frames"))
-            async for response in self._made(request, call).responses(pb.StylizeStreamResponse):
-                with call.writing:
+            async for response in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -94,13 +109,14 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
     ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
         """See the proto."""
-        call = self._call("StylizeInteractive", context)
+        call = self._calls.begin("StylizeInteractive", context)
         try:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
-            controller = Controller(self._controlled(first, call), self._scheduler, self._limits)
+            call.received()
+            controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
-                with call.writing:
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -108,13 +124,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         """See the proto."""
-        call = self._call("WatchJob", context)
+        call = self._calls.begin("WatchJob", context)
         try:
             refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             view = self._watched(job, call, request, after=request.after_sequence)
             async for response in view.responses(pb.WatchJobResponse):
-                with call.writing:
+                with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
@@ -122,7 +138,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         """See the proto."""
-        call = self._call("GetJob", context)
+        call = self._calls.begin("GetJob", context)
         try:
             response = pb.GetJobResponse(job=job_message(self.jobs.find(request.job_id)))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -132,7 +148,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         """See the proto."""
-        call = self._call("ListJobs", context)
+        call = self._calls.begin("ListJobs", context)
         try:
             if not self._list_jobs:
                 raise ListingDisabled
@@ -151,7 +167,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         """See the proto."""
-        call = self._call("CancelJob", context)
+        call = self._calls.begin("CancelJob", context)
         try:
             job = self.jobs.find(request.job_id)
             job.cancel()
@@ -165,10 +181,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
     ) -> pb.UploadImageResponse:
         """See the proto."""
-        call = self._call("UploadImage", context)
+        call = self._calls.begin("UploadImage", context)
         try:
             upload = Upload(self._limits)
             async for request in request_iterator:
+                call.received()
                 upload.add(request.chunk)
             response = await self._admission.kept(upload)
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -178,7 +195,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""
-        call = self._call("GetServerInfo", context)
+        call = self._calls.begin("GetServerInfo", context)
         try:
             engine = self._scheduler.engine
             response = pb.GetServerInfoResponse(
@@ -194,7 +211,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 queued_jobs=self._scheduler.queued,
                 paused_jobs=self._scheduler.paused,
                 style_cache=_cache_stats(engine.style_cache),
-                uploads=_cache_stats(self._admission.uploads.counts),
+                uploads=_cache_stats(self.uploads.counts),
             )
             wait_s = self._scheduler.estimated_wait_s()
             if wait_s is not None:
@@ -204,28 +221,17 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call.succeeded()
         return response
 
-    def _call(self, method: str, context: Context) -> Call:
-        call = Call(method, context, self._over, self._limits.max_blocked_s)
-        self._calls.add(call)
-        self._no_calls.clear()
-        return call
-
-    def _over(self, call: Call) -> None:
-        self._calls.discard(call)
-        if not self._calls:
-            self._no_calls.set()
-
-    def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
+    async def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
         """The job of a controller's first message."""
         refuse(check_first(first))
         assert first is not None, "its absence was refused"
         if first.HasField("start"):
-            return self._made(first.start, call, controls=True)
+            return await self._made(first.start, call, controls=True)
         refuse(check_watch(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
         return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
-    def _made(
+    async def _made(
         self,
         request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
         call: Call,
@@ -235,22 +241,50 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
         spec, request_id = request.spec, request.request_id.lower()
         refuse(check_request_id(request_id))
-        job = self.jobs.of_request(request_id)
+        job = await self._made_before(request_id, spec)
         attached = job is not None
         if job is None:
-            place = self._scheduler.reserve()  # before anything is hashed or decoded
+            place = self._reserved()  # before anything is hashed or decoded
             grace_s = _seconds(spec.detach_grace)
-            job = self.jobs.create(request_id, spec_digest(spec) if request_id else b"", grace_s, result_encoding(spec))
+            job = self.jobs.create(request_id, grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
             deadline_at = None if grace_s else call.deadline_at
             preparation = asyncio.create_task(self._prepare(job, place, spec, deadline_at))
-            self._preparations.add(preparation)
-            preparation.add_done_callback(self._preparations.discard)
-        elif job.digest != spec_digest(spec):
-            raise RequestIdTaken(request_id)
+            self._preparations[job] = preparation
+            preparation.add_done_callback(lambda _: self._preparations.pop(job))
         else:
             refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
         return self._watched(job, call, spec, attached=attached, controls=controls)
+
+    async def _made_before(self, request_id: str, spec: pb.JobSpec) -> Job | None:
+        """The job that an earlier request of this id made. Raises `RequestIdTaken` if that asked for something else."""
+        digest = None
+        # Looked for again after each wait: it may have failed meanwhile, and then the request is a new one.
+        while (job := self.jobs.of_request(request_id)) is not None:
+            if job in self._preparations:  # what it was asked for is known when that has ended
+                await asyncio.wait([self._preparations[job]])
+            elif digest is None:
+                digest = await self._admission.digest(spec)
+            elif digest != job.digest:
+                raise RequestIdTaken(request_id)
+            else:
+                return job
+        return None
+
+    def _reserved(self) -> Place:
+        try:
+            return self._scheduler.reserve()
+        except GramophoneError as error:
+            self._metrics.job_rejected(reason(error))
+            raise
+
+    def _job_ended(self, job: Job) -> None:
+        assert job.lasted_s is not None, "it has ended"
+        if job.plan is None and job.error is not None and not isinstance(job.error, Cancelled):
+            self._metrics.job_rejected(reason(job.error))
+            return
+        outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
+        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
 
     def _watched(
         self,
@@ -274,7 +308,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
             with place:
-                job.submit(place, await self._admission.work(spec, place, deadline_at), deadline_at)
+                work = await self._admission.work(spec, place, deadline_at)
+                if job.request_id:
+                    job.digest = await self._admission.digest(spec)
+                job.submit(place, work, deadline_at)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))

@@ -31,7 +31,7 @@ from gramophone_server.errors import (
     TooManyWatchers,
 )
 
-__all__ = ["CODES", "Refusal", "refusal"]
+__all__ = ["CODES", "Refusal", "reason", "refusal"]
 
 DOMAIN = "gramophone"
 
@@ -80,13 +80,17 @@ class Refusal(NamedTuple):
     trailers: tuple[tuple[str, str | bytes], ...]
 
 
+def reason(error: GramophoneError) -> str:
+    """What `ErrorInfo`, the metrics and the access log call an error: "QUEUE_FULL"."""
+    return pb.ErrorReason.Name(CODES[type(error)].reason).removeprefix("ERROR_REASON_")
+
+
 def refusal(error: GramophoneError) -> Refusal:
     """The status of an error, with `ErrorInfo` and, where they apply, `BadRequest` and `RetryInfo` in its details."""
-    code, reason = CODES[type(error)]
+    code = CODES[type(error)].code
     message = _cropped(str(error), LONGEST_MESSAGE)
     status = status_pb2.Status(code=code.value[0], message=message)
-    name = pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
-    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN)))
+    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN)))
     trailers: list[tuple[str, str | bytes]] = []
     retry_ms = _retry_ms(error)
     if retry_ms is not None:

@@ -23,7 +23,7 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.job import Report, ran_out_of_memory
-from gramophone_server.lanes import Lane, Lanes, Seat
+from gramophone_server.lanes import Iterated, Lane, Lanes, Seat
 from gramophone_server.mailbox import Changed, Event, Finished, Frame, Picture, Progress, Saved, State, StopReason
 from gramophone_server.pace import Pace
 from gramophone_server.work import Batching, Shape
@@ -93,11 +93,18 @@ class Task(Seat):
 class Worker:
     """Works on tasks in slices. Belongs to the compute thread; who is worked on is the scheduler's business."""
 
-    def __init__(self, engine: Batching, pace: Pace, most_checkpoint_bytes: int) -> None:
+    def __init__(
+        self, engine: Batching, pace: Pace, most_checkpoint_bytes: int, iterated: Iterated = lambda *_: None
+    ) -> None:
         self._engine, self._pace = engine, pace
-        self._lanes = Lanes(engine, pace)
+        self._lanes = Lanes(engine, pace, iterated)
         self._most_checkpoint_bytes = most_checkpoint_bytes
         self.full = False  # somebody waits for memory, so nobody else shall come
+
+    @property
+    def batch_bytes(self) -> int:
+        """That the batches take on the device, as estimated. For any thread."""
+        return self._lanes.bytes
 
     def begin(self, task: Task, others: Sequence[Task]) -> None:
         """A task more. It has neither an advantage over the others nor a debt to them."""

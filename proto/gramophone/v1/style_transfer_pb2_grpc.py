@@ -156,8 +156,8 @@ class StyleTransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """CancelJob stops a job within one iteration, or takes it out of the queue, and returns how it stands then. All its
-        watchers get ABORTED. Cancelling a job that has ended changes nothing.
+        """CancelJob stops a job within one iteration, or within 20 ms where iterations are shorter than that, or takes it out of
+        the queue, and returns how it stands then. All its watchers get ABORTED. Cancelling a job that has ended changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
