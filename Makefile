@@ -7,7 +7,7 @@ OPS := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cp
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench serve wheel image clean
+.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench bench-load serve wheel image clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -69,6 +69,12 @@ bench: install ## the tables of benchmarks/RESULTS.md, in a quarter of an hour
 	$(BIN)/python -m benchmarks.crowd
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.precision
+
+# The server's own limits, with an engine that sleeps, and overload with the network; both on this machine alone.
+bench-load: install ## what the server carries, and what it does under overload; needs a quiet quarter of an hour
+	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.overload --engine fake --svg benchmarks/overload.svg
+	$(BIN)/python -m benchmarks.overload --engine vgg
 
 serve: install ## the server on its default port
 	$(BIN)/gramophone-server

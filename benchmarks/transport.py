@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -42,7 +42,7 @@ GOALS = {"jobs": 300.0, "frames, watched": 2000.0, "streams": float(STREAMS)}  #
 HEALTH_GOAL_MS = 50.0  # p99
 OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
 FLAGS = (
-    *("--engine", "fake", "--iter-ms", str(ITERATION_MS), "--port", "0", "--log-level", "warning"),
+    *("--engine", "fake", "--iter-ms", str(ITERATION_MS)),
     *("--max-running", "256", "--max-queued", "1024", "--max-watchers", "1024", "--max-iterations", "100000"),
 )
 
@@ -88,9 +88,9 @@ def measured(name: str, client: Callable[[str, float, int], Coroutine[Any, Any, 
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[tuple[str, int]]:
-    """A server: its address and process id."""
-    command = [sys.executable, "-m", "gramophone_server.main", *FLAGS]
+def serving(flags: Sequence[str] = FLAGS) -> Iterator[tuple[str, int]]:
+    """A server with these flags: its address and process id."""
+    command = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--log-level", "warning", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

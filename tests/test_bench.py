@@ -34,7 +34,7 @@ def make_step(load=ClosedLoop(1), results=(1.0, 2.0, 3.0), refusals=0, **fields)
         one.frame(5.0 - seconds / 4, 1000, dropped=1)
         tally.add(one)
     for _ in range(refusals):
-        tally.add(sample(5.0, 0.0, "QUEUE_FULL"))
+        tally.add(sample(5.0, 0.002, "QUEUE_FULL"))
     told = {"ending": "stable", "is_warm": True, "began_s": 0.0, "windows": (Window(3.0, 3, 2.0),), "tally": tally}
     told |= {"unfinished": 1, "oldest_unfinished_s": 0.5, "late_s": 0.01, "client_cpu": 0.25}
     told |= {"server_before": (0, 0), "server_after": None}
@@ -274,6 +274,7 @@ def test_a_report_survives_its_file(tmp_path):
     assert [step.as_json() for step in read.steps] == [step.as_json() for step in report.steps]
     assert (read.server, read.settings, read.began) == (report.server, report.settings, report.began)
     assert read.steps[0].tally.statuses == {OK: 3, "QUEUE_FULL": 3}
+    assert read.steps[0].tally.failed_s["QUEUE_FULL"].count == 3
     assert [step.load for step in read.steps] == [ClosedLoop(1), OpenLoop(0.5)]
 
 
@@ -346,6 +347,7 @@ def test_the_text_counts_what_went_wrong(capsys):
     out = capsys.readouterr().out
     assert "gramophone 1.2.3 on cpu (<test> & more), fp32, vgg19" in out
     assert "1 at a time: 3 OK, 2 QUEUE_FULL" in out
+    assert "1 at a time: failed after s p50/p95/p99/max: QUEUE_FULL 0.002/0.002/0.002/0.002" in out
     assert "interrupted before three windows agreed" in out
 
 

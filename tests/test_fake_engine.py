@@ -1,5 +1,6 @@
 """The engine of `--engine fake`: what the real one promises, but for the art."""
 
+import gc
 import time
 
 import pytest
@@ -123,3 +124,12 @@ async def test_a_server_with_it_says_so_and_serves(caplog):
         assert "fake" in info.device and info.weights == "none"
         told = await events_of(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=12))))
     assert told[-1].result.iterations == 12
+
+
+def test_what_was_there_when_the_server_was_ready_is_not_collected_again():
+    before = gc.get_freeze_count()
+    try:
+        assert isinstance(main._loaded_for_good(Settings(engine="fake")), FakeEngine)
+        assert gc.get_freeze_count() > before + 10_000  # torch alone has more
+    finally:
+        gc.unfreeze()

@@ -3,6 +3,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -239,6 +240,15 @@ def test_a_port_in_use_is_exit_code_2(monkeypatch, capsys):
         run_main(monkeypatch, "--port", str(taken.getsockname()[1]))
     assert caught.value.code == 2
     assert "Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_compute_threads_sleep_while_they_wait_unless_told_otherwise(chosen, used):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    command = [sys.executable, "-c", "import gramophone_server.main"]
+    loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert f"OMP_WAIT_POLICY = '{used}'" in loaded.stderr  # OpenMP itself says so, when it is loaded
 
 
 def page(url):

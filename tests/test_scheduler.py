@@ -182,22 +182,47 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
         job.cancel()
 
 
+async def test_those_whose_images_are_being_decoded_are_reckoned_with():
+    engine = FakeEngine()
+    engine.go.clear()
+    job = work(iterations=10)
+    asked = job.pixels_left, job.shape, 0.0
+    async with scheduling(engine) as scheduler:
+        scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
+        with scheduler.reserve() as first, scheduler.reserve() as second:
+            first.require_time(*asked, 15)
+            with pytest.raises(DeadlineUnattainable) as caught:
+                second.require_time(*asked, 15)
+            assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
+            second.require_time(*asked, 25)
+            assert scheduler.estimated_wait_s() == 20
+            submit(scheduler, job, place=first)
+            assert scheduler.estimated_wait_s() == 20  # each is counted once
+        assert scheduler.estimated_wait_s() == 10  # the second was not used
+
+
+def require_time(scheduler, *asked):
+    """As a job that comes does, and goes again."""
+    with scheduler.reserve() as place:
+        place.require_time(*asked)
+
+
 async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
     engine, one = FakeEngine(iteration_s=0.01), work(1)
     pixels, shape = 64 * 32, one.shape
     async with scheduling(engine) as scheduler:
-        scheduler.require_time(10**9 * pixels, shape, 0.0, left_s=0.1)  # nothing was measured, so nothing is known
+        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so nothing is known
         await kinds(submit(scheduler, work(10)))
-        scheduler.require_time(1000 * pixels, shape, 0.0, left_s=10**6)
+        require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
         with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
-            scheduler.require_time(1000 * pixels, shape, 0.0, left_s=9)
+            require_time(scheduler, 1000 * pixels, shape, 0.0, 9)
         assert alone.value.retry_after_s is None  # it takes 10 s by itself
-        scheduler.require_time(1000 * pixels, shape, 5.0, left_s=9)  # its time budget ends it before
+        require_time(scheduler, 1000 * pixels, shape, 5.0, 9)  # its time budget ends it before
 
         long = submit(scheduler, work(100_000))
         await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
         with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
-            scheduler.require_time(pixels, shape, 0.5, left_s=60)
+            require_time(scheduler, pixels, shape, 0.5, 60)
         assert behind.value.retry_after_s > 500
         long.cancel()
 

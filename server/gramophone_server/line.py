@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gramophone_server.mailbox import Accepted, Waiting
 from gramophone_server.pace import Forecast, Pace, forecast
@@ -61,8 +61,9 @@ class Line:
             if position:
                 task.listener.publish(Waiting(position, wait_s))
 
-    def forecast(self, running: Sequence[Task], own_s: float) -> Forecast | None:
-        """For one who comes now and needs ``own_s`` seconds of the device; None while nothing was measured."""
+    def forecast(self, running: Sequence[Task], coming: Iterable[float], own_s: float) -> Forecast | None:
+        """For one who comes now and needs ``own_s`` seconds of the device, as ``coming`` are needed by those who will wait
+        before it; None while nothing was measured."""
         for task in (*running, *self._tasks):
             if task.left_s is None:  # it came before anything was measured
                 task.left_s = self._pace.left_s(task.work)
@@ -70,12 +71,12 @@ class Line:
         ahead = [task.left_s for task in self._tasks if task.left_s is not None]
         if len(left) < len(running) or len(ahead) < len(self._tasks):
             return None
-        return forecast(left, ahead, own_s, self._most_running)
+        return forecast(left, (*ahead, *coming), own_s, self._most_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
         """Of each who waits: the place, 0 for who will begin at once, and seconds until it begins."""
         room = max(0, self._most_running - len(running))
         positions = [max(0, index + 1 - room) for index in range(len(self._tasks))]
-        seen = self.forecast(running, 0.0) if positions else None
+        seen = self.forecast(running, (), 0.0) if positions else None
         begins = seen.begins[:-1] if seen is not None else (None,) * len(positions)
         return list(zip(positions, begins, strict=True))

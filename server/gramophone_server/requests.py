@@ -25,7 +25,7 @@ from gramophone_server.checks import check_result, check_resumed, check_spec
 from gramophone_server.config import DECODERS, Limits
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.job import SMALLEST_SIDE, StyleJob
-from gramophone_server.scheduler import Scheduler
+from gramophone_server.scheduler import Place, Scheduler
 from gramophone_server.uploads import Upload, Uploads
 from gramophone_server.work import Shape, Work
 
@@ -67,8 +67,8 @@ class Admission:
         """Gives the threads back."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def work(self, spec: pb.JobSpec, deadline_at: float | None = None) -> Work:
-        """The work of a request that must be done by ``deadline_at``, in seconds of the monotonic clock.
+    async def work(self, spec: pb.JobSpec, place: Place, deadline_at: float | None = None) -> Work:
+        """The work of a request that has a place, and must be done by ``deadline_at``, in seconds of the monotonic clock.
 
         Raises `InvalidRequest` with every violation, those of the images included, `ImageNotFound`,
         `OutOfDeviceMemory`, `DeadlineUnattainable`; where nothing but one of the last three is wrong, before it decodes.
@@ -77,7 +77,7 @@ class Admission:
         recipe, saved = await self._recipe(spec, violations)
         sources = self._sources(spec, recipe, violations)
         if not violations:
-            await self._estimate(recipe, saved, sources["spec.content"], deadline_at)
+            await self._estimate(recipe, saved, sources["spec.content"], place, deadline_at)
         decoded = await self._decoded(sources, violations)
         refuse(violations)
         job = StyleJob(
@@ -139,7 +139,7 @@ class Admission:
         return sources
 
     async def _estimate(
-        self, recipe: Recipe, saved: Checkpoint | None, content: Source, deadline_at: float | None
+        self, recipe: Recipe, saved: Checkpoint | None, content: Source, place: Place, deadline_at: float | None
     ) -> None:
         """Raises `OutOfDeviceMemory` and `DeadlineUnattainable` by what the content image's header says of its size. One
         that says nothing, or nothing that would be taken, is for the decoder to judge.
@@ -154,9 +154,9 @@ class Admission:
             return outline
 
         outline = await self._in_thread(outlined)
-        if outline is not None and deadline_at is not None:
-            left_s = deadline_at - time.monotonic()
-            self._scheduler.require_time(*outline, recipe.time_budget, left_s)
+        if outline is not None:
+            left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
+            place.require_time(*outline, recipe.time_budget, left_s)
 
     def _outline(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
         """The pixel-iterations that a job has left, and its largest shape; None where the header does not tell."""

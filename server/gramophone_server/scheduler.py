@@ -66,11 +66,19 @@ class Place:
         self._scheduler = scheduler
         self._used = False
 
+    def require_time(self, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
+        """Raises `DeadlineUnattainable` if the job would not be done in ``left_s`` seconds, by the speed measured so far and
+        behind all who were here before. Else those who come now reckon with it, while its images are being decoded.
+
+        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe.
+        """
+        self._scheduler._require_time(self, pixels, shape, time_budget, left_s)
+
     def submit(self, work: Work, listener: Listener, deadline_at: float | None = None) -> None:
         """Queues the job. ``deadline_at``: when nobody wants it any more, on the monotonic clock. Raises `ShuttingDown` if
         the drain time has run out meanwhile."""
         assert not self._used, "a place is for one job"
-        self._scheduler._enqueue(work, listener, math.inf if deadline_at is None else deadline_at)
+        self._scheduler._enqueue(self, work, listener, math.inf if deadline_at is None else deadline_at)
         self._used = True
 
     def __enter__(self) -> Self:
@@ -80,7 +88,7 @@ class Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._used:
-            self._scheduler._release(1)
+            self._scheduler._give_back(self)
 
 
 class Scheduler:
@@ -108,6 +116,7 @@ class Scheduler:
         self._running: list[Task] = []
         self._orders: deque[Order] = deque()
         self._places = 0  # reserved, queued, paused and running jobs
+        self._coming: dict[Place, float] = {}  # reserved, and seconds of the device that each will need
         self._draining = False
         self._stopped = False
 
@@ -155,7 +164,7 @@ class Scheduler:
     def estimated_wait_s(self) -> float | None:
         """Seconds until a job that came now would begin; None while nothing was measured."""
         with self._news:
-            seen = self._line.forecast(self._running, 0.0)
+            seen = self._line.forecast(self._running, self._coming.values(), 0.0)
         return None if seen is None else seen.begins[-1]
 
     def reserve(self) -> Place:
@@ -169,21 +178,6 @@ class Scheduler:
                 raise QueueFull(waiting, self._limits.max_queued, self._seconds_to_next_place())
             self._places += 1
         return Place(self)
-
-    def require_time(self, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
-        """Raises `DeadlineUnattainable` if a job that came now would not be done in ``left_s`` seconds, by the speed measured
-        so far. ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe."""
-        each_s = self._pace.job_s(shape)
-        if each_s is None:
-            return
-        run_s = pixels * each_s / (shape.width * shape.height)
-        with self._news:
-            seen = self._line.forecast(self._running, run_s)
-        wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
-        if time_budget:
-            run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
-        if end_s > left_s:
-            raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
 
     def require_memory(self, shape: Shape) -> None:
         """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for 20 ms when it sees a
@@ -240,7 +234,26 @@ class Scheduler:
 
     # The queue --------------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, work: Work, listener: Listener, deadline_at: float) -> None:
+    def _require_time(self, place: Place, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
+        each_s = self._pace.job_s(shape)
+        if each_s is None:
+            return
+        need_s = run_s = pixels * each_s / (shape.width * shape.height)
+        with self._news:
+            seen = self._line.forecast(self._running, self._coming.values(), run_s)
+            wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
+            if time_budget:
+                run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
+            if end_s > left_s:
+                raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
+            self._coming[place] = need_s
+
+    def _give_back(self, place: Place) -> None:
+        with self._news:
+            self._coming.pop(place, None)
+        self._release(1)
+
+    def _enqueue(self, place: Place, work: Work, listener: Listener, deadline_at: float) -> None:
         now = time.monotonic()
         budget_at = now + work.recipe.time_budget if work.recipe.time_budget else math.inf
         left_s = self._pace.left_s(work)
@@ -249,6 +262,7 @@ class Scheduler:
         with self._news:
             if self._stopped:
                 raise ShuttingDown
+            self._coming.pop(place, None)
             self._line.accept(task, self._running)
             self._news.notify()
 

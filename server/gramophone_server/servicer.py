@@ -316,7 +316,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
             with place:
-                work = await self._admission.work(spec, deadline_at)
+                work = await self._admission.work(spec, place, deadline_at)
                 if job.request_id:
                     job.digest = await self._admission.digest(spec)
                 job.submit(place, work, deadline_at)

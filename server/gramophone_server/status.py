@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ DOMAIN = "gramophone"
 MOST_VIOLATIONS = 20
 LARGEST_DETAILS = 4096  # bytes
 LONGEST_MESSAGE = 400  # characters
+
+SPREAD = 0.25  # of the time after which to come again
 
 
 class Code(NamedTuple):
@@ -89,23 +92,29 @@ def refusal(error: GramophoneError) -> Refusal:
     status = status_pb2.Status(code=code.value[0], message=message)
     status.details.append(_packed(error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN)))
     trailers: list[tuple[str, str | bytes]] = []
-    if (
-        isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ShuttingDown)
-        and error.retry_after_s is not None
-    ):
+    retry_ms = _retry_ms(error)
+    if retry_ms is not None:
         retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration())
-        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        retry.retry_delay.FromMilliseconds(retry_ms)
         status.details.append(_packed(retry))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # A client's retry policy waits this long of its own accord. A job that would fail again must not come again,
         # although retry policies name its code: a negative delay forbids it.
-        after_s = getattr(error, "retry_after_s", None)
-        trailers.append(("grpc-retry-pushback-ms", "-1" if after_s is None else str(round(after_s * 1000))))
+        trailers.append(("grpc-retry-pushback-ms", "-1" if retry_ms is None else str(retry_ms)))
     if isinstance(error, InvalidRequest):
         room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
         status.details.append(_packed(_bad_request(error, room)))
     trailers.append(("grpc-status-details-bin", status.SerializeToString()))
     return Refusal(code, message, tuple(trailers))
+
+
+def _retry_ms(error: GramophoneError) -> int | None:
+    """When to come again, if that may help. Each caller is told another time, because clients of gRPC wait for exactly as
+    long as they are told, and those who were refused together would come again together."""
+    if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ShuttingDown):
+        return None
+    after_s = error.retry_after_s
+    return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + SPREAD))
 
 
 def _bad_request(error: InvalidRequest, room: int) -> error_details_pb2.BadRequest:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from gramophone_client.bench.looks import CHART_STYLE
 from gramophone_client.bench.metrics import number
 
-__all__ = ["Axis", "Bar", "Series", "bar_chart", "line_chart"]
+__all__ = ["Axis", "Bar", "Panel", "Series", "bar_chart", "line_chart", "sheet"]
 
 WIDTH, WIDE, HEIGHT = 640, 1240, 320  # of lines, of bars, of both
 LEFT, RIGHT, TOP, BOTTOM = 56, 26, 14, 44  # margins, with room for the axes' words
+HEAD, PANEL_HEAD = 40, 50  # above the panels of a sheet: its title; above the chart of one: its title and its key
+LETTER = 6.3  # wide, of 12 px, on the average
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,38 @@ class Bar:
     x: float
     width: float
     parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a sheet, and the lines that its key explains."""
+
+    title: str
+    key: Sequence[Series]
+    chart: str  # of `line_chart`
+
+
+def sheet(title: str, panels: Sequence[Panel]) -> str:
+    """Charts of lines beside each other as an SVG file of its own, which follows light and dark where it is shown."""
+    width, height = WIDTH * len(panels), HEAD + PANEL_HEAD + HEIGHT
+    drawn = [f'<text class="title" x="{LEFT}" y="28">{escape(title)}</text>']
+    for i, panel in enumerate(panels):
+        left = WIDTH * i
+        drawn.append(f'<text class="caption" x="{left + LEFT}" y="{HEAD + 20}">{escape(panel.title)}</text>')
+        at = float(left + LEFT)
+        for line in panel.key:
+            dashes = ' stroke-dasharray="6 5"' if line.is_dashed else ""
+            y = HEAD + 36
+            drawn.append(f'<path class="line {line.colour}" d="M{at:.1f} {y}h16"{dashes}/>')
+            drawn.append(f'<text class="word" x="{at + 22:.1f}" y="{y + 4}">{escape(line.name)}</text>')
+            at += 22 + LETTER * len(line.name) + 20
+        place = f'x="{left}" y="{HEAD + PANEL_HEAD}" width="{WIDTH}" height="{HEIGHT}"'
+        drawn.append(panel.chart.replace("<svg ", f"<svg {place} ", 1))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'role="img" aria-label="{escape(title)}"><style>{CHART_STYLE}</style>'
+        f'<rect class="sheet" width="{width}" height="{height}" rx="10"/>{"".join(drawn)}</svg>\n'
+    )
 
 
 def line_chart(x: Axis, y: Axis, series: Sequence[Series]) -> str:

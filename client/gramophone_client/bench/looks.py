@@ -1,11 +1,11 @@
-"""The looks of the page: its one style sheet."""
+"""The looks of pages and charts: the one style sheet, and its part for a chart that is a file of its own."""
 
 from __future__ import annotations
 
-__all__ = ["STYLE"]
+__all__ = ["CHART_STYLE", "STYLE"]
 
 # c0 to c6 tell things apart; o1 to o5 are one hue from least to most; quiet steps back.
-STYLE = """
+PALETTE = """
 :root {
   color-scheme: light dark;
   --page: #f6f5f2; --card: #fffefb; --ink: #1c1b19; --soft: #6a6862; --rule: #e3e1da;
@@ -21,6 +21,25 @@ STYLE = """
     --o1: #27589a; --o2: #2f6fc4; --o3: #4a94ec; --o4: #84b6f3; --o5: #c4dcfa; --quiet: #6f6c64;
   }
 }
+"""
+
+MARKS = """
+.word { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.middle { text-anchor: middle; } .end { text-anchor: end; }
+.grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--quiet); stroke-width: 1; }
+.mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 4; }
+.line { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
+.dot { stroke: var(--card); stroke-width: 2; } .target { fill: transparent; } .target:hover { fill: var(--rule); }
+rect:hover { opacity: 0.75; }
+""" + "".join(
+    f".line.{name} {{ stroke: var(--{name}); }} .dot.{name}, rect.{name} {{ fill: var(--{name}); }} "
+    f"i.{name} {{ background: var(--{name}); }}\n"
+    for name in ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "o1", "o2", "o3", "o4", "o5", "quiet")
+)
+
+STYLE = (
+    PALETTE
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 64px; }
@@ -42,13 +61,6 @@ figcaption { font-weight: 600; }
 .key { margin: 4px 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; color: var(--soft); font-size: 13px; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
 svg { width: 100%; height: auto; display: block; }
-.word { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-.middle { text-anchor: middle; } .end { text-anchor: end; }
-.grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--quiet); stroke-width: 1; }
-.mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 4; }
-.line { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
-.dot { stroke: var(--card); stroke-width: 2; } .target { fill: transparent; } .target:hover { fill: var(--rule); }
-rect:hover { opacity: 0.75; }
 p.quiet { color: var(--soft); }
 .table { overflow-x: auto; margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -57,8 +69,15 @@ th:first-child { text-align: left; } tbody th { font-weight: 500; } tbody tr:las
 .better { color: var(--good); font-weight: 600; } .worse { color: var(--bad); font-weight: 600; }
 .better::after { content: " better"; font-weight: 400; } .worse::after { content: " worse"; font-weight: 400; }
 details { margin-top: 24px; color: var(--soft); } pre { overflow-x: auto; font-size: 13px; }
-""" + "".join(
-    f".line.{name} {{ stroke: var(--{name}); }} .dot.{name}, rect.{name} {{ fill: var(--{name}); }} "
-    f"i.{name} {{ background: var(--{name}); }}\n"
-    for name in ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "o1", "o2", "o3", "o4", "o5", "quiet")
+"""
+    + MARKS
+)
+
+CHART_STYLE = (
+    PALETTE
+    + MARKS
+    + """
+svg { font-family: system-ui, sans-serif; } rect.sheet { fill: var(--card); opacity: 1; }
+.title { fill: var(--ink); font-size: 17px; font-weight: 600; } .caption { fill: var(--ink); font-size: 14px; }
+"""
 )

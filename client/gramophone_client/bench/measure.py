@@ -61,6 +61,7 @@ class Tally:
     first_frame_s: Histogram = field(default_factory=Histogram)  # of all that had one
     frame_gap_s: Histogram = field(default_factory=Histogram)
     by_kind: dict[str, Histogram] = field(default_factory=dict)  # as result_s
+    failed_s: dict[str, Histogram] = field(default_factory=dict)  # by status, until it was known
     frames: int = 0
     frames_dropped: int = 0
     bytes_received: int = 0
@@ -92,6 +93,8 @@ class Tally:
         if sample.status == OK:
             self.result_s.record(sample.ended_s - sample.due_s)
             self.by_kind.setdefault(sample.kind, Histogram()).record(sample.ended_s - sample.due_s)
+        elif sample.status != LEFT:
+            self.failed_s.setdefault(sample.status, Histogram()).record(sample.ended_s - sample.due_s)
         if sample.first_frame_s is not None:
             self.first_frame_s.record(sample.first_frame_s - sample.due_s)
         for gap_s in sample.frame_gaps_s:
@@ -112,8 +115,9 @@ class Tally:
             (self.frame_gap_s, other.frame_gap_s),
         ):
             mine.merge(its)
-        for kind, histogram in other.by_kind.items():
-            self.by_kind.setdefault(kind, Histogram()).merge(histogram)
+        for ours, theirs in ((self.by_kind, other.by_kind), (self.failed_s, other.failed_s)):
+            for name, histogram in theirs.items():
+                ours.setdefault(name, Histogram()).merge(histogram)
         self.frames += other.frames
         self.frames_dropped += other.frames_dropped
         self.bytes_received += other.bytes_received
@@ -131,6 +135,7 @@ class Tally:
             "first_frame_s": self.first_frame_s.as_json(),
             "frame_gap_s": self.frame_gap_s.as_json(),
             "by_kind": {kind: histogram.as_json() for kind, histogram in sorted(self.by_kind.items())},
+            "failed_s": {status: histogram.as_json() for status, histogram in sorted(self.failed_s.items())},
             "frames": self.frames,
             "frames_dropped": self.frames_dropped,
             "bytes_received": self.bytes_received,
@@ -148,6 +153,7 @@ class Tally:
             first_frame_s=Histogram.from_json(told["first_frame_s"]),
             frame_gap_s=Histogram.from_json(told["frame_gap_s"]),
             by_kind={str(kind): Histogram.from_json(one) for kind, one in told["by_kind"].items()},
+            failed_s={str(status): Histogram.from_json(one) for status, one in told["failed_s"].items()},
             frames=int(told["frames"]),
             frames_dropped=int(told["frames_dropped"]),
             bytes_received=int(told["bytes_received"]),

@@ -123,6 +123,9 @@ def _remarks(report: Report) -> Iterator[str]:
     for step in report.steps:
         if set(step.tally.statuses) - {OK}:
             yield f"{step.load}: {_counted(step.tally.statuses)}"
+        if step.tally.failed_s:
+            told = (f"{status} {_quantiles(one, QUARTET)}" for status, one in sorted(step.tally.failed_s.items()))
+            yield f"{step.load}: failed after s p50/p95/p99/max: {', '.join(told)}"
         if len(step.tally.by_kind) > 1:
             told = (f"{kind} {_quantiles(one, QUARTET)}" for kind, one in sorted(step.tally.by_kind.items()))
             yield f"{step.load}: result s p50/p95/p99/max of {', '.join(told)}"
