@@ -232,6 +232,17 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(monkeypatch):
     )
 
 
+def test_a_png_of_very_many_profiles_is_refused_before_they_are_unpacked(monkeypatch):
+    data = encoded(Image.new("RGB", (32, 32)), icc_profile=b"x" * 100)
+    start, end = data.index(b"iCCP") - 4, data.index(b"IDAT") - 4
+    profile = data[start:end]
+    assert decoded(data[:start] + profile * images.MOST_PROFILES + data[end:]).shape == (3, 32, 32)
+    monkeypatch.setattr(images.Image, "open", None)
+    assert refused(data[:start] + profile * 9 + data[end:]) == (
+        "is a PNG of 9 colour profiles, and may have one; save it as an ordinary PNG"
+    )
+
+
 def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
     """Pillow opens a palette's picture without its palette, and stumbles over it later."""
     data = good()["png, palette"]

@@ -34,6 +34,9 @@ Image.MAX_IMAGE_PIXELS = None
 # Of a JPEG. Programs write up to some 20. Each makes the decoder visit all blocks anew and need not be longer than 14 bytes, so
 # that 100,000 of them keep it busy for 20 s at 4 megapixels.
 MOST_SCANS = 200
+# Of a PNG, which should have one. Pillow unpacks each, up to 1 MiB, and 10,000 of them take 20 s. Eight, because the four bytes
+# may be among its pixels, too.
+MOST_PROFILES = 8
 
 
 class Format(StrEnum):
@@ -130,6 +133,8 @@ def _opened(data: bytes, field: str, limits: Limits) -> Image.Image:
         )
     if (told := headers.size(data)) is not None:  # before Pillow makes room for the canvas of a WebP
         _refuse_pixels(*told, field, limits)
+    if data.startswith(b"\x89PNG") and (profiles := data.count(b"iCCP")) > MOST_PROFILES:
+        raise _refusal(field, f"is a PNG of {profiles} colour profiles, and may have one; save it as an ordinary PNG")
     if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
         raise _refusal(
             field, f"is a JPEG of {scans} scans; at most {MOST_SCANS} are taken; save it as an ordinary JPEG"

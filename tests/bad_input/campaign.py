@@ -33,6 +33,7 @@ CORPUS = Path(__file__).parent / "corpus"
 SETTINGS = {"engine": "fake", "iter_ms": 1, "port": 0, "log_level": "warning", "list_jobs": 1}
 SETTINGS |= {"max_size": 1024, "max_iterations": 100, "max_image_pixels": pictures.LIMIT, "max_styles": 2}
 SETTINGS |= {"max_detach_s": 1, "max_paused_s": 1, "max_checkpoint_bytes": 2**20, "max_kept": 16}
+LARGEST_KEPT = 2**18  # bytes of an input in the corpus; the bombs are made anew each time
 SIDE_BY_SIDE = 4
 LONGEST_S = 2.0  # of an answer
 GIVEN_UP_S = 20.0
@@ -254,8 +255,10 @@ def _details(error: Any) -> tuple[tuple[str, ...], str]:
 
 
 def kept(one: Input) -> str:
-    """Writes an input into the corpus; says how it is sent again."""
-    path = CORPUS / f"{hashlib.sha256(one.to_bytes()).hexdigest()[:12]}.input"
-    CORPUS.mkdir(exist_ok=True)
-    path.write_bytes(one.to_bytes())
+    """Writes an input into the corpus, one that is too large for it into out/; says how it is sent again."""
+    data = one.to_bytes()
+    folder = CORPUS if len(data) <= LARGEST_KEPT else Path("out")
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:12]}.input"
+    path.write_bytes(data)
     return f"(python -m tests.bad_input --only {os.path.relpath(path)})"

@@ -185,6 +185,8 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     international = _chunk(b"iTXt", b"k\0\1\0\0\0" + text)
     yield "png with an international text of 16 MiB", png(SIDE, SIDE, 8, 2, 3, international)
     yield "png with a profile that unpacks to 16 MiB", png(SIDE, SIDE, 8, 2, 3, _chunk(b"iCCP", b"k\0\0" + text))
+    profile = _chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2**20), 9))
+    yield "png with 5,000 profiles that unpack to 1 MiB each", png(SIDE, SIDE, 8, 2, 3, profile * 5000)
     yield "png with 100,000 texts", png(SIDE, SIDE, 8, 2, 3, _chunk(b"tEXt", b"k\0v") * 100_000)
     yield "png with 100,000 unknown chunks", png(SIDE, SIDE, 8, 2, 3, _chunk(b"quUx", b"") * 100_000)
     yield "png with 1,000,000 empty pieces of pixels", png(SIDE, SIDE, 8, 2, 3, _chunk(b"IDAT", b"") * 700_000)
