@@ -311,10 +311,57 @@ def test_files_appear_whole_or_not_at_all(here, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(picture.Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as raised:
         write_whole(path, b"new")
+    assert raised.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(here)) == ["out.png", "painting.png", "photo.png"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No file whose name begins so can be written."""
+
+    def fill(start):
+        replace = picture.Path.replace
+
+        def full(path, target):
+            if target.name.startswith(start):
+                raise OSError(28, "No space left on device")
+            return replace(path, target)
+
+        monkeypatch.setattr(picture.Path, "replace", full)
+
+    return fill
+
+
+def test_a_full_disk_for_frames_is_one_sentence_and_the_picture_is_kept(gramophone, service, here, full_disk):
+    service.scripts = [[accepted(), frame(10), HANG]]
+    full_disk("frame-")
+    code, out, err = gramophone("stylize photo.png painting.png -o out.png --frames f --quiet")
+    assert (code, out) == (2, "")
+    assert err == [
+        "gramophone: the picture after iteration 10 of 300 is kept as out.png",
+        "gramophone: f/frame-0001.jpg: No space left on device",
+    ]
+    assert service.over.wait(5) and service.cancelled
+    assert os.listdir(here / "f") == []
+
+
+def test_a_full_disk_for_the_result_is_one_sentence(gramophone, service, full_disk):
+    service.scripts = [[accepted(), frame(10), result()]]
+    full_disk("out.png")
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png --quiet")
+    assert (code, err) == (2, ["gramophone: out.png: No space left on device"])
+
+
+def test_a_full_disk_does_not_hide_why_a_job_ended(gramophone, service, full_disk):
+    service.scripts = [[accepted(), frame(10), refused(server_errors.Diverged(11))]]
+    full_disk("out.png")
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png --quiet")
+    assert code == 5
+    assert err[0] == "gramophone: the unfinished picture is lost: out.png: No space left on device"
+    assert "smaller step" in err[1]
 
 
 # --- help

@@ -32,7 +32,7 @@ def watch(args: argparse.Namespace) -> None:
     try:
         with display(args) as shown:
             asyncio.run(follow(shown))
-    except (KeyboardInterrupt, GramophoneError):
+    except (KeyboardInterrupt, GramophoneError, OSError):
         outputs.keep_unfinished()
         raise
     print(args.out)

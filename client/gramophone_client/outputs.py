@@ -85,17 +85,21 @@ class Outputs:
                     case Checkpoint() if self.checkpoint is not None:
                         await asyncio.to_thread(update.save, self.checkpoint)
                     case Result():
-                        update.save(self.out)
                         self.frame = None  # nothing is unfinished any more
+                        update.save(self.out)
                         if self.timelapse is not None:
                             self.timelapse.save(args.timelapse, last=update.picture)
 
     def keep_unfinished(self) -> None:
-        """Writes the newest frame as OUT, or beside it if an older picture is there, and says so."""
+        """Writes the newest frame as OUT, or beside it if an older picture is there, and says so, or why it could not."""
         if self.frame is None:
             return
         path = self.out.with_stem(f"{self.out.stem}-unfinished") if self.out_is_old else self.out
-        self.frame.picture.save(path)
+        try:
+            self.frame.picture.save(path)
+        except OSError as error:
+            complain(f"the unfinished picture is lost: {path}: {error.strerror}")
+            return
         of = f" of {self.accepted.iterations}" if self.accepted is not None else ""
         complain(f"the picture after iteration {self.frame.iteration}{of} is kept as {path}")
 

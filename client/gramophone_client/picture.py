@@ -72,13 +72,18 @@ def note_of(image: Image.Image) -> str:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that nobody ever sees half of it: into a neighbour, then renamed over `path`."""
+    """Writes a file so that nobody ever sees half of it: into a neighbour, then renamed over `path`.
+
+    Raises OSError with `path` as its `filename`, which the system leaves out when a disk is full.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
         raise

@@ -24,7 +24,7 @@ def stylize(args: argparse.Namespace) -> None:
     try:
         with display(args) as shown:
             asyncio.run(job.run(shown))
-    except (KeyboardInterrupt, GramophoneError):
+    except (KeyboardInterrupt, GramophoneError, OSError):
         job.keep_unfinished()
         raise
     print(args.out)
