@@ -238,6 +238,7 @@ def test_a_server_that_goes_away_tells_picture_and_state():
     for each in (one, fresh):
         worker.interrupt(each)
         assert isinstance(each.listener.error, ShuttingDown) and each.over
+        assert each.listener.error.retry_after_s == 1  # the process is gone by then
     state = one.listener.events[-1]
     assert read(state.write(), most_bytes=MOST).work(one.work.job).done == one.work.done
     assert not fresh.listener.events  # it has no picture yet

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 SLICE_S = 0.02
 # As often as frames come. 256 jobs that tell of every slice are 12,000 messages a second, and a core writes some 5,000.
 PROGRESS_EVERY_S = 0.1
+GONE_AFTER_S = 1.0  # a server that interrupts its jobs, so that who looks for it then finds another one
 HEADER_ROOM = 8192  # bytes of a checkpoint before its tensors; 32 layers with their weights are 4 KB
 
 
@@ -176,10 +177,10 @@ class Worker:
             if task.report is not None:
                 picture = Picture(self._picture(task))
                 task.listener.interrupted(task.work.done, picture, lambda light: self._state(task, light))
-            task.listener.fail(ShuttingDown())
+            task.listener.fail(ShuttingDown(GONE_AFTER_S))
         except Exception:
             log.exception("the picture of an interrupted job could not be taken")
-            task.listener.fail(ShuttingDown())
+            task.listener.fail(ShuttingDown(GONE_AFTER_S))
         self._end(task)
 
     # One slice --------------------------------------------------------------------------------------------------------
