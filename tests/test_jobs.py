@@ -59,8 +59,12 @@ class Loop:
 
     def __init__(self):
         self.now = 1000.0
+        self.wall = 5000.0  # what the machine's clock is ahead of `now`
         self.timers = []
         self.soon = []
+
+    def time(self):
+        return self.now
 
     def call_later(self, after_s, call):
         self.timers.append(Timer(self.now + after_s, call))
@@ -100,7 +104,7 @@ def registry(loop):
     def make(**limits):
         withdrawn = []
         scheduler = types.SimpleNamespace(withdrawn=withdrawn, withdraw=withdrawn.append)
-        return Jobs(scheduler, Limits(**limits), loop=loop, clock=lambda: loop.now)
+        return Jobs(scheduler, Limits(**limits), loop=loop, clock=lambda: loop.wall + loop.now)
 
     return make
 
@@ -496,7 +500,7 @@ def test_a_grace_is_waited_for_and_a_watcher_that_comes_back_ends_it(registry, l
     job, watcher = create(jobs, grace_s=10.0)
     for _ in range(3):
         job.leave(watcher)
-        assert job.expires_at == loop.now + 10
+        assert job.expires_at == 5000 + loop.now + 10
         loop.pass_s(9.0)
         assert not job.ended
         watcher = job.watch()
@@ -507,7 +511,7 @@ def test_a_grace_is_waited_for_and_a_watcher_that_comes_back_ends_it(registry, l
     assert not job.ended
     loop.pass_s(0.2)
     assert job.cancelled
-    assert jobs.find(job.id).expires_at == pytest.approx(loop.now + 600, abs=1)
+    assert jobs.find(job.id).expires_at == pytest.approx(5000 + loop.now + 600, abs=1)
 
 
 def test_a_job_that_ends_alone_is_kept_from_its_end(registry, loop):
@@ -546,11 +550,27 @@ def test_a_job_that_ended_is_kept_for_a_while(registry, loop, end, state):
     loop.pass_s(1000)
     end(job)
     loop.pass_s()
-    assert (job.state, job.ended_at, job.expires_at) == (state, loop.now, loop.now + 60)
+    assert (job.state, job.ended_at, job.expires_at) == (state, 5000 + loop.now, 5000 + loop.now + 60)
     loop.pass_s(59)
     assert jobs.find(job.id) is job
     loop.pass_s(1.5)
     assert len(jobs) == 0 and loop.live == []
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_set_moves_none_of_a_jobs_times(registry, loop, hours):
+    jobs = registry(max_kept_s=60)
+    job, _ = create(jobs)
+    loop.pass_s(1)
+    job.started()
+    loop.wall += hours * 3600
+    loop.pass_s(2)
+    job.publish(finished())
+    loop.pass_s()
+    assert (job.created_at, job.started_at, job.ended_at, job.expires_at) == (6000, 6001, 6003, 6063)
+    loop.pass_s(59)
+    assert jobs.find(job.id) is job
+    assert create(jobs)[0].created_at == 5000 + hours * 3600 + loop.now  # the next one goes by the clock as it is
 
 
 def test_the_one_that_ended_first_makes_room(registry, loop):

@@ -109,11 +109,12 @@ class Job:
         self.progress: Progress | None = None  # the newest
         self.result: Finished | None = None
         self.error: GramophoneError | None = None
-        # Seconds from its request on, which the steps of a wall clock do not change.
+        # Seconds from its request on. Its other times are counted from these, so that they stay in order, and true, when
+        # somebody sets the machine's clock.
         self.waited_s: float | None = None  # until it began
         self.first_frame_s: float | None = None  # until somebody's first picture was taken
         self.lasted_s: float | None = None  # until it ended
-        self._made_at = time.monotonic()
+        self._made_at = jobs.loop.time()
         self._jobs = jobs
         self._lock = threading.Lock()
         self._history = History()
@@ -217,7 +218,7 @@ class Job:
         self._timer = self.expires_at = None
         if then is not None:
             self._timer = self._jobs.loop.call_later(after_s, then)
-            self.expires_at = self._jobs.clock() + after_s
+            self.expires_at = self.created_at + self._age_s + after_s
 
     # The scheduler's side: see `scheduler.Listener` ---------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class Job:
             if not self.ended:
                 self.state, self.position = State.RUNNING, 0
                 if self.started_at is None:
-                    self.started_at, self.waited_s = self._jobs.clock(), self._age_s
+                    self.started_at, self.waited_s = self.created_at + self._age_s, self._age_s
 
     def publish(self, event: Event) -> None:
         """Tells all watchers, those to come included. What comes after the end is left out."""
@@ -304,10 +305,10 @@ class Job:
 
     @property
     def _age_s(self) -> float:
-        return time.monotonic() - self._made_at
+        return self._jobs.loop.time() - self._made_at
 
     def _end(self, state: State) -> None:
-        self.state, self.ended_at, self.lasted_s = state, self._jobs.clock(), self._age_s
+        self.state, self.ended_at, self.lasted_s = state, self.created_at + self._age_s, self._age_s
         if not isinstance(self.error, Diverged):
             self._history.forget_frame()
         for mailbox in self._watchers:
