@@ -208,7 +208,7 @@ DOMAIN_ERRORS = {
     server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
     server_errors.SlowReader: (60.0,),
 }
-CLIENT_NAMES = {"EngineFailed": "ServerFailed"}
+CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory"}
 
 
 def domain_error(kind):

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import threading
+import time
 import types
 import uuid
 
@@ -439,6 +440,7 @@ EXAMPLES = {
     "SlowReader": errors.SlowReader(30),
     "Diverged": errors.Diverged(2),
     "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
+    "OutOfHostMemory": errors.OutOfHostMemory(),
     "EngineFailed": errors.EngineFailed(),
 }
 RAISED = {
@@ -475,6 +477,7 @@ async def test_every_exception_has_its_code_reason_and_details(name):
                 "QueueFull": 12300,
                 "DeadlineUnattainable": 12300,
                 "OutOfDeviceMemory": -1,
+                "OutOfHostMemory": -1,
                 "TooManyWatchers": -1,
             }.get(name),
         )
@@ -503,9 +506,11 @@ def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
     assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
 
 
-def test_every_reason_is_used_once():
+def test_every_reason_is_used():
     reasons = [reason for _, reason in status.CODES.values()]
-    assert sorted(reasons) == sorted(set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED})
+    assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+    shared = [reason for reason in reasons if reasons.count(reason) > 1]
+    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: callers do the same
 
 
 async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
@@ -514,6 +519,36 @@ async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
     assert got.code is grpc.StatusCode.INTERNAL
     assert got.message == "the server failed while working on this job; its log has the details"
     assert not any("secret" in str(value) for value in got.trailers.values())
+    assert "secret" in caplog.text  # the log has it
+
+
+class Unencodable(FakeEngine):
+    """Whoever waits for one of its pictures gets an error."""
+
+    def batch(self, shape, slots):
+        batch = super().batch(shape, slots)
+
+        def wait():
+            raise torch.OutOfMemoryError("secret")
+
+        batch.snapshot = lambda slot: wait
+        return batch
+
+
+@pytest.mark.parametrize("place", ["decoding", "encoding"])
+async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monkeypatch, caplog):
+    async def cannot(self, spec, place, deadline_at):
+        raise MemoryError("secret")
+
+    if place == "decoding":
+        monkeypatch.setattr(Admission, "work", cannot)
+    async with serving(Unencodable() if place == "encoding" else FakeEngine()) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert s.scheduler.queued == 0
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+    assert (
+        got.message == "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+    )
     assert "secret" in caplog.text  # the log has it
 
 
@@ -640,20 +675,39 @@ async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in
         lost.cancel()
 
 
-async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
-    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
-    notices, left = [], []
-    context = types.SimpleNamespace(
+def context_of(notices, left_s=None):
+    """What gRPC gives a handler, with a list for those who want to hear of the end."""
+    return types.SimpleNamespace(
         add_done_callback=notices.append,
-        time_remaining=lambda: None,
+        time_remaining=lambda: left_s,
         invocation_metadata=tuple,
         peer=lambda: "ipv4:127.0.0.1:1",
     )
+
+
+async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
+    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
+    notices, left = [], []
+    context = context_of(notices)
     call = Calls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
     for notice in notices:
         notice(context)
     call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")
     assert left == ["a mailbox"]
+
+
+async def test_a_clock_that_is_set_makes_no_call_late(caplog):
+    """gRPC's context tells what is left of a deadline by the wall clock."""
+    caplog.set_level("INFO", "gramophone_server")
+    notices = []
+    context = context_of(notices, left_s=60.0)
+    call = Calls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    until_end = call.deadline_at - time.monotonic()
+    context.time_remaining = lambda: 0.0  # the clock is hours ahead now
+    for notice in notices:
+        notice(context)
+    assert 59 < until_end <= 60
+    assert "code=CANCELLED" in caplog.text
 
 
 async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():

@@ -131,7 +131,7 @@ class TooManyWatchers(Exhausted):
 
 
 class OutOfDeviceMemory(Exhausted):
-    """The device cannot hold a job of this size."""
+    """The device, or the server itself, cannot hold a job of this size."""
 
 
 class DeadlineExceeded(GramophoneError):

@@ -15,13 +15,14 @@ import grpc
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.access import AccessLog, trace_id
-from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, SlowReader
+from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, OutOfHostMemory, SlowReader
+from gramophone_server.job import ran_out_of_memory
 from gramophone_server.jobs import Job
 from gramophone_server.mailbox import Mailbox
 from gramophone_server.metrics import METHODS, Metrics
 from gramophone_server.status import reason, refusal
 
-__all__ = ["Call", "Calls", "Context", "Malformed", "Response"]
+__all__ = ["Call", "Calls", "Context", "Malformed", "Response", "as_domain_error"]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class Call:
         self._received = self._sent = self._frames = self._dropped = 0  # messages, and what was in them
         self._dismissal: asyncio.Task[None] | None = None
         self._started = time.monotonic()
+        # gRPC tells what is left by the wall clock, so it is asked before somebody can set that.
+        left_s = context.time_remaining()
+        # When the client stops to wait, in seconds of the monotonic clock.
+        self.deadline_at = None if left_s is None else self._started + left_s
         # Asked for now: once the RPC is over, gRPC's context has lost its call, and to ask it crashes the process (1.85.1).
         self._trace, self._peer = trace_id(context.invocation_metadata()), context.peer()
         task = asyncio.current_task()
@@ -119,12 +124,6 @@ class Call:
         if self.gone:
             job.leave(mailbox)
 
-    @property
-    def deadline_at(self) -> float | None:
-        """When its client stops to wait, in seconds of the monotonic clock."""
-        left_s = self._context.time_remaining()
-        return None if left_s is None else time.monotonic() + left_s
-
     def reads(self, reader: asyncio.Task[None]) -> None:
         """`reader` takes the client's messages; the end of this RPC is its end, too."""
         self._reader = reader
@@ -146,7 +145,7 @@ class Call:
         if not isinstance(error, GramophoneError):
             # A CancelledError from something awaited, too: without a status the client would hang until its deadline.
             log.error("%s job=%s failed", self._method.name, self._job_id or "-", exc_info=error)
-            error = EngineFailed()
+            error = as_domain_error(error)
         error.__traceback__ = None  # the job keeps its error, and must not keep this handler with it
         await self._abort(error)
 
@@ -191,8 +190,7 @@ class Call:
         self._leave()
         code = self._code
         if code is None:
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
+            late = self.deadline_at is not None and time.monotonic() >= self.deadline_at
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         took_s = time.monotonic() - self._started
         log.info("%s job=%s code=%s ms=%.0f", self._method.name, self._job_id or "-", code.name, took_s * 1000)
@@ -211,6 +209,11 @@ class Call:
             dropped=self._dropped,
         )
         self._calls.over(self)
+
+
+def as_domain_error(error: BaseException) -> GramophoneError:
+    """What a caller hears of an exception that is none of the domain's; the log has the rest."""
+    return OutOfHostMemory() if isinstance(error, Exception) and ran_out_of_memory(error) else EngineFailed()
 
 
 class Writing:

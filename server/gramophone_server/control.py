@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from gramophone.recipe import InvalidRecipe, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.calls import Call
+from gramophone_server.calls import Call, as_domain_error
 from gramophone_server.commands import Command, Done, Finish, Pause, Resume, Retune, TakeCheckpoint, TakePicture
 from gramophone_server.config import Limits, variable
-from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest
+from gramophone_server.errors import GramophoneError, InvalidRequest
 from gramophone_server.images import Encoding, Format
 from gramophone_server.jobs import Plan
 from gramophone_server.mailbox import Answer, Finished, Saved
@@ -98,7 +98,7 @@ class Controller:
             return
         if not isinstance(error, GramophoneError):  # else: bytes that are no command, so nobody knows what it was to do
             log.error("the commands of job=%s failed", self._job.id, exc_info=error)
-            error = EngineFailed()
+            error = as_domain_error(error)
         self._mailbox.end(error)
 
     async def _carried_out(self, request: pb.StylizeInteractiveRequest) -> Answer:

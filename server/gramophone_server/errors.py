@@ -16,6 +16,7 @@ GramophoneError
 ├── SlowReader         a watcher did not take its messages; its job has only lost that watcher
 ├── Diverged           the loss stopped being finite
 ├── OutOfDeviceMemory  the job does not fit
+├── OutOfHostMemory    memory ended while an image was decoded, encoded or copied
 ├── EngineFailed       a defect: the engine raised something that none of the above describes
 └── StartupError       the server cannot start as configured; never reaches a caller
 """
@@ -37,6 +38,7 @@ __all__ = [
     "ListingDisabled",
     "NotReady",
     "OutOfDeviceMemory",
+    "OutOfHostMemory",
     "QueueFull",
     "RequestIdTaken",
     "ShuttingDown",
@@ -174,6 +176,15 @@ class OutOfDeviceMemory(GramophoneError):
 
     def __init__(self, width: int, height: int) -> None:
         super().__init__(f"the device has too little memory for a {width}x{height} picture; ask for a smaller size")
+
+
+class OutOfHostMemory(GramophoneError):
+    """The server itself could not hold what was asked of it, away from the device."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+        )
 
 
 class EngineFailed(GramophoneError):

@@ -15,11 +15,11 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
 from gramophone_server.access import AccessLog
-from gramophone_server.calls import Call, Calls, Context
+from gramophone_server.calls import Call, Calls, Context, as_domain_error
 from gramophone_server.checks import check_first, check_no_credit, check_page, check_request_id, check_watch
 from gramophone_server.config import Limits
 from gramophone_server.control import Controller
-from gramophone_server.errors import Cancelled, EngineFailed, GramophoneError, ListingDisabled, RequestIdTaken
+from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.jobs import Job, Jobs
 from gramophone_server.mailbox import CheckpointRule, FrameRule
 from gramophone_server.messages import Encoders, View, job_message, result_encoding, version
@@ -325,7 +325,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             job.fail(error.with_traceback(None))
         except BaseException as error:
             log.error("job=%s failed", job.id, exc_info=error)
-            job.fail(EngineFailed())
+            job.fail(as_domain_error(error))
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
 

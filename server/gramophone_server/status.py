@@ -24,6 +24,7 @@ from gramophone_server.errors import (
     ListingDisabled,
     NotReady,
     OutOfDeviceMemory,
+    OutOfHostMemory,
     QueueFull,
     RequestIdTaken,
     ShuttingDown,
@@ -68,6 +69,7 @@ CODES: Mapping[type[GramophoneError], Code] = {
     SlowReader: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_SLOW_READER),
     Diverged: Code(grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_DIVERGED),
     OutOfDeviceMemory: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OUT_OF_MEMORY),
+    OutOfHostMemory: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OUT_OF_MEMORY),
     EngineFailed: Code(grpc.StatusCode.INTERNAL, pb.ERROR_REASON_INTERNAL),
 }
 
