@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from gramophone_client import Accepted, Checkpoint, CheckpointOptions, Result, SyncGramophoneClient
-from tests.test_end_to_end import PAINTING, PHOTO, WITHIN_S, Server, run
+from tests.processes import WITHIN_S, Server
+from tests.test_end_to_end import PAINTING, PHOTO, run
 
 
 def test_a_killed_server_costs_a_pause_and_nothing_of_the_picture(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from tests.test_end_to_end import Server
+from tests.processes import Server
 
 ROOT = Path(__file__).parent.parent
 NODE_CLIENT = ROOT / "examples" / "node" / "stylize.mjs"

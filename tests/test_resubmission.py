@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -33,6 +32,7 @@ from tests.fake_service import (
     result,
     serving,
 )
+from tests.wire import Wire
 
 PHOTO, PAINTING = encoded("red"), encoded("yellow")
 LOST = bare(grpc.StatusCode.UNAVAILABLE, "gone")
@@ -73,39 +73,6 @@ def kinds(told):
 def told_of(raised):
     error = raised.value
     return error.frame and error.frame.iteration, error.checkpoint and error.checkpoint.iteration
-
-
-@asynccontextmanager
-async def wire(target):
-    """An address that leads to `target` until `cut`, which leaves neither side a goodbye."""
-    host, port = target.split(":")
-    open_writers = []
-
-    async def pump(reader, writer):
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    async def connected(reader, writer):
-        far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        open_writers.extend((writer, far_writer))
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-
-    def cut():
-        for writer in open_writers:
-            writer.transport.abort()
-
-    try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", cut
-    finally:
-        server.close()
-        cut()
 
 
 # --- a lost server
@@ -174,11 +141,11 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other, sch
 async def test_a_cut_connection_is_a_lost_server(service):
     service.scripts = [[accepted(), checkpoint(4), HANG], [accepted(resumed_at=4), result()]]
     told = []
-    async with wire(service.target) as (target, cut), GramophoneClient(target, timeout_s=20) as client:
+    async with Wire(service.target) as wire, GramophoneClient(wire.address, timeout_s=20) as client:
         async for update in client.stream(PHOTO, PAINTING):
             told.append(update)
             if isinstance(update, Checkpoint):
-                cut()
+                wire.cut()
     assert kinds(told) == ["Accepted", "Checkpoint", "Accepted", "Result"]
 
 
