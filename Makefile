@@ -7,7 +7,7 @@ OPS := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cp
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench bench-load serve wheel image clean
+.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench bench-load chaos soak serve wheel image clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -75,6 +75,12 @@ bench-load: install ## what the server carries, and what it does under overload;
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.overload --engine fake --svg benchmarks/overload.svg
 	$(BIN)/python -m benchmarks.overload --engine vgg
+
+chaos: install ## faults on real servers and clients for MINUTES=5: killed, cut, stalled, without memory, disk or clock
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5)
+
+soak: install ## everything at once on one server for MINUTES=20, and whether its memory grows
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20)
 
 serve: install ## the server on its default port
 	$(BIN)/gramophone-server

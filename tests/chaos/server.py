@@ -1,0 +1,102 @@
+"""A server whose engine fails when it is told to: `python -m tests.chaos.server`, with the flags of `gramophone-server`.
+
+It is told by files in its working folder: one named "advance.exception" makes the next `advance` of a batch raise, and is
+gone when that has happened. The product has no part in this: what is faulty is the engine that it is given.
+
+Keepalive is 1 s instead of 60, so that a dead connection is found within seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gramophone_server import config, main
+from gramophone_server.config import Limits
+from gramophone_server.errors import OutOfDeviceMemory
+from gramophone_server.fake_engine import FakeBatch, FakeEngine
+from gramophone_server.job import Report
+from gramophone_server.work import Shape, Work
+
+PLACES = ("batch", "join", "advance", "copy", "snapshot", "pixels")  # pixels: the copy that an encoder waits for
+KINDS: Mapping[str, Callable[[Shape], Exception]] = {
+    "exception": lambda shape: RuntimeError("injected: the engine has a defect"),
+    "memory": lambda shape: OutOfDeviceMemory(shape.width, shape.height),
+    "allocator": lambda shape: torch.OutOfMemoryError("injected: CUDA out of memory"),
+}
+KEEPALIVE = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_timeout_ms", 2000)]
+
+
+class FaultyEngine(FakeEngine):
+    """Patterns, and what the folder asks for."""
+
+    def __init__(self, iteration_s: float, folder: Path) -> None:
+        super().__init__(iteration_s)
+        self.folder = folder
+
+    def batch(self, shape: Shape, slots: int) -> FakeBatch:
+        self.fail_at("batch", shape)
+        return FaultyBatch(self, shape, slots)
+
+    def fail_at(self, place: str, shape: Shape) -> None:
+        """Raises what was asked for at this place, once."""
+        for kind, error in KINDS.items():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.folder / f"{place}.{kind}")
+                raise error(shape)
+
+
+class FaultyBatch(FakeBatch):
+    """One of its batches."""
+
+    def __init__(self, engine: FaultyEngine, shape: Shape, slots: int) -> None:
+        super().__init__(engine, shape, slots)
+        self._faults = engine
+
+    def join(self, work: Work) -> int:
+        self._faults.fail_at("join", self.shape)
+        return super().join(work)
+
+    def advance(self, iterations: int = 1) -> Mapping[int, Report]:
+        self._faults.fail_at("advance", self.shape)
+        return super().advance(iterations)
+
+    def copy(self, slot: int) -> Work:
+        self._faults.fail_at("copy", self.shape)
+        return super().copy(slot)
+
+    def snapshot(self, slot: int) -> Callable[[], Tensor]:
+        self._faults.fail_at("snapshot", self.shape)
+        pixels = super().snapshot(slot)
+
+        def wait() -> Tensor:
+            self._faults.fail_at("pixels", self.shape)
+            return pixels()
+
+        return wait
+
+
+def impatient_options(limits: Limits) -> list[tuple[str, int]]:
+    """The server's options with another keepalive."""
+    changed = dict(KEEPALIVE)
+    return [*((name, value) for name, value in options(limits) if name not in changed), *KEEPALIVE]
+
+
+options = main.server_options
+
+if __name__ == "__main__":
+    settings, _ = config.load(sys.argv[1:], os.environ)
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr)
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)  # which logs clients that leave, as main says
+    main.server_options = impatient_options
+    if not asyncio.run(main.serve(settings, lambda: FaultyEngine(settings.iter_ms / 1000, Path.cwd()))):
+        sys.stdout.flush()
+        os._exit(0)  # as main does
