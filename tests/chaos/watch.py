@@ -19,8 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 EVERY_S = 0.05
 SETTLED_WITHIN_S = 30.0
 REST_S = 2.0  # in which the tasks of calls that are over end
-# gRPC starts one more thread when all of its own are busy, and keeps it; it has a task for each call that it waits for.
-SPARE = {"threads": 2, "tasks": 2}
+# Each of the two decoders and two encoders gets a thread of OpenMP's at its first large tensor, which a warm-up may not have
+# shown it; and gRPC has a task for each call that it waits for. What leaks once a round is found all the same.
+SPARE = {"threads": 4, "tasks": 2}
 ANSWER_WITHIN_S = 5.0  # hundreds of times what it takes; a machine that is busy otherwise must not fail it
 
 
@@ -78,14 +79,15 @@ class Residue:
             now = await asyncio.to_thread(self.now)
             self.before = {name: min(n, now[name]) for name, n in self.before.items()}
 
-    async def settled(self) -> None:
-        """Returns when nothing of the past is left. Raises `Broken` if something stays."""
+    async def settled(self) -> dict[str, float]:
+        """What it holds when nothing of the past is left. Raises `Broken` if something stays."""
         gc.collect()  # on this side, where tracebacks of errors hold calls, and these their connections
         end = time.monotonic() + SETTLED_WITHIN_S
-        while left := self._left(await asyncio.to_thread(self.now)):
+        while left := self._left(now := await asyncio.to_thread(self.now)):
             if time.monotonic() > end:
                 raise Broken(f"{', '.join(left)}, {SETTLED_WITHIN_S:g} s after the load has gone")
             await asyncio.sleep(0.1)
+        return now
 
     def _left(self, now: dict[str, float]) -> list[str]:
         most = {"jobs": 0.0, **{name: n + SPARE.get(name, 0) for name, n in self.before.items() if name != "jobs"}}

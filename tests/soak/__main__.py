@@ -88,8 +88,7 @@ class Soak:
                 finally:
                     sampler.cancel()
                 self.health.check()
-                await self.residue.settled()
-                self.after = await asyncio.to_thread(self.residue.now)
+                self.after = await self.residue.settled()
         self.check_memory()
 
     async def _load(self, server: Server, seconds: float, users: int) -> None:
