@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from gramophone_client import ServerFailed
 from tests.chaos import __main__ as campaign
 from tests.chaos.faults import FAULTS, Fault, begin_and_leave
 from tests.chaos.stage import CONTENT, SMALL, STYLE
@@ -44,7 +43,7 @@ async def _unforgiven(stage):
     ],
 )
 def test_a_broken_rule_is_told_with_what_repeats_it(play, why, monkeypatch, capsys):
-    monkeypatch.setitem(FAULTS, play.__name__, Fault(play, (ServerFailed,)))
+    monkeypatch.setitem(FAULTS, play.__name__, Fault(play))
     monkeypatch.setattr("tests.chaos.watch.SETTLED_WITHIN_S", 0.5)
     assert campaign.main(["--seed", "7", "--minutes", "0", "--only", play.__name__]) == 1
     told = capsys.readouterr().out
