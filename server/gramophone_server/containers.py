@@ -1,0 +1,160 @@
+"""An encoded picture without what is not the picture: a decoder sees pixels and their colours, and nothing else.
+
+Texts, EXIF, XMP, previews and unknown chunks are where a file of 10 MiB can ask for gigabytes or minutes: Pillow reads
+every entry of an EXIF directory, and a thousand of them may name the same 10 MiB; it inflates each of ten thousand colour
+profiles of a PNG; it walks a million empty chunks in Python. So they are left out here, by a walk that takes a bounded
+number of steps, and of EXIF only the orientation is read. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+__all__ = ["Picture", "Refused", "picture"]
+
+# A photo has some 20 JPEG segments before its pixels and at most 400 with a large profile and XMP; a PNG of 10 MiB has
+# 1,300 chunks as libpng writes it. A step of the walk takes a microsecond, and one of Pillow's ten.
+MOST_PARTS = 16_384
+# libjpeg walks through the whole picture for each scan, 11 to 30 ms at 32 megapixels, however short the scan is. An
+# encoder writes 10 for a photo, and libjpeg's script for CMYK has 18.
+MOST_SCANS = 32
+
+ORIENTATION, SHORT = 0x0112, 3  # the EXIF tag, and the type that it must have
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"})
+WEBP_KEPT = frozenset({b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"})
+APPS, COMMENT = range(0xE0, 0xF0), 0xFE  # JPEG markers; of the first, JFIF, ICC and Adobe say how the colours are meant
+APP_KEPT = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xEE, b"Adobe"))
+EXIF_APP, EXIF_START = 0xE1, b"Exif\0\0"
+SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
+BARE = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers that no length follows
+MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+BEHIND_SCAN = re.compile(
+    rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL
+)  # in a scan, FF 00 is a byte and FF D0 to D7 are restarts
+
+
+class Refused(ValueError):
+    """What is wrong with a file, as it goes on after the field's name: "is damaged"."""
+
+
+class Picture(NamedTuple):
+    """What of a file is the picture."""
+
+    data: bytes  # the file without the rest
+    orientation: int  # as EXIF numbers it, 1 for upright
+    frames: int  # more than 1: an animation
+
+
+def picture(data: bytes) -> Picture:
+    """The picture in a JPEG, PNG or WebP file. Raises `Refused` for one that is cut off or damaged where the walk comes
+    by, or that takes too many steps, and for what is none of the three."""
+    try:
+        if data.startswith(PNG_START):
+            return _png(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            return _jpeg(data)
+        if data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
+            return _webp(data)
+    except struct.error:
+        raise Refused("is truncated or damaged; send the whole file again") from None
+    raise Refused("must be a JPEG, PNG or WebP image")
+
+
+def _png(data: bytes) -> Picture:
+    kept, seen, orientation, frames = [PNG_START], set(), 1, 1
+    for name, start, at, end in _chunks(data, len(PNG_START), ">I4s", 4, padded=False):
+        if name == b"eXIf" and name not in seen:
+            orientation = _orientation(data[at : end - 4])
+        elif name == b"acTL" and name not in seen:
+            (frames,) = struct.unpack_from(">I", data, at)
+        elif name in PNG_KEPT and (name == b"IDAT" or name not in seen):
+            kept.append(data[start:end])
+        seen.add(name)
+        if name == b"IEND":
+            break
+    return Picture(b"".join(kept), orientation, frames)
+
+
+def _webp(data: bytes) -> Picture:
+    kept, seen, orientation, frames = [b"WEBP"], set(), 1, 0
+    whole = data[: 8 + struct.unpack_from("<I", data, 4)[0]]
+    for name, start, at, end in _chunks(whole, 12, "<4sI", 0, padded=True):
+        if name == b"EXIF" and name not in seen:
+            orientation = _orientation(data[at:end].removeprefix(EXIF_START))
+        elif name == b"ANMF":
+            frames += 1
+        elif name in WEBP_KEPT and name not in seen:
+            kept.append(data[start : end + (end - start) % 2])  # sizes are even in a WebP
+        seen.add(name)
+    body = b"".join(kept)
+    return Picture(b"RIFF" + struct.pack("<I", len(body)) + body, orientation, max(frames, 1))
+
+
+def _chunks(data: bytes, at: int, head: str, tail_bytes: int, *, padded: bool) -> Iterator[tuple[bytes, int, int, int]]:
+    """(name, where it starts, where its content starts, where it ends) of each chunk; the last may be cut off, which the
+    decoder will tell."""
+    for _ in range(MOST_PARTS):
+        if at >= len(data):
+            return
+        first, second = struct.unpack_from(head, data, at)
+        name, size = (first, second) if isinstance(first, bytes) else (second, first)
+        end = at + 8 + size + tail_bytes
+        yield name, at, at + 8, end
+        at = end + (size % 2 if padded else 0)
+    raise Refused(f"has more than {MOST_PARTS} chunks; save it with an ordinary encoder")
+
+
+def _jpeg(data: bytes) -> Picture:
+    kept, orientation, scans, at = [b"\xff\xd8"], 1, 0, 2
+    exif_seen = False
+    for _ in range(MOST_PARTS):
+        found = BEHIND_SCAN.search(data, at) if scans else MARKER.match(data, at)
+        if found is None:
+            if scans:  # cut off in its pixels, as the decoder will tell
+                kept.append(data[at:])
+                return Picture(b"".join(kept), orientation, 1)
+            break
+        marker, start, behind = found.group()[-1], found.end() - 2, found.end()
+        kept.append(data[at:start] if scans else b"")
+        if marker == EOI:
+            kept.append(data[start:behind])
+            return Picture(b"".join(kept), orientation, 1)
+        if marker in BARE or marker == 0:  # FF 00 before a scan is junk that some cameras write
+            at = behind
+            continue
+        (length,) = struct.unpack_from(">H", data, behind)
+        at = behind + max(length, 2)
+        content = data[behind + 2 : at]
+        if marker == EXIF_APP and content.startswith(EXIF_START) and not exif_seen:
+            exif_seen, orientation = True, _orientation(content[len(EXIF_START) :])
+        wanted = marker not in APPS and marker != COMMENT
+        if wanted or any(marker == app and content.startswith(start_of) for app, start_of in APP_KEPT):
+            kept.append(data[start:at])
+        if marker == SOS:
+            scans += 1
+            if scans > MOST_SCANS:
+                raise Refused(f"has more than {MOST_SCANS} scans; save it with an ordinary encoder")
+    else:
+        raise Refused(f"has more than {MOST_PARTS} segments; save it with an ordinary encoder")
+    raise Refused("is truncated or damaged; send the whole file again")
+
+
+def _orientation(exif: bytes) -> int:
+    """Of a TIFF directory; 1 for a damaged one, as the picture is a picture all the same."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    try:
+        (at,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, at)
+    except struct.error:
+        return 1
+    entries = exif[at + 2 : at + 2 + 12 * count]
+    for tag, kind, number, value in struct.iter_unpack(f"{order}HHIH2x", entries[: len(entries) // 12 * 12]):
+        if tag == ORIENTATION and kind == SHORT and number == 1:
+            return value if 1 <= value <= 8 else 1
+    return 1
