@@ -44,7 +44,7 @@ def test_a_slope_is_of_the_line_and_not_of_the_outliers():
 
 @pytest.mark.parametrize(
     ("mib_per_h", "minutes", "is_broken"),
-    [(100, 20, True), (20, 20, False), (-100, 20, False), (60, 8, False), (200, 8, True), (1000, 1, False)],
+    [(100, 20, True), (20, 20, False), (-100, 20, False), (60, 12, False), (200, 12, True), (1000, 1, False)],
 )
 def test_memory_that_grows_is_found_in_its_noise(mib_per_h, minutes, is_broken):
     chance, found = random.Random(1), soak.Soak("fake", 1, Console())
