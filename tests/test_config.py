@@ -68,7 +68,7 @@ def test_limits_make_the_message_sizes():
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=65536)
     assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
     assert limits.response_bytes == 3_000_000 + 2**20
-    assert limits.memory_bytes == 10 * 2**20 + 48 * limits.max_image_pixels
+    assert limits.memory_bytes == 15 * 2**20 + (48 + 12) * limits.max_image_pixels
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=2**26)
     assert limits.request_bytes == 3 * 2**20 + 2**26 + 2**20  # a checkpoint instead of a start
     assert limits.response_bytes == 2**26 + 2**20

@@ -64,9 +64,16 @@ class Limits:
 
     @property
     def memory_bytes(self) -> int:
-        """Most memory of this machine that one request may take until its job is queued: its message, the images that are
-        copied out of it, and `DECODERS` pictures on their way from file to tensor, each at `max_image_pixels`."""
-        return 2 * self.request_bytes + DECODERS * DECODED_BYTES * self.max_image_pixels
+        """Most memory of this machine that one request may take until its job begins:
+
+            3 request_bytes                           its message as it comes, as it was parsed, and the parts in use
+            + 24 DECODERS max_image_pixels            pictures on their way from file to tensor
+            + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
+
+        Requests share the decoders, so each one more takes only the first and the last.
+        """
+        decoding = DECODERS * DECODED_BYTES + 3 * (2 + self.max_styles)
+        return 3 * self.request_bytes + decoding * self.max_image_pixels
 
     @property
     def response_bytes(self) -> int:
