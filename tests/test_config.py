@@ -68,10 +68,15 @@ def test_limits_make_the_message_sizes():
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=65536)
     assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
     assert limits.response_bytes == 3_000_000 + 2**20
-    assert limits.memory_bytes == 15 * 2**20 + (48 + 12) * limits.max_image_pixels
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=2**26)
     assert limits.request_bytes == 3 * 2**20 + 2**26 + 2**20  # a checkpoint instead of a start
     assert limits.response_bytes == 2**26 + 2**20
+
+
+def test_a_request_has_a_limit_of_memory():
+    limits = Limits(max_image_bytes=2**20, max_styles=2, max_image_pixels=1_000_000, max_checkpoint_bytes=65536)
+    assert limits.request_memory_bytes == 3 * 5 * 2**20 + 2 * (2**29 + 24_000_000) + 4 * 3_000_000
+    assert Limits().request_memory_bytes < 3.6e9
 
 
 def test_help_says_unit_range_and_default(capsys):

@@ -11,48 +11,11 @@ from PIL import Image
 from gramophone_server import containers, images
 from gramophone_server.config import Limits
 from gramophone_server.errors import InvalidRequest
+from tests.bad_input import pictures
+from tests.bad_input.pictures import LARGE, chunk, encoded, exif_bomb, in_jpeg, in_png, in_webp, segment
 
-LARGE = 10 * 2**20 - 4096  # bytes: just what is taken
-RED = Image.new("RGB", (64, 48), "red")
-FORMATS = ("JPEG", "PNG", "WEBP")
-
-
-def encoded(format, image=RED, **options):
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
-def chunk(name, data=b""):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def segment(marker, data=b""):
-    return struct.pack(">BBH", 0xFF, marker, 2 + len(data)) + data
-
-
-def in_png(*chunks):
-    """A PNG with these chunks before its pixels."""
-    data = encoded("PNG")
-    return data[:33] + b"".join(chunks) + data[33:]
-
-
-def in_jpeg(*segments):
-    data = encoded("JPEG")
-    return data[:2] + b"".join(segments) + data[2:]
-
-
-def in_webp(*chunks):
-    """A WebP with these chunks behind its pixels."""
-    pixels = encoded("WEBP")[12:]
-    extended = struct.pack("<4sIB3x", b"VP8X", 10, 0x0C) + bytes([63, 0, 0, 47, 0, 0])
-    body = (
-        b"WEBP"
-        + extended
-        + pixels
-        + b"".join(struct.pack("<4sI", n, len(d)) + d + bytes(len(d) % 2) for n, d in chunks)
-    )
-    return b"RIFF" + struct.pack("<I", len(body)) + body
+RED = Image.new("RGB", pictures.SIZE, "red")
+WIDTH, HEIGHT = pictures.SIZE
 
 
 def tiff(*entries, order=">"):
@@ -62,19 +25,13 @@ def tiff(*entries, order=">"):
     )
 
 
-def exif_bomb():
-    """10 MiB of which 400 entries each want nearly all."""
-    entries = b"".join(struct.pack(">HHII", 0x8000 + i, 7, LARGE - 9000, 8) for i in range(400))
-    return (b"MM\0*" + struct.pack(">IH", 8, 400) + entries).ljust(LARGE - 8500, b"x")
-
-
 def decoded(data):
     return images.decode(data, "spec.content.data", Limits(), 64)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", pictures.FORMATS)
 def test_an_ordinary_file_loses_nothing_that_a_decoder_needs(format):
-    data = encoded(format, icc_profile=b"profile" * 30)
+    data = encoded(RED, format, icc_profile=b"profile" * 30)
     picture = containers.picture(data)
     assert (picture.orientation, picture.frames) == (1, 1)
     assert b"profileprofile" in picture.data or format == "PNG"  # which deflates it
@@ -85,8 +42,8 @@ def test_an_ordinary_file_loses_nothing_that_a_decoder_needs(format):
 
 def test_chunks_of_odd_sizes_stay_whole():
     for length in (90, 91, 92, 93):
-        data = encoded("WEBP", RED.convert("RGBA"), icc_profile=b"p" * length, exif=Image.Exif())
-        assert decoded(data).shape == (3, 48, 64)
+        data = encoded(RED.convert("RGBA"), "WEBP", icc_profile=b"p" * length, exif=Image.Exif())
+        assert decoded(data).shape == (3, HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +52,15 @@ def test_chunks_of_odd_sizes_stay_whole():
         in_png(chunk(b"tEXt", b"Comment\0secret"), chunk(b"eXIf", b"secret"), chunk(b"prVt", b"secret")),
         in_jpeg(segment(0xE1, b"Exif\0\0secret"), segment(0xFE, b"secret"), segment(0xED, b"Photoshop 3.0\0secret")),
         in_webp((b"EXIF", b"secret"), (b"XMP ", b"secret"), (b"ABCD", b"secret")),
-        encoded("JPEG") + b"secret",
-        encoded("PNG") + b"secret",
-        encoded("WEBP") + b"secret",
+        encoded(RED, "JPEG") + b"secret",
+        encoded(RED, "PNG") + b"secret",
+        encoded(RED, "WEBP") + b"secret",
     ],
     ids=["PNG", "JPEG", "WEBP", "behind a JPEG", "behind a PNG", "behind a WebP"],
 )
 def test_what_is_not_the_picture_is_left_out(data):
     assert b"secret" in data and b"secret" not in containers.picture(data).data
-    assert decoded(data).shape == (3, 48, 64)
+    assert decoded(data).shape == (3, HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +79,7 @@ def test_a_metadata_bomb_is_only_its_picture(bomb):
     """With Pillow alone: 4 GB twice, 21 s, refused, 3 s, 3 s."""
     assert len(bomb) < Limits().max_image_bytes
     began = time.thread_time()
-    assert decoded(bomb).shape == (3, 48, 64)
+    assert decoded(bomb).shape == (3, HEIGHT, WIDTH)
     assert time.thread_time() - began < 1
 
 
@@ -144,17 +101,17 @@ def test_too_many_parts_are_refused(bomb, words):
 
 def test_too_many_scans_are_refused():
     """Each of 14 bytes took 11 ms at 32 megapixels; 300 in a file of 0.4 MB took 3.5 s."""
-    data = encoded("JPEG", progressive=True)
+    data = encoded(RED, "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     scans = data.count(b"\xff\xda")
-    assert decoded(data[:-2] + last * (containers.MOST_SCANS - scans) + data[-2:]).shape == (3, 48, 64)
+    assert decoded(data[:-2] + last * (containers.MOST_SCANS - scans) + data[-2:]).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(InvalidRequest, match="has more than 32 scans; save it with an ordinary encoder"):
         decoded(data[:-2] + last * (containers.MOST_SCANS - scans + 1) + data[-2:])
 
 
 def test_scans_of_a_preview_do_not_count():
     preview = segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 40)
-    assert decoded(in_jpeg(preview)).shape == (3, 48, 64)
+    assert decoded(in_jpeg(preview)).shape == (3, HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -162,7 +119,7 @@ def test_orientation_is_read_from_its_directory(order):
     exif = tiff((0x010F, 2, 4, 0), (0x0112, 3, 1, 6), order=order)
     for data in (in_jpeg(segment(0xE1, b"Exif\0\0" + exif)), in_png(chunk(b"eXIf", exif)), in_webp((b"EXIF", exif))):
         assert containers.picture(data).orientation == 6
-        assert decoded(data).shape == (3, 64, 48)
+        assert decoded(data).shape == (3, WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +137,9 @@ def test_a_damaged_directory_turns_nothing(exif):
     assert containers.picture(in_png(chunk(b"eXIf", exif))).orientation == 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", pictures.FORMATS)
 def test_every_beginning_is_a_picture_or_refused(format):
-    data = encoded(format, exif=Image.Exif())
+    data = encoded(RED, format, exif=Image.Exif())
     for kept in range(len(data)):
         try:
             containers.picture(data[:kept])

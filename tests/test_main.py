@@ -18,6 +18,7 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import main
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
+from gramophone_server.metrics import SERVICE
 from tests.fakes import FakeEngine
 from tests.test_servicer import refused, spec, until
 
@@ -62,7 +63,7 @@ class Process:
         with contextlib.suppress(StartupError):
             await asyncio.wait_for(self.task, 10)
 
-    async def health(self, name=main.SERVICE):
+    async def health(self, name=SERVICE.full_name):
         stub = health_pb2_grpc.HealthStub(self.channel)
         return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
 
@@ -72,11 +73,11 @@ async def test_health_is_not_serving_until_the_engine_is_warm(capsys):
     engine.go.clear()
     async with Process(capsys, engine) as p:
         assert p.address.startswith("127.0.0.1:")
-        assert [await p.health(name) for name in ("", main.SERVICE)] == [NOT_SERVING, NOT_SERVING]
+        assert [await p.health(name) for name in ("", SERVICE.full_name)] == [NOT_SERVING, NOT_SERVING]
         assert (await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))).code is grpc.StatusCode.UNAVAILABLE
         engine.go.set()
         assert float((await p.line("ready in ")).removesuffix(" s")) < 5
-        assert [await p.health(name) for name in ("", main.SERVICE)] == [SERVING, SERVING]
+        assert [await p.health(name) for name in ("", SERVICE.full_name)] == [SERVING, SERVING]
         await p.stub.Stylize(pb.StylizeRequest(spec=spec()))
 
 
@@ -84,7 +85,7 @@ async def test_sigterm_drains_while_health_is_watched(capsys):
     engine = FakeEngine()
     async with Process(capsys, engine) as p:
         await p.line("ready in ")
-        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=main.SERVICE))
+        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE.full_name))
         assert (await watch.read()).status == SERVING
         engine.go.clear()
         job = asyncio.ensure_future(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
@@ -107,8 +108,8 @@ async def test_health_and_control_are_there_when_no_job_more_is(capsys):
         ids = [(await job.read()).event.accepted.job_id for job in jobs]
         got = await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-        assert [await p.health(name) for name in ("", main.SERVICE)] == [SERVING, SERVING]
-        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=main.SERVICE))
+        assert [await p.health(name) for name in ("", SERVICE.full_name)] == [SERVING, SERVING]
+        watch = health_pb2_grpc.HealthStub(p.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE.full_name))
         assert (await watch.read()).status == SERVING
         watch.cancel()
         assert (await p.stub.GetServerInfo(pb.GetServerInfoRequest())).queued_jobs == 1
@@ -198,7 +199,7 @@ async def test_reflection_is_there_when_asked_for(capsys):
         return [service.name for service in (await call.read()).list_services_response.service]
 
     async with Process(capsys, FakeEngine(), reflection=True) as p:
-        assert main.SERVICE in await services(p)
+        assert SERVICE.full_name in await services(p)
     async with Process(capsys, FakeEngine()) as p:
         with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
             await services(p)

@@ -17,9 +17,12 @@ from gramophone_server.errors import StartupError
 __all__ = ["DECODERS", "Limits", "Settings", "load", "variable"]
 
 LARGEST_MESSAGE = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
-# Threads that decode. One more does not help while the compute thread has the cores.
+# Images that are decoded at once, whosoever they are: one more does not help while the compute thread has the cores.
 DECODERS = 2
-DECODED_BYTES = 24  # a pixel, on the way from file to tensor: 9.5 to 12.5 for PNG and JPEG, 20.5 for WebP, and room
+DECODING = 24  # bytes a pixel while an image is decoded: 22 measured with a transparent WebP that EXIF turns
+# Bytes of a decoder's own, at any size: libwebp makes 350 MiB of tables of a file of 295 KB that has every code.
+DECODER = 2**29
+DECODED = 3  # bytes a pixel of an image that waits for its job
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message that is not an image
 
 
@@ -63,17 +66,18 @@ class Limits:
         )
 
     @property
-    def memory_bytes(self) -> int:
-        """Most memory of this machine that one request may take until its job begins:
+    def request_memory_bytes(self) -> int:
+        """What one request may take at most until its job begins, in bytes of the server's memory:
 
-            3 request_bytes                           its message as it comes, as it was parsed, and the parts in use
-            + 24 DECODERS max_image_pixels            pictures on their way from file to tensor
+            3 request_bytes                           as it arrives, as it was parsed, and its parts on their way
+            + DECODERS (2^29 + 24 max_image_pixels)   what is being decoded
             + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
 
-        Requests share the decoders, so each one more takes only the first and the last.
+        Requests share the decoders, so each one more takes only the first and the last. What a job takes then is the
+        engine's, and is refused beforehand where it does not fit.
         """
-        decoding = DECODERS * DECODED_BYTES + 3 * (2 + self.max_styles)
-        return 3 * self.request_bytes + decoding * self.max_image_pixels
+        decoding = DECODERS * (DECODER + DECODING * self.max_image_pixels)
+        return 3 * self.request_bytes + decoding + (2 + self.max_styles) * DECODED * self.max_image_pixels
 
     @property
     def response_bytes(self) -> int:

@@ -9,13 +9,12 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.calls import Malformed
+from gramophone_server.metrics import SERVICE
 from gramophone_server.servicer import Servicer
 
 __all__ = ["add_to_server"]
 
-SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"]
 KINDS = {  # by whether the client streams, and the server
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,

@@ -29,13 +29,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server import config, handlers
 from gramophone_server.access import AccessLog
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.messages import version
-from gramophone_server.metrics import Metrics
+from gramophone_server.metrics import SERVICE, Metrics
 from gramophone_server.probes import Probes
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.servicer import Servicer
@@ -46,8 +45,7 @@ __all__ = ["main", "serve", "server_options"]
 
 log = logging.getLogger("gramophone_server")
 
-SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
-HEALTH_NAMES = ("", SERVICE)
+HEALTH_NAMES = ("", SERVICE.full_name)
 
 # After the drain, for what has begun: an iteration, the encoding of a result, and a reader that takes its time.
 LAST_MESSAGES_S = 5.0
@@ -229,7 +227,7 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
 def _add_reflection(server: grpc.aio.Server) -> None:
     from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 async def _unless_signalled(work: Coroutine[Any, Any, None], signals: asyncio.Queue[signal.Signals]) -> bool:

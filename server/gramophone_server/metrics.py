@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.lanes import Lane
 
-__all__ = ["METHODS", "Method", "Metrics", "size_class"]
+__all__ = ["METHODS", "SERVICE", "Method", "Metrics", "size_class"]
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody plots
 

@@ -1,0 +1,315 @@
+"""Calls that nobody should make, each a function of a seed, and as a file that makes the same call again."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import random
+import struct
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from google.protobuf.message import Message
+
+from gramophone.recipe import Recipe
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.wire import overrides_to_message
+from gramophone_server import checkpoint, images
+from gramophone_server.config import Limits
+from gramophone_server.fake_engine import FakeEngine
+from gramophone_server.job import StyleJob
+from tests.bad_input.pictures import BOMBS, damaged, good, in_jpeg, in_png
+
+JOB_ID = "00000000-0000-4000-8000-000000000000"  # in the bytes of an input; a real one takes its place when it is sent
+RECIPE: dict[str, Any] = {"size": 32, "smallest_size": 0, "iterations": 6}
+REQUESTS = {
+    "Stylize": pb.StylizeRequest, "StylizeStream": pb.StylizeStreamRequest,
+    "StylizeInteractive": pb.StylizeInteractiveRequest, "WatchJob": pb.WatchJobRequest, "GetJob": pb.GetJobRequest,
+    "ListJobs": pb.ListJobsRequest, "CancelJob": pb.CancelJobRequest, "UploadImage": pb.UploadImageRequest,
+    "GetServerInfo": pb.GetServerInfoRequest,
+}  # fmt: skip
+
+
+class Input(NamedTuple):
+    """One call."""
+
+    kind: str  # what is wrong with it
+    method: str
+    messages: tuple[bytes, ...]
+    images: int = 1  # that are worth decoding: each may take its time
+
+    def to_file(self) -> bytes:
+        head = json.dumps({
+            "kind": self.kind, "method": self.method, "images": self.images, "sizes": [len(m) for m in self.messages]
+        })  # fmt: skip
+        return lzma.compress(head.encode() + b"\n" + b"".join(self.messages))
+
+    @classmethod
+    def of_file(cls, path: Path) -> Input:
+        head, _, body = lzma.decompress(path.read_bytes()).partition(b"\n")
+        told, messages = json.loads(head), []
+        for size in told["sizes"]:
+            messages.append(body[:size])
+            body = body[size:]
+        return cls(told["kind"], told["method"], tuple(messages), told["images"])
+
+
+def corpus() -> list[Path]:
+    """What failed once."""
+    return sorted((Path(__file__).parent / "corpus").glob("*.input"))
+
+
+def bombs() -> Iterator[Input]:
+    """Each picture as the content of a job, and as an upload; and what is much by itself."""
+    for name, make in BOMBS.items():
+        data = make()
+        yield Input(f"bomb {name}", "Stylize", (request(content=data),))
+        yield Input(f"bomb {name}", "UploadImage", tuple(_pieces(data, 2**20)))
+    thin = BOMBS["png-of-32-megapixels-of-16-bits"]()
+    spec = job(content=thin, styles=[thin] * 4)
+    yield Input("bomb five pictures", "Stylize", (pb.StylizeRequest(spec=spec).SerializeToString(),), images=5)
+    empty = pb.UploadImageRequest().SerializeToString()
+    yield Input("bomb empty pieces", "UploadImage", (empty,) * 3000)
+    yield Input("bomb pieces of a byte", "UploadImage", tuple(_pieces(in_png(), 1)))
+    yield Input("bomb large piece", "UploadImage", (pb.UploadImageRequest(chunk=bytes(2**20 + 1)).SerializeToString(),))
+    yield Input("bomb resume", "Stylize", (request(resume=b"GRAMCKP\x01" + b"\xff" * (64 * 2**20)),))
+    yield Input(
+        "bomb resume header", "Stylize", (request(resume=b"GRAMCKP\x01" + struct.pack("<I", 60_000) + b"[" * 60_000),)
+    )
+    many = pb.JobSpec(content=job().content, styles=[pb.StyleSource()] * 200_000)
+    yield Input("bomb styles", "Stylize", (pb.StylizeRequest(spec=many).SerializeToString(),))
+    layers = pb.LayerWeights(layers=[pb.LayerWeight(layer="relu1_1" * 99, weight=math.nan)] * 20_000)
+    recipe = pb.Recipe(content_layers=layers, style_layers=layers)
+    yield Input("bomb layers", "Stylize", (request(recipe=recipe),))
+    yield Input("bomb text", "GetJob", (pb.GetJobRequest(job_id="\N{SNOWMAN}" * 2**20).SerializeToString(),))
+    for depth in (50, 200, 100_000):  # groups of an unknown field, one in another
+        yield Input("bomb groups", "GetServerInfo", (b"\x7b" * depth + b"\x7c" * depth,))
+        yield Input("bomb open groups", "GetJob", (b"\x7b" * depth,))
+    yield Input("bomb unknown fields", "GetJob", (b"\x78\x01" * 2_000_000,))
+    again = pb.StylizeRequest(spec=job(seed=1)).SerializeToString()
+    yield Input("bomb repeated field", "Stylize", (again * 300,))
+
+
+def inputs(seed: int) -> Iterator[Input]:
+    """Without end; the same for the same seed."""
+    chance = random.Random(seed)
+    makers: tuple[Callable[[random.Random], Input], ...] = (
+        *[_picture] * 6, *[_message] * 3, *[_wire] * 4, *[_checkpoint] * 2, *[_commands] * 2, _foreign,
+    )  # fmt: skip
+    while True:
+        yield chance.choice(makers)(chance)
+
+
+def job(*, content: bytes | None = None, styles: list[bytes] | None = None, **fields: Any) -> pb.JobSpec:
+    """A good job, but for what is given."""
+    recipe = fields.pop("recipe", None)
+    if recipe is None and "resume" not in fields:
+        recipe = overrides_to_message(RECIPE)
+    return pb.JobSpec(
+        content=pb.ImageSource(data=in_png() if content is None else content),
+        styles=[pb.StyleSource(image=pb.ImageSource(data=data)) for data in styles or [in_jpeg()]],
+        recipe=recipe, **fields,
+    )  # fmt: skip
+
+
+def request(**fields: Any) -> bytes:
+    return pb.StylizeRequest(spec=job(**fields)).SerializeToString()
+
+
+def _pieces(data: bytes, size: int) -> Iterator[bytes]:
+    for at in range(0, len(data), size):
+        yield pb.UploadImageRequest(chunk=data[at : at + size]).SerializeToString()
+
+
+def _picture(chance: random.Random) -> Input:
+    data = damaged(chance.choice(good()), chance, chance.choice(good()))
+    match chance.randrange(5):
+        case 0:
+            return Input("picture", "UploadImage", tuple(_pieces(data, chance.choice((1, 7, 100, 10_000)))))
+        case 1:
+            return Input("picture", "Stylize", (request(styles=[data, in_png()]),))
+        case 2:
+            spec = job(start_image=pb.ImageSource(data=data), recipe=overrides_to_message({**RECIPE, "start": "image"}))
+            return Input("picture", "StylizeStream", (pb.StylizeStreamRequest(spec=spec).SerializeToString(),))
+        case _:
+            return Input("picture", "Stylize", (request(content=data),))
+
+
+def _message(chance: random.Random) -> Input:
+    """Keeps to the types, and to nothing else."""
+    method = chance.choice(list(REQUESTS))
+    count = chance.choice((0, 1, 1, 2, 5)) if method in ("StylizeInteractive", "UploadImage") else 1
+    return Input("message", method, tuple(_any(REQUESTS[method](), chance).SerializeToString() for _ in range(count)))
+
+
+def _any(message: Message, chance: random.Random) -> Message:
+    """Some fields set to anything that they hold. A job's images are good ones as often as not, so that something comes
+    behind them."""
+    if isinstance(message, pb.JobSpec) and chance.random() < 0.7:
+        message.CopyFrom(job())
+    if isinstance(message, pb.ImageSource) and chance.random() < 0.5:
+        message.data = in_png()
+        return message
+    for field in message.DESCRIPTOR.fields:
+        if chance.random() < 0.6:
+            continue
+        if field.message_type is not None:
+            for _ in range(chance.choice((0, 1, 2, 9)) if field.is_repeated else 1):
+                target = getattr(message, field.name)
+                _any(target.add() if field.is_repeated else target, chance)
+                if not field.is_repeated:
+                    target.SetInParent()
+        else:
+            setattr(message, field.name, _value(field, chance))
+    return message
+
+
+def _value(field: Any, chance: random.Random) -> Any:
+    most = {field.CPPTYPE_INT32: 2**31 - 1, field.CPPTYPE_INT64: 2**63 - 1, field.CPPTYPE_ENUM: 2**31 - 1,
+            field.CPPTYPE_UINT64: 2**64 - 1, field.CPPTYPE_UINT32: 2**32 - 1}  # fmt: skip
+    if field.cpp_type in most:
+        largest = most[field.cpp_type]
+        least = 0 if field.cpp_type in (field.CPPTYPE_UINT64, field.CPPTYPE_UINT32) else -largest - 1
+        return chance.choice((0, 1, 2, 7, 64, 4096, largest, least, chance.randint(least, largest)))
+    if field.cpp_type in (field.CPPTYPE_DOUBLE, field.CPPTYPE_FLOAT):
+        return chance.choice((0.0, -0.0, 1.0, 0.5, -1.0, 1e-320, 1e15, 1e300, math.nan, math.inf, -math.inf))
+    if field.cpp_type == field.CPPTYPE_BOOL:
+        return chance.random() < 0.5
+    if field.type == field.TYPE_BYTES:
+        return chance.choice((b"", b"x", in_png(), saved(light=True), chance.randbytes(50)))
+    texts = (
+        "",
+        "x",
+        JOB_ID,
+        "relu1_1",
+        "relu5_1",
+        "\0",
+        "\U0001f3a8" * 50,
+        "9" * 18,
+        "9" * 19,
+        "sha256:" + "0" * 64,
+        "x" * 9000,
+    )
+    return chance.choice(texts)
+
+
+@cache
+def _well_formed() -> tuple[tuple[str, bytes], ...]:
+    """Good messages, whose bytes are damaged then."""
+    full = job(
+        frames=pb.FrameOptions(every_iterations=1, max_side=16, quality=50), seed=7, result_quality=90,
+        checkpoints=pb.CheckpointOptions(light=True),
+    )  # fmt: skip
+    full.detach_grace.seconds = 1
+    made: list[tuple[str, Message]] = [
+        ("Stylize", pb.StylizeRequest(spec=full, request_id=JOB_ID)),
+        ("StylizeStream", pb.StylizeStreamRequest(spec=full)),
+        ("StylizeInteractive", pb.StylizeInteractiveRequest(command_id=1, start=pb.StartCommand(spec=full))),
+        ("StylizeInteractive", pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id=JOB_ID))),
+        ("WatchJob", pb.WatchJobRequest(job_id=JOB_ID, after_sequence=3, frames=full.frames)),
+        ("GetJob", pb.GetJobRequest(job_id=JOB_ID)),
+        ("CancelJob", pb.CancelJobRequest(job_id=JOB_ID)),
+        ("ListJobs", pb.ListJobsRequest(page_size=3, page_token="7")),
+        ("UploadImage", pb.UploadImageRequest(chunk=in_png())),
+    ]
+    return tuple((method, message.SerializeToString()) for method, message in made)
+
+
+def _wire(chance: random.Random) -> Input:
+    """Wrong lengths, wrong wire types, texts that are not UTF-8, fields of another message."""
+    method, data = chance.choice(_well_formed())
+    other = chance.choice(_well_formed())[1]
+    return Input("wire", method, (damaged(data, chance, other),))
+
+
+def _foreign(chance: random.Random) -> Input:
+    """The bytes of one request as another one, or noise."""
+    method = chance.choice(list(REQUESTS))
+    data = chance.choice((chance.randbytes(chance.randrange(200)), chance.choice(_well_formed())[1]))
+    return Input("foreign", method, (data,))
+
+
+@cache
+def saved(*, light: bool) -> bytes:
+    """A checkpoint of the good job."""
+    limits = Limits()
+    pictures = [images.decode(data, "", limits, 32) for data in (in_png(), in_jpeg())]
+    work = FakeEngine(0).admit(
+        StyleJob(
+            recipe=Recipe(**RECIPE),
+            content=pictures[0],
+            styles=(pictures[1],),
+            style_weights=(1.0,),
+            start=None,
+            seed=5,
+        )
+    )
+    batch = FakeEngine(0).batch(work.shape, 1)
+    slot = batch.join(work)
+    batch.advance(3)
+    return checkpoint.write(batch.leave(slot), light=light, most_bytes=limits.max_checkpoint_bytes)
+
+
+def _checkpoint(chance: random.Random) -> Input:
+    light = chance.random() < 0.8
+    data = saved(light=light)
+    if chance.random() < 0.4:
+        return Input("checkpoint", "Stylize", (request(resume=damaged(data, chance, saved(light=not light))),))
+    length = int.from_bytes(data[8:12], "little")
+    head = json.loads(data[12 : 12 + length])
+    at = head["recipe"] if chance.random() < 0.5 else head
+    anything = (
+        0,
+        -1,
+        1,
+        10**400,
+        1e308,
+        math.nan,
+        math.inf,
+        None,
+        True,
+        "",
+        "x",
+        [],
+        {},
+        [[["relu1_1", 1]]],
+        2**31,
+        2**63,
+    )
+    for _ in range(chance.choice((1, 1, 2))):
+        key = chance.choice(list(at) or ["x"])
+        if chance.random() < 0.1:
+            del at[key]
+        else:
+            at[key] = chance.choice(anything)
+    text = json.dumps(head).encode()
+    made = data[:8] + struct.pack("<I", len(text)) + text + data[12 + length :]
+    return Input("checkpoint", "Stylize", (request(resume=made),))
+
+
+def _commands(chance: random.Random) -> Input:
+    """What a controller sends, in any order, twice, for the wrong job, damaged."""
+    start = pb.StylizeInteractiveRequest(
+        start=pb.StartCommand(spec=job(recipe=overrides_to_message({**RECIPE, "iterations": 200})))
+    )
+    attach = pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id=JOB_ID))
+    messages = [chance.choice((start, start, start, attach))]
+    for _ in range(chance.choice((0, 1, 3, 10, 40))):
+        command = pb.StylizeInteractiveRequest(command_id=chance.randrange(2**64))
+        name = chance.choice(
+            ("start", "attach", "pause", "resume", "update", "frame", "checkpoint", "finish", "ack", "")
+        )
+        if name:
+            getattr(command, name).SetInParent()
+            _any(getattr(command, name), chance)
+        messages.append(command)
+    if chance.random() < 0.1:
+        chance.shuffle(messages)
+    made = [message.SerializeToString() for message in messages]
+    if chance.random() < 0.3:
+        at = chance.randrange(len(made))
+        made[at] = damaged(made[at], chance, start.SerializeToString())
+    return Input("commands", "StylizeInteractive", tuple(made))
