@@ -1271,3 +1271,27 @@ async def test_a_slow_reader_without_a_grace_takes_its_job_along():
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
         assert engine.iterations < 5000
         await s.servicer.idle()
+
+
+async def test_a_grace_that_is_refused_does_not_break_the_list_of_jobs(monkeypatch):
+    """Until its images are decoded, too, such a job must be one that can be told of."""
+    entered = asyncio.Event()
+
+    async def work(self, spec, *_):
+        entered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Admission, "work", work)
+    async with serving(FakeEngine(), list_jobs=True) as server:
+        wanted = spec()
+        wanted.detach_grace.seconds = 2**62
+        stream = server.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.wait_for(entered.wait(), 5)
+        stream.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        (job,) = server.servicer.jobs.newest_first(None)
+        await until(lambda: job.expires_at is not None)
+        (listed,) = (await server.stub.ListJobs(pb.ListJobsRequest())).jobs
+        assert listed.expire_time.seconds - listed.create_time.seconds <= Limits().max_detach_s + 5
+        job.cancel()

@@ -253,7 +253,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         attached = job is not None
         if job is None:
             place = self._reserved()  # before anything is hashed or decoded
-            grace_s = _seconds(spec.detach_grace)
+            # Not checked yet, and somebody may ask meanwhile when the job ends.
+            grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
             job = self.jobs.create(request_id, grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
             deadline_at = None if grace_s else call.deadline_at
