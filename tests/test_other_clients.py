@@ -65,16 +65,22 @@ def test_node_reads_what_is_wrong_with_each_field(server: Server, tmp_path: Path
     assert any(line.startswith("  spec.styles[0].image.data must be a JPEG") for line in said.splitlines())
 
 
+def wait_for_running_jobs(server: Server, wanted: int) -> None:
+    for _ in range(100):
+        seen = json.loads(node("--info", "--target", server.address)[1])["runningJobs"]
+        if seen == wanted:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{seen} jobs run, and not {wanted}")
+
+
 @needs_node
 def test_node_is_told_to_come_back_and_interrupts_its_job(server: Server, tmp_path: Path) -> None:
     job = [PHOTO, PAINTING, "-o", tmp_path / "out.png", "--size", 128, "--iterations", 2000, "--target", server.address]
     long = subprocess.Popen(["node", NODE_CLIENT, *map(str, job)], stderr=subprocess.PIPE, text=True)
     try:
-        for _ in range(100):
-            code, _, said = node(*job[:4], "--size", 32, "--iterations", 1, "--target", server.address)
-            if code:
-                break
-            time.sleep(0.1)
+        wait_for_running_jobs(server, 1)  # or the next one takes its place, and it is the one that is refused
+        code, _, said = node(*job[:4], "--size", 32, "--iterations", 1, "--target", server.address)
         assert code == 4 and "(RESOURCE_EXHAUSTED, QUEUE_FULL)" in said and "come back in" in said
         long.send_signal(signal.SIGINT)
         assert long.wait(20) == 130
@@ -82,11 +88,7 @@ def test_node_is_told_to_come_back_and_interrupts_its_job(server: Server, tmp_pa
     finally:
         long.kill()
         long.communicate()
-    for _ in range(100):
-        if json.loads(node("--info", "--target", server.address)[1])["runningJobs"] == 0:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the job of a client that was interrupted goes on")
+    wait_for_running_jobs(server, 0)
 
 
 @needs_node
