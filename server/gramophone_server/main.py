@@ -1,7 +1,8 @@
 """The server process: settings -> engine -> server -> drain.
 
-Standard output has the lines that a script can wait for, "listening on HOST:PORT", with a metrics port "metrics on URL", and
-"ready in N s"; everything else goes to the log on standard error. Exit codes: 0 after a drain, 1 for a defect, 2 for a wrong setting.
+Standard output has the lines that a script can wait for, "listening on HOST:PORT", with a metrics port "metrics on URL",
+and "ready in N s"; everything else goes to the log on standard error. Exit codes: 0 after a drain, 1 for a defect, 2 for a
+wrong setting.
 """
 
 from __future__ import annotations
