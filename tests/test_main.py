@@ -104,8 +104,10 @@ async def test_health_and_control_are_there_when_no_job_more_is(capsys):
     async with Process(capsys, engine, max_running=1, max_queued=1) as p:
         await p.line("ready in ")
         engine.go.clear()
-        jobs = [p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())) for _ in range(2)]
-        ids = [(await job.read()).event.accepted.job_id for job in jobs]
+        streams, ids = [], []
+        for _ in range(2):  # one after the other: calls that begin together arrive in any order
+            streams.append(p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())))
+            ids.append((await streams[-1].read()).event.accepted.job_id)
         got = await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert [await p.health(name) for name in ("", SERVICE.full_name)] == [SERVING, SERVING]
