@@ -13,7 +13,7 @@ from rich.console import Console
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import cli, following, picture, stylize_command
+from gramophone_client import cli, picture, recovery, stylize_command
 from gramophone_client.flags import add_recipe_flags, as_flags, flag, recipe_overrides
 from gramophone_client.messages import update
 from gramophone_client.picture import Picture, write_whole
@@ -385,7 +385,7 @@ def test_help_tells_every_field_and_default_of_a_recipe(gramophone, monkeypatch)
 
 
 def test_a_detached_job_is_found_again(gramophone, service, here, monkeypatch):
-    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
     whole = numbered(accepted(), frame(1), result())
     service.scripts = [[*whole[:2], bare(grpc.StatusCode.UNAVAILABLE, "gone")], whole[2:]]
     code, out, err = gramophone("stylize photo.png painting.png -o out.png --detach 5")
@@ -508,7 +508,7 @@ def test_a_job_goes_on_from_a_file(gramophone, service, here):
 
 
 def test_a_job_that_moves_says_so(gramophone, service, monkeypatch):
-    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
     lost = bare(grpc.StatusCode.UNAVAILABLE, "gone")
     service.scripts = [
         [accepted(), checkpoint(38), progress(40), lost],

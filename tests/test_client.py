@@ -19,7 +19,16 @@ from PIL import Image
 import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors, following
+from gramophone_client import (
+    FrameOptions,
+    GramophoneClient,
+    Losses,
+    Style,
+    SyncGramophoneClient,
+    errors,
+    following,
+    recovery,
+)
 from gramophone_client.connection import channel_options
 from gramophone_client.job_spec import JobOptions, job_spec
 from gramophone_server import errors as server_errors
@@ -372,7 +381,7 @@ def test_the_channel_is_made_for_images():
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
 
 
 @pytest.mark.parametrize("how", ["unary", "stream"])

@@ -15,7 +15,7 @@ from gramophone_client import (
     Style,
     SyncGramophoneClient,
     errors,
-    following,
+    recovery,
 )
 from gramophone_client.job_spec import job_spec
 from gramophone_server import errors as server_errors
@@ -59,7 +59,7 @@ async def client(service):
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(following, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
 
 
 async def collected(updates):
@@ -221,7 +221,7 @@ async def test_a_timeout_while_images_are_uploaded_again_is_told_as_the_loss_bef
 
     style = await client.upload(PAINTING)
     service.scripts = [[accepted(), LOST], [refused(server_errors.ImageNotFound(style.digest))]]
-    monkeypatch.setattr(following, "upload", too_late)
+    monkeypatch.setattr(recovery, "upload", too_late)
     with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
         await collected(client.stream(PHOTO, style))
     assert isinstance(raised.value.__cause__, errors.DeadlineExceeded)
@@ -269,12 +269,12 @@ async def test_a_job_that_takes_its_servers_down_does_not_go_round(client, servi
     service.scripts = [[accepted(), progress(1), LOST]]
     with pytest.raises(errors.ConnectionFailed, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + following.MOST_MOVES
+    assert len(service.specs) == 1 + recovery.MOST_MOVES
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
     with pytest.raises(errors.ConnectionFailed, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + following.MOST_MOVES
+    assert len(service.specs) == 1 + recovery.MOST_MOVES
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(6)] + [[accepted(), result()]]
     await collected(client.stream(PHOTO, PAINTING))  # each of them got on

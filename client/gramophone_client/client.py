@@ -17,7 +17,7 @@ from gramophone_client import messages, uploads
 from gramophone_client.connection import SERVICE, Connection
 from gramophone_client.control import JobControl
 from gramophone_client.errors import ConnectionFailed, DeadlineExceeded, NotReady
-from gramophone_client.following import PATIENCE_S, Following, Submission
+from gramophone_client.following import Following
 from gramophone_client.job_spec import (
     CheckpointOptions,
     FrameOptions,
@@ -30,6 +30,7 @@ from gramophone_client.job_spec import (
     uploaded,
     watch_request,
 )
+from gramophone_client.recovery import PATIENCE_S, Submission
 from gramophone_client.server_info import ServerInfo
 from gramophone_client.updates import JobStatus, Stylized, Update
 

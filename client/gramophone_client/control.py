@@ -23,9 +23,9 @@ from gramophone_client.errors import (
     ServerFailed,
     is_forgotten,
 )
-from gramophone_client.following import is_lost
 from gramophone_client.job_spec import FrameOptions, UploadedImage, said, watch_request
 from gramophone_client.messages import update
+from gramophone_client.recovery import is_lost
 from gramophone_client.updates import Accepted, Checkpoint, Frame, Result, Update
 
 __all__ = ["Changes", "JobControl"]

@@ -12,8 +12,8 @@ import grpc
 
 from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, GramophoneClient
 from gramophone_client.control import Changes, JobControl
-from gramophone_client.following import PATIENCE_S
 from gramophone_client.job_spec import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles, UploadedImage
+from gramophone_client.recovery import PATIENCE_S
 from gramophone_client.server_info import ServerInfo
 from gramophone_client.updates import Accepted, Checkpoint, Frame, JobStatus, Result, Stylized, Update
 
