@@ -641,7 +641,8 @@ def test_the_synchronous_face_does_the_same(service, tmp_path):
         assert client.server_info().version == "1.2.3"
         client.stylize(PHOTO, PAINTING, beta=2.0).save(tmp_path / "out.png")
         told = list(client.stream(PHOTO, PAINTING, seed=3))
-    assert [type(update).__name__ for update in told][::5] == ["Accepted", "Result"]
+    # What is between them depends on how fast this thread takes it.
+    assert [type(told[end]).__name__ for end in (0, -1)] == ["Accepted", "Result"]
     assert (service.specs[0].recipe.beta, service.specs[1].seed) == (2, 3)
     assert "gramophone-client" not in [thread.name for thread in threading.enumerate()]
 

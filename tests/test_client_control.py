@@ -6,7 +6,15 @@ import pytest
 
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import FrameOptions, GramophoneClient, JobControl, SyncGramophoneClient, SyncJobControl, errors
+from gramophone_client import (
+    FrameOptions,
+    GramophoneClient,
+    JobControl,
+    SyncGramophoneClient,
+    SyncJobControl,
+    errors,
+    recovery,
+)
 from gramophone_server import errors as server_errors
 from tests.fake_service import (
     HANG,
@@ -26,6 +34,9 @@ from tests.fake_service import (
 )
 
 PHOTO, PAINTING = encoded("red"), encoded("yellow")
+NEVER = (("grpc-retry-pushback-ms", "-1"),)  # no retries by gRPC itself, for the sake of time
+LOST = bare(grpc.StatusCode.UNAVAILABLE, "gone")
+BUSY = bare(grpc.StatusCode.UNAVAILABLE, "still gone", NEVER)
 
 
 @pytest.fixture
@@ -38,6 +49,11 @@ def service():
 async def client(service):
     async with GramophoneClient(service.target, timeout_s=10) as connected:
         yield connected
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
 
 
 def kinds(told):
@@ -212,7 +228,7 @@ async def test_a_command_under_way_gets_the_jobs_error(client, service):
 
 async def test_a_lost_connection_is_an_error_with_the_last_state(client, service):
     service.scripts = [[accepted(), checkpoint(6), Take(6), bare(grpc.StatusCode.UNAVAILABLE, "gone")]]
-    async with client.control(PHOTO, PAINTING) as job:
+    async with client.control(PHOTO, PAINTING, patience_s=0) as job:
         await job.pause()
         with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
             await job.result()
@@ -263,6 +279,124 @@ async def test_an_end_that_nobody_knows_is_a_lost_connection():
     error = errors.from_rpc(Forgotten(), target="gpu-1:1", timeout_s=1)
     assert isinstance(error, errors.ConnectionFailed)
     assert "the call to gpu-1:1 ended while a message was on its way there; `get_job` tells" in str(error)
+
+
+# --- a lost server, a lost connection
+
+
+async def test_a_lost_job_goes_on_with_what_its_commands_had_changed(client, service):
+    paused, resumed = pb.JobEvent(paused=pb.Paused(iteration=9)), pb.JobEvent(resumed=pb.Resumed(iteration=9))
+    layers = [LayerWeight("relu1_1", 2), LayerWeight("relu2_1", 3)]
+    service.scripts = [
+        [accepted(), checkpoint(5), *(Take(6) for _ in range(5)), resumed, paused, LOST],
+        [accepted(job_id="j2", resumed_at=5), Take(7), Take(7), Take(8), result()],
+    ]
+    async with client.control(PHOTO, PAINTING, frames=None) as job:
+        await job.update(beta=9.0, alpha=2.0, style_layers=layers)
+        await job.update(beta=4.0, style_layers=layers[::-1])
+        await job.pause()
+        await job.resume()
+        await job.pause()
+        while job.accepted.job_id == "j1":
+            await asyncio.sleep(0.01)
+        assert await job.resume() == 8
+        assert (await job.result()).iterations == 300
+        told = [update async for update in job]
+    assert (told[-2].job_id, told[-2].resumed_at) == ("j2", 5) and kinds(told[-1:]) == ["Result"]
+    assert [message.WhichOneof("command") for message in service.messages[6:]] == ["start", "update", "pause", "resume"]
+    again, update = service.messages[6:8]
+    assert again.start.spec.resume == b"state after 5" and not again.start.spec.HasField("recipe")
+    assert again.start.request_id != service.messages[0].start.request_id
+    reweighted = [pb.LayerWeight(layer=layer, weight=weight) for layer, weight in layers[::-1]]
+    assert update.update == pb.UpdateCommand(alpha=2, beta=4, style_layers=pb.LayerWeights(layers=reweighted))
+
+
+async def test_commands_given_meanwhile_wait_for_the_job(client, service):
+    service.scripts = [
+        [accepted(), checkpoint(5), Take(6, taken=None), LOST],  # the picture was promised and has not come
+        [BUSY],
+        [accepted(job_id="j2", resumed_at=5), Take(7, taken=picture(7)), Take(8), Take(9, wrong="is wrong"), result()],
+    ]
+    async with client.control(PHOTO, PAINTING, frames=None) as job:
+        taking = asyncio.create_task(job.picture())
+        while len(service.specs) < 2:
+            await asyncio.sleep(0.005)
+        changing = asyncio.create_task(job.update(beta=3.0))
+        assert (await taking).iteration == 7
+        assert await changing == 8
+        with pytest.raises(errors.InvalidRequest, match=r"pause\.beta: is wrong"):
+            await job.pause()
+        await job.result()
+    assert commands(service) == ["start", "frame", "start", "start", "frame", "update", "pause"]
+
+
+async def test_what_had_been_changed_and_is_refused_after_a_loss_ends_the_control(client, service):
+    service.scripts = [
+        [accepted(), checkpoint(5), Take(6), LOST],
+        [accepted(job_id="j2", resumed_at=5), Take(7, wrong="must be between 0 and 5"), HANG],
+    ]
+    async with client.control(PHOTO, PAINTING, frames=None) as job:
+        await job.update(beta=9.0)
+        with pytest.raises(
+            errors.InvalidRequest, match=r"sent again, and .* refused there: update\.beta: must"
+        ) as raised:
+            await job.result()
+    assert raised.value.checkpoint.iteration == 5
+
+
+@pytest.mark.parametrize(
+    "refusal", [None, server_errors.JobControlled("j1")], ids=["at once", "the server has not seen the loss"]
+)
+async def test_a_lost_connection_is_made_again_during_the_grace(client, service, refusal):
+    first, second, *rest = numbered(accepted(), progress(1), progress(2), result())
+    service.scripts = [
+        [first, second, Take(3), LOST],
+        *([[refused(refusal)]] if refusal is not None else []),
+        [Take(3), *rest],
+    ]
+    async with client.control(PHOTO, PAINTING, frames=None, detach_grace=5) as job:
+        assert await job.pause() == 3
+        while not any(message.HasField("attach") for message in service.messages):
+            await asyncio.sleep(0.005)
+        assert await job.resume() == 3
+        told = [update async for update in job]
+    assert [update.sequence for update in told] in ([1, 3, 4], [1, 2, 3, 4])  # progress may make room
+    attach = service.messages[2].attach
+    assert (attach.job_id, attach.after_sequence, attach.checkpoints.light) == ("j1", 2, True)
+    assert len(service.specs) == 1
+
+
+async def test_a_job_that_somebody_else_has_taken_over_is_not_sent_again(client, service):
+    service.scripts = [[accepted(), checkpoint(5), LOST], [refused(server_errors.JobControlled("j1"))]]
+    async with client.control(PHOTO, PAINTING, detach_grace=0.3) as job:
+        with pytest.raises(errors.ConnectionFailed, match="gone"):
+            await job.result()
+    assert len(service.specs) == 1
+
+
+async def test_leaving_during_the_search_ends_it(client, service):
+    service.scripts = [[accepted(), LOST], [BUSY]]
+    async with client.control(PHOTO, PAINTING) as job:
+        while len(service.specs) < 3:
+            await asyncio.sleep(0.005)
+        pausing = asyncio.create_task(job.pause())
+        await asyncio.sleep(0)
+    with pytest.raises(errors.Cancelled, match="the control of the job was given up"):
+        await pausing
+    asked = len(service.specs)
+    await asyncio.sleep(0.1)
+    assert len(service.specs) == asked
+
+
+async def test_a_job_that_was_taken_over_is_found_again_but_never_sent(client, service):
+    service.scripts = [[*numbered(accepted(attached=True)), LOST], numbered(accepted(), result())]
+    async with client.control_job("j1", detach_grace=5) as job:
+        await job.result()
+    assert [message.attach.after_sequence for message in service.messages] == [0, 1]
+    service.scripts = [[accepted(attached=True), LOST]]
+    async with client.control_job("j1") as job:
+        with pytest.raises(errors.ConnectionFailed, match="gone"):
+            await job.result()
 
 
 def test_the_synchronous_face_controls_too(service):

@@ -2,6 +2,7 @@ import os
 import sys
 import threading
 
+import grpc
 import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
@@ -11,9 +12,11 @@ from tests.fake_service import (
     HANG,
     Take,
     accepted,
+    bare,
     changed,
     checkpoint,
     encoded,
+    numbered,
     picture,
     progress,
     refused,
@@ -47,6 +50,15 @@ def gramophone(service, tmp_path, monkeypatch, capsys):
 
 def commands(service):
     return [message.WhichOneof("command") for message in service.messages]
+
+
+def test_a_lost_connection_is_made_again(gramophone, service):
+    lost = bare(grpc.StatusCode.UNAVAILABLE, "gone")
+    service.scripts = [[*numbered(accepted()), lost], [Take(5), Take(6), *numbered(accepted(), result())]]
+    code, out, err = gramophone("control j1 --pause --finish --detach 5")
+    assert (code, err) == (0, [])
+    assert out == ["paused before iteration 5", "finished after 300 iterations"]
+    assert commands(service) == ["attach", "attach", "pause", "finish"]
 
 
 def test_options_are_commands_in_their_order(gramophone, service, tmp_path):

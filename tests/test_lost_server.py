@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gramophone_client import Accepted, Checkpoint, CheckpointOptions, Result, SyncGramophoneClient
+from gramophone_client import Accepted, Changed, Checkpoint, CheckpointOptions, Result, SyncGramophoneClient, Update
 from tests.processes import WITHIN_S, Server
 from tests.test_end_to_end import PAINTING, PHOTO, run
 
@@ -35,6 +35,29 @@ def test_a_killed_server_costs_a_pause_and_nothing_of_the_picture(tmp_path: Path
         with SyncGramophoneClient(second.address, timeout_s=WITHIN_S) as client:
             whole = client.stylize(PHOTO, PAINTING, size=96, smallest_size=0, iterations=60, seed=1)
     assert result.image().tobytes() == whole.image().tobytes()
+
+
+def test_a_killed_server_costs_a_controller_nothing_that_it_had_changed(tmp_path: Path) -> None:
+    with Server(cwd=tmp_path) as first, Server(cwd=tmp_path) as second:
+        for server in (first, second):
+            server.line("ready in ")
+        told: list[Update] = []
+        killed = False
+        with (
+            SyncGramophoneClient(f"ipv4:{first.address},{second.address}", timeout_s=WITHIN_S) as client,
+            client.control(PHOTO, PAINTING, size=96, smallest_size=0, iterations=900, seed=1) as job,
+        ):
+            for update in job:
+                told.append(update)
+                if isinstance(update, Checkpoint) and not killed:
+                    job.update(beta=9.0, iterations=100)
+                    first.signal(signal.SIGKILL)
+                    killed = True
+    jobs = [i for i, update in enumerate(told) if isinstance(update, Accepted)]
+    result = told[-1]
+    assert len(jobs) == 2 and isinstance(result, Result) and result.iterations == 100
+    changed = [update for update in told[jobs[1] :] if isinstance(update, Changed)]
+    assert [(update.recipe.beta, update.recipe.iterations) for update in changed] == [(9, 100)]
 
 
 def test_a_job_is_controlled_from_the_command_line(tmp_path: Path) -> None:

@@ -127,15 +127,7 @@ def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     watching.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
     _add_out(watching)
     _add_watching(watching)
-    server = _add_server(watching)
-    _add_timeout(server)
-    server.add_argument(
-        "--detach",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="look for the job for so long when the connection is lost (default 0)",
-    )
+    _add_search(_add_server(watching))
     watching.set_defaults(run=watch)
 
     cancelling = commands.add_parser(
@@ -183,8 +175,7 @@ def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     silence = parser.add_mutually_exclusive_group()
     silence.add_argument("--preview", action="store_true", help="with keys: draw the forming picture in the terminal")
     silence.add_argument("--quiet", action="store_true", help="with keys: no progress, only errors")
-    server = _add_server(parser)
-    _add_timeout(server)
+    _add_search(_add_server(parser))
     parser.set_defaults(run=control)
 
 
@@ -222,6 +213,17 @@ def _add_timeout(server: argparse._ArgumentGroup) -> None:
         default=DEFAULT_TIMEOUT_S,
         metavar="SECONDS",
         help=f"give up after this long (default {DEFAULT_TIMEOUT_S:g})",
+    )
+
+
+def _add_search(server: argparse._ArgumentGroup) -> None:
+    _add_timeout(server)
+    server.add_argument(
+        "--detach",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="look for the job for so long when the connection is lost (default 0)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -28,7 +28,6 @@ from gramophone_client.job_spec import (
     encoded,
     job_spec,
     uploaded,
-    watch_request,
 )
 from gramophone_client.recovery import PATIENCE_S, Submission
 from gramophone_client.server_info import ServerInfo
@@ -145,19 +144,13 @@ class GramophoneClient:
         is never sent again, nor one that has lost its servers three times without a newer checkpoint.
         """
 
-        async def prepare() -> Submission:
-            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
-            images = uploaded(content, styles, job.get("start_image"))
-            patience = patience_s if self._connection.retries else 0.0
-            return Submission(spec, _request_id(request_id), images, patience)
-
         return Following(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
             timeout_s=self._seconds(timeout_s),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=prepare,
+            prepare=self._submission(content, styles, frames, checkpoints, patience_s, request_id, job),
         ).updates()
 
     def watch(
@@ -193,6 +186,7 @@ class GramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        patience_s: float = PATIENCE_S,
         timeout_s: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
@@ -204,16 +198,18 @@ class GramophoneClient:
                 if isinstance(update, Progress) and update.iteration == 50:
                     await job.update(beta=8)
 
-        Entering sends the job and raises what the server has against it. See `JobControl`.
+        Entering sends the job and raises what the server has against it. When the job is lost with its server, it is sent
+        again as `stream` does it, and goes on with what the commands had changed. See `JobControl`.
         """
 
-        async def start() -> pb.StylizeInteractiveRequest:
-            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
-            command = pb.StartCommand(spec=spec, request_id=_request_id(request_id))
-            return pb.StylizeInteractiveRequest(start=command)
-
-        images = uploaded(content, styles, job.get("start_image"))
-        return JobControl(self._connection, start, frames=frames, timeout_s=self._seconds(timeout_s), images=images)
+        return JobControl(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._seconds(timeout_s),
+            grace_s=job.get("detach_grace") or 0.0,
+            prepare=self._submission(content, styles, frames, checkpoints, patience_s, request_id, job),
+        )
 
     def control_job(
         self,
@@ -222,18 +218,21 @@ class GramophoneClient:
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
         timeout_s: float | None = None,
+        detach_grace: float = 0.0,
     ) -> JobControl:
-        """Takes control of a job that is there already. Raises `JobControlled` if somebody else has it."""
+        """Takes control of a job that is there already. Raises `JobControlled` if somebody else has it.
 
-        async def attach() -> pb.StylizeInteractiveRequest:
-            asked = watch_request(job_id, 0, frames, checkpoints)
-            command = pb.AttachCommand(job_id=job_id)
-            for name in ("frames", "checkpoints"):
-                if asked.HasField(name):
-                    getattr(command, name).CopyFrom(getattr(asked, name))
-            return pb.StylizeInteractiveRequest(attach=command)
-
-        return JobControl(self._connection, attach, frames=frames, timeout_s=self._seconds(timeout_s))
+        A lost connection is made again until `detach_grace` seconds have passed; a lost job is not sent again, since its
+        images are not known here.
+        """
+        return JobControl(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._seconds(timeout_s),
+            grace_s=detach_grace,
+            job_id=job_id,
+        )
 
     async def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
         """Leaves an image with the server, so that any number of jobs can name it instead of carrying it.
@@ -297,6 +296,26 @@ class GramophoneClient:
         raise NotReady(
             f"the server at {self.target} is not ready after {timeout_s:g} s: {said}; start it, or wait for longer"
         )
+
+    def _submission(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        frames: FrameOptions | None,
+        checkpoints: CheckpointOptions | None,
+        patience_s: float,
+        request_id: str | None,
+        job: JobOptions,
+    ) -> Callable[[], Awaitable[Submission]]:
+        """What makes the job's message, which reads files."""
+
+        async def prepare() -> Submission:
+            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
+            images = uploaded(content, styles, job.get("start_image"))
+            patience = patience_s if self._connection.retries else 0.0
+            return Submission(spec, _request_id(request_id), images, patience)
+
+        return prepare
 
     def _seconds(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s

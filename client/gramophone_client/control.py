@@ -11,9 +11,9 @@ from typing import Any, Self, TypedDict, Unpack
 
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import uploads
 from gramophone_client.connection import Connection
 from gramophone_client.errors import (
+    Cancelled,
     ConnectionFailed,
     DeadlineExceeded,
     GramophoneError,
@@ -23,10 +23,9 @@ from gramophone_client.errors import (
     ServerFailed,
     is_forgotten,
 )
-from gramophone_client.job_spec import FrameOptions, UploadedImage, said, watch_request
-from gramophone_client.messages import update
-from gramophone_client.recovery import is_lost
-from gramophone_client.updates import Accepted, Checkpoint, Frame, Result, Update
+from gramophone_client.job_spec import CheckpointOptions, FrameOptions, said, watch_request
+from gramophone_client.recovery import Recovery, Submission, is_lost
+from gramophone_client.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
 __all__ = ["Changes", "JobControl"]
 
@@ -47,11 +46,23 @@ class Changes(TypedDict, total=False):
 
 @dataclass
 class _Command:
-    """One that was sent. `taken` is what it asks for, which comes behind the answer."""
+    """One that is sent until it is answered. `taken` is what it asks for, which comes behind the answer."""
 
-    kind: str
+    request: pb.StylizeInteractiveRequest
+    again: bool = False  # it holds already, and is told to a server that knows an older state of the job
     answer: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     taken: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def kind(self) -> str:
+        return self.request.WhichOneof("command") or ""
+
+    def fail(self, error: GramophoneError) -> None:
+        """Raises the error for who waits."""
+        for waited in (self.answer, self.taken):
+            if not waited.done():
+                waited.set_exception(error)
+                waited.exception()  # nobody waits for both, and one that nobody waits for is no news
 
 
 class JobControl:
@@ -59,56 +70,66 @@ class JobControl:
     asynchronous iterator of its updates.
 
     Commands can be given while somebody iterates and while nobody does. Each returns the first iteration for which it
-    holds, the end the one that the result is of, or what it asked for; raises `InvalidRequest` with the fields that are wrong, after which everything goes on;
-    and raises `JobEnded`, or the error that the job ended in, if it came too late.
+    holds, the end the one that the result is of, or what it asked for; raises `InvalidRequest` with the fields that are
+    wrong, after which everything goes on; and raises `JobEnded`, or the error that the job ended in, if it came too late.
 
     Updates that nobody takes make room for newer ones of their kind; the result is never lost. The next frames are on
     their way when one is taken, `FrameOptions.max_in_flight` of them. Leaving the context leaves the job as any watcher
-    does, and gives up the control. A lost connection ends it too, with an error that has the newest `checkpoint`: with
-    `detach_grace` the job is there for `control_job`, and `resume=error.checkpoint` goes on with it elsewhere.
+    does, and gives up the control.
+
+    A lost connection and a lost server are survived as `stream` does it. Commands that were not answered by then, or that
+    are given meanwhile, are sent when the job is there again, which is harmless, since each says how things shall be and not
+    by how much they shall change. A job that went on from a checkpoint is told all that had held once more: what
+    `update` had changed, that it stands still, that it shall end. What is raised if it is given up has the newest `frame`
+    and `checkpoint`.
     """
 
     def __init__(
         self,
         connection: Connection,
-        first: Callable[[], Awaitable[pb.StylizeInteractiveRequest]],
         *,
         frames: FrameOptions | None,
+        checkpoints: CheckpointOptions | None,
         timeout_s: float,
-        images: Sequence[UploadedImage] = (),
+        grace_s: float,
+        job_id: str = "",
+        prepare: Callable[[], Awaitable[Submission]] | None = None,
     ) -> None:
-        self.accepted: Accepted | None = None  # set on entering
+        self.accepted: Accepted | None = None  # set on entering, and again when the job was sent again
         self._connection = connection
-        self._first = first
-        self._acknowledges = frames is not None and frames.max_in_flight > 0
-        self._timeout_s = timeout_s
-        self._images = images
+        self._frames = frames
+        self._checkpoints = checkpoints
+        self._prepare = prepare
+        self._job = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
         self._call: Any = None
+        self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
+        self._obeyed = False  # the present call takes commands
         self._reader: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
-        self._commands: dict[int, _Command] = {}  # not answered yet
+        self._commands: dict[int, _Command] = {}  # not answered yet, oldest first
         self._taking: dict[type, tuple[int, _Command]] = {}  # answered; what it asked for is of that iteration
+        self._holds: dict[str, pb.StylizeInteractiveRequest] = {}  # what the answered commands come to, by kind
         self._untaken: dict[type, Update] = {}  # the newest of each kind, oldest first
-        self._sequence = 0  # of the newest event
-        self._checkpoint: Checkpoint | None = None
-        self._frame: Frame | None = None
-        self._result: Result | None = None
+        self._begun, self._news, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._error: GramophoneError | None = None
 
     async def __aenter__(self) -> Self:
-        request = await self._first()
-
-        async def begin(left_s: float) -> None:
-            await self._begin(request, left_s)
-
-        await uploads.renewing(self._connection, self._images, begin, self._timeout_s)
+        self._job.begin(None if self._prepare is None else await self._prepare())
+        self._reader = asyncio.create_task(self._follow())
+        try:
+            await self._begun.wait()
+        except asyncio.CancelledError:
+            self._reader.cancel()
+            raise
+        if self._error is not None and self.accepted is None:
+            raise self._error
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._reader is not None:
-            self._call.cancel()
+            self._reader.cancel()
             await asyncio.wait([self._reader])
 
     def __aiter__(self) -> Self:
@@ -123,8 +144,8 @@ class JobControl:
             self._news.clear()
             await self._news.wait()
         arrived = self._untaken.pop(next(iter(self._untaken)))
-        if isinstance(arrived, Frame) and self._acknowledges:
-            self._send(ack=pb.AckCommand(sequence=arrived.sequence))
+        if isinstance(arrived, Frame) and self._frames is not None and self._frames.max_in_flight:
+            self._outgoing.put_nowait(pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=arrived.sequence)))
         return arrived
 
     async def result(self) -> Result:
@@ -132,8 +153,8 @@ class JobControl:
         await self._over.wait()
         if self._error is not None:
             raise self._error
-        assert self._result is not None  # a call that ends without has an error
-        return self._result
+        assert self._job.result is not None  # a call that ends without has an error
+        return self._job.result
 
     async def pause(self) -> int:
         """Lets the job stand still, until `resume` or the server's limit `max_paused_s`."""
@@ -179,63 +200,101 @@ class JobControl:
         that it is of."""
         return await self._command(finish=pb.FinishCommand()).answer
 
-    async def _begin(self, request: pb.StylizeInteractiveRequest, left_s: float) -> None:
-        """Makes the call and returns at its first event. Raises the error if it ends before."""
-        self._begun, self._news, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        # Not `call.write`: a caller who gives up waiting for one would cancel the whole call.
-        self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
-        self._outgoing.put_nowait(request)
-        self._error = None
-        with self._connection.errors_rebuilt(self._timeout_s):
-            self._call = self._connection.service.StylizeInteractive(_until_none(self._outgoing), timeout=left_s)
-        self._reader = asyncio.create_task(self._read())
+    async def _follow(self) -> None:
+        """Reads what comes until the job has ended or is given up."""
+        job = self._job
         try:
-            await self._begun.wait()
-        except asyncio.CancelledError:
-            self._call.cancel()
-            raise
-        if self._error is not None and self.accepted is None:
-            raise self._error
-
-    async def _read(self) -> None:
-        try:
-            with self._connection.errors_rebuilt(self._timeout_s):
-                async for response in self._call:
-                    if response.HasField("command_result"):
-                        self._answer(response.command_result)
-                    elif (arrived := update(response.event)) is not None:
-                        self._take(arrived)
-                    self._begun.set()
-            if self._result is None:
-                raise ServerFailed("the server ended the stream without a result")
+            sends = job.submission is not None
+            while job.result is None:
+                try:
+                    await self._read(sends)
+                    if job.result is None:
+                        raise ServerFailed("the server ended the stream without a result")
+                except GramophoneError as error:
+                    if job.result is not None and is_lost(error):
+                        break
+                    forgotten = self.accepted is not None and is_forgotten(error)
+                    told = await self._end_as_watched(error) if forgotten else error
+                    if told is not None:
+                        sends = await job.again(told)
         except GramophoneError as error:
-            if self._result is None and self.accepted is not None and is_forgotten(error):
-                self._error = await self._end_as_watched(self.accepted.job_id, error)
-            elif self._result is None or not is_lost(error):
-                self._error = error
-            if self._error is not None:
-                self._error.frame, self._error.checkpoint = self._frame, self._checkpoint
+            self._error = job.kept(error)
+        except asyncio.CancelledError:
+            self._error = Cancelled("the control of the job was given up")
+            raise
         finally:
-            if self._result is not None and self._error is None:
-                self._untaken[Result] = self._result  # told when the stream has ended, as `stream` does
-            self._outgoing.put_nowait(None)
+            if job.result is not None and self._error is None:
+                self._untaken[Result] = job.result  # told when the stream has ended, as `stream` does
             for command in (*self._commands.values(), *(command for _, command in self._taking.values())):
                 self._refuse(command)
             self._begun.set()
             self._news.set()
             self._over.set()
 
-    async def _end_as_watched(self, job_id: str, error: GramophoneError) -> GramophoneError | None:
+    async def _read(self, sends: bool) -> None:
+        """One call, to its end. It sends the job, or takes control of it where it was."""
+        job, anew = self._job, sends and self.accepted is not None
+        job.call_begins()
+        # Not `call.write`: a caller who gives up waiting for one would cancel the whole call.
+        outgoing = self._outgoing = asyncio.Queue()
+        outgoing.put_nowait(self._first(sends))
+        call: Any = None
+        try:
+            with self._connection.errors_rebuilt(job.timeout_s):
+                call = self._connection.service.StylizeInteractive(_until_none(outgoing), timeout=job.left_s)
+                if not sends and self.accepted is not None:  # a job that stands still has nothing else to tell
+                    self._obey(anew)
+                async for response in call:
+                    if response.HasField("command_result"):
+                        self._answer(response.command_result)
+                    elif (arrived := job.take(response.event)) is not None:
+                        self._take(arrived)
+                    if not self._obeyed:  # the job's images are decoded, before that it takes no commands
+                        self._obey(anew)
+                    self._begun.set()
+        finally:
+            self._obeyed = False
+            outgoing.put_nowait(None)
+            if call is not None:
+                call.cancel()
+
+    def _first(self, sends: bool) -> pb.StylizeInteractiveRequest:
+        job = self._job
+        if sends and job.submission is not None:
+            start = pb.StartCommand(spec=job.submission.spec, request_id=job.submission.request_id)
+            return pb.StylizeInteractiveRequest(start=start)
+        asked = watch_request(job.job_id, job.sequence, self._frames, self._checkpoints)
+        attach = pb.AttachCommand(job_id=asked.job_id, after_sequence=asked.after_sequence)
+        for name in ("frames", "checkpoints"):
+            if asked.HasField(name):
+                getattr(attach, name).CopyFrom(getattr(asked, name))
+        return pb.StylizeInteractiveRequest(attach=attach)
+
+    def _obey(self, anew: bool) -> None:
+        """Sends all commands that were not answered, or whose pictures and states have not come; to a job that was sent
+        anew, before them, those that hold."""
+        waiting = [*(command for _, command in self._taking.values()), *self._commands.values()]
+        if anew:
+            waiting = [command for command in waiting if not command.again]
+            waiting[:0] = [_Command(request, again=True) for request in self._holds.values()]
+        self._taking.clear()
+        self._commands.clear()
+        self._obeyed = True
+        for command in waiting:
+            self._send(command)
+
+    async def _end_as_watched(self, error: GramophoneError) -> GramophoneError | None:
         """How the job ended, asked again because gRPC has forgotten it: its error, None if it has its result, or `error`
         if it cannot be had."""
+        job = self._job
+        job.call_begins()
         with self._connection.errors_rebuilt(END_WITHIN_S):
-            request = watch_request(job_id, self._sequence, None, None)
+            request = watch_request(job.job_id, job.sequence, None, None)
             call = self._connection.service.WatchJob(request, timeout=END_WITHIN_S)
         try:
             with self._connection.errors_rebuilt(END_WITHIN_S):
                 async for response in call:
-                    arrived = update(response.event)
-                    if arrived is not None and arrived.sequence > self._sequence:
+                    if (arrived := job.take(response.event)) is not None:
                         self._take(arrived)
         except (ConnectionFailed, DeadlineExceeded, JobNotFound):
             pass
@@ -243,23 +302,31 @@ class JobControl:
             return end
         finally:
             call.cancel()
-        return error if self._result is None else None
+        return error if job.result is None else None
 
     def _answer(self, answered: pb.CommandResult) -> None:
         command = self._commands.pop(answered.command_id, None)
-        if command is None or command.answer.done():  # its caller has given up
+        if command is None or command.answer.cancelled():  # its caller has given up
             return
         if answered.field_errors:
             violations = tuple(Violation(wrong.field, wrong.description) for wrong in answered.field_errors)
             words = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
-            command.answer.set_exception(InvalidRequest(words, violations=violations))
-            return
-        command.answer.set_result(answered.iteration)
+            if command.again and command.kind == "update":  # pauses and ends may come too late without harm
+                raise InvalidRequest(f"the job was sent again, and what had been changed is refused there: {words}")
+            return command.fail(InvalidRequest(words, violations=violations))
+        if not command.answer.done():
+            command.answer.set_result(answered.iteration)
         if command.kind in TAKEN:
             self._taking[TAKEN[command.kind]] = answered.iteration, command
+        elif command.kind == "update":
+            held = self._holds.setdefault("update", pb.StylizeInteractiveRequest()).update
+            for changed, _ in command.request.update.ListFields():
+                held.ClearField(changed.name)  # merging lists would append
+            held.MergeFrom(command.request.update)
+        elif command.kind == "finish":
+            self._holds["finish"] = command.request
 
     def _take(self, arrived: Update) -> None:
-        self._sequence = max(self._sequence, arrived.sequence)
         kind = type(arrived)
         iteration, command = self._taking.get(kind, (None, None))
         if command is not None and isinstance(arrived, Frame | Checkpoint) and arrived.iteration == iteration:
@@ -270,12 +337,11 @@ class JobControl:
         match arrived:
             case Accepted():
                 self.accepted = arrived
-            case Frame():
-                self._frame = arrived
-            case Checkpoint():
-                self._checkpoint = arrived
+            case Paused():
+                self._holds["pause"] = pb.StylizeInteractiveRequest(pause=pb.PauseCommand())
+            case Resumed():
+                self._holds.pop("pause", None)
             case Result():
-                self._result = arrived
                 return
         self._untaken.pop(kind, None)  # a newer one comes last again
         self._untaken[kind] = arrived
@@ -283,25 +349,27 @@ class JobControl:
 
     def _command(self, **asked: Any) -> _Command:
         """Sends one; `asked` is its field of the request."""
-        (kind,) = asked
-        command, number = _Command(kind), next(self._numbers)
+        command = _Command(pb.StylizeInteractiveRequest(**asked))
         if self._over.is_set():
             self._refuse(command)
         else:
-            self._commands[number] = command
-            self._send(command_id=number, **asked)
+            self._send(command)
         return command
 
-    def _send(self, **fields: Any) -> None:
-        self._outgoing.put_nowait(pb.StylizeInteractiveRequest(**fields))
+    def _send(self, command: _Command) -> None:
+        """Now, or when the job is there again."""
+        number = next(self._numbers)
+        self._commands[number] = command
+        if self._obeyed:
+            numbered = pb.StylizeInteractiveRequest(command_id=number)
+            numbered.MergeFrom(command.request)
+            self._outgoing.put_nowait(numbered)
 
     def _refuse(self, command: _Command) -> None:
         """The job has ended."""
-        error = self._error or JobEnded(f"the job ended with its result before it took the command {command.kind!r}")
-        for waited in (command.answer, command.taken):
-            if not waited.done():
-                waited.set_exception(error)
-                waited.exception()  # nobody waits for both, and one that nobody waits for is no news
+        command.fail(
+            self._error or JobEnded(f"the job ended with its result before it took the command {command.kind!r}")
+        )
 
 
 TAKEN = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it

@@ -59,7 +59,7 @@ async def _by_options(args: argparse.Namespace) -> None:
     async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
-        async with client.control_job(args.job_id, frames=None) as job:
+        async with client.control_job(args.job_id, frames=None, detach_grace=args.detach) as job:
             if args.pause:
                 print(f"paused before iteration {await job.pause()}")
             if args.resume:
@@ -81,7 +81,8 @@ async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
     async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
-        async with client.control_job(args.job_id, frames=PREVIEW if args.preview else None) as job:
+        frames = PREVIEW if args.preview else None
+        async with client.control_job(args.job_id, frames=frames, detach_grace=args.detach) as job:
             with pressed_keys(sys.stdin) as keys:
                 await _Desk(job, shown).run(keys)
 

@@ -81,6 +81,7 @@ class Following:
     def _called(self, sends: bool) -> Any:
         """A call that sends the job, or one that asks for it where it was."""
         job, service = self._job, self._connection.service
+        job.call_begins()
         request: pb.StylizeStreamRequest | pb.WatchJobRequest
         if sends and job.submission is not None:
             request = pb.StylizeStreamRequest(spec=job.submission.spec, request_id=job.submission.request_id)

@@ -81,7 +81,7 @@ class Recovery:
         self._connection = connection
         self._grace_s = grace_s
         self._end = 0.0  # of time.monotonic
-        self._told = sequence  # of the newest event before the present call
+        self._told = 0  # of the newest event before the present call
         self._renewed = False  # the images of this request were uploaded again
         self._moving = False  # the job was sent again and not accepted yet
         self._moves = 0  # since there was a newer checkpoint
@@ -97,6 +97,10 @@ class Recovery:
     def left_s(self) -> float:
         """Seconds of it that are left."""
         return max(0.0, self._end - time.monotonic())
+
+    def call_begins(self) -> None:
+        """Events up to the newest of the calls before are known; within one call they are as it tells them."""
+        self._told = self.sequence
 
     def take(self, event: pb.JobEvent) -> Update | None:
         """The update that an event is. None if the caller has it already, or if this client does not know its kind."""
@@ -126,11 +130,6 @@ class Recovery:
     async def again(self, error: GramophoneError) -> bool:
         """Returns when it is time for the next call, and whether that sends the submission or asks for the job where it was.
         Raises `error`, or the loss that it follows, if there shall be none."""
-        sends = await self._sends_after(error)
-        self._told = self.sequence
-        return sends
-
-    async def _sends_after(self, error: GramophoneError) -> bool:
         job = self.submission
         if isinstance(error, ImageNotFound) and job is not None and job.images and not self._renewed:
             self._renewed = True

@@ -140,6 +140,7 @@ class SyncGramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        patience_s: float = PATIENCE_S,
         timeout_s: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
@@ -150,6 +151,7 @@ class SyncGramophoneClient:
             styles,
             frames=frames,
             checkpoints=checkpoints,
+            patience_s=patience_s,
             timeout_s=timeout_s,
             request_id=request_id,
             **job,
@@ -163,9 +165,12 @@ class SyncGramophoneClient:
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
         timeout_s: float | None = None,
+        detach_grace: float = 0.0,
     ) -> SyncJobControl:
         """As `GramophoneClient.control_job`."""
-        controlled = self._client.control_job(job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s)
+        controlled = self._client.control_job(
+            job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s, detach_grace=detach_grace
+        )
         return SyncJobControl(controlled, self._run)
 
     def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
