@@ -1,6 +1,9 @@
+import asyncio
 import datetime
 import json
 import logging
+import os
+import shutil
 
 import pytest
 
@@ -52,9 +55,15 @@ async def test_each_call_leaves_a_line(tmp_path):
         )
         events = [response.event async for response in call]
         await refused(s.stub.GetJob(pb.GetJobRequest(job_id="nothing")))
-        await until(lambda: len(lines(path)) == 2)
+        for ask in (s.stub.GetJob, s.stub.CancelJob):
+            kind = pb.GetJobRequest if ask is s.stub.GetJob else pb.CancelJobRequest
+            await ask(kind(job_id=events[0].accepted.job_id))
+        await until(lambda: len(lines(path)) == 4)
     access.close()
-    first, second = lines(path)
+    first, second, *others = lines(path)
+    assert [(line["method"], line["job"]) for line in others] == [
+        (method, events[0].accepted.job_id) for method in ("GetJob", "CancelJob")
+    ]
     took_ms, at, peer = (first.pop(name) for name in ("ms", "time", "peer"))
     assert first == {
         "method": "StylizeStream",
@@ -93,6 +102,43 @@ def test_a_log_that_was_moved_away_is_made_anew(tmp_path):
     access.write(method="B")
     access.close()
     assert [line["method"] for line in lines(path)] == ["B"]
+
+
+async def test_calls_end_whatever_becomes_of_the_log(tmp_path, caplog):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    path = folder / "access.log"
+    access = AccessLog(str(path))
+    async with serving(FakeEngine(), access=access) as s:
+        shutil.rmtree(folder)
+        for _ in range(3):
+            await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        await asyncio.wait_for(s.servicer.idle(), 5)
+        assert len(s.servicer._calls) == 0
+        folder.mkdir()
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        await until(path.exists)
+        await until(lambda: len(lines(path)) == 1)
+    access.close()
+    first, last = [record.message for record in caplog.records if record.name == "gramophone_server.access"]
+    assert first.startswith(
+        "the access log cannot be written, so calls are missing in it from now on: [Errno 2] No such"
+    )
+    assert last == "the access log is written again; 3 calls are missing in it"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_told_once(caplog, capsys):
+    access = AccessLog("/dev/full")
+    for _ in range(3):
+        access.write(method="A")
+    access.close()
+    assert [record.message.partition(": ")[0] for record in caplog.records] == [
+        "the access log cannot be written, so calls are missing in it from now on",
+        "the access log cannot be closed",
+    ]
+    assert all(record.message.endswith("No space left on device") for record in caplog.records)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dash_is_standard_error_and_nobody_elses_log(capsys, caplog):

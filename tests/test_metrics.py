@@ -31,6 +31,18 @@ def test_every_method_is_counted_from_the_start():
     for method in KINDS:
         for name in ("started_total", "msg_received_total", "msg_sent_total", "handling_seconds_count"):
             assert rpcs(metrics, name, method) == 0
+        for code in ("OK", "Canceled", "DeadlineExceeded", "Internal"):
+            assert rpcs(metrics, "handled_total", method, grpc_code=code) == 0
+
+
+def test_every_reason_and_outcome_is_counted_from_the_start():
+    metrics = Metrics()
+    for reason in ("QUEUE_FULL", "OUT_OF_MEMORY", "INVALID_REQUEST"):
+        assert value(metrics, "admission_rejected_total", reason=reason) == 0
+    for outcome in ("ITERATIONS_DONE", "TIME_BUDGET", "FINISHED", "CANCELLED", "DIVERGED", "INTERNAL"):
+        assert value(metrics, "jobs_finished_total", outcome=outcome) == 0
+    for unset in ("UNSPECIFIED", ""):
+        assert value(metrics, "jobs_finished_total", outcome=unset) is None
 
 
 @pytest.mark.parametrize(
@@ -89,12 +101,20 @@ async def test_every_message_of_a_client_is_counted():
         assert rpcs(metrics, "msg_sent_total", "UploadImage") == 1
 
 
-@pytest.mark.parametrize(("how", "code"), [("cancel", "Canceled"), ("deadline", "DeadlineExceeded")])
-async def test_a_stream_that_its_client_leaves_is_counted_by_how_it_left(how, code):
+@pytest.mark.parametrize(
+    ("deadline_s", "cancels", "code"),
+    [
+        (None, True, "Canceled"),
+        (60, True, "Canceled"),
+        (0.2, False, "DeadlineExceeded"),
+        (1.5, False, "DeadlineExceeded"),
+    ],
+)
+async def test_a_stream_that_its_client_leaves_is_counted_by_how_it_left(deadline_s, cancels, code):
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
-        call = await begun(s, engine, timeout=0.2 if how == "deadline" else None)
-        if how == "cancel":
+        call = await begun(s, engine, timeout=deadline_s)
+        if cancels:
             call.cancel()
         await until(lambda: rpcs(metrics, "handled_total", "StylizeStream", grpc_code=code) == 1)
         engine.go.set()
@@ -108,7 +128,7 @@ async def test_a_job_that_fails_is_counted_by_its_reason():
         assert got.code is grpc.StatusCode.FAILED_PRECONDITION
         await until(lambda: value(metrics, "jobs_finished_total", outcome="DIVERGED") == 1)
         await until(lambda: rpcs(metrics, "handled_total", "Stylize", grpc_code="FailedPrecondition") == 1)
-        assert value(metrics, "admission_rejected_total", reason="DIVERGED") is None
+        assert value(metrics, "admission_rejected_total", reason="DIVERGED") == 0
 
 
 async def test_refusals_are_counted_by_reason_and_are_no_jobs():
@@ -121,6 +141,29 @@ async def test_refusals_are_counted_by_reason_and_are_no_jobs():
         assert value(metrics, "admission_rejected_total", reason="QUEUE_FULL") == 1
         assert value(metrics, "job_seconds_count") == 0
         running.cancel()
+
+
+async def test_whatever_is_wrong_with_a_request_is_counted_once():
+    metrics, engine = Metrics(), FakeEngine()
+    async with serving(engine, metrics=metrics) as s:
+        streamed = spec()
+        streamed.frames.max_in_flight = 2
+        bytes_as = s.channel.unary_unary(f"/{SERVICE}/Stylize", request_serializer=bytes)
+        for call in (
+            s.stub.Stylize(pb.StylizeRequest(spec=pb.JobSpec())),
+            s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id="no UUID")),
+            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=streamed)),
+            s.stub.StylizeInteractive(iter([pb.StylizeInteractiveRequest(finish=pb.FinishCommand())])),
+            bytes_as(b"\xff\xff"),
+        ):
+            assert (await refused(call)).code is grpc.StatusCode.INVALID_ARGUMENT
+        await refused(s.stub.WatchJob(pb.WatchJobRequest(job_id="none")))
+        attach = pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id="none"))
+        await refused(s.stub.StylizeInteractive(iter([attach])))
+        await until(lambda: value(metrics, "admission_rejected_total", reason="INVALID_REQUEST") == 5)
+        assert (
+            value(metrics, "admission_rejected_total", reason="JOB_NOT_FOUND") == 0
+        )  # they asked for no job of their own
 
 
 async def test_whatever_callers_choose_the_series_stay_as_many():

@@ -1,5 +1,6 @@
 import http.client
 import socket
+import time
 import urllib.error
 import urllib.request
 
@@ -64,15 +65,38 @@ def test_another_path_is_told_which_there_are(served):
 
 
 def test_a_client_that_says_nothing_is_let_go_and_holds_nobody_up(served, monkeypatch):
-    monkeypatch.setattr(probes._Handler, "timeout", 0.2)
+    monkeypatch.setattr(probes, "PATIENCE_S", 0.2)
     host, port = served.split(":")
     with socket.create_connection((host, int(port)), 5) as silent:
         assert got(served, "/healthz")[0] == 200
         assert silent.recv(1) == b""  # the end, after the patience
 
 
+def test_a_client_that_drips_is_let_go_too(served, monkeypatch):
+    monkeypatch.setattr(probes, "PATIENCE_S", 0.5)
+    host, port = served.split(":")
+    with socket.create_connection((host, int(port)), 5) as dripping, pytest.raises(OSError):
+        for _ in range(500):
+            dripping.sendall(b"G")
+            time.sleep(0.02)
+
+
+def test_clients_that_take_long_make_room_for_a_probe(served, monkeypatch):
+    monkeypatch.setattr(probes, "LONG_S", 0.2)
+    host, port = served.split(":")
+    holding = [socket.create_connection((host, int(port)), 5) for _ in range(probes.MOST_CONNECTIONS)]
+    try:
+        time.sleep(0.4)
+        assert got(served, "/livez")[0] == 200
+        assert holding[0].recv(1) == b""  # who came first
+    finally:
+        for one in holding:
+            one.close()
+
+
 def test_connections_are_bounded(served, monkeypatch):
-    monkeypatch.setattr(probes._Handler, "timeout", 60)
+    monkeypatch.setattr(probes, "LONG_S", 60)
+    monkeypatch.setattr(probes, "PATIENCE_S", 60)
     host, port = served.split(":")
     holding = [socket.create_connection((host, int(port)), 5) for _ in range(probes.MOST_CONNECTIONS)]
     try:

@@ -692,7 +692,7 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job()
     call = Calls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
     for notice in notices:
         notice(context)
-    call.watches(types.SimpleNamespace(leave=left.append), "a mailbox")
+    call.watches(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
     assert left == ["a mailbox"]
 
 

@@ -71,9 +71,13 @@ class Metrics:
         self._handling = Histogram(
             "grpc_server_handling_seconds", "from an RPC's begin to its end", rpc, buckets=CALL_S, registry=registry
         )
-        for method in METHODS.values():  # so that a series is there, at 0, before its first event
+        for (
+            method
+        ) in METHODS.values():  # a series that is born with its first event has no rate, so no alert sees that one
             for metric in (self._started, self._received, self._sent, self._handling):
                 metric.labels(*method.labels)
+            for code in grpc.StatusCode:
+                self._handled.labels(*method.labels, _in_go(code))
 
         self._rejected = Counter(
             "gramophone_admission_rejected", "jobs that were refused, by reason", ("reason",), registry=registry
@@ -81,6 +85,11 @@ class Metrics:
         self._finished = Counter(
             "gramophone_jobs_finished", "accepted jobs that have ended, by how", ("outcome",), registry=registry
         )
+        reasons = _names("ErrorReason", "ERROR_REASON_")
+        for reason in reasons:
+            self._rejected.labels(reason)
+        for outcome in (*_names("StopReason", "STOP_REASON_"), *reasons):
+            self._finished.labels(outcome)
         self._queue_wait = Histogram(
             "gramophone_queue_wait_seconds",
             "from a job's request to its first iteration",
@@ -178,6 +187,11 @@ class Metrics:
 def size_class(longest: int) -> str:
     """Of a picture by its longest side in pixels: the power of two that holds it, "64" to "4096", or "larger"."""
     return "larger" if longest > LARGEST_CLASS else str(max(64, 1 << (longest - 1).bit_length()))
+
+
+def _names(enum: str, prefix: str) -> list[str]:
+    """Of an enum's values, but for the one that is none."""
+    return [value.name.removeprefix(prefix) for value in pb.DESCRIPTOR.enum_types_by_name[enum].values if value.number]
 
 
 def _in_go(code: grpc.StatusCode) -> str:

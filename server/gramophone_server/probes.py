@@ -6,9 +6,11 @@ busy the server is, but no job's id.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
@@ -22,8 +24,9 @@ from gramophone_server.errors import StartupError
 
 __all__ = ["Probes"]
 
-MOST_CONNECTIONS = 16  # at once; one more is closed
-PATIENCE_S = 5  # with a client that says nothing
+MOST_CONNECTIONS = 16  # at once; one more takes the place of the oldest, or is closed if all have just come
+LONG_S = 1.0  # after which a connection may have to go; a scrape takes milliseconds
+PATIENCE_S = 5.0  # for a whole request and its answer
 
 
 class Probes:
@@ -80,11 +83,11 @@ class Probes:
 
 
 class _Server(ThreadingWSGIServer):
-    """A thread for each connection, and at most so many."""
+    """A thread for each connection, and at most so many: one that takes its time makes room for a new one."""
 
     def __init__(self, family: socket.AddressFamily, address: Any) -> None:
         self.address_family = family
-        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._open: dict[Any, float] = {}  # connections, oldest first, and since when on the monotonic clock
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -95,24 +98,39 @@ class _Server(ThreadingWSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread, if there is room."""
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        now = time.monotonic()
+        open_now = list(self._open.items())
+        if len(open_now) >= MOST_CONNECTIONS:
+            oldest, since = open_now[0]
+            if now - since < LONG_S:
+                return self.shutdown_request(request)
+            self._end(oldest)
+        self._open[request] = now
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The thread; it gives the room back."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._open.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Twice a second: who has had his time is let go. A socket's own timeout is for each byte of those who drip."""
+        overdue_at = time.monotonic() - PATIENCE_S
+        for request, since in list(self._open.items()):
+            if since < overdue_at:
+                self._end(request)
+
+    def _end(self, request: Any) -> None:
+        self._open.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)  # its thread reads the end
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is nobody's error."""
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = PATIENCE_S
-
     def log_message(self, format: str, *arguments: Any) -> None:
         """Probes come every few seconds, so nothing is logged."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from google.protobuf import duration_pb2
 
@@ -79,10 +80,12 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._calls.begin("Stylize", context)
         response = pb.StylizeResponse()
         try:
-            call.received(request)
-            request.spec.ClearField("frames")
-            request.spec.ClearField("checkpoints")
-            async for told in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
+            with self._admitting():
+                call.received(request)
+                request.spec.ClearField("frames")
+                request.spec.ClearField("checkpoints")
+                view = await self._made(request, call)
+            async for told in view.responses(pb.StylizeStreamResponse):
                 if told.event.HasField("accepted"):
                     response.accepted.CopyFrom(told.event.accepted)
                 elif told.event.HasField("result"):
@@ -98,9 +101,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         call = self._calls.begin("StylizeStream", context)
         try:
-            call.received(request)
-            refuse(check_no_credit(request.spec.frames, "spec.frames"))
-            async for response in (await self._made(request, call)).responses(pb.StylizeStreamResponse):
+            with self._admitting():
+                call.received(request)
+                refuse(check_no_credit(request.spec.frames, "spec.frames"))
+                view = await self._made(request, call)
+            async for response in view.responses(pb.StylizeStreamResponse):
                 with call.sending(response):
                     yield response
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -115,8 +120,6 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
-            if first is not None:
-                call.received(first)
             controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
                 with call.sending(response):
@@ -145,7 +148,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         call = self._calls.begin("GetJob", context)
         try:
             call.received(request)
-            response = pb.GetJobResponse(job=job_message(self.jobs.find(request.job_id)))
+            job = self.jobs.find(request.job_id)
+            call.names(job)
+            response = pb.GetJobResponse(job=job_message(job))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
             await call.fail(error)
         call.succeeded()
@@ -177,6 +182,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         try:
             call.received(request)
             job = self.jobs.find(request.job_id)
+            call.names(job)
             job.cancel()
             response = pb.CancelJobResponse(job=job_message(job))
         except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
@@ -231,10 +237,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     async def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: Call) -> View:
         """The job of a controller's first message."""
-        refuse(check_first(first))
-        assert first is not None, "its absence was refused"
-        if first.HasField("start"):
-            return await self._made(first.start, call, controls=True)
+        with self._admitting():
+            if first is not None:
+                call.received(first)
+            refuse(check_first(first))
+            assert first is not None, "its absence was refused"
+            if first.HasField("start"):
+                return await self._made(first.start, call, controls=True)
         refuse(check_watch(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
         return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
@@ -252,7 +261,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = await self._made_before(request_id, spec)
         attached = job is not None
         if job is None:
-            place = self._reserved()  # before anything is hashed or decoded
+            place = self._scheduler.reserve()  # before anything is hashed or decoded
             # Not checked yet, and somebody may ask meanwhile when the job ends.
             grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
             job = self.jobs.create(request_id, grace_s, result_encoding(spec))
@@ -280,17 +289,20 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 return job
         return None
 
-    def _reserved(self) -> Place:
+    @contextlib.contextmanager
+    def _admitting(self) -> Iterator[None]:
+        """What is raised is why there is no job. Those whose images are bad are counted in `_job_ended`."""
         try:
-            return self._scheduler.reserve()
+            yield
         except GramophoneError as error:
             self._metrics.job_rejected(reason(error))
             raise
 
     def _job_ended(self, job: Job) -> None:
         assert job.lasted_s is not None, "it has ended"
-        if job.plan is None and job.error is not None and not isinstance(job.error, Cancelled):
-            self._metrics.job_rejected(reason(job.error))
+        if job.plan is None:  # it was never accepted; one that its caller gave up before that is neither
+            if job.error is not None and not isinstance(job.error, Cancelled):
+                self._metrics.job_rejected(reason(job.error))
             return
         outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
         self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
