@@ -19,8 +19,8 @@ from gramophone_server.work import CacheCounts, Shape, Tuning, Work
 class FakeEngine:
     """Runs while `go` is set. Iteration `fails_at` raises `error`, of any job.
 
-    An iteration of a batch takes `iteration_s` and `pixel_s` for each pixel of each slot, taken or not. A batch of more than
-    `most_pixels` (width x height x slots) is out of memory.
+    An iteration of a batch takes `iteration_s` and `pixel_s` for each pixel of each slot, taken or not, and to join one takes
+    `join_s`. A batch of more than `most_pixels` (width x height x slots) is out of memory.
     """
 
     device_name = "fake"
@@ -37,11 +37,14 @@ class FakeEngine:
         error: Exception | None = None,
         *,
         pixel_s: float = 0.0,
+        join_s: float = 0.0,
         most_pixels: int = 2**31,
         memory_bytes: int = 2**40,
     ) -> None:
         self.iteration_s = iteration_s
         self.pixel_s = pixel_s
+        self.join_s = join_s
+        self.close_error: Exception | None = None  # of batches
         self.most_pixels = most_pixels
         self.memory_bytes = memory_bytes  # 1000 for each pixel of each slot
         self.fails_at = fails_at
@@ -93,6 +96,7 @@ class FakeBatch:
             raise ValueError("the job does not fit")
         if work.next_at != work.at:
             work.at, work.averaged = work.next_at, 0
+        time.sleep(self.engine.join_s)
         slot = next(slot for slot in range(self.slots) if slot not in self.works)
         work.tensors, work.joined = None, True
         self.works[slot] = work
@@ -149,6 +153,8 @@ class FakeBatch:
     def close(self) -> None:
         self.closed = True
         self.engine.closed += 1
+        if self.engine.close_error is not None:
+            raise self.engine.close_error
 
     def _tensors(self, work: Work) -> dict[str, Tensor]:
         width, height, _ = work.scales[work.at]

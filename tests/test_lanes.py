@@ -154,3 +154,30 @@ def test_the_device_s_time_is_charged_to_those_who_shared_it():
     arranged(lanes, two, rounds=4)
     assert two[0].used_s == pytest.approx(two[1].used_s, rel=0.5)
     assert sum(seat.used_s for seat in two) >= 4 * 0.01
+
+
+def test_a_lane_is_no_wider_than_the_device_holds_even_alone():
+    engine, pace = FakeEngine(memory_bytes=64 * 32 * 1000), Pace()
+    lanes, two = Lanes(engine, pace), seats(2)
+    note(pace, two[0].work.shape, 1, 0.001)  # so that wider ones are to be tried
+    lanes.arrange(two)
+    assert [lane.slots for lane in lanes] == [1] and lanes.short
+
+
+def test_what_jobs_hold_that_stand_still_is_reckoned_with():
+    engine = FakeEngine(memory_bytes=2 * 64 * 32 * 1000)
+    lanes, (one,), (other,) = Lanes(engine, Pace()), seats(1), seats(1, size=60)
+    assert lanes.arrange([one, other], beside_bytes=64 * 32 * 1000) == {}
+    assert one.lane is not None and other.lane is None and lanes.short
+    assert lanes.bytes == 2 * 64 * 32 * 1000
+    assert lanes.arrange([one, other]) == {}
+    assert other.lane is not None and not lanes.short
+
+
+def test_seats_are_given_until_a_time_and_one_at_least():
+    lanes, five = Lanes(FakeEngine(join_s=0.02), Pace()), seats(5)
+    for n in range(1, 6):
+        assert lanes.arrange(five, until=0.0) == {}
+        assert [seat.lane is not None for seat in five] == [True] * n + [False] * (5 - n)
+        assert all(seat.apart is (seat.lane is None) for seat in five)
+    assert not lanes.short

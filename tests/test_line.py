@@ -38,7 +38,7 @@ def test_place_and_wait_are_those_of_even_sharing():
     line.accept(second, running)
     assert first.listener == [Accepted(1, 2.0)]
     assert second.listener == [Accepted(2, 4.0)]
-    assert line.forecast(running, (), 0.0).begins == (2.0, 4.0, 6.0)
+    assert line.forecast(running).begins == (2.0, 4.0, 6.0)
 
 
 def test_a_free_place_is_place_0():
@@ -55,9 +55,17 @@ def test_who_came_before_anything_was_measured_is_reckoned_with_as_soon_as_somet
     line = Line(pace, 1)
     early = waiting(iterations=10)
     line.add(early)
-    assert line.forecast([], (), 0.0) is None
+    assert line.forecast([]) is None
     pace.note(early.work.shape, 1, 1, 0.5)
-    assert line.forecast([], (), 0.0).begins == (0.0, 5.0)
+    assert line.forecast([]).begins == (0.0, 5.0)
+
+
+def test_who_comes_back_hears_of_its_place():
+    line = Line(Pace(), 1)
+    task = waiting()
+    line.resume(task)
+    line.tell([waiting()], 100.0)
+    assert task.listener == [Waiting(1, None)]
 
 
 def test_who_is_moved_is_told_once_in_a_while_and_then_the_newest_place():

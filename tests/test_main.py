@@ -19,6 +19,7 @@ from gramophone_server import main
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.metrics import SERVICE
+from gramophone_server.scheduler import Scheduler
 from tests.fakes import FakeEngine
 from tests.test_servicer import refused, spec, until
 
@@ -60,7 +61,7 @@ class Process:
         await self.channel.close()
         if not self.task.done():
             os.kill(os.getpid(), signal.SIGTERM)
-        with contextlib.suppress(StartupError):
+        with contextlib.suppress(StartupError, RuntimeError):
             await asyncio.wait_for(self.task, 10)
 
     async def health(self, name=SERVICE.full_name):
@@ -137,6 +138,42 @@ async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         assert await asyncio.wait_for(p.task, 5) is True
         assert engine.iterations < 5000
+
+
+async def test_the_iteration_under_way_is_waited_for_so_that_its_picture_can_be_had(capsys, monkeypatch):
+    monkeypatch.setattr(main, "LAST_MESSAGES_S", 0.5)
+    engine = FakeEngine(iteration_s=2.0)
+    async with Process(capsys, engine, drain_s=0.0) as p:
+        await p.line("ready in ")
+        wanted = spec(iterations=50)
+        wanted.frames.SetInParent()
+        wanted.checkpoints.SetInParent()
+        job = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        told = []
+        while not told or not told[-1].event.HasField("progress"):
+            told.append(await job.read())
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+            while True:
+                told.append(await job.read())
+        assert told[-1].event.HasField("checkpoint") and told[-1].event.checkpoint.iteration == 2
+        assert await asyncio.wait_for(p.task, 5) is True
+
+
+async def test_a_server_whose_compute_thread_is_lost_ends(capsys, monkeypatch, caplog):
+    engine = FakeEngine(iteration_s=0.005)
+    schedulers = []
+    monkeypatch.setattr(main, "Scheduler", lambda *wanted: schedulers.append(Scheduler(*wanted)) or schedulers[-1])
+    async with Process(capsys, engine) as p:
+        await p.line("ready in ")
+        job = p.stub.Stylize(pb.StylizeRequest(spec=spec(iterations=5000)))
+        await until(engine.under_way.is_set)
+        monkeypatch.setattr(schedulers[0]._line, "tell", None)
+        got = await refused(job)
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        with pytest.raises(RuntimeError, match="the compute thread has ended by a defect"):
+            await asyncio.wait_for(asyncio.shield(p.task), 10)
+    assert "the server ends, for another one to take its place" in caplog.text
 
 
 async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys):

@@ -24,7 +24,17 @@ from gramophone_server.errors import (
 from gramophone_server.images import Encoding, Format
 from gramophone_server.job import StyleJob
 from gramophone_server.jobs import Jobs
-from gramophone_server.mailbox import Accepted, Finished, Frame, FrameRule, Mailbox, Picture, Progress, Waiting
+from gramophone_server.mailbox import (
+    Accepted,
+    Finished,
+    Frame,
+    FrameRule,
+    Mailbox,
+    Picture,
+    Progress,
+    StopReason,
+    Waiting,
+)
 from gramophone_server.scheduler import Scheduler
 from gramophone_server.work import Work
 from tests.fakes import FakeBatch, FakeEngine
@@ -314,21 +324,21 @@ async def test_no_frames_unless_asked_for():
     assert len(engine.taken_at) == 1
 
 
-async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_stale():
+async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_unread():
     mailbox, now = Mailbox(asyncio.get_running_loop(), FrameRule()), time.monotonic()
     assert mailbox.wants_frame(1, now)
     mailbox.put(1, Frame(1, Picture(None)))
     assert not mailbox.wants_frame(2, now + 0.05)  # not due, so not dropped either
-    assert not mailbox.wants_frame(3, now + 0.2) and not mailbox.wants_frame(4, now + 0.4)  # there is no room
-    assert mailbox.wants_frame(5, now + 1.2)
-    mailbox.put(2, Frame(5, Picture(None)))
+    for number, at in enumerate((0.2, 0.4, 0.6), 2):
+        assert mailbox.wants_frame(number + 1, now + at)
+        mailbox.put(number, Frame(number + 1, Picture(None)))
     reader = mailbox.events()
     number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (2, 5, 3)
+    assert (number, frame.iteration, frame.dropped) == (4, 5, 3)
     assert mailbox.wants_frame(6, now + 1.4)
-    mailbox.put(3, Frame(6, Picture(None)))
+    mailbox.put(5, Frame(6, Picture(None)))
     number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (3, 6, 0)
+    assert (number, frame.iteration, frame.dropped) == (5, 6, 0)
 
 
 async def test_many_events_make_one_wake_up(monkeypatch):
@@ -425,6 +435,42 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
         with pytest.raises(ShuttingDown):
             submit(scheduler, place=reserved)
         assert engine.iterations == 1
+
+
+async def test_a_job_that_pauses_holds_up_no_drain():
+    async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
+        job = submit(scheduler, work(iterations=100_000))
+        await until(lambda: job.work.done)
+        draining = asyncio.create_task(scheduler.drain(60))
+        await asyncio.sleep(0.05)
+        await scheduler.command(job.listener, Pause())
+        await asyncio.wait_for(draining, 5)
+
+
+async def test_a_pause_does_not_outlast_a_time_budget():
+    async with scheduling(FakeEngine(iteration_s=0.005), max_running=2) as scheduler:
+        job = submit(scheduler, work(iterations=100_000, time_budget=0.6))
+        await until(lambda: job.work.done)
+        await scheduler.command(job.listener, Pause())
+        done, began = job.work.done, time.monotonic()
+        finished = [event async for _, event in job.events()][-1]
+        assert time.monotonic() - began < 2
+        assert (finished.reason, finished.iterations) == (StopReason.TIME_BUDGET, done)
+        await until(lambda: scheduler.paused == scheduler.running == scheduler.queued == 0)
+
+
+async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeypatch, caplog):
+    async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
+        running, queued = submit(scheduler, work(iterations=100_000)), submit(scheduler)
+        await until(lambda: running.work.done)
+        monkeypatch.setattr(scheduler._line, "tell", None)
+        await asyncio.wait_for(scheduler.ended(), 5)
+        for job in (running, queued):
+            with pytest.raises(ShuttingDown):
+                await kinds(job)
+        with pytest.raises(ShuttingDown):
+            scheduler.reserve()
+    assert "the compute thread has ended by a defect" in caplog.text
 
 
 async def test_drain_of_an_idle_scheduler_is_immediate():

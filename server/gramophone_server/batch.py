@@ -126,13 +126,13 @@ class EngineBatch:
     def retune(self, slot: int, **changes: Unpack[Tuning]) -> int:
         """Changes weights or the step of a job; see `work.Batch.retune`."""
         work = self._works[slot]
-        before, first = work.recipe, work.retune(**changes)
+        before, first = (work.recipe, work.scales), work.retune(**changes)
         try:
             with self._within_memory(*work.job.result_size), torch.inference_mode():
                 self.stage.objective.weigh(slot, work.recipe)
                 self.stage.canvas.step[slot] = work.recipe.step
         except BaseException:
-            work.recipe = before
+            work.recipe, work.scales = before
             raise
         return first
 

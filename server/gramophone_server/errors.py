@@ -71,9 +71,10 @@ class NotReady(GramophoneError):
 class QueueFull(GramophoneError):
     """As many jobs wait as may wait."""
 
-    def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
+    def __init__(self, waiting: int, limit: int, retry_after_s: float, paused: int = 0) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(f"queue is full: {waiting} waiting, limit {limit}; retry after about {retry_after_s:.0f} s")
+        there = f"{waiting} waiting" + (f" and {paused} paused, which keep their places" if paused else "")
+        super().__init__(f"queue is full: {there}, limit {limit}; retry after about {retry_after_s:.0f} s")
 
 
 class DeadlineUnattainable(GramophoneError):

@@ -6,9 +6,11 @@ jobs come and go. Belongs to the compute thread.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gramophone_server.errors import OutOfDeviceMemory
@@ -18,6 +20,8 @@ from gramophone_server.work import Batch, Batching, Shape, Work
 
 __all__ = ["Iterated", "Lane", "Lanes", "Seat", "widths"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class Seat:
@@ -26,7 +30,10 @@ class Seat:
     work: Work
     lane: Lane | None = None  # None: it waits for one
     slot: int = -1
-    used_s: float = 0.0  # of the device, its part of what its batches took
+    used_s: float = 0.0  # of the device: its beginnings, and its part of what its batches took
+    apart: bool = (
+        True  # it has not competed with the others lately, so it has neither an advantage over them nor a debt
+    )
 
 
 @dataclass(eq=False)
@@ -35,6 +42,7 @@ class Lane:
 
     batch: Batch
     seats: dict[int, Seat] = field(default_factory=dict)
+    stands_since: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def shape(self) -> Shape:
@@ -64,23 +72,41 @@ class Lanes:
         self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
         self._full = False  # memory ended in a lane of one: until a lane is closed, none is opened beside others
         self._failed: dict[Seat, Exception] = {}
+        self._beside = 0  # bytes of jobs that are in no lane
+        self._until = math.inf  # seats are given
+        self.short = False  # somebody waits for memory
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes)
 
     @property
     def bytes(self) -> int:
-        """That their batches take on the device, as estimated. For any thread."""
-        return sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in list(self._lanes))
+        """That their batches, and jobs between two of them, take on the device, as estimated. For any thread."""
+        return self._beside + sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in list(self._lanes))
 
-    def arrange(self, seats: Iterable[Seat]) -> dict[Seat, Exception]:
-        """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone. Returns those
-        whose jobs are lost, and why: `OutOfDeviceMemory` of one that does not even fit alone."""
+    def fits(self, shape: Shape, slots: int) -> bool:
+        """Whether a lane more has room on the device."""
+        return not self._full and self.bytes + self._engine.batch_bytes(shape, slots) <= self._engine.memory_bytes
+
+    def arrange(self, seats: Sequence[Seat], beside_bytes: int = 0, until: float = math.inf) -> dict[Seat, Exception]:
+        """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone, and so does who
+        has none by ``until`` of the monotonic clock, for the next time: taking a seat may take as long as an iteration, or
+        that of its paintings' targets. Somebody always takes one. Returns those whose jobs are lost, and why:
+        `OutOfDeviceMemory` of one that does not even fit alone.
+
+        ``beside_bytes``: on the device, of jobs that stand still.
+        """
+        self._beside = beside_bytes + sum(seat.work.bytes for seat in seats if seat.lane is None)
+        was_short, self.short = self.short, False
+        self._until = math.inf  # for the first
         by_shape: dict[Shape, list[Seat]] = defaultdict(list)
         for seat in seats:
             by_shape[seat.work.shape if seat.lane is None else seat.lane.shape].append(seat)
         for shape, those in by_shape.items():
-            self._arrange(shape, those)
+            self._arrange(shape, those, until)
+        for seat in seats:
+            seat.apart |= seat.lane is None
+        self.short |= was_short and time.monotonic() >= until  # perhaps, nobody has looked
         if not self._lanes:
             self._most.clear()
         failed, self._failed = self._failed, {}
@@ -107,6 +133,7 @@ class Lanes:
         did = lane.seats[slot].work.done - done[slot]
         self._pace.note(lane.shape, lane.slots, did, took_s)
         self._hear(lane, did, took_s)
+        lane.stands_since = before + took_s
         for seat in lane.seats.values():
             seat.used_s += took_s / len(lane.seats)
         return {lane.seats[slot]: report for slot, report in reports.items()}
@@ -120,7 +147,10 @@ class Lanes:
     def drop(self, seat: Seat) -> None:
         """The job is over; what it held is given back."""
         if seat.lane is not None:
-            seat.lane.batch.drop(seat.slot)
+            try:
+                seat.lane.batch.drop(seat.slot)
+            except Exception:
+                log.exception("a job could not be taken out of its batch")
             self._vacate(seat)
 
     def lose(self, lane: Lane) -> None:
@@ -130,7 +160,7 @@ class Lanes:
         lane.seats.clear()
         self._close(lane)
 
-    def _arrange(self, shape: Shape, seats: list[Seat]) -> None:
+    def _arrange(self, shape: Shape, seats: list[Seat], until: float) -> None:
         wanted = widths(len(seats), self._widest(shape, len(seats)))
         lanes = [lane for lane in self._lanes if lane.shape == shape]
         if all(seat.lane for seat in seats) and sorted((lane.slots for lane in lanes), reverse=True) == wanted:
@@ -144,16 +174,20 @@ class Lanes:
         for seat in seats:
             if seat.lane is not None or seat in self._failed:
                 continue
+            if time.monotonic() >= self._until:
+                return
             try:
                 self._sit(self._room(shape, missing), seat)
+                self._until = until
             except OutOfDeviceMemory as error:
                 if wanted[0] > 1:
                     self._most[shape] = wanted[0] // 2
-                    self._arrange(shape, seats)
+                    self._arrange(shape, seats, until)
                 elif not self._lanes:
                     self._failed[seat] = error
                 else:
-                    self._full = True
+                    self.short = True
+                    self._full |= not isinstance(error, _NoRoom)
                 return  # who has no lane waits until somebody has gone
             except Exception as error:  # noqa: BLE001 - of this job alone; whoever asked for the arrangement tells it
                 self._failed[seat] = error
@@ -161,7 +195,10 @@ class Lanes:
     def _widest(self, shape: Shape, jobs: int) -> int:
         """What pays and can be had; a power of two."""
         pays, counted = self._pace.width(shape, jobs), self._engine.most_slots(shape)
-        return min(pays, self._most.get(shape, pays), 1 << (counted.bit_length() - 1))
+        width = min(pays, self._most.get(shape, pays), 1 << (counted.bit_length() - 1))
+        while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:
+            width //= 2
+        return width
 
     def _room(self, shape: Shape, missing: Counter[int]) -> Lane:
         """A lane with a free slot, opened if there is none. Raises `OutOfDeviceMemory`."""
@@ -170,20 +207,24 @@ class Lanes:
             return lane
         slots = max(missing.elements(), default=1)
         missing[slots] -= 1
-        needed = self._engine.batch_bytes(shape, slots)
-        if self._lanes and (self._full or self.bytes + needed > self._engine.memory_bytes):
-            raise OutOfDeviceMemory(shape.width, shape.height)
+        if self._lanes and not self.fits(shape, slots):
+            raise _NoRoom(shape.width, shape.height)
         lane = Lane(self._engine.batch(shape, slots))
         self._lanes.append(lane)
         return lane
 
     def _sit(self, lane: Lane, seat: Seat) -> None:
+        before = time.monotonic()
         try:
             seat.slot = lane.batch.join(seat.work)
         except BaseException:
             if not lane.seats:
                 self._close(lane)
             raise
+        if seat.apart:
+            competing = [other.used_s for other_lane in self._lanes for other in other_lane.seats.values()]
+            seat.used_s, seat.apart = min(competing, default=seat.used_s), False
+        seat.used_s += time.monotonic() - before
         seat.lane = lane
         lane.seats[seat.slot] = seat
 
@@ -206,7 +247,14 @@ class Lanes:
     def _close(self, lane: Lane) -> None:
         self._full = False
         self._lanes.remove(lane)
-        lane.batch.close()
+        try:
+            lane.batch.close()
+        except Exception:  # of a broken device, whose other lanes are to be closed, too
+            log.exception("a batch could not be closed")
+
+
+class _NoRoom(OutOfDeviceMemory):
+    """By the estimate; the device was not asked."""
 
 
 def widths(jobs: int, widest: int) -> list[int]:

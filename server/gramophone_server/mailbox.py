@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,6 @@ __all__ = [
 
 LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
 LEAST_CHECKPOINT_INTERVAL_S = 1.0  # each costs a copy of the job's state, some MB
-STALE_S = 1.0  # an unread frame older than this is replaced, so that a reader that comes back sees a recent picture
 
 
 @dataclass(eq=False)
@@ -204,7 +202,6 @@ class Mailbox:
         self._over = False
         self._error: GramophoneError | None = None
         self._dropped = 0  # frames, since the last one read
-        self._frame_at = time.monotonic()  # when the unread frame was put there
         self._in_flight: deque[int] = deque()  # numbers of the frames that were read and not acknowledged
         self._news = asyncio.Event()
         self._wake_is_due = False
@@ -219,7 +216,6 @@ class Mailbox:
             self._unread[kind] = (number, event)
             if kind is Frame:
                 self._dropped += replaced is not None
-                self._frame_at = time.monotonic()
         self._wake()
 
     def end(self, error: GramophoneError | None = None) -> None:
@@ -234,15 +230,14 @@ class Mailbox:
         return None if every == 1 else every - iteration % every
 
     def wants_frame(self, iteration: int, now: float) -> bool:
-        """Whether a frame is due and has room. One that is due and has none, because the last one is unread or too many
-        are unacknowledged, is counted as dropped."""
+        """Whether a frame is due and has room. One that is due and has none, because too many are unacknowledged, is counted
+        as dropped; one that is unread makes room, so that a reader that comes back sees what is new."""
         rule = self._frames
         if rule is None or iteration % rule.every_iterations or now < self._frame_due_at:
             return False
         self._frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
         with self._lock:
-            unread = Frame in self._unread and now - self._frame_at < STALE_S
-            room = not unread and not 0 < rule.max_in_flight <= len(self._in_flight)
+            room = not 0 < rule.max_in_flight <= len(self._in_flight)
             self._dropped += not room
         return room
 

@@ -8,7 +8,6 @@ wrong setting.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import gc
 import ipaddress
@@ -49,9 +48,11 @@ log = logging.getLogger("gramophone_server")
 
 HEALTH_NAMES = ("", SERVICE.full_name)
 
-# After the drain, for what has begun: an iteration, the encoding of a result, and a reader that takes its time.
-LAST_MESSAGES_S = 5.0
-HURRIED_S = 0.5  # the same after a second signal
+# After the drain, for the iteration that has begun, behind which the pictures and states of all jobs can be had: one of 2048 px
+# takes 10 s on two cores.
+LAST_SLICE_S = 30.0
+LAST_MESSAGES_S = 5.0  # then, for the encoding of a result, and a reader that takes its time
+HURRIED_S = 0.5  # instead of both, after a second signal
 
 
 def main() -> None:
@@ -126,6 +127,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
 
     asked = asyncio.create_task(signals.get())
     ready = asyncio.create_task(scheduler.ready())
+    lost = asyncio.create_task(scheduler.ended())
     loaded, patience_s = False, HURRIED_S
     try:
         await asyncio.wait({asked, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,17 +144,24 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
                 engine.weights_source,
             )
             print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
-        log.info("%s: draining for up to %g s; a second signal ends at once", (await asked).name, settings.drain_s)
+        await asyncio.wait({asked, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            log.critical("no job can be done any more; the server ends, for another one to take its place")
+        else:
+            log.info("%s: draining for up to %g s; a second signal ends at once", (await asked).name, settings.drain_s)
         vitals.draining = True
         await health_servicer.enter_graceful_shutdown()  # NOT_SERVING for good, and watchers hear of it
         hurried = not await _unless_signalled(scheduler.drain(settings.drain_s), signals)
         scheduler.stop()
+        if not hurried and loaded:
+            hurried = not await _unless_signalled(scheduler.ended(), signals, LAST_SLICE_S)
         patience_s = HURRIED_S if hurried else LAST_MESSAGES_S
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_unless_signalled(servicer.idle(), signals), patience_s)
+        await _unless_signalled(servicer.idle(), signals, patience_s)
+        if lost.done() and not asked.done():
+            raise RuntimeError("the compute thread has ended by a defect; the log has more of it")
     finally:
-        ready.cancel()
-        asked.cancel()
+        for task in (ready, asked, lost):
+            task.cancel()
         scheduler.stop()
         await server.stop(grace=HURRIED_S)  # jobs have ended; an open health watch would hold it for all of its grace
         servicer.close()
@@ -232,12 +241,14 @@ def _add_reflection(server: grpc.aio.Server) -> None:
     reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
-async def _unless_signalled(work: Coroutine[Any, Any, None], signals: asyncio.Queue[signal.Signals]) -> bool:
-    """Waits for `work`, and drops it when a signal comes first. Returns whether it was done."""
+async def _unless_signalled(
+    work: Coroutine[Any, Any, None], signals: asyncio.Queue[signal.Signals], within_s: float | None = None
+) -> bool:
+    """Waits for `work`, and drops it when a signal or the end of the time comes first. Returns whether there was no signal."""
     tasks = asyncio.ensure_future(work), asyncio.ensure_future(signals.get())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].done()
+        await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        return not tasks[1].done()
     finally:
         for task in tasks:
             task.cancel()

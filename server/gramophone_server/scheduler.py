@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -27,7 +28,6 @@ from gramophone.recipe import InvalidRecipe, Violation
 from gramophone_server.commands import Command, Done, Pause, Resume
 from gramophone_server.config import Limits
 from gramophone_server.errors import (
-    DeadlineUnattainable,
     EngineFailed,
     GramophoneError,
     InvalidRequest,
@@ -47,7 +47,6 @@ __all__ = ["Place", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
-GUESSED_RETRY_S = 5.0  # until the first iteration of this process has been measured
 PATIENCE_S = 600.0  # of a job without a deadline: whoever must be done earlier goes first, for so long
 
 
@@ -72,7 +71,9 @@ class Place:
 
         ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe.
         """
-        self._scheduler._require_time(self, pixels, shape, time_budget, left_s)
+        scheduler = self._scheduler
+        with scheduler._news:
+            scheduler._line.expect(self, scheduler._running, pixels, shape, time_budget, left_s)
 
     def submit(self, work: Work, listener: Listener, deadline_at: float | None = None) -> None:
         """Queues the job. ``deadline_at``: when nobody wants it any more, on the monotonic clock. Raises `ShuttingDown` if
@@ -104,6 +105,7 @@ class Scheduler:
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[Engine] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._place_freed = asyncio.Event()
         self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
         self._pace = Pace()
@@ -116,7 +118,6 @@ class Scheduler:
         self._running: list[Task] = []
         self._orders: deque[Order] = deque()
         self._places = 0  # reserved, queued, paused and running jobs
-        self._coming: dict[Place, float] = {}  # reserved, and seconds of the device that each will need
         self._draining = False
         self._stopped = False
 
@@ -164,7 +165,7 @@ class Scheduler:
     def estimated_wait_s(self) -> float | None:
         """Seconds until a job that came now would begin; None while nothing was measured."""
         with self._news:
-            seen = self._line.forecast(self._running, self._coming.values(), 0.0)
+            seen = self._line.forecast(self._running)
         return None if seen is None else seen.begins[-1]
 
     def reserve(self) -> Place:
@@ -174,8 +175,8 @@ class Scheduler:
                 raise ShuttingDown
             _ = self.engine
             if self._places >= self._limits.max_running + self._limits.max_queued:
-                waiting = self._places - self.running
-                raise QueueFull(waiting, self._limits.max_queued, self._seconds_to_next_place())
+                retry_s = self._line.next_place_s(self._running)
+                raise QueueFull(self.queued, self._limits.max_queued, retry_s, self.paused)
             self._places += 1
         return Place(self)
 
@@ -227,6 +228,10 @@ class Scheduler:
             self._draining = self._stopped = True
             self._news.notify()
 
+    async def ended(self) -> None:
+        """Returns when the compute thread has ended its work: after `stop`, or by a defect, after which no job can come."""
+        await asyncio.shield(self._ended)
+
     def join(self, timeout_s: float) -> bool:
         """Waits for the compute thread to end after `stop`; whether it has. Blocks, so not on the event loop."""
         self._thread.join(timeout_s)
@@ -234,23 +239,9 @@ class Scheduler:
 
     # The queue --------------------------------------------------------------------------------------------------------
 
-    def _require_time(self, place: Place, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
-        each_s = self._pace.job_s(shape)
-        if each_s is None:
-            return
-        need_s = run_s = pixels * each_s / (shape.width * shape.height)
-        with self._news:
-            seen = self._line.forecast(self._running, self._coming.values(), run_s)
-            wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
-            if time_budget:
-                run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
-            if end_s > left_s:
-                raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
-            self._coming[place] = need_s
-
     def _give_back(self, place: Place) -> None:
         with self._news:
-            self._coming.pop(place, None)
+            self._line.forget(place)
         self._release(1)
 
     def _enqueue(self, place: Place, work: Work, listener: Listener, deadline_at: float) -> None:
@@ -262,7 +253,7 @@ class Scheduler:
         with self._news:
             if self._stopped:
                 raise ShuttingDown
-            self._coming.pop(place, None)
+            self._line.forget(place)
             self._line.accept(task, self._running)
             self._news.notify()
 
@@ -271,10 +262,6 @@ class Scheduler:
             self._places -= places
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
             self._loop.call_soon_threadsafe(self._place_freed.set)
-
-    def _seconds_to_next_place(self) -> float:
-        left = [task.left_s for task in self._running if task.left_s is not None]
-        return max(1.0, min(left) * len(self._running)) if left else GUESSED_RETRY_S  # they share the device
 
     # The compute thread -----------------------------------------------------------------------------------------------
 
@@ -286,6 +273,16 @@ class Scheduler:
             return
         worker = self._worker = Worker(engine, self._pace, self._limits.max_checkpoint_bytes, self._iterated)
         self._call(partial(_answer, self._loaded, engine))
+        try:
+            self._work(worker)
+        except Exception:
+            log.critical("the compute thread has ended by a defect", exc_info=True)
+            self.stop()
+        finally:
+            self._end_all(worker)
+            self._call(partial(_answer, self._ended, None))
+
+    def _work(self, worker: Worker) -> None:
         while not self._stopped:
             self._turn_began_at = None
             self._wait(worker)
@@ -293,28 +290,29 @@ class Scheduler:
             while self._orders and not self._stopped:
                 self._carry_out(worker, self._orders.popleft())
             try:
-                worker.turn(self._running)
+                worker.turn(self._running, sum(task.work.bytes for task in self._paused))
             except Exception as error:  # noqa: BLE001 - a defect; the thread must live on for whoever comes next
                 worker.lose(self._running, error)
             self._sweep()
-        self._end_all(worker)
 
     def _wait(self, worker: Worker) -> None:
         """Until there is something to do."""
         with self._news:
             while not self._stopped:
                 now = time.monotonic()
-                for task in [task for task in self._paused if task.paused_until <= now]:
-                    self._resume(task)
-                while self._line and len(self._running) < self._limits.max_running and not worker.full:
-                    task = next(iter(self._line))
+                for task in [task for task in self._paused if task.stands_until <= now]:
+                    if task.budget_at > now or not worker.end_in_time(task):
+                        self._resume(task)
+                self._sweep()
+                room = self._limits.max_running - len(self._running)
+                for task in list(itertools.islice(filter(worker.may_begin, self._line), room)):
                     self._line.remove(task)
-                    worker.begin(task, self._running)
+                    worker.begin(task)
                     self._running.append(task)
                 self._line.tell(self._running)
                 if self._orders or self._running:
                     return
-                until = min((task.paused_until for task in self._paused), default=None)
+                until = min((task.stands_until for task in self._paused), default=None)
                 self._news.wait(None if until is None else until - now)
 
     def _carry_out(self, worker: Worker, order: Order) -> None:
@@ -357,12 +355,13 @@ class Scheduler:
                 task.paused_until = time.monotonic() + self._limits.max_paused_s
                 self._paused.append(task)
                 task.listener.publish(Paused(task.work.done))
+                self._call(self._place_freed.set)  # a drain does not wait for those who stand still
         return done
 
     def _resume(self, task: Task) -> None:
         """Back to those who wait, where it begins before whoever came later. The lock is held."""
         self._paused.remove(task)
-        self._line.add(task)
+        self._line.resume(task)
         task.listener.publish(Resumed(task.work.done))
 
     def _sweep(self) -> None:

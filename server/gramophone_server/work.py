@@ -101,6 +101,11 @@ class Work:
         return sum(scale.iterations for scale in self.scales[: self.at + 1]) - self.done
 
     @property
+    def done_last(self) -> int:
+        """Iterations that were done at the last scale."""
+        return max(0, self.done - sum(scale.iterations for scale in self.scales[:-1]))
+
+    @property
     def next_at(self) -> int:
         """Index of the scale of the next iteration; the last one's when none is left."""
         return self.at if self.iterations_left or self.at + 1 == len(self.scales) else self.at + 1
@@ -151,8 +156,7 @@ class Work:
                 )
         if "iterations" in changes:
             *coarse, final = self.scales
-            done = max(0, self.done - sum(scale.iterations for scale in coarse))
-            if recipe.iterations < done:
+            if recipe.iterations < (done := self.done_last):
                 raise InvalidRecipe(
                     [Violation("iterations", f"must be at least the {done} that are done, got {recipe.iterations}")]
                 )

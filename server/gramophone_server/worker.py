@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 SLICE_S = 0.02
 # As often as frames come. 256 jobs that tell of every slice are 12,000 messages a second, and a core writes some 5,000.
 PROGRESS_EVERY_S = 0.1
+LET_BY_S = 10.0  # who waits for memory lets smaller ones begin; then it has those end who are there
 GONE_AFTER_S = 1.0  # a server that interrupts its jobs, so that who looks for it then finds another one
 HEADER_ROOM = 8192  # bytes of a checkpoint before its tensors; 32 layers with their weights are 4 KB
 
@@ -90,6 +91,11 @@ class Task(Seat):
     scale_began_behind: int = 0
     scale_at: int = -1
 
+    @property
+    def stands_until(self) -> float:
+        """Of one that is paused: then its pause is over, or its time."""
+        return min(self.paused_until, self.budget_at)
+
 
 class Worker:
     """Works on tasks in slices. Belongs to the compute thread; who is worked on is the scheduler's business."""
@@ -100,16 +106,28 @@ class Worker:
         self._engine, self._pace = engine, pace
         self._lanes = Lanes(engine, pace, iterated)
         self._most_checkpoint_bytes = most_checkpoint_bytes
-        self.full = False  # somebody waits for memory, so nobody else shall come
+        self._short_since: float | None = None  # somebody waits for memory
 
     @property
     def batch_bytes(self) -> int:
         """That the batches take on the device, as estimated. For any thread."""
         return self._lanes.bytes
 
-    def begin(self, task: Task, others: Sequence[Task]) -> None:
+    @property
+    def short(self) -> bool:
+        """Somebody waits for memory."""
+        return self._short_since is not None
+
+    def may_begin(self, task: Task) -> bool:
+        """Whether there is room for a task more. While somebody waits for memory, only those may begin who fit beside
+        everybody, and not for long, or what it waits for would never be free."""
+        if self._short_since is None:
+            return True
+        return self._lanes.fits(task.work.shape, 1) and time.monotonic() < self._short_since + LET_BY_S
+
+    def begin(self, task: Task) -> None:
         """A task more. It has neither an advantage over the others nor a debt to them."""
-        task.used_s = max(task.used_s, min((other.used_s for other in others), default=0.0))
+        task.apart = True
         task.listener.started()
 
     def leave(self, task: Task) -> None:
@@ -123,25 +141,38 @@ class Worker:
             self._fail(task, error)
             raise
 
-    def turn(self, tasks: Sequence[Task]) -> None:
+    def turn(self, tasks: Sequence[Task], beside_bytes: int = 0) -> None:
         """One slice, for the task that has had the least of the device and those in its lane. Those that are `over` then
-        have been told."""
+        have been told. ``beside_bytes``: on the device, of jobs that stand still."""
         for task in tasks:
             if task.listener.cancelled:
                 self._end(task)
         left = [task for task in tasks if not task.over]
-        for seat, error in self._lanes.arrange(left).items():
+        now = time.monotonic()
+        for seat, error in self._lanes.arrange(left, beside_bytes, now + SLICE_S).items():
             self._fail(seat, error)
-        left = [task for task in left if not task.over]
-        self.full = any(task.lane is None for task in left)
-        poorest = min((task for task in left if task.lane), key=lambda task: task.used_s, default=None)
-        if poorest is not None and poorest.lane is not None:
-            self._advance(poorest.lane)
+        if not self._lanes.short:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+        if (lane := self._next(left)) is not None:
+            self._advance(lane)
+
+    def end_in_time(self, task: Task) -> bool:
+        """Ends a task whose time budget is used up with the picture that it has; False if it has none yet."""
+        if task.report is None:
+            return False
+        try:
+            self._finish(task, StopReason.TIME_BUDGET)
+        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+            self._fail(task, error)
+        return True
 
     def lose(self, tasks: Sequence[Task], error: Exception) -> None:
         """Ends everybody, after an error that is nobody's own."""
         for lane in list(self._lanes):
             self._lanes.lose(lane)
+        self._short_since = None  # or nobody would begin, and no turn be had
         for task in tasks:
             self._fail(task, error)
 
@@ -152,6 +183,8 @@ class Worker:
         match command:
             case Retune(changes):
                 lane = task.lane
+                if changes.get("iterations") == work.done_last and task.report is None:
+                    _must_have_begun(task)  # to end, it needs a picture
                 first = work.retune(**changes) if lane is None else lane.batch.retune(task.slot, **changes)
                 task.listener.publish(Changed(first, work.recipe, work.iterations))
                 self._count(task)
@@ -177,13 +210,30 @@ class Worker:
             if task.report is not None:
                 picture = Picture(self._picture(task))
                 task.listener.interrupted(task.work.done, picture, lambda light: self._state(task, light))
-            task.listener.fail(ShuttingDown(GONE_AFTER_S))
         except Exception:
             log.exception("the picture of an interrupted job could not be taken")
-            task.listener.fail(ShuttingDown(GONE_AFTER_S))
+        task.listener.fail(ShuttingDown(GONE_AFTER_S))
         self._end(task)
 
     # One slice --------------------------------------------------------------------------------------------------------
+
+    def _next(self, tasks: Sequence[Task]) -> Lane | None:
+        """The lane of the task that has had the least of the device. If its slice would use up somebody's time budget, that
+        one goes first, as long as the lane has not stood still for longer than its slice takes; else it ends now."""
+        while seated := [(task, task.lane) for task in tasks if task.lane is not None and not task.over]:
+            poorest, lane = min(seated, key=lambda one: one[0].used_s)
+            each_s, now = self._pace.iteration_s(lane.shape, lane.slots) or 0.0, time.monotonic()
+            takes_s = max(each_s, SLICE_S)
+            pressed = [one for one in seated if one[0].budget_at < now + takes_s]
+            elsewhere = [one for one in pressed if one[1] is not lane]
+            if elsewhere and now < lane.stands_since + takes_s:
+                return min(elsewhere, key=lambda one: one[0].budget_at)[1]
+            for task, its_lane in pressed:
+                if its_lane is not lane or task.budget_at < now + each_s:
+                    self.end_in_time(task)
+            if not poorest.over:
+                return lane
+        return None
 
     def _advance(self, lane: Lane) -> None:
         tasks: list[Task] = [seat for seat in lane.seats.values() if isinstance(seat, Task)]
