@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -241,7 +241,8 @@ class JobControl:
         call: Any = None
         try:
             with self._connection.errors_rebuilt(job.timeout_s):
-                call = self._connection.service.StylizeInteractive(_until_none(outgoing), timeout=job.left_s)
+                stylize = self._connection.service.StylizeInteractive
+                call = self._connection.sending(stylize, _until_none(outgoing), job.left_s)
                 if not sends and self.accepted is not None:  # a job that stands still has nothing else to tell
                     self._obey(anew)
                 async for response in call:
@@ -377,6 +378,6 @@ TAKEN = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks f
 
 async def _until_none(
     outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None],
-) -> AsyncIterator[pb.StylizeInteractiveRequest]:
+) -> AsyncGenerator[pb.StylizeInteractiveRequest, None]:
     while (request := await outgoing.get()) is not None:
         yield request
