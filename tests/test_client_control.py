@@ -271,16 +271,6 @@ async def test_a_result_that_commands_race_is_there(client, service):
             assert (await job.result()).iterations == 300
 
 
-async def test_an_end_that_nobody_knows_is_a_lost_connection():
-    class Forgotten(grpc.aio.AioRpcError):
-        def __init__(self):
-            super().__init__(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), errors.FORGOTTEN)
-
-    error = errors.from_rpc(Forgotten(), target="gpu-1:1", timeout_s=1)
-    assert isinstance(error, errors.ConnectionFailed)
-    assert "the call to gpu-1:1 ended while a message was on its way there; `get_job` tells" in str(error)
-
-
 # --- a lost server, a lost connection
 
 
