@@ -16,11 +16,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from PIL import Image, PngImagePlugin
 
-from gramophone.recipe import Recipe
+from gramophone.recipe import Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.errors import GramophoneError, ImageNotFound, JobNotFound
+from gramophone_server.errors import GramophoneError, ImageNotFound, InvalidRequest, JobNotFound
 from gramophone_server.status import refusal
 
 HANG = object()  # a step that lasts until the call is over
@@ -138,10 +138,12 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
         self.images: dict[str, bytes] = {}  # uploaded, by digest
         self.uploads = 0
+        self.most_bytes = 2**30  # of an upload, which is refused at the first byte too many
         self.jobs = [job()]
         self.target = ""
         self.stop = lambda: None  # at once, with all calls
         self.hanging = threading.Event()  # a call has come to its HANG
+        self.uploading = threading.Event()  # a piece of an image has come
         self.over = threading.Event()  # a call has ended, at its end or before
         self.cancelled = False  # the last call that was over had not come to its end
         self.health = health.HealthServicer()
@@ -188,7 +190,15 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             yield pb.StylizeInteractiveResponse(event=take.taken)
 
     def UploadImage(self, requests, context):
-        data = b"".join(request.chunk for request in requests)
+        self.over.clear()
+        if not context.add_callback(self.over.set):
+            self.over.set()
+        data = b""
+        for request in requests:
+            data += request.chunk
+            self.uploading.set()
+            if len(data) > self.most_bytes:
+                context.abort_with_status(refused(InvalidRequest([Violation("chunk", f"is {len(data)} bytes")])))
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.images[digest] = data
         self.uploads += 1

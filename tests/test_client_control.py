@@ -249,7 +249,7 @@ async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
     ids=["cancelled", "diverged"],
 )
 async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, kind):
-    # gRPC forgets the status when a write races it, which these do more often than not.
+    # gRPC would forget the status when a write races it, which these do more often than not.
     for _ in range(10):
         service.scripts = [[*numbered(accepted(), frame(2)), Take(), end], [end]]
         async with client.control(PHOTO, PAINTING) as job:
@@ -259,7 +259,7 @@ async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, k
         assert told[0] == 1
         assert {type(one) for one in told[1:]} == {kind}
         assert raised.value.frame.iteration == 2
-    assert {(watch.job_id, watch.after_sequence) for watch in service.watches} <= {("j1", 2)}
+    assert service.watches == []  # nobody had to ask again
 
 
 async def test_a_result_that_commands_race_is_there(client, service):
@@ -269,16 +269,6 @@ async def test_a_result_that_commands_race_is_there(client, service):
         async with client.control(PHOTO, PAINTING) as job:
             await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
             assert (await job.result()).iterations == 300
-
-
-async def test_an_end_that_nobody_knows_is_a_lost_connection():
-    class Forgotten(grpc.aio.AioRpcError):
-        def __init__(self):
-            super().__init__(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), errors.FORGOTTEN)
-
-    error = errors.from_rpc(Forgotten(), target="gpu-1:1", timeout_s=1)
-    assert isinstance(error, errors.ConnectionFailed)
-    assert "the call to gpu-1:1 ended while a message was on its way there; `get_job` tells" in str(error)
 
 
 # --- a lost server, a lost connection

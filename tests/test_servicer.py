@@ -750,6 +750,27 @@ async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
     assert events[-1].HasField("result")
 
 
+async def test_readers_that_stop_hold_up_nobody_on_their_connection():
+    engine = NoisyEngine(512, iteration_s=0.001)
+    request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
+    request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
+    options = [*LARGE, ("grpc.http2.bdp_probe", 0)]
+    async with serving(engine) as s, grpc.aio.insecure_channel(s.address, options=options) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)
+        stuck = [stub.StylizeStream(request) for _ in range(4)]
+        for call in stuck:
+            assert (await call.read()).event.HasField("accepted")
+        live, frames = stub.StylizeStream(request), 0
+        while frames < 8:
+            async with asyncio.timeout(2):
+                frames += (await live.read()).event.HasField("frame")
+                await stub.GetServerInfo(pb.GetServerInfoRequest())
+        sent = sorted(call._frames for call in s.servicer._calls)
+        assert sent[-2] <= 2 and sent[-1] >= 8
+        for call in (*stuck, live):
+            call.cancel()
+
+
 async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
     """In this state the handler gets no CancelledError: it stays where it is."""
     engine = NoisyEngine(512, iteration_s=0.001)

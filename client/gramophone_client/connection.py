@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client.errors import Cancelled, from_rpc
+from gramophone_client.sending import send
 
 __all__ = ["SERVICE", "Connection", "channel_options"]
 
@@ -90,6 +91,12 @@ class Connection:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with self.errors_rebuilt(timeout_s):
             return await method(request, timeout=timeout_s)
+
+    def sending(self, method: Any, requests: AsyncGenerator[Any, None], timeout_s: float) -> Any:
+        """A call that sends all of the requests, until it ends; see `send`."""
+        call = method(timeout=timeout_s)
+        send(call, requests)
+        return call
 
     @contextmanager
     def errors_rebuilt(self, timeout_s: float) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -14,22 +14,16 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.connection import Connection
 from gramophone_client.errors import (
     Cancelled,
-    ConnectionFailed,
-    DeadlineExceeded,
     GramophoneError,
     InvalidRequest,
     JobEnded,
-    JobNotFound,
     ServerFailed,
-    is_forgotten,
 )
 from gramophone_client.job_spec import CheckpointOptions, FrameOptions, said, watch_request
 from gramophone_client.recovery import Recovery, Submission, is_lost
 from gramophone_client.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
 __all__ = ["Changes", "JobControl"]
-
-END_WITHIN_S = 5.0  # in which the end of a job is asked for that gRPC has forgotten
 
 
 class Changes(TypedDict, total=False):
@@ -213,10 +207,7 @@ class JobControl:
                 except GramophoneError as error:
                     if job.result is not None and is_lost(error):
                         break
-                    forgotten = self.accepted is not None and is_forgotten(error)
-                    told = await self._end_as_watched(error) if forgotten else error
-                    if told is not None:
-                        sends = await job.again(told)
+                    sends = await job.again(error)
         except GramophoneError as error:
             self._error = job.kept(error)
         except asyncio.CancelledError:
@@ -241,7 +232,8 @@ class JobControl:
         call: Any = None
         try:
             with self._connection.errors_rebuilt(job.timeout_s):
-                call = self._connection.service.StylizeInteractive(_until_none(outgoing), timeout=job.left_s)
+                stylize = self._connection.service.StylizeInteractive
+                call = self._connection.sending(stylize, _until_none(outgoing), job.left_s)
                 if not sends and self.accepted is not None:  # a job that stands still has nothing else to tell
                     self._obey(anew)
                 async for response in call:
@@ -282,27 +274,6 @@ class JobControl:
         self._obeyed = True
         for command in waiting:
             self._send(command)
-
-    async def _end_as_watched(self, error: GramophoneError) -> GramophoneError | None:
-        """How the job ended, asked again because gRPC has forgotten it: its error, None if it has its result, or `error`
-        if it cannot be had."""
-        job = self._job
-        job.call_begins()
-        with self._connection.errors_rebuilt(END_WITHIN_S):
-            request = watch_request(job.job_id, job.sequence, None, None)
-            call = self._connection.service.WatchJob(request, timeout=END_WITHIN_S)
-        try:
-            with self._connection.errors_rebuilt(END_WITHIN_S):
-                async for response in call:
-                    if (arrived := job.take(response.event)) is not None:
-                        self._take(arrived)
-        except (ConnectionFailed, DeadlineExceeded, JobNotFound):
-            pass
-        except GramophoneError as end:
-            return end
-        finally:
-            call.cancel()
-        return error if job.result is None else None
 
     def _answer(self, answered: pb.CommandResult) -> None:
         command = self._commands.pop(answered.command_id, None)
@@ -377,6 +348,6 @@ TAKEN = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks f
 
 async def _until_none(
     outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None],
-) -> AsyncIterator[pb.StylizeInteractiveRequest]:
+) -> AsyncGenerator[pb.StylizeInteractiveRequest, None]:
     while (request := await outgoing.get()) is not None:
         yield request

@@ -62,7 +62,6 @@ __all__ = [
     "SlowReader",
     "TooManyWatchers",
     "from_rpc",
-    "is_forgotten",
 ]
 
 
@@ -196,10 +195,6 @@ REASONS: Mapping[str, type[GramophoneError]] = {
     "SLOW_READER": SlowReader,
 }
 
-# What gRPC says instead of the status when a message was on its way as the call ended
-# (https://github.com/grpc/grpc/issues/36066).
-FORGOTTEN = "Internal error from Core"
-
 # For errors that gRPC itself or a proxy made, and for reasons younger than this client.
 CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -225,11 +220,6 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
         elif code is grpc.StatusCode.UNAVAILABLE:
             cause = said.rpartition(": ")[2]  # the rest is the way through gRPC's layers
             message = f"no connection to a gramophone server at {target} ({cause}); is it running there?"
-        elif code is grpc.StatusCode.INTERNAL and FORGOTTEN in said:
-            kind = ConnectionFailed
-            message = (
-                f"the call to {target} ended while a message was on its way there; `get_job` tells how the job stands"
-            )
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"not done within {timeout_s:g} s; allow more time, or ask for fewer iterations or a smaller size"
         elif code is grpc.StatusCode.UNIMPLEMENTED:
@@ -237,12 +227,6 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
                 f"the server at {target} does not know this call ({said}); is it a gramophone server of this version?"
             )
     return kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
-
-
-def is_forgotten(error: GramophoneError) -> bool:
-    """Whether gRPC has put an error of its own in the place of the call's status; see `FORGOTTEN`."""
-    cause = error.__cause__
-    return isinstance(cause, grpc.aio.AioRpcError) and FORGOTTEN in (cause.details() or "")
 
 
 def _details(error: grpc.aio.AioRpcError) -> tuple[str, tuple[Violation, ...], float | None]:

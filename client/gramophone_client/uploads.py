@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from gramophone.v1 import style_transfer_pb2 as pb
@@ -21,11 +21,13 @@ T = TypeVar("T")
 async def upload(connection: Connection, data: bytes, timeout_s: float | None) -> UploadedImage:
     """Sends an encoded image in pieces and returns what names it."""
 
-    async def pieces() -> AsyncIterator[pb.UploadImageRequest]:
+    async def pieces() -> AsyncGenerator[pb.UploadImageRequest, None]:
         for start in range(0, len(data), CHUNK_BYTES):
             yield pb.UploadImageRequest(chunk=data[start : start + CHUNK_BYTES])
 
-    answer = await connection.ask(connection.service.UploadImage, pieces(), timeout_s)
+    timeout_s = connection.timeout_s if timeout_s is None else timeout_s
+    with connection.errors_rebuilt(timeout_s):
+        answer = await connection.sending(connection.service.UploadImage, pieces(), timeout_s)
     return UploadedImage(digest=answer.digest, width=answer.width, height=answer.height, data=data)
 
 

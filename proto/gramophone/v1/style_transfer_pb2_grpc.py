@@ -166,7 +166,9 @@ class StyleTransferServiceServicer:
     def UploadImage(self, request_iterator, context):
         """UploadImage keeps an image, sent in pieces, so that jobs can name it by digest instead of carrying it. The server
         keeps the ones used last, within its limits; a job that names another ends in NOT_FOUND
-        (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again).
+        (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again). What is too large is refused at its first
+        byte too many, while the rest is still being sent; stubs of Python's grpc.aio may tell that as INTERNAL without its
+        reason (https://github.com/grpc/grpc/issues/36066), other libraries and this project's client do not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
