@@ -142,16 +142,16 @@ async def test_a_picture_and_a_state_come_to_who_asked(client, service):
     assert commands(service) == ["start", "frame", "checkpoint"]
 
 
-async def test_frames_are_acknowledged_as_they_are_taken(client, service):
-    service.scripts = [[*numbered(accepted(), frame(1), frame(2)), Take(), *numbered(result())]]
+async def test_frames_are_acknowledged_as_they_arrive_and_only_the_newest_waits(client, service):
+    service.scripts = [[*numbered(accepted(), frame(1), frame(2)), Take(), Take(), *numbered(result())]]
     async with client.control(PHOTO, PAINTING) as job:
-        await asyncio.sleep(0.2)  # nobody takes one, so nothing is acknowledged
-        assert commands(service) == ["start"]
+        while len(service.messages) < 3:  # though nobody takes one
+            await asyncio.sleep(0.005)
         told = [update async for update in job]
     assert kinds(told) == ["Accepted", "Frame", "Result"]
-    assert told[1].iteration == 2  # the newest
+    assert (told[1].iteration, told[1].dropped) == (2, 5)  # two each in front of them, and the older one
     assert service.messages[0].start.spec.frames.max_in_flight == 2
-    assert service.messages[1] == pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=3))
+    assert [message.ack.sequence for message in service.messages[1:]] == [2, 3]
 
 
 async def test_updates_that_nobody_takes_make_room(client, service):

@@ -540,6 +540,22 @@ async def test_a_reader_ten_times_too_slow_sees_what_is_new():
     assert controller.of("frame")[-1].dropped >= 5
 
 
+async def test_a_slow_controller_of_the_client_library_is_less_than_three_behind():
+    engine, behind = NoisyEngine(64, iteration_s=0.005), []
+    async with (
+        serving(engine) as s,
+        GramophoneClient(s.address) as client,
+        client.control(png(), png(), size=64, smallest_size=0, iterations=5000) as job,
+    ):
+        async for update in job:
+            if isinstance(update, Seen):
+                behind.append(sum(iteration > update.iteration for iteration in engine.times))
+                if len(behind) == 5:
+                    break
+                await asyncio.sleep(0.5)
+    assert max(behind) < 3, behind
+
+
 async def test_a_slow_reader_of_small_frames_is_less_than_three_behind():
     """Their stream has no acknowledgements, and its connection would hold five of them."""
     engine, behind = NoisyEngine(64, iteration_s=0.005), []

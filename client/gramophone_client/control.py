@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -67,8 +67,8 @@ class JobControl:
     holds, the end the one that the result is of, or what it asked for; raises `InvalidRequest` with the fields that are
     wrong, after which everything goes on; and raises `JobEnded`, or the error that the job ended in, if it came too late.
 
-    Updates that nobody takes make room for newer ones of their kind; the result is never lost. The next frames are on
-    their way when one is taken, `FrameOptions.max_in_flight` of them. Leaving the context leaves the job as any watcher
+    Updates that nobody takes make room for newer ones of their kind; the result is never lost. Up to
+    `FrameOptions.max_in_flight` frames are on their way at a time. Leaving the context leaves the job as any watcher
     does, and gives up the control.
 
     A lost connection and a lost server are survived as `stream` does it. Commands that were not answered by then, or that
@@ -95,7 +95,6 @@ class JobControl:
         self._checkpoints = checkpoints
         self._prepare = prepare
         self._job = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
-        self._call: Any = None
         self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
         self._obeyed = False  # the present call takes commands
         self._reader: asyncio.Task[None] | None = None
@@ -137,10 +136,7 @@ class JobControl:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
-        arrived = self._untaken.pop(next(iter(self._untaken)))
-        if isinstance(arrived, Frame) and self._frames is not None and self._frames.max_in_flight:
-            self._outgoing.put_nowait(pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=arrived.sequence)))
-        return arrived
+        return self._untaken.pop(next(iter(self._untaken)))
 
     async def result(self) -> Result:
         """Waits for the end of the job and returns its result, which iterating tells all the same."""
@@ -314,7 +310,13 @@ class JobControl:
                 self._holds.pop("pause", None)
             case Result():
                 return
-        self._untaken.pop(kind, None)  # a newer one comes last again
+        older = self._untaken.pop(kind, None)  # a newer one comes last again
+        if isinstance(arrived, Frame):
+            if self._frames is not None and self._frames.max_in_flight:
+                # Now, not when it is taken: a caller who comes back after a second would find those that were sent at once.
+                self._outgoing.put_nowait(pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=arrived.sequence)))
+            if isinstance(older, Frame):
+                arrived = replace(arrived, dropped=arrived.dropped + older.dropped + 1)
         self._untaken[kind] = arrived
         self._news.set()
 

@@ -74,7 +74,7 @@ class FrameOptions:
     max_side: int = 0  # pixels; larger pictures are reduced, 0: none is
     format: Format = "jpeg"
     quality: int = 85  # of JPEG and WebP, 1 to 100
-    # Frames on their way that the caller has not taken yet, 1 to 16; only for `control`. 0: as many as the connection holds
+    # Frames on their way that have not arrived yet, 1 to 16; only for `control`. 0: as many as the connection holds
     max_in_flight: int = 0
 
 
