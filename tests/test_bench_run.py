@@ -17,6 +17,7 @@ from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.mix import BadMix, Kind
 from gramophone_client.bench.report import Step, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
+from gramophone_client.errors import DeadlineExceeded
 from gramophone_server import errors as server_errors
 from tests.fake_service import HANG, accepted, encoded, frame, progress, refused, serving
 from tests.test_bench import parsed
@@ -194,6 +195,25 @@ def test_an_open_loop_counts_from_the_schedule(service, bench, monkeypatch):
     step = bench(plan(OpenLoop(100.0)))
     assert step.late_s > 0.1
     assert step.tally.result_s.max_s > 0.1  # though each took a few milliseconds from when it was sent
+
+
+def test_a_server_that_stands_still_holds_up_no_step(service, monkeypatch):
+    told, asked = GramophoneClient.server_info, []
+
+    async def stuck(self, *, timeout_s=10.0):
+        asked.append(timeout_s)
+        if len(asked) == 1:  # in the beginning
+            return await told(self)
+        await asyncio.sleep(timeout_s)
+        raise DeadlineExceeded("no answer")
+
+    monkeypatch.setattr(GramophoneClient, "server_info", stuck)
+    monkeypatch.setattr(run, "LOAD_S", 0.05)
+    steps = asyncio.run(benched(service, plan(ClosedLoop(1), ClosedLoop(2), duration_s=0.1)))
+    assert asked[1:] == [0.05] * 4
+    assert [(step.server_before, step.server_after) for step in steps] == [(None, None)] * 2
+    assert all("the server did not say what others had there before this step" in step.notes() for step in steps)
+    assert all(step.tally.ok for step in steps)
 
 
 def test_an_invalid_job_ends_the_bench(service):

@@ -67,7 +67,9 @@ class Step:
             notes.append(f"this client kept {self.client_cpu:.2g} cores busy and may be what was measured")
         if isinstance(self.load, OpenLoop) and self.late_s > LATE_SHARE * (self.tally.result_s.quantile(0.5) or 1.0):
             notes.append(f"a job was sent {self.late_s:.3g} s late; its latency counts from when it was due")
-        if self.server_before is not None and any(self.server_before):
+        if self.server_before is None:
+            notes.append("the server did not say what others had there before this step")
+        elif any(self.server_before):
             running, waiting = self.server_before
             notes.append(f"others had {running} running and {waiting} waiting at the server before this step")
         return notes
