@@ -308,6 +308,28 @@ def test_notes_say_what_the_figures_leave_out():
     assert "others had 1 running and 2 waiting" in note
 
 
+def test_a_step_without_a_result_says_why_and_not_to_wait():
+    def tally(**statuses: int) -> Tally:
+        return Tally(seconds=4.0, statuses=Counter(statuses))
+
+    for is_warm in (False, True):  # without a warm-up a step is warm from its beginning
+        told = {"is_warm": is_warm, "ending": "time is up", "windows": (), "unfinished": 0, "oldest_unfinished_s": 0.0}
+        told |= {"timeline": ()}
+        (note,) = make_step(tally=tally(QUEUE_FULL=12, LEFT=3, UNAVAILABLE=1), **told).notes()
+        assert note == "no job has ended well: 12 failed with QUEUE_FULL, 3 left on purpose, 1 failed with UNAVAILABLE"
+        (note,) = make_step(tally=tally(LEFT=9), **told).notes()
+        assert note == (
+            "no job has ended well: 9 left on purpose, as the mix asks; a cancel below 1 lets some come to a result"
+        )
+    told |= {"timeline": (Counter({OK: 1}), Counter({"QUEUE_FULL": 2}))}
+    (note,) = make_step(tally=tally(QUEUE_FULL=2), **told).notes()
+    assert note == "no job has ended well since the warm-up: 2 failed with QUEUE_FULL"
+    # Nothing has ended at all: jobs may be longer than the step.
+    told = {"is_warm": False, "ending": "time is up", "windows": (), "unfinished": 2, "oldest_unfinished_s": 4.0}
+    first, second = make_step(tally=tally(), **told).notes()
+    assert "allow more --duration" in first and second == "not ended in time: 2, the oldest after 4 s"
+
+
 # --- compare
 
 

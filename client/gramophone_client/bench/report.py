@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
-from gramophone_client.bench.measure import Tally
+from gramophone_client.bench.measure import LEFT, OK, Tally
 from gramophone_client.picture import write_whole
 
 __all__ = ["BadReport", "Report", "Step", "Window", "read_report"]
@@ -55,7 +55,10 @@ class Step:
     def notes(self) -> list[str]:
         """What a reader has to know before the figures are believed."""
         notes = []
-        if not self.is_warm:
+        if not self.tally.ok and self.tally.ended:  # more time would change nothing
+            since = " since the warm-up" if any(second.get(OK) for second in self.timeline) else ""
+            notes.append(f"no job has ended well{since}: {', '.join(_fates(self.tally.statuses))}")
+        elif not self.is_warm:
             notes.append("the warm-up had not ended, so these are its figures; allow more --duration")
         elif self.ending != "stable":
             p50s = " ".join(f"{window.p50_s:.3g}" for window in self.windows[-3:])
@@ -165,6 +168,17 @@ def read_report(path: Path) -> Report:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadReport(f"{path}: not a report that `gramophone bench --json` wrote") from None
+
+
+def _fates(statuses: Counter[str]) -> Iterator[str]:
+    """What became of jobs that have no result, most frequent first, and what to do if that was asked for."""
+    for status, count in statuses.most_common():
+        if status != LEFT:
+            yield f"{count} failed with {status}"
+        elif len(statuses) > 1:
+            yield f"{count} left on purpose"
+        else:
+            yield f"{count} left on purpose, as the mix asks; a cancel below 1 lets some come to a result"
 
 
 def _pair(told: Any) -> tuple[int, int] | None:
