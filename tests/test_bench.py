@@ -345,6 +345,17 @@ def test_ratios_are_of_the_same_load():
     assert list(table.differences(before, other)) == ["they differ in mix", "they differ in seed: 0 and 1"]
 
 
+def test_a_load_that_was_tried_again_is_compared_in_order():
+    again = make_report(make_step(results=(1.0,)), make_step(ClosedLoop(2)), make_step(results=(1.0, 1.0)))
+    assert [pair.ratio(METRIC["throughput"]) for pair in pairs(again, again)] == [1.0, 1.0, 1.0]
+    assert list(table.differences(again, again)) == []
+    once = make_report(make_step(results=(1.0, 1.0)), make_step(ClosedLoop(2)))
+    for before, after in ((again, once), (once, again)):
+        assert [pair.before.load for pair in pairs(before, after)] == [ClosedLoop(1), ClosedLoop(2)]
+        assert list(table.differences(before, after)) == ["one of them has more often: 1 at a time"]
+    assert pairs(again, once)[0].ratio(METRIC["throughput"]) == 2.0
+
+
 def test_numbers_have_three_digits():
     shown = [number(value) for value in (None, 0.0, 0.001234, 1.234, 123.4, 12345.6)]
     assert shown == ["-", "0", "0.00123", "1.23", "123", "12346"]

@@ -91,9 +91,13 @@ def differences(before: Report, after: Report) -> Iterator[str]:
             values = before.settings.get(key), after.settings.get(key)
             is_long = any(isinstance(value, list) for value in values)
             yield f"they differ in {key}" + ("" if is_long else f": {values[0]} and {values[1]}")
-    missing = {step.load for step in before.steps} ^ {step.load for step in after.steps}
-    if missing:
-        yield f"only one of them has: {', '.join(sorted(map(str, missing)))}"
+    loads, others = (Counter(step.load for step in report.steps) for report in (before, after))
+    once = [str(load) for load in loads.keys() ^ others.keys()]
+    if once:
+        yield f"only one of them has: {', '.join(sorted(once))}"
+    oftener = [str(load) for load in loads.keys() & others.keys() if loads[load] != others[load]]
+    if oftener:
+        yield f"one of them has more often: {', '.join(sorted(oftener))}"
 
 
 def said_of_server(report: Report) -> str:
