@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -278,12 +280,61 @@ def test_a_report_survives_its_file(tmp_path):
     assert [step.load for step in read.steps] == [ClosedLoop(1), OpenLoop(0.5)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"format": 1}', '{"format": 1, "steps": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"format": 1}', '{"format": 1, "steps": 3}', '{"format": {}}', "[" * 99_999, "\xff"]
+)
 def test_another_file_is_no_report(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(BadReport, match=r"other.json: not a report that `gramophone bench --json` wrote"):
         read_report(path)
+
+
+def places(told, path=()):
+    """Where the values of a JSON document are, with its objects and lists."""
+    for key, value in told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def figures(report: Report) -> list:
+    return [step.as_json() for step in report.steps]
+
+
+def test_a_report_with_one_thing_wrong_is_told_or_harmless(tmp_path):
+    path = tmp_path / "wrong.json"
+    make_report(make_step(refusals=1, windows=(Window(3.0, 3, 2.0),)), make_step(OpenLoop(0.5))).save(path)
+    good, text = read_report(path), path.read_text()
+    said, drawn = [], [figures(good)]
+    for place in places(json.loads(text)):
+        for wrong in ("gone", None, "x", -1, 10**400, 1e300, float("nan"), [], {}, ["x"], {"x": "y"}, True):
+            told = json.loads(text)
+            *folders, key = place
+            inner = functools.reduce(lambda value, key: value[key], folders, told)
+            inner[key] = wrong
+            if wrong == "gone":
+                del inner[key]
+            path.write_text(json.dumps(told))
+            try:
+                read = read_report(path)
+            except BadReport as error:
+                said.append(str(error))
+                continue
+            if figures(read) in drawn:
+                continue
+            drawn.append(figures(read))
+            table.print_comparison(Console(file=io.StringIO(), width=100), read, good, ("wrong", "good"))
+            parsed(page.comparison_page(good, read, ("good", "wrong")))
+            parsed(page.report_page(read))
+    start = f"{path}: not a report that `gramophone bench --json` wrote: "
+    for line in (
+        "server.device is missing",
+        "server.device must be a text, got None",
+        "steps[0].windows[0].jobs must be a whole number, 0 or more, got -1",
+        "steps[1].result_s.buckets must be a list, got 'x'",
+        "a histogram of 3 durations has 0 in its buckets",
+    ):
+        assert start + line in said
 
 
 def test_a_report_of_a_later_version_is_told(tmp_path):
