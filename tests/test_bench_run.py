@@ -1,9 +1,12 @@
 import asyncio
+import errno
 import io
 import json
+import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,13 +14,14 @@ from rich.console import Console
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import GramophoneClient, cli
-from gramophone_client.bench import display, run
+from gramophone_client.bench import command, display, report, run
 from gramophone_client.bench.load import ClosedLoop, OpenLoop
 from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.mix import BadMix, Kind
 from gramophone_client.bench.report import Step, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.errors import DeadlineExceeded
+from gramophone_client.picture import write_whole
 from gramophone_server import errors as server_errors
 from tests.fake_service import HANG, accepted, encoded, frame, progress, refused, serving
 from tests.test_bench import parsed
@@ -318,6 +322,86 @@ def test_a_server_that_goes_away_leaves_what_was_measured(gramophone, service, h
     code, out, err = gramophone(f"{QUICK} --concurrency 1,2")
     assert code == 5 and len(err) == 1
     assert "1 at a time" in out and "2 at a time" not in out
+
+
+@pytest.mark.parametrize("lost", ["json", "html"])
+def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other(gramophone, hasty, monkeypatch, lost):
+    def full(path, data):
+        if Path(path).suffix == f".{lost}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_whole(path, data)
+
+    for module in (command, report):
+        monkeypatch.setattr(module, "write_whole", full)
+    code, out, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
+    assert code == 2 and "1 at a time" in out
+    assert err == [
+        f"gramophone: a.{lost}: not written: No space left on device",
+        "gramophone: not all files of the report are written; the table above has its figures",
+    ]
+    assert {path.name for path in hasty.iterdir()} == {"a.json", "a.html"} - {f"a.{lost}"}
+
+
+def test_a_table_that_cannot_be_printed_costs_no_file(gramophone, hasty, monkeypatch):
+    def full(write):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "_print", full)
+    code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
+    assert (code, err) == (2, ["gramophone: [Errno 28] No space left on device"])
+    assert {path.name for path in hasty.iterdir()} == {"a.json", "a.html"}
+
+
+def test_a_page_of_a_comparison_that_cannot_be_written_is_told_after_the_table(gramophone, hasty, monkeypatch):
+    gramophone(f"{QUICK} --concurrency 1 --json a.json")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(command, "write_whole", full)
+    code, out, err = gramophone("bench --compare a.json a.json --html b.html")
+    assert code == 2 and "throughput, jobs/s" in out
+    assert err[0] == "gramophone: b.html: not written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--json adir", "adir: --json needs a file of its own, and this is a folder; name another"),
+        ("--html adir/..", "adir/..: --html needs a file of its own, and this is a folder; name another"),
+        ("--json -", "-: --json needs a file of its own, and this is where the table or the display goes; name anoth"),
+        ("--json a.txt", "a.txt: --json needs a file of its own, and this is where the table or the display goes; "),
+        ("--json /dev/zero", "/dev/zero: --json needs a file of its own, and this is a device or a pipe; name another"),
+        ("--json same --html ./same", "same: --html needs a file of its own, and this is that of --json; name another"),
+        ("--mix b.toml --html b.toml", "b.toml: --html needs a file of its own, and this is an input; name another"),
+        ("--compare b.toml c --html link", "link: --html needs a file of its own, and this is an input; name another"),
+        ("--json /proc/a.json", "/proc/a.json: no file can be made there (No such file or directory); name another"),
+        (f"--json {'a' * 250}", ": no file can be made there (File name too long); name another for --json"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
+    gramophone, service, hasty, monkeypatch, flags, said
+):
+    (hasty / "adir").mkdir()
+    (hasty / "b.toml").write_text("[[job]]\n")
+    (hasty / "link").symlink_to("b.toml")
+    with (hasty / "a.txt").open("w") as redirected:
+        real = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda stream: real(redirected.fileno() if stream == 1 else stream))
+        before = sorted(hasty.rglob("*"))
+        code, out, err = gramophone(f"bench {flags}")
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("gramophone: ") and said in err[0]
+    assert sorted(hasty.rglob("*")) == before and not service.specs
+
+
+def test_a_report_that_is_read_only_is_not_replaced(gramophone, service, hasty, monkeypatch):
+    (hasty / "a.json").write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # these tests may be root's, who may write all
+    code, _, err = gramophone("bench --json a.json")
+    said = "gramophone: a.json: --json needs a file of its own, and this is read-only; name another"
+    assert (code, err) == (2, [said])
+    assert (hasty / "a.json").read_text() == "old" and not service.specs
 
 
 @pytest.mark.parametrize(
