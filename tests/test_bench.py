@@ -462,6 +462,18 @@ def test_the_page_stands_alone():
         assert float(bar.get("width")) > 0 and float(bar.get("height")) >= 0
 
 
+def test_jobs_that_were_left_on_purpose_do_not_look_lost():
+    step = make_step(OpenLoop(1.0), results=(1.0,) * 8)
+    for _ in range(2):
+        step.tally.add(sample(5.0, status=LEFT))
+    words = " ".join(parsed(page.report_page(make_report(step))).itertext())
+    assert "done: 0.8 at 1" in words and "done, with those left on purpose: 1 at 1" in words  # the tips of two dots
+    other = make_report(make_step(OpenLoop(1.0)), make_step(ClosedLoop(1)))
+    words = " ".join(parsed(page.comparison_page(make_report(step), other, ("old", "new"))).itertext())
+    assert "old, with those left on purpose: 1 at 1" in words and "new, with those" not in words
+    assert "on purpose" not in page.report_page(other)
+
+
 def test_a_page_of_nothing_is_a_page():
     step = make_step(results=(), refusals=3, timeline=())
     words = " ".join(parsed(page.report_page(make_report(step))).itertext())
