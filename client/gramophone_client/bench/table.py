@@ -18,6 +18,8 @@ from gramophone_client.bench.report import Report, Step
 
 __all__ = ["StepTable", "differences", "print_comparison", "print_report", "said_of_server"]
 
+FIGURE_COLUMNS = 7  # of the longest that `number` is likely to make
+BESIDE_FIGURES = 42  # columns of a comparison: the longest name of a metric, the ratio, and what is between them
 QUARTET = (0.5, 0.95, 0.99, 1.0)
 
 # Most important first: the last ones are left out where there is no room.
@@ -72,11 +74,13 @@ def print_comparison(console: Console, before: Report, after: Report, names: tup
         console.print(Text(f"{name}: {said_of_server(report)}"))
     for line in differences(before, after):
         console.print(Text(line, style="yellow"))
+    # The names of the files may be long; the figures are not, and are there from 40 columns on.
+    room = max(FIGURE_COLUMNS, (console.width - BESIDE_FIGURES) // 2)
     for pair in pairs(before, after):
         table = _bare_table()
-        table.add_column(str(pair.before.load), no_wrap=True)
+        table.add_column(str(pair.before.load), min_width=10, overflow="fold")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", min_width=FIGURE_COLUMNS, max_width=room, overflow="fold")
         table.add_column("ratio", justify="right", no_wrap=True)
         for metric in METRICS:
             shown = (number(metric.value(pair.before)), number(metric.value(pair.after)))
