@@ -348,7 +348,9 @@ def test_notes_say_what_the_figures_leave_out():
     (note,) = make_step(ending="time is up").notes()
     assert note == "time is up before three windows agreed within 10 % (medians of the last ones: 2 s)"
     (note,) = make_step(is_warm=False, ending="time is up").notes()
-    assert "the warm-up had not ended" in note
+    assert note == "the warm-up had not ended, so these are its figures; allow more --duration"
+    (note,) = make_step(is_warm=False, ending="interrupted").notes()
+    assert note == "the warm-up had not ended, so these are its figures"
     (note,) = make_step(unfinished=4, oldest_unfinished_s=30.0).notes()
     assert note == "not ended in time: 4, the oldest after 30 s"
     (note,) = make_step(client_cpu=0.95).notes()
@@ -424,6 +426,19 @@ def test_the_table_is_as_wide_as_there_is_room(width):
     assert "jobs/s" in lines[0] + lines[1]
     assert ("CPU" in lines[1]) == (width == 200)
     assert any("2 jobs/s" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "names", [("old", "new"), ("results/of/yesterday/report.json", "results/of/today/report.json")]
+)
+def test_a_narrow_comparison_still_has_its_figures(names):
+    before, after = make_report(), make_report(make_step(results=(2.0, 4.0)))
+    console = Console(width=40, file=io.StringIO())
+    table.print_comparison(console, before, after, names)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line.rstrip()) <= 40 for line in lines)
+    (throughput,) = (line for line in lines if "throughput" in line)
+    assert throughput.split()[-3:] == ["0.3", "0.2", "0.67"]
 
 
 def test_the_text_counts_what_went_wrong(capsys):

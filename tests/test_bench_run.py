@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -350,6 +351,18 @@ def test_a_table_that_cannot_be_printed_costs_no_file(gramophone, hasty, monkeyp
     code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
     assert (code, err) == (2, ["gramophone: [Errno 28] No space left on device"])
     assert {path.name for path in hasty.iterdir()} == {"a.json", "a.html"}
+
+
+def test_names_that_the_output_cannot_say_cost_nothing(gramophone, hasty, monkeypatch):
+    (hasty / "mix.toml").write_text('[[job]]\nname = "na\u00efve"\n[[job]]\nname = "b"\n', encoding="utf-8")
+    named = os.fsdecode(b"\xff.json")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert gramophone(f"{QUICK} --mix mix.toml --concurrency 1 --json a.json")[0] == 0
+    (hasty / "a.json").rename(named)
+    assert gramophone(f"bench --compare {named} {named} --html b.html")[0] == 0
+    assert b"na?ve" in out.buffer.getvalue() and b"?.json: gramophone 1.2.3" in out.buffer.getvalue()
+    parsed((hasty / "b.html").read_text())
 
 
 def test_a_page_of_a_comparison_that_cannot_be_written_is_told_after_the_table(gramophone, hasty, monkeypatch):

@@ -7,6 +7,7 @@ import asyncio
 import importlib.metadata
 import math
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -235,12 +236,13 @@ def _write_page(path: Path, page: str) -> None:
 
 def _print(write: Callable[[Console], None]) -> None:
     """On standard output, in the terminal's colours and width; a console of its own would end the process when a pipe
-    breaks."""
+    breaks. What that cannot say, as a name in other letters or a file's that is no text, becomes question marks."""
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_COLUMNS)
     with console.capture() as text:
         write(console)
-    print(text.get(), end="", flush=True)
+    encoding = sys.stdout.encoding
+    print(text.get().encode(encoding, errors="replace").decode(encoding), end="", flush=True)
 
 
 def _listed(one: Callable[[str], T]) -> Callable[[str], list[T]]:

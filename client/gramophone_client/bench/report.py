@@ -60,7 +60,8 @@ class Step:
             since = " since the warm-up" if any(second.get(OK) for second in self.timeline) else ""
             notes.append(f"no job has ended well{since}: {', '.join(_fates(self.tally.statuses))}")
         elif not self.is_warm:
-            notes.append("the warm-up had not ended, so these are its figures; allow more --duration")
+            advice = "; allow more --duration" if self.ending == "time is up" else ""
+            notes.append(f"the warm-up had not ended, so these are its figures{advice}")
         elif self.ending != "stable":
             p50s = " ".join(f"{window.p50_s:.3g}" for window in self.windows[-3:])
             said = f" (medians of the last ones: {p50s} s)" if p50s else ""
