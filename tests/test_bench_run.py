@@ -384,7 +384,7 @@ def test_a_page_of_a_comparison_that_cannot_be_written_is_told_after_the_table(g
         ("--html adir/..", "adir/..: --html needs a file of its own, and this is a folder; name another"),
         ("--json -", "-: --json needs a file of its own, and this is where the table or the display goes; name anoth"),
         ("--json a.txt", "a.txt: --json needs a file of its own, and this is where the table or the display goes; "),
-        ("--json /dev/zero", "/dev/zero: --json needs a file of its own, and this is a device or a pipe; name another"),
+        ("--json pipe", "pipe: --json needs a file of its own, and this is a device or a pipe; name another"),
         ("--json same --html ./same", "same: --html needs a file of its own, and this is that of --json; name another"),
         ("--mix b.toml --html b.toml", "b.toml: --html needs a file of its own, and this is an input; name another"),
         ("--compare b.toml c --html link", "link: --html needs a file of its own, and this is an input; name another"),
@@ -398,11 +398,12 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
     (hasty / "adir").mkdir()
     (hasty / "b.toml").write_text("[[job]]\n")
     (hasty / "link").symlink_to("b.toml")
+    os.mkfifo(hasty / "pipe")
     with (hasty / "a.txt").open("w") as redirected:
         real = os.fstat
         monkeypatch.setattr(os, "fstat", lambda stream: real(redirected.fileno() if stream == 1 else stream))
         before = sorted(hasty.rglob("*"))
-        code, out, err = gramophone(f"bench {flags}")
+        code, out, err = gramophone(f"{QUICK} --concurrency 1 {flags}")
     assert (code, out, len(err)) == (2, "", 1)
     assert err[0].startswith("gramophone: ") and said in err[0]
     assert sorted(hasty.rglob("*")) == before and not service.specs
@@ -411,7 +412,7 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
 def test_a_report_that_is_read_only_is_not_replaced(gramophone, service, hasty, monkeypatch):
     (hasty / "a.json").write_text("old")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # these tests may be root's, who may write all
-    code, _, err = gramophone("bench --json a.json")
+    code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json")
     said = "gramophone: a.json: --json needs a file of its own, and this is read-only; name another"
     assert (code, err) == (2, [said])
     assert (hasty / "a.json").read_text() == "old" and not service.specs
