@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -278,12 +280,61 @@ def test_a_report_survives_its_file(tmp_path):
     assert [step.load for step in read.steps] == [ClosedLoop(1), OpenLoop(0.5)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"format": 1}', '{"format": 1, "steps": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"format": 1}', '{"format": 1, "steps": 3}', '{"format": {}}', "[" * 99_999, "\xff"]
+)
 def test_another_file_is_no_report(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(BadReport, match=r"other.json: not a report that `gramophone bench --json` wrote"):
         read_report(path)
+
+
+def places(told, path=()):
+    """Where the values of a JSON document are, with its objects and lists."""
+    for key, value in told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def figures(report: Report) -> list:
+    return [step.as_json() for step in report.steps]
+
+
+def test_a_report_with_one_thing_wrong_is_told_or_harmless(tmp_path):
+    path = tmp_path / "wrong.json"
+    make_report(make_step(refusals=1, windows=(Window(3.0, 3, 2.0),)), make_step(OpenLoop(0.5))).save(path)
+    good, text = read_report(path), path.read_text()
+    said, drawn = [], [figures(good)]
+    for place in places(json.loads(text)):
+        for wrong in ("gone", None, "x", -1, 10**400, 1e300, float("nan"), [], {}, ["x"], {"x": "y"}, True):
+            told = json.loads(text)
+            *folders, key = place
+            inner = functools.reduce(lambda value, key: value[key], folders, told)
+            inner[key] = wrong
+            if wrong == "gone":
+                del inner[key]
+            path.write_text(json.dumps(told))
+            try:
+                read = read_report(path)
+            except BadReport as error:
+                said.append(str(error))
+                continue
+            if figures(read) in drawn:
+                continue
+            drawn.append(figures(read))
+            table.print_comparison(Console(file=io.StringIO(), width=100), read, good, ("wrong", "good"))
+            parsed(page.comparison_page(good, read, ("good", "wrong")))
+            parsed(page.report_page(read))
+    start = f"{path}: not a report that `gramophone bench --json` wrote: "
+    for line in (
+        "server.device is missing",
+        "server.device must be a text, got None",
+        "steps[0].windows[0].jobs must be a whole number, 0 or more, got -1",
+        "steps[1].result_s.buckets must be a list, got 'x'",
+        "a histogram of 3 durations has 0 in its buckets",
+    ):
+        assert start + line in said
 
 
 def test_a_report_of_a_later_version_is_told(tmp_path):
@@ -297,7 +348,9 @@ def test_notes_say_what_the_figures_leave_out():
     (note,) = make_step(ending="time is up").notes()
     assert note == "time is up before three windows agreed within 10 % (medians of the last ones: 2 s)"
     (note,) = make_step(is_warm=False, ending="time is up").notes()
-    assert "the warm-up had not ended" in note
+    assert note == "the warm-up had not ended, so these are its figures; allow more --duration"
+    (note,) = make_step(is_warm=False, ending="interrupted").notes()
+    assert note == "the warm-up had not ended, so these are its figures"
     (note,) = make_step(unfinished=4, oldest_unfinished_s=30.0).notes()
     assert note == "not ended in time: 4, the oldest after 30 s"
     (note,) = make_step(client_cpu=0.95).notes()
@@ -306,6 +359,28 @@ def test_notes_say_what_the_figures_leave_out():
     assert note == "a job was sent 2 s late; its latency counts from when it was due"
     (note,) = make_step(server_before=(1, 2)).notes()
     assert "others had 1 running and 2 waiting" in note
+
+
+def test_a_step_without_a_result_says_why_and_not_to_wait():
+    def tally(**statuses: int) -> Tally:
+        return Tally(seconds=4.0, statuses=Counter(statuses))
+
+    for is_warm in (False, True):  # without a warm-up a step is warm from its beginning
+        told = {"is_warm": is_warm, "ending": "time is up", "windows": (), "unfinished": 0, "oldest_unfinished_s": 0.0}
+        told |= {"timeline": ()}
+        (note,) = make_step(tally=tally(QUEUE_FULL=12, LEFT=3, UNAVAILABLE=1), **told).notes()
+        assert note == "no job has ended well: 12 failed with QUEUE_FULL, 3 left on purpose, 1 failed with UNAVAILABLE"
+        (note,) = make_step(tally=tally(LEFT=9), **told).notes()
+        assert note == (
+            "no job has ended well: 9 left on purpose, as the mix asks; a cancel below 1 lets some come to a result"
+        )
+    told |= {"timeline": (Counter({OK: 1}), Counter({"QUEUE_FULL": 2}))}
+    (note,) = make_step(tally=tally(QUEUE_FULL=2), **told).notes()
+    assert note == "no job has ended well since the warm-up: 2 failed with QUEUE_FULL"
+    # Nothing has ended at all: jobs may be longer than the step.
+    told = {"is_warm": False, "ending": "time is up", "windows": (), "unfinished": 2, "oldest_unfinished_s": 4.0}
+    first, second = make_step(tally=tally(), **told).notes()
+    assert "allow more --duration" in first and second == "not ended in time: 2, the oldest after 4 s"
 
 
 # --- compare
@@ -321,6 +396,17 @@ def test_ratios_are_of_the_same_load():
     assert list(table.differences(before, after)) == ["only one of them has: 1 at a time, 4 at a time"]
     other = make_report(*before.steps, settings={"seed": 1, "mix": [{"name": "fast"}]})
     assert list(table.differences(before, other)) == ["they differ in mix", "they differ in seed: 0 and 1"]
+
+
+def test_a_load_that_was_tried_again_is_compared_in_order():
+    again = make_report(make_step(results=(1.0,)), make_step(ClosedLoop(2)), make_step(results=(1.0, 1.0)))
+    assert [pair.ratio(METRIC["throughput"]) for pair in pairs(again, again)] == [1.0, 1.0, 1.0]
+    assert list(table.differences(again, again)) == []
+    once = make_report(make_step(results=(1.0, 1.0)), make_step(ClosedLoop(2)))
+    for before, after in ((again, once), (once, again)):
+        assert [pair.before.load for pair in pairs(before, after)] == [ClosedLoop(1), ClosedLoop(2)]
+        assert list(table.differences(before, after)) == ["one of them has more often: 1 at a time"]
+    assert pairs(again, once)[0].ratio(METRIC["throughput"]) == 2.0
 
 
 def test_numbers_have_three_digits():
@@ -340,6 +426,19 @@ def test_the_table_is_as_wide_as_there_is_room(width):
     assert "jobs/s" in lines[0] + lines[1]
     assert ("CPU" in lines[1]) == (width == 200)
     assert any("2 jobs/s" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "names", [("old", "new"), ("results/of/yesterday/report.json", "results/of/today/report.json")]
+)
+def test_a_narrow_comparison_still_has_its_figures(names):
+    before, after = make_report(), make_report(make_step(results=(2.0, 4.0)))
+    console = Console(width=40, file=io.StringIO())
+    table.print_comparison(console, before, after, names)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line.rstrip()) <= 40 for line in lines)
+    (throughput,) = (line for line in lines if "throughput" in line)
+    assert throughput.split()[-3:] == ["0.3", "0.2", "0.67"]
 
 
 def test_the_text_counts_what_went_wrong(capsys):
@@ -376,6 +475,18 @@ def test_the_page_stands_alone():
     assert len(list(root.iter("svg"))) == 7
     for bar in root.iter("rect"):
         assert float(bar.get("width")) > 0 and float(bar.get("height")) >= 0
+
+
+def test_jobs_that_were_left_on_purpose_do_not_look_lost():
+    step = make_step(OpenLoop(1.0), results=(1.0,) * 8)
+    for _ in range(2):
+        step.tally.add(sample(5.0, status=LEFT))
+    words = " ".join(parsed(page.report_page(make_report(step))).itertext())
+    assert "done: 0.8 at 1" in words and "done, with those left on purpose: 1 at 1" in words  # the tips of two dots
+    other = make_report(make_step(OpenLoop(1.0)), make_step(ClosedLoop(1)))
+    words = " ".join(parsed(page.comparison_page(make_report(step), other, ("old", "new"))).itertext())
+    assert "old, with those left on purpose: 1 at 1" in words and "new, with those" not in words
+    assert "on purpose" not in page.report_page(other)
 
 
 def test_a_page_of_nothing_is_a_page():

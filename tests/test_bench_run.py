@@ -1,9 +1,13 @@
 import asyncio
+import errno
 import io
 import json
+import os
 import signal
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,12 +15,14 @@ from rich.console import Console
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import GramophoneClient, cli
-from gramophone_client.bench import display, run
+from gramophone_client.bench import command, display, report, run
 from gramophone_client.bench.load import ClosedLoop, OpenLoop
 from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.mix import BadMix, Kind
 from gramophone_client.bench.report import Step, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
+from gramophone_client.errors import DeadlineExceeded
+from gramophone_client.picture import write_whole
 from gramophone_server import errors as server_errors
 from tests.fake_service import HANG, accepted, encoded, frame, progress, refused, serving
 from tests.test_bench import parsed
@@ -196,6 +202,25 @@ def test_an_open_loop_counts_from_the_schedule(service, bench, monkeypatch):
     assert step.tally.result_s.max_s > 0.1  # though each took a few milliseconds from when it was sent
 
 
+def test_a_server_that_stands_still_holds_up_no_step(service, monkeypatch):
+    told, asked = GramophoneClient.server_info, []
+
+    async def stuck(self, *, timeout_s=10.0):
+        asked.append(timeout_s)
+        if len(asked) == 1:  # in the beginning
+            return await told(self)
+        await asyncio.sleep(timeout_s)
+        raise DeadlineExceeded("no answer")
+
+    monkeypatch.setattr(GramophoneClient, "server_info", stuck)
+    monkeypatch.setattr(run, "LOAD_S", 0.05)
+    steps = asyncio.run(benched(service, plan(ClosedLoop(1), ClosedLoop(2), duration_s=0.1)))
+    assert asked[1:] == [0.05] * 4
+    assert [(step.server_before, step.server_after) for step in steps] == [(None, None)] * 2
+    assert all("the server did not say what others had there before this step" in step.notes() for step in steps)
+    assert all(step.tally.ok for step in steps)
+
+
 def test_an_invalid_job_ends_the_bench(service):
     service.scripts = [[refused(server_errors.InvalidRequest([Violation("spec.recipe.size", "must be at most 2048")]))]]
     with pytest.raises(BadMix, match=r"the server takes no job like 'fast': .*must be at most 2048"):
@@ -298,6 +323,99 @@ def test_a_server_that_goes_away_leaves_what_was_measured(gramophone, service, h
     code, out, err = gramophone(f"{QUICK} --concurrency 1,2")
     assert code == 5 and len(err) == 1
     assert "1 at a time" in out and "2 at a time" not in out
+
+
+@pytest.mark.parametrize("lost", ["json", "html"])
+def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other(gramophone, hasty, monkeypatch, lost):
+    def full(path, data):
+        if Path(path).suffix == f".{lost}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_whole(path, data)
+
+    for module in (command, report):
+        monkeypatch.setattr(module, "write_whole", full)
+    code, out, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
+    assert code == 2 and "1 at a time" in out
+    assert err == [
+        f"gramophone: a.{lost}: not written: No space left on device",
+        "gramophone: not all files of the report are written; the table above has its figures",
+    ]
+    assert {path.name for path in hasty.iterdir()} == {"a.json", "a.html"} - {f"a.{lost}"}
+
+
+def test_a_table_that_cannot_be_printed_costs_no_file(gramophone, hasty, monkeypatch):
+    def full(write):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "_print", full)
+    code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
+    assert (code, err) == (2, ["gramophone: [Errno 28] No space left on device"])
+    assert {path.name for path in hasty.iterdir()} == {"a.json", "a.html"}
+
+
+def test_names_that_the_output_cannot_say_cost_nothing(gramophone, hasty, monkeypatch):
+    (hasty / "mix.toml").write_text('[[job]]\nname = "na\u00efve"\n[[job]]\nname = "b"\n', encoding="utf-8")
+    named = os.fsdecode(b"\xff.json")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert gramophone(f"{QUICK} --mix mix.toml --concurrency 1 --json a.json")[0] == 0
+    (hasty / "a.json").rename(named)
+    assert gramophone(f"bench --compare {named} {named} --html b.html")[0] == 0
+    assert b"na?ve" in out.buffer.getvalue() and b"?.json: gramophone 1.2.3" in out.buffer.getvalue()
+    parsed((hasty / "b.html").read_text())
+
+
+def test_a_page_of_a_comparison_that_cannot_be_written_is_told_after_the_table(gramophone, hasty, monkeypatch):
+    gramophone(f"{QUICK} --concurrency 1 --json a.json")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(command, "write_whole", full)
+    code, out, err = gramophone("bench --compare a.json a.json --html b.html")
+    assert code == 2 and "throughput, jobs/s" in out
+    assert err[0] == "gramophone: b.html: not written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--json adir", "adir: --json needs a file of its own, and this is a folder; name another"),
+        ("--html adir/..", "adir/..: --html needs a file of its own, and this is a folder; name another"),
+        ("--json -", "-: --json needs a file of its own, and this is where the table or the display goes; name anoth"),
+        ("--json a.txt", "a.txt: --json needs a file of its own, and this is where the table or the display goes; "),
+        ("--json pipe", "pipe: --json needs a file of its own, and this is a device or a pipe; name another"),
+        ("--json same --html ./same", "same: --html needs a file of its own, and this is that of --json; name another"),
+        ("--mix b.toml --html b.toml", "b.toml: --html needs a file of its own, and this is an input; name another"),
+        ("--compare b.toml c --html link", "link: --html needs a file of its own, and this is an input; name another"),
+        ("--json /proc/a.json", "/proc/a.json: no file can be made there (No such file or directory); name another"),
+        (f"--json {'a' * 250}", ": no file can be made there (File name too long); name another for --json"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
+    gramophone, service, hasty, monkeypatch, flags, said
+):
+    (hasty / "adir").mkdir()
+    (hasty / "b.toml").write_text("[[job]]\n")
+    (hasty / "link").symlink_to("b.toml")
+    os.mkfifo(hasty / "pipe")
+    with (hasty / "a.txt").open("w") as redirected:
+        real = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda stream: real(redirected.fileno() if stream == 1 else stream))
+        before = sorted(hasty.rglob("*"))
+        code, out, err = gramophone(f"{QUICK} --concurrency 1 {flags}")
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("gramophone: ") and said in err[0]
+    assert sorted(hasty.rglob("*")) == before and not service.specs
+
+
+def test_a_report_that_is_read_only_is_not_replaced(gramophone, service, hasty, monkeypatch):
+    (hasty / "a.json").write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # these tests may be root's, who may write all
+    code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json")
+    said = "gramophone: a.json: --json needs a file of its own, and this is read-only; name another"
+    assert (code, err) == (2, [said])
+    assert (hasty / "a.json").read_text() == "old" and not service.specs
 
 
 @pytest.mark.parametrize(

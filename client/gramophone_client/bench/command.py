@@ -7,7 +7,8 @@ import asyncio
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from gramophone.recipe import PRESETS
 from gramophone_client.bench.display import shown
+from gramophone_client.bench.files import check_files, write_files
 from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
 from gramophone_client.bench.mix import BadMix, Kind, read_mix
 from gramophone_client.bench.page import comparison_page, report_page
@@ -38,6 +40,7 @@ T = TypeVar("T")
 DEFAULT_CONCURRENCY = (1, 2, 4)
 MOST_CONCURRENCY, MOST_RATE = 1024, 1000.0
 PIPED_COLUMNS = 200  # of a table that no terminal bounds
+NOT_WHOLE = "not all files of the report are written; the table above has its figures"
 
 EXAMPLES = """\
 A closed loop keeps so many jobs at the server at a time; an open loop sends them at random moments whatever the server
@@ -105,9 +108,8 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def bench(args: argparse.Namespace) -> None:
     """Runs the command. Raises `Unusable`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
-    for path in (args.json, args.html):
-        if path and not path.parent.is_dir():
-            raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
+    written = {flag: path for flag, path in (("--json", args.json), ("--html", args.html)) if path}
+    check_files(written, [*args.pictures, *([args.mix] if args.mix else ()), *(args.compare or ())])
     try:
         if args.compare:
             _compare(args)
@@ -123,9 +125,12 @@ def _compare(args: argparse.Namespace) -> None:
     before, after = (read_report(path) for path in args.compare)
     first, second = args.compare
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
-    if args.html:
-        write_whole(args.html, comparison_page(before, after, names).encode())
-    _print(lambda console: print_comparison(console, before, after, names))
+    is_whole = _tell(
+        lambda console: print_comparison(console, before, after, names),
+        {args.html: lambda path: _write_page(path, comparison_page(before, after, names))},
+    )
+    if not is_whole:
+        raise Unusable(NOT_WHOLE)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -138,16 +143,18 @@ def _measure(args: argparse.Namespace) -> None:
             async with shown(running, Console(stderr=True, quiet=args.quiet)):
                 await running.run(client)
 
+    is_whole = True
     try:
         asyncio.run(measure())
     finally:  # also of a bench that was interrupted, or whose server went away
         if running.server is not None and running.steps:
             report = _report(args, began, running, running.server)
-            if args.json:
-                report.save(args.json)
-            if args.html:
-                write_whole(args.html, report_page(report).encode())
-            _print(lambda console: print_report(console, report))
+            is_whole = _tell(
+                lambda console: print_report(console, report),
+                {args.json: report.save, args.html: lambda path: _write_page(path, report_page(report))},
+            )
+    if not is_whole:
+        raise Unusable(NOT_WHOLE)
     if running.is_interrupted:
         raise KeyboardInterrupt
 
@@ -214,14 +221,28 @@ def _report(args: argparse.Namespace, began: datetime, bench: Bench, server: Ser
     )
 
 
+def _tell(table: Callable[[Console], None], files: Mapping[Path | None, Callable[[Path], None]]) -> bool:
+    """Prints, then writes the files that are asked for; False if not all of them could be."""
+    try:
+        _print(table)
+    finally:  # a pipe may break, and the files are worth having
+        is_whole = write_files({path: write for path, write in files.items() if path})
+    return is_whole
+
+
+def _write_page(path: Path, page: str) -> None:
+    write_whole(path, page.encode(errors="replace"))  # names of files need not be text
+
+
 def _print(write: Callable[[Console], None]) -> None:
     """On standard output, in the terminal's colours and width; a console of its own would end the process when a pipe
-    breaks."""
+    breaks. What that cannot say, as a name in other letters or a file's that is no text, becomes question marks."""
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_COLUMNS)
     with console.capture() as text:
         write(console)
-    print(text.get(), end="", flush=True)
+    encoding = sys.stdout.encoding
+    print(text.get().encode(encoding, errors="replace").decode(encoding), end="", flush=True)
 
 
 def _listed(one: Callable[[str], T]) -> Callable[[str], list[T]]:

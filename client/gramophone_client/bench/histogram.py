@@ -64,10 +64,12 @@ class Histogram:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `as_json` said. Raises KeyError, TypeError or ValueError if it did not."""
+        """What `as_json` said. Raises ValueError if it does not add up, of which a curve would be nonsense."""
         new = cls()
-        new.count, new.total_s, new.max_s = int(told["count"]), float(told["total"]), float(told["max"])
-        new._buckets = Counter({int(bucket): int(seen) for bucket, seen in told["buckets"]})
+        new.count, new.total_s, new.max_s = told["count"], told["total"], told["max"]
+        new._buckets = Counter(dict(told["buckets"]))
+        if new.count != new._buckets.total():
+            raise ValueError(f"a histogram of {new.count} durations has {new._buckets.total()} in its buckets")
         return new
 
 

@@ -60,6 +60,7 @@ main > figure { margin-top: 14px; }
 figcaption { font-weight: 600; }
 .key { margin: 4px 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; color: var(--soft); font-size: 13px; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
+.key i.dashed { width: 18px; mask: linear-gradient(90deg, #000 7px, #0000 7px 11px, #000 11px); }
 svg { width: 100%; height: auto; display: block; }
 p.quiet { color: var(--soft); }
 .table { overflow-x: auto; margin-top: 14px; }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gramophone_client.bench.load import Load
 from gramophone_client.bench.report import Report, Step
 
 __all__ = ["METRICS", "Metric", "Pair", "number", "pairs"]
@@ -53,9 +55,11 @@ class Pair(NamedTuple):
 
 
 def pairs(before: Report, after: Report) -> list[Pair]:
-    """The steps of `before` whose load `after` has too."""
-    of_load = {step.load: step for step in after.steps}
-    return [Pair(step, of_load[step.load]) for step in before.steps if step.load in of_load]
+    """The steps of `before` whose load `after` has too; of a load that was tried again, the first with the first."""
+    of_load: defaultdict[Load, deque[Step]] = defaultdict(deque)
+    for step in after.steps:
+        of_load[step.load].append(step)
+    return [Pair(step, of_load[step.load].popleft()) for step in before.steps if of_load[step.load]]
 
 
 def number(value: float | None) -> str:

@@ -93,10 +93,21 @@ def _throughput(shown: Sequence[_Report], closed: bool) -> str:
         for i, one in enumerate(shown)
     ]
     if not closed:
+        # What was left on purpose was offered, and is not lost.
+        for i, one in enumerate(shown):
+            if any(step.tally.statuses[LEFT] for step in _steps(one.report, closed)):
+                points = [(places[_size(step)], _kept_up_with(step)) for step in _steps(one.report, closed)]
+                name = f"{one.name or 'done'}, with those left on purpose"
+                lines.append(Series(name, f"c{i}", points, is_dashed=True))
         # As far as it leaves room for what was done: under overload it would be far above.
         furthest = min(max(places), 1.5 * max(y for line in lines for _, y in line.points) or math.inf)
         lines.append(Series("offered", "quiet", [(0.0, 0.0), (furthest, furthest)], is_dashed=True, has_dots=False))
     return _figure("Throughput, jobs/s", lines, line_chart(axis, Axis("jobs/s"), lines))
+
+
+def _kept_up_with(step: Step) -> float:
+    """Jobs/s that came to the end that they were to have."""
+    return (step.tally.ok + step.tally.statuses[LEFT]) / (step.tally.seconds or 1)
 
 
 def _latency(report: Report, closed: bool) -> str:
@@ -180,7 +191,10 @@ def _outcomes(report: Report) -> str:
 
 
 def _figure(title: str, lines: Sequence[Series], chart: str) -> str:
-    keys = "".join(f'<span><i class="{line.colour}"></i>{escape(line.name)}</span>' for line in lines)
+    keys = "".join(
+        f'<span><i class="{line.colour}{" dashed" if line.is_dashed else ""}"></i>{escape(line.name)}</span>'
+        for line in lines
+    )
     return f'<figure><figcaption>{escape(title)}</figcaption><p class="key">{keys}</p>{chart}</figure>'
 
 

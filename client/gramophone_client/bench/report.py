@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
-from gramophone_client.bench.measure import Tally
+from gramophone_client.bench.measure import LEFT, OK, Tally
+from gramophone_client.bench.schema import REPORT, Value, check
 from gramophone_client.picture import write_whole
 
 __all__ = ["BadReport", "Report", "Step", "Window", "read_report"]
@@ -55,8 +56,12 @@ class Step:
     def notes(self) -> list[str]:
         """What a reader has to know before the figures are believed."""
         notes = []
-        if not self.is_warm:
-            notes.append("the warm-up had not ended, so these are its figures; allow more --duration")
+        if not self.tally.ok and self.tally.ended:  # more time would change nothing
+            since = " since the warm-up" if any(second.get(OK) for second in self.timeline) else ""
+            notes.append(f"no job has ended well{since}: {', '.join(_fates(self.tally.statuses))}")
+        elif not self.is_warm:
+            advice = "; allow more --duration" if self.ending == "time is up" else ""
+            notes.append(f"the warm-up had not ended, so these are its figures{advice}")
         elif self.ending != "stable":
             p50s = " ".join(f"{window.p50_s:.3g}" for window in self.windows[-3:])
             said = f" (medians of the last ones: {p50s} s)" if p50s else ""
@@ -67,7 +72,9 @@ class Step:
             notes.append(f"this client kept {self.client_cpu:.2g} cores busy and may be what was measured")
         if isinstance(self.load, OpenLoop) and self.late_s > LATE_SHARE * (self.tally.result_s.quantile(0.5) or 1.0):
             notes.append(f"a job was sent {self.late_s:.3g} s late; its latency counts from when it was due")
-        if self.server_before is not None and any(self.server_before):
+        if self.server_before is None:
+            notes.append("the server did not say what others had there before this step")
+        elif any(self.server_before):
             running, waiting = self.server_before
             notes.append(f"others had {running} running and {waiting} waiting at the server before this step")
         return notes
@@ -93,26 +100,22 @@ class Step:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `as_json` said. Raises KeyError, TypeError, ValueError or AttributeError if it did not."""
-        load: Load
-        if "concurrency" in told["load"]:
-            load = ClosedLoop(int(told["load"]["concurrency"]))
-        else:
-            load = OpenLoop(float(told["load"]["rate"]))
+        """What `as_json` said, of which `check` has seen that it is there. Raises ValueError if it does not add up."""
+        load = told["load"]
         return cls(
-            load=load,
-            ending=str(told["ending"]),
-            is_warm=bool(told["is_warm"]),
-            began_s=float(told["began_s"]),
-            windows=tuple(Window(float(w["seconds"]), int(w["jobs"]), float(w["p50_s"])) for w in told["windows"]),
+            load=ClosedLoop(load["concurrency"]) if "concurrency" in load else OpenLoop(float(load["rate"])),
+            ending=told["ending"],
+            is_warm=told["is_warm"],
+            began_s=told["began_s"],
+            windows=tuple(Window(w["seconds"], w["jobs"], w["p50_s"]) for w in told["windows"]),
             tally=Tally.from_json(told),
-            unfinished=int(told["unfinished"]),
-            oldest_unfinished_s=float(told["oldest_unfinished_s"]),
-            late_s=float(told["late_s"]),
-            client_cpu=float(told["client_cpu"]),
+            unfinished=told["unfinished"],
+            oldest_unfinished_s=told["oldest_unfinished_s"],
+            late_s=told["late_s"],
+            client_cpu=told["client_cpu"],
             server_before=_pair(told["server_before"]),
             server_after=_pair(told["server_after"]),
-            timeline=tuple({str(k): int(v) for k, v in second.items()} for second in told["timeline"]),
+            timeline=tuple(told["timeline"]),
         )
 
 
@@ -151,22 +154,32 @@ def read_report(path: Path) -> Report:
     data = path.read_bytes()
     try:
         told = json.loads(data)
-        if told["format"] != FORMAT:
+        check(told, {"format": Value("a number", lambda value: isinstance(value, int))})
+        if told["format"] != FORMAT:  # and so of another form
             raise BadReport(f"{path}: a report of format {told['format']}, and this version reads {FORMAT}")
+        check(told, REPORT)
         return Report(
-            began=str(told["began"]),
-            client=str(told["client"]),
-            machine=str(told["machine"]),
-            server=dict(told["server"]),
-            settings=dict(told["settings"]),
-            steps=tuple(Step.from_json(step) for step in told["steps"]),
+            began=told["began"],
+            client=told["client"],
+            machine=told["machine"],
+            server=told["server"],
+            settings=told["settings"],
+            steps=tuple(map(Step.from_json, told["steps"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadReport(f"{path}: not a report that `gramophone bench --json` wrote") from None
+    except (ValueError, RecursionError) as error:  # also of what is no text, or no JSON
+        raise BadReport(f"{path}: not a report that `gramophone bench --json` wrote: {error}") from None
 
 
-def _pair(told: Any) -> tuple[int, int] | None:
-    if told is None:
-        return None
-    running, waiting = told
-    return int(running), int(waiting)
+def _fates(statuses: Counter[str]) -> Iterator[str]:
+    """What became of jobs that have no result, most frequent first, and what to do if that was asked for."""
+    for status, count in statuses.most_common():
+        if status != LEFT:
+            yield f"{count} failed with {status}"
+        elif len(statuses) > 1:
+            yield f"{count} left on purpose"
+        else:
+            yield f"{count} left on purpose, as the mix asks; a cancel below 1 lets some come to a result"
+
+
+def _pair(told: list[int] | None) -> tuple[int, int] | None:
+    return None if told is None else (told[0], told[1])

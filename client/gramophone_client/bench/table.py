@@ -18,6 +18,8 @@ from gramophone_client.bench.report import Report, Step
 
 __all__ = ["StepTable", "differences", "print_comparison", "print_report", "said_of_server"]
 
+FIGURE_COLUMNS = 7  # of the longest that `number` is likely to make
+BESIDE_FIGURES = 42  # columns of a comparison: the longest name of a metric, the ratio, and what is between them
 QUARTET = (0.5, 0.95, 0.99, 1.0)
 
 # Most important first: the last ones are left out where there is no room.
@@ -72,11 +74,13 @@ def print_comparison(console: Console, before: Report, after: Report, names: tup
         console.print(Text(f"{name}: {said_of_server(report)}"))
     for line in differences(before, after):
         console.print(Text(line, style="yellow"))
+    # The names of the files may be long; the figures are not, and are there from 40 columns on.
+    room = max(FIGURE_COLUMNS, (console.width - BESIDE_FIGURES) // 2)
     for pair in pairs(before, after):
         table = _bare_table()
-        table.add_column(str(pair.before.load), no_wrap=True)
+        table.add_column(str(pair.before.load), min_width=10, overflow="fold")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", min_width=FIGURE_COLUMNS, max_width=room, overflow="fold")
         table.add_column("ratio", justify="right", no_wrap=True)
         for metric in METRICS:
             shown = (number(metric.value(pair.before)), number(metric.value(pair.after)))
@@ -91,9 +95,13 @@ def differences(before: Report, after: Report) -> Iterator[str]:
             values = before.settings.get(key), after.settings.get(key)
             is_long = any(isinstance(value, list) for value in values)
             yield f"they differ in {key}" + ("" if is_long else f": {values[0]} and {values[1]}")
-    missing = {step.load for step in before.steps} ^ {step.load for step in after.steps}
-    if missing:
-        yield f"only one of them has: {', '.join(sorted(map(str, missing)))}"
+    loads, others = (Counter(step.load for step in report.steps) for report in (before, after))
+    once = [str(load) for load in loads.keys() ^ others.keys()]
+    if once:
+        yield f"only one of them has: {', '.join(sorted(once))}"
+    oftener = [str(load) for load in loads.keys() & others.keys() if loads[load] != others[load]]
+    if oftener:
+        yield f"one of them has more often: {', '.join(sorted(oftener))}"
 
 
 def said_of_server(report: Report) -> str:
