@@ -15,8 +15,9 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client.errors import Cancelled, from_rpc
 
-__all__ = ["SERVICE", "Connection", "channel_options"]
+__all__ = ["CLOSED", "SERVICE", "Connection", "channel_options"]
 
+CLOSED = "the call was stopped because its client was closed"
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
 
 
@@ -99,10 +100,10 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
         except grpc.aio.UsageError as error:  # the channel was closed between two calls
-            raise Cancelled("the call was stopped because its client was closed") from error
+            raise Cancelled(CLOSED) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC raises the same when the channel was closed under the call; that must not look like a cancelled task.
-            raise Cancelled("the call was stopped because its client was closed") from None
+            raise Cancelled(CLOSED) from None
