@@ -227,20 +227,19 @@ def domain_error(kind):
 
 
 @pytest.mark.parametrize("kind", SERVER_CODES, ids=lambda kind: kind.__name__)
-async def test_every_error_of_the_server_is_rebuilt(client, service, kind):
+async def test_every_error_of_the_server_is_rebuilt(service, kind):
     error = domain_error(kind)
-    status = refused(error)
-    status.trailing_metadata += (("grpc-retry-pushback-ms", "-1"),)  # no retries, for the sake of time
-    service.scripts = [[status]]
-    for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
-        with pytest.raises(errors.GramophoneError) as raised:
-            await call
-        assert type(raised.value).__name__ == CLIENT_NAMES.get(kind.__name__, kind.__name__)
-        assert str(raised.value) == str(error)
-        assert raised.value.code is SERVER_CODES[kind].code
-        assert raised.value.violations == getattr(error, "violations", ())
-        told_s = getattr(error, "retry_after_s", None)
-        assert raised.value.retry_after_s == (told_s if told_s is None else pytest.approx(told_s, rel=0.26))
+    service.scripts = [[refused(error)]]
+    async with GramophoneClient(service.target, timeout_s=10, retries=False) as client:
+        for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
+            with pytest.raises(errors.GramophoneError) as raised:
+                await call
+            assert type(raised.value).__name__ == CLIENT_NAMES.get(kind.__name__, kind.__name__)
+            assert str(raised.value) == str(error)
+            assert raised.value.code is SERVER_CODES[kind].code
+            assert raised.value.violations == getattr(error, "violations", ())
+            told_s = getattr(error, "retry_after_s", None)
+            assert raised.value.retry_after_s == (told_s if told_s is None else pytest.approx(told_s, rel=0.26))
 
 
 def test_every_reason_of_the_proto_has_its_exception():
@@ -262,10 +261,11 @@ def test_every_reason_of_the_proto_has_its_exception():
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-async def test_errors_without_a_reason_fall_back_on_the_code(client, service, code, message, kind):
-    service.scripts = [[bare(code, message, (("grpc-retry-pushback-ms", "-1"),))]]
-    with pytest.raises(errors.GramophoneError) as raised:
-        await client.stylize(PHOTO, PAINTING)
+async def test_errors_without_a_reason_fall_back_on_the_code(service, code, message, kind):
+    service.scripts = [[bare(code, message)]]
+    async with GramophoneClient(service.target, retries=False) as client:
+        with pytest.raises(errors.GramophoneError) as raised:
+            await client.stylize(PHOTO, PAINTING)
     assert type(raised.value) is kind
     assert str(raised.value)
 
