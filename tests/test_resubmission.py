@@ -1,6 +1,7 @@
 """Jobs that are lost with their server and sent again, and images that a server has lost."""
 
 import asyncio
+import socket
 import time
 
 import grpc
@@ -17,6 +18,7 @@ from gramophone_client import (
     errors,
     recovery,
 )
+from gramophone_client.connection import Connection
 from gramophone_client.job_spec import job_spec
 from gramophone_server import errors as server_errors
 from tests.fake_service import (
@@ -286,6 +288,91 @@ async def test_a_watched_job_cannot_be_sent_again(client, service):
     with pytest.raises(errors.ConnectionFailed):
         await collected(client.watch("j1", checkpoints=CheckpointOptions()))
     assert (service.specs, service.watches[0].checkpoints.light) == ([], True)
+
+
+# --- a job that was not accepted yet
+
+KINDS = ("unary", "stream", "control")
+
+
+async def asked(client, how, **options):
+    if how == "unary":
+        await client.stylize(PHOTO, PAINTING, **options)
+    elif how == "stream":
+        await collected(client.stream(PHOTO, PAINTING, **options))
+    else:
+        async with client.control(PHOTO, PAINTING, **options) as job:
+            await job.result()
+
+
+def request_ids(service):
+    return [*service.request_ids, *(message.start.request_id for message in service.messages)]
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("reason", [server_errors.ShuttingDown, server_errors.NotReady, None])
+async def test_a_server_that_takes_no_jobs_or_is_lost_is_asked_again(client, service, how, reason):
+    refusal = LOST if reason is None else refused(reason(retry_after_s=0.01))
+    refusal = bare(refusal.code, refusal.details, (*refusal.trailing_metadata, *NEVER))
+    service.scripts = [[refusal], [refusal], [accepted(), result()]]
+    await asked(client, how)
+    assert len(request_ids(service)) == 3 and len(set(request_ids(service))) == 1
+    assert service.specs[0] == service.specs[2]
+
+
+@pytest.mark.parametrize("how", KINDS)
+async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_lasts(client, service, how, monkeypatch):
+    monkeypatch.setattr("gramophone_client.client.PATIENCE_S", 0.3)  # of `stylize`
+    service.scripts = [[refused(server_errors.ShuttingDown(0.01))]]
+    with pytest.raises(errors.ShuttingDown):
+        await asked(client, how, **({} if how == "unary" else {"patience_s": 0.3}))
+    assert len(service.specs) > 6  # gRPC itself sends it four times
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("status", [LOST, refused(server_errors.ShuttingDown(0.01))], ids=["lost", "down"])
+async def test_without_retries_a_job_is_sent_once(service, how, status):
+    service.scripts = [[status]]
+    async with GramophoneClient(service.target, timeout_s=10, retries=False) as client:
+        with pytest.raises(errors.ConnectionFailed):
+            await asked(client, how)
+    assert len(service.specs) == 1
+
+
+@pytest.mark.parametrize("how", KINDS)
+async def test_a_job_that_takes_its_servers_down_before_it_is_accepted_does_not_go_round(client, service, how):
+    service.scripts = [[bare(grpc.StatusCode.UNAVAILABLE, "gone", NEVER)]]
+    with pytest.raises(errors.ConnectionFailed, match="gone"):
+        await asked(client, how)
+    assert len(service.specs) == 1 + recovery.MOST_MOVES
+
+
+async def test_servers_that_are_not_there_are_waited_for_between_losses(client, service, monkeypatch):
+    # Of the calls that fail, only those that had a connection may have taken a server down.
+    connected = iter([True, *[False] * 9])
+    monkeypatch.setattr(Connection, "stands", property(lambda _: next(connected)))
+    service.scripts = [*[[bare(grpc.StatusCode.UNAVAILABLE, "gone", NEVER)]] * 8, [accepted(), result()]]
+    await asked(client, "stream")
+    assert len(service.specs) == 9
+
+
+@pytest.mark.parametrize("how", KINDS)
+async def test_where_nobody_is_nobody_is_waited_for(how):
+    started = time.monotonic()
+    async with GramophoneClient("127.0.0.1:1", timeout_s=60) as client:
+        with pytest.raises(errors.ConnectionFailed, match="is it running there"):
+            await asked(client, how)
+    assert time.monotonic() - started < recovery.PATIENCE_S / 2
+
+
+async def test_connecting_without_an_end_does_not_use_up_the_callers_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # which takes connections and never says a word
+        host, port = silent.getsockname()
+        started = time.monotonic()
+        async with GramophoneClient(f"{host}:{port}", timeout_s=0.5) as client:
+            with pytest.raises(errors.DeadlineExceeded):
+                await client.stylize(PHOTO, PAINTING)
+        assert time.monotonic() - started < 10
 
 
 # --- going on from a checkpoint by hand

@@ -16,7 +16,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import messages, uploads
 from gramophone_client.connection import SERVICE, Connection
 from gramophone_client.control import JobControl
-from gramophone_client.errors import ConnectionFailed, DeadlineExceeded, NotReady
+from gramophone_client.errors import ConnectionFailed, DeadlineExceeded, GramophoneError, NotReady
 from gramophone_client.following import Following
 from gramophone_client.job_spec import (
     CheckpointOptions,
@@ -29,7 +29,7 @@ from gramophone_client.job_spec import (
     job_spec,
     uploaded,
 )
-from gramophone_client.recovery import PATIENCE_S, Submission
+from gramophone_client.recovery import PATIENCE_S, Recovery, Submission
 from gramophone_client.server_info import ServerInfo
 from gramophone_client.updates import JobStatus, Stylized, Update
 
@@ -50,7 +50,9 @@ class GramophoneClient:
     Every call has a deadline: `timeout_s` of the call, else of the client. All methods raise `GramophoneError`s.
 
     A target may name several servers of which any will do ("ipv4:10.0.0.1:50051,10.0.0.2:50051", or a DNS name with
-    several addresses): the first that answers is taken, and when it is lost the next.
+    several addresses): the first that answers is taken, and when it is lost the next. One that shuts down keeps its
+    connections until its jobs have ended, and refuses new ones until then: these ask again for `patience_s`, or 30 s, and
+    come to the next address when it has gone.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class GramophoneClient:
         retries: bool = True,
     ) -> None:
         """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext. Without `retries` a call that the
-        server refuses fails at once, for whoever counts refusals."""
+        server refuses fails at once, for whoever counts refusals, and no job is sent again."""
         asyncio.get_running_loop()  # a channel belongs to a loop; without one, gRPC would pick another silently
         self.target = target
         self.timeout_s = timeout_s
@@ -100,20 +102,28 @@ class GramophoneClient:
         """Paints `content` in the style of one or several pictures and returns the finished one.
 
         `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and every
-        field of a recipe; see `job_spec`. A server that is busy or away is asked again, up to three times.
+        field of a recipe; see `job_spec`. A server that is busy or away is asked again, up to three times; one that is not
+        ready, shuts down or is lost on the way, for 30 s, in which any server that the target leads to may do the job.
 
         A call with the `request_id` (a UUID) of a job that is there already finds that job instead of making another.
         None makes a new id, so that asking again never makes a second job.
         """
         spec = await asyncio.to_thread(job_spec, content, styles, **job)
         request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
-        answer = await uploads.renewing(
-            self._connection,
-            uploaded(content, styles, job.get("start_image")),
-            lambda left_s: self._connection.ask(self._service.Stylize, request, left_s),
-            self._seconds(timeout_s),
-        )
-        return messages.stylized(answer)
+        sent = Recovery(self._connection, timeout_s=self._seconds(timeout_s), grace_s=0.0)
+
+        async def ask(left_s: float) -> Any:
+            with self._connection.errors_rebuilt(sent.timeout_s):
+                return await self._service.Stylize(request, timeout=left_s)
+
+        images = uploaded(content, styles, job.get("start_image"))  # which are `renewing`'s, not the submission's
+        sent.begin(Submission(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
+        while True:
+            sent.call_begins()
+            try:
+                return messages.stylized(await uploads.renewing(self._connection, images, ask, sent.left_s))
+            except GramophoneError as error:
+                await sent.again(error)
 
     def stream(
         self,
@@ -142,6 +152,9 @@ class GramophoneClient:
         another `Accepted`, whose `resumed_at` says where; iterations since that checkpoint are done, and told, again.
         After `patience_s` without any server the loss is raised; 0 never sends a job again. A job that failed by itself
         is never sent again, nor one that has lost its servers three times without a newer checkpoint.
+
+        Before `Accepted` the same request is sent again for as long, when the server is not ready, shuts down or is lost.
+        If there was no connection to begin with, that is raised at once.
         """
 
         return Following(
@@ -312,10 +325,16 @@ class GramophoneClient:
         async def prepare() -> Submission:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
             images = uploaded(content, styles, job.get("start_image"))
-            patience = patience_s if self._connection.retries else 0.0
-            return Submission(spec, _request_id(request_id), images, patience)
+            return Submission(spec, _request_id(request_id), images, await self._patience_s(patience_s))
 
         return prepare
+
+    async def _patience_s(self, asked_s: float) -> float:
+        """None without retries. With patience a job is sent when it is known whether a server is there; see `Recovery`."""
+        if not self._connection.retries:
+            return 0.0
+        await self._connection.sought()
+        return asked_s
 
     def _seconds(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s

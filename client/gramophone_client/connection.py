@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -16,9 +16,14 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client.errors import Cancelled, from_rpc
 from gramophone_client.sending import send
 
-__all__ = ["SERVICE", "Connection", "channel_options"]
+__all__ = ["CLOSED", "SERVICE", "Connection", "channel_options"]
 
+CLOSED = "the call was stopped because its client was closed"
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
+CONNECT_S = (
+    1.0  # before a job is sent; where connecting takes longer, a job that is lost at once counts as never arrived
+)
+UNDER_WAY = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -86,6 +91,18 @@ class Connection:
         """Stops what still runs."""
         await self._channel.close()
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is a connection to a server now."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def sought(self) -> None:
+        """Returns when there is a connection, none can be had now, or `CONNECT_S` have passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_S):
+                while (state := self._channel.get_state(try_to_connect=True)) in UNDER_WAY:
+                    await self._channel.wait_for_state_change(state)
+
     async def ask(self, method: Any, request: object, timeout_s: float | None) -> Any:
         """The answer to one request. Raises `GramophoneError`s."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
@@ -98,7 +115,7 @@ class Connection:
         send(call, requests)
         return call
 
-    @contextmanager
+    @contextlib.contextmanager
     def errors_rebuilt(self, timeout_s: float) -> Iterator[None]:
         """Errors of gRPC become `GramophoneError`s; `timeout_s` is what the caller had asked for."""
         try:
@@ -106,10 +123,10 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
         except grpc.aio.UsageError as error:  # the channel was closed between two calls
-            raise Cancelled("the call was stopped because its client was closed") from error
+            raise Cancelled(CLOSED) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC raises the same when the channel was closed under the call; that must not look like a cancelled task.
-            raise Cancelled("the call was stopped because its client was closed") from None
+            raise Cancelled(CLOSED) from None

@@ -19,6 +19,7 @@ from gramophone_client.errors import (
     ImageNotFound,
     JobControlled,
     JobNotFound,
+    NotReady,
     QueueFull,
     ShuttingDown,
     SlowReader,
@@ -66,6 +67,9 @@ class Recovery:
 
     Without a submission the job `job_id` is there already, and `sequence` is that of the last event that the caller has.
     For `grace_s` after a loss the job is looked for where it was; then, if it was sent from here, it is sent again.
+
+    A job that no server has accepted yet is sent again, too, as the same request: when the server takes no jobs now, or is
+    lost. Where there was no connection to lose, nobody is there, and that is told at once.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Recovery:
         self._grace_s = grace_s
         self._end = 0.0  # of time.monotonic
         self._told = 0  # of the newest event before the present call
+        self._connected = False  # as the present call began
         self._renewed = False  # the images of this request were uploaded again
         self._moving = False  # the job was sent again and not accepted yet
         self._moves = 0  # since there was a newer checkpoint
@@ -101,6 +106,7 @@ class Recovery:
     def call_begins(self) -> None:
         """Events up to the newest of the calls before are known; within one call they are as it tells them."""
         self._told = self.sequence
+        self._connected = self._connection.stands
 
     def take(self, event: pb.JobEvent) -> Update | None:
         """The update that an event is. None if the caller has it already, or if this client does not know its kind."""
@@ -139,10 +145,12 @@ class Recovery:
                 return True
             except GramophoneError as failed:
                 error = failed
+        if not self.job_id and self._was_lost(error):
+            self._moving = False  # the next sending counts: it may be the job that takes its servers down
         if self._loss is None:
-            if not self.job_id or not (is_lost(error) or isinstance(error, ShuttingDown)):
+            if not self._is_loss(error):
                 raise error
-            self._loss = _Loss(error, time.monotonic(), gone=isinstance(error, ShuttingDown))
+            self._loss = _Loss(error, time.monotonic(), gone=not self.job_id or isinstance(error, ShuttingDown))
         elif isinstance(error, DeadlineExceeded):  # the call's time ended during the search
             raise self._loss.error from error
         elif isinstance(error, JobNotFound) and self._movable():
@@ -165,10 +173,21 @@ class Recovery:
         if search_s > 0 or job is None:
             return False
         if not self._moving:
-            job.spec = resumed_spec(job.spec, self._seed, self.checkpoint)
-            job.request_id = str(uuid.uuid4())
+            if self.job_id:
+                job.spec, job.request_id = resumed_spec(job.spec, self._seed, self.checkpoint), str(uuid.uuid4())
             self._moving, self._moves, self._renewed, self.sequence = True, self._moves + 1, False, 0
+        await self._connection.sought()
         return True
+
+    def _is_loss(self, error: GramophoneError) -> bool:
+        """Whether a job has lost its server, or one that was not accepted the server that it was sent to."""
+        if self.job_id:
+            return is_lost(error) or isinstance(error, ShuttingDown)
+        return isinstance(error, ShuttingDown | NotReady) or self._was_lost(error)
+
+    def _was_lost(self, error: GramophoneError) -> bool:
+        """Whether there was a connection that the call could lose; where there was none, no server is there."""
+        return self._connected and is_lost(error)
 
     def _movable(self) -> bool:
         """Whether the job, lost as it is, may be sent again."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from concurrent import futures
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, GramophoneClient
+from gramophone_client.connection import CLOSED
 from gramophone_client.control import Changes, JobControl
+from gramophone_client.errors import Cancelled
 from gramophone_client.job_spec import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles, UploadedImage
 from gramophone_client.recovery import PATIENCE_S
 from gramophone_client.server_info import ServerInfo
@@ -38,26 +41,25 @@ class SyncGramophoneClient:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """As of `GramophoneClient`."""
-        alive = threading.Event()
+        made: futures.Future[GramophoneClient] = futures.Future()
 
         async def live() -> None:
-            self._loop, self._closed = asyncio.get_running_loop(), asyncio.Event()
-            alive.set()
-            await self._closed.wait()
+            self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+            try:
+                client = GramophoneClient(
+                    target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, credentials=credentials
+                )
+            except BaseException as error:  # noqa: BLE001 - raised for the caller
+                return made.set_exception(error)
+            async with client:
+                made.set_result(client)
+                await self._closing.wait()
 
-        async def connect() -> GramophoneClient:
-            return GramophoneClient(
-                target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, credentials=credentials
-            )
-
+        self._closed = False
+        self._gate = threading.RLock()  # no call gets in behind the end; the collector may come by in whoever holds it
         self._thread = threading.Thread(target=lambda: asyncio.run(live()), name="gramophone-client", daemon=True)
         self._thread.start()
-        alive.wait()
-        try:
-            self._client = self._run(connect())
-        except BaseException:
-            self._end_thread()
-            raise
+        self._client = made.result()
 
     def __enter__(self) -> Self:
         return self
@@ -68,10 +70,13 @@ class SyncGramophoneClient:
         self.close()
 
     def close(self) -> None:
-        """Stops what still runs and closes the connection."""
-        if self._thread.is_alive():
-            self._run(self._client.close())
-            self._end_thread()
+        """Stops what still runs, which then raises `Cancelled`, and closes the connection."""
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._closing.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def stylize(
         self,
@@ -156,7 +161,7 @@ class SyncGramophoneClient:
             request_id=request_id,
             **job,
         )
-        return SyncJobControl(controlled, self._run)
+        return SyncJobControl(controlled, self._run, self._begin)
 
     def control_job(
         self,
@@ -171,7 +176,7 @@ class SyncGramophoneClient:
         controlled = self._client.control_job(
             job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s, detach_grace=detach_grace
         )
-        return SyncJobControl(controlled, self._run)
+        return SyncJobControl(controlled, self._run, self._begin)
 
     def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
         """As `GramophoneClient.upload`."""
@@ -213,20 +218,35 @@ class SyncGramophoneClient:
             while (update := self._run(step())) is not None:
                 yield update
         finally:
-            if self._thread.is_alive():
-                self._run(leave())
+            self._begin(leave())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """What it returns, when that is there."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(
+                "a call was made in the client's own thread, where it would wait for itself for ever; "
+                "make it outside of __del__ and of what Python's collector may close"
+            )
+        future = self._begin(coroutine)
         try:
             return future.result()
+        except futures.CancelledError:  # the loop has ended under it
+            raise Cancelled(CLOSED) from None
         except BaseException:  # Ctrl-C in the caller's thread
             future.cancel()
             raise
 
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._closed.set)
-        self._thread.join()
+    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> futures.Future[T]:
+        """Runs it without waiting. What leaves a job must not wait: Python's collector may close a generator in any
+        thread, this client's own or one with locks that this client's own needs."""
+        with self._gate:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        refused: futures.Future[T] = futures.Future()
+        refused.set_exception(Cancelled(CLOSED))
+        return refused
 
 
 class SyncJobControl:
@@ -238,9 +258,15 @@ class SyncJobControl:
             ...
     """
 
-    def __init__(self, job: JobControl, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def __init__(
+        self,
+        job: JobControl,
+        run: Callable[[Coroutine[Any, Any, Any]], Any],
+        begin: Callable[[Coroutine[Any, Any, Any]], object],
+    ) -> None:
         self._job = job
         self._run = run
+        self._begin = begin
 
     def __enter__(self) -> Self:
         self._run(self._job.__aenter__())
@@ -249,7 +275,7 @@ class SyncJobControl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._run(self._job.__aexit__(kind, error, traceback))
+        self._begin(self._job.__aexit__(kind, error, traceback))
 
     def __iter__(self) -> Self:
         return self
