@@ -45,6 +45,7 @@ class FakeEngine:
         self.pixel_s = pixel_s
         self.join_s = join_s
         self.close_error: Exception | None = None  # of batches
+        self.device_error: Exception | None = None
         self.most_pixels = most_pixels
         self.memory_bytes = memory_bytes  # 1000 for each pixel of each slot
         self.fails_at = fails_at
@@ -60,6 +61,10 @@ class FakeEngine:
         self.batches: list[FakeBatch] = []  # as they were made
         self.begun: list[Work] = []  # as they joined their first batch
         self.slices: list[tuple[Shape, int, int]] = []  # of each call of `advance`: shape, jobs, iterations
+
+    def require_device(self) -> None:
+        if self.device_error is not None:
+            raise self.device_error
 
     def admit(self, job: StyleJob) -> Work:
         self.jobs.append(job)

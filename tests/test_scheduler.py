@@ -473,6 +473,23 @@ async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeyp
     assert "the compute thread has ended by a defect" in caplog.text
 
 
+async def test_a_lost_device_ends_everything_and_hands_out_no_more_places(caplog):
+    engine = FakeEngine(fails_at=5, error=RuntimeError("an illegal memory access was encountered"), iteration_s=0.001)
+    async with scheduling(engine, max_running=2) as scheduler:
+        other = submit(scheduler, work(iterations=4, size=60))
+        await kinds(other)
+        engine.device_error = engine.error
+        broken, waiting = submit(scheduler, work(iterations=10)), submit(scheduler, work(iterations=4, size=62))
+        with pytest.raises(EngineFailed):
+            await kinds(broken)
+        with contextlib.suppress(ShuttingDown):  # it may have been done before
+            await kinds(waiting)
+        await asyncio.wait_for(scheduler.ended(), 5)
+        with pytest.raises(ShuttingDown):
+            scheduler.reserve()
+    assert "the device fails at an addition" in caplog.text
+
+
 async def test_drain_of_an_idle_scheduler_is_immediate():
     async with scheduling(FakeEngine()) as scheduler, asyncio.timeout(1):
         await scheduler.drain(within_s=30)

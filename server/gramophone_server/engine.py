@@ -120,6 +120,10 @@ class Engine:
         """Of the cache of style targets."""
         return self.targets.counts
 
+    def require_device(self) -> None:
+        """Adds two numbers on the device; see `work.Batching.require_device`."""
+        torch.ones(1, device=self.device).add_(1).item()
+
     def admit(self, job: StyleJob) -> Work:
         """A job that has not begun; see `work.Batching.admit`."""
         work = Work(job)

@@ -28,6 +28,7 @@ from gramophone.recipe import Violation
 __all__ = [
     "Cancelled",
     "DeadlineUnattainable",
+    "DeviceLost",
     "Diverged",
     "EngineFailed",
     "GramophoneError",
@@ -197,3 +198,8 @@ class EngineFailed(GramophoneError):
 
 class StartupError(GramophoneError):
     """One sentence for whoever runs the server: what is wrong and what to do."""
+
+
+class DeviceLost(Exception):
+    """The device answers nothing any more, as a GPU does after an illegal access until its process has ended. Not of one job,
+    so no caller hears of it."""

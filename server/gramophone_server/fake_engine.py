@@ -63,6 +63,9 @@ class FakeEngine:
         """See `work.Batching`."""
         return MOST_SLOTS
 
+    def require_device(self) -> None:
+        """See `work.Batching`."""
+
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         """See `work.Batching`."""
         return BYTES_PER_PIXEL * shape.width * shape.height * slots

@@ -28,6 +28,7 @@ from gramophone.recipe import InvalidRecipe, Violation
 from gramophone_server.commands import Command, Done, Pause, Resume
 from gramophone_server.config import Limits
 from gramophone_server.errors import (
+    DeviceLost,
     EngineFailed,
     GramophoneError,
     InvalidRequest,
@@ -190,14 +191,12 @@ class Scheduler:
     def withdraw(self, listener: Listener) -> None:
         """Takes a cancelled job out of those that wait or stand still. One that runs is left to see that it is cancelled."""
         with self._news:
-            for tasks in (self._line, self._paused):
-                if (task := next((task for task in tasks if task.listener is listener), None)) is not None:
-                    tasks.remove(task)
-                    self._line.tell(self._running)
-                    break
-            else:
-                return
-        self._release(1)
+            places: tuple[Line | list[Task], ...] = (self._line, self._paused)
+            found = [(tasks, task) for tasks in places for task in tasks if task.listener is listener]
+            for tasks, task in found:
+                tasks.remove(task)
+            self._line.tell(self._running)
+        self._release(len(found))
 
     def command(self, listener: Listener, command: Command) -> asyncio.Future[Done]:
         """Has a command done to a job before its next slice. The future ends in `InvalidRequest` or `InvalidRecipe` if that
@@ -291,6 +290,8 @@ class Scheduler:
                 self._carry_out(worker, self._orders.popleft())
             try:
                 worker.turn(self._running, sum(task.work.bytes for task in self._paused))
+            except DeviceLost:
+                raise
             except Exception as error:  # noqa: BLE001 - a defect; the thread must live on for whoever comes next
                 worker.lose(self._running, error)
             self._sweep()

@@ -225,6 +225,9 @@ class Batching(Protocol):
     def memory_bytes(self) -> int:
         """That batches may take on the device, all together."""
 
+    def require_device(self) -> None:
+        """Raises whatever the device raises if it is of no use any more. Costs an addition on it."""
+
     def admit(self, job: StyleJob) -> Work:
         """A job that has not begun; takes nothing on the device. Raises `errors.InvalidRequest` if it never could."""
 

@@ -15,6 +15,7 @@ from gramophone.recipe import Violation
 from gramophone_server import checkpoint
 from gramophone_server.commands import Command, Done, Finish, Retune, TakeCheckpoint, TakePicture
 from gramophone_server.errors import (
+    DeviceLost,
     Diverged,
     EngineFailed,
     GramophoneError,
@@ -143,7 +144,7 @@ class Worker:
 
     def turn(self, tasks: Sequence[Task], beside_bytes: int = 0) -> None:
         """One slice, for the task that has had the least of the device and those in its lane. Those that are `over` then
-        have been told. ``beside_bytes``: on the device, of jobs that stand still."""
+        have been told. ``beside_bytes``: on the device, of jobs that stand still. Raises `DeviceLost`."""
         for task in tasks:
             if task.listener.cancelled:
                 self._end(task)
@@ -169,12 +170,13 @@ class Worker:
         return True
 
     def lose(self, tasks: Sequence[Task], error: Exception) -> None:
-        """Ends everybody, after an error that is nobody's own."""
+        """Ends everybody, after an error that is nobody's own. Raises `DeviceLost`."""
         for lane in list(self._lanes):
             self._lanes.lose(lane)
         self._short_since = None  # or nobody would begin, and no turn be had
         for task in tasks:
             self._fail(task, error)
+        self._require_device()
 
     def do(self, task: Task, command: Command) -> Done:
         """Carries out a command between two slices, for a task that is worked on or not. Raises `InvalidRequest` and
@@ -250,7 +252,7 @@ class Worker:
             self._lanes.lose(lane)
             for task in tasks:
                 self._fail(task, error)
-            return
+            return self._require_device()
         each_s = self._pace.iteration_s(lane.shape, lane.slots) or 0.0
         for task in tasks:
             if task in reports:
@@ -258,6 +260,13 @@ class Worker:
                     self._told(task, reports[task], each_s)
                 except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
                     self._fail(task, error)
+
+    def _require_device(self) -> None:
+        """After a failure: it may have been the device, and then whoever comes would only fail as well."""
+        try:
+            self._engine.require_device()
+        except Exception as error:
+            raise DeviceLost("the device fails at an addition") from error
 
     def _told(self, task: Task, report: Report, each_s: float) -> None:
         work, listener, now = task.work, task.listener, time.monotonic()
