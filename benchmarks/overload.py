@@ -3,7 +3,7 @@
     python -m benchmarks.overload --engine fake --json FILE --svg FILE
 
 Capacity is what a closed loop gets done. Then the same jobs come as an open loop (Poisson), each load for `--seconds`, all
-loads in turn and that `--repeats` times: once with time enough for every job, and once where every second job must be done
+loads in turn and that `--repeats` times, at other moments each time: once with time enough for every job, and once where every second job must be done
 within three quarters of the longest wait. Latency counts from the moment that a job was due. The client is this process,
 on the same cores as the server, and sends every job once. Exit code 1: a goal was missed.
 """
@@ -49,6 +49,7 @@ MISSED = "DEADLINE_EXCEEDED"
 
 LEAST_GOODPUT = 0.9  # of the most, at the highest load
 LONGEST_WAIT = 1.25  # times what all places take at capacity: chance, and a client on the same cores
+LONGEST_OVERTAKEN = 2.0  # the same where half are in a hurry: they go first, so each place may be overtaken once
 REFUSAL_MS = 50.0  # p99, at a client beside the server
 REFUSAL_CPU_MS = 1.0  # of the server
 MOST_MISSED = 0.01  # of the accepted jobs
@@ -87,6 +88,11 @@ class Outcome:
         self.client_cpu_s += step.client_cpu * seconds
 
     @property
+    def sent(self) -> float:
+        """Jobs/s that were sent, which chance makes more or less than those that were offered."""
+        return self.tally.due / self.tally.seconds if self.tally.seconds else 0.0
+
+    @property
     def goodput(self) -> float:
         """Jobs/s that were done."""
         return self.tally.jobs_per_s
@@ -117,7 +123,7 @@ class Outcome:
         """As a line of the table."""
         refusal_s, statuses = self.refusal_s, self.tally.statuses
         return {
-            "load": f"{self.factor:g}x", "sent per s": self.offered, "done per s": self.goodput,
+            "load": f"{self.factor:g}x", "sent per s": self.sent, "done per s": self.goodput,
             "p50 s": self.result_s(0.5), "p95 s": self.result_s(0.95), "p99 s": self.result_s(0.99),
             "missed": self.missed, "full": statuses[REFUSALS[0]], "too late": statuses[REFUSALS[1]],
             "refusal p50 ms": 1000 * (refusal_s.quantile(0.5) or 0.0),
@@ -180,10 +186,10 @@ async def measured(
             sys.exit(f"not one job was done in {seconds:g} s; allow more --seconds")
         hurried = Kind(name="hurried", frames=False, deadline_s=HURRY * PLACES / capacity, overrides=overrides)
         series = [([patient], of_loads(capacity)), ([patient, hurried], of_loads(capacity))]
-        for _ in range(repeats):
+        for turn in range(repeats):
             for mix, outcomes in series:
                 for outcome in outcomes:
-                    outcome.add(*await step(OpenLoop(outcome.offered), mix))
+                    outcome.add(*await step(OpenLoop(outcome.offered), mix, seed=turn))
     return capacity, series[0][1], series[1][1]
 
 
@@ -193,7 +199,7 @@ def of_loads(capacity: float) -> list[Outcome]:
 
 
 async def run_step(
-    client: GramophoneClient, pid: int, seconds: float, load: Load, mix: Sequence[Kind]
+    client: GramophoneClient, pid: int, seconds: float, load: Load, mix: Sequence[Kind], seed: int = 0
 ) -> tuple[Step, float, float]:
     """A step of so many seconds after the warm-up, the server's CPU seconds in it, and how long it took."""
     pictures = Pictures(synthetic(0, SIZE), (synthetic(1, SIZE, cells=24),))
@@ -202,6 +208,7 @@ async def run_step(
         loads=[load],
         mix=mix,
         pictures=lambda _: pictures,
+        seed=seed,
         warm_up_s=WARM_UP_S,
         window_s=duration_s,
         duration_s=duration_s,
@@ -215,7 +222,9 @@ async def run_step(
 def judged(capacity: float, patient: Sequence[Outcome], hurried: Sequence[Outcome], *, sleeps: bool) -> list[Verdict]:
     """The goals. An engine that ``sleeps`` leaves the CPU to everything else, so what a refusal costs can be seen."""
     last, peak = patient[-1], max(outcome.goodput for outcome in patient)
-    worst_s, bound_s = max(outcome.result_s(0.95) for outcome in patient), LONGEST_WAIT * PLACES / capacity
+    all_s = PLACES / capacity
+    worst_s, overtaken_s = (max(outcome.result_s(0.95) for outcome in outcomes) for outcomes in (patient, hurried))
+    bound_s, overtaken_bound_s = LONGEST_WAIT * all_s, LONGEST_OVERTAKEN * all_s
     slowest_ms = 1000 * max(outcome.refusal_s.quantile(0.99) or 0.0 for outcome in (*patient, *hurried))
     untyped = sum(outcome.untyped for outcome in (*patient, *hurried))
     accepted = sum(outcome.tally.ok + outcome.missed for outcome in (*patient, *hurried))
@@ -225,22 +234,25 @@ def judged(capacity: float, patient: Sequence[Outcome], hurried: Sequence[Outcom
         Verdict(f"goodput at {last.factor:g}x at least {LEAST_GOODPUT:.0%} of the most", f"{share:.0%}", share >= LEAST_GOODPUT),
         Verdict(f"{last.factor:g}x is more than the server takes", f"{last.refused} refused", last.refused > 0),
         Verdict(f"p95 of a result at most {bound_s:.3g} s, {LONGEST_WAIT:g} times all places' work", f"{worst_s:.3g} s", worst_s <= bound_s),
+        Verdict(f"p95 with half in a hurry, who go first, at most {overtaken_bound_s:.3g} s, {LONGEST_OVERTAKEN:g} times", f"{overtaken_s:.3g} s", overtaken_s <= overtaken_bound_s),
         Verdict(f"p99 of a refusal under {REFUSAL_MS:g} ms", f"{slowest_ms:.3g} ms", slowest_ms < REFUSAL_MS),
         Verdict("every refusal has its reason", f"{untyped} without", untyped == 0),
         Verdict(f"at most {MOST_MISSED:.0%} of the accepted jobs miss their deadline", f"{missed} of {accepted}", missed <= MOST_MISSED * accepted),
     ]  # fmt: skip
     if sleeps:
         cost_ms = refusal_cpu_ms(patient)
-        goal = f"a refusal takes under {REFUSAL_CPU_MS:g} ms of the server's CPU"
-        verdicts.append(Verdict(goal, f"{cost_ms:.2f} ms", cost_ms < REFUSAL_CPU_MS))
+        goal, told = f"a refusal takes under {REFUSAL_CPU_MS:g} ms of the server's CPU", "no more refusals: not known"
+        is_met = cost_ms is not None and cost_ms < REFUSAL_CPU_MS
+        verdicts.append(Verdict(goal, told if cost_ms is None else f"{cost_ms:.2f} ms", is_met))
     return verdicts
 
 
-def refusal_cpu_ms(outcomes: Sequence[Outcome]) -> float:
-    """The server's CPU for each refusal more, between the least and the most of the loads that keep the engine busy."""
+def refusal_cpu_ms(outcomes: Sequence[Outcome]) -> float | None:
+    """The server's CPU for each refusal more, between the least and the most of the loads that keep the engine busy. None
+    if there are no more of them, which tells nothing."""
     low, high = next(outcome for outcome in outcomes if outcome.factor > 1), outcomes[-1]
     more = high.refused / high.seconds - low.refused / low.seconds
-    return 1000 * (high.server_cpu_s / high.seconds - low.server_cpu_s / low.seconds) / more if more > 0 else 0.0
+    return 1000 * (high.server_cpu_s / high.seconds - low.server_cpu_s / low.seconds) / more if more > 0 else None
 
 
 def drawn(title: str, capacity: float, outcomes: Sequence[Outcome]) -> str:

@@ -1,7 +1,10 @@
 """The bad-input campaign in small, and requests that keep to their types and to nothing else."""
 
+import asyncio
 import math
+import os
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -35,10 +38,12 @@ async def test_whatever_is_sent_the_server_answers_and_goes_on():
     assert not findings.failures, explained(findings)
     assert findings.total == COUNT + len(inputs.corpus())
     assert 0 < findings.most_memory <= LIMITS.request_memory_bytes
+    assert 0 < findings.most_memory_at_once <= LIMITS.request_memory_bytes
 
 
 async def test_the_campaign_tells_what_a_server_does_wrong(tmp_path, monkeypatch):
-    """Taking any memory, or any time, or ending in UNIMPLEMENTED, as a method that is not there does."""
+    """Taking any memory, or any time, or ending in UNIMPLEMENTED, as a method that is not there does. And a damaged input
+    is held to the limit of memory as well as those that are sent alone."""
     monkeypatch.setitem(sending.METHODS, "Paint", Method("Paint"))
     monkeypatch.setattr(campaigns, "LIMITS", SimpleNamespace(request_memory_bytes=-1))
     monkeypatch.setattr(sending, "SLOW_S", 0.0)
@@ -46,16 +51,70 @@ async def test_the_campaign_tells_what_a_server_does_wrong(tmp_path, monkeypatch
     absent, slow = Input("wire", "Paint", (b"x",)), Input("wire", "GetServerInfo", (b"",))
     for path, sent in zip(paths, (absent, slow), strict=True):
         path.write_bytes(sent.to_file())
-    findings = await campaign(0, 0, paths, bombs=False)
+    monkeypatch.setattr(inputs, "inputs", lambda seed: iter([slow._replace(kind="damage")] * 16))
+    findings = await campaign(16, 0, paths, bombs=False)
     told = explained(findings).splitlines()
     assert told[0] == "wire: UNIMPLEMENTED: Method not found!"
-    assert told[1].startswith("wire: took ") and told[1].endswith(" MiB, at most -0 are allowed")
-    assert told[2].startswith("wire: took ") and told[2].endswith(" s three times, at most 0 are allowed")
-    assert len(told) == 4
+    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", told[1])
+    assert re.fullmatch(r"wire: took \d\.\d s, again and again, at most 0 are allowed", told[2])
+    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", told[3])
+    memory = re.compile(r"damage: took \d+ MiB( with up to [1-7] others beside)?, at most -0 are allowed")
+    found = [match for one in told[4:] if (match := memory.fullmatch(one))]
+    assert len(found) == 16 and sum(match[1] is not None for match in found) >= sending.AT_ONCE
+    assert len(told) == 4 + 2 * 16 and findings.again == 1 + 16
     said = keep(findings, tmp_path / "kept")
     again = tmp_path / "kept" / "000-wire.input"
     assert said[0].endswith(f"again with: python -m tests.bad_input {again}")
     assert Input.of_file(again) == absent
+
+
+@pytest.mark.parametrize(("calls_that_hang", "is_failure"), [(1, False), (3, True)])
+async def test_a_server_that_sits_on_a_call_without_working_is_found(calls_that_hang, is_failure, monkeypatch):
+    """But not if it was once, which may have been the machine."""
+    monkeypatch.setattr(sending, "SLOW_S", 0.2)
+    server = sending.Target("127.0.0.1:9", os.getpid(), "")
+    left = iter([0.4] * calls_that_hang)
+
+    async def called(_):
+        await asyncio.sleep(next(left, 0.0))
+        return "OK", ""
+
+    monkeypatch.setattr(server, "_called", called)
+    outcome = await server.outcome(Input("wire", "GetJob", (b"",)))
+    await server.close()
+    assert outcome.seconds >= 0.4 and outcome.again == min(calls_that_hang, 2)
+    assert bool(outcome.failure) == is_failure, outcome
+    if is_failure:
+        assert outcome.failure == "took 0.4 s, again and again, at most 0.2 are allowed"
+
+
+async def test_what_a_slow_call_waits_for_a_processor_is_not_its_fault(monkeypatch):
+    monkeypatch.setattr(sending, "SLOW_S", 0.2)
+    server = sending.Target("127.0.0.1:9", os.getpid(), "")
+    waited = iter(range(10))  # seconds more, each time that it is asked
+    monkeypatch.setattr(server, "_waited_s", lambda: next(waited))
+
+    async def called(_):
+        await asyncio.sleep(0.3)
+        return "OK", ""
+
+    monkeypatch.setattr(server, "_called", called)
+    outcome = await server.outcome(Input("wire", "GetJob", (b"",)))
+    await server.close()
+    assert outcome.failure == "" and outcome.again == 1 and outcome.seconds >= 0.3
+
+
+async def test_memory_is_held_against_each_that_was_on_its_way():
+    server = sending.Target("127.0.0.1:9", os.getpid(), "")
+    with server.rise() as first:
+        with server.rise() as second:
+            del (held := [bytearray(b"x" * (64 * 2**20))])[:]  # it was there, and it is gone
+        with server.rise() as third:
+            pass
+    await server.close()
+    rises = [rise.peak - rise.before for rise in (first, second, third)]
+    assert not held and rises[0] > 60 * 2**20 and rises[1] > 60 * 2**20 and rises[2] < 30 * 2**20
+    assert [rise.beside for rise in (first, second, third)] == [1, 1, 1]
 
 
 class Method:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import threading
 
 import pytest
+from rich.console import Console
 
 from tests.chaos import __main__ as campaign
 from tests.chaos.faults import FAULTS, Fault, begin_and_leave
 from tests.chaos.stage import CONTENT, SMALL, STYLE
+from tests.chaos.watch import Broken, Health, Usage
 
 
 def test_every_fault_once_leaves_nothing_behind(capsys):
@@ -17,9 +21,50 @@ def test_every_fault_once_leaves_nothing_behind(capsys):
     told = capsys.readouterr().out
     assert code == 0, told
     assert "broken" not in told
+    assert "1 rounds are too few to judge memory: that takes 4\n" in told
     for name, fault in FAULTS.items():
         assert re.search(rf"^  .*\b{name}\b.*: [0-9.]+ s, \d+ result", told, re.MULTILINE), "it was played"
         assert fault.play.__doc__, "a fault tells what must hold"
+
+
+@pytest.mark.parametrize(("by_round", "told"), [
+    ([500, 506, 511, 516], "grew by 21 MiB in 4 rounds"),
+    ([500, 503, 501, 502], "memory: +2 MiB in 4 rounds, by a line; at most 16 are allowed\n"),
+    ([500, 600, 700], "3 rounds are too few to judge memory: that takes 4\n"),
+])  # fmt: skip
+def test_it_is_told_whether_memory_was_judged(by_round, told, capsys):
+    played = campaign.Campaign([], 1, Console(width=200))
+    played.usages = [Usage(10, 10, float(mib)) for mib in by_round]
+    try:
+        played.check_memory()
+    except Broken as error:
+        assert told in str(error)
+    else:
+        assert capsys.readouterr().out == told
+
+
+PAGES = {"not HTTP": b"what?\r\n\r\n", "not numbers": b"HTTP/1.0 200 OK\r\n\r\ngramophone_jobs many\n"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_metrics_that_cannot_be_read_are_trouble(page):
+    """Whatever is wrong with them: a thread that asks no more must not look like one that has no complaints."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
+        health = Health("127.0.0.1:9", url)
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(PAGES[page])
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        health._kept(health._probe)
+        answering.join()
+    with pytest.raises(Broken, match=rf"^health: {url}: "):
+        health.check()
 
 
 async def _abandons(stage):

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from tests.chaos import watch
 from tests.chaos.watch import Broken
 from tests.soak import __main__ as soak
 from tests.soak.load import HABITS
@@ -44,19 +45,47 @@ def test_a_slope_is_of_the_line_and_not_of_the_outliers():
 
 @pytest.mark.parametrize(
     ("mib_per_h", "minutes", "is_broken"),
-    [(100, 20, True), (20, 20, False), (-100, 20, False), (60, 12, False), (200, 12, True), (1000, 1, False)],
+    [
+        *((100, 20, True), (42, 20, True), (30, 20, False), (20, 20, False), (-100, 20, False)),
+        *((40, 12, False), (80, 12, True), (1000, 1, False)),
+        *((30, 26, True), (18, 26, False), (30, 60, True), (18, 60, False)),
+    ],
 )
-def test_memory_that_grows_is_found_in_its_noise(mib_per_h, minutes, is_broken):
-    chance, found = random.Random(1), soak.Soak("fake", 1, Console())
+def test_memory_that_grows_is_found_in_its_noise(mib_per_h, minutes, is_broken, capsys):
+    """36 MiB an hour can be told in the second ten of 20 minutes, 60 in the second six of 12, and 24 is the rule."""
+    told_per_h = {12: 60, 20: 36, 26: 24, 60: 24}
+    chance, found = random.Random(1), soak.Soak("fake", 1, Console(width=200))
     for second in range(60 * minutes):
         filling = min(second, 15 * minutes) / minutes  # caches, which are full after a quarter of the time
         resident = 500 + filling + mib_per_h / 3600 * second + chance.gauss(0, 2)
         found.samples.append(soak.Sample(second, resident, 16, 17, 17, 5))
+    if minutes == 1:
+        found.check_memory()
+        assert capsys.readouterr().out == "too short to judge memory: that takes 5 minutes after the warm-up\n"
+        return
+    limit = rf"at most {told_per_h[minutes]} are allowed{'' if minutes > 20 else ', as so short a time tells no less'}$"
     if is_broken:
-        with pytest.raises(Broken, match=r"memory grows by [\d.]+ MiB an hour; at most 24 are allowed"):
+        with pytest.raises(Broken, match=rf"^memory grows by \+[\d.]+ MiB an hour in the last \d+ minutes; {limit}"):
             found.check_memory()
     else:
         found.check_memory()
+        assert re.search(rf"^memory: [+-][\d.]+ MiB an hour in the last \d+ minutes; {limit}", capsys.readouterr().out)
+
+
+def test_a_sample_that_fails_ends_the_run_and_is_told(monkeypatch, tmp_path, capsys):
+    """Or a run without samples would be one that is too short."""
+    scraped, asked = watch.scraped, []
+
+    def soon_gone(url):
+        asked.append(url)
+        if len(asked) > 2:
+            raise Broken(f"{url}: gone")
+        return scraped(url)
+
+    monkeypatch.setattr(soak, "scraped", soon_gone)
+    code = soak.main(["--minutes", "5", "--engine", "fake", "--seed", "1", "--out", str(tmp_path)])
+    assert code == 1
+    assert re.search(r"^broken: http://\S+/metrics: gone$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_chart_is_a_picture_by_itself():

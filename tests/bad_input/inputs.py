@@ -93,6 +93,11 @@ def bombs() -> Iterator[Input]:
     yield Input("bomb repeated field", "Stylize", (again * 300,))
 
 
+def prepare() -> None:
+    """Makes what inputs are made of, which takes a second the first time."""
+    good(), _well_formed(), saved(light=True), saved(light=False)
+
+
 def inputs(seed: int) -> Iterator[Input]:
     """Without end; the same for the same seed."""
     chance = random.Random(seed)

@@ -61,9 +61,20 @@ class Campaign:
                     await self._play(stage, act)
                 self.usages.append(now := Usage.of(stage.server.pid))
                 self.say.print(f"round {len(self.usages)}: {now.resident_mib:.0f} MiB")
+        self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raises `Broken` if the server grew. Rounds that are too few to tell are not judged, and that is said."""
         rounds = [(float(at), usage.resident_mib) for at, usage in enumerate(self.usages)]
-        if len(rounds) >= FEWEST_ROUNDS and (growth := slope(rounds) * len(rounds)) > MOST_GROWTH_MIB:
+        if len(rounds) < FEWEST_ROUNDS:
+            self.say.print(f"{len(rounds)} rounds are too few to judge memory: that takes {FEWEST_ROUNDS}")
+            return
+        growth = slope(rounds) * len(rounds)
+        if growth > MOST_GROWTH_MIB:
             raise Broken(f"the server grew by {growth:.0f} MiB in {len(rounds)} rounds: {[m for _, m in rounds]}")
+        self.say.print(
+            f"memory: {growth:+.0f} MiB in {len(rounds)} rounds, by a line; at most {MOST_GROWTH_MIB:g} are allowed"
+        )
 
     @asynccontextmanager
     async def _stage(self) -> AsyncIterator[Stage]:

@@ -8,7 +8,9 @@ import os
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -47,10 +49,14 @@ class Usage:
 
 
 def scraped(url: str) -> dict[str, float]:
-    """A server's metrics as they are now, by name and labels: 'gramophone_jobs{state="running"}'."""
-    with urllib.request.urlopen(url, timeout=ANSWER_WITHIN_S) as page:
-        lines = page.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+    """A server's metrics as they are now, by name and labels: 'gramophone_jobs{state="running"}'. Raises `Broken` if there are
+    none, or if they cannot be read."""
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_WITHIN_S) as page:
+            lines = page.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+    except (OSError, HTTPException, ValueError) as error:
+        raise Broken(f"{url}: {type(error).__name__}: {error}") from error
 
 
 class Residue:
@@ -103,7 +109,9 @@ class Health:
         self.trouble = ""  # the first answer that was not SERVING in time
         self._address, self._metrics_url = address, metrics_url
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=ask, name="health") for ask in (self._ask, self._probe)]
+        self._threads = [
+            threading.Thread(target=self._kept, args=(ask,), name="health") for ask in (self._ask, self._probe)
+        ]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -122,6 +130,14 @@ class Health:
         if self.trouble:
             raise Broken(f"health: {self.trouble}")
 
+    def _kept(self, ask: Callable[[], None]) -> None:
+        """What ends a thread is trouble, whatever it is: nobody would miss its questions."""
+        try:
+            ask()
+        except Exception as error:  # noqa: BLE001 - that is the point
+            told = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
+            self.trouble = self.trouble or told
+
     def _ask(self) -> None:
         with grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -138,9 +154,6 @@ class Health:
 
     def _probe(self) -> None:
         while not self._over.wait(1.0) and not self.trouble:
-            try:
-                scraped(self._metrics_url)
-                with urllib.request.urlopen(urljoin(self._metrics_url, "/healthz"), timeout=ANSWER_WITHIN_S):
-                    pass  # it raises unless that is 200
-            except OSError as error:
-                self.trouble = f"{self._metrics_url}: {error}"
+            scraped(self._metrics_url)
+            with urllib.request.urlopen(urljoin(self._metrics_url, "/healthz"), timeout=ANSWER_WITHIN_S):
+                pass  # it raises unless that is 200
