@@ -150,8 +150,11 @@ class Worker:
                 self._end(task)
         left = [task for task in tasks if not task.over]
         now = time.monotonic()
-        for seat, error in self._lanes.arrange(left, beside_bytes, now + SLICE_S).items():
+        failed = self._lanes.arrange(left, beside_bytes, now + SLICE_S)
+        for seat, error in failed.items():
             self._fail(seat, error)
+        if failed:
+            self._require_device()
         if not self._lanes.short:
             self._short_since = None
         elif self._short_since is None:
