@@ -156,7 +156,7 @@ async def test_the_iteration_under_way_is_waited_for_so_that_its_picture_can_be_
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
             while True:
                 told.append(await job.read())
-        assert told[-1].event.HasField("checkpoint") and told[-1].event.checkpoint.iteration == 2
+        assert told[-1].event.HasField("checkpoint") and told[-1].event.checkpoint.iteration >= 2
         assert await asyncio.wait_for(p.task, 5) is True
 
 

@@ -449,12 +449,12 @@ async def test_a_job_that_pauses_holds_up_no_drain():
 
 async def test_a_pause_does_not_outlast_a_time_budget():
     async with scheduling(FakeEngine(iteration_s=0.005), max_running=2) as scheduler:
-        job = submit(scheduler, work(iterations=100_000, time_budget=0.6))
+        job = submit(scheduler, work(iterations=100_000, time_budget=2.0))
         await until(lambda: job.work.done)
         await scheduler.command(job.listener, Pause())
         done, began = job.work.done, time.monotonic()
         finished = [event async for _, event in job.events()][-1]
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # and not the pause's 600
         assert (finished.reason, finished.iterations) == (StopReason.TIME_BUDGET, done)
         await until(lambda: scheduler.paused == scheduler.running == scheduler.queued == 0)
 
