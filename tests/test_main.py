@@ -152,6 +152,7 @@ async def test_the_iteration_under_way_is_waited_for_so_that_its_picture_can_be_
         told = []
         while not told or not told[-1].event.HasField("progress"):
             told.append(await job.read())
+        await until(lambda: len(engine.slices) == 2)  # the next one is under way
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
             while True:
