@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 
@@ -20,7 +21,7 @@ from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.metrics import SERVICE
 from gramophone_server.scheduler import Scheduler
-from tests.fakes import FakeEngine
+from tests.fakes import FakeBatch, FakeEngine
 from tests.test_servicer import refused, spec, until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -141,23 +142,33 @@ async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
 
 
 async def test_the_iteration_under_way_is_waited_for_so_that_its_picture_can_be_had(capsys, monkeypatch):
-    monkeypatch.setattr(main, "LAST_MESSAGES_S", 0.5)
-    engine = FakeEngine(iteration_s=2.0)
+    monkeypatch.setattr(main, "LAST_MESSAGES_S", 0.1)
+    engine, begun, over = FakeEngine(), threading.Event(), threading.Event()
+    advance = FakeBatch.advance
+
+    def second_held(batch, iterations=1):
+        if engine.iterations == 1:
+            begun.set()
+            assert over.wait(10)
+        return advance(batch, 1)
+
+    monkeypatch.setattr(FakeBatch, "advance", second_held)
     async with Process(capsys, engine, drain_s=0.0) as p:
         await p.line("ready in ")
         wanted = spec(iterations=50)
         wanted.frames.SetInParent()
         wanted.checkpoints.SetInParent()
         job = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
-        told = []
-        while not told or not told[-1].event.HasField("progress"):
-            told.append(await job.read())
-        await until(lambda: len(engine.slices) == 2)  # the next one is under way
+        told = [await job.read()]
+        await until(begun.is_set)
         os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(1.0)  # longer than messages are waited for, and calls that are stopped
+        over.set()
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
             while True:
                 told.append(await job.read())
-        assert told[-1].event.HasField("checkpoint") and told[-1].event.checkpoint.iteration >= 2
+        frames = [event.frame for event in (one.event for one in told) if event.HasField("frame")]
+        assert told[-1].event.checkpoint.iteration == frames[-1].iteration == 2
         assert await asyncio.wait_for(p.task, 5) is True
 
 

@@ -102,14 +102,9 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_recipe_flags(parser)
 
     _add_watching(parser)
-    server = _add_server(parser)
-    _add_timeout(server)
-    server.add_argument(
-        "--detach",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="let the job go on for so long when the connection is lost or this command ends, and look for it again "
+    _add_search(
+        _add_server(parser),
+        "let the job go on for so long when the connection is lost or this command ends, and look for it again "
         "until then (default 0)",
     )
     parser.set_defaults(run=stylize)
@@ -216,14 +211,16 @@ def _add_timeout(server: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_search(server: argparse._ArgumentGroup) -> None:
+def _add_search(
+    server: argparse._ArgumentGroup, help: str = "look for the job for so long when the connection is lost (default 0)"
+) -> None:
     _add_timeout(server)
     server.add_argument(
         "--detach",
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="look for the job for so long when the connection is lost (default 0)",
+        help=help,
     )
 
 
