@@ -1,9 +1,10 @@
-"""What tests of the engine share: a network with VGG-19's line and few channels, and small pictures."""
+"""What tests of the engine share, a network with VGG-19's line and few channels and small pictures; and those of the client, a
+service that plays scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from gramophone_server.engine import Engine
 from gramophone_server.job import StyleJob
 from gramophone_server.precision import MODES
 from gramophone_server.vgg import BACKBONES, Convolution, Preprocessing, Vgg
+
+if TYPE_CHECKING:
+    from gramophone_client import GramophoneClient
+    from tests.fake_service import FakeService
 
 TINY_CHANNELS = (4, 6, 8, 8, 8)
 
@@ -72,3 +77,24 @@ def make_job() -> Callable[..., StyleJob]:
         )
 
     return make
+
+
+# Their imports are inside, because a machine with a GPU runs the engine's tests without gRPC.
+
+
+@pytest.fixture
+def service() -> Iterator[FakeService]:
+    """A fake service on the loopback."""
+    from tests.fake_service import serving
+
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+async def client(service: FakeService) -> AsyncIterator[GramophoneClient]:
+    """A client that talks to it."""
+    from gramophone_client import GramophoneClient
+
+    async with GramophoneClient(service.target, timeout_s=10) as connected:
+        yield connected

@@ -24,17 +24,11 @@ from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.errors import DeadlineExceeded
 from gramophone_client.picture import write_whole
 from gramophone_server import errors as server_errors
-from tests.fake_service import HANG, accepted, encoded, frame, progress, refused, serving
+from tests.fake_service import HANG, accepted, encoded, frame, progress, refused
 from tests.test_bench import parsed
 
 PICTURES = Pictures(encoded("red"), (encoded("yellow"),))
 FULL = refused(server_errors.QueueFull(16, 16, retry_after_s=0.0))
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,6 @@ from tests.fake_service import (
     progress,
     refused,
     result,
-    serving,
     waiting,
 )
 
@@ -46,12 +45,6 @@ NOTE = json.dumps(
         "weights": "none",
     }
 )
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,6 @@ from tests.fake_service import (
     progress,
     refused,
     result,
-    serving,
     waiting,
 )
 
@@ -55,18 +54,6 @@ PHOTO, PAINTING = encoded("red"), encoded("yellow")
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens on
 
 UNAVAILABLE, EXHAUSTED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-async def client(service):
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
-        yield connected
 
 
 async def collected(updates):

@@ -8,7 +8,6 @@ from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import (
     FrameOptions,
-    GramophoneClient,
     JobControl,
     SyncGramophoneClient,
     SyncJobControl,
@@ -30,25 +29,12 @@ from tests.fake_service import (
     progress,
     refused,
     result,
-    serving,
 )
 
 PHOTO, PAINTING = encoded("red"), encoded("yellow")
 NEVER = (("grpc-retry-pushback-ms", "-1"),)  # no retries by gRPC itself, for the sake of time
 LOST = bare(grpc.StatusCode.UNAVAILABLE, "gone")
 BUSY = bare(grpc.StatusCode.UNAVAILABLE, "still gone", NEVER)
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-async def client(service):
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
-        yield connected
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,7 @@ from tests.fake_service import (
     progress,
     refused,
     result,
-    serving,
 )
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -42,21 +42,9 @@ NEVER = (("grpc-retry-pushback-ms", "-1"),)  # no retries by gRPC itself, for th
 
 
 @pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
 def other():
     with serving() as fake:
         yield fake
-
-
-@pytest.fixture
-async def client(service):
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
-        yield connected
 
 
 @pytest.fixture(autouse=True)

@@ -10,21 +10,9 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client import GramophoneClient, errors
 from gramophone_client.sending import send
-from tests.fake_service import HANG, accepted, serving
+from tests.fake_service import HANG, accepted
 
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens on
-
-
-@pytest.fixture
-def service():
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-async def client(service):
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
-        yield connected
 
 
 @pytest.fixture
