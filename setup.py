@@ -19,11 +19,17 @@ from setuptools import Distribution, setup
 ROOT = Path(__file__).parent
 CLIENT_ONLY = os.environ.get("GRAMOPHONE_BUILD") == "client"
 CONTRACT = {"gramophone": "proto/gramophone", "gramophone.v1": "proto/gramophone/v1"}
-CLIENT = {
-    "gramophone_client": "client/gramophone_client",
-    "gramophone_client.bench": "client/gramophone_client/bench",
-}
-SERVER = {"gramophone_server": "server/gramophone_server"}
+
+
+def packages(folder: str, package: str) -> dict[str, str]:
+    """A package and those inside it, each with its folder."""
+    inits = sorted((ROOT / folder / package).rglob("__init__.py"))
+    paths = [init.parent.relative_to(ROOT / folder) for init in inits]
+    return {".".join(path.parts): f"{folder}/{path.as_posix()}" for path in paths}
+
+
+CLIENT = packages("client", "gramophone_client")
+SERVER = packages("server", "gramophone_server")
 PACKAGES = CONTRACT | CLIENT | ({} if CLIENT_ONLY else SERVER)
 COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.main:main"]
 # Turing to Hopper; whatever is newer compiles the last one's PTX when it first loads it. CUDA 13 knows nothing older.

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.iteration import jobs
 from benchmarks.measure import Row, interleaved, machine, print_table, write_json
 from gramophone.recipe import Optimiser, Recipe
-from gramophone_server.engine import Engine
-from gramophone_server.job import StyleJob
-from gramophone_server.work import Batch, Batching
+from gramophone_server.domain.engine_api import Batch, BatchEngine
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
 
 ITERATIONS = 100_000  # more than are made
 
@@ -35,7 +35,7 @@ def noise(size: int, count: int) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
 
 
-def rows_of(engine: Engine, size: int, optimiser: Optimiser, slots: list[int], repeats: int) -> list[Row]:
+def rows_of(engine: VggEngine, size: int, optimiser: Optimiser, slots: list[int], repeats: int) -> list[Row]:
     """All widths of one size, in turn."""
     recipe = Recipe(size=size, smallest_size=0, iterations=ITERATIONS, optimiser=optimiser)
     work = jobs(noise(size, max(slots)), noise(size, max(slots)).flip(0), recipe)
@@ -57,7 +57,7 @@ def rows_of(engine: Engine, size: int, optimiser: Optimiser, slots: list[int], r
     return rows
 
 
-def filled(engine: Batching, work: list[StyleJob]) -> Batch:
+def filled(engine: BatchEngine, work: list[StyleJob]) -> Batch:
     """A batch with a slot for each of the jobs."""
     batch = engine.batch(engine.admit(work[0]).shape, len(work))
     for job in work:
@@ -65,7 +65,7 @@ def filled(engine: Batching, work: list[StyleJob]) -> Batch:
     return batch
 
 
-def _moves(engine: Engine, batch: Batch) -> dict[str, float]:
+def _moves(engine: VggEngine, batch: Batch) -> dict[str, float]:
     """Milliseconds to leave a batch and to join it again, the style known and not."""
 
     def timed(call: Callable[[], object]) -> float:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", help="where to write the rows")
     arguments = parser.parse_args()
-    engine = Engine.load(
+    engine = VggEngine.load(
         device=arguments.device, precision=arguments.precision, weights="embedded", backbone="vgg19", threads=0
     )
     slots = [int(width) for width in arguments.slots.split(",")]

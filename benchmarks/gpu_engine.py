@@ -19,11 +19,11 @@ from benchmarks.network import flops, network, smooth
 from benchmarks.section import Section
 from gramophone.recipe import Optimiser, Recipe, preset
 from gramophone_server.config import Settings
-from gramophone_server.engine import Engine, EngineRun
-from gramophone_server.images import Format, decode, encode
-from gramophone_server.job import StyleJob
-from gramophone_server.precision import MODES, choose
-from gramophone_server.vgg import Vgg
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import EngineRun, VggEngine
+from gramophone_server.images.codec import Format, decode, encode
+from gramophone_server.network.precision import MODES, choose
+from gramophone_server.network.vgg import Vgg
 
 __all__ = ["compiled", "iteration", "job", "memory", "profile"]
 
@@ -48,7 +48,7 @@ def _pictures(side: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
 def iteration(section: Section) -> None:
     """Ours and the textbook's, in every mode."""
     vgg, _ = network()
-    engines: dict[tuple[str, bool, bool], Engine] = {}  # by mode, graphs and search
+    engines: dict[tuple[str, bool, bool], VggEngine] = {}  # by mode, graphs and search
     for size, batch in SIZES:
         side = section.px(size)
         call = functools.partial(_iteration, section, vgg, engines, size, side, batch)
@@ -63,7 +63,7 @@ def iteration(section: Section) -> None:
 
 
 def _iteration(
-    section: Section, vgg: Vgg, engines: dict[tuple[str, bool, bool], Engine], size: int, side: int, batch: int
+    section: Section, vgg: Vgg, engines: dict[tuple[str, bool, bool], VggEngine], size: int, side: int, batch: int
 ) -> None:
     content, style = _pictures(side, batch, section.device)
     with TORCHS_OWN:
@@ -91,7 +91,7 @@ def _iteration(
         with switches:
             key = mode, graphs, search
             if key not in engines:
-                engines[key] = Engine(vgg, content.device, MODES[mode], graphs=graphs and section.device == "cuda")
+                engines[key] = VggEngine(vgg, content.device, MODES[mode], graphs=graphs and section.device == "cuda")
             run = engines[key].start(jobs(content, style, recipe))
             runs.append(run)
             _same_objective(run, wanted, mode)
@@ -213,12 +213,12 @@ def job(section: Section) -> None:
     section.attempt(f"16 jobs at {small} px", functools.partial(_sixteen, section, engine, smaller), 5)
 
 
-def _engine(vgg: Vgg, device: str, graphs: bool = True) -> Engine:
+def _engine(vgg: Vgg, device: str, graphs: bool = True) -> VggEngine:
     where = torch.device(device)
-    return Engine(vgg, where, choose("auto", where), graphs=graphs and device == "cuda")
+    return VggEngine(vgg, where, choose("auto", where), graphs=graphs and device == "cuda")
 
 
-def _job(section: Section, engine: Engine, one: StyleJob, turn: str) -> None:
+def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:
     begin = time.perf_counter()
 
     def frame(picture: Callable[[], Tensor]) -> float:
@@ -249,7 +249,7 @@ def _job(section: Section, engine: Engine, one: StyleJob, turn: str) -> None:
     )
 
 
-def _sixteen(section: Section, engine: Engine, one: StyleJob) -> None:
+def _sixteen(section: Section, engine: VggEngine, one: StyleJob) -> None:
     def finish(batch: list[StyleJob]) -> None:
         run = engine.start(batch)
         while not run.finished:
@@ -288,7 +288,7 @@ def memory(section: Section) -> None:
         section.attempt(f"memory at {side} px, batch {batch}", call, 4)
 
 
-def _memory(section: Section, engine: Engine, side: int, batch: int) -> None:
+def _memory(section: Section, engine: VggEngine, side: int, batch: int) -> None:
     content, style = _pictures(side, batch, section.device)
     work = jobs(content, style, Recipe(size=side, smallest_size=0, iterations=100))
     del content, style

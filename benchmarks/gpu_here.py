@@ -21,7 +21,7 @@ from benchmarks.measure import driver
 from benchmarks.network import network
 from benchmarks.section import Section
 from gramophone_server import ops
-from gramophone_server.engine import cpu_name
+from gramophone_server.engine.engine import cpu_name
 
 __all__ = ["here", "sanitizer", "tests"]
 
@@ -74,9 +74,9 @@ def here(section: Section) -> None:
 def tests(section: Section) -> None:
     """The tests of the kernels and of the engine, on the GPU, a process per file."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    if section.device == "cuda":  # test_cuda_chain.py emulates what tests/gpu has for real
-        kernels = ("style", "line", "step")
-        files = [ROOT / "tests" / f"test_cuda_{name}.py" for name in kernels] + files
+    if section.device == "cuda":  # tests/cuda/test_features.py emulates what tests/gpu has for real
+        families = ("style", "layers", "optimisers")
+        files = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in families] + files
     if importlib.util.find_spec("pytest") is None:
         section.left_out("tests", "the package pytest is not here")
         return
@@ -96,7 +96,7 @@ def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, lis
     """Passed, skipped, and the names of those that failed with the first line of why. The log stays in the folder."""
     report = section.folder / f"{file.stem}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
-    command += ["-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
+    command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
     environment = _environment()
     if section.device == "cuda":
         environment["GRAMOPHONE_TEST_ON"] = "cuda"

@@ -15,9 +15,9 @@ from benchmarks.measure import Switches, captured, milliseconds
 from benchmarks.network import Shape, random_vgg, shapes
 from benchmarks.section import Section
 from gramophone_server import ops
-from gramophone_server.convolutions import CuDnn, Fastest
-from gramophone_server.precision import MODES
-from gramophone_server.vgg import OXFORD, Convolution
+from gramophone_server.network.convolutions import CuDnn, Fastest
+from gramophone_server.network.precision import MODES
+from gramophone_server.network.vgg import OXFORD, Convolution
 
 __all__ = ["ceilings", "convolutions", "style_op"]
 

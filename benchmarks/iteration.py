@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.measure import MOST_CALLS, Row, Switches, interleaved, machine, print_table, write_json
 from gramophone.recipe import Recipe
-from gramophone_server.engine import Engine
-from gramophone_server.job import StyleJob
-from gramophone_server.precision import choose
-from gramophone_server.vgg import Vgg, load_vgg
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.network.precision import choose
+from gramophone_server.network.vgg import Vgg, load_vgg
 
 STYLE = {"1_1", "2_1", "3_1", "4_1", "5_1"}
 CONTENT = "4_2"
@@ -121,7 +121,7 @@ def jobs(content: Tensor, style: Tensor, recipe: Recipe) -> list[StyleJob]:
 def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: int) -> Callable[[], object]:
     """A step of the engine on the same images, as a call that can be made ``iterations`` times."""
     recipe = Recipe(size=content.shape[3], smallest_size=0, iterations=iterations)
-    engine = Engine(vgg, content.device, choose(precision, content.device))
+    engine = VggEngine(vgg, content.device, choose(precision, content.device))
     tf32 = precision == "tf32"
     switches = Switches(benchmark=False, conv_tf32=tf32, matmul_tf32=tf32)
     return switches.around(engine.start(jobs(content, style, recipe)).advance)

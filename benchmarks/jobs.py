@@ -22,9 +22,9 @@ from benchmarks.measure import Row, interleaved, machine, print_table, write_jso
 from gramophone.recipe import Recipe
 from gramophone_client import FrameOptions, SyncGramophoneClient
 from gramophone_server.config import Settings
-from gramophone_server.engine import Engine
-from gramophone_server.images import decode
-from gramophone_server.job import StyleJob
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.images.codec import decode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONTENT, STYLE = EXAMPLES / "photos" / "cat.jpg", EXAMPLES / "styles" / "brushwork.jpg"
@@ -44,7 +44,7 @@ def main() -> None:
     size, iterations = arguments.size, arguments.iterations
 
     recipe = Recipe(size=size, iterations=iterations, smallest_size=0)
-    engine = Engine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
+    engine = VggEngine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
     content, style = (decode(path.read_bytes(), path.name, Settings(), size) for path in (CONTENT, STYLE))
 
     def in_process() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gramophone_server.engine import cpu_name
+from gramophone_server.engine.engine import cpu_name
 
 __all__ = [
     "MOST_CALLS",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone_server.errors import StartupError
-from gramophone_server.vgg import BACKBONES, CHANNELS, OXFORD, Convolution, Vgg, load_vgg
+from gramophone_server.network.vgg import BACKBONES, CHANNELS, OXFORD, Convolution, Vgg, load_vgg
 
 __all__ = ["Shape", "flops", "network", "random_vgg", "shapes", "smooth"]
 

@@ -25,16 +25,16 @@ from rich.console import Console
 from benchmarks.measure import Row, machine, print_table, write_json
 from benchmarks.transport import cpu_s, serving
 from gramophone.recipe import RecipeOverrides
-from gramophone_client.bench.charts import Axis, Panel, Series, line_chart, sheet
+from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
 from gramophone_client.bench.display import shown
 from gramophone_client.bench.histogram import Histogram
-from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
+from gramophone_client.bench.html.charts import Axis, Panel, Series, line_chart, sheet
 from gramophone_client.bench.measure import Tally
 from gramophone_client.bench.metrics import number
-from gramophone_client.bench.mix import Kind
 from gramophone_client.bench.pictures import synthetic
 from gramophone_client.bench.report import Step
 from gramophone_client.bench.run import Bench, Pictures, Plan
+from gramophone_client.bench.workload import Kind
 from gramophone_client.client import GramophoneClient
 
 SIZE = 64  # pixels

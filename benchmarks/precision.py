@@ -20,16 +20,16 @@ from torch import Tensor
 
 from benchmarks.measure import Row, machine, print_table, write_json
 from gramophone.recipe import Recipe, Start, preset
-from gramophone_server.chain import Chain
 from gramophone_server.config import Settings
-from gramophone_server.convolutions import Form
-from gramophone_server.engine import Engine
-from gramophone_server.images import decode
-from gramophone_server.job import StyleJob
-from gramophone_server.precision import MODES
-from gramophone_server.stage import Stages
-from gramophone_server.targets import StyleTargets
-from gramophone_server.vgg import Vgg, load_vgg
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.engine.graph_runner import GraphRunnerPool
+from gramophone_server.engine.style_targets import StyleTargets
+from gramophone_server.images.codec import decode
+from gramophone_server.network.convolutions import Form
+from gramophone_server.network.features import VggFeatures
+from gramophone_server.network.precision import MODES
+from gramophone_server.network.vgg import Vgg, load_vgg
 
 CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -70,19 +70,19 @@ def round_to_tf32(x: Tensor) -> Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-def rounded(vgg: Vgg, mode: str) -> Engine:
+def rounded(vgg: Vgg, mode: str) -> VggEngine:
     """An engine on the CPU that computes as a GPU does in a mode."""
-    engine = Engine(vgg, CPU, MODES[mode])
-    engine.chain = Chain(vgg, CPU, MODES[mode], form="library")
+    engine = VggEngine(vgg, CPU, MODES[mode])
+    engine.chain = VggFeatures(vgg, CPU, MODES[mode], form="library")
     if mode != "fp32":
         engine.chain._line = [
             (name, pooled, Rounded(form, mode == "tf32")) for name, pooled, form in engine.chain._line
         ]
-    engine.stages, engine.targets = Stages(engine.chain, graphs=False), StyleTargets(engine.chain)
+    engine.stages, engine.targets = GraphRunnerPool(engine.chain, graphs=False), StyleTargets(engine.chain)
     return engine
 
 
-def gradient(engine: Engine, job: StyleJob, at: Tensor) -> Tensor:
+def gradient(engine: VggEngine, job: StyleJob, at: Tensor) -> Tensor:
     """dJ/dimage of a job at ``at``, uint8 [height, width, 3]; one scale."""
     start = at.permute(2, 0, 1).contiguous()
     one = Recipe(size=job.recipe.size, start=Start.IMAGE, smallest_size=0, iterations=1)
@@ -93,7 +93,7 @@ def gradient(engine: Engine, job: StyleJob, at: Tensor) -> Tensor:
     return stage.objective.evaluate(stage.canvas.image).grad
 
 
-def painted(engine: Engine, job: StyleJob) -> tuple[Tensor, float]:
+def painted(engine: VggEngine, job: StyleJob) -> tuple[Tensor, float]:
     """The finished picture, and the last loss."""
     run = engine.start([job])
     while not run.finished:
@@ -108,7 +108,7 @@ def compared(vgg: Vgg, job: StyleJob, modes: tuple[str, ...]) -> Mapping[str, Ro
     end, loss = painted(exact, job)
     rows: dict[str, Row] = {}
     for name in modes:
-        engine = Engine(vgg, CPU, MODES["fp32"]) if name == "fp32 again" else rounded(vgg, name)
+        engine = VggEngine(vgg, CPU, MODES["fp32"]) if name == "fp32 again" else rounded(vgg, name)
         row: Row = {"name": name, "size": job.recipe.size}
         for when, at in (("start", start), ("end", end)):
             expected, got = gradient(exact, job, at), gradient(engine, job, at)

@@ -18,9 +18,9 @@ import torch
 from benchmarks.measure import Row, machine, print_table, write_json
 from gramophone.recipe import Optimiser, Recipe, RecipeOverrides, Start
 from gramophone_server.config import Settings
-from gramophone_server.engine import Engine
-from gramophone_server.images import decode
-from gramophone_server.job import StyleJob
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.images.codec import decode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PAIRS = [("photos/cat.jpg", "styles/brushwork.jpg"), ("photos/coffee.jpg", "styles/woodcut.jpg")]
@@ -35,7 +35,7 @@ VARIANTS: Mapping[str, RecipeOverrides] = {
 }
 
 
-def paint(engine: Engine, job: StyleJob) -> torch.Tensor:
+def paint(engine: VggEngine, job: StyleJob) -> torch.Tensor:
     """The finished picture, uint8 [3, height, width]."""
     run = engine.start([job])
     while not run.finished:
@@ -43,7 +43,7 @@ def paint(engine: Engine, job: StyleJob) -> torch.Tensor:
     return run.picture(0).permute(2, 0, 1).contiguous()
 
 
-def objective(engine: Engine, job: StyleJob, picture: torch.Tensor, size: int) -> float:
+def objective(engine: VggEngine, job: StyleJob, picture: torch.Tensor, size: int) -> float:
     """J of the preset `fast` at ``picture``: the first loss of a job that starts from it at the final size."""
     recipe = Recipe(size=size, start=Start.IMAGE, smallest_size=0, iterations=1)
     judge = StyleJob(recipe=recipe, content=job.content, styles=job.styles, style_weights=(1.0,), start=picture, seed=0)
@@ -60,7 +60,7 @@ def main() -> None:
     size: int = arguments.size
     pairs = arguments.pair or [(EXAMPLES / photo, EXAMPLES / painting) for photo, painting in PAIRS]
 
-    engine = Engine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
+    engine = VggEngine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
     rows: list[Row] = []
     for name, overrides in VARIANTS.items():
         row: Row = {"name": name, "size": size}

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from gramophone.recipe import PRESETS, Recipe, preset
-from gramophone_server.engine import Engine
-from gramophone_server.job import StyleJob
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
 
 EXAMPLES = Path(__file__).parent
 PAIRS = [("cat", "brushwork"), ("coffee", "stained_glass"), ("cat", "woodcut")]
@@ -35,7 +35,7 @@ def read(path: Path) -> Tensor:
     return values.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
-def paint(engine: Engine, recipe: Recipe, photo: str, style: str, progress: Progress, title: str) -> Image.Image:
+def paint(engine: VggEngine, recipe: Recipe, photo: str, style: str, progress: Progress, title: str) -> Image.Image:
     """One picture of the sheet."""
     job = StyleJob(
         recipe=recipe,
@@ -68,7 +68,7 @@ def main() -> None:
         rows = {f"fast, beta {beta:g}": preset("fast", size=size, beta=beta) for beta in arguments.beta}
     else:
         rows = {name: preset(name, size=size) for name in PRESETS}
-    engine = Engine.load(device="auto", precision="auto", weights="embedded", backbone="vgg19", threads=0)
+    engine = VggEngine.load(device="auto", precision="auto", weights="embedded", backbone="vgg19", threads=0)
     engine.warm_up()
     sheet = Image.new("RGB", (len(PAIRS) * (size + GAP) + GAP, len(rows) * (size + CAPTION + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)

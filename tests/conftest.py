@@ -3,7 +3,7 @@ service that plays scripts."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,33 +11,18 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import Optimiser, Recipe
-from gramophone_server.engine import Engine
-from gramophone_server.job import StyleJob
-from gramophone_server.precision import MODES
-from gramophone_server.vgg import BACKBONES, Convolution, Preprocessing, Vgg
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.network.precision import MODES
+from gramophone_server.network.vgg import Vgg
+from tests.support.networks import make_tiny_vgg
+from tests.support.pictures import make_picture
 
 if TYPE_CHECKING:
     from gramophone_client import GramophoneClient
-    from tests.fake_service import FakeService
-
-TINY_CHANNELS = (4, 6, 8, 8, 8)
+    from tests.support.fake_service import FakeService
 
 torch.set_num_threads(1)  # for kernels this small a team of threads is slower, and much slower on a busy machine
-
-
-def make_tiny_vgg(seed: int = 0, widths: Sequence[int] = TINY_CHANNELS) -> Vgg:
-    """VGG-19's 16 convolutions with 4 to 8 channels, or other ``widths``, He-initialised."""
-    generator = torch.Generator().manual_seed(seed)
-    convolutions, channels = [], 3
-    for block, count in enumerate(BACKBONES["vgg19"], 1):
-        for number in range(1, count + 1):
-            out = widths[block - 1]
-            weight = torch.randn(out, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
-            bias = torch.randn(out, generator=generator) * 0.1
-            convolutions.append(Convolution(f"{block}_{number}", weight, bias, block > 1 and number == 1))
-            channels = out
-    means = Preprocessing((2, 1, 0), 2.0, (0.8, 0.9, 1.0), (0.5, 1.0, 2.0))  # every part of it matters here
-    return Vgg("vgg19", tuple(convolutions), means, "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +31,8 @@ def tiny_vgg() -> Vgg:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_vgg: Vgg) -> Engine:
-    return Engine(tiny_vgg, torch.device("cpu"), MODES["fp32"])
-
-
-def make_picture(seed: int, height: int = 40, width: int = 48) -> Tensor:
-    """A smooth random picture, uint8 [3, height, width]."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 6, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    return (smooth[0] * 255).round().to(torch.uint8)
+def tiny_engine(tiny_vgg: Vgg) -> VggEngine:
+    return VggEngine(tiny_vgg, torch.device("cpu"), MODES["fp32"])
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +62,7 @@ def make_job() -> Callable[..., StyleJob]:
 @pytest.fixture
 def service() -> Iterator[FakeService]:
     """A fake service on the loopback."""
-    from tests.fake_service import serving
+    from tests.support.fake_service import serving
 
     with serving() as fake:
         yield fake

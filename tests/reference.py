@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone.recipe import Normalisation, Pooling, Recipe
-from gramophone_server.vgg import Vgg
+from gramophone_server.network.vgg import Vgg
 
 
 def gram(features: Tensor, scale: float) -> Tensor:

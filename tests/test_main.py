@@ -19,10 +19,10 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import main
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
-from gramophone_server.metrics import SERVICE
-from gramophone_server.scheduler import Scheduler
-from tests.fakes import FakeBatch, FakeEngine
-from tests.test_servicer import refused, spec, until
+from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.telemetry.metrics import SERVICE
+from tests.rpc.test_servicer import refused, spec, until
+from tests.support.engines import FakeBatch, FakeEngine
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

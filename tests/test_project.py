@@ -122,7 +122,7 @@ def test_modules_use_only_what_their_neighbours_export() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("server/*/*.py"), *ROOT.glob("client/**/*.py")], ids=lambda path: path.name
+    "path", [*ROOT.glob("server/**/*.py"), *ROOT.glob("client/**/*.py")], ids=lambda path: path.name
 )
 def test_modules_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < LONGEST_MODULE

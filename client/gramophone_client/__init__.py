@@ -6,7 +6,6 @@ with SyncGramophoneClient() as client:
 
 from gramophone.recipe import LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
 from gramophone_client.client import GramophoneClient
-from gramophone_client.control import JobControl
 from gramophone_client.errors import (
     Cancelled,
     ConnectionFailed,
@@ -31,11 +30,12 @@ from gramophone_client.errors import (
     SlowReader,
     TooManyWatchers,
 )
-from gramophone_client.job_spec import CheckpointOptions, FrameOptions, Style, UploadedImage
-from gramophone_client.picture import Picture
-from gramophone_client.server_info import CacheStats, Limits, ServerInfo
+from gramophone_client.streams.job_control import JobControl
 from gramophone_client.sync_client import SyncGramophoneClient, SyncJobControl
-from gramophone_client.updates import (
+from gramophone_client.types.options import CheckpointOptions, FrameOptions, Style, UploadedImage
+from gramophone_client.types.picture import Picture
+from gramophone_client.types.server_info import CacheStats, Limits, ServerInfo
+from gramophone_client.types.updates import (
     Accepted,
     Changed,
     Checkpoint,

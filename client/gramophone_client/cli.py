@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gramophone.recipe import InvalidRecipe, Violation
-from gramophone_client.arguments import command_line
+from gramophone_client.commands.parser import command_line
+from gramophone_client.console.display import complain
+from gramophone_client.console.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, exit_code
+from gramophone_client.console.outputs import Unusable
+from gramophone_client.console.recipe_flags import TYPES, flag
 from gramophone_client.errors import GramophoneError
-from gramophone_client.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, exit_code
-from gramophone_client.flags import TYPES, flag
-from gramophone_client.note import NoNote
-from gramophone_client.outputs import Unusable
-from gramophone_client.terminal import complain
+from gramophone_client.types.recipe_metadata import NoNote
 
 __all__ = ["main"]
 

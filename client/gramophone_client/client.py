@@ -13,25 +13,23 @@ import grpc
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import messages, uploads
-from gramophone_client.connection import SERVICE, Connection
-from gramophone_client.control import JobControl
 from gramophone_client.errors import ConnectionFailed, DeadlineExceeded, GramophoneError, NotReady
-from gramophone_client.following import Following
-from gramophone_client.job_spec import (
+from gramophone_client.streams.job_control import JobControl
+from gramophone_client.streams.job_stream import Following
+from gramophone_client.streams.recovery import PATIENCE_S, Recovery, Submission
+from gramophone_client.transport import parsing, uploads
+from gramophone_client.transport.connection import SERVICE, Connection
+from gramophone_client.transport.job_spec import encoded, job_spec, uploaded
+from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
     ImageInput,
     JobOptions,
     Styles,
     UploadedImage,
-    encoded,
-    job_spec,
-    uploaded,
 )
-from gramophone_client.recovery import PATIENCE_S, Recovery, Submission
-from gramophone_client.server_info import ServerInfo
-from gramophone_client.updates import JobStatus, Stylized, Update
+from gramophone_client.types.server_info import ServerInfo
+from gramophone_client.types.updates import JobStatus, Stylized, Update
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "GramophoneClient"]
 
@@ -121,7 +119,7 @@ class GramophoneClient:
         while True:
             sent.call_begins()
             try:
-                return messages.stylized(await uploads.renewing(self._connection, images, ask, sent.left_s))
+                return parsing.stylized(await uploads.renewing(self._connection, images, ask, sent.left_s))
             except GramophoneError as error:
                 await sent.again(error)
 
@@ -259,12 +257,12 @@ class GramophoneClient:
     async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
         """How the job stands."""
         answer = await self._connection.ask(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
-        return messages.job_status(answer.job)
+        return parsing.job_status(answer.job)
 
     async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
         """Stops the job and returns how it stands then; one that has ended stays as it is."""
         answer = await self._connection.ask(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s)
-        return messages.job_status(answer.job)
+        return parsing.job_status(answer.job)
 
     async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
         """The jobs that the server has, newest first. Raises `ListingDisabled` unless its owner allows it.
@@ -276,7 +274,7 @@ class GramophoneClient:
         while True:
             request = pb.ListJobsRequest(page_size=100, page_token=token)
             page = await self._connection.ask(self._service.ListJobs, request, timeout_s)
-            jobs += [messages.job_status(job) for job in page.jobs]
+            jobs += [parsing.job_status(job) for job in page.jobs]
             token = page.next_page_token
             if not token:
                 return jobs
@@ -284,7 +282,7 @@ class GramophoneClient:
     async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
         """What the server is and takes: version, device, network, layers, limits, presets, load."""
         answer = await self._connection.ask(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
-        return messages.server_info(answer)
+        return parsing.server_info(answer)
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         """Returns as soon as the server's health says SERVING. Raises `NotReady` after `timeout_s`."""

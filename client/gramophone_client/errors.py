@@ -36,7 +36,7 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from gramophone.recipe import Violation
 
 if TYPE_CHECKING:
-    from gramophone_client.updates import Checkpoint, Frame
+    from gramophone_client.types.updates import Checkpoint, Frame
 
 __all__ = [
     "Cancelled",

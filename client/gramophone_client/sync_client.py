@@ -12,13 +12,20 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, GramophoneClient
-from gramophone_client.connection import CLOSED
-from gramophone_client.control import Changes, JobControl
 from gramophone_client.errors import Cancelled
-from gramophone_client.job_spec import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles, UploadedImage
-from gramophone_client.recovery import PATIENCE_S
-from gramophone_client.server_info import ServerInfo
-from gramophone_client.updates import Accepted, Checkpoint, Frame, JobStatus, Result, Stylized, Update
+from gramophone_client.streams.job_control import Changes, JobControl
+from gramophone_client.streams.recovery import PATIENCE_S
+from gramophone_client.transport.connection import CLOSED
+from gramophone_client.types.options import (
+    CheckpointOptions,
+    FrameOptions,
+    ImageInput,
+    JobOptions,
+    Styles,
+    UploadedImage,
+)
+from gramophone_client.types.server_info import ServerInfo
+from gramophone_client.types.updates import Accepted, Checkpoint, Frame, JobStatus, Result, Stylized, Update
 
 __all__ = ["SyncGramophoneClient", "SyncJobControl"]
 

@@ -30,17 +30,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from gramophone_server import config, handlers
-from gramophone_server.access import AccessLog
+from gramophone_server import config
 from gramophone_server.config import Limits, Settings
+from gramophone_server.domain.engine_api import Engine
 from gramophone_server.errors import StartupError
-from gramophone_server.messages import version
-from gramophone_server.metrics import SERVICE, Metrics
-from gramophone_server.probes import Probes
-from gramophone_server.scheduler import Scheduler
-from gramophone_server.servicer import Servicer
-from gramophone_server.vitals import Vitals
-from gramophone_server.work import Engine
+from gramophone_server.rpc import registration
+from gramophone_server.rpc.responses import version
+from gramophone_server.rpc.servicer import Servicer
+from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.telemetry.access_log import AccessLog
+from gramophone_server.telemetry.health import Vitals
+from gramophone_server.telemetry.http_probes import Probes
+from gramophone_server.telemetry.metrics import SERVICE, Metrics
 
 __all__ = ["main", "serve", "server_options"]
 
@@ -101,7 +102,7 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=access)
     vitals = Vitals(scheduler, servicer.uploads, metrics, version())
     health_servicer = health.aio.HealthServicer()
-    handlers.add_to_server(servicer, server)
+    registration.add_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if settings.reflection:
         _add_reflection(server)
@@ -200,11 +201,12 @@ def _loaded_for_good(settings: Settings) -> Engine:
 
 def _load_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
-        from gramophone_server.fake_engine import FakeEngine
+        from gramophone_server.engine.fake import FakeEngine
 
         log.warning("--engine fake: every picture is a pattern, and an iteration takes %g ms", settings.iter_ms)
         return FakeEngine(settings.iter_ms / 1000)
-    from gramophone_server.engine import Engine as VggEngine  # loads torch's kernels: seconds, on the compute thread
+    # Loads torch's kernels: seconds, on the compute thread.
+    from gramophone_server.engine.engine import VggEngine
 
     engine = VggEngine.load(
         device=settings.device,

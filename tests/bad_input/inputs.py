@@ -17,10 +17,10 @@ from google.protobuf.message import Message
 from gramophone.recipe import Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
-from gramophone_server import checkpoint, images
 from gramophone_server.config import Limits
-from gramophone_server.fake_engine import FakeEngine
-from gramophone_server.job import StyleJob
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.engine.fake import FakeEngine
+from gramophone_server.images import codec
 from tests.bad_input.pictures import BOMBS, damaged, good, in_jpeg, in_png
 
 JOB_ID = "00000000-0000-4000-8000-000000000000"  # in the bytes of an input; a real one takes its place when it is sent
@@ -241,8 +241,9 @@ def _foreign(chance: random.Random) -> Input:
 def saved(*, light: bool) -> bytes:
     """A checkpoint of the good job."""
     limits = Limits()
-    pictures = [images.decode(data, "", limits, 32) for data in (in_png(), in_jpeg())]
-    work = FakeEngine(0).admit(
+    pictures = [codec.decode(data, "", limits, 32) for data in (in_png(), in_jpeg())]
+    engine = FakeEngine(0)
+    work = engine.admit(
         StyleJob(
             recipe=Recipe(**RECIPE),
             content=pictures[0],
@@ -252,10 +253,11 @@ def saved(*, light: bool) -> bytes:
             seed=5,
         )
     )
-    batch = FakeEngine(0).batch(work.shape, 1)
+    batch = engine.batch(work.shape, 1)
     slot = batch.join(work)
     batch.advance(3)
-    return checkpoint.write(batch.leave(slot), light=light, most_bytes=limits.max_checkpoint_bytes)
+    picture = batch.snapshot(slot)() if light else None
+    return engine.checkpoints.write(batch.leave(slot), picture=picture, most_bytes=limits.max_checkpoint_bytes)
 
 
 def _checkpoint(chance: random.Random) -> Input:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
-from gramophone_server.metrics import SERVICE
+from gramophone_server.telemetry.metrics import SERVICE
 from tests.bad_input.inputs import JOB_ID, Input, request
 
 SLOW_S = 2.0  # for each image of a call

@@ -36,10 +36,10 @@ from gramophone_client import (
     Update,
     UploadedImage,
 )
-from gramophone_client.connection import channel_options
+from gramophone_client.console.exit_codes import BAD_REQUEST
 from gramophone_client.errors import from_rpc
-from gramophone_client.exit_codes import BAD_REQUEST
-from gramophone_client.job_spec import job_spec
+from gramophone_client.transport.connection import channel_options
+from gramophone_client.transport.job_spec import job_spec
 from tests.chaos.stage import (
     CONTENT,
     DEADLINE_S,
@@ -54,8 +54,8 @@ from tests.chaos.stage import (
     until,
 )
 from tests.chaos.watch import Broken
-from tests.processes import Server
-from tests.wire import Wire
+from tests.support.processes import Server
+from tests.support.wire import Wire
 
 Updates: TypeAlias = AsyncGenerator[Update, None]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from gramophone_server import config, main
 from gramophone_server.config import Limits
+from gramophone_server.domain.job import Report
+from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.engine.fake import FakeBatch, FakeEngine
 from gramophone_server.errors import OutOfDeviceMemory
-from gramophone_server.fake_engine import FakeBatch, FakeEngine
-from gramophone_server.job import Report
-from gramophone_server.work import Shape, Work
 
 PLACES = ("batch", "join", "advance", "copy", "snapshot", "pixels")  # pixels: the copy that an encoder waits for
 KINDS: Mapping[str, Callable[[Shape], Exception]] = {
@@ -61,7 +61,7 @@ class FaultyBatch(FakeBatch):
         super().__init__(engine, shape, slots)
         self._faults = engine
 
-    def join(self, work: Work) -> int:
+    def join(self, work: JobState) -> int:
         self._faults.fail_at("join", self.shape)
         return super().join(work)
 
@@ -69,7 +69,7 @@ class FaultyBatch(FakeBatch):
         self._faults.fail_at("advance", self.shape)
         return super().advance(iterations)
 
-    def copy(self, slot: int) -> Work:
+    def copy(self, slot: int) -> JobState:
         self._faults.fail_at("copy", self.shape)
         return super().copy(slot)
 

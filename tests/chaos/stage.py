@@ -27,7 +27,7 @@ from gramophone_client import (
 )
 from gramophone_client.bench.pictures import synthetic
 from tests.chaos.watch import Broken, Residue
-from tests.processes import WITHIN_S, Process, Server
+from tests.support.processes import WITHIN_S, Process, Server
 
 DEADLINE_S = 600.0  # of calls; by less a server refuses a large job that it has only seen small ones of
 BURST = 16  # jobs at once

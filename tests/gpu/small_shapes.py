@@ -12,7 +12,7 @@ import torch
 
 from gramophone.recipe import Optimiser
 from gramophone_server import ops
-from gramophone_server.optimisers import Canvas, make_stepper
+from gramophone_server.engine.optimisers import Canvas, make_stepper
 
 LAST = torch.channels_last
 HALVES = (torch.float16, torch.bfloat16)

@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from conftest import make_picture, make_tiny_vgg
 
 from benchmarks.network import random_vgg
 from gramophone.recipe import Optimiser, Recipe
-from gramophone_server.engine import Engine, EngineRun
-from gramophone_server.job import Report, StyleJob
-from gramophone_server.precision import choose
-from gramophone_server.vgg import Vgg
+from gramophone_server.domain.job import Report, StyleJob
+from gramophone_server.engine.engine import EngineRun, VggEngine
+from gramophone_server.network.precision import choose
+from gramophone_server.network.vgg import Vgg
+from tests.support.networks import make_tiny_vgg
+from tests.support.pictures import make_picture
 
 CUDA = torch.device("cuda")
 FORMS: dict[tuple[str, str], dict[Hashable, dict[str, float]]] = {}  # by network and precision
@@ -32,14 +33,14 @@ def network(name: str) -> Vgg:
 
 
 @functools.cache
-def engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> Engine:
+def engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
     """One for all tests of a file: capturing is what takes time here. Not for tf32, whose switches are the process's."""
     return fresh_engine(name, precision, graphs=graphs, device=device)
 
 
-def fresh_engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> Engine:
+def fresh_engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
     where = torch.device(device)
-    made = Engine(network(name), where, choose(precision, where), graphs=graphs and device == "cuda")
+    made = VggEngine(network(name), where, choose(precision, where), graphs=graphs and device == "cuda")
     # Which form of a convolution is faster is decided by a hair and rounds differently; here all engines take the same.
     made.chain.fastest.milliseconds = FORMS.setdefault((name, precision), made.chain.fastest.milliseconds)
     return made

@@ -6,18 +6,18 @@ import threading
 
 import pytest
 import torch
-from stand import engine, finish, fresh_engine, job, totals
 from torch import Tensor
 
-from gramophone_server.engine import EngineRun
-from gramophone_server.stage import Stage, Stages
+from gramophone_server.engine.engine import EngineRun
+from gramophone_server.engine.graph_runner import GraphRunner, GraphRunnerPool
+from tests.gpu.stand import engine, finish, fresh_engine, job, totals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
 
 NETWORKS = ("tiny", "vgg")
 
 
-def stage_of(run: EngineRun) -> Stage:
+def stage_of(run: EngineRun) -> GraphRunner:
     return run.batch.stage
 
 
@@ -144,7 +144,7 @@ def test_a_stage_is_used_again_and_leaves_nothing_behind() -> None:
 
 
 def test_only_so_many_stages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stages, "MOST", 2)
+    monkeypatch.setattr(GraphRunnerPool, "MOST", 2)
     one = fresh_engine("tiny", "fp16")
     for side in (32, 40, 48, 56):
         run = one.start([job(side=side, iterations=1)])

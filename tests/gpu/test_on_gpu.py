@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand import CUDA, engine, finish, fresh_engine, job, totals
 
 from benchmarks.network import random_vgg
 from gramophone.recipe import Optimiser, Pooling
 from gramophone_server import ops
-from gramophone_server.engine import Engine
+from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory
-from gramophone_server.precision import choose
+from gramophone_server.network.precision import choose
+from tests.gpu.stand import CUDA, engine, finish, fresh_engine, job, totals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
 
@@ -171,7 +171,7 @@ def test_it_loads_in_every_mode(precision: str, tmp_path: Path, switches: None) 
         state[f"features.{index}.weight"], state[f"features.{index}.bias"] = convolution.weight, convolution.bias
         index += 2
     torch.save(state, tmp_path / "vgg.pth")
-    one = Engine.load(
+    one = VggEngine.load(
         device="cuda", precision=precision, weights=str(tmp_path / "vgg.pth"), backbone="vgg19", threads=0
     )
     assert one.precision == ("fp16" if precision == "auto" else precision)

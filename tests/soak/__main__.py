@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.chaos.watch import Broken, Health, Residue, Usage, scraped
-from tests.processes import Server
 from tests.soak.load import USERS, User
 from tests.soak.trend import chart, slope
+from tests.support.processes import Server
 
 FLAGS = (
     *("--metrics-port", "0", "--log-level", "error", "--max-queued", "64", "--max-kept", "64"),

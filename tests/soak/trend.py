@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
 
-from gramophone_client.bench.charts import Axis, Series, line_chart
-from gramophone_client.bench.looks import STYLE
+from gramophone_client.bench.html.charts import Axis, Series, line_chart
+from gramophone_client.bench.html.stylesheet import STYLE
 
 MOST_POINTS = 400  # whose pairs are 80,000; more are thinned out, evenly
 

@@ -18,20 +18,20 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from gramophone.recipe import PRESETS
+from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
 from gramophone_client.bench.display import shown
 from gramophone_client.bench.files import check_files, write_files
-from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
-from gramophone_client.bench.mix import BadMix, Kind, read_mix
-from gramophone_client.bench.page import comparison_page, report_page
+from gramophone_client.bench.html.page import comparison_page, report_page
 from gramophone_client.bench.pictures import synthetic
 from gramophone_client.bench.report import BadReport, Report, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.table import print_comparison, print_report
+from gramophone_client.bench.workload import BadMix, Kind, read_mix
 from gramophone_client.client import GramophoneClient
-from gramophone_client.flags import add_recipe_flags, recipe_overrides
-from gramophone_client.outputs import Unusable
-from gramophone_client.picture import write_whole
-from gramophone_client.server_info import ServerInfo
+from gramophone_client.console.outputs import Unusable
+from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
+from gramophone_client.types.picture import write_whole
+from gramophone_client.types.server_info import ServerInfo
 
 __all__ = ["add_bench"]
 

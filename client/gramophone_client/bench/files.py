@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from gramophone_client.outputs import Unusable
-from gramophone_client.terminal import complain
+from gramophone_client.console.display import complain
+from gramophone_client.console.outputs import Unusable
 
 __all__ = ["check_files", "write_files"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from gramophone.recipe import Recipe
+from gramophone_client.bench.arrivals import ClosedLoop, Load
 from gramophone_client.bench.histogram import Histogram
-from gramophone_client.bench.load import ClosedLoop, Load
 
 __all__ = ["LEFT", "OK", "Recorder", "Sample", "Tally", "megapixel_iterations"]
 

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gramophone_client.bench.load import Load
+from gramophone_client.bench.arrivals import Load
 from gramophone_client.bench.report import Report, Step
 
 __all__ = ["METRICS", "Metric", "Pair", "number", "pairs"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from gramophone_client.bench.load import ClosedLoop, Load, OpenLoop
+from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
 from gramophone_client.bench.measure import LEFT, OK, Tally
 from gramophone_client.bench.schema import REPORT, Value, check
-from gramophone_client.picture import write_whole
+from gramophone_client.types.picture import write_whole
 
 __all__ = ["BadReport", "Report", "Step", "Window", "read_report"]
 

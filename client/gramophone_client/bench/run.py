@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-from gramophone_client.bench.load import ClosedLoop, Load, poisson
+from gramophone_client.bench.arrivals import ClosedLoop, Load, poisson
 from gramophone_client.bench.measure import LEFT, Recorder, Sample, megapixel_iterations
-from gramophone_client.bench.mix import BadMix, Draw, Kind, draws
 from gramophone_client.bench.report import Step, Window
+from gramophone_client.bench.workload import BadMix, Draw, Kind, draws
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import DeadlineExceeded, GramophoneError, InvalidRequest
-from gramophone_client.job_spec import FrameOptions
-from gramophone_client.server_info import ServerInfo
-from gramophone_client.updates import Accepted, Frame, Progress, Result
+from gramophone_client.types.options import FrameOptions
+from gramophone_client.types.server_info import ServerInfo
+from gramophone_client.types.updates import Accepted, Frame, Progress, Result
 
 __all__ = ["Bench", "Pictures", "Plan"]
 

@@ -1,0 +1,1 @@
+"""One module per command of `gramophone`, and the parser of their flags."""

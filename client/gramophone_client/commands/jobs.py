@@ -1,0 +1,69 @@
+"""`gramophone watch`, `cancel` and `jobs`: jobs that are there already."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from dataclasses import asdict
+from datetime import datetime
+
+from gramophone_client.client import GramophoneClient
+from gramophone_client.console.outputs import Display, Outputs, display
+from gramophone_client.errors import GramophoneError
+from gramophone_client.sync_client import SyncGramophoneClient
+from gramophone_client.types.updates import JobStatus
+
+__all__ = ["cancel", "jobs", "watch"]
+
+
+def watch(args: argparse.Namespace) -> None:
+    """`gramophone watch`."""
+    outputs = Outputs(args)
+    outputs.make_frames_folder()
+
+    async def follow(shown: Display | None) -> None:
+        async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
+            if args.wait:
+                await client.wait_until_ready(args.wait)
+            updates = client.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)
+            await outputs.follow(updates, shown)
+
+    try:
+        with display(args) as shown:
+            asyncio.run(follow(shown))
+    except (KeyboardInterrupt, GramophoneError, OSError):
+        outputs.keep_unfinished()
+        raise
+    print(args.out)
+
+
+def cancel(args: argparse.Namespace) -> None:
+    """`gramophone cancel`."""
+    with SyncGramophoneClient(args.server) as client:
+        if args.wait:
+            client.wait_until_ready(args.wait)
+        print(_line(client.cancel_job(args.job_id)))
+
+
+def jobs(args: argparse.Namespace) -> None:
+    """`gramophone jobs`."""
+    with SyncGramophoneClient(args.server) as client:
+        if args.wait:
+            client.wait_until_ready(args.wait)
+        told = client.list_jobs()
+    if args.json:
+        print(json.dumps([asdict(job) for job in told], indent=2, default=datetime.isoformat))
+    else:
+        for job in told:
+            print(_line(job))
+
+
+def _line(job: JobStatus) -> str:
+    words = [f"{job.job_id}  {job.state.lower():<9}", f"{job.iteration}/{job.iterations}"]
+    if job.width:
+        words.append(f"{job.width}x{job.height}")
+    words.append(f"since {job.create_time.astimezone():%Y-%m-%d %H:%M:%S}")
+    if job.queue_position:
+        words.append(f"at place {job.queue_position} of the queue")
+    return "  ".join(words)

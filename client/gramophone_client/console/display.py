@@ -1,0 +1,274 @@
+"""How a job looks while it runs: a live line with the picture above it on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self, TextIO
+
+from PIL import Image
+from rich.cells import cell_len
+from rich.color import Color
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from gramophone_client.types.picture import Picture
+from gramophone_client.types.updates import Accepted, Changed, Frame, Paused, Progress, Result, Resumed, Update, Waiting
+
+__all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "complain"]
+
+LINES_EVERY_S = 2.0
+REFRESHES_PER_S = 5
+BAR_COLUMNS = (8, 40)  # fewest, most
+
+
+def complain(*lines: str) -> None:
+    """One line of standard error each."""
+    for line in lines:
+        print(f"gramophone: {line}", file=sys.stderr)
+
+
+class PlainDisplay:
+    """Whole lines for logs and pipes: the job's start, its progress at most every `every_s` seconds, its end."""
+
+    def __init__(self, stream: TextIO, every_s: float = LINES_EVERY_S) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._next_s = 0.0
+        self._iteration: int | None = None  # the last that was told; None before `Accepted`
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to put back."""
+
+    def show(self, update: Update) -> None:
+        """Prints the update if it is time."""
+        if isinstance(update, Progress):
+            self._iteration = update.iteration
+        match update:
+            case Accepted():
+                self.note(_accepted(update, self._iteration))
+                self._next_s = time.monotonic() + self._every_s
+            case Waiting() if time.monotonic() >= self._next_s:
+                self.note(_waiting(update))
+                self._next_s = time.monotonic() + self._every_s
+            case Progress() if time.monotonic() >= self._next_s:
+                self.note(", ".join(_progress(update)))
+                self._next_s = time.monotonic() + self._every_s
+            case Paused() | Resumed() | Changed():
+                self.note(_steered(update))
+            case Result():
+                self.note(_result(update))
+        if isinstance(update, Accepted):
+            self._iteration = update.resumed_at
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=self._stream, flush=True)
+
+
+class LiveDisplay:
+    """One line that changes in place, and with `preview` the forming picture above it.
+
+    Fits the terminal's width and colours, also when they change.
+    """
+
+    def __init__(self, console: Console, *, preview: bool) -> None:
+        self._console = console
+        self._preview = preview
+        self._picture: HalfBlocks | None = None
+        self._status = "waiting for the server"
+        self._progress: Progress | None = None
+        self._iteration: int | None = None  # the last that was told; None before `Accepted`
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, traceback)
+
+    def show(self, update: Update) -> None:
+        """Takes the update into the picture of the next refresh."""
+        match update:
+            case Accepted():
+                if self._iteration is not None:
+                    self.note(_accepted(update, self._iteration))
+                self.say(_accepted(update, None))
+                self._iteration = update.resumed_at
+            case Waiting():
+                self._status = _waiting(update)
+            case Progress():
+                self._progress, self._iteration = update, update.iteration
+            case Paused() | Resumed() | Changed():
+                self.say(_steered(update))
+            case Frame():
+                self._take(update.picture)
+            case Result():
+                self._take(update.picture)
+                self.say(_result(update))
+
+    def say(self, text: str) -> None:
+        """Puts a text in the place of the progress line."""
+        self._status, self._progress = text, None
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays, above the one that changes."""
+        self._console.print(Text(text))
+
+    def _take(self, picture: Picture) -> None:
+        if self._preview:
+            self._picture = HalfBlocks(picture)
+
+    def _render(self) -> RenderableType:
+        rows = Table.grid()
+        if self._picture is not None:
+            rows.add_row(self._picture)
+        rows.add_row(_Line(self._progress) if self._progress is not None else Text(self._status, overflow="ellipsis"))
+        return rows
+
+
+class _Line:
+    """Bar and numbers of a `Progress`, as many as fit."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        words = list(_progress(self._progress))
+        words[0] = words[0].rjust(
+            2 * len(str(self._progress.iterations)) + 1
+        )  # or the bar would shrink at 10, 100, ...
+        while len(words) > 1 and cell_len("  ".join(words)) > options.max_width:
+            words.pop()
+        text = Text("  ".join(words), no_wrap=True, overflow="ellipsis")
+        fewest, most = BAR_COLUMNS
+        columns = min(most, options.max_width - text.cell_len - 2)
+        line = Table.grid(padding=(0, 2, 0, 0))
+        if columns >= fewest:
+            bar = ProgressBar(self._progress.iterations, self._progress.iteration, width=columns)
+            line.add_row(bar, text)
+        else:
+            line.add_row(text)
+        yield line
+
+
+class HalfBlocks:
+    """A picture in character cells, two pixels to a cell, as large as the terminal has room for.
+
+    Without 256 colours (or with NO_COLOR) a cell shows its brightness instead.
+    """
+
+    def __init__(self, picture: Picture) -> None:
+        self._picture = picture
+        self._cells: tuple[object, list[Segment]] | None = None  # (what they were drawn for, drawn)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        coloured = console.color_system in ("truecolor", "256") and not console.no_color
+        room = (options.max_width, max(1, console.size.height - 2))  # the progress line, and the cursor's
+        drawn_for = (room, coloured, options.encoding)
+        if self._cells is None or self._cells[0] != drawn_for:  # a refresh repaints the same picture many times
+            image = self._fitted(*room)
+            cells = _coloured(image) if coloured else _shaded(image, options.encoding)
+            self._cells = drawn_for, list(cells)
+        yield from self._cells[1]
+
+    def _fitted(self, columns: int, rows: int) -> Image.Image:
+        """At most `columns` x 2 `rows` pixels, an even number of them high."""
+        image = Image.open(io.BytesIO(self._picture.data))
+        scale = min(columns / image.width, 2 * rows / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale / 2)) * 2
+        image.draft("RGB", size)
+        return image.convert("RGB").resize(size, Image.Resampling.BOX)
+
+
+def _coloured(image: Image.Image) -> Iterable[Segment]:
+    pixels = list(zip(*[iter(image.tobytes())] * 3, strict=True))
+    for y in range(0, image.height, 2):
+        upper = pixels[y * image.width : (y + 1) * image.width]
+        lower = pixels[(y + 1) * image.width : (y + 2) * image.width]
+        for above, below in zip(upper, lower, strict=True):
+            yield Segment("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+        yield Segment.line()
+
+
+def _shaded(image: Image.Image, encoding: str) -> Iterable[Segment]:
+    ramp = " ░▒▓█" if encoding.startswith("utf") else " .:-=+*#%@"
+    grey = image.convert("L").resize((image.width, image.height // 2), Image.Resampling.BOX).tobytes()
+    for start in range(0, len(grey), image.width):
+        yield Segment("".join(ramp[value * len(ramp) // 256] for value in grey[start : start + image.width]))
+        yield Segment.line()
+
+
+def _accepted(accepted: Accepted, lost_at: int | None) -> str:
+    """`lost_at` is the last iteration that was told of the job that this one takes up again, None of a new one."""
+    behind = f", {_wait(accepted.queue_position, accepted.estimated_wait_s)}" if accepted.queue_position else ""
+    if lost_at is not None:
+        whence = f"from iteration {accepted.resumed_at}" if accepted.resumed_at else "from its beginning"
+        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id} {whence}{behind}"
+    resumed = f", from iteration {accepted.resumed_at}" if accepted.resumed_at else ""
+    return (
+        f"job {accepted.job_id}: {accepted.width}x{accepted.height}, {accepted.iterations} iterations, "
+        f"seed {accepted.seed}{resumed}{behind}"
+    )
+
+
+def _waiting(waiting: Waiting) -> str:
+    return _wait(waiting.queue_position, waiting.estimated_wait_s)
+
+
+def _wait(place: int, seconds: float | None) -> str:
+    about = f", about {_clock(seconds)}" if seconds is not None else ""
+    return f"waits at place {place} of the queue{about}"
+
+
+def _steered(update: Paused | Resumed | Changed) -> str:
+    match update:
+        case Paused():
+            return f"paused after iteration {update.iteration}"
+        case Resumed():
+            return f"goes on after iteration {update.iteration}"
+        case Changed():
+            recipe = update.recipe
+            return (
+                f"changed from iteration {update.iteration} of {update.iterations} on: alpha {recipe.alpha:g}, "
+                f"beta {recipe.beta:g}, tv-weight {recipe.tv_weight:g}, step {recipe.step:g}"
+            )
+
+
+def _progress(progress: Progress) -> Iterable[str]:
+    """Most important first."""
+    yield f"{progress.iteration}/{progress.iterations}"
+    yield f"loss {progress.losses.total:.4g}"
+    if progress.time_left_s is not None:
+        yield f"{_clock(progress.time_left_s)} left"
+    if progress.iterations_per_second > 0:
+        yield f"{progress.iterations_per_second:.3g} it/s"
+    yield f"{progress.width}x{progress.height}"
+
+
+def _result(result: Result) -> str:
+    return (
+        f"{result.picture.width}x{result.picture.height}, {result.iterations} iterations in {result.elapsed_s:.1f} s, "
+        f"loss {result.losses.total:.4g}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,113 @@
+"""The files of `gramophone stylize` and `gramophone watch`, and what they show meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from gramophone_client.console.display import LiveDisplay, PlainDisplay, complain
+from gramophone_client.console.timelapse import Timelapse
+from gramophone_client.types.options import FrameOptions
+from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
+
+__all__ = ["Display", "Outputs", "Unusable", "display"]
+
+CALM_INTERVAL_S = 2.0  # between frames that nobody looks at unless the job ends early
+LIVELY_INTERVAL_S = 0.2
+
+Display = LiveDisplay | PlainDisplay
+
+
+class Unusable(Exception):
+    """The command line, or a file that it names, cannot be used; the text says why."""
+
+
+def display(args: argparse.Namespace) -> AbstractContextManager[Display | None]:
+    """What suits standard error; None with --quiet."""
+    if args.quiet:
+        return nullcontext()
+    console = Console(stderr=True)
+    return LiveDisplay(console, preview=args.preview) if console.is_terminal else PlainDisplay(sys.stderr)
+
+
+class Outputs:
+    """The files that one job's updates become: OUT, --frames, --timelapse."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out: Path = args.out
+        self.out_is_old = self.out.exists()
+        self.checkpoint: Path | None = getattr(args, "checkpoint", None)  # `watch` has none
+        for path in (self.out, args.timelapse, self.checkpoint):
+            if path and not path.parent.is_dir():
+                raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
+        self.accepted: Accepted | None = None
+        self.frame: Frame | None = None
+        self.frames_written = 0
+        self.timelapse: Timelapse | None = None
+
+    def make_frames_folder(self) -> None:
+        """To be called last of all checks, since it leaves a folder behind. Raises `Unusable` if it is not empty."""
+        if self.args.frames:
+            self.args.frames.mkdir(parents=True, exist_ok=True)
+            if old := next(self.args.frames.glob("frame-*"), None):
+                raise Unusable(f"{old}: frames of another run would be mixed with these; name an empty folder")
+
+    def frame_options(self) -> FrameOptions:
+        """The frames that the flags need."""
+        args = self.args
+        if args.frame_every or args.frames:
+            interval_s = 0.0
+        else:
+            interval_s = LIVELY_INTERVAL_S if args.timelapse or args.preview else CALM_INTERVAL_S
+        return FrameOptions(every_iterations=args.frame_every, min_interval_s=interval_s, max_side=args.frame_size)
+
+    async def follow(self, updates: AsyncGenerator[Update, None], display: Display | None) -> None:
+        """Shows the updates and writes the files, to the end."""
+        args = self.args
+        async with aclosing(updates):
+            async for update in updates:
+                if display is not None:
+                    display.show(update)
+                match update:
+                    case Accepted():
+                        self.accepted = update
+                        if args.timelapse and self.timelapse is None:  # not when the job has moved
+                            self.timelapse = Timelapse((update.width, update.height))
+                    case Frame():
+                        self._keep_frame(update)
+                    case Checkpoint() if self.checkpoint is not None:
+                        await asyncio.to_thread(update.save, self.checkpoint)
+                    case Result():
+                        self.frame = None  # nothing is unfinished any more
+                        update.save(self.out)
+                        if self.timelapse is not None:
+                            self.timelapse.save(args.timelapse, last=update.picture)
+
+    def keep_unfinished(self) -> None:
+        """Writes the newest frame as OUT, or beside it if an older picture is there, and says so, or why it could not."""
+        if self.frame is None:
+            return
+        path = self.out.with_stem(f"{self.out.stem}-unfinished") if self.out_is_old else self.out
+        try:
+            self.frame.picture.save(path)
+        except OSError as error:
+            complain(f"the unfinished picture is lost: {path}: {error.strerror}")
+            return
+        of = f" of {self.accepted.iterations}" if self.accepted is not None else ""
+        complain(f"the picture after iteration {self.frame.iteration}{of} is kept as {path}")
+
+    def _keep_frame(self, frame: Frame) -> None:
+        self.frame = frame
+        if self.timelapse is not None:
+            self.timelapse.add(frame.picture)
+        if self.args.frames:
+            self.frames_written += 1
+            suffix = "jpg" if frame.picture.format == "jpeg" else frame.picture.format
+            frame.picture.save(self.args.frames / f"frame-{self.frames_written:04d}.{suffix}")

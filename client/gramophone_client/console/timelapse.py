@@ -1,0 +1,100 @@
+"""A short film of the picture forming, from the frames of a stream."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from gramophone_client.types.picture import Picture, write_whole
+
+__all__ = ["Timelapse", "film_format"]
+
+MAX_SIDE = 360  # pixels: 120 frames of it are 47 MB in memory and a GIF of some 10 MB
+MAX_FRAMES = 120
+FILM_MS = 6000  # before the last picture
+FRAME_MS = (40, 200)  # shortest, longest; many viewers slow GIFs down below 20 ms
+LAST_MS = 2500
+
+
+def film_format(path: str | os.PathLike[str]) -> Literal["gif", "webp"]:
+    """The kind of film that the name's suffix asks for. Raises ValueError if it is neither."""
+    match Path(path).suffix.lower():
+        case ".gif":
+            return "gif"
+        case ".webp":
+            return "webp"
+        case suffix:
+            raise ValueError(f"{os.fspath(path)}: the name must end in .gif or .webp, got {suffix or 'no suffix'!r}")
+
+
+class Timelapse:
+    """Collects frames in bounded memory: when it is full, every second one goes, and from then on fewer are taken.
+
+    `size` is the result's (width, height) in pixels; the film has its proportions and at most `max_side`.
+    """
+
+    def __init__(self, size: tuple[int, int], *, max_side: int = MAX_SIDE, max_frames: int = MAX_FRAMES) -> None:
+        scale = min(1.0, max_side / max(size))
+        self.size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        self.frames: list[Image.Image] = []
+        self._max_frames = max_frames
+        self._every = 1
+        self._seen = 0
+
+    def add(self, picture: Picture) -> None:
+        """Takes the next frame, at whatever size the present scale has."""
+        if self._seen % self._every == 0:
+            if len(self.frames) == self._max_frames:
+                del self.frames[1::2]
+                self._every *= 2
+            if self._seen % self._every == 0:
+                self.frames.append(self._reduced(picture))
+        self._seen += 1
+
+    def save(self, path: str | os.PathLike[str], last: Picture) -> None:
+        """Writes the film, whole or not at all; it ends with `last`, held for a while, and starts over."""
+        frames = [*self.frames, self._reduced(last)]
+        shortest, longest = FRAME_MS
+        each_ms = min(longest, max(shortest, FILM_MS // len(frames) // 10 * 10))  # GIF counts in 10 ms
+        durations = [each_ms] * (len(frames) - 1) + [LAST_MS]
+        out = io.BytesIO()
+        if film_format(path) == "gif":
+            palette = _palette(frames)
+            frames = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+            # Without `palette`, Pillow would store the same one with every frame.
+            frames[0].save(
+                out,
+                "gif",
+                save_all=True,
+                append_images=frames[1:],
+                duration=durations,
+                loop=0,
+                palette=palette.palette,
+            )
+        else:
+            frames[0].save(
+                out, "webp", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80, method=2
+            )
+        write_whole(path, out.getvalue())
+
+    def _reduced(self, picture: Picture) -> Image.Image:
+        image = Image.open(io.BytesIO(picture.data))
+        image.draft("RGB", self.size)  # lets JPEG decode at a fraction of its size
+        return image.convert("RGB").resize(self.size, Image.Resampling.LANCZOS)
+
+
+def _palette(frames: list[Image.Image]) -> Image.Image:
+    """256 colours for the whole film: one palette does not flicker from frame to frame.
+
+    Chosen from a sheet of eight frames, half of it the last picture, which is looked at longest.
+    """
+    width, height = (max(1, side // 2) for side in frames[0].size)
+    chosen = [frames[i * (len(frames) - 1) // 4] for i in range(4)] + [frames[-1]] * 4
+    sheet = Image.new("RGB", (4 * width, 2 * height))
+    for i, frame in enumerate(chosen):
+        sheet.paste(frame.resize((width, height)), (i % 4 * width, i // 4 * height))
+    return sheet.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)

@@ -1,0 +1,1 @@
+"""A job as a stream of updates: reading, control, recovery after a lost server."""

@@ -1,0 +1,132 @@
+"""The channel to a server, how calls on it fail, and what gRPC repeats by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone_client.errors import Cancelled, from_rpc
+from gramophone_client.transport.request_writer import send
+
+__all__ = ["CLOSED", "SERVICE", "Connection", "channel_options"]
+
+CLOSED = "the call was stopped because its client was closed"
+SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
+CONNECT_S = (
+    1.0  # before a job is sent; where connecting takes longer, a job that is lost at once counts as never arrived
+)
+UNDER_WAY = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """What a channel for pictures needs; messages of at most `max_message_bytes` in both directions."""
+    # Until its first message a job is safe to send again: on UNAVAILABLE, and on RESOURCE_EXHAUSTED, where the server's
+    # grpc-retry-pushback-ms says when (or, negative, never). The throttle ends this for the whole channel after five
+    # failures; ten successes make up for one.
+    service_config = {
+        "methodConfig": [
+            {
+                "name": [{"service": SERVICE}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "5s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                },
+            }
+        ],
+        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    }
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # With bandwidth probing the transport hoards 6 to 8 MB of old frames for each stream before the server notices a
+        # slow reader (measured; https://github.com/grpc/grpc/issues/21348).
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.service_config", json.dumps(service_config)),
+        # A request larger than this buffer (256 KiB unless told) is never sent twice, and requests carry images.
+        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
+        # A dead peer is noticed within 50 s although a queued job says nothing for long.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # A server that starts while we wait is found within a second, not after gRPC's growing pauses of up to 120 s.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
+
+
+class Connection:
+    """A channel with the stubs on it. `target` may name several servers; gRPC then takes the first that answers."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float,
+        max_message_bytes: int,
+        credentials: grpc.ChannelCredentials | None,
+        retries: bool = True,
+    ) -> None:
+        self.target = target
+        self.retries = retries
+        self.timeout_s = timeout_s  # of calls that name none
+        options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self.service: Any = pb_grpc.StyleTransferServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def close(self) -> None:
+        """Stops what still runs."""
+        await self._channel.close()
+
+    @property
+    def stands(self) -> bool:
+        """Whether there is a connection to a server now."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def sought(self) -> None:
+        """Returns when there is a connection, none can be had now, or `CONNECT_S` have passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_S):
+                while (state := self._channel.get_state(try_to_connect=True)) in UNDER_WAY:
+                    await self._channel.wait_for_state_change(state)
+
+    async def ask(self, method: Any, request: object, timeout_s: float | None) -> Any:
+        """The answer to one request. Raises `GramophoneError`s."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        with self.errors_rebuilt(timeout_s):
+            return await method(request, timeout=timeout_s)
+
+    def sending(self, method: Any, requests: AsyncGenerator[Any, None], timeout_s: float) -> Any:
+        """A call that sends all of the requests, until it ends; see `send`."""
+        call = method(timeout=timeout_s)
+        send(call, requests)
+        return call
+
+    @contextlib.contextmanager
+    def errors_rebuilt(self, timeout_s: float) -> Iterator[None]:
+        """Errors of gRPC become `GramophoneError`s; `timeout_s` is what the caller had asked for."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
+        except grpc.aio.UsageError as error:  # the channel was closed between two calls
+            raise Cancelled(CLOSED) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC raises the same when the channel was closed under the call; that must not look like a cancelled task.
+            raise Cancelled(CLOSED) from None

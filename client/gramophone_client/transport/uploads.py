@@ -1,0 +1,46 @@
+"""Images that a server keeps, so that jobs name them by digest instead of carrying them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client.errors import ImageNotFound
+from gramophone_client.transport.connection import Connection
+from gramophone_client.types.options import UploadedImage
+
+__all__ = ["renewing", "upload"]
+
+CHUNK_BYTES = 256 * 1024  # the server takes pieces of up to 1 MiB
+
+T = TypeVar("T")
+
+
+async def upload(connection: Connection, data: bytes, timeout_s: float | None) -> UploadedImage:
+    """Sends an encoded image in pieces and returns what names it."""
+
+    async def pieces() -> AsyncGenerator[pb.UploadImageRequest, None]:
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield pb.UploadImageRequest(chunk=data[start : start + CHUNK_BYTES])
+
+    timeout_s = connection.timeout_s if timeout_s is None else timeout_s
+    with connection.errors_rebuilt(timeout_s):
+        answer = await connection.sending(connection.service.UploadImage, pieces(), timeout_s)
+    return UploadedImage(digest=answer.digest, width=answer.width, height=answer.height, data=data)
+
+
+async def renewing(
+    connection: Connection, images: Sequence[UploadedImage], ask: Callable[[float], Awaitable[T]], timeout_s: float
+) -> T:
+    """What `ask` returns, within so many seconds. Where the server has lost one of the images, all are sent once more."""
+    end = time.monotonic() + timeout_s
+    try:
+        return await ask(timeout_s)
+    except ImageNotFound:
+        if not images:
+            raise
+        for image in images:
+            await upload(connection, image.data, max(0.0, end - time.monotonic()))
+        return await ask(max(0.0, end - time.monotonic()))

@@ -1,0 +1,1 @@
+"""Values that a caller of the client gives and gets."""

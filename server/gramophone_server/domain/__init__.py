@@ -1,0 +1,1 @@
+"""Plain values and protocols that every other room shares: jobs, job states, events, commands, the engine's protocol."""

@@ -1,0 +1,157 @@
+"""One job on its way, as a value that moves between batches, and what a batch does with it.
+
+    work = engine.admit(job)
+    batch = engine.batch(work.shape, slots=4)
+    slot = batch.join(work)
+    report = batch.advance(10)[slot]
+    work = batch.leave(slot)        # to go on in a batch of `work.shape`, which may be of the next scale by now
+
+Nothing here computes, so a scheduler and its tests need no kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypedDict, Unpack
+
+from torch import Tensor
+
+from gramophone.recipe import InvalidRecipe, LayerWeight, Optimiser, Pooling, Recipe, Violation
+from gramophone_server.domain.job import Losses, Report, Scale, StyleJob
+
+__all__ = ["JobState", "RecipeUpdate", "Shape", "SlotTensors"]
+
+SlotTensors = dict[str, Tensor]  # what a slot holds of one job, by name; without the dimension of the batch
+
+
+class Shape(NamedTuple):
+    """What jobs of one batch share, and a captured iteration depends on; everything else is data of a slot."""
+
+    height: int  # of the present scale, in pixels
+    width: int
+    content_layers: tuple[str, ...]
+    style_layers: tuple[str, ...]
+    pooling: Pooling
+    optimiser: Optimiser
+    average: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, height: int, width: int) -> Shape:
+        """The shape of a recipe's jobs at ``height`` x ``width`` px."""
+        content, style = (tuple(layer for layer, _ in named) for named in (recipe.content_layers, recipe.style_layers))
+        return cls(height, width, content, style, recipe.pooling, recipe.optimiser, recipe.average)
+
+
+class RecipeUpdate(TypedDict, total=False):
+    """The fields of a recipe that can change while its job is on its way; layers keep their names and order."""
+
+    alpha: float
+    beta: float
+    tv_weight: float
+    step: float
+    content_layers: tuple[LayerWeight, ...]
+    style_layers: tuple[LayerWeight, ...]
+    iterations: int  # at the final size, those done there included
+
+
+@dataclass(eq=False)
+class JobState:
+    """One job on its way.
+
+    `tensors` has the picture and the optimiser's state while the job is in no batch: by the names of `Canvas.slot` and
+    `Stepper.slot`, of the scale `at`; what is missing is zero. It is None before the job has begun, and in a batch.
+    """
+
+    job: StyleJob
+    recipe: Recipe = None  # type: ignore[assignment]  # the job's, with the weights and the step of now
+    at: int = 0  # index of the scale that the picture is of
+    done: int = 0  # iterations, over all scales
+    gradients: int = 0  # that the optimiser has seen; fewer than `done` behind a light checkpoint
+    averaged: int = 0  # iterates in the running average, which begins anew at every scale
+    diverged_at: int = 0  # the iteration whose loss was not finite, 0: none; the job stands still since then
+    joined: bool = False  # to a batch
+    tensors: SlotTensors | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.recipe or self.job.recipe
+        *coarse, final = self.job.scales
+        self.scales: tuple[Scale, ...] = (*coarse, final._replace(iterations=self.recipe.iterations))
+
+    @property
+    def iterations(self) -> int:
+        """Of the whole job, over all scales."""
+        return sum(scale.iterations for scale in self.scales)
+
+    @property
+    def finished(self) -> bool:
+        """No iteration is left."""
+        return self.done == self.iterations
+
+    @property
+    def iterations_left(self) -> int:
+        """At the scale of the picture: at 0 the job must leave its batch, and goes on at the next scale."""
+        return sum(scale.iterations for scale in self.scales[: self.at + 1]) - self.done
+
+    @property
+    def iterations_at_final_scale(self) -> int:
+        """Iterations that were done at the last scale."""
+        return max(0, self.done - sum(scale.iterations for scale in self.scales[:-1]))
+
+    @property
+    def next_at(self) -> int:
+        """Index of the scale of the next iteration; the last one's when none is left."""
+        return self.at if self.iterations_left or self.at + 1 == len(self.scales) else self.at + 1
+
+    @property
+    def shape(self) -> Shape:
+        """Of the batch that the job can join."""
+        width, height, _ = self.scales[self.next_at]
+        return Shape.of(self.recipe, height, width)
+
+    @property
+    def pixels_left(self) -> int:
+        """Pixel-iterations still to do: the sum of width x height over the iterations left."""
+        width, height, _ = self.scales[self.at]
+        finer = sum(scale.width * scale.height * scale.iterations for scale in self.scales[self.at + 1 :])
+        return width * height * self.iterations_left + finer
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors that this value holds: 276 bytes a pixel with L-BFGS, 48 with Adam, in float32."""
+        return sum(tensor.nbytes for tensor in (self.tensors or {}).values())
+
+    def report(self, losses: Losses) -> Report:
+        """The last iteration, whose ``losses`` these were."""
+        width, height, _ = self.scales[self.at]
+        return Report(
+            self.done, self.iterations, width, height, losses, self.pixels_left, self.diverged_at or None
+        )  # fmt: skip
+
+    def advanced(self, iterations: int) -> None:
+        """Counts iterations that a batch has done."""
+        self.done += iterations
+        self.gradients += iterations
+        self.averaged += iterations
+
+    def update(self, **changes: Unpack[RecipeUpdate]) -> int:
+        """Changes weights or the step from the next iteration on, which is returned. Of a job in a batch its batch must
+        know: see `Batch.update`. Raises `InvalidRecipe`."""
+        fixed = sorted(changes.keys() - RecipeUpdate.__optional_keys__)
+        if fixed:
+            raise InvalidRecipe(Violation(name, "cannot change while the job is on its way") for name in fixed)
+        recipe = replace(self.recipe, **changes)
+        for name in ("content_layers", "style_layers"):
+            old, new = (", ".join(layer for layer, _ in getattr(r, name)) for r in (self.recipe, recipe))
+            if old != new:
+                raise InvalidRecipe(
+                    [Violation(name, f"must name the job's layers, {old or 'none'}, got {new or 'none'}")]
+                )
+        if "iterations" in changes:
+            *coarse, final = self.scales
+            if recipe.iterations < (done := self.iterations_at_final_scale):
+                raise InvalidRecipe(
+                    [Violation("iterations", f"must be at least the {done} that are done, got {recipe.iterations}")]
+                )
+            self.scales = (*coarse, final._replace(iterations=recipe.iterations))
+        self.recipe = recipe
+        return self.done + 1

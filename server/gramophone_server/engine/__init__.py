@@ -1,0 +1,1 @@
+"""How a picture is made: objective, optimisers, scales, batches, checkpoints."""

@@ -1,0 +1,56 @@
+"""The terms of the objective J = alpha * J_content + beta * J_style + tv_weight * J_tv, as factors and formulas.
+
+F is a layer's activations, N channels and M pixels; G = F F^T / M its Gram matrix, A the style's, likewise divided by its
+own pixels. So a style image of another size than the picture's counts as if it had as many pixels, and every
+normalisation is one factor in front of sum (G - A)^2:
+
+    NONE       M^2            the textbook: sum (F F^T - M A)^2
+    GATYS      1 / (4 N^2)    that / (4 N^2 M^2), Gatys, Ecker, Bethge 2015, arXiv:1508.06576, equation 4
+    ELEMENTS   1 / N^4        Gram / (N M), mean over N^2 entries, as jcjohnson/neural-style does
+    RELATIVE   1 / sum A^2    equal weights look alike at every size, for every layer and every painting
+
+and of the content's sum (F - T)^2, T the content's activations: 1/2, 1/2, 1 / (N M), 1 / sum T^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramophone.recipe import Normalisation
+
+__all__ = ["content_factor", "gram_scale", "style_factor"]
+
+TINY = 1e-12  # keeps RELATIVE finite for a target that is zero everywhere, such as the layers of a black image
+
+
+def gram_scale(pixels: int) -> float:
+    """The scale of `ops.gram` for G as above."""
+    return 1.0 / pixels
+
+
+def style_factor(normalisation: Normalisation, target: Tensor, pixels: int) -> Tensor:
+    """What sum (G - A)^2 is multiplied by, [B], for ``target`` A [B, N, N] and a picture layer of ``pixels``."""
+    channels = target.shape[1]
+    match normalisation:
+        case Normalisation.NONE:
+            return target.new_full((target.shape[0],), float(pixels) ** 2)
+        case Normalisation.GATYS:
+            return target.new_full((target.shape[0],), 1 / (4 * channels**2))
+        case Normalisation.ELEMENTS:
+            return target.new_full((target.shape[0],), 1 / channels**4)
+        case Normalisation.RELATIVE:
+            return 1 / target.square().sum((1, 2)).clamp_min(TINY)
+
+
+def content_factor(normalisation: Normalisation, target: Tensor, gain: float) -> Tensor:
+    """What sum (F - T)^2 is multiplied by, float32 [B], for ``target`` T [B, N, H, W] where F and T are kept ``gain``
+    times smaller than they are (`VggFeatures.gain`)."""
+    jobs, elements = target.shape[0], target[0].numel()
+    match normalisation:
+        case Normalisation.NONE | Normalisation.GATYS:
+            return torch.full((jobs,), 0.5 * gain**2, device=target.device)
+        case Normalisation.ELEMENTS:
+            return torch.full((jobs,), gain**2 / elements, device=target.device)
+        case Normalisation.RELATIVE:
+            return 1 / target.float().square().sum((1, 2, 3)).clamp_min(TINY)

@@ -1,0 +1,1 @@
+"""Encoded pictures in and out, and the store of uploaded ones."""

@@ -1,0 +1,360 @@
+"""The service's RPCs: check the request, find or make its job, send what happens to it. See `checks` and `messages`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import AsyncIterator, Iterator
+
+from google.protobuf import duration_pb2
+
+from gramophone.recipe import PRESETS
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone.wire import recipe_to_message
+from gramophone_server.config import Limits
+from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
+from gramophone_server.images.upload_store import Upload, Uploads
+from gramophone_server.jobs.job import Job
+from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
+from gramophone_server.jobs.registry import JobRegistry
+from gramophone_server.rpc.admission import Admission, refuse
+from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
+from gramophone_server.rpc.interactive import Controller
+from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding, version
+from gramophone_server.rpc.status import reason
+from gramophone_server.rpc.validation import check_first, check_no_credit, check_page, check_request_id, check_watch
+from gramophone_server.scheduling.scheduler import Reservation, Scheduler
+from gramophone_server.telemetry.access_log import AccessLog
+from gramophone_server.telemetry.metrics import Metrics
+
+__all__ = ["Servicer"]
+
+log = logging.getLogger(__name__)
+
+PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
+
+
+class Servicer(pb_grpc.StyleTransferServiceServicer):
+    """StyleTransferService of one server."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: Limits,
+        *,
+        list_jobs: bool = False,
+        metrics: Metrics | None = None,
+        access: AccessLog | None = None,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self.jobs = JobRegistry(scheduler, limits, self._job_ended)
+        self._scheduler = scheduler
+        self._limits = limits
+        self._list_jobs = list_jobs
+        self._admission = Admission(scheduler, limits)
+        self._encoders = Encoders()
+        self._preparations: dict[Job, asyncio.Task[None]] = {}
+        self._calls = ActiveCalls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
+
+    @property
+    def uploads(self) -> Uploads:
+        """The images that are kept for jobs to come."""
+        return self._admission.uploads
+
+    async def idle(self) -> None:
+        """Returns when no RPC is under way."""
+        await self._calls.idle()
+
+    def close(self) -> None:
+        """Gives the threads back, and forgets all jobs."""
+        self.jobs.close()
+        self._admission.close()
+        self._encoders.close()
+
+    async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
+        """See the proto."""
+        call = self._calls.begin("Stylize", context)
+        response = pb.StylizeResponse()
+        try:
+            with self._admitting():
+                call.received(request)
+                request.spec.ClearField("frames")
+                request.spec.ClearField("checkpoints")
+                view = await self._made(request, call)
+            async for told in view.responses(pb.StylizeStreamResponse):
+                if told.event.HasField("accepted"):
+                    response.accepted.CopyFrom(told.event.accepted)
+                elif told.event.HasField("result"):
+                    response.result.CopyFrom(told.event.result)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def StylizeStream(
+        self, request: pb.StylizeStreamRequest, context: Context
+    ) -> AsyncIterator[pb.StylizeStreamResponse]:
+        """See the proto."""
+        call = self._calls.begin("StylizeStream", context)
+        try:
+            with self._admitting():
+                call.received(request)
+                refuse(check_no_credit(request.spec.frames, "spec.frames"))
+                view = await self._made(request, call)
+            async for response in view.responses(pb.StylizeStreamResponse):
+                with call.sending(response):
+                    yield response
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def StylizeInteractive(
+        self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
+    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+        """See the proto."""
+        call = self._calls.begin("StylizeInteractive", context)
+        try:
+            requests = aiter(request_iterator)
+            first = await anext(requests, None)
+            controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
+            async for response in controller.responses(requests, call):
+                with call.sending(response):
+                    yield response
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
+        """See the proto."""
+        call = self._calls.begin("WatchJob", context)
+        try:
+            call.received(request)
+            refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
+            job = self.jobs.find(request.job_id)
+            view = self._watched(job, call, request, after=request.after_sequence)
+            async for response in view.responses(pb.WatchJobResponse):
+                with call.sending(response):
+                    yield response
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
+        """See the proto."""
+        call = self._calls.begin("GetJob", context)
+        try:
+            call.received(request)
+            job = self.jobs.find(request.job_id)
+            call.names(job)
+            response = pb.GetJobResponse(job=job_message(job))
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+        """See the proto."""
+        call = self._calls.begin("ListJobs", context)
+        try:
+            call.received(request)
+            if not self._list_jobs:
+                raise ListingDisabled
+            refuse(check_page(request))
+            size = min(request.page_size or PAGE, LARGEST_PAGE)
+            before = int(request.page_token) if request.page_token else None
+            page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
+            response = pb.ListJobsResponse(
+                jobs=map(job_message, page[:size]),
+                next_page_token=str(page[size - 1].ordinal) if len(page) > size else "",
+            )
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
+        """See the proto."""
+        call = self._calls.begin("CancelJob", context)
+        try:
+            call.received(request)
+            job = self.jobs.find(request.job_id)
+            call.names(job)
+            job.cancel()
+            response = pb.CancelJobResponse(job=job_message(job))
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def UploadImage(
+        self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
+    ) -> pb.UploadImageResponse:
+        """See the proto."""
+        call = self._calls.begin("UploadImage", context)
+        try:
+            upload = Upload(self._limits)
+            async for request in request_iterator:
+                call.received(request)
+                upload.add(request.chunk)
+            response = await self._admission.kept(upload)
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        """See the proto."""
+        call = self._calls.begin("GetServerInfo", context)
+        try:
+            call.received(request)
+            engine = self._scheduler.engine
+            response = pb.GetServerInfoResponse(
+                version=version(),
+                device=engine.device_name,
+                precision=engine.precision,
+                backbone=engine.backbone,
+                weights=engine.weights_source,
+                layers=engine.layers,
+                limits=pb.Limits(**{f.name: getattr(self._limits, f.name) for f in dataclasses.fields(Limits)}),
+                presets=(pb.PresetRecipe(name=n, recipe=recipe_to_message(r)) for n, r in PRESETS.items()),
+                running_jobs=self._scheduler.running,
+                queued_jobs=self._scheduler.queued,
+                paused_jobs=self._scheduler.paused,
+                style_cache=_cache_stats(engine.style_cache),
+                uploads=_cache_stats(self.uploads.counts),
+            )
+            wait_s = self._scheduler.estimated_wait_s()
+            if wait_s is not None:
+                response.estimated_wait.FromMilliseconds(round(wait_s * 1000))
+        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
+            await call.fail(error)
+        call.succeeded()
+        return response
+
+    async def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: RpcCall) -> JobEventStream:
+        """The job of a controller's first message."""
+        with self._admitting():
+            if first is not None:
+                call.received(first)
+            refuse(check_first(first))
+            assert first is not None, "its absence was refused"
+            if first.HasField("start"):
+                return await self._made(first.start, call, controls=True)
+        refuse(check_watch(first.attach, "attach."))
+        job = self.jobs.find(first.attach.job_id)
+        return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
+
+    async def _made(
+        self,
+        request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
+        call: RpcCall,
+        *,
+        controls: bool = False,
+    ) -> JobEventStream:
+        """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
+        spec, request_id = request.spec, request.request_id.lower()
+        refuse(check_request_id(request_id))
+        job = await self._made_before(request_id, spec)
+        attached = job is not None
+        if job is None:
+            place = self._scheduler.reserve()  # before anything is hashed or decoded
+            # Not checked yet, and somebody may ask meanwhile when the job ends.
+            grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
+            job = self.jobs.create(request_id, grace_s, result_encoding(spec))
+            # A task of its own, so that the job has its images even if this call does not live to see them.
+            deadline_at = None if grace_s else call.deadline_at
+            preparation = asyncio.create_task(self._prepare(job, place, spec, deadline_at))
+            self._preparations[job] = preparation
+            preparation.add_done_callback(lambda _: self._preparations.pop(job))
+        else:
+            refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
+        return self._watched(job, call, spec, attached=attached, controls=controls)
+
+    async def _made_before(self, request_id: str, spec: pb.JobSpec) -> Job | None:
+        """The job that an earlier request of this id made. Raises `RequestIdTaken` if that asked for something else."""
+        digest = None
+        # Looked for again after each wait: it may have failed meanwhile, and then the request is a new one.
+        while (job := self.jobs.of_request(request_id)) is not None:
+            if job in self._preparations:  # what it was asked for is known when that has ended
+                await asyncio.wait([self._preparations[job]])
+            elif digest is None:
+                digest = await self._admission.digest(spec)
+            elif digest != job.digest:
+                raise RequestIdTaken(request_id)
+            else:
+                return job
+        return None
+
+    @contextlib.contextmanager
+    def _admitting(self) -> Iterator[None]:
+        """What is raised is why there is no job. Those whose images are bad are counted in `_job_ended`."""
+        try:
+            yield
+        except GramophoneError as error:
+            self._metrics.job_rejected(reason(error))
+            raise
+
+    def _job_ended(self, job: Job) -> None:
+        assert job.lasted_s is not None, "it has ended"
+        if job.plan is None:  # it was never accepted; one that its caller gave up before that is neither
+            if job.error is not None and not isinstance(job.error, Cancelled):
+                self._metrics.job_rejected(reason(job.error))
+            return
+        outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
+        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
+
+    def _watched(
+        self,
+        job: Job,
+        call: RpcCall,
+        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        *,
+        after: int = 0,
+        attached: bool = False,
+        controls: bool = False,
+    ) -> JobEventStream:
+        """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
+        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
+        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        mailbox = job.watch(frames, checkpoints, after, controls=controls)
+        call.watches(job, mailbox)
+        weights = self._scheduler.engine.weights_source
+        return JobEventStream(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
+
+    async def _prepare(self, job: Job, place: Reservation, spec: pb.JobSpec, deadline_at: float | None) -> None:
+        """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
+        try:
+            with place:
+                work = await self._admission.work(spec, place, deadline_at)
+                if job.request_id:
+                    job.digest = await self._admission.digest(spec)
+                job.submit(place, work, deadline_at)
+        except GramophoneError as error:
+            error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
+            job.fail(error.with_traceback(None))
+        except BaseException as error:
+            log.error("job=%s failed", job.id, exc_info=error)
+            job.fail(as_domain_error(error))
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                raise
+
+
+def _cache_stats(counts: CacheCounts) -> pb.CacheStats:
+    return pb.CacheStats(hits=counts.hits, misses=counts.misses, bytes=counts.bytes, max_bytes=counts.most_bytes)
+
+
+def _frame_rule(frames: pb.FrameOptions) -> FrameRule:
+    return FrameRule(max(1, frames.every_iterations), _seconds(frames.min_interval), frames.max_in_flight)
+
+
+def _checkpoint_rule(checkpoints: pb.CheckpointOptions) -> CheckpointRule:
+    return CheckpointRule(_seconds(checkpoints.min_interval), checkpoints.light)
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return float(duration.seconds + duration.nanos / 1e9)

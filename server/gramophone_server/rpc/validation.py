@@ -1,0 +1,241 @@
+"""What a request must keep to: pure functions from messages and limits to violations, each with its field path."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from google.protobuf import duration_pb2
+
+from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.wire import recipe_from_message
+from gramophone_server.config import Limits, variable
+from gramophone_server.domain.job import SMALLEST_SIDE, StyleJob
+
+__all__ = [
+    "check_checkpoints",
+    "check_first",
+    "check_frames",
+    "check_no_credit",
+    "check_page",
+    "check_request_id",
+    "check_result",
+    "check_resumed",
+    "check_spec",
+    "check_watch",
+]
+
+LARGEST_STYLE_WEIGHT = 1000.0
+LONGEST_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
+MOST_IN_FLIGHT = 16  # frames that are not acknowledged
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
+
+
+def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """Everything that is wrong with a job, but for what the bytes of its images and of its checkpoint hold. `layers` the
+    network has."""
+    yield from _check_image("spec.content", spec.content, "the content image")
+    yield from _check_styles(spec.styles, limits)
+    if spec.HasField("resume"):  # asking for the field itself copies megabytes
+        for name in ("recipe", "start_image", "seed"):
+            if spec.HasField(name):
+                yield Violation(f"spec.{name}", "must be unset with `resume`, as the checkpoint has all that it says")
+    else:
+        try:
+            recipe = recipe_from_message(spec.recipe)
+        except InvalidRecipe as error:
+            yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
+            recipe = _rest(spec.recipe, error.violations)
+        yield from _check_recipe(recipe, limits, layers)
+        yield from _check_start_image(spec, recipe.start)
+    if spec.HasField("frames"):
+        yield from check_frames(spec.frames, "spec.frames")
+    yield from check_checkpoints(spec.checkpoints, "spec.checkpoints")
+    grace_s = spec.detach_grace.seconds + spec.detach_grace.nanos / 1e9
+    if not 0 <= grace_s <= limits.max_detach_s:
+        yield Violation(
+            "spec.detach_grace",
+            f"must be 0 to {limits.max_detach_s} seconds (server setting {variable('max_detach_s')}), got {grace_s:g}",
+        )
+    yield from _check_format("spec.result_format", spec.result_format)
+    yield from _check_quality("spec.result_quality", spec.result_quality)
+
+
+def check_resumed(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """What is wrong with the recipe of a checkpoint on this server, which may not be the one that wrote it."""
+    for field, description in _check_recipe(recipe, limits, layers):
+        yield Violation("spec.resume", f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
+
+
+def check_request_id(request_id: str) -> Iterator[Violation]:
+    """What is wrong with the id that a caller gave its request, if it gave one."""
+    if request_id and not UUID.fullmatch(request_id):
+        yield Violation("request_id", f"must be a UUID of 36 characters, or empty, got {request_id[:48]!a}")
+
+
+def check_page(request: pb.ListJobsRequest) -> Iterator[Violation]:
+    """What is wrong with a page of a list."""
+    if request.page_size < 0:
+        yield Violation("page_size", f"must be 0 or more, got {request.page_size}")
+    if request.page_token and not re.fullmatch(r"[0-9]{1,18}", request.page_token):
+        yield Violation("page_token", f"is not one of this server, got {request.page_token[:48]!a}")
+
+
+def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
+    """The recipe as if the fields that break its rules had not been set, so that the others are checked all the same."""
+    rest = pb.Recipe()
+    rest.CopyFrom(message)
+    for field, _ in violations:
+        rest.ClearField(field.partition("[")[0])
+    try:
+        return recipe_from_message(rest)
+    except InvalidRecipe:  # what is left does not go with the preset's values; the first answer will do
+        return Recipe()
+
+
+def check_result(work: StyleJob) -> Iterator[Violation]:
+    """What shows only with the content image decoded."""
+    shorter = min(work.result_size)
+    if shorter < SMALLEST_SIDE:
+        sides = work.content.shape[1:]
+        enough = -(-max(sides) * SMALLEST_SIDE // min(sides))
+        yield Violation(
+            "spec.recipe.size",
+            f"makes a {work.result_size[0]}x{work.result_size[1]} picture of this content image; its shorter side must "
+            f"have at least {SMALLEST_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
+        )
+
+
+def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Violation]:
+    said = image.WhichOneof("source")  # and not whether `data` is empty: to ask for it is to copy it
+    if said is None:
+        yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
+    elif said == "digest" and not DIGEST.fullmatch(image.digest):
+        yield Violation(
+            f"{field}.digest",
+            f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
+        )
+
+
+def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[Violation]:
+    if not 1 <= len(styles) <= limits.max_styles:
+        yield Violation(
+            "spec.styles",
+            f"must have 1 to {limits.max_styles} images (server setting {variable('max_styles')}), got {len(styles)}",
+        )
+    for i, style in enumerate(styles):
+        yield from _check_image(f"spec.styles[{i}].image", style.image, "the style image")
+        if style.HasField("weight") and not 0 < style.weight <= LARGEST_STYLE_WEIGHT:  # true for NaN too
+            yield Violation(
+                f"spec.styles[{i}].weight",
+                f"must be above 0 and at most {LARGEST_STYLE_WEIGHT:g}, got {style.weight:g}; "
+                "leave a style out to give it no weight",
+            )
+
+
+def _check_recipe(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """What a server adds to the recipe's own rules: its network and its limits."""
+    yield from _check_layers("spec.recipe.content_layers", recipe.content_layers, layers)
+    yield from _check_layers("spec.recipe.style_layers", recipe.style_layers, layers)
+    setting = f"(server setting {variable('max_size')})"
+    if recipe.size > limits.max_size:
+        yield Violation("spec.recipe.size", f"must be at most {limits.max_size} pixels {setting}, got {recipe.size}")
+    elif recipe.size * recipe.style_scale > limits.max_size:
+        # A style runs through the same network as a picture of its size, so the same limit holds its memory.
+        yield Violation(
+            "spec.recipe.style_scale",
+            f"makes style images of {recipe.size * recipe.style_scale:.0f} pixels at a size of {recipe.size}; "
+            f"at most {limits.max_size} are allowed {setting}",
+        )
+    iterations = recipe.total_iterations()
+    if iterations > limits.max_iterations:
+        scales = len(recipe.scale_sizes())
+        yield Violation(
+            "spec.recipe.iterations",
+            f"and coarse_iterations make {iterations} over {scales} scale{'s' if scales > 1 else ''}; "
+            f"at most {limits.max_iterations} are allowed (server setting {variable('max_iterations')})",
+        )
+
+
+def _check_layers(field: str, wanted: Sequence[LayerWeight], layers: Sequence[str]) -> Iterator[Violation]:
+    for i, (layer, _) in enumerate(wanted):
+        if layer not in layers:
+            name = layer[:32]  # a name has 7 letters, and comparing long texts is slow
+            close = difflib.get_close_matches(name, layers, n=1, cutoff=0)
+            nearest = f"did you mean {close[0]!r}? " if close else ""
+            yield Violation(
+                f"{field}[{i}].layer",
+                f"{name!a} is not a layer of this network; {nearest}GetServerInfo (`gramophone info`) lists them all",
+            )
+
+
+def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
+    given = spec.HasField("start_image")
+    if start is Start.IMAGE:
+        yield from _check_image("spec.start_image", spec.start_image, "the image that START_IMAGE needs")
+    if start is not Start.IMAGE and given:
+        yield Violation("spec.start_image", f"is only for START_IMAGE; this recipe starts from {start.value}")
+
+
+def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
+    """Everything that is wrong with which frames a watcher wants; `field` is where it said so."""
+    if frames.every_iterations < 0:
+        yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
+    yield from _check_interval(f"{field}.min_interval", frames.min_interval)
+    if frames.max_side:
+        yield from _check_range(f"{field}.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
+    yield from _check_format(f"{field}.format", frames.format)
+    yield from _check_quality(f"{field}.quality", frames.quality)
+    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, 0, MOST_IN_FLIGHT)
+
+
+def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator[Violation]:
+    """Everything that is wrong with which checkpoints a watcher wants; `field` is where it said so."""
+    yield from _check_interval(f"{field}.min_interval", checkpoints.min_interval)
+
+
+def check_watch(wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
+    """Everything that is wrong with how a job that is there shall be watched."""
+    yield from check_frames(wanted.frames, f"{prefix}frames")
+    yield from check_checkpoints(wanted.checkpoints, f"{prefix}checkpoints")
+
+
+def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
+    """A stream without commands has no acknowledgements."""
+    if frames.max_in_flight:
+        yield Violation(
+            f"{field}.max_in_flight",
+            f"is only for StylizeInteractive, where frames are acknowledged, got {frames.max_in_flight}",
+        )
+
+
+def check_first(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violation]:
+    """What is wrong with the first message of a controller, None if it closed its side without one."""
+    command = request.WhichOneof("command") if request is not None else "none"
+    if command not in ("start", "attach"):
+        yield Violation("command", f"the first message must be start or attach, got {command or 'an unknown one'}")
+
+
+def _check_interval(field: str, interval: duration_pb2.Duration) -> Iterator[Violation]:
+    interval_s = interval.seconds + interval.nanos / 1e9
+    if not 0 <= interval_s <= LONGEST_INTERVAL_S:
+        yield Violation(field, f"must be 0 to {LONGEST_INTERVAL_S:g} seconds, got {interval_s:g}")
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:
+    if not low <= value <= high:
+        yield Violation(field, f"must be {low} to {high}, got {value}")
+
+
+def _check_quality(field: str, value: int) -> Iterator[Violation]:
+    if not 0 <= value <= 100:
+        yield Violation(field, f"must be 1 to 100, or 0 for the default, got {value}")
+
+
+def _check_format(field: str, value: int) -> Iterator[Violation]:
+    if value not in pb.ImageFormat.values():
+        yield Violation(field, f"is an unknown value {value}; this server knows JPEG, PNG and WebP")

@@ -1,0 +1,258 @@
+"""The whole thing as its users have it: real processes, the real network, small pictures.
+
+Nothing here sleeps for a guessed time: every wait is for a line of output or for a process to end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageSequence
+
+from gramophone.recipe import PRESETS, RecipeOverrides
+from gramophone_client import Accepted, Result, SyncGramophoneClient
+from tests.support.processes import ROOT, WITHIN_S, Process, Server
+
+PHOTO = ROOT / "examples" / "photos" / "cat.jpg"  # 768 x 511
+PAINTING = ROOT / "examples" / "styles" / "woodcut.jpg"
+
+SMALL = ("--size", "96", "--iterations", "4", "--coarse-iterations", "2", "--smallest-size", "64")
+LONG = ("--size", "512", "--iterations", "5000", "--smallest-size", "0", "--timeout", "86400")  # minutes
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(cwd=tmp_path_factory.mktemp("server")) as server:
+        server.line("ready in ")
+        yield server
+
+
+def run(server: Server, *words: str | Path, cwd: Path) -> str:
+    """What `gramophone` says, which must succeed."""
+    with server.client(*words, cwd=cwd) as client:
+        code = client.code()
+    assert code == 0, client.said
+    return client.said
+
+
+def stylize(server: Server, out: str, *flags: str, cwd: Path) -> str:
+    return run(server, "stylize", PHOTO, PAINTING, "-o", out, *flags, cwd=cwd)
+
+
+def recipe_flags(out: str, *, cwd: Path) -> Sequence[str]:
+    """What `gramophone recipe` says of a picture; it asks no server."""
+    with Process("-m", "gramophone_client.cli", "recipe", out, cwd=cwd) as client:
+        assert client.code() == 0, client.said
+    return client.said.split()
+
+
+def info(server: Server, *, cwd: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(run(server, "info", "--json", cwd=cwd))
+    return told
+
+
+# One job --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_photo_becomes_a_painting_and_can_be_made_again(server: Server, tmp_path: Path) -> None:
+    watched = ("--frames", "frames", "--frame-every", "1", "--timelapse", "film.gif")
+    said = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
+    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", said[0])  # 2 at 68 px and 4 at 96
+    assert re.match(r"96x64, 6 iterations in .* s, loss ", said[-2])
+    assert said[-1] == "out.png"
+    with Image.open(tmp_path / "out.png") as out:
+        out.load()
+        assert (out.format, out.mode, out.size) == ("PNG", "RGB", (96, 64))
+        note = json.loads(out.info["gramophone"])
+    assert (note["seed"], note["recipe"]["size"], note["gramophone"]) == (7, 96, version("gramophone"))
+    assert "Oxford" in note["weights"]
+
+    frames = sorted((tmp_path / "frames").iterdir())
+    assert [frame.name for frame in frames] == [f"frame-{i + 1:04d}.jpg" for i in range(len(frames))]
+    assert frames  # ten a second at most: how many there are is a matter of the machine
+    for frame in frames:
+        with Image.open(frame) as picture:
+            assert (picture.format, picture.size in ((68, 45), (96, 64))) == ("JPEG", True)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.format, film.size) == ("GIF", (96, 64))
+        assert len(list(ImageSequence.Iterator(film))) == len(frames) + 1  # the result is the last
+
+    stylize(server, "again.png", "--preset", "quality", *recipe_flags("out.png", cwd=tmp_path), cwd=tmp_path)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    assert not list(tmp_path.glob(".*"))  # nothing half-written
+
+
+def test_noise_is_the_seeds(server: Server, tmp_path: Path) -> None:
+    # Every format says how it was made, and the same seed makes the same noise.
+    noisy = (*SMALL, "--start", "noise", "--quiet", "--result-quality", "100")
+    pictures = {}
+    for out, seed in (("seven.png", "7"), ("seven.jpg", "7"), ("eight.webp", "8")):
+        assert stylize(server, out, *noisy, "--seed", seed, cwd=tmp_path) == f"{out}\n"
+        flags = recipe_flags(out, cwd=tmp_path)
+        assert flags[flags.index("--seed") + 1] == seed
+        assert flags[flags.index("--start") + 1] == "noise"
+        with Image.open(tmp_path / out) as picture:
+            pictures[out] = picture.convert("L").resize((12, 8), Image.Resampling.BOX).tobytes()
+
+    def apart(one: str, other: str) -> float:
+        return sum(abs(a - b) for a, b in zip(pictures[one], pictures[other], strict=True)) / len(pictures[one])
+
+    assert apart("seven.png", "seven.jpg") < 1 < apart("seven.png", "eight.webp")
+
+
+def test_info_tells_what_the_server_is(server: Server, tmp_path: Path) -> None:
+    told = info(server, cwd=tmp_path)
+    assert told["version"] == version("gramophone")
+    assert told["backbone"] == "vgg19"
+    assert "CC BY 4.0" in told["weights"]  # the licence asks for it
+    assert told["layers"][:3] == ["conv1_1", "relu1_1", "conv1_2"]
+    assert told["limits"]["max_size"] == 2048
+    assert told["presets"].keys() == PRESETS.keys()
+    assert (told["running_jobs"], told["queued_jobs"]) == (0, 0)
+
+
+def test_the_images_health_check_tells_a_server_from_none(server: Server, tmp_path: Path) -> None:
+    for port, code in ((server.address.rpartition(":")[2], 0), ("1", 1)):
+        with Process(ROOT / "deploy" / "health.py", cwd=tmp_path, GRAMOPHONE_PORT=port) as check:
+            assert check.code() == code, check.said
+    assert check.said == "127.0.0.1:1: UNAVAILABLE\n"
+
+
+def test_bad_input_is_exit_code_2_and_a_sentence_that_helps(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("this is not a picture, however it is named")
+    cases: dict[tuple[str | Path, ...], str] = {
+        ("text.png", PAINTING): "text.png: must be a JPEG, PNG or WebP image, got 42 bytes of something else",
+        (PHOTO, PAINTING, "--style-layers", "relu1_1,relu9_1"): "--style-layers[1].layer: 'relu9_1' is not a layer",
+        (PHOTO, PAINTING, "--alpha", "0", "--beta", "0"): "--beta: must be above 0 when alpha is 0",
+        (PHOTO, PAINTING, "--size", "4096"): "--size: must be at most 2048 pixels (server setting GRAMOPHONE_MAX_SIZE)",
+    }
+    with ExitStack() as stack:  # all at once, for the sake of time
+        clients = [
+            stack.enter_context(server.client("stylize", *words, "-o", "out.png", cwd=tmp_path)) for words in cases
+        ]
+        for client, words in zip(clients, cases.values(), strict=True):
+            assert client.code() == 2, client.said
+            assert client.said.startswith(f"gramophone: {words}")
+            assert client.said.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+# Several at once, and ends --------------------------------------------------------------------------------------------
+
+
+def test_two_clients_at_once_both_finish(server: Server) -> None:
+    short = RecipeOverrides(size=96, smallest_size=0, iterations=2)
+    long = short | RecipeOverrides(iterations=60)
+    with SyncGramophoneClient(server.address) as one, SyncGramophoneClient(server.address) as other:
+        first = one.stream(PHOTO, PAINTING, **long, timeout_s=WITHIN_S)
+        assert isinstance(next(first), Accepted)
+        second = other.stream(PAINTING, PHOTO, **short, timeout_s=WITHIN_S)
+        accepted = next(second)
+        assert isinstance(accepted, Accepted)
+        assert accepted.queue_position == 0  # beside the first, which is still at work
+        results = [list(second)[-1], list(first)[-1]]
+    for result, shape in zip(results, ((96, 75), (96, 64)), strict=True):
+        assert isinstance(result, Result)
+        assert result.picture.image().size == shape
+
+
+def test_a_client_that_is_killed_gives_its_slot_back(server: Server, tmp_path: Path) -> None:
+    with server.client("stylize", PHOTO, PAINTING, "-o", "out.png", *LONG, cwd=tmp_path) as client:
+        client.line("job ")
+        client.signal(signal.SIGKILL)
+        assert client.code() == -signal.SIGKILL
+    assert stylize(server, "next.png", *SMALL, "--quiet", cwd=tmp_path) == "next.png\n"
+    told = info(server, cwd=tmp_path)
+    assert (told["running_jobs"], told["queued_jobs"]) == (0, 0)
+    assert os.listdir(tmp_path) == ["next.png"]
+
+
+def test_sigterm_lets_the_job_end(tmp_path: Path) -> None:
+    flags = ("--size", "96", "--iterations", "80", "--smallest-size", "0", "--wait", str(WITHIN_S))
+    with (
+        Server(cwd=tmp_path) as server,
+        server.client("stylize", PHOTO, PAINTING, "-o", "out.png", *flags, cwd=tmp_path) as client,
+    ):
+        client.line("job ")
+        server.signal(signal.SIGTERM)
+        assert client.code() == 0, client.said
+        assert server.code() == 0, server.said
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.size == (96, 64)
+    assert re.search(r"SIGTERM: draining(.|\n)* StylizeStream job=[\w-]+ code=OK (.|\n)* stopped\n$", server.said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--port", "{port}"), "cannot listen on 127.0.0.1:{port}: Address already in use; choose another address"),
+        (("--port", "0", "--weights", "missing.pth"), "no weights file at missing.pth; give a path, or --weights"),
+    ],
+    ids=["port", "weights"],
+)
+def test_a_server_that_cannot_start_says_why_in_one_sentence(
+    server: Server, tmp_path: Path, flags: tuple[str, ...], sentence: str
+) -> None:
+    port = server.address.rpartition(":")[2]
+    with Process("-m", "gramophone_server.main", *(flag.format(port=port) for flag in flags), cwd=tmp_path) as failed:
+        assert failed.code() == 2, failed.said
+    *before, last = failed.said.splitlines()
+    assert last.startswith(f"gramophone-server: {sentence.format(port=port)}")
+    assert all(line.startswith("listening on ") or " INFO " in line for line in before), failed.said
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="asks /proc which processes are left")
+@pytest.mark.parametrize("when", ["listening", "painting"])
+def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, when: str) -> None:
+    log = tmp_path / "out" / "server.log"
+    with Process(ROOT / "examples" / "demo.py", cwd=tmp_path) as demo:
+        if when == "painting":
+            demo.line("job ")
+        else:  # the server tells only the demo; but what it logs first, it logs when it listens
+            end = time.monotonic() + WITHIN_S
+            while not (log.exists() and " version " in log.read_text()):
+                assert time.monotonic() < end, demo.said
+                time.sleep(0.01)
+        demo.signal(signal.SIGINT)  # to the whole group; the server has one of its own
+        assert demo.code() == 130, demo.said
+    assert "demo.py" not in demo.said  # no traceback of its own; the client's is possible while Python still imports it
+    assert " stopped\n" in log.read_text()  # the thread that still loads may have said something behind it
+    assert _processes_in(tmp_path) == []
+
+
+def _processes_in(folder: Path) -> list[int]:
+    """The processes that work in a folder, which is how those of one test are known."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+        except OSError:  # ended meanwhile, or somebody else's
+            continue
+    return found
+
+
+# Without the compiled ops ---------------------------------------------------------------------------------------------
+
+
+def test_the_fake_engine_needs_no_compiled_ops(tmp_path: Path) -> None:
+    module = "tests.support.without_ops"
+    with Server("--engine", "fake", cwd=tmp_path, module=module) as server:
+        server.line("ready in ")
+        flags = ("--checkpoint", "job.state", "--frames", "frames", "--frame-every", "1")
+        stylize(server, "out.png", *SMALL, *flags, cwd=tmp_path)
+        with Image.open(tmp_path / "out.png") as out:
+            assert out.size == (96, 64)
+    with Process("-m", module, cwd=tmp_path) as real:  # the network does need them, so the module does keep them away
+        assert real.code() == 1
+    assert "gramophone_server._C" in real.said

@@ -1,0 +1,289 @@
+"""Batches of the engine: jobs join, leave, change and go from scale to scale, and none notices another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gramophone.recipe import InvalidRecipe, LayerWeight, Normalisation, Optimiser, Start
+from gramophone_server.domain.job import Report, StyleJob
+from gramophone_server.domain.job_state import JobState
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.engine.graph_runner import GraphRunner
+from gramophone_server.errors import OutOfDeviceMemory
+from gramophone_server.network.precision import MODES
+from tests.support.engines import CHECKPOINTS
+from tests.support.networks import make_tiny_vgg
+from tests.support.pictures import make_picture
+
+MakeJob = Callable[..., StyleJob]
+STATEFUL = [Optimiser.ADAM, Optimiser.LBFGS]
+MOST = 2**30
+
+
+def go(engine: VggEngine, work: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
+    """The job alone in batches of a width, for so many iterations or to its end."""
+    reports = []
+    while iterations and not work.finished:
+        batch = engine.batch(work.shape, slots)
+        slot = batch.join(work)
+        while iterations and work.iterations_left:
+            reports.append(batch.advance()[slot])
+            iterations -= 1
+        batch.leave(slot)
+        batch.close()
+    return reports
+
+
+def totals(reports: list[Report]) -> list[float]:
+    return [report.losses.total for report in reports]
+
+
+def image(work: JobState) -> Tensor:
+    assert work.tensors is not None
+    return work.tensors["image"]
+
+
+def three(make_job: MakeJob, optimiser: Optimiser) -> list[StyleJob]:
+    """Of one structure, and otherwise as different as can be."""
+    same = {"optimiser": optimiser, "average": 0.5, "size": 48}
+    return [
+        make_job(content=1, style=2, smallest_size=34, iterations=9, coarse_iterations=4, **same),
+        make_job(content=3, style=4, beta=9.0, step=0.01, iterations=14, start=Start.NOISE, seed=5, **same),
+        replace(
+            make_job(content=5, normalisation=Normalisation.GATYS, alpha=0.1, beta=2e4, tv_weight=9.0, step=0.03, **same),
+            styles=(make_picture(6, 36, 36), make_picture(7, 50, 30)),
+            style_weights=(1.0, 2.0),
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_jobs_that_come_and_go_are_what_they_are_alone(
+    tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
+) -> None:
+    alone = [JobState(job) for job in three(make_job, optimiser)]
+    alone_reports = [go(tiny_engine, work, 3) for work in alone]
+    single = [go(tiny_engine, JobState(job), 1) for job in three(make_job, optimiser)]
+
+    first, second, third = works = [tiny_engine.admit(job) for job in three(make_job, optimiser)]
+    reports: dict[JobState, list[Report]] = {work: [] for work in works}
+    reports[first] += go(tiny_engine, first, 3, 4)  # its coarse scale
+    batch = tiny_engine.batch(first.shape, 3)
+
+    def advance(iterations: int) -> None:
+        for _ in range(iterations):
+            for slot, report in batch.advance().items():
+                reports[batch.works[slot]].append(report)
+
+    assert batch.join(second) == 0
+    advance(3)
+    assert batch.join(first) == 1  # from the scale before
+    advance(4)
+    assert batch.join(third) == 2
+    advance(2)
+    assert batch.leave(0) is second  # is paused
+    advance(3)
+    assert batch.iterations_left(1) == 0
+    batch.leave(1)
+    batch.join(second)
+    advance(5)
+    for slot in (0, 2):
+        batch.leave(slot)
+    for mine, expected, narrow in zip(works, alone_reports, single, strict=True):
+        assert mine.finished
+        assert totals(reports[mine]) == totals(expected)
+        assert totals(expected)[:4] == pytest.approx(totals(narrow)[:4], rel=1e-3)
+    for mine, expected in zip(works, alone, strict=True):
+        assert mine.tensors is not None and expected.tensors is not None
+        assert all(torch.equal(mine.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_what_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+    work = tiny_engine.admit(make_job(iterations=1))
+    batch = tiny_engine.batch(work.shape, 1)
+    with pytest.raises(ValueError, match="no job is in the batch"):
+        batch.advance()
+    batch.join(work)
+    with pytest.raises(ValueError, match="the job is in a batch already"):
+        batch.join(work)
+    with pytest.raises(ValueError, match="all 1 slots are taken"):
+        batch.join(tiny_engine.admit(make_job()))
+    with pytest.raises(ValueError, match="the job's shape is"):
+        batch.join(tiny_engine.admit(make_job(size=40)))
+    batch.advance(5)
+    with pytest.raises(ValueError, match="slot 0 has no iteration left at this scale: it must leave"):
+        batch.advance()
+    with pytest.raises(ValueError, match="the job has no iteration left"):
+        tiny_engine.batch(work.shape, 1).join(batch.leave(0))
+    with pytest.raises(ValueError, match="has 1 to 256 slots, got 0"):
+        tiny_engine.batch(work.shape, 0)
+
+
+@pytest.mark.parametrize("optimiser", STATEFUL)
+def test_new_weights_act_from_the_iteration_that_is_named(
+    tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
+) -> None:
+    changes: dict[str, Any] = {
+        "alpha": 0.3, "beta": 8.0, "tv_weight": 0.0, "step": 0.01,
+        "style_layers": tuple(LayerWeight(f"relu{i}_1", 0.5 * i) for i in range(1, 6)),
+    }  # fmt: skip
+    job, mate = make_job(optimiser=optimiser), make_job(content=3, style=4, optimiser=optimiser)
+    tuned, untouched = tiny_engine.admit(job), tiny_engine.admit(mate)
+    batch = tiny_engine.batch(tuned.shape, 2)
+    batch.join(tuned)
+    batch.join(untouched)
+    before = [batch.advance() for _ in range(4)]
+    kept = batch.copy(0)
+    assert batch.update(0, **changes) == 5
+    after = [batch.advance() for _ in range(6)]
+
+    plain = go(tiny_engine, JobState(job), 2)
+    assert totals([reports[0] for reports in before]) == totals(plain[:4])
+    assert after[0][0].losses.tv == 0 and plain[4].losses.tv > 0
+    # A job with these weights from the start, put where the other one was.
+    other = replace(kept, job=replace(job, recipe=replace(job.recipe, **changes)), recipe=None)
+    assert totals([reports[0] for reports in after]) == totals(go(tiny_engine, other, 2))
+    assert torch.equal(image(batch.leave(0)), image(other))
+    assert totals([reports[1] for reports in before + after]) == totals(go(tiny_engine, JobState(mate), 2))
+
+
+def test_what_cannot_be_changed_on_the_way_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+    work = tiny_engine.admit(make_job())
+    batch = tiny_engine.batch(work.shape, 1)
+    batch.join(work)
+    for changes, words in (
+        ({"optimiser": Optimiser.LBFGS}, "optimiser: cannot change while the job is on its way"),
+        ({"beta": -1.0}, "beta: must be between 0 and 1e[+]15, got -1"),
+        (
+            {"content_layers": (LayerWeight("relu3_1"),)},
+            "content_layers: must name the job's layers, relu4_2, got relu3_1",
+        ),
+    ):
+        with pytest.raises(InvalidRecipe, match=words):
+            batch.update(0, **changes)  # type: ignore[arg-type]
+    assert work.recipe == work.job.recipe
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])  # in the coarse scale, at its end, in the fine one
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("optimiser", STATEFUL)
+def test_a_full_checkpoint_goes_on_bit_for_bit(
+    tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser, average: float, at: int
+) -> None:
+    job = make_job(optimiser=optimiser, average=average, smallest_size=34, coarse_iterations=4, iterations=6)
+    straight = JobState(job)
+    expected = go(tiny_engine, straight, 1)
+    stopped = JobState(job)
+    go(tiny_engine, stopped, 1, at)
+    data = CHECKPOINTS.write(stopped, most_bytes=MOST)
+    read = CHECKPOINTS.read(data, most_bytes=MOST)
+    assert read.recipe == job.recipe
+    resumed = read.restore(
+        make_job(optimiser=optimiser, average=average, smallest_size=34, coarse_iterations=4, iterations=6)
+    )
+    assert CHECKPOINTS.write(resumed, most_bytes=MOST) == data
+    reports = go(tiny_engine, resumed, 1)
+    assert reports == expected[at:]
+    assert torch.equal(image(resumed), image(straight))
+
+
+def test_a_light_checkpoint_goes_on_from_the_picture(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+    job = make_job(average=0.5, iterations=30)
+    work = tiny_engine.admit(job)
+    batch = tiny_engine.batch(work.shape, 1)
+    batch.join(work)
+    batch.advance(20)
+    data = CHECKPOINTS.write(batch.copy(0), picture=batch.snapshot(0)(), most_bytes=MOST)
+    resumed = CHECKPOINTS.read(data, most_bytes=MOST).restore(job)
+    assert (resumed.done, resumed.gradients, resumed.iterations_left) == (20, 0, 10)
+    again = tiny_engine.batch(resumed.shape, 1)
+    again.join(resumed)
+    assert torch.equal(again.picture(0), batch.picture(0))
+    reports = [again.advance()[0] for _ in range(10)]
+    assert reports[-1].iteration == 30 and resumed.finished
+    # Adam's first steps are as long as its step allows whatever the slope, so a settled picture is shaken at first.
+    assert batch.advance(10)[0].losses.total < reports[-1].losses.total < reports[1].losses.total
+
+
+def test_a_job_that_breaks_behind_a_light_checkpoint_names_its_iteration(
+    tiny_engine: VggEngine, make_job: MakeJob
+) -> None:
+    job = make_job()
+    work = JobState(job)
+    go(tiny_engine, work, 1, 6)
+    data = CHECKPOINTS.write(work, picture=tiny_engine.picture(work)(), most_bytes=MOST)
+    resumed, healthy = CHECKPOINTS.read(data, most_bytes=MOST).restore(job), JobState(make_job(content=3))
+    batch = tiny_engine.batch(resumed.shape, 2)
+    batch.join(resumed)
+    batch.join(healthy)
+    batch.advance()
+    with torch.inference_mode():
+        batch.stage.objective.style_weights[:, 0] = torch.nan
+    assert [report.diverged_at for report in batch.advance(2).values()] == [8, None]
+    left = batch.leave(0)
+    assert left.diverged_at == 8 and image(left).isfinite().all()
+    batch.join(left)  # it stays what it is
+    batch.advance()
+    assert torch.equal(batch.leave(0).tensors["image"], image(left))  # type: ignore[index]
+    assert totals(go(tiny_engine, batch.leave(1), 2)) == totals(go(tiny_engine, JobState(make_job(content=3)), 2)[4:])
+
+
+def test_out_of_memory_leaves_everybody_where_they_were(
+    tiny_engine: VggEngine, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = totals(go(tiny_engine, JobState(make_job()), 2))
+    work, late = tiny_engine.admit(make_job()), tiny_engine.admit(make_job(content=3))
+    batch = tiny_engine.batch(work.shape, 2)
+    batch.join(work)
+    reports = [batch.advance()[0] for _ in range(3)]
+    iterate, evaluated = GraphRunner._iterate, []
+
+    def too_much(*_: Any, **__: Any) -> Tensor:
+        return torch.empty(2**50)
+
+    def third_fails(stage: GraphRunner) -> None:
+        evaluated.append(stage)
+        (too_much if len(evaluated) == 3 else iterate)(stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_engine.chain, "forward", too_much)
+        with pytest.raises(OutOfDeviceMemory, match="48x40"):
+            batch.join(late)
+        assert not late.joined and late.tensors is None and list(batch.works) == [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphRunner, "_iterate", third_fails)
+        with pytest.raises(OutOfDeviceMemory, match="48x40"):
+            batch.advance(5)
+    assert work.done == 5
+    take = GraphRunner.take
+    monkeypatch.setattr(GraphRunner, "take", lambda *a, to_cpu=False: take(*a, to_cpu=True) if to_cpu else too_much())
+    left = batch.leave(0)
+    monkeypatch.undo()
+    reports += go(tiny_engine, left, 2)
+    assert totals(reports) == expected[:3] + expected[5:]
+
+
+def test_styles_are_looked_at_once(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+    def engine(most: int) -> VggEngine:
+        return VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"], style_cache_bytes=most)
+
+    with_cache, without, small = engine(2**20), engine(0), engine(3000)
+    job = replace(make_job(iterations=3), styles=(make_picture(6), make_picture(7)), style_weights=(1.0, 2.0))
+    again = replace(job, styles=tuple(style.clone() for style in job.styles), style_weights=(5.0, 1.0), seed=3)
+    results = [[totals(go(e, JobState(j), 1)) for j in (job, again, job)] for e in (with_cache, without, small)]
+    assert results[0] == results[1] == results[2]
+    assert results[0][0] == results[0][2] != results[0][1]
+    one = sum(c * c for c in (4, 6, 8, 8, 8)) * 4  # bytes of a style
+    assert with_cache.style_cache == (4, 2, 2 * one, 2**20)
+    assert without.style_cache == (0, 6, 0, 0)
+    assert small.style_cache.bytes == 2 * one <= 3000
+    other = make_job(iterations=1, pooling="average")
+    go(with_cache, JobState(other), 1)
+    go(with_cache, JobState(make_job(iterations=1, size=40)), 1)
+    assert with_cache.style_cache.misses == 4

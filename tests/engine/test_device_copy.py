@@ -1,0 +1,14 @@
+"""Pictures off the device; what only a GPU shows is in tests/gpu."""
+
+import torch
+
+from gramophone_server.engine.device_copy import DeviceToHostCopier
+
+
+def test_a_snapshot_is_of_the_moment_it_was_taken() -> None:
+    image = torch.rand(3, 5, 7)
+    expected = image.mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    wait = DeviceToHostCopier(torch.device("cpu")).take(image)
+    image.zero_()
+    assert torch.equal(wait(), expected)
+    assert wait().is_contiguous()

@@ -1,0 +1,111 @@
+"""Slots of a stage: what is put into one is what is taken out of it, and the others never notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gramophone.recipe import Optimiser, Recipe
+from gramophone_server.domain.job_state import Shape
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.engine.graph_runner import GraphRunner
+from gramophone_server.engine.style_targets import style_grams
+from tests.support.pictures import make_picture
+
+HEIGHT, WIDTH, SLOTS = 24, 28, 3
+
+
+@pytest.fixture
+def stage_of(tiny_engine: VggEngine) -> Callable[..., GraphRunner]:
+    def make(average: float = 0.5, optimiser: Optimiser = Optimiser.LBFGS) -> GraphRunner:
+        shape = Shape.of(Recipe(optimiser=optimiser, average=average), HEIGHT, WIDTH)
+        return GraphRunner(tiny_engine.chain, shape, SLOTS)
+
+    return make
+
+
+def fill(stage: GraphRunner, slot: int, seed: int, recipe: Recipe | None = None) -> None:
+    recipe = recipe or Recipe(beta=float(seed + 1))
+    content, style = (make_picture(seed + i, HEIGHT, WIDTH)[None] / 255 for i in (0, 10))
+    grams = style_grams(stage.objective.chain, style, stage.shape.style_layers, stage.shape.pooling)
+    stage.objective.set_targets(slot, recipe, content, [(grams, 1.0)])
+    stage.put(slot, {"image": content[0], "last_good": content[0]}, recipe.step, 0, 0)
+
+
+def everything(stage: GraphRunner, slot: int) -> list[Tensor]:
+    """All that belongs to a slot."""
+    objective, canvas = stage.objective, stage.canvas
+    targets = [target[slot] for target in (*objective.content_targets, *objective.style_targets)]
+    weights = [objective.content_weights[:, slot], objective.style_weights[:, slot], objective.tv_weights[slot]]
+    own = [x[slot] for x in (canvas.step, canvas.count, canvas.alive, canvas.diverged_at)]
+    return [x.clone() for x in (*stage.slot(slot).values(), *targets, *weights, *own)]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_putting_taking_and_clearing_touch_one_slot(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
+    stage = stage_of(optimiser=optimiser)
+    for slot in range(SLOTS):
+        fill(stage, slot, slot)
+    stage.iterate(3)
+    others = [everything(stage, slot) for slot in (0, 2)]
+    taken = stage.take(1)
+    stage.clear(1)
+    fill(stage, 1, 7)
+    stage.objective.set_weights(1, Recipe(beta=0.0))
+    assert all(equal(everything(stage, slot), before) for slot, before in zip((0, 2), others, strict=True))
+    stage.put(1, taken, 0.02, 3, 0)
+    assert all(torch.equal(view, taken[name]) for name, view in stage.slot(1).items())
+    assert stage.canvas.count.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_slots_do_not_see_each_other(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
+    """The same job between others, alone, and next to one that breaks: bit for bit."""
+    results = []
+    for company in ((), (0, 2), (0,)):
+        stage = stage_of(optimiser=optimiser)
+        fill(stage, 1, 1)
+        for slot in company:
+            fill(stage, slot, slot)
+        stage.iterate(2)
+        if company == (0,):
+            with torch.inference_mode():
+                stage.canvas.image[0].fill_(torch.nan)
+        elif company:
+            stage.clear(0)
+            fill(stage, 0, 5)
+        stage.iterate(3)
+        results.append([*stage.take(1).values(), stage.terms[:, 1].clone()])
+        assert stage.canvas.diverged_at.tolist() == [3 if company == (0,) else 0, 0, 0]
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_empty_slots_stay_black_and_finite(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
+    stage = stage_of(optimiser=optimiser)
+    fill(stage, 0, 3)
+    fill(stage, 1, 4)
+    stage.iterate(2)
+    with torch.inference_mode():
+        stage.canvas.image[1].fill_(torch.nan)  # it leaves as it breaks
+    stage.clear(1)
+    stage.iterate(12)
+    for slot in (1, 2):
+        assert not stage.canvas.alive[slot] and not stage.canvas.diverged_at[slot]
+        assert all(not view.any() for view in stage.canvas.slot(slot).values())
+        assert all(view.isfinite().all() for view in stage.slot(slot).values())
+        assert not stage.terms[:, slot].any()
+    assert stage.canvas.alive[0]
+
+
+def test_bytes_are_those_of_the_buffers(stage_of: Callable[..., GraphRunner]) -> None:
+    pictures = SLOTS * 3 * HEIGHT * WIDTH * 4
+    adam, lbfgs = (stage_of(0.0, optimiser).bytes for optimiser in (Optimiser.ADAM, Optimiser.LBFGS))
+    assert 19 * pictures <= lbfgs - adam < 20 * pictures  # 21 pictures for 2, and products

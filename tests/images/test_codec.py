@@ -1,0 +1,283 @@
+import contextlib
+import io
+import itertools
+import json
+import struct
+import time
+import zlib
+
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageDraw
+
+from gramophone_server.config import Limits
+from gramophone_server.errors import InvalidRequest
+from gramophone_server.images import codec
+from gramophone_server.images.codec import Format
+from tests.bad_input.pictures import program_profile
+
+LIMITS = Limits()
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image, format="PNG", **options):
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def decoded(data, needed=64, limits=LIMITS):
+    return codec.decode(data, "spec.content.data", limits, needed)
+
+
+def pixel(picture, x=0, y=0):
+    return tuple(picture[:, y, x].tolist())
+
+
+def refused(data, limits=LIMITS):
+    with pytest.raises(InvalidRequest) as caught:
+        decoded(data, limits=limits)
+    (violation,) = caught.value.violations
+    assert violation.field == "spec.content.data"
+    assert "PIL" not in violation.description and "object at" not in violation.description
+    return violation.description
+
+
+def png(depth, colour_type, pixel_bytes, *chunks, side=16):
+    """A PNG of `side` squared equal pixels, written by hand: Pillow cannot write most of the kinds."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    row = b"\0" + (pixel_bytes * side if depth >= 8 else pixel_bytes * (side * depth // 8))
+    header = struct.pack(">IIBBBBB", side, side, depth, colour_type, 0, 0, 0)
+    body = [chunk(b"IHDR", header), *(chunk(*c) for c in chunks), chunk(b"IDAT", zlib.compress(row * side))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_a_picture_comes_back_pixel_for_pixel(format):
+    pixels = torch.randint(0, 256, (3, 20, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.frombytes("RGB", (33, 20), bytes(pixels.permute(1, 2, 0).flatten().tolist()))
+    picture = decoded(encoded(image, format, lossless=True))
+    assert picture.dtype == torch.uint8 and picture.is_contiguous()
+    assert torch.equal(picture, pixels)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(16, 0, b"\x80\x40"), (0x80,) * 3),  # scaled, not clipped
+        (png(16, 0, b"\x80\x40", (b"tRNS", b"\x80\x40")), WHITE),
+        (png(16, 2, b"\x80\x00\xff\xff\x10\x00"), (0x80, 0xFF, 0x10)),
+        (png(16, 2, b"\x80\x00\xff\xff\x10\x00", (b"tRNS", b"\x80\x00\xff\xff\x10\x00")), WHITE),
+        (png(16, 6, b"\xff\xff\x00\x00\x00\x00\x80\x00"), (255, 127, 127)),
+        (png(16, 4, b"\x00\x00\x80\x00"), (127,) * 3),
+        (png(8, 0, b"\x37"), (0x37,) * 3),
+        (png(8, 2, b"\x80\xff\x10", (b"tRNS", b"\x00\x80\x00\xff\x00\x10")), WHITE),
+        (png(8, 3, b"\x01", (b"PLTE", b"\x10\x20\x30\x40\x50\x60")), (0x40, 0x50, 0x60)),
+        (png(8, 3, b"\x00", (b"PLTE", b"\x10\x20\x30\x40\x50\x60"), (b"tRNS", b"\x00")), WHITE),
+        (png(1, 0, b"\xff"), WHITE),
+        (png(2, 0, b"\x55"), (85,) * 3),
+    ],
+    ids=["L16", "L16+key", "RGB16", "RGB16+key", "RGBA16", "LA16", "L", "RGB+key", "P", "P+alpha", "1", "L2"],
+)
+def test_every_kind_of_png_becomes_8_bit_rgb(data, expected):
+    got = pixel(decoded(data))
+    assert all(abs(a - b) <= 1 for a, b in zip(got, expected, strict=True)), got
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    clear, half = Image.new(mode, (16, 16), 0), Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert(mode)
+    assert pixel(decoded(encoded(clear))) == WHITE
+    assert pixel(decoded(encoded(half))) == (127,) * 3
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_every_kind_of_jpeg_becomes_rgb(mode):
+    picture = decoded(encoded(Image.new("RGB", (32, 32), (200, 200, 200)).convert(mode), "JPEG", quality=95))
+    assert picture.shape == (3, 32, 32)
+    assert all(abs(value - 200) <= 3 for value in pixel(picture))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(orientation, format):
+    upright = Image.new("RGB", (64, 32), "white")
+    ImageDraw.Draw(upright).rectangle((0, 0, 15, 15), fill="red")  # top left
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # the others undo themselves
+    stored = upright if orientation == 1 else upright.transpose(codec.TURNS[inverse])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = decoded(encoded(stored, format, exif=exif))
+    assert picture.shape == (3, 32, 64)
+    assert picture[0, 4, 4] > 200 and picture[1, 4, 4] < 60 and min(pixel(picture, 60, 28)) > 200
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_spoil_a_picture():
+    assert decoded(encoded(Image.new("RGB", (32, 16), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")).shape == (
+        3,
+        16,
+        32,
+    )
+
+
+def swapped_profile():
+    """A profile whose red primary is sRGB's green and the other way round: rXYZ and gXYZ change places."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_an_embedded_profile_is_converted_to_srgb(mode):
+    image = Image.new("RGB", (16, 16), RED).convert(mode)
+    got = pixel(decoded(encoded(image, icc_profile=swapped_profile())))
+    assert got[0] < 10 and got[1] > 245 and got[2] < 10
+
+
+@pytest.mark.parametrize("profile", [b"junk" * 50, swapped_profile()], ids=["junk", "of another colour space"])
+def test_an_unusable_profile_is_ignored(profile):
+    assert pixel(decoded(encoded(Image.new("L", (16, 16), 77), icc_profile=profile))) == (77,) * 3
+
+
+def test_a_profile_is_not_a_program_to_run():
+    """One of 80 KB took 15 s for 256 pixels."""
+    data = encoded(Image.new("RGB", (16, 16), RED), icc_profile=program_profile(10_000))
+    began = time.thread_time()
+    assert pixel(decoded(data)) == RED
+    assert time.thread_time() - began < 1
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_far_larger_than_needed_comes_reduced_but_not_below(format):
+    image = Image.new("RGB", (1000, 500), RED)
+    for needed, longest in ((1000, {1000}), (501, {1000}), (500, {500}), (100, {100, 125})):
+        picture = decoded(encoded(image, format), needed=needed)
+        assert max(picture.shape) in longest
+        assert picture[0].float().mean() > 250
+
+
+def test_a_thin_jpeg_keeps_its_shorter_side():
+    assert decoded(encoded(Image.new("RGB", (1048, 24)), "JPEG"), needed=16).shape == (3, 24, 1048)
+    assert decoded(encoded(Image.new("RGB", (80, 4000)), "JPEG"), needed=64).shape == (3, 1000, 20)
+
+
+def test_a_thin_picture_keeps_its_shorter_side():
+    assert min(decoded(encoded(Image.new("RGB", (1600, 20))), needed=64).shape[1:]) >= 16
+
+
+def test_other_formats_are_refused_by_name():
+    picture = Image.new("RGB", (16, 16))
+    assert refused(encoded(picture, "GIF")).startswith(
+        "must be a JPEG, PNG or WebP image, got what looks like a GIF file"
+    )
+    assert "a TIFF file" in refused(encoded(picture, "TIFF"))
+    assert "a BMP file" in refused(encoded(picture, "BMP"))
+    assert "HEIC, AVIF" in refused(b"\0\0\0\x18ftypheic" + b"\0" * 100)
+    assert refused(b"hello").endswith("got 5 bytes of something else; convert it first")
+    assert "got 0 bytes of something else" in refused(b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_truncated_is_refused(format, kept):
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    data = encoded(noise, format)
+    assert "truncated or damaged" in refused(data[: int(len(data) * kept)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about metadata
+def test_every_flipped_byte_is_decoded_or_refused():
+    """Damage of any kind ends in a sentence or in a picture, never in another exception."""
+    for format in ("JPEG", "PNG", "WEBP"):
+        data = encoded(Image.effect_noise((16, 16), 80), format)
+        for at in range(0, len(data), 3):
+            damaged = bytearray(data)
+            damaged[at] ^= 0x5A
+            with contextlib.suppress(InvalidRequest):
+                decoded(bytes(damaged))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_animations_are_refused(format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert refused(data) == "is an animation of 3 pictures; send a single picture"
+
+
+def test_a_phone_photo_of_several_pictures_is_its_first():
+    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "green")]
+    assert pixel(decoded(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])))[0] > 250
+
+
+def test_size_is_checked_before_pixels_are_decoded(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    bomb = png(1, 0, b"\0", side=20_000)  # 49 KB that would be 1.2 GB as RGB
+    assert refused(bomb) == (
+        "is 20000x20000, 400000000 pixels; at most 32000000 are taken (server setting GRAMOPHONE_MAX_IMAGE_PIXELS); "
+        "send a smaller image"
+    )
+    assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels"
+
+
+def test_a_webp_with_a_huge_canvas_is_refused_before_there_is_room_for_it(monkeypatch):
+    data = bytearray(
+        encoded(Image.new("RGB", (32, 32)), "WEBP", save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
+    )
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = b"\xff\x3f\0" * 2
+    monkeypatch.setattr(codec.Image, "open", None)
+    assert refused(bytes(data)).startswith("is 16384x16384, 268435456 pixels; at most 32000000 are taken")
+
+
+def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
+    """Pillow opens a palette's picture without its palette, and stumbles over it later."""
+    data = encoded(Image.new("RGB", (24, 24)).quantize(16), "PNG", transparency=3)
+    bounds = [0, 8]
+    while bounds[-1] < len(data):
+        bounds.append(bounds[-1] + 12 + struct.unpack_from(">I", data, bounds[-1])[0])
+    chunks = [data[start:end] for start, end in itertools.pairwise(bounds)]
+    outcomes = set()
+    for order in itertools.permutations(chunks[2:]):
+        with contextlib.suppress(InvalidRequest):
+            outcomes.add(decoded(b"".join((*chunks[:2], *order))).shape)
+    assert outcomes == {(3, 24, 24)}
+
+
+def test_bytes_are_checked_first():
+    assert refused(b"x" * 2000, Limits(max_image_bytes=1024)) == (
+        "has 2000 bytes; at most 1024 are taken (server setting GRAMOPHONE_MAX_IMAGE_BYTES); "
+        "send a smaller or more compressed image"
+    )
+
+
+@pytest.mark.parametrize("format", list(Format))
+def test_encode_keeps_the_picture_and_says_how_it_was_made(format):
+    picture = torch.full((40, 60, 3), 120, dtype=torch.uint8)
+    picture[:, :30, 0] = 250
+    made = json.dumps({"seed": 2**64 - 1, "recipe": {"beta": 3.0}})
+    got = codec.encode(picture, format, 95, metadata=made)
+    assert (got.format, got.width, got.height) == (format, 60, 40)
+    with Image.open(io.BytesIO(got.data)) as image:
+        assert image.format == format and image.size == (60, 40)
+        text = image.info["gramophone"] if format is Format.PNG else image.getexif()[0x010E]
+        assert json.loads(text)["seed"] == 2**64 - 1
+        if format is not Format.PNG:
+            assert image.getexif()[0x0131] == "gramophone"
+    back = decoded(got.data)
+    assert (back.permute(1, 2, 0).float() - picture.float()).abs().mean() <= (0 if format is Format.PNG else 2)
+
+
+def test_encode_reduces_to_the_longest_side():
+    got = codec.encode(torch.zeros(100, 200, 3, dtype=torch.uint8), Format.JPEG, 85, max_side=50)
+    assert (got.width, got.height) == (50, 25)
+    got = codec.encode(torch.zeros(100, 200, 3, dtype=torch.uint8), Format.JPEG, 85, max_side=500)
+    assert (got.width, got.height) == (200, 100)
+
+
+def test_lower_quality_is_smaller():
+    picture = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    for format in (Format.JPEG, Format.WEBP):
+        assert len(codec.encode(picture, format, 30).data) < len(codec.encode(picture, format, 90).data)

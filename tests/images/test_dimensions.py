@@ -1,0 +1,69 @@
+"""Sizes from the first bytes, against Pillow's whole way."""
+
+import io
+import random
+
+import pytest
+from PIL import Image
+
+from gramophone_server.images import dimensions
+
+
+def encoded(format, mode="RGB", size=(37, 21), **options):
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, format, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded("PNG"),
+        encoded("PNG", "P"),
+        encoded("JPEG"),
+        encoded("JPEG", progressive=True),
+        encoded("JPEG", exif=b"Exif\0\0" + bytes(60_000)),
+        encoded("WEBP"),
+        encoded("WEBP", lossless=True),
+        encoded("WEBP", "RGBA", quality=50),
+        encoded("WEBP", exif=b"Exif\0\0"),
+    ],
+)
+def test_the_size_is_pillows(data):
+    assert dimensions.size(data) == (37, 21)
+    assert dimensions.size(data[: len(data) // 8]) in (None, (37, 21))  # as much of it as there is
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16383, 2), (3, 16383)])
+@pytest.mark.parametrize("options", [{"format": "WEBP"}, {"format": "WEBP", "lossless": True}, {"format": "JPEG"}])
+def test_sides_as_long_as_they_get(size, options):
+    assert dimensions.size(encoded(size=size, **options)) == size
+    assert dimensions.size(encoded("WEBP", "RGBA", size=size)) == size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GIF89a" + bytes(100),
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8" + b"\xff\xe1\x00\x00" * 100_000,  # segments without end
+        b"\xff\xd8" + b"\xff\xe1\xff\xff" + bytes(70_000),
+        b"RIFF\0\0\0\0WEBPJUNK" + bytes(100),
+    ],
+)
+def test_a_header_that_says_nothing_is_none(data):
+    assert dimensions.size(data) is None
+
+
+def test_no_bytes_make_it_fail():
+    chance = random.Random(0)
+    starts = [
+        encoded("PNG")[:8],
+        encoded("JPEG")[:2],
+        *(b"RIFF\0\0\0\0WEBP" + kind for kind in (b"VP8X", b"VP8 ", b"VP8L")),
+    ]
+    for start in starts:
+        for length in range(60):
+            said = dimensions.size(start + chance.randbytes(length))
+            assert said is None or min(said) >= 0

@@ -1,0 +1,399 @@
+"""From a request to work: what is refused before anything is decoded, and jobs that go on from a checkpoint."""
+
+import gc
+import io
+import math
+import threading
+import types
+import uuid
+import weakref
+
+import grpc
+import pytest
+import torch
+from google.protobuf import duration_pb2
+from PIL import Image
+
+from gramophone.recipe import Optimiser, Recipe
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.wire import recipe_to_message
+from gramophone_server.config import Limits
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.engine.engine import VggEngine
+from gramophone_server.errors import DeadlineUnattainable, InvalidRequest, OutOfDeviceMemory
+from gramophone_server.images import codec
+from gramophone_server.network.precision import MODES
+from gramophone_server.rpc.admission import Admission
+from gramophone_server.scheduling.scheduler import Reservation
+from tests.rpc.test_servicer import png, refused, serving, spec, until
+from tests.support.engines import CHECKPOINTS, FakeEngine
+from tests.support.pictures import make_picture
+
+MOST = 2**26
+
+
+# What is refused before anything is decoded ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def admission(monkeypatch):
+    """Admission whose scheduler and place note what they were asked, and raise what a test gives them; `decoded` are fields."""
+    asked, decoded, raises = [], [], {}
+    decode = codec.decode
+
+    def noted(data, field, limits, needed):
+        decoded.append(field)
+        return decode(data, field, limits, needed)
+
+    def require(kind):
+        def ask(*about):
+            asked.append((kind, *about))
+            if kind in raises:
+                raise raises[kind]
+
+        return ask
+
+    monkeypatch.setattr(codec, "decode", noted)
+    scheduler = types.SimpleNamespace(engine=FakeEngine(), require_memory=require("memory"))
+    made = Admission(scheduler, Limits())
+    made.place = types.SimpleNamespace(require_time=require("time"))
+    made.asked, made.decoded, made.raises = asked, decoded, raises
+    yield made
+    made.close()
+
+
+LATER = 10.0**9  # s on the monotonic clock
+
+
+async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admission):
+    wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
+    work = await admission.work(wanted, admission.place, LATER)
+    memory, (_, pixels, shape, budget, left_s) = admission.asked
+    assert memory == ("memory", shape)
+    assert shape == Shape.of(work.recipe, 32, 64)
+    assert pixels == work.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
+    assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
+    assert len(admission.decoded) == 2
+    await admission.work(wanted, admission.place)
+    assert admission.asked[3][-1] == math.inf  # without a deadline there is time enough
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("memory", OutOfDeviceMemory(64, 32)), ("time", DeadlineUnattainable(1, 2, 1.5))]
+)
+async def test_what_is_refused_is_not_decoded(admission, kind, error):
+    admission.raises[kind] = error
+    with pytest.raises(type(error)):
+        await admission.work(spec(), admission.place, LATER)
+    assert admission.decoded == []
+    with pytest.raises(InvalidRequest):  # more is wrong than that, so all of it is told
+        await admission.work(spec(beta=-1.0), admission.place, LATER)
+    assert len(admission.decoded) == 2
+
+
+@pytest.mark.parametrize("content", [png(64, 15), png(6000, 6000), png()[:20], b"GIF89a", png(1000, 16)])
+async def test_what_a_header_does_not_say_is_left_to_the_decoder(admission, content):
+    wanted = spec()
+    wanted.content.data = content
+    with pytest.raises(InvalidRequest):
+        await admission.work(wanted, admission.place, LATER)
+    assert admission.asked == [] and len(admission.decoded) == 2
+
+
+@pytest.mark.parametrize(("grace_s", "asked_for"), [(0, True), (60, False)])
+async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s, asked_for):
+    async with serving(FakeEngine()) as s:
+        left = []
+
+        def require_time(place, pixels, shape, budget, left_s):
+            left.append(left_s)
+            if left_s < math.inf:
+                raise DeadlineUnattainable(100, 10, left_s)
+
+        monkeypatch.setattr(Reservation, "require_time", require_time)
+        wanted = spec()
+        wanted.detach_grace.CopyFrom(duration_pb2.Duration(seconds=grace_s))
+        call = s.stub.Stylize(pb.StylizeRequest(spec=wanted), timeout=50)
+        if asked_for:
+            got = await refused(call)
+            assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNATTAINABLE")
+            assert 100 <= got.RetryInfo.retry_delay.ToSeconds() <= 125
+            assert s.scheduler.queued == 0
+            assert left == [pytest.approx(50, abs=5)]
+        else:
+            assert (await call).result.iterations == 5
+            assert left == [math.inf]
+
+
+async def test_what_the_device_never_could_hold_is_refused_over_the_wire():
+    engine = FakeEngine(memory_bytes=1000 * 64 * 32 - 1)
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+        assert got.message == "the device has too little memory for a 64x32 picture; ask for a smaller size"
+        assert got.trailers["grpc-retry-pushback-ms"] == "-1"
+        assert s.scheduler.queued == 0 and engine.jobs == []
+        await s.stub.Stylize(pb.StylizeRequest(spec=spec(size=62)))
+
+
+@pytest.mark.parametrize("refusal", [OutOfDeviceMemory(64, 32), DeadlineUnattainable(1, 2, 1.5)])
+async def test_what_is_refused_is_not_hashed(monkeypatch, refusal):
+    """For a request_id, which a client always sends: two images of 4.8 MB take 5 ms."""
+
+    def refuse(*_):
+        raise refusal
+
+    async with serving(FakeEngine()) as s:
+        monkeypatch.setattr(s.scheduler, "require_memory", refuse)
+        monkeypatch.setattr("gramophone_server.rpc.admission.spec_digest", lambda _: pytest.fail("it was hashed"))
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id=str(uuid.uuid4()))))
+        assert got.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_request_is_known_by_all_that_makes_its_job():
+    def changed(**fields):
+        other = pb.JobSpec()
+        other.CopyFrom(wanted)
+        other.MergeFrom(pb.JobSpec(**fields))
+        return admission.spec_digest(other)
+
+    wanted = spec()
+    image = pb.ImageSource(data=png(48, 32))
+    others = [
+        changed(content=image), changed(start_image=image), changed(styles=[pb.StyleSource(image=image)]),
+        changed(content=pb.ImageSource(digest="x")), changed(resume=b""), changed(resume=b"a"), changed(resume=b"b"),
+        changed(recipe=pb.Recipe(beta=2)), changed(seed=1), changed(result_quality=80), changed(),
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)
+    watched = changed(frames=pb.FrameOptions(quality=50), checkpoints=pb.CheckpointOptions(light=True))
+    assert watched == changed() == admission.spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
+    assert wanted == spec()  # it was only looked at
+
+
+async def test_the_images_of_a_job_go_when_it_ends():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
+        (job,) = engine.jobs
+        pictures = [weakref.ref(picture) for picture in (job.content, *job.styles)]
+        del job
+        for noted in (engine.jobs, engine.begun, engine.batches):
+            noted.clear()
+        gc.collect()
+        await until(lambda: not any(picture() is not None for picture in pictures))
+
+
+# Jobs that go on from a checkpoint -------------------------------------------------------------------------------------
+
+
+def on_its_way(engine, wanted, iterations):
+    """The work of a request after so many iterations, as the server would do them."""
+    recipe = Recipe(size=64, smallest_size=45, coarse_iterations=4, iterations=6)
+    decode = [codec.decode(source.data, "", Limits(), 64) for source in (wanted.content, wanted.styles[0].image)]
+    work = engine.admit(
+        StyleJob(recipe=recipe, content=decode[0], styles=(decode[1],), style_weights=(1.0,), start=None, seed=5)
+    )
+    ahead(engine, work, iterations)
+    return work
+
+
+def ahead(engine, work, iterations):
+    """Takes work so far that this many iterations are done."""
+    while work.done < iterations:
+        batch = engine.batch(work.shape, 1)
+        slot = batch.join(work)
+        batch.advance(iterations - work.done)
+        batch.leave(slot)
+        batch.close()
+
+
+def written(work, light=False):
+    # What a fake batch leaves out of an optimiser's state, `write` takes for zero.
+    picture = FakeEngine().picture(work)() if light else None
+    return CHECKPOINTS.write(work, picture=picture, most_bytes=MOST)
+
+
+def resumed(data):
+    wanted = spec()
+    wanted.ClearField("recipe")
+    wanted.resume = data
+    return wanted
+
+
+@pytest.mark.parametrize("light", [False, True])
+async def test_a_job_goes_on_where_its_checkpoint_has_it(light):
+    engine = FakeEngine()
+    work = on_its_way(engine, spec(), 7)
+    async with serving(engine) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(work, light=light))))
+        accepted = response.accepted
+        assert (accepted.resumed_at, accepted.iterations, accepted.seed) == (7, 10, 5)
+        assert accepted.recipe == recipe_to_message(work.recipe)
+        assert (accepted.width, accepted.height) == (64, 32)
+        assert response.result.iterations == 10
+        with Image.open(io.BytesIO(response.result.image.data)) as image:
+            assert image.getpixel((0, 0)) == (10, 10, 10)
+        plain = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
+        assert plain.accepted.resumed_at == 0
+
+
+async def test_a_resumed_job_that_waits_stands_where_its_checkpoint_does():
+    engine = FakeEngine()
+    data = written(on_its_way(engine, spec(), 7))
+    engine.go.clear()
+    async with serving(engine) as s:
+        call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=resumed(data)))
+        job_id = (await call.read()).event.accepted.job_id
+        job = (await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job
+        assert (job.iteration, job.iterations) == (7, 10)
+        call.cancel()
+
+
+async def test_what_was_tuned_stays_so():
+    engine = FakeEngine()
+    work = on_its_way(engine, spec(), 7)
+    work.update(beta=9.0, iterations=16)
+    async with serving(engine) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(work))))
+    assert (response.accepted.recipe.beta, response.accepted.recipe.iterations) == (9.0, 16)
+    assert (response.accepted.iterations, response.result.iterations) == (20, 20)
+
+
+async def test_a_checkpoint_that_will_not_do_is_refused_with_the_rest():
+    engine = FakeEngine()
+    data = written(on_its_way(engine, spec(), 7))
+    other_images = resumed(data)
+    other_images.content.data = png(64, 33)
+    wrong = resumed(b"x")
+    wrong.seed = 3
+    wrong.content.data = b"GIF89a"
+    async with serving(engine, Limits(max_size=50, max_iterations=9)) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wrong)))
+        told = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
+        assert [field for field, _ in told] == ["spec.seed", "spec.resume", "spec.content.data"]
+        assert told[1][1] == "is not a checkpoint"
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(data))))
+        told = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
+        assert told == [
+            (
+                "spec.resume",
+                "has a recipe whose size must be at most 50 pixels (server setting GRAMOPHONE_MAX_SIZE), got 64",
+            ),
+            (
+                "spec.resume",
+                "has a recipe whose iterations and coarse_iterations make 10 over 2 scales; at most 9 are allowed "
+                + "(server setting GRAMOPHONE_MAX_ITERATIONS)",
+            ),
+        ]
+        assert s.scheduler.queued == 0
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=other_images)))
+        assert got.message == "spec.resume: is of a job with other images"
+    async with serving(engine, Limits(max_checkpoint_bytes=65536)) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(data))))
+        assert got.message == f"spec.resume: has {len(data)} bytes, at most 65536 are taken"
+
+
+async def test_a_checkpoint_of_a_job_that_is_done_says_so():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(on_its_way(engine, spec(), 10))))))
+    assert got.message == (
+        "spec.resume: is of a job that has done all of its 10 iterations, so there is nothing to go on with; "
+        "its picture is the result"
+    )
+
+
+async def test_time_left_is_estimated_from_where_the_checkpoint_stands(admission):
+    engine = FakeEngine()
+    work = on_its_way(engine, spec(), 7)
+    await admission.work(resumed(written(work)), admission.place, LATER)
+    assert [asked[1] for asked in admission.asked if asked[0] == "time"] == [work.pixels_left] == [3 * 64 * 32]
+
+
+class Painter(VggEngine):
+    """The real engine, which a test's server can let go of like the fake one."""
+
+    go = threading.Event()
+
+
+def encoded(picture):
+    out = io.BytesIO()
+    Image.frombytes("RGB", picture.shape[:0:-1], bytes(picture.permute(1, 2, 0).flatten().tolist())).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("at", [2, 4, 7], ids=["first scale", "between scales", "last scale"])
+@pytest.mark.parametrize(
+    ("optimiser", "average", "start"),
+    [(Optimiser.LBFGS, 0.0, "content"), (Optimiser.ADAM, 0.9, "noise"), (Optimiser.LBFGS, 0.5, "image")],
+)
+async def test_a_job_that_was_stopped_and_resumed_has_the_same_result(tiny_vgg, optimiser, average, start, at):
+    content, style, begun = (make_picture(seed, *size) for seed, size in ((1, (40, 48)), (2, (36, 36)), (3, (30, 36))))
+    recipe = Recipe(
+        size=48, smallest_size=34, coarse_iterations=4, iterations=6, optimiser=optimiser, average=average, start=start
+    )
+    wanted = pb.JobSpec(
+        content=pb.ImageSource(data=encoded(content)),
+        styles=[pb.StyleSource(image=pb.ImageSource(data=encoded(style)))],
+    )
+    whole, rest = pb.JobSpec(), pb.JobSpec()
+    whole.CopyFrom(wanted)
+    whole.recipe.CopyFrom(recipe_to_message(recipe))
+    whole.seed = 11
+    if start == "image":
+        whole.start_image.data = encoded(begun)
+    engine = Painter(tiny_vgg, torch.device("cpu"), MODES["fp32"])
+    job = StyleJob(
+        recipe=recipe,
+        content=content,
+        styles=(style,),
+        style_weights=(1.0,),
+        start=begun if start == "image" else None,
+        seed=11,
+    )
+    half = JobState(job)
+    ahead(engine, half, at)
+    rest.CopyFrom(wanted)
+    rest.resume = written(half)
+    async with serving(engine) as s:
+        first = await s.stub.Stylize(pb.StylizeRequest(spec=whole))
+        events = [r.event async for r in s.stub.StylizeStream(pb.StylizeStreamRequest(spec=rest))]
+    assert (events[0].accepted.resumed_at, events[0].accepted.iterations) == (at, 10)
+    result = events[-1].result
+    assert result.iterations == first.result.iterations == 10
+    assert result.image.data == first.result.image.data
+    assert result.losses == first.result.losses
+
+
+async def test_a_job_goes_on_from_a_checkpoint_that_came_over_the_wire(tiny_vgg):
+    images = {"content": encoded(make_picture(1)), "style": encoded(make_picture(2, 36, 36))}
+    wanted = pb.JobSpec(
+        content=pb.ImageSource(data=images["content"]),
+        styles=[pb.StyleSource(image=pb.ImageSource(data=images["style"]))],
+        recipe=recipe_to_message(Recipe(size=48, smallest_size=0, iterations=400, start="noise")),
+        seed=3,
+    )
+    async with serving(Painter(tiny_vgg, torch.device("cpu"), MODES["fp32"])) as s:
+        call = s.stub.StylizeInteractive()
+        await call.write(pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=wanted)))
+        while not (await call.read()).event.HasField("progress"):
+            pass
+        for command in (
+            {"pause": pb.PauseCommand()},
+            {"checkpoint": pb.CheckpointCommand()},
+        ):
+            await call.write(pb.StylizeInteractiveRequest(**command))
+        while not (response := await call.read()).event.HasField("checkpoint"):
+            assert not response.event.HasField("result")
+        saved = response.event.checkpoint
+        call.cancel()
+        assert 0 < saved.iteration < 400 and not saved.light
+        whole = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        for name in ("recipe", "seed"):
+            wanted.ClearField(name)
+        wanted.resume = saved.data
+        rest = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert rest.accepted.resumed_at == saved.iteration
+    assert rest.result.image.data == whole.result.image.data

@@ -1,0 +1,1321 @@
+import asyncio
+import contextlib
+import gc
+import inspect
+import io
+import json
+import logging
+import threading
+import time
+import types
+import uuid
+
+import grpc
+import pytest
+import torch
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from PIL import Image
+
+from gramophone.recipe import PRESETS, LayerWeight, Violation, preset
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone.wire import overrides_to_message, recipe_to_message
+from gramophone_client import ConnectionFailed, GramophoneClient
+from gramophone_server import errors, main
+from gramophone_server.config import Limits
+from gramophone_server.images import codec
+from gramophone_server.images.codec import Format, encode
+from gramophone_server.rpc import registration, status
+from gramophone_server.rpc.admission import Admission
+from gramophone_server.rpc.calls import ActiveCalls
+from gramophone_server.rpc.servicer import Servicer
+from gramophone_server.rpc.validation import check_spec
+from gramophone_server.scheduling import worker
+from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.telemetry.access_log import AccessLog
+from gramophone_server.telemetry.metrics import Metrics
+from tests.support.engines import FakeEngine
+
+NAN = float("nan")
+LAYERS = ("content_layers", "style_layers")
+LARGE = [("grpc.max_receive_message_length", 2**26), ("grpc.max_send_message_length", 2**26)]
+
+
+def png(width=64, height=32):
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+def spec(iterations=5, **recipe):
+    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
+    return pb.JobSpec(
+        content=pb.ImageSource(data=png()),
+        styles=[pb.StyleSource(image=pb.ImageSource(data=png(32, 32)))],
+        recipe=overrides_to_message(recipe),
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(engine, limits=None, load=None, **options):
+    limits = limits or Limits()
+    server = grpc.aio.server(options=main.server_options(limits))
+    metrics = options.setdefault("metrics", Metrics())
+    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
+    servicer = Servicer(scheduler, limits, **options)
+    registration.add_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    scheduler.start()
+    if load is None:
+        await scheduler.ready()
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=LARGE)
+    try:
+        yield types.SimpleNamespace(
+            address=f"127.0.0.1:{port}",
+            stub=pb_grpc.StyleTransferServiceStub(channel),
+            channel=channel,
+            scheduler=scheduler,
+            servicer=servicer,
+        )
+    finally:
+        await channel.close()
+        scheduler.stop()
+        engine.go.set()
+        await server.stop(0)
+        servicer.close()
+        assert await asyncio.to_thread(scheduler.join, 5)
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def refused(call):
+    """The code, message, details by kind, and trailers of a call that fails; within 5 s."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(5):
+            if hasattr(call, "__aiter__"):
+                async for _ in call:
+                    pass
+            else:
+                await call
+    error = caught.value
+    trailers = dict(error.trailing_metadata() or ())
+    details = types.SimpleNamespace(code=error.code(), message=error.details(), trailers=trailers)
+    said = status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
+    for detail in said.details:
+        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.BadRequest):
+            if detail.Is(kind.DESCRIPTOR):
+                message = kind()
+                detail.Unpack(message)
+                setattr(details, kind.__name__, message)
+    return details
+
+
+class NoisyEngine(FakeEngine):
+    """Its pictures do not compress."""
+
+    def __init__(self, side, **options):
+        super().__init__(**options)
+        self.noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
+
+    def batch(self, shape, slots):
+        batch = super().batch(shape, slots)
+        batch.snapshot = lambda slot: lambda: self.noise
+        return batch
+
+
+# What a job answers ---------------------------------------------------------------------------------------------------
+
+
+async def test_stylize_returns_a_picture_that_says_how_to_make_it_again():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=spec(beta=2.5)))
+    accepted, result = response.accepted, response.result
+    assert (accepted.width, accepted.height, accepted.iterations, accepted.queue_position) == (64, 32, 5, 0)
+    assert accepted.recipe == recipe_to_message(engine.jobs[0].recipe)
+    assert uuid.UUID(accepted.job_id).version == 4
+    assert (result.iterations, result.stop_reason) == (5, pb.STOP_REASON_ITERATIONS_DONE)
+    assert result.losses.total == pytest.approx(0.2 + 0.5 + 0.5)
+    assert [(l.layer, l.value) for l in result.losses.style_layers] == [("relu1_1", pytest.approx(0.5))]
+    assert (result.image.format, result.image.width, result.image.height) == (pb.IMAGE_FORMAT_PNG, 64, 32)
+    with Image.open(io.BytesIO(result.image.data)) as image:
+        assert image.getpixel((0, 0)) == (5, 5, 5)
+        made = json.loads(image.info["gramophone"])
+    again = preset("fast", **made["recipe"] | {k: tuple(LayerWeight(*l) for l in made["recipe"][k]) for k in LAYERS})
+    assert again == engine.jobs[0].recipe
+    assert made["seed"] == accepted.seed == engine.jobs[0].seed
+    assert (made["style_weights"], made["weights"]) == ([1.0], "none, sha256 0")
+    assert (made["iterations"], made["changed_at"]) == (5, 0)
+
+
+async def test_a_stream_has_one_accepted_first_and_one_result_last():
+    async with serving(FakeEngine(iteration_s=0.005)) as s:
+        wanted = spec(iterations=40)
+        wanted.frames.CopyFrom(pb.FrameOptions(every_iterations=2, max_side=32, format=pb.IMAGE_FORMAT_WEBP))
+        wanted.result_format = pb.IMAGE_FORMAT_JPEG
+        wanted.seed = 2**64 - 1
+        events = [r.event async for r in s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[0] == "accepted" and kinds[-1] == "result"
+    assert set(kinds[1:-1]) == {"progress", "frame"}
+    assert events[0].accepted.seed == 2**64 - 1
+    numbers = [event.sequence for event in events]
+    assert numbers == sorted(set(numbers))
+    frames = [event.frame for event in events if event.HasField("frame")]
+    assert all(frame.iteration % 2 == 0 for frame in frames)
+    assert (frames[0].image.width, frames[0].image.height) == (32, 16)
+    assert Image.open(io.BytesIO(frames[0].image.data)).format == "WEBP"
+    assert events[-1].result.image.data[:2] == b"\xff\xd8"
+    progress = next(event.progress for event in events if event.HasField("progress"))
+    assert progress.iterations == 40 and 0 < progress.iterations_per_second <= 200
+    assert progress.time_left.ToMilliseconds() > 0
+
+
+async def test_a_start_image_and_style_weights_reach_the_engine():
+    engine = FakeEngine()
+    wanted = spec()
+    wanted.recipe.start = pb.START_IMAGE
+    wanted.start_image.data = png(20, 40)
+    wanted.styles.add(image=pb.ImageSource(data=png()), weight=3.0)
+    async with serving(engine) as s:
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert engine.jobs[0].start.shape == (3, 40, 20)
+    assert engine.jobs[0].style_weights == (1.0, 3.0)
+
+
+async def test_images_above_grpcs_own_4_mib_go_both_ways():
+    engine = NoisyEngine(1300)
+    wanted = spec(size=1300)
+    wanted.content.data = encode(engine.noise, Format.PNG, 0).data
+    assert len(wanted.content.data) > 4 * 2**20
+    async with serving(engine) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert response.result.image.data != wanted.content.data
+    assert len(response.result.image.data) > 4 * 2**20
+
+
+async def test_server_info_says_what_the_server_is():
+    async with serving(FakeEngine(), Limits(max_size=1000)) as s:
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert (info.device, info.precision, info.backbone, info.weights) == ("fake", "fp32", "vgg19", "none, sha256 0")
+    assert info.layers == list(FakeEngine.layers)
+    assert (info.limits.max_size, info.limits.max_image_bytes) == (1000, 10 * 2**20)
+    assert [p.name for p in info.presets] == list(PRESETS)
+    assert info.presets[0].recipe == recipe_to_message(PRESETS["fast"])
+    assert (info.running_jobs, info.queued_jobs, info.paused_jobs) == (0, 0, 0)
+    assert info.style_cache == pb.CacheStats(hits=3, misses=2, bytes=1000, max_bytes=5000)
+    assert info.uploads == pb.CacheStats(max_bytes=128 * 2**20)
+    assert info.HasField("estimated_wait") and not info.estimated_wait.ToNanoseconds()  # nobody is there
+    assert info.version
+
+
+async def test_one_line_is_logged_for_each_rpc(caplog):
+    caplog.set_level(logging.INFO, "gramophone_server")
+    async with serving(FakeEngine()) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
+        await refused(s.stub.Stylize(pb.StylizeRequest()))
+        await s.servicer.idle()
+    first, second = [r.getMessage() for r in caplog.records if r.name.endswith("calls")]
+    assert first.startswith(f"Stylize job={response.accepted.job_id} code=OK ms=")
+    assert "code=INVALID_ARGUMENT" in second
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def violations(change, limits=None):
+    wanted = spec()
+    change(wanted)
+    return list(check_spec(wanted, limits or Limits(max_size=1024, max_iterations=500), FakeEngine.layers))
+
+
+def set_recipe(**values):
+    return lambda s: s.recipe.MergeFrom(overrides_to_message(values))
+
+
+def set_layers(*layers, which="style_layers"):
+    return lambda s: getattr(s.recipe, which).layers.extend(pb.LayerWeight(layer=l, weight=w) for l, w in layers)
+
+
+CASES = {
+    "no content": (lambda s: s.ClearField("content"), "spec.content", "is missing"),
+    "no styles": (
+        lambda s: s.ClearField("styles"),
+        "spec.styles",
+        "must have 1 to 4 images (server setting GRAMOPHONE_MAX",
+    ),
+    "five styles": (lambda s: s.styles.extend([s.styles[0]] * 4), "spec.styles", "must have 1 to 4 images (server"),
+    "content digest": (
+        lambda s: setattr(s.content, "digest", "sha256:" + "F" * 64),
+        "spec.content.digest",
+        "must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got 'sha256:FFF",
+    ),
+    "empty digest": (lambda s: setattr(s.content, "digest", ""), "spec.content.digest", "got ''"),
+    "style digest": (lambda s: setattr(s.styles[0].image, "digest", "x"), "spec.styles[0].image.digest", "got 'x'"),
+    "start digest": (
+        lambda s: (setattr(s.recipe, "start", pb.START_IMAGE), setattr(s.start_image, "digest", "sha256:")),
+        "spec.start_image.digest",
+        "got 'sha256:'",
+    ),
+    "resume and a recipe": (lambda s: setattr(s, "resume", b"x"), "spec.recipe", "must be unset with `resume`"),
+    "resume and a seed": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s, "seed", 0)),
+        "spec.seed",
+        "must be unset with `resume`, as the checkpoint has all that it says",
+    ),
+    "resume and a start image": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s.start_image, "data", b"x")),
+        "spec.start_image",
+        "must be unset with `resume`",
+    ),
+    "empty style": (lambda s: s.styles.add(), "spec.styles[1].image", "is missing"),
+    "no weight": (
+        lambda s: setattr(s.styles[0], "weight", 0),
+        "spec.styles[0].weight",
+        "above 0 and at most 1000, got 0;",
+    ),
+    "NaN weight": (lambda s: setattr(s.styles[0], "weight", NAN), "spec.styles[0].weight", "got nan"),
+    "large weight": (lambda s: setattr(s.styles[0], "weight", 1001), "spec.styles[0].weight", "got 1001"),
+    "negative beta": (set_recipe(beta=-1.0), "spec.recipe.beta", "must be between 0 and 1e+15, got -1"),
+    "NaN alpha": (set_recipe(alpha=NAN), "spec.recipe.alpha", "must be between 0 and 1e+15, got nan"),
+    "nothing to do": (set_recipe(alpha=0.0, beta=0.0), "spec.recipe.beta", "there is nothing to optimise"),
+    "no iterations": (set_recipe(iterations=0), "spec.recipe.iterations", "must be between 1 and 100000, got 0"),
+    "unknown preset": (lambda s: setattr(s.recipe, "preset", 99), "spec.recipe.preset", "is an unknown value 99"),
+    "unknown start": (lambda s: setattr(s.recipe, "start", 99), "spec.recipe.start", "is an unknown value 99"),
+    "unknown layer": (
+        set_layers(("relu4_1", 1), ("relu41", 1)),
+        "spec.recipe.style_layers[1].layer",
+        "'relu41' is not a layer of this network; did you mean 'relu4_1'? GetServerInfo (`gramophone info`) lists",
+    ),
+    "layer weight": (
+        set_layers(("relu4_2", -1), which="content_layers"),
+        "spec.recipe.content_layers[0].weight",
+        "must be between 0 and 1e+06, got -1",
+    ),
+    "size": (
+        set_recipe(size=1025),
+        "spec.recipe.size",
+        "at most 1024 pixels (server setting GRAMOPHONE_MAX_SIZE), got 1025",
+    ),
+    "style size": (
+        set_recipe(size=600, style_scale=2.0),
+        "spec.recipe.style_scale",
+        "makes style images of 1200 pixels",
+    ),
+    "too long": (
+        set_recipe(size=512, iterations=400, coarse_iterations=50, smallest_size=128),
+        "spec.recipe.iterations",
+        "and coarse_iterations make 600 over 5 scales; at most 500 are allowed (server setting GRAMOPHONE_MAX_ITERATIONS)",
+    ),
+    "no start image": (
+        lambda s: setattr(s.recipe, "start", pb.START_IMAGE),
+        "spec.start_image",
+        "send the image that START_IMAGE needs as `data`, or name it by the `digest` of UploadImage",
+    ),
+    "a start image": (lambda s: setattr(s.start_image, "data", b"x"), "spec.start_image", "is only for START_IMAGE"),
+    "every -1": (
+        lambda s: setattr(s.frames, "every_iterations", -1),
+        "spec.frames.every_iterations",
+        "0 or more, got -1",
+    ),
+    "interval": (
+        lambda s: s.frames.min_interval.CopyFrom(duration_pb2.Duration(seconds=3601)),
+        "spec.frames.min_interval",
+        "must be 0 to 3600 seconds, got 3601",
+    ),
+    "frame side": (lambda s: setattr(s.frames, "max_side", 8), "spec.frames.max_side", "must be 16 to 16384, got 8"),
+    "frame format": (lambda s: setattr(s.frames, "format", 9), "spec.frames.format", "is an unknown value 9"),
+    "frame quality": (
+        lambda s: setattr(s.frames, "quality", 101),
+        "spec.frames.quality",
+        "must be 1 to 100, or 0 for the default, got 101",
+    ),
+    "result format": (lambda s: setattr(s, "result_format", 9), "spec.result_format", "is an unknown value 9"),
+    "result quality": (
+        lambda s: setattr(s, "result_quality", -1),
+        "spec.result_quality",
+        "must be 1 to 100, or 0 for the default, got -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_field_is_named(case):
+    change, field, words = CASES[case]
+    (violation,) = violations(change)
+    assert violation.field == field
+    assert words in violation.description
+
+
+def test_a_right_request_has_no_violations():
+    assert violations(lambda s: None) == []
+    assert violations(set_recipe(alpha=0.0, size=1024, style_scale=1.0)) == []
+    assert violations(set_layers(("relu5_1", 0.5))) == []
+
+
+async def test_every_violation_is_told_at_once_those_of_the_images_included():
+    wanted = spec(beta=-1.0)
+    wanted.content.data = b"GIF89a"
+    wanted.styles[0].image.data = png()[:50]
+    wanted.styles.add(image=pb.ImageSource(data=png(15, 15)), weight=NAN)
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        got = await refused(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted)))
+    assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (got.ErrorInfo.reason, got.ErrorInfo.domain) == ("INVALID_REQUEST", "gramophone")
+    told = {v.field: v.description for v in got.BadRequest.field_violations}
+    assert list(told) == [
+        "spec.styles[1].weight",
+        "spec.recipe.beta",
+        "spec.content.data",
+        "spec.styles[0].image.data",
+        "spec.styles[1].image.data",
+    ]
+    assert "a GIF file" in told["spec.content.data"]
+    assert "truncated" in told["spec.styles[0].image.data"]
+    assert got.message.startswith("spec.styles[1].weight: must be above 0")
+    assert engine.jobs == []
+
+
+def test_a_field_that_breaks_a_rule_of_recipes_does_not_hide_what_the_server_refuses():
+    def change(s):
+        set_recipe(beta=-1.0, size=4096, start="image")(s)
+        set_layers(("relu9_1", 1.0))(s)
+
+    fields = [violation.field for violation in violations(change)]
+    assert fields == ["spec.recipe.beta", "spec.recipe.style_layers[0].layer", "spec.recipe.size", "spec.start_image"]
+
+
+async def test_a_result_that_would_be_too_thin_is_refused_with_the_size_that_is_not():
+    wanted = spec(size=64)
+    wanted.content.data = png(640, 80)
+    async with serving(FakeEngine()) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        (violation,) = got.BadRequest.field_violations
+        assert violation.field == "spec.recipe.size"
+        assert "makes a 64x8 picture" in violation.description and "size of 128 or more" in violation.description
+        wanted.recipe.size = 128
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        assert response.result.image.height == 16
+
+
+async def test_more_violations_than_fit_are_cut_and_counted():
+    wanted = spec()
+    set_layers(*((f"{'x' * 5000}{i}", 1) for i in range(16)))(wanted)
+    set_layers(*((f"\N{WHITE SMILING FACE}{i}", 1) for i in range(16)), which="content_layers")(wanted)
+    async with serving(FakeEngine()) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+    assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+    told = got.BadRequest.field_violations
+    assert 10 <= len(told) <= 20
+    assert told[-1].description == f"has {32 - len(told) + 1} more violations, which did not fit here"
+    assert len(got.trailers["grpc-status-details-bin"]) <= 4096
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 1000])
+@pytest.mark.parametrize("length", [1, 1000])
+def test_details_stay_within_4_kib(count, length):
+    error = errors.InvalidRequest(Violation(f"spec.f[{i}]", "\N{SNOWMAN}" * length) for i in range(count))
+    got = status.refusal(error)
+    assert len(dict(got.trailers)["grpc-status-details-bin"]) <= 4096
+    assert len(got.message) <= 400
+
+
+EXAMPLES = {
+    "InvalidRequest": errors.InvalidRequest([Violation("spec.content", "is odd")]),
+    "NotReady": errors.NotReady(),
+    "QueueFull": errors.QueueFull(16, 16, 12.3),
+    "DeadlineUnattainable": errors.DeadlineUnattainable(wait_s=12.3, run_s=4, left_s=5),
+    "ShuttingDown": errors.ShuttingDown(),
+    "JobNotFound": errors.JobNotFound("j1"),
+    "ImageNotFound": errors.ImageNotFound("sha256:0"),
+    "JobControlled": errors.JobControlled("j1"),
+    "TooManyWatchers": errors.TooManyWatchers(16),
+    "RequestIdTaken": errors.RequestIdTaken("r1"),
+    "ListingDisabled": errors.ListingDisabled(),
+    "Cancelled": errors.Cancelled(),
+    "SlowReader": errors.SlowReader(30),
+    "Diverged": errors.Diverged(2),
+    "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
+    "OutOfHostMemory": errors.OutOfHostMemory(),
+    "EngineFailed": errors.EngineFailed(),
+}
+RAISED = {
+    name: kind
+    for name, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, errors.GramophoneError) and name not in ("GramophoneError", "StartupError")
+}
+
+
+@pytest.mark.parametrize("name", RAISED)
+async def test_every_exception_has_its_code_reason_and_details(name):
+    error = EXAMPLES[name]
+    code, reason = status.CODES[RAISED[name]]
+    async with serving(FakeEngine(fails_at=2, error=error)) as s:
+        for call in (
+            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
+            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
+        ):
+            got = await refused(call)
+            assert got.code is code
+            assert got.message == str(error)
+            assert f"ERROR_REASON_{got.ErrorInfo.reason}" == pb.ErrorReason.Name(reason)
+            assert hasattr(got, "RetryInfo") == hasattr(error, "retry_after_s")
+            assert hasattr(got, "BadRequest") == (name == "InvalidRequest")
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # What passes says when, what would be refused again says never, and the rest leaves it to the client's policy.
+    [
+        (
+            name,
+            {
+                "QueueFull": 12300,
+                "DeadlineUnattainable": 12300,
+                "OutOfDeviceMemory": -1,
+                "OutOfHostMemory": -1,
+                "TooManyWatchers": -1,
+            }.get(name),
+        )
+        for name in RAISED
+    ],
+)
+def test_a_retry_policy_is_told_when_or_never(name, least):
+    told = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
+    assert told == least if least is None else least <= int(told) <= max(1.25 * least, -1)
+
+
+def test_those_who_are_refused_together_do_not_come_again_together():
+    told = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
+    assert len(told) > 50 and max(map(int, told)) - min(map(int, told)) > 1000
+
+
+def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
+    refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
+    assert refusal.message == (
+        "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
+        "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+    )
+    trailers = dict(refusal.trailers)
+    assert trailers["grpc-retry-pushback-ms"] == "-1"
+    said = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
+
+
+def test_every_reason_is_used():
+    reasons = [reason for _, reason in status.CODES.values()]
+    assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+    shared = [reason for reason in reasons if reasons.count(reason) > 1]
+    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: callers do the same
+
+
+async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
+    async with serving(FakeEngine(fails_at=1, error=ZeroDivisionError("secret"))) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+    assert got.code is grpc.StatusCode.INTERNAL
+    assert got.message == "the server failed while working on this job; its log has the details"
+    assert not any("secret" in str(value) for value in got.trailers.values())
+    assert "secret" in caplog.text  # the log has it
+
+
+class Unencodable(FakeEngine):
+    """Whoever waits for one of its pictures gets an error."""
+
+    def batch(self, shape, slots):
+        batch = super().batch(shape, slots)
+
+        def wait():
+            raise torch.OutOfMemoryError("secret")
+
+        batch.snapshot = lambda slot: wait
+        return batch
+
+
+@pytest.mark.parametrize("place", ["decoding", "encoding"])
+async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monkeypatch, caplog):
+    async def cannot(self, spec, place, deadline_at):
+        raise MemoryError("secret")
+
+    if place == "decoding":
+        monkeypatch.setattr(Admission, "work", cannot)
+    async with serving(Unencodable() if place == "encoding" else FakeEngine()) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert s.scheduler.queued == 0
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+    assert (
+        got.message == "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+    )
+    assert "secret" in caplog.text  # the log has it
+
+
+async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
+    async def cancelled(self, spec, place, deadline_at):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Admission, "work", cancelled)
+    async with serving(FakeEngine()) as s:
+        for call in (
+            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
+            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
+        ):
+            assert (await refused(call)).code is grpc.StatusCode.INTERNAL
+        assert s.scheduler.queued == 0
+
+
+async def test_a_full_queue_says_when_to_come_back_and_decodes_nothing():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
+        calls = [s.stub.Stylize(pb.StylizeRequest(spec=spec())) for _ in range(2)]
+        await until(lambda: engine.under_way.is_set() and len(s.scheduler._line) == 1)  # its images are decoded
+        junk = spec()
+        junk.content.data = b"not an image"
+        got = await refused(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=junk)))
+        assert got.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert got.ErrorInfo.reason == "QUEUE_FULL"
+        assert got.message == "queue is full: 1 waiting, limit 1; retry after about 5 s"
+        pushback_ms = int(got.trailers["grpc-retry-pushback-ms"])
+        assert got.RetryInfo.retry_delay.ToMilliseconds() == pushback_ms
+        assert 5000 <= pushback_ms <= 6250
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())  # is not limited by jobs
+        assert (info.running_jobs, info.queued_jobs) == (1, 1)
+        engine.go.set()
+        responses = await asyncio.gather(*calls)
+        assert sorted(r.accepted.queue_position for r in responses) == [0, 1]
+
+
+async def test_a_server_that_is_still_loading_says_so():
+    engine = FakeEngine()
+
+    def load():
+        assert engine.go.wait(5)
+        return engine
+
+    engine.go.clear()
+    async with serving(engine, load=load) as s:
+        for call in (s.stub.Stylize(pb.StylizeRequest(spec=spec())), s.stub.GetServerInfo(pb.GetServerInfoRequest())):
+            got = await refused(call)
+            assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+            assert 2000 <= got.RetryInfo.retry_delay.ToMilliseconds() <= 2500
+        engine.go.set()
+        await s.scheduler.ready()
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+# How a job ends early -------------------------------------------------------------------------------------------------
+
+
+async def test_a_diverged_stream_sends_its_last_good_picture_before_the_error():
+    engine = FakeEngine(fails_at=4, error=errors.Diverged(4))
+    async with serving(engine) as s:
+        call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
+        kinds, frame = [], None
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in call:
+                kinds.append(response.event.WhichOneof("event"))
+                frame = response.event.frame
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert kinds[-1] == "frame" and frame.iteration == 3
+
+
+async def begun(s, engine, timeout=None):
+    """A stream whose job is in its first iteration, which does not end before the test lets it."""
+    engine.go.clear()
+    call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=1000)), timeout=timeout)
+    assert (await call.read()).event.HasField("accepted")
+    await until(engine.under_way.is_set)
+    return call
+
+
+async def stopped(s, engine):
+    engine.go.set()
+    await until(lambda: s.scheduler.running == 0)
+    await s.servicer.idle()
+    assert engine.iterations == 1
+    engine.under_way.clear()
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
+async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplog):
+    caplog.set_level(logging.INFO, "gramophone_server")
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call = await begun(s, engine, timeout=0.2 if how == "deadline" else None)
+        gone = asyncio.Event()
+        (on_server,) = s.servicer._calls
+        on_server._context.add_done_callback(lambda _: gone.set())
+        if how == "cancel":
+            call.cancel()
+        elif how == "disconnect":
+            await s.channel.close()
+        async with asyncio.timeout(5):
+            await gone.wait()
+        await stopped(s, engine)
+    wanted = "DEADLINE_EXCEEDED" if how == "deadline" else "CANCELLED"
+    assert f"code={wanted}" in caplog.text
+    assert "failed" not in caplog.text
+
+
+async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in_nothing():
+    async with serving(FakeEngine(iteration_s=0.002)) as s:
+        within = await s.stub.Stylize(pb.StylizeRequest(spec=spec(5000, time_budget=0.2)), timeout=10)
+        assert within.result.stop_reason == pb.STOP_REASON_TIME_BUDGET
+        assert 1 <= within.result.iterations <= 100 and within.result.image.data
+        job = (await s.stub.GetJob(pb.GetJobRequest(job_id=within.accepted.job_id))).job
+        assert (job.state, job.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_TIME_BUDGET)
+        # With a grace the server refuses no deadline beforehand; nor does it then end the job with it.
+        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(5000)), timeout=0.5))
+        assert (late.code, late.trailers) == (grpc.StatusCode.DEADLINE_EXCEEDED, {})
+        (lost,) = [job for job in s.servicer.jobs.newest_first() if not job.ended]
+        assert lost.result is None
+        lost.cancel()
+
+
+def context_of(notices, left_s=None):
+    """What gRPC gives a handler, with a list for those who want to hear of the end."""
+    return types.SimpleNamespace(
+        add_done_callback=notices.append,
+        time_remaining=lambda: left_s,
+        invocation_metadata=tuple,
+        peer=lambda: "ipv4:127.0.0.1:1",
+    )
+
+
+async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
+    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
+    notices, left = [], []
+    context = context_of(notices)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    for notice in notices:
+        notice(context)
+    call.watches(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
+    assert left == ["a mailbox"]
+
+
+async def test_a_clock_that_is_set_makes_no_call_late(caplog):
+    """gRPC's context tells what is left of a deadline by the wall clock."""
+    caplog.set_level("INFO", "gramophone_server")
+    notices = []
+    context = context_of(notices, left_s=60.0)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    until_end = call.deadline_at - time.monotonic()
+    context.time_remaining = lambda: 0.0  # the clock is hours ahead now
+    for notice in notices:
+        notice(context)
+    assert 59 < until_end <= 60
+    assert "code=CANCELLED" in caplog.text
+
+
+async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
+    engine = FakeEngine()
+    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
+        running = await begun(s, engine)
+        waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
+        assert (await waiting.read()).event.accepted.queue_position == 1
+        waiting.cancel()
+        await until(lambda: s.scheduler.queued == 0)
+        running.cancel()
+
+
+async def rest(call):
+    """The events that a call has still; grpc does not let `read` and iteration be mixed."""
+    while (response := await call.read()) is not grpc.aio.EOF:
+        yield response.event
+
+
+@contextlib.asynccontextmanager
+async def unread_stream(s, iterations):
+    """A stream of which only the first message was read, on a channel that takes no more than 64 KiB unread."""
+    wanted = spec(iterations=iterations)
+    wanted.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
+    async with grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)]) as channel:
+        call = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        assert (await call.read()).event.HasField("accepted")
+        yield call
+
+
+async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
+    engine = NoisyEngine(512, iteration_s=0.001)
+    async with serving(engine) as s, unread_stream(s, iterations=500) as call:
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        assert engine.iterations == 500
+        events = [event async for event in rest(call)]
+    frames = [event.frame for event in events if event.HasField("frame")]
+    assert len(frames) <= 2 and sum(frame.dropped for frame in frames) >= 1
+    assert [e.progress.iteration for e in events if e.HasField("progress")][-1] == 500
+    assert events[-1].HasField("result")
+
+
+async def test_readers_that_stop_hold_up_nobody_on_their_connection():
+    engine = NoisyEngine(512, iteration_s=0.001)
+    request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
+    request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
+    options = [*LARGE, ("grpc.http2.bdp_probe", 0)]
+    async with serving(engine) as s, grpc.aio.insecure_channel(s.address, options=options) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)
+        stuck = [stub.StylizeStream(request) for _ in range(4)]
+        for call in stuck:
+            assert (await call.read()).event.HasField("accepted")
+        live, frames = stub.StylizeStream(request), 0
+        while frames < 8:
+            async with asyncio.timeout(2):
+                frames += (await live.read()).event.HasField("frame")
+                await stub.GetServerInfo(pb.GetServerInfoRequest())
+        sent = sorted(call._frames for call in s.servicer._calls)
+        assert sent[-2] <= 2 and sent[-1] >= 8
+        for call in (*stuck, live):
+            call.cancel()
+
+
+async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
+    """In this state the handler gets no CancelledError: it stays where it is."""
+    engine = NoisyEngine(512, iteration_s=0.001)
+    async with serving(engine) as s, unread_stream(s, iterations=5000) as call:
+        await until(lambda: engine.iterations > 200)
+        call.cancel()
+        await until(lambda: s.scheduler.running == 0)
+        assert engine.iterations < 5000
+        await s.servicer.idle()
+        gc.collect()
+
+
+async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call = await begun(s, engine)
+        drain = asyncio.create_task(s.scheduler.drain(within_s=5))
+        await asyncio.sleep(0)
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert 5 <= got.RetryInfo.retry_delay.ToSeconds() <= 6
+        engine.go.set()
+        await drain
+        assert [event.WhichOneof("event") async for event in rest(call)][-1] == "result"
+        await s.servicer.idle()
+
+
+# Jobs that outlive their call -----------------------------------------------------------------------------------------
+
+GRACE = duration_pb2.Duration(seconds=60)
+QUICK = duration_pb2.Duration(nanos=50_000_000)
+SLOW_S = 0.02  # of an iteration that takes a slice of its own, so that each is told
+ONE = Limits(max_running=1)
+
+
+def lasting(iterations=1000, grace=GRACE, **options):
+    """A spec whose job outlives its watchers, always the same one."""
+    wanted = spec(iterations)
+    wanted.seed = 7
+    wanted.detach_grace.CopyFrom(grace)
+    if options:
+        wanted.frames.CopyFrom(pb.FrameOptions(**options))
+    return wanted
+
+
+async def lasting_job(s, engine, wanted=None, request_id=""):
+    """The call of a job in its first iteration, which does not end before the test lets it, and the job's id."""
+    engine.go.clear()
+    call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted or lasting(), request_id=request_id))
+    accepted = (await call.read()).event.accepted
+    await until(engine.under_way.is_set)
+    return call, accepted.job_id
+
+
+def watching(s, job_id, after=0, **options):
+    frames = pb.FrameOptions(**options) if options else None
+    return s.stub.WatchJob(pb.WatchJobRequest(job_id=job_id, after_sequence=after, frames=frames))
+
+
+async def events_of(call):
+    async with asyncio.timeout(5):
+        return [event async for event in rest(call)]
+
+
+async def state(s, job_id):
+    return pb.JobState.Name((await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job.state)[len("JOB_STATE_") :]
+
+
+async def test_watch_job_replays_and_follows_with_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
+    engine = FakeEngine(iteration_s=SLOW_S)
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, lasting(40))
+        engine.go.set()
+        heard = {}
+        async for event in rest(first):
+            heard[event.sequence] = event
+            if event.progress.iteration >= 15:
+                break
+        second = watching(s, job_id)
+        watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
+    heard |= {event.sequence: event for event in rest_of_first}
+    numbers = [event.sequence for event in watched]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:20] == list(range(1, 21))  # all that the log has, also what a reader may have missed
+    assert [event.WhichOneof("event") for event in (watched[0], watched[-1])] == ["accepted", "result"]
+    assert watched[0].accepted.job_id == job_id and not watched[0].accepted.attached
+    same = [event for event in watched if event.sequence in heard]
+    assert len(same) >= 10 and all(heard[event.sequence] == event for event in same)
+
+
+async def test_after_sequence_leaves_out_what_the_watcher_has(monkeypatch):
+    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
+    async with serving(FakeEngine(iteration_s=SLOW_S)) as s:
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(20)))
+        job_id = response.accepted.job_id
+        everything = await events_of(watching(s, job_id))
+        assert len(everything) == 22
+        for after in (1, 10, 21):
+            assert await events_of(watching(s, job_id, after)) == everything[after:]
+        assert await events_of(watching(s, job_id, 22)) == []
+    assert everything[-1].result == response.result
+
+
+async def test_two_watchers_who_want_the_same_get_one_encoding(monkeypatch):
+    encodings = []
+
+    def noted(picture, *encoding):
+        encodings.append(encoding[0])
+        return encode(picture, *encoding)
+
+    monkeypatch.setattr("gramophone_server.images.codec.encode", noted)
+    engine = FakeEngine(iteration_s=0.01)
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, lasting(60, every_iterations=5))
+        second = watching(s, job_id, every_iterations=5)
+        third = watching(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
+        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 3)
+        engine.go.set()
+        heard = await asyncio.gather(*map(events_of, (first, second, third)))
+    frames = [{event.sequence: event.frame.image for event in events if event.HasField("frame")} for events in heard]
+    shared = frames[0].keys() & frames[1].keys()
+    assert shared and all(frames[0][number] == frames[1][number] for number in shared)
+    assert encodings.count(Format.JPEG) == len(frames[0].keys() | frames[1].keys())
+    assert encodings.count(Format.WEBP) == len(frames[2])
+    assert encodings.count(Format.PNG) == 1  # one result for three
+    assert len(engine.taken_at) == len(set().union(*frames)) + 1
+    assert heard[0][-1] == heard[1][-1] == heard[2][-1]
+
+
+async def test_the_same_request_attaches_to_its_job():
+    engine = FakeEngine()
+    request_id = str(uuid.uuid4())
+    async with serving(engine) as s:
+        first, job_id = await lasting_job(s, engine, request_id=request_id)
+        again = pb.StylizeStreamRequest(spec=lasting(every_iterations=3), request_id=request_id.upper())
+        second = s.stub.StylizeStream(again)
+        accepted = (await second.read()).event.accepted
+        assert (accepted.job_id, accepted.attached) == (job_id, True)
+        third = s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
+        other = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(999), request_id=request_id)))
+        assert (other.code, other.ErrorInfo.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_TAKEN")
+        assert request_id in other.message and "another spec" in other.message
+        assert job_id not in other.message
+        assert (s.scheduler.running, s.scheduler.queued) == (1, 0)
+        engine.go.set()
+        (*_, one), (*_, two), three = await asyncio.gather(events_of(first), events_of(second), third)
+        assert one == two and one.result == three.result
+        late = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
+        assert late.accepted.attached and late.result == three.result
+    assert len(engine.jobs) == 1
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Decoding waits, on its thread, until this is set; `.begun` says that it has come to it."""
+    go, decode = threading.Event(), codec.decode
+    go.begun = threading.Event()
+
+    def waiting(*about):
+        go.begun.set()
+        assert go.wait(10), "the test never let it decode"
+        return decode(*about)
+
+    monkeypatch.setattr(codec, "decode", waiting)
+    yield go
+    go.set()
+
+
+async def test_the_same_request_finds_its_job_while_that_is_being_decoded(held):
+    engine, request_id = FakeEngine(), str(uuid.uuid4())
+    async with serving(engine) as s:
+        first = s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id))
+        await until(held.begun.is_set)
+        second, third = (
+            s.stub.Stylize(pb.StylizeRequest(spec=lasting(iterations), request_id=request_id)) for iterations in (5, 6)
+        )
+        await until(lambda: len(s.servicer._calls) == 3)
+        held.set()
+        assert (await refused(third)).code is grpc.StatusCode.ALREADY_EXISTS
+        one, two = await asyncio.gather(first, second)
+    assert one.result == two.result and (one.accepted.attached, two.accepted.attached) == (False, True)
+    assert len(engine.jobs) == 1
+
+
+async def test_the_same_request_begins_anew_when_the_first_is_refused_while_it_waits(held):
+    engine, request_id = FakeEngine(), str(uuid.uuid4())
+    broken = lasting(5)
+    broken.content.data = b"not an image"
+    async with serving(engine) as s:
+        first = s.stub.Stylize(pb.StylizeRequest(spec=broken, request_id=request_id))
+        await until(held.begun.is_set)
+        others = [s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id)) for _ in range(2)]
+        await until(lambda: len(s.servicer._calls) == 3)
+        held.set()
+        assert (await refused(first)).code is grpc.StatusCode.INVALID_ARGUMENT
+        one, two = await asyncio.gather(*others)
+    assert one.accepted.job_id == two.accepted.job_id and len(engine.jobs) == 1
+
+
+async def test_a_request_whose_job_failed_begins_anew():
+    engine = FakeEngine(fails_at=2, error=errors.EngineFailed())
+    request = pb.StylizeRequest(spec=lasting(5), request_id=str(uuid.uuid4()))
+    async with serving(engine) as s:
+        await refused(s.stub.Stylize(request))
+        engine.error = None
+        response = await s.stub.Stylize(request)
+        assert not response.accepted.attached and len(engine.jobs) == 2
+        (failed,) = [job for job in s.servicer.jobs.newest_first() if job.id != response.accepted.job_id]
+        assert await state(s, failed.id) == "FAILED"
+        got = await refused(watching(s, failed.id))
+        assert got.code is grpc.StatusCode.INTERNAL
+
+
+async def test_what_is_wrong_with_an_id_a_grace_or_a_page_is_said():
+    wanted = lasting(grace=duration_pb2.Duration(seconds=601))
+    async with serving(FakeEngine(), list_jobs=True) as s:
+        for call, field in (
+            (s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id="my job")), "request_id"),
+            (s.stub.Stylize(pb.StylizeRequest(spec=wanted)), "spec.detach_grace"),
+            (watching(s, "x", every_iterations=-1), "frames.every_iterations"),
+            (s.stub.ListJobs(pb.ListJobsRequest(page_size=-1)), "page_size"),
+            (s.stub.ListJobs(pb.ListJobsRequest(page_token="../")), "page_token"),
+        ):
+            got = await refused(call)
+            assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert [violation.field for violation in got.BadRequest.field_violations] == [field]
+        assert (s.scheduler.queued, len(s.servicer.jobs)) == (0, 0)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["running", "queued"])
+async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
+    engine = FakeEngine()
+    async with serving(engine, ONE) as s:
+        ahead_id = (await lasting_job(s, engine))[1] if waits else ""
+        call, job_id = await lasting_job(s, engine)
+        other = watching(s, job_id)
+        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 2)
+        cancel = pb.CancelJobRequest(job_id=job_id)
+        response = await s.stub.CancelJob(cancel)
+        assert response.job.state == pb.JOB_STATE_CANCELLED
+        for watcher in (call, other, watching(s, job_id)):  # the engine stands still, and nobody waits for it
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await events_of(watcher)
+            assert caught.value.code() is grpc.StatusCode.ABORTED
+            assert "was stopped" in caught.value.details()
+        again = await s.stub.CancelJob(cancel)
+        assert (again.job.state, again.job.end_time) == (pb.JOB_STATE_CANCELLED, response.job.end_time)
+        assert s.scheduler.queued == 0
+        if waits:
+            await s.stub.CancelJob(pb.CancelJobRequest(job_id=ahead_id))
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        assert engine.iterations == 1 and len(engine.batches) == 1
+
+
+async def test_cancelling_a_finished_job_leaves_its_result():
+    async with serving(FakeEngine()) as s:
+        job_id = (await s.stub.Stylize(pb.StylizeRequest(spec=spec()))).accepted.job_id
+        response = await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
+        assert response.job.state == pb.JOB_STATE_SUCCEEDED
+        assert (await events_of(watching(s, job_id)))[-1].HasField("result")
+
+
+async def test_a_watcher_of_a_cancelled_job_gets_the_reason():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine)
+        call.cancel()
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
+        got = await refused(watching(s, job_id))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.ABORTED, "CANCELLED")
+
+
+async def test_get_job_says_how_a_job_stands():
+    engine = FakeEngine()
+    async with serving(engine, ONE) as s:
+        _first, running_id = await lasting_job(s, engine)
+        _second, queued_id = await lasting_job(s, engine)
+
+        async def get(job_id):
+            return (await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job
+
+        queued, running = await get(queued_id), await get(running_id)
+        assert (queued.state, queued.queue_position, queued.iteration) == (pb.JOB_STATE_QUEUED, 1, 0)
+        assert queued.HasField("create_time") and not queued.HasField("start_time")
+        assert not queued.HasField("expire_time") and not queued.HasField("losses")
+        assert (running.state, running.queue_position) == (pb.JOB_STATE_RUNNING, 0)
+        assert (running.width, running.height, running.iterations) == (64, 32, 1000)
+        assert running.HasField("start_time") and not running.HasField("end_time")
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=queued_id))
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        done, cancelled = await get(running_id), await get(queued_id)
+        assert (done.state, done.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_ITERATIONS_DONE)
+        assert (done.iteration, done.losses.tv) == (1000, 0.5)
+        kept_s = done.expire_time.ToMilliseconds() - done.end_time.ToMilliseconds()
+        assert kept_s == pytest.approx(600_000, abs=2000)
+        assert cancelled.state == pb.JOB_STATE_CANCELLED and not cancelled.HasField("start_time")
+
+
+async def test_a_job_that_is_not_there_is_not_found():
+    async with serving(FakeEngine()) as s:
+        for call in (
+            s.stub.GetJob(pb.GetJobRequest(job_id="nope")),
+            s.stub.CancelJob(pb.CancelJobRequest(job_id="nope")),
+            watching(s, "nope"),
+        ):
+            got = await refused(call)
+            assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
+            assert got.message == "there is no job 'nope'; it never was, or it ended and was forgotten"
+        long = await refused(s.stub.GetJob(pb.GetJobRequest(job_id="\u00e9" * 10_000)))
+        assert long.code is grpc.StatusCode.NOT_FOUND and len(long.message) < 400
+
+
+async def test_jobs_are_listed_only_where_that_is_allowed():
+    async with serving(FakeEngine()) as s:
+        got = await refused(s.stub.ListJobs(pb.ListJobsRequest()))
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.PERMISSION_DENIED, "LISTING_DISABLED")
+    assert "--list-jobs" in got.message
+
+
+async def test_a_list_has_pages_newest_first():
+    async with serving(FakeEngine(), list_jobs=True) as s:
+        ids = [(await s.stub.Stylize(pb.StylizeRequest(spec=spec(1)))).accepted.job_id for _ in range(5)]
+        pages, token = [], ""
+        while not pages or token:
+            response = await s.stub.ListJobs(pb.ListJobsRequest(page_size=2, page_token=token))
+            token = response.next_page_token
+            pages.append([job.job_id for job in response.jobs])
+            if len(pages) == 1:  # a newer job moves nothing to another page
+                await s.stub.Stylize(pb.StylizeRequest(spec=spec(1)))
+        assert pages == [[ids[4], ids[3]], [ids[2], ids[1]], [ids[0]]]
+        everything = await s.stub.ListJobs(pb.ListJobsRequest())
+        assert len(everything.jobs) == 6 and not everything.next_page_token
+
+
+async def test_a_job_with_a_grace_goes_on_without_its_client():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine)
+        call.cancel()
+        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
+        assert response.job.state == pb.JOB_STATE_RUNNING and response.job.HasField("expire_time")
+        watcher = watching(s, job_id)
+        assert (await watcher.read()).event.HasField("accepted")
+        response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
+        assert not response.job.HasField("expire_time")
+        watcher.cancel()
+        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        engine.go.set()
+        await until(lambda: s.scheduler.running == 0)
+        (*_, last) = await events_of(watching(s, job_id))
+        assert last.result.iterations == 1000
+
+
+class Proxy:
+    """Bytes there and back over connections that the test can cut."""
+
+    def __init__(self, address):
+        self.host, self.port = address.split(":")
+        self.writers = []
+        self.connections = 0
+        self.tasks = set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.accept, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self.server.sockets[0].getsockname())
+        return self
+
+    async def __aexit__(self, *error):
+        self.cut()
+        self.server.close()
+        await asyncio.gather(*self.tasks)
+
+    async def accept(self, reader, writer):
+        self.connections += 1
+        there_reader, there = await asyncio.open_connection(self.host, self.port)
+        self.writers += [writer, there]
+        for source, target in ((reader, there), (there_reader, writer)):
+            task = asyncio.create_task(self.carry(source, target))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def carry(self, source, target):
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(2**16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    def cut(self):
+        while self.writers:
+            self.writers.pop().transport.abort()
+
+
+@pytest.mark.parametrize("grace_s", [30.0, 0.0])
+async def test_a_client_whose_connection_is_cut_comes_back_to_its_job_if_it_has_a_grace(grace_s):
+    engine = FakeEngine(iteration_s=0.005)
+    async with (
+        serving(engine) as s,
+        Proxy(s.address) as proxy,
+        GramophoneClient(proxy.address, timeout_s=20) as client,
+    ):
+        told = []
+
+        async def follow():
+            wanted = {"size": 64, "smallest_size": 0, "iterations": 300, "detach_grace": grace_s}
+            async for update in client.stream(png(), png(32, 32), patience_s=0, **wanted):  # the job, or none
+                told.append(update)
+                if len(told) in (10, 30):
+                    proxy.cut()
+
+        if grace_s:
+            await follow()
+            names = [type(update).__name__ for update in told]
+            assert (names[0], names[-1]) == ("Accepted", "Result")
+            assert names.count("Accepted") == names.count("Result") == 1 and {"Progress", "Frame"} <= set(names)
+            assert proxy.connections >= 3
+        else:
+            with pytest.raises(ConnectionFailed):
+                await follow()
+            await until(lambda: s.scheduler.running == 0)
+            assert engine.iterations < 300
+        numbers = [update.sequence for update in told]
+        assert numbers == sorted(set(numbers))
+        assert len(engine.jobs) == 1
+
+
+@pytest.mark.parametrize(("grace_s", "jobs"), [(30.0, 1), (0.0, 2)])
+async def test_a_unary_call_whose_connection_is_cut_is_sent_again_and_finds_its_job_if_that_goes_on(grace_s, jobs):
+    engine = FakeEngine(iteration_s=0.005)
+    async with (
+        serving(engine) as s,
+        Proxy(s.address) as proxy,
+        GramophoneClient(proxy.address, timeout_s=20) as client,
+    ):
+        wanted = {"size": 64, "smallest_size": 0, "iterations": 200, "detach_grace": grace_s}
+        call = asyncio.create_task(client.stylize(png(), png(32, 32), **wanted))
+        await until(engine.under_way.is_set)
+        proxy.cut()
+        stylized = await call
+        assert stylized.iterations == 200
+        assert len(engine.jobs) == jobs
+        assert (await client.get_job(stylized.job_id)).state == "SUCCEEDED"
+
+
+async def test_a_job_whose_grace_is_over_is_stopped():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call, job_id = await lasting_job(s, engine, lasting(grace=QUICK))
+        call.cancel()
+        await until(lambda: s.servicer.jobs.find(job_id).cancelled)
+        await stopped(s, engine)
+        assert await state(s, job_id) == "CANCELLED"
+
+
+async def test_without_a_grace_a_second_watcher_keeps_the_job():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        first = await begun(s, engine)
+        (job,) = s.servicer.jobs.newest_first()
+        second = watching(s, job.id)
+        assert (await second.read()).event.HasField("accepted")
+        first.cancel()
+        await until(lambda: len(job._watchers) == 1)
+        assert await state(s, job.id) == "RUNNING"
+        second.cancel()
+        await until(lambda: job.cancelled)
+        await stopped(s, engine)
+
+
+async def test_a_job_that_waits_hears_its_position():
+    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
+    async with serving(engine, ONE) as s:
+        running, _ = await lasting_job(s, engine, lasting(3))
+        second, second_id = await lasting_job(s, engine, lasting(3))
+        third, _ = await lasting_job(s, engine, lasting(3))
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=second_id))
+        assert (await third.read()).event.waiting.queue_position == 1
+        fourth, fourth_id = await lasting_job(s, engine, lasting(3))
+        assert (await s.stub.GetJob(pb.GetJobRequest(job_id=fourth_id))).job.queue_position == 2
+        engine.go.set()
+        told = await events_of(fourth)
+        assert [e.waiting.queue_position for e in told if e.HasField("waiting")][-1:] in ([], [1])
+        replayed = await events_of(watching(s, fourth_id))
+        assert replayed[0].accepted.queue_position == 2
+        assert [e.waiting.queue_position for e in replayed if e.HasField("waiting")] == [1]
+        await asyncio.gather(events_of(running), events_of(third))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await events_of(second)
+
+
+async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    wanted = lasting(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
+    async with (
+        serving(engine, Limits(max_blocked_s=1)) as s,
+        grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)]) as channel,
+    ):
+        slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        job_id = (await slow.read()).event.accepted.job_id
+        job = s.servicer.jobs.find(job_id)
+        await until(lambda: not job._watchers)  # it reads nothing
+        assert not job.ended and engine.iterations < 400
+        await s.servicer.idle()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await events_of(slow)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
+        (*_, last) = await events_of(watching(s, job_id))
+        assert last.result.iterations == 400
+
+
+async def test_a_slow_reader_without_a_grace_takes_its_job_along():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    async with serving(engine, Limits(max_blocked_s=1)) as s, unread_stream(s, iterations=5000):
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        assert engine.iterations < 5000
+        await s.servicer.idle()
+
+
+async def test_a_grace_that_is_refused_does_not_break_the_list_of_jobs(monkeypatch):
+    """Until its images are decoded, too, such a job must be one that can be told of."""
+    entered = asyncio.Event()
+
+    async def work(self, spec, *_):
+        entered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Admission, "work", work)
+    async with serving(FakeEngine(), list_jobs=True) as server:
+        wanted = spec()
+        wanted.detach_grace.seconds = 2**62
+        stream = server.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.wait_for(entered.wait(), 5)
+        stream.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        (job,) = server.servicer.jobs.newest_first(None)
+        await until(lambda: job.expires_at is not None)
+        (listed,) = (await server.stub.ListJobs(pb.ListJobsRequest())).jobs
+        assert listed.expire_time.seconds - listed.create_time.seconds <= Limits().max_detach_s + 5
+        job.cancel()

@@ -1,0 +1,218 @@
+"""Images sent ahead: what is kept, what makes room, and what is refused at which byte."""
+
+import hashlib
+import io
+
+import grpc
+import pytest
+from PIL import ExifTags, Image
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server.config import Limits
+from gramophone_server.errors import ImageNotFound, InvalidRequest
+from gramophone_server.images.upload_store import Upload, Uploads
+from tests.rpc.test_servicer import png, refused, serving, spec
+from tests.support.engines import FakeEngine
+
+
+def digest(data):
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def chunks(data, size=1000):
+    return [pb.UploadImageRequest(chunk=data[at : at + size]) for at in range(0, len(data), size)]
+
+
+async def uploaded(s, data, size=1000):
+    return await s.stub.UploadImage(iter(chunks(data, size)))
+
+
+def noise(side=64):
+    out = io.BytesIO()
+    Image.effect_noise((side, side), 100).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+# The store ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_makes_room():
+    uploads = Uploads(10)
+    for name in "abc":
+        uploads.keep(name, name.encode() * 3)
+    assert uploads.find("a") == b"aaa"
+    uploads.keep("b", b"bbb")  # sent again, so it was used
+    uploads.keep("d", b"dddd")
+    with pytest.raises(ImageNotFound, match="no image 'c' is kept here; upload it with UploadImage, and send the job"):
+        uploads.find("c")
+    assert [uploads.find(name) for name in "abd"] == [b"aaa", b"bbb", b"dddd"]
+    assert uploads.counts == (4, 1, 10, 10)
+
+
+def test_an_upload_is_its_pieces():
+    upload = Upload(Limits())
+    for piece in (b"abc", b"", b"def"):
+        upload.add(piece)
+    assert (upload.digest, upload.data) == (digest(b"abcdef"), b"abcdef")
+
+
+@pytest.mark.parametrize(
+    ("limits", "pieces", "words"),
+    [
+        (Limits(), [2**20 + 1], "has 1048577 bytes, a piece at most 1048576; send the image in smaller ones"),
+        (
+            Limits(max_image_bytes=1024),
+            [1000, 25],
+            "makes an image of 1025 bytes or more; at most 1024 are taken (server setting GRAMOPHONE_MAX_IMAGE_BYTES)",
+        ),
+        (
+            Limits(max_uploads_bytes=1024),
+            [1000, 25],
+            "at most 1024 are taken (server setting GRAMOPHONE_MAX_UPLOADS_BYTES); send a smaller or more compressed",
+        ),
+    ],
+)
+def test_what_is_too_large_is_refused_as_it_comes(limits, pieces, words):
+    upload = Upload(limits)
+    with pytest.raises(InvalidRequest) as caught:
+        for size in pieces:
+            upload.add(bytes(size))
+    (violation,) = caught.value.violations
+    assert violation.field == "chunk" and words in violation.description
+
+
+def test_a_server_that_keeps_nothing_says_so():
+    with pytest.raises(InvalidRequest, match=r"GRAMOPHONE_MAX_UPLOADS_BYTES is 0\); send them with the job as `data`"):
+        Upload(Limits(max_uploads_bytes=0))
+
+
+# The RPC --------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_image_is_uploaded_once_and_named_in_many_jobs():
+    engine = FakeEngine()
+    content, style = png(), noise()
+    async with serving(engine) as s:
+        for _ in range(2):  # the second time changes nothing
+            told = await uploaded(s, content)
+            assert told == pb.UploadImageResponse(digest=digest(content), width=64, height=32)
+        await uploaded(s, style)
+        inline = spec()
+        inline.styles[0].image.data = style
+        by_digest = spec()
+        by_digest.content.digest, by_digest.styles[0].image.digest = digest(content), digest(style)
+        for wanted in (inline, by_digest, by_digest):
+            await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+    first, *others = engine.jobs
+    for job in others:
+        assert (job.content_digest, job.style_digests) == (first.content_digest, first.style_digests)
+    kept = len(content) + len(style)
+    assert info.uploads == pb.CacheStats(hits=4, misses=0, bytes=kept, max_bytes=128 * 2**20)
+
+
+async def test_a_size_is_told_as_the_image_will_be_turned():
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (64, 32)).save(out, "JPEG", exif=exif)
+    async with serving(FakeEngine()) as s:
+        told = await uploaded(s, out.getvalue())
+    assert (told.width, told.height) == (32, 64)
+
+
+async def test_a_start_image_can_be_named_too():
+    engine = FakeEngine()
+    wanted = spec()
+    wanted.recipe.start = pb.START_IMAGE
+    wanted.start_image.digest = digest(png(20, 40))
+    async with serving(engine) as s:
+        await uploaded(s, png(20, 40))
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert engine.jobs[0].start.shape == (3, 40, 20)
+
+
+async def test_an_image_that_is_not_there_is_not_found_unless_more_is_wrong():
+    engine = FakeEngine()
+    wanted = spec()
+    wanted.content.digest = digest(b"never")
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
+        assert got.message == (
+            f"no image '{digest(b'never')}' is kept here; upload it with UploadImage, and send the job again"
+        )
+        wanted.recipe.beta = -1.0
+        wanted.styles[0].image.data = b"GIF89a"
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        fields = [violation.field for violation in got.BadRequest.field_violations]
+        assert fields == ["spec.recipe.beta", "spec.styles[0].image.data"]
+        assert s.scheduler.queued == 0 and engine.jobs == []
+
+
+async def test_an_image_that_made_room_is_not_found():
+    first, second = noise(), noise()
+    async with serving(FakeEngine(), Limits(max_uploads_bytes=len(first) + 2000)) as s:
+        await uploaded(s, first)
+        await uploaded(s, second)
+        wanted = spec()
+        wanted.content.digest = digest(first)
+        assert (await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))).ErrorInfo.reason == "IMAGE_NOT_FOUND"
+        wanted.content.digest = digest(second)
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "must be a JPEG, PNG or WebP image, got 0 bytes of something else"),
+        (b"GIF89a" + bytes(5000), "what looks like a GIF file"),
+        (png()[:40], "truncated or damaged"),
+        (
+            png(400, 200),
+            "is 400x200, 80000 pixels; at most 70000 are taken (server setting GRAMOPHONE_MAX_IMAGE_PIXELS)",
+        ),
+        (png(64, 15), "each side must have at least 16 pixels"),
+    ],
+)
+async def test_rubbish_is_refused_when_it_is_uploaded(data, words):
+    async with serving(FakeEngine(), Limits(max_image_pixels=70_000)) as s:
+        got = await refused(s.stub.UploadImage(iter(chunks(data))))
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    (violation,) = got.BadRequest.field_violations
+    assert violation.field == "chunk" and words in violation.description
+    assert info.uploads.bytes == 0
+
+
+async def test_a_damaged_image_that_was_uploaded_is_named_by_its_digest():
+    data = noise()
+    data = data[: len(data) // 2]  # its header is whole
+    wanted = spec()
+    wanted.content.digest = digest(data)
+    async with serving(FakeEngine()) as s:
+        await uploaded(s, data)
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+    (violation,) = got.BadRequest.field_violations
+    assert violation.field == "spec.content.digest" and "truncated" in violation.description
+
+
+async def test_an_upload_without_end_is_refused_at_once():
+    async def endless():
+        while True:
+            yield pb.UploadImageRequest(chunk=bytes(1000))
+
+    async with serving(FakeEngine(), Limits(max_image_bytes=10_000)) as s:
+        got = await refused(s.stub.UploadImage(endless()))
+        assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "makes an image of 11000 bytes or more; at most 10000 are taken" in got.message
+        await s.servicer.idle()
+
+
+async def test_a_client_that_leaves_within_an_upload_leaves_nothing():
+    async with serving(FakeEngine()) as s:
+        call = s.stub.UploadImage()
+        await call.write(pb.UploadImageRequest(chunk=png()[:30]))
+        call.cancel()
+        await s.servicer.idle()
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        assert info.uploads.bytes == 0

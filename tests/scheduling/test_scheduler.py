@@ -1,0 +1,523 @@
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+import types
+
+import pytest
+import torch
+
+from gramophone.recipe import Recipe
+from gramophone_server.config import Limits
+from gramophone_server.domain.commands import Pause
+from gramophone_server.domain.events import Accepted, Finished, Frame, Picture, Progress, StopReason, Waiting
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.domain.job_state import JobState
+from gramophone_server.errors import (
+    DeadlineUnattainable,
+    Diverged,
+    EngineFailed,
+    NotReady,
+    OutOfDeviceMemory,
+    QueueFull,
+    ShuttingDown,
+    StartupError,
+)
+from gramophone_server.images.codec import Encoding, Format
+from gramophone_server.jobs.mailbox import FrameRule, Mailbox
+from gramophone_server.jobs.registry import JobRegistry
+from gramophone_server.scheduling.scheduler import Scheduler
+from tests.support.engines import FakeBatch, FakeEngine
+
+
+def work(iterations=3, **recipe):
+    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
+    image = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    job = StyleJob(recipe=Recipe(**recipe), content=image, styles=(image,), style_weights=(1.0,), start=None, seed=1)
+    return JobState(job)
+
+
+@contextlib.asynccontextmanager
+async def scheduling(engine, max_running=1, **limits):
+    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits))
+    scheduler.start()
+    await scheduler.ready()
+    try:
+        yield scheduler
+    finally:
+        scheduler.stop()
+        engine.go.set()
+        assert await asyncio.to_thread(scheduler.join, 5)
+
+
+def submit(scheduler, job=None, frames=None, place=None, deadline_at=None):
+    """A job with one watcher."""
+    job = job or work()
+    with place or scheduler.reserve() as held:
+        listener = JobRegistry(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
+        watcher = listener.watch(frames)
+        listener.submit(held, job, deadline_at)
+    return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
+
+
+async def kinds(job):
+    return [type(event).__name__ async for _, event in job.events()]
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_a_job_is_accepted_reported_and_finished():
+    async with scheduling(FakeEngine()) as scheduler:
+        job = submit(scheduler, work(iterations=4, smallest_size=45, coarse_iterations=2))
+        events = [event async for event in job.events()]
+    numbers = [number for number, _ in events]
+    assert numbers == sorted(set(numbers))
+    assert events[0][1] == Accepted(position=0, wait_s=None)
+    finished = events[-1][1]
+    assert isinstance(finished, Finished)
+    assert (finished.iterations, finished.picture.wait().shape) == (6, (32, 64, 3))
+    assert finished.losses.total == pytest.approx(1 / 6 + 3 / 6 + 0.5)
+    assert finished.elapsed_s > 0
+    assert all(isinstance(event, Progress) for _, event in events[1:-1])
+
+
+async def test_the_engine_loads_and_runs_on_the_compute_thread():
+    engine, loaded_on = FakeEngine(), []
+
+    def load():
+        loaded_on.append(threading.current_thread().name)
+        return engine
+
+    scheduler = Scheduler(load, Limits())
+    with pytest.raises(NotReady, match="still loading"):
+        scheduler.reserve()
+    scheduler.start()
+    assert await scheduler.ready() is engine
+    await kinds(submit(scheduler))
+    assert loaded_on == [engine.thread] == ["compute"]
+    scheduler.stop()
+
+
+async def test_a_failed_start_reaches_whoever_waits_for_it():
+    def load():
+        raise StartupError("the weights file is damaged")
+
+    scheduler = Scheduler(load, Limits())
+    scheduler.start()
+    with pytest.raises(StartupError, match="damaged"):
+        await scheduler.ready()
+    with pytest.raises(NotReady):
+        scheduler.reserve()
+
+
+async def test_speed_and_time_left_are_measured():
+    async with scheduling(FakeEngine(iteration_s=0.01)) as scheduler:
+        progress = [e async for _, e in submit(scheduler, work(10)).events() if isinstance(e, Progress)]
+    last = progress[-1]
+    assert 1 < last.iterations_per_second <= 100
+    assert last.time_left_s == 0
+    middle = progress[len(progress) // 2]
+    left = middle.report.iterations - middle.report.iteration
+    assert middle.time_left_s == pytest.approx(left / middle.iterations_per_second)
+
+
+async def test_jobs_wait_in_order_and_the_queue_is_bounded():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine, max_queued=2) as scheduler:
+        jobs = [submit(scheduler) for _ in range(1)]
+        await until(engine.under_way.is_set)
+        jobs += [submit(scheduler) for _ in range(2)]
+        assert (scheduler.running, scheduler.queued) == (1, 2)
+        with pytest.raises(QueueFull, match="queue is full: 2 waiting, limit 2; retry after about 5 s"):
+            scheduler.reserve()
+        engine.go.set()
+        positions = [[e.position async for _, e in job.events() if isinstance(e, Accepted)] for job in jobs]
+        assert positions == [[0], [1], [2]]
+        await until(lambda: scheduler.queued == scheduler.running == 0)
+        assert engine.begun == [job.work for job in jobs]
+
+
+async def test_those_who_wait_are_told_their_place_whenever_it_changes():
+    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        first = submit(scheduler)
+        await until(engine.under_way.is_set)
+        second, third, fourth = (submit(scheduler) for _ in range(3))
+        second.cancel()
+        assert [job.listener.position for job in (third, fourth)] == [1, 2]
+        told = fourth.events()
+        assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3, None), Waiting(2, None)]
+        engine.go.set()
+        assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
+        (_, moved_up), *rest = [item async for item in told]
+        assert moved_up.position == 1
+        assert not [event for _, event in rest if isinstance(event, Waiting)]  # its start is no place in the queue
+
+
+async def test_an_unused_place_is_given_back():
+    async with scheduling(FakeEngine(), max_queued=0) as scheduler:
+        with pytest.raises(ZeroDivisionError), scheduler.reserve():
+            with pytest.raises(QueueFull):
+                scheduler.reserve()
+            raise ZeroDivisionError
+        await kinds(submit(scheduler))
+
+
+async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs():
+    engine = FakeEngine(iteration_s=0.02)
+    async with scheduling(engine, max_queued=0) as scheduler:
+        job = submit(scheduler, work(iterations=1000))
+        async for _, event in job.events():
+            if isinstance(event, Progress) and event.report.iteration >= 3:
+                break
+        with pytest.raises(QueueFull) as caught:
+            scheduler.reserve()
+        assert caught.value.retry_after_s > 900 * 0.02  # a busy machine needs longer for its 997 iterations
+        job.cancel()
+
+
+async def test_those_whose_images_are_being_decoded_are_reckoned_with():
+    engine = FakeEngine()
+    engine.go.clear()
+    job = work(iterations=10)
+    asked = job.pixels_left, job.shape, 0.0
+    async with scheduling(engine) as scheduler:
+        scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
+        with scheduler.reserve() as first, scheduler.reserve() as second:
+            first.require_time(*asked, 15)
+            with pytest.raises(DeadlineUnattainable) as caught:
+                second.require_time(*asked, 15)
+            assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
+            second.require_time(*asked, 25)
+            assert scheduler.estimated_wait_s() == 20
+            submit(scheduler, job, place=first)
+            assert scheduler.estimated_wait_s() == 20  # each is counted once
+        assert scheduler.estimated_wait_s() == 10  # the second was not used
+
+
+def require_time(scheduler, *asked):
+    """As a job that comes does, and goes again."""
+    with scheduler.reserve() as place:
+        place.require_time(*asked)
+
+
+async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
+    engine, one = FakeEngine(iteration_s=0.01), work(1)
+    pixels, shape = 64 * 32, one.shape
+    async with scheduling(engine) as scheduler:
+        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so nothing is known
+        await kinds(submit(scheduler, work(10)))
+        require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
+        with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
+            require_time(scheduler, 1000 * pixels, shape, 0.0, 9)
+        assert alone.value.retry_after_s is None  # it takes 10 s by itself
+        require_time(scheduler, 1000 * pixels, shape, 5.0, 9)  # its time budget ends it before
+
+        long = submit(scheduler, work(100_000))
+        await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
+        with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
+            require_time(scheduler, pixels, shape, 0.5, 60)
+        assert behind.value.retry_after_s > 500
+        long.cancel()
+
+
+async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
+    engine = FakeEngine(memory_bytes=1000 * 64 * 32)
+    async with scheduling(engine) as scheduler:
+        scheduler.require_memory(work().shape)
+        with pytest.raises(OutOfDeviceMemory, match="too little memory for a 128x64 picture"):
+            scheduler.require_memory(work(size=128).shape)
+        assert scheduler.queued == 0
+
+
+async def test_who_must_be_done_early_begins_before_those_who_came_earlier():
+    engine = FakeEngine()
+    async with scheduling(engine, max_running=1) as scheduler:
+        await kinds(submit(scheduler))  # so that a speed is known
+        engine.go.clear()
+        engine.under_way.clear()
+        running = submit(scheduler)
+        await until(engine.under_way.is_set)
+        now = time.monotonic()
+        patient, late, early = (submit(scheduler, deadline_at=at) for at in (None, now + 60, now + 30))
+        engine.go.set()
+        for job in (running, patient, late, early):
+            assert (await kinds(job))[-1] == "Finished"
+    assert engine.begun[1:] == [job.work for job in (running, early, late, patient)]
+
+
+async def test_cancel_stops_a_running_job_within_an_iteration():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=1000))
+        await until(engine.under_way.is_set)
+        job.cancel()
+        engine.go.set()
+        await until(lambda: scheduler.running == 0)
+        assert engine.iterations == 1
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
+
+
+async def test_cancel_takes_a_waiting_job_out_of_the_queue():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine, max_queued=1) as scheduler:
+        running = submit(scheduler)
+        await until(engine.under_way.is_set)
+        waiting = submit(scheduler)
+        waiting.cancel()
+        waiting.cancel()  # twice is once
+        third = submit(scheduler)  # takes the place
+        engine.go.set()
+        assert (await kinds(running))[-1] == (await kinds(third))[-1] == "Finished"
+        assert engine.begun == [running.work, third.work]
+        running.cancel()  # after its end: nothing
+        assert scheduler.queued == 0
+
+
+async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
+    engine = FakeEngine()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=500), FrameRule())
+        await until(lambda: scheduler.running == 0 and engine.iterations == 500)  # without a single read
+        events = [event async for _, event in job.events()]
+    assert [type(e) for e in events] == [Accepted, Frame, Progress, Finished]
+    assert events[2].report.iteration == 500
+    assert len(engine.taken_at) == 2  # one frame and the result: none was taken that nobody had room for
+
+
+async def test_frames_come_at_their_iterations_and_no_more_often_than_their_interval():
+    engine = FakeEngine(iteration_s=0.002)
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=200), FrameRule(every_iterations=7, min_interval_s=0.0))
+        frames = [event async for _, event in job.events() if isinstance(event, Frame)]
+    assert len(frames) >= 2
+    assert all(frame.iteration % 7 == 0 for frame in frames)
+    assert all(int(frame.picture.wait()[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
+    *taken_at, _result = engine.taken_at
+    assert all(
+        b - a > 0.05 for a, b in itertools.pairwise(taken_at)
+    )  # 100 ms, but a thread can lose its core for a while
+
+
+async def test_no_frames_unless_asked_for():
+    engine = FakeEngine()
+    async with scheduling(engine) as scheduler:
+        assert "Frame" not in await kinds(submit(scheduler, work(iterations=50)))
+    assert len(engine.taken_at) == 1
+
+
+async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_unread():
+    mailbox, now = Mailbox(asyncio.get_running_loop(), FrameRule()), time.monotonic()
+    assert mailbox.wants_frame(1, now)
+    mailbox.put(1, Frame(1, Picture(None)))
+    assert not mailbox.wants_frame(2, now + 0.05)  # not due, so not dropped either
+    for number, at in enumerate((0.2, 0.4, 0.6), 2):
+        assert mailbox.wants_frame(number + 1, now + at)
+        mailbox.put(number, Frame(number + 1, Picture(None)))
+    reader = mailbox.events()
+    number, frame = await anext(reader)
+    assert (number, frame.iteration, frame.dropped) == (4, 5, 3)
+    assert mailbox.wants_frame(6, now + 1.4)
+    mailbox.put(5, Frame(6, Picture(None)))
+    number, frame = await anext(reader)
+    assert (number, frame.iteration, frame.dropped) == (5, 6, 0)
+
+
+async def test_many_events_make_one_wake_up(monkeypatch):
+    loop, calls = asyncio.get_running_loop(), []
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: calls.append(call))
+    mailbox = Mailbox(loop)
+    for position in range(100):
+        mailbox.put(position, Accepted(position))
+    assert len(calls) == 1
+
+
+async def test_a_diverged_job_sends_its_last_good_picture_first():
+    engine = FakeEngine(fails_at=3, error=Diverged(iteration=3))
+    async with scheduling(engine) as scheduler:
+        job, events = submit(scheduler), []
+        with pytest.raises(Diverged, match="stopped being finite at iteration 3"):
+            async for _, event in job.events():
+                events.append(event)
+        assert isinstance(events[-1], Frame)
+        assert events[-1].iteration == 2 == int(events[-1].picture.wait()[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory, "too little memory for a 64x32 picture"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfDeviceMemory, "64x32"),
+        (MemoryError(), OutOfDeviceMemory, "64x32"),
+        (OutOfDeviceMemory(9, 9), OutOfDeviceMemory, "9x9"),
+        (ZeroDivisionError("secret"), EngineFailed, "the server failed while working on this job"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_failure_ends_its_job_only(raised, expected, words):
+    engine = FakeEngine(fails_at=2, error=raised)
+    async with scheduling(engine) as scheduler:
+        with pytest.raises(expected, match=words) as caught:
+            await kinds(submit(scheduler))
+        assert caught.value.__cause__ is None and caught.value.__context__ is None
+        assert "secret" not in str(caught.value)
+        engine.error = None
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
+
+
+async def test_a_failed_job_frees_what_its_batch_held():
+    """An error that waits for its reader must not keep the batch alive through its traceback."""
+    freed = threading.Event()
+
+    class Held(FakeEngine):
+        def batch(self, shape, slots):
+            batch = super().batch(shape, slots)
+            self.batches.clear()
+            batch.held = type("Memory", (), {"__del__": lambda self: freed.set()})()
+            return batch
+
+    engine = Held(fails_at=2, error=Diverged(iteration=2))
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler)
+        await until(freed.is_set)
+        with pytest.raises(Diverged):
+            await kinds(job)
+
+
+async def test_drain_lets_running_and_queued_jobs_end_and_refuses_new_ones():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        jobs = [submit(scheduler), submit(scheduler)]
+        reserved = scheduler.reserve()  # admitted: its images are still being decoded
+        drain = asyncio.create_task(scheduler.drain(within_s=5))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown, match="takes no new jobs"):
+            scheduler.reserve()
+        jobs.append(submit(scheduler, place=reserved))
+        engine.go.set()
+        await drain
+        for job in jobs:
+            assert (await kinds(job))[-1] == "Finished"
+
+
+async def test_after_the_drain_time_jobs_end_within_an_iteration():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine) as scheduler:
+        running, queued = submit(scheduler, work(iterations=10_000)), submit(scheduler)
+        await until(engine.under_way.is_set)
+        reserved = scheduler.reserve()
+        await scheduler.drain(within_s=0.01)
+        scheduler.stop()
+        engine.go.set()
+        for job in (running, queued):
+            with pytest.raises(ShuttingDown):
+                await kinds(job)
+        with pytest.raises(ShuttingDown):
+            submit(scheduler, place=reserved)
+        assert engine.iterations == 1
+
+
+async def test_a_job_that_pauses_holds_up_no_drain():
+    async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
+        job = submit(scheduler, work(iterations=100_000))
+        await until(lambda: job.work.done)
+        draining = asyncio.create_task(scheduler.drain(60))
+        await asyncio.sleep(0.05)
+        await scheduler.command(job.listener, Pause())
+        await asyncio.wait_for(draining, 5)
+
+
+async def test_a_pause_does_not_outlast_a_time_budget():
+    async with scheduling(FakeEngine(iteration_s=0.005), max_running=2) as scheduler:
+        job = submit(scheduler, work(iterations=100_000, time_budget=2.0))
+        await until(lambda: job.work.done)
+        await scheduler.command(job.listener, Pause())
+        done, began = job.work.done, time.monotonic()
+        finished = [event async for _, event in job.events()][-1]
+        assert time.monotonic() - began < 20  # and not the pause's 600
+        assert (finished.reason, finished.iterations) == (StopReason.TIME_BUDGET, done)
+        await until(lambda: scheduler.paused == scheduler.running == scheduler.queued == 0)
+
+
+async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeypatch, caplog):
+    async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
+        running, queued = submit(scheduler, work(iterations=100_000)), submit(scheduler)
+        await until(lambda: running.work.done)
+        monkeypatch.setattr(scheduler._line, "tell", None)
+        await asyncio.wait_for(scheduler.ended(), 5)
+        for job in (running, queued):
+            with pytest.raises(ShuttingDown):
+                await kinds(job)
+        with pytest.raises(ShuttingDown):
+            scheduler.reserve()
+    assert "the compute thread has ended by a defect" in caplog.text
+
+
+async def test_a_lost_device_ends_everything_and_hands_out_no_more_places(caplog):
+    engine = FakeEngine(fails_at=5, error=RuntimeError("an illegal memory access was encountered"), iteration_s=0.001)
+    async with scheduling(engine, max_running=2) as scheduler:
+        other = submit(scheduler, work(iterations=4, size=60))
+        await kinds(other)
+        engine.device_error = engine.error
+        broken, waiting = submit(scheduler, work(iterations=10)), submit(scheduler, work(iterations=4, size=62))
+        with pytest.raises(EngineFailed):
+            await kinds(broken)
+        with contextlib.suppress(ShuttingDown):  # it may have been done before
+            await kinds(waiting)
+        await asyncio.wait_for(scheduler.ended(), 5)
+        with pytest.raises(ShuttingDown):
+            scheduler.reserve()
+    assert "the device fails at an addition" in caplog.text
+
+
+async def test_drain_of_an_idle_scheduler_is_immediate():
+    async with scheduling(FakeEngine()) as scheduler, asyncio.timeout(1):
+        await scheduler.drain(within_s=30)
+
+
+async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog):
+    """`most_slots` never raises; whatever does where nothing should must not take the compute thread with it."""
+    engine = FakeEngine()
+    engine.most_slots = broken = lambda shape: 1 // 0
+    async with scheduling(engine, max_running=2) as scheduler:
+        for job in [submit(scheduler), submit(scheduler)]:
+            with pytest.raises(EngineFailed):
+                await kinds(job)
+        assert engine.most_slots is broken and "ZeroDivisionError" in caplog.text
+        del engine.most_slots
+        assert (await kinds(submit(scheduler)))[-1] == "Finished"
+        await until(lambda: scheduler.running == scheduler.queued == 0)
+
+
+async def test_a_job_that_is_cancelled_while_it_is_being_paused_gives_its_place_back(monkeypatch):
+    """Its tensors take a while to be handed over, and it must not stand still for ten minutes with nobody to wake it."""
+    engine, loop = FakeEngine(iteration_s=0.001), asyncio.get_running_loop()
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, work(iterations=100_000))
+        cancelled = threading.Event()
+        hand_over = FakeBatch.leave
+
+        def cancel():
+            job.cancel()
+            cancelled.set()
+
+        def leave(batch, slot):
+            loop.call_soon_threadsafe(cancel)
+            assert cancelled.wait(5)
+            return hand_over(batch, slot)
+
+        monkeypatch.setattr(FakeBatch, "leave", leave)
+        await until(engine.under_way.is_set)
+        await scheduler.command(job.listener, Pause())
+        await until(lambda: scheduler.running + scheduler.paused + scheduler.queued == 0)

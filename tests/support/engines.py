@@ -1,0 +1,178 @@
+"""An engine that makes no pictures: one grey per iteration, at the pace that a test sets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.domain.job import Losses, Report, StyleJob
+from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
+from gramophone_server.engine.checkpoint_format import CheckpointFormat
+from gramophone_server.engine.optimisers import layout
+from gramophone_server.errors import Diverged, OutOfDeviceMemory
+
+CHECKPOINTS = CheckpointFormat(layout)
+
+
+class FakeEngine:
+    """Runs while `go` is set. Iteration `fails_at` raises `error`, of any job.
+
+    An iteration of a batch takes `iteration_s` and `pixel_s` for each pixel of each slot, taken or not, and to join one takes
+    `join_s`. A batch of more than `most_pixels` (width x height x slots) is out of memory.
+    """
+
+    checkpoints = CHECKPOINTS
+    device_name = "fake"
+    precision = "fp32"
+    backbone = "vgg19"
+    weights_source = "none, sha256 0"
+    style_cache = CacheCounts(hits=3, misses=2, bytes=1000, most_bytes=5000)
+    layers = ("conv1_1", "relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
+
+    def __init__(
+        self,
+        iteration_s: float = 0.0,
+        fails_at: int = 0,
+        error: Exception | None = None,
+        *,
+        pixel_s: float = 0.0,
+        join_s: float = 0.0,
+        most_pixels: int = 2**31,
+        memory_bytes: int = 2**40,
+    ) -> None:
+        self.iteration_s = iteration_s
+        self.pixel_s = pixel_s
+        self.join_s = join_s
+        self.close_error: Exception | None = None  # of batches
+        self.device_error: Exception | None = None
+        self.most_pixels = most_pixels
+        self.memory_bytes = memory_bytes  # 1000 for each pixel of each slot
+        self.fails_at = fails_at
+        self.error = error
+        self.go = threading.Event()
+        self.go.set()
+        self.under_way = threading.Event()  # a job has begun an iteration
+        self.jobs: list[StyleJob] = []  # as they were started
+        self.iterations = 0  # of all jobs
+        self.taken_at: list[float] = []  # times of the pictures, on the monotonic clock
+        self.thread = ""  # that iterated
+        self.closed = 0  # batches
+        self.batches: list[FakeBatch] = []  # as they were made
+        self.begun: list[JobState] = []  # as they joined their first batch
+        self.slices: list[tuple[Shape, int, int]] = []  # of each call of `advance`: shape, jobs, iterations
+
+    def require_device(self) -> None:
+        if self.device_error is not None:
+            raise self.device_error
+
+    def admit(self, job: StyleJob) -> JobState:
+        self.jobs.append(job)
+        return JobState(job)
+
+    def most_slots(self, shape: Shape) -> int:
+        return 256
+
+    def batch_bytes(self, shape: Shape, slots: int) -> int:
+        return 1000 * shape.width * shape.height * slots
+
+    def picture(self, work: JobState) -> Callable[[], Tensor]:
+        self.taken_at.append(time.monotonic())
+        picture = _seen(work.tensors["image"])
+        return lambda: picture
+
+    def batch(self, shape: Shape, slots: int) -> FakeBatch:
+        if shape.width * shape.height * slots > self.most_pixels:
+            raise OutOfDeviceMemory(shape.width, shape.height)
+        self.batches.append(FakeBatch(self, shape, slots))
+        return self.batches[-1]
+
+
+class FakeBatch:
+    """Slots whose pictures are as bright as their jobs' iterations were done."""
+
+    def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
+        self.engine, self.shape, self.slots = engine, shape, slots
+        self.works: dict[int, JobState] = {}
+        self.closed = False
+
+    def join(self, work: JobState) -> int:
+        if work.joined or work.finished or work.shape != self.shape or len(self.works) == self.slots:
+            raise ValueError("the job does not fit")
+        if work.next_at != work.at:
+            work.at, work.averaged = work.next_at, 0
+        time.sleep(self.engine.join_s)
+        slot = next(slot for slot in range(self.slots) if slot not in self.works)
+        work.tensors, work.joined = None, True
+        self.works[slot] = work
+        if work not in self.engine.begun:
+            self.engine.begun.append(work)
+        return slot
+
+    def leave(self, slot: int) -> JobState:
+        work = self.works.pop(slot)
+        work.tensors, work.joined = self._tensors(work), False
+        return work
+
+    def drop(self, slot: int) -> None:
+        self.works.pop(slot).joined = False
+
+    def advance(self, iterations: int = 1) -> Mapping[int, Report]:
+        engine = self.engine
+        if not self.works or not all(work.iterations_left for work in self.works.values()):
+            raise ValueError("nobody, or somebody who must leave")
+        n = min(iterations, *(work.iterations_left for work in self.works.values()))
+        engine.slices.append((self.shape, len(self.works), n))
+        engine.thread = threading.current_thread().name
+        engine.under_way.set()
+        assert engine.go.wait(10), "the test never let the engine go on"
+        time.sleep(n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots))
+        reports = {}
+        for slot, work in self.works.items():
+            if engine.error is not None and work.done < engine.fails_at <= work.done + n:
+                if not isinstance(engine.error, Diverged):
+                    raise engine.error
+                work.diverged_at = engine.fails_at
+            work.advanced(n)
+            engine.iterations += n
+            beta = work.recipe.beta  # so that a test sees when weights changed
+            losses = Losses(content={"relu4_2": 1.0 / work.done}, style={"relu1_1": beta / work.done}, tv=0.5)
+            reports[slot] = work.report(losses)
+        return reports
+
+    def iterations_left(self, slot: int) -> int:
+        return self.works[slot].iterations_left
+
+    def snapshot(self, slot: int) -> Callable[[], Tensor]:
+        self.engine.taken_at.append(time.monotonic())
+        picture = _seen(self._tensors(self.works[slot])["image"])
+        return lambda: picture
+
+    def copy(self, slot: int) -> JobState:
+        work = self.works[slot]
+        return replace(work, joined=False, tensors=self._tensors(work))
+
+    def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
+        return self.works[slot].update(**changes)
+
+    def close(self) -> None:
+        self.closed = True
+        self.engine.closed += 1
+        if self.engine.close_error is not None:
+            raise self.engine.close_error
+
+    def _tensors(self, work: JobState) -> dict[str, Tensor]:
+        width, height, _ = work.scales[work.at]
+        good = work.diverged_at - 1 if work.diverged_at else work.done
+        grey = torch.full((3, height, width), min(255, good) / 255)
+        return {"image": grey, "last_good": grey}
+
+
+def _seen(image: Tensor) -> Tensor:
+    return (image.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous()
