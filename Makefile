@@ -28,12 +28,14 @@ demo: install ## a photo becomes a painting, in out/demo.png and out/demo.gif
 test: install ## all tests; no GPU, no network
 	$(BIN)/python -m pytest
 
-lint: install ## format, lint, types, import arrows, proto
+lint: install ## format, lint, types, import arrows, proto, dependencies and their licences
 	$(BIN)/ruff check $(PY) && $(BIN)/ruff format --check $(PY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	PYTHONPATH=proto:server:client $(BIN)/lint-imports --no-cache
 	cd proto && ../$(BIN)/buf lint
+	$(BIN)/python -m pip check
+	$(BIN)/pip-licenses
 
 fix: install ## let the formatters write
 	$(BIN)/ruff check --fix $(PY) && $(BIN)/ruff format $(PY)
