@@ -75,7 +75,7 @@ def _moves(engine: VggEngine, batch: Batch) -> dict[str, float]:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) * 1e3
 
-    work = batch.works[0]
+    work = batch.states[0]
     moves = {"leave": timed(partial(batch.leave, 0)), "join": timed(partial(batch.join, work))}
     batch.leave(0)
     engine.targets.clear()

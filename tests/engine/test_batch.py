@@ -79,7 +79,7 @@ def test_jobs_that_come_and_go_are_what_they_are_alone(
     def advance(iterations: int) -> None:
         for _ in range(iterations):
             for slot, report in batch.advance().items():
-                reports[batch.works[slot]].append(report)
+                reports[batch.states[slot]].append(report)
 
     assert batch.join(second) == 0
     advance(3)
@@ -255,7 +255,7 @@ def test_out_of_memory_leaves_everybody_where_they_were(
         patch.setattr(tiny_engine.chain, "forward", too_much)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):
             batch.join(late)
-        assert not late.joined and late.tensors is None and list(batch.works) == [0]
+        assert not late.joined and late.tensors is None and list(batch.states) == [0]
     with monkeypatch.context() as patch:
         patch.setattr(GraphRunner, "_iterate", third_fails)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):

@@ -43,7 +43,7 @@ class NoisyEngine(FakeEngine):
         batch = super().batch(shape, slots)
 
         def snapshot(slot):
-            self.times.setdefault(batch.works[slot].done, time.monotonic())
+            self.times.setdefault(batch.states[slot].done, time.monotonic())
             return lambda: self.noise
 
         batch.snapshot = snapshot

@@ -99,42 +99,42 @@ class FakeBatch:
 
     def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
         self.engine, self.shape, self.slots = engine, shape, slots
-        self.works: dict[int, JobState] = {}
+        self.states: dict[int, JobState] = {}
         self.closed = False
 
     def join(self, work: JobState) -> int:
-        if work.joined or work.finished or work.shape != self.shape or len(self.works) == self.slots:
+        if work.joined or work.finished or work.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the job does not fit")
         if work.next_at != work.at:
             work.at, work.averaged = work.next_at, 0
         time.sleep(self.engine.join_s)
-        slot = next(slot for slot in range(self.slots) if slot not in self.works)
+        slot = next(slot for slot in range(self.slots) if slot not in self.states)
         work.tensors, work.joined = None, True
-        self.works[slot] = work
+        self.states[slot] = work
         if work not in self.engine.begun:
             self.engine.begun.append(work)
         return slot
 
     def leave(self, slot: int) -> JobState:
-        work = self.works.pop(slot)
+        work = self.states.pop(slot)
         work.tensors, work.joined = self._tensors(work), False
         return work
 
     def drop(self, slot: int) -> None:
-        self.works.pop(slot).joined = False
+        self.states.pop(slot).joined = False
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         engine = self.engine
-        if not self.works or not all(work.iterations_left for work in self.works.values()):
+        if not self.states or not all(work.iterations_left for work in self.states.values()):
             raise ValueError("nobody, or somebody who must leave")
-        n = min(iterations, *(work.iterations_left for work in self.works.values()))
-        engine.slices.append((self.shape, len(self.works), n))
+        n = min(iterations, *(work.iterations_left for work in self.states.values()))
+        engine.slices.append((self.shape, len(self.states), n))
         engine.thread = threading.current_thread().name
         engine.under_way.set()
         assert engine.go.wait(10), "the test never let the engine go on"
         time.sleep(n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots))
         reports = {}
-        for slot, work in self.works.items():
+        for slot, work in self.states.items():
             if engine.error is not None and work.done < engine.fails_at <= work.done + n:
                 if not isinstance(engine.error, Diverged):
                     raise engine.error
@@ -147,19 +147,19 @@ class FakeBatch:
         return reports
 
     def iterations_left(self, slot: int) -> int:
-        return self.works[slot].iterations_left
+        return self.states[slot].iterations_left
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
         self.engine.taken_at.append(time.monotonic())
-        picture = _seen(self._tensors(self.works[slot])["image"])
+        picture = _seen(self._tensors(self.states[slot])["image"])
         return lambda: picture
 
     def copy(self, slot: int) -> JobState:
-        work = self.works[slot]
+        work = self.states[slot]
         return replace(work, joined=False, tensors=self._tensors(work))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
-        return self.works[slot].update(**changes)
+        return self.states[slot].update(**changes)
 
     def close(self) -> None:
         self.closed = True

@@ -42,7 +42,7 @@ class Batch(Protocol):
         """Its width."""
 
     @property
-    def works(self) -> Mapping[int, JobState]:
+    def states(self) -> Mapping[int, JobState]:
         """The jobs in it by slot. They count on while they are in it, but have no tensors."""
 
     def join(self, work: JobState) -> int:

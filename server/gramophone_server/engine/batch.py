@@ -30,14 +30,14 @@ class EngineBatch:
     ) -> None:
         self.shape, self.slots = shape, slots
         self._stages, self._targets, self._snapshots = stages, targets, snapshots
-        self._works: dict[int, JobState] = {}
+        self._states: dict[int, JobState] = {}
         with self._within_memory(shape.width, shape.height):
             self.stage = stages.take(shape, slots)
 
     @property
-    def works(self) -> Mapping[int, JobState]:
-        """The jobs by slot; see `work.Batch.works`."""
-        return MappingProxyType(self._works)
+    def states(self) -> Mapping[int, JobState]:
+        """The jobs by slot; see `engine_api.Batch.states`."""
+        return MappingProxyType(self._states)
 
     def join(self, work: JobState) -> int:
         """Takes a job in; see `work.Batch.join`."""
@@ -45,7 +45,7 @@ class EngineBatch:
             raise ValueError("the job is in a batch already" if work.joined else "the job has no iteration left")
         if work.shape != self.shape:
             raise ValueError(f"the job's shape is {work.shape}, the batch's {self.shape}")
-        slot = next((slot for slot in range(self.slots) if slot not in self._works), None)
+        slot = next((slot for slot in range(self.slots) if slot not in self._states), None)
         if slot is None:
             raise ValueError(f"all {self.slots} slots are taken")
         try:
@@ -57,12 +57,12 @@ class EngineBatch:
         if work.next_at != work.at:
             work.at, work.averaged = work.next_at, 0
         work.tensors, work.joined = None, True
-        self._works[slot] = work
+        self._states[slot] = work
         return slot
 
     def leave(self, slot: int) -> JobState:
         """Hands a job back; see `work.Batch.leave`. Where the device has no room for its tensors, they come to the CPU."""
-        work = self._works[slot]
+        work = self._states[slot]
         try:
             tensors = self.stage.take(slot)
         except Exception as error:
@@ -70,24 +70,24 @@ class EngineBatch:
                 raise
             with self._within_memory(*work.job.result_size):
                 tensors = self.stage.take(slot, to_cpu=True)
-        del self._works[slot]
+        del self._states[slot]
         self.stage.clear(slot)
         work.tensors, work.joined = tensors, False
         return work
 
     def drop(self, slot: int) -> None:
         """Empties a slot; see `work.Batch.drop`."""
-        self._works.pop(slot).joined = False
+        self._states.pop(slot).joined = False
         self.stage.clear(slot)
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         """Some iterations of every job; see `work.Batch.advance`."""
-        for slot, work in self._works.items():
+        for slot, work in self._states.items():
             if not work.iterations_left:
                 raise ValueError(f"the job in slot {slot} has no iteration left at this scale: it must leave")
-        if not self._works:
+        if not self._states:
             raise ValueError("no job is in the batch")
-        n = min(iterations, *(work.iterations_left for work in self._works.values()))
+        n = min(iterations, *(work.iterations_left for work in self._states.values()))
         with self._within_memory(self.shape.width, self.shape.height):
             try:
                 self.stage.iterate(n)
@@ -97,7 +97,7 @@ class EngineBatch:
                     self._catch_up()
                 raise
         reports = {}
-        for slot, work in self._works.items():
+        for slot, work in self._states.items():
             work.advanced(n)
             losses, diverged_at = read[slot]
             work.diverged_at = diverged_at and diverged_at + work.done - work.gradients
@@ -106,7 +106,7 @@ class EngineBatch:
 
     def iterations_left(self, slot: int) -> int:
         """Of a job at this scale."""
-        return self._works[slot].iterations_left
+        return self._states[slot].iterations_left
 
     def picture(self, slot: int) -> Tensor:
         """The present picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
@@ -114,20 +114,20 @@ class EngineBatch:
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
         """The present picture of a job, for later; see `work.Batch.snapshot`."""
-        work = self._works[slot]
+        work = self._states[slot]
         with self._within_memory(*work.job.result_size):
             pictures = self.stage.canvas.slot(slot)
             return self._snapshots.take(shown(pictures, self.shape.average, work.averaged, not work.diverged_at))
 
     def copy(self, slot: int) -> JobState:
         """A job as it is now, on the CPU; see `work.Batch.copy`."""
-        work = self._works[slot]
+        work = self._states[slot]
         with self._within_memory(*work.job.result_size):
             return replace(work, joined=False, tensors=self.stage.take(slot, to_cpu=True))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
         """Changes weights or the step of a job; see `work.Batch.update`."""
-        work = self._works[slot]
+        work = self._states[slot]
         before, first = (work.recipe, work.scales), work.update(**changes)
         try:
             with self._within_memory(*work.job.result_size), torch.inference_mode():
@@ -142,7 +142,7 @@ class EngineBatch:
         """Leaves the buffers to the next batch; see `work.Batch.close`."""
         if self.slots:
             self._stages.give_back(self.stage)
-            self._works.clear()
+            self._states.clear()
             self.slots = 0
 
     @torch.inference_mode()
@@ -183,7 +183,7 @@ class EngineBatch:
     def _catch_up(self) -> None:
         """Counts what was done before the memory ended: an evaluation, which takes the memory, is counted behind it."""
         counts = self.stage.canvas.count.tolist()
-        for slot, work in self._works.items():
+        for slot, work in self._states.items():
             work.advanced(counts[slot] - work.gradients)
 
     @contextlib.contextmanager

@@ -93,58 +93,58 @@ class FakeBatch:
 
     def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
         self.shape, self.slots = shape, slots
-        self.works: dict[int, JobState] = {}
+        self.states: dict[int, JobState] = {}
         self._engine = engine
 
     def join(self, work: JobState) -> int:
         """See `work.Batch`."""
-        if work.joined or work.finished or work.shape != self.shape or len(self.works) == self.slots:
+        if work.joined or work.finished or work.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the batch is full or of another shape, or the job is in a batch or at its end")
         if work.next_at != work.at:
             work.at, work.averaged = work.next_at, 0
-        slot = next(slot for slot in range(self.slots) if slot not in self.works)
+        slot = next(slot for slot in range(self.slots) if slot not in self.states)
         work.tensors, work.joined = None, True
-        self.works[slot] = work
+        self.states[slot] = work
         return slot
 
     def leave(self, slot: int) -> JobState:
         """See `work.Batch`."""
-        work = self.works.pop(slot)
+        work = self.states.pop(slot)
         work.tensors, work.joined = _tensors(work), False
         return work
 
     def drop(self, slot: int) -> None:
         """See `work.Batch`."""
-        self.works.pop(slot).joined = False
+        self.states.pop(slot).joined = False
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         """See `work.Batch`."""
-        left = min((work.iterations_left for work in self.works.values()), default=0)
+        left = min((work.iterations_left for work in self.states.values()), default=0)
         if not left:
             raise ValueError("a batch needs jobs, and each an iteration to do here")
         n = min(iterations, left)
         if self._engine.iteration_s:
             time.sleep(n * self._engine.iteration_s)
-        for work in self.works.values():
+        for work in self.states.values():
             work.advanced(n)
-        return {slot: work.report(_losses(work)) for slot, work in self.works.items()}
+        return {slot: work.report(_losses(work)) for slot, work in self.states.items()}
 
     def iterations_left(self, slot: int) -> int:
         """See `work.Batch`."""
-        return self.works[slot].iterations_left
+        return self.states[slot].iterations_left
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
         """See `work.Batch`."""
-        return _shown(self.works[slot])
+        return _shown(self.states[slot])
 
     def copy(self, slot: int) -> JobState:
         """See `work.Batch`."""
-        work = self.works[slot]
+        work = self.states[slot]
         return replace(work, joined=False, tensors=_tensors(work))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
         """See `work.Batch`."""
-        return self.works[slot].update(**changes)
+        return self.states[slot].update(**changes)
 
     def close(self) -> None:
         """See `work.Batch`. There is nothing to give back."""
