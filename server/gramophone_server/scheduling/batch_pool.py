@@ -61,9 +61,8 @@ class PooledBatch:
         return len(self.seats) < self.slots
 
 
-Iterated = Callable[
-    [PooledBatch, int, float], None
-]  # everybody in the lane has done so many iterations in so many seconds
+# Reports iterations of a batch: its shape, its width in slots, its jobs, iterations of each job, seconds in total.
+Iterated = Callable[[Shape, int, int, int, float], None]
 
 
 class BatchPool:
@@ -135,7 +134,7 @@ class BatchPool:
         slot = next(iter(reports))
         did = lane.seats[slot].work.done - done[slot]
         self._pace.note(lane.shape, lane.slots, did, took_s)
-        self._hear(lane, did, took_s)
+        self._hear(lane.shape, lane.slots, len(lane.seats), did, took_s)
         lane.stands_since = before + took_s
         for seat in lane.seats.values():
             seat.used_s += took_s / len(lane.seats)

@@ -13,7 +13,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.scheduling.batch_pool import PooledBatch
+from gramophone_server.domain.job_state import Shape
 
 __all__ = ["METHODS", "SERVICE", "Method", "Metrics", "size_class"]
 
@@ -172,12 +172,12 @@ class Metrics:
 
     # The device and the loop: see `lanes` and `vitals` --------------------------------------------------------------------
 
-    def iterated(self, lane: PooledBatch, iterations: int, seconds: float) -> None:
-        """Everybody in a lane has done so many iterations in so long."""
-        size = size_class(max(lane.shape.width, lane.shape.height))
-        self._iterations.labels(size).inc(iterations * len(lane.seats))
+    def iterated(self, shape: Shape, width: int, jobs: int, iterations: int, seconds: float) -> None:
+        """A batch of ``width`` slots has done ``iterations`` of each of its ``jobs`` in ``seconds``."""
+        size = size_class(max(shape.width, shape.height))
+        self._iterations.labels(size).inc(iterations * jobs)
         self._iteration.labels(size).observe(seconds / iterations)
-        self._width.labels(size).observe(lane.slots)
+        self._width.labels(size).observe(width)
 
     def loop_was_late(self, seconds: float) -> None:
         """The event loop has come to a timer so long after it was due."""
