@@ -34,7 +34,7 @@ from gramophone_server.errors import (
     TooManyWatchers,
 )
 from gramophone_server.images.codec import Encoding, Format
-from gramophone_server.jobs import registry as jobs_module
+from gramophone_server.jobs import job as jobs_module
 from gramophone_server.jobs.event_log import LOG_LENGTH
 from gramophone_server.jobs.job import JobPhase
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
@@ -130,18 +130,12 @@ def work(width=64, height=32):
     )
 
 
-class Queue:
-    """A place in a queue of one."""
-
-    def submit(self, work, listener, deadline_at=None):
-        listener.publish(Accepted(0))
-
-
 def create(jobs, request_id="", grace_s=0.0, **size):
     """A job that was accepted, and its first watcher."""
     job = jobs.create(request_id, grace_s, Encoding(Format.PNG, 0))
     watcher = job.watch()
-    job.submit(Queue(), work(**size))
+    assert job.admit(work(**size))
+    job.publish(Accepted(0))
     return job, watcher
 
 

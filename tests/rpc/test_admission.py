@@ -25,12 +25,14 @@ from gramophone_server.errors import DeadlineUnattainable, InvalidRequest, OutOf
 from gramophone_server.images import codec
 from gramophone_server.network.precision import MODES
 from gramophone_server.rpc.admission import Admission
-from gramophone_server.scheduling.scheduler import Reservation
+from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.scheduler import Scheduler
 from tests.rpc.test_servicer import png, refused, serving, spec, until
 from tests.support.engines import CHECKPOINTS, FakeEngine
 from tests.support.pictures import make_picture
 
 MOST = 2**26
+RESERVATION = Reservation(1)
 
 
 # What is refused before anything is decoded ----------------------------------------------------------------------------
@@ -38,7 +40,7 @@ MOST = 2**26
 
 @pytest.fixture
 def admission(monkeypatch):
-    """Admission whose scheduler and place note what they were asked, and raise what a test gives them; `decoded` are fields."""
+    """Admission whose scheduler notes what it was asked, and raises what a test gives them; `decoded` are fields."""
     asked, decoded, raises = [], [], {}
     decode = codec.decode
 
@@ -55,9 +57,10 @@ def admission(monkeypatch):
         return ask
 
     monkeypatch.setattr(codec, "decode", noted)
-    scheduler = types.SimpleNamespace(engine=FakeEngine(), require_memory=require("memory"))
+    scheduler = types.SimpleNamespace(
+        engine=FakeEngine(), require_memory=require("memory"), require_time=require("time")
+    )
     made = Admission(scheduler, Limits())
-    made.place = types.SimpleNamespace(require_time=require("time"))
     made.asked, made.decoded, made.raises = asked, decoded, raises
     yield made
     made.close()
@@ -68,14 +71,14 @@ LATER = 10.0**9  # s on the monotonic clock
 
 async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
-    work = await admission.work(wanted, admission.place, LATER)
-    memory, (_, pixels, shape, budget, left_s) = admission.asked
+    work = await admission.work(wanted, RESERVATION, LATER)
+    memory, (_, _, pixels, shape, budget, left_s) = admission.asked
     assert memory == ("memory", shape)
     assert shape == Shape.of(work.recipe, 32, 64)
     assert pixels == work.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
     assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
     assert len(admission.decoded) == 2
-    await admission.work(wanted, admission.place)
+    await admission.work(wanted, RESERVATION)
     assert admission.asked[3][-1] == math.inf  # without a deadline there is time enough
 
 
@@ -85,10 +88,10 @@ async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admissio
 async def test_what_is_refused_is_not_decoded(admission, kind, error):
     admission.raises[kind] = error
     with pytest.raises(type(error)):
-        await admission.work(spec(), admission.place, LATER)
+        await admission.work(spec(), RESERVATION, LATER)
     assert admission.decoded == []
     with pytest.raises(InvalidRequest):  # more is wrong than that, so all of it is told
-        await admission.work(spec(beta=-1.0), admission.place, LATER)
+        await admission.work(spec(beta=-1.0), RESERVATION, LATER)
     assert len(admission.decoded) == 2
 
 
@@ -97,7 +100,7 @@ async def test_what_a_header_does_not_say_is_left_to_the_decoder(admission, cont
     wanted = spec()
     wanted.content.data = content
     with pytest.raises(InvalidRequest):
-        await admission.work(wanted, admission.place, LATER)
+        await admission.work(wanted, RESERVATION, LATER)
     assert admission.asked == [] and len(admission.decoded) == 2
 
 
@@ -106,12 +109,12 @@ async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s
     async with serving(FakeEngine()) as s:
         left = []
 
-        def require_time(place, pixels, shape, budget, left_s):
+        def require_time(scheduler, reservation, pixels, shape, budget, left_s):
             left.append(left_s)
             if left_s < math.inf:
                 raise DeadlineUnattainable(100, 10, left_s)
 
-        monkeypatch.setattr(Reservation, "require_time", require_time)
+        monkeypatch.setattr(Scheduler, "require_time", require_time)
         wanted = spec()
         wanted.detach_grace.CopyFrom(duration_pb2.Duration(seconds=grace_s))
         call = s.stub.Stylize(pb.StylizeRequest(spec=wanted), timeout=50)
@@ -308,8 +311,8 @@ async def test_a_checkpoint_of_a_job_that_is_done_says_so():
 async def test_time_left_is_estimated_from_where_the_checkpoint_stands(admission):
     engine = FakeEngine()
     work = on_its_way(engine, spec(), 7)
-    await admission.work(resumed(written(work)), admission.place, LATER)
-    assert [asked[1] for asked in admission.asked if asked[0] == "time"] == [work.pixels_left] == [3 * 64 * 32]
+    await admission.work(resumed(written(work)), RESERVATION, LATER)
+    assert [asked[2] for asked in admission.asked if asked[0] == "time"] == [work.pixels_left] == [3 * 64 * 32]
 
 
 class Painter(VggEngine):

@@ -51,13 +51,16 @@ async def scheduling(engine, max_running=1, **limits):
         assert await asyncio.to_thread(scheduler.join, 5)
 
 
-def submit(scheduler, job=None, frames=None, place=None, deadline_at=None):
+def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None):
     """A job with one watcher."""
-    job = job or work()
-    with place or scheduler.reserve() as held:
-        listener = JobRegistry(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
-        watcher = listener.watch(frames)
-        listener.submit(held, job, deadline_at)
+    job, reservation = job or work(), reservation or scheduler.reserve()
+    listener = JobRegistry(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
+    watcher = listener.watch(frames)
+    assert listener.admit(job)
+    try:
+        scheduler.submit(reservation, job, listener, deadline_at)
+    finally:
+        scheduler.release(reservation)
     return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
 
 
@@ -163,11 +166,24 @@ async def test_those_who_wait_are_told_their_place_whenever_it_changes():
 
 async def test_an_unused_place_is_given_back():
     async with scheduling(FakeEngine(), max_queued=0) as scheduler:
-        with pytest.raises(ZeroDivisionError), scheduler.reserve():
-            with pytest.raises(QueueFull):
-                scheduler.reserve()
-            raise ZeroDivisionError
+        reservation = scheduler.reserve()
+        with pytest.raises(QueueFull):
+            scheduler.reserve()
+        scheduler.release(reservation)
+        scheduler.release(reservation)  # twice is once
         await kinds(submit(scheduler))
+
+
+async def test_a_used_place_is_not_given_back_before_its_job_has_ended():
+    engine = FakeEngine()
+    engine.go.clear()
+    async with scheduling(engine, max_queued=0) as scheduler:
+        reservation = scheduler.reserve()
+        submit(scheduler, reservation=reservation)
+        scheduler.release(reservation)
+        assert scheduler.running + scheduler.queued == 1
+        with pytest.raises(QueueFull):
+            scheduler.reserve()
 
 
 async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs():
@@ -190,22 +206,26 @@ async def test_those_whose_images_are_being_decoded_are_reckoned_with():
     asked = job.pixels_left, job.shape, 0.0
     async with scheduling(engine) as scheduler:
         scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
-        with scheduler.reserve() as first, scheduler.reserve() as second:
-            first.require_time(*asked, 15)
-            with pytest.raises(DeadlineUnattainable) as caught:
-                second.require_time(*asked, 15)
-            assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
-            second.require_time(*asked, 25)
-            assert scheduler.estimated_wait_s() == 20
-            submit(scheduler, job, place=first)
-            assert scheduler.estimated_wait_s() == 20  # each is counted once
-        assert scheduler.estimated_wait_s() == 10  # the second was not used
+        first, second = scheduler.reserve(), scheduler.reserve()
+        scheduler.require_time(first, *asked, 15)
+        with pytest.raises(DeadlineUnattainable) as caught:
+            scheduler.require_time(second, *asked, 15)
+        assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
+        scheduler.require_time(second, *asked, 25)
+        assert scheduler.estimated_wait_s() == 20
+        submit(scheduler, job, reservation=first)
+        assert scheduler.estimated_wait_s() == 20  # each is counted once
+        scheduler.release(second)
+        assert scheduler.estimated_wait_s() == 10
 
 
 def require_time(scheduler, *asked):
     """As a job that comes does, and goes again."""
-    with scheduler.reserve() as place:
-        place.require_time(*asked)
+    reservation = scheduler.reserve()
+    try:
+        scheduler.require_time(reservation, *asked)
+    finally:
+        scheduler.release(reservation)
 
 
 async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
@@ -403,7 +423,7 @@ async def test_drain_lets_running_and_queued_jobs_end_and_refuses_new_ones():
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="takes no new jobs"):
             scheduler.reserve()
-        jobs.append(submit(scheduler, place=reserved))
+        jobs.append(submit(scheduler, reservation=reserved))
         engine.go.set()
         await drain
         for job in jobs:
@@ -424,7 +444,7 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
             with pytest.raises(ShuttingDown):
                 await kinds(job)
         with pytest.raises(ShuttingDown):
-            submit(scheduler, place=reserved)
+            submit(scheduler, reservation=reserved)
         assert engine.iterations == 1
 
 

@@ -40,7 +40,6 @@ from gramophone_server.errors import (
 from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.event_log import EventLog
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
-from gramophone_server.scheduling.scheduler import Reservation
 
 if TYPE_CHECKING:
     from gramophone_server.jobs.registry import JobRegistry
@@ -127,11 +126,13 @@ class Job:
 
     # The event loop's side --------------------------------------------------------------------------------------------
 
-    def submit(self, place: Reservation, work: JobState, deadline_at: float | None = None) -> None:
-        """Queues the work, unless the job was cancelled meanwhile; see `Reservation.submit`."""
-        if not self.ended:
-            self.admitted = self.plan = JobSummary.of(work)
-            place.submit(work, self, deadline_at)
+    def admit(self, state: JobState) -> bool:
+        """Records what the job will do, before it is submitted. Returns False if the job has ended already, because it was
+        cancelled while its images were decoded: then it must not be submitted."""
+        if self.ended:
+            return False
+        self.admitted = self.plan = JobSummary.of(state)
+        return True
 
     def watch(
         self,

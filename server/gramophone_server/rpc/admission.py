@@ -27,7 +27,8 @@ from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images import codec, dimensions
 from gramophone_server.images.upload_store import Upload, Uploads
 from gramophone_server.rpc.validation import check_result, check_resumed, check_spec
-from gramophone_server.scheduling.scheduler import Reservation, Scheduler
+from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.scheduler import Scheduler
 
 __all__ = ["Admission", "refuse", "spec_digest"]
 
@@ -67,8 +68,8 @@ class Admission:
         """Gives the threads back."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def work(self, spec: pb.JobSpec, place: Reservation, deadline_at: float | None = None) -> JobState:
-        """The work of a request that has a place, and must be done by ``deadline_at``, in seconds of the monotonic clock.
+    async def work(self, spec: pb.JobSpec, reservation: Reservation, deadline_at: float | None = None) -> JobState:
+        """The work of a request that has a reservation, and must be done by ``deadline_at``, in seconds of the monotonic clock.
 
         Raises `InvalidRequest` with every violation, those of the images included, `ImageNotFound`,
         `OutOfDeviceMemory`, `DeadlineUnattainable`; where nothing but one of the last three is wrong, before it decodes.
@@ -77,7 +78,7 @@ class Admission:
         recipe, saved = await self._recipe(spec, violations)
         sources = self._sources(spec, recipe, violations)
         if not violations:
-            await self._estimate(recipe, saved, sources["spec.content"], place, deadline_at)
+            await self._estimate(recipe, saved, sources["spec.content"], reservation, deadline_at)
         decoded = await self._decoded(sources, violations)
         refuse(violations)
         job = StyleJob(
@@ -140,7 +141,12 @@ class Admission:
         return sources
 
     async def _estimate(
-        self, recipe: Recipe, saved: Checkpoint | None, content: Source, place: Reservation, deadline_at: float | None
+        self,
+        recipe: Recipe,
+        saved: Checkpoint | None,
+        content: Source,
+        reservation: Reservation,
+        deadline_at: float | None,
     ) -> None:
         """Raises `OutOfDeviceMemory` and `DeadlineUnattainable` by what the content image's header says of its size. One
         that says nothing, or nothing that would be taken, is for the decoder to judge.
@@ -157,7 +163,7 @@ class Admission:
         outline = await self._in_thread(outlined)
         if outline is not None:
             left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
-            place.require_time(*outline, recipe.time_budget, left_s)
+            self._scheduler.require_time(reservation, *outline, recipe.time_budget, left_s)
 
     def _outline(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
         """The pixel-iterations that a job has left, and its largest shape; None where the header does not tell."""

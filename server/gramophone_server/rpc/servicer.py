@@ -28,7 +28,8 @@ from gramophone_server.rpc.interactive import Controller
 from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding, version
 from gramophone_server.rpc.status import reason
 from gramophone_server.rpc.validation import check_first, check_no_credit, check_page, check_request_id, check_watch
-from gramophone_server.scheduling.scheduler import Reservation, Scheduler
+from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
 from gramophone_server.telemetry.metrics import Metrics
 
@@ -262,13 +263,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = await self._made_before(request_id, spec)
         attached = job is not None
         if job is None:
-            place = self._scheduler.reserve()  # before anything is hashed or decoded
+            reservation = self._scheduler.reserve()  # before anything is hashed or decoded
             # Not checked yet, and somebody may ask meanwhile when the job ends.
             grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
             job = self.jobs.create(request_id, grace_s, result_encoding(spec))
             # A task of its own, so that the job has its images even if this call does not live to see them.
             deadline_at = None if grace_s else call.deadline_at
-            preparation = asyncio.create_task(self._prepare(job, place, spec, deadline_at))
+            preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at))
             self._preparations[job] = preparation
             preparation.add_done_callback(lambda _: self._preparations.pop(job))
         else:
@@ -326,14 +327,14 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         weights = self._scheduler.engine.weights_source
         return JobEventStream(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
 
-    async def _prepare(self, job: Job, place: Reservation, spec: pb.JobSpec, deadline_at: float | None) -> None:
+    async def _prepare(self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None) -> None:
         """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
         try:
-            with place:
-                work = await self._admission.work(spec, place, deadline_at)
-                if job.request_id:
-                    job.digest = await self._admission.digest(spec)
-                job.submit(place, work, deadline_at)
+            state = await self._admission.work(spec, reservation, deadline_at)
+            if job.request_id:
+                job.digest = await self._admission.digest(spec)
+            if job.admit(state):
+                self._scheduler.submit(reservation, state, job, deadline_at)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))
@@ -342,6 +343,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             job.fail(as_domain_error(error))
             if not isinstance(error, Exception | asyncio.CancelledError):
                 raise
+        finally:
+            self._scheduler.release(reservation)
 
 
 def _cache_stats(counts: CacheCounts) -> pb.CacheStats:

@@ -21,8 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from gramophone.recipe import InvalidRecipe, Violation
 from gramophone_server.config import Limits
@@ -41,11 +40,12 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.scheduling.batch_pool import Iterated
+from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from gramophone_server.scheduling.worker import JobObserver, Task, Worker
 
-__all__ = ["Reservation", "Scheduler"]
+__all__ = ["Scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -58,40 +58,6 @@ class PendingCommand(NamedTuple):
     listener: JobObserver
     command: Command
     done: asyncio.Future[Done]
-
-
-class Reservation:
-    """Room for one job, held from before its images are decoded. Leaving the `with` block gives an unused one back."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._used = False
-
-    def require_time(self, pixels: int, shape: Shape, time_budget: float, left_s: float) -> None:
-        """Raises `DeadlineUnattainable` if the job would not be done in ``left_s`` seconds, by the speed measured so far and
-        behind all who were here before. Else those who come now reckon with it, while its images are being decoded.
-
-        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe.
-        """
-        scheduler = self._scheduler
-        with scheduler._news:
-            scheduler._line.expect(self, scheduler._running, pixels, shape, time_budget, left_s)
-
-    def submit(self, work: JobState, listener: JobObserver, deadline_at: float | None = None) -> None:
-        """Queues the job. ``deadline_at``: when nobody wants it any more, on the monotonic clock. Raises `ShuttingDown` if
-        the drain time has run out meanwhile."""
-        assert not self._used, "a place is for one job"
-        self._scheduler._enqueue(self, work, listener, math.inf if deadline_at is None else deadline_at)
-        self._used = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._used:
-            self._scheduler._give_back(self)
 
 
 class Scheduler:
@@ -120,6 +86,8 @@ class Scheduler:
         self._running: list[Task] = []
         self._orders: deque[PendingCommand] = deque()
         self._places = 0  # reserved, queued, paused and running jobs
+        self._reservations: set[Reservation] = set()  # that are not used yet
+        self._reserved = itertools.count(1)
         self._draining = False
         self._stopped = False
 
@@ -171,7 +139,8 @@ class Scheduler:
         return None if seen is None else seen.begins[-1]
 
     def reserve(self) -> Reservation:
-        """A place for a job. Raises `ShuttingDown`, `NotReady` or `QueueFull`."""
+        """Reserves a place for one job; `submit` uses it, and `release` gives it back if it was not used. Raises
+        `ShuttingDown`, `NotReady` or `QueueFull`."""
         with self._news:
             if self._draining:
                 raise ShuttingDown
@@ -180,7 +149,50 @@ class Scheduler:
                 retry_s = self._line.next_place_s(self._running)
                 raise QueueFull(self.queued, self._limits.max_queued, retry_s, self.paused)
             self._places += 1
-        return Reservation(self)
+            reservation = Reservation(next(self._reserved))
+            self._reservations.add(reservation)
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Gives the place of a reservation back. Does nothing if it was used or released before."""
+        with self._news:
+            if reservation not in self._reservations:
+                return
+            self._reservations.remove(reservation)
+            self._line.forget(reservation)
+        self._release(1)
+
+    def require_time(
+        self, reservation: Reservation, pixels: int, shape: Shape, time_budget: float, left_s: float
+    ) -> None:
+        """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so far and
+        after all jobs that came before it. Otherwise later forecasts include the job while its images are decoded.
+
+        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe.
+        """
+        with self._news:
+            self._line.expect(reservation, self._running, pixels, shape, time_budget, left_s)
+
+    def submit(
+        self, reservation: Reservation, state: JobState, observer: JobObserver, deadline_at: float | None = None
+    ) -> None:
+        """Queues the job of a reservation, which is used up. ``deadline_at``: when no client wants the result any more, on
+        the monotonic clock. Raises `ShuttingDown` after `stop`."""
+        now = time.monotonic()
+        budget_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
+        left_s = self._pace.left_s(state)
+        end_at = min(math.inf if deadline_at is None else deadline_at, budget_at, now + PATIENCE_S)
+        task = Task(
+            work=state, listener=observer, budget_at=budget_at, must_begin_at=end_at - (left_s or 0.0), left_s=left_s
+        )
+        with self._news:
+            if self._stopped:
+                raise ShuttingDown
+            assert reservation in self._reservations, "a reservation is for one job"
+            self._reservations.remove(reservation)
+            self._line.forget(reservation)
+            self._line.accept(task, self._running)
+            self._news.notify()
 
     def require_memory(self, shape: Shape) -> None:
         """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for 20 ms when it sees a
@@ -238,24 +250,6 @@ class Scheduler:
         return not self._thread.is_alive()
 
     # The queue --------------------------------------------------------------------------------------------------------
-
-    def _give_back(self, place: Reservation) -> None:
-        with self._news:
-            self._line.forget(place)
-        self._release(1)
-
-    def _enqueue(self, place: Reservation, work: JobState, listener: JobObserver, deadline_at: float) -> None:
-        now = time.monotonic()
-        budget_at = now + work.recipe.time_budget if work.recipe.time_budget else math.inf
-        left_s = self._pace.left_s(work)
-        begin = min(deadline_at, budget_at, now + PATIENCE_S) - (left_s or 0.0)
-        task = Task(work=work, listener=listener, budget_at=budget_at, must_begin_at=begin, left_s=left_s)
-        with self._news:
-            if self._stopped:
-                raise ShuttingDown
-            self._line.forget(place)
-            self._line.accept(task, self._running)
-            self._news.notify()
 
     def _release(self, places: int) -> None:
         with self._news:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.errors import DeadlineUnattainable
+from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.throughput import Forecast, ThroughputModel, forecast
 from gramophone_server.scheduling.worker import Task
 
@@ -28,7 +29,7 @@ class WaitingQueue:
         self._pace, self._most_running = pace, most_running
         self._tasks: list[Task] = []
         self._coming: dict[
-            object, float
+            Reservation, float
         ] = {}  # whose images are being decoded: seconds of the device that each will need
         self._changed = False  # since they were told their places
         self._told_at = -TOLD_EVERY_S
@@ -73,9 +74,15 @@ class WaitingQueue:
                 task.listener.publish(Waiting(position, wait_s))
 
     def expect(
-        self, place: object, running: Sequence[Task], pixels: int, shape: Shape, time_budget: float, left_s: float
+        self,
+        reservation: Reservation,
+        running: Sequence[Task],
+        pixels: int,
+        shape: Shape,
+        time_budget: float,
+        left_s: float,
     ) -> None:
-        """Reckons with a job that will come, until it is `forget`ed; see `Reservation.require_time`, which it raises the error of."""
+        """Includes the job of a reservation in forecasts until `forget`; see `Scheduler.require_time`, whose error it raises."""
         each_s = self._pace.job_s(shape)
         if each_s is None:
             return
@@ -86,11 +93,11 @@ class WaitingQueue:
             run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
         if end_s > left_s:
             raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
-        self._coming[place] = need_s
+        self._coming[reservation] = need_s
 
-    def forget(self, place: object) -> None:
+    def forget(self, reservation: Reservation) -> None:
         """The job has come, or will not."""
-        self._coming.pop(place, None)
+        self._coming.pop(reservation, None)
 
     def forecast(self, running: Sequence[Task], own_s: float = 0.0) -> Forecast | None:
         """For one who comes now and needs ``own_s`` seconds of the device, behind those who wait or are expected; None while

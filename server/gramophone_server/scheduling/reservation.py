@@ -1,0 +1,14 @@
+"""A place in the scheduler, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Reservation"]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A place for one job, held while its images are decoded. See `Scheduler.reserve`, `submit` and `release`."""
+
+    number: int
