@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 from gramophone.recipe import InvalidRecipe, Violation
 from gramophone_client.commands.parser import command_line
-from gramophone_client.console.display import complain
+from gramophone_client.console.display import print_errors
 from gramophone_client.console.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, exit_code
-from gramophone_client.console.outputs import Unusable
+from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import TYPES, flag
 from gramophone_client.errors import GramophoneError
-from gramophone_client.types.recipe_metadata import NoNote
+from gramophone_client.types.recipe_metadata import NoRecipe
 
 __all__ = ["main"]
 
@@ -28,22 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
         return DONE
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_errors("interrupted")
         return INTERRUPTED
     except InvalidRecipe as error:
-        complain(*_lines(error.violations, args))
+        print_errors(*_lines(error.violations, args))
         return BAD_REQUEST
     except GramophoneError as error:
-        complain(*(_lines(error.violations, args) if error.violations else [str(error)]))
+        print_errors(*(_lines(error.violations, args) if error.violations else [str(error)]))
         return exit_code(error)
-    except (Unusable, NoNote) as error:
-        complain(str(error))
+    except (UsageError, NoRecipe) as error:
+        print_errors(str(error))
         return BAD_REQUEST
     except BrokenPipeError:  # `gramophone info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        print_errors(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return BAD_REQUEST
 
 

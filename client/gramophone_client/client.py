@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import ConnectionFailed, DeadlineExceeded, GramophoneError, NotReady
 from gramophone_client.streams.job_control import JobControl
-from gramophone_client.streams.job_stream import Following
-from gramophone_client.streams.recovery import PATIENCE_S, Recovery, Submission
+from gramophone_client.streams.job_stream import JobStream
+from gramophone_client.streams.recovery import PATIENCE_S, Recovery, ResendableJob
 from gramophone_client.transport import parsing, uploads
 from gramophone_client.transport.connection import SERVICE, Connection
 from gramophone_client.transport.job_spec import encoded, job_spec, uploaded
@@ -115,13 +115,13 @@ class GramophoneClient:
                 return await self._service.Stylize(request, timeout=left_s)
 
         images = uploaded(content, styles, job.get("start_image"))  # which are `renewing`'s, not the submission's
-        sent.begin(Submission(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
+        sent.begin(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
         while True:
-            sent.call_begins()
+            sent.start_call()
             try:
                 return parsing.stylized(await uploads.renewing(self._connection, images, ask, sent.left_s))
             except GramophoneError as error:
-                await sent.again(error)
+                await sent.next_attempt(error)
 
     def stream(
         self,
@@ -155,7 +155,7 @@ class GramophoneClient:
         If there was no connection to begin with, that is raised at once.
         """
 
-        return Following(
+        return JobStream(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
@@ -180,7 +180,7 @@ class GramophoneClient:
         with `Accepted`. A lost connection is made again until `detach_grace` seconds have passed; a lost job is not
         sent again, since its images are not known here.
         """
-        return Following(
+        return JobStream(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
@@ -317,13 +317,13 @@ class GramophoneClient:
         patience_s: float,
         request_id: str | None,
         job: JobOptions,
-    ) -> Callable[[], Awaitable[Submission]]:
+    ) -> Callable[[], Awaitable[ResendableJob]]:
         """What makes the job's message, which reads files."""
 
-        async def prepare() -> Submission:
+        async def prepare() -> ResendableJob:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
             images = uploaded(content, styles, job.get("start_image"))
-            return Submission(spec, _request_id(request_id), images, await self._patience_s(patience_s))
+            return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience_s))
 
         return prepare
 
@@ -331,7 +331,7 @@ class GramophoneClient:
         """None without retries. With patience a job is sent when it is known whether a server is there; see `Recovery`."""
         if not self._connection.retries:
             return 0.0
-        await self._connection.sought()
+        await self._connection.wait_until_connected()
         return asked_s
 
     def _seconds(self, timeout_s: float | None) -> float:

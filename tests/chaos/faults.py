@@ -188,11 +188,11 @@ async def full_disk(stage: Stage) -> None:
         code = await asyncio.to_thread(process.code)
         complaints = [
             line
-            for line in process.said.splitlines()
+            for line in process.output.splitlines()
             if line.startswith(("gramophone: disk", "gramophone: [")) or "Error" in line
         ]
         if code != BAD_REQUEST or len(complaints) != 1:
-            raise Broken(f"exit code {code}: {process.said}")
+            raise Broken(f"exit code {code}: {process.output}")
         if not re.fullmatch(r"gramophone: disk/frame-\d{4}\.jpg: No space left on device", complaints[0]):
             raise Broken(f"not a sentence that helps: {complaints[0]}")
         await stopped(stage, client, job_id)

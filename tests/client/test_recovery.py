@@ -331,7 +331,7 @@ async def test_a_job_that_takes_its_servers_down_before_it_is_accepted_does_not_
 async def test_servers_that_are_not_there_are_waited_for_between_losses(client, service, monkeypatch):
     # Of the calls that fail, only those that had a connection may have taken a server down.
     connected = iter([True, *[False] * 9])
-    monkeypatch.setattr(Connection, "stands", property(lambda _: next(connected)))
+    monkeypatch.setattr(Connection, "is_connected", property(lambda _: next(connected)))
     service.scripts = [*[[bare(grpc.StatusCode.UNAVAILABLE, "gone", NEVER)]] * 8, [accepted(), result()]]
     await asked(client, "stream")
     assert len(service.specs) == 9

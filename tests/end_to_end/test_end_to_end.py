@@ -41,8 +41,8 @@ def run(server: Server, *words: str | Path, cwd: Path) -> str:
     """What `gramophone` says, which must succeed."""
     with server.client(*words, cwd=cwd) as client:
         code = client.code()
-    assert code == 0, client.said
-    return client.said
+    assert code == 0, client.output
+    return client.output
 
 
 def stylize(server: Server, out: str, *flags: str, cwd: Path) -> str:
@@ -52,8 +52,8 @@ def stylize(server: Server, out: str, *flags: str, cwd: Path) -> str:
 def recipe_flags(out: str, *, cwd: Path) -> Sequence[str]:
     """What `gramophone recipe` says of a picture; it asks no server."""
     with Process("-m", "gramophone_client.cli", "recipe", out, cwd=cwd) as client:
-        assert client.code() == 0, client.said
-    return client.said.split()
+        assert client.code() == 0, client.output
+    return client.output.split()
 
 
 def info(server: Server, *, cwd: Path) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def info(server: Server, *, cwd: Path) -> dict[str, Any]:
 
 def test_a_photo_becomes_a_painting_and_can_be_made_again(server: Server, tmp_path: Path) -> None:
     watched = ("--frames", "frames", "--frame-every", "1", "--timelapse", "film.gif")
-    said = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
-    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", said[0])  # 2 at 68 px and 4 at 96
-    assert re.match(r"96x64, 6 iterations in .* s, loss ", said[-2])
-    assert said[-1] == "out.png"
+    output = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
+    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", output[0])  # 2 at 68 px and 4 at 96
+    assert re.match(r"96x64, 6 iterations in .* s, loss ", output[-2])
+    assert output[-1] == "out.png"
     with Image.open(tmp_path / "out.png") as out:
         out.load()
         assert (out.format, out.mode, out.size) == ("PNG", "RGB", (96, 64))
@@ -124,8 +124,8 @@ def test_info_tells_what_the_server_is(server: Server, tmp_path: Path) -> None:
 def test_the_images_health_check_tells_a_server_from_none(server: Server, tmp_path: Path) -> None:
     for port, code in ((server.address.rpartition(":")[2], 0), ("1", 1)):
         with Process(ROOT / "deploy" / "health.py", cwd=tmp_path, GRAMOPHONE_PORT=port) as check:
-            assert check.code() == code, check.said
-    assert check.said == "127.0.0.1:1: UNAVAILABLE\n"
+            assert check.code() == code, check.output
+    assert check.output == "127.0.0.1:1: UNAVAILABLE\n"
 
 
 def test_bad_input_is_exit_code_2_and_a_sentence_that_helps(server: Server, tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_bad_input_is_exit_code_2_and_a_sentence_that_helps(server: Server, tmp_
             stack.enter_context(server.client("stylize", *words, "-o", "out.png", cwd=tmp_path)) for words in cases
         ]
         for client, words in zip(clients, cases.values(), strict=True):
-            assert client.code() == 2, client.said
-            assert client.said.startswith(f"gramophone: {words}")
-            assert client.said.count("\n") == 1
+            assert client.code() == 2, client.output
+            assert client.output.startswith(f"gramophone: {words}")
+            assert client.output.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
 
 
@@ -185,11 +185,11 @@ def test_sigterm_lets_the_job_end(tmp_path: Path) -> None:
     ):
         client.line("job ")
         server.signal(signal.SIGTERM)
-        assert client.code() == 0, client.said
-        assert server.code() == 0, server.said
+        assert client.code() == 0, client.output
+        assert server.code() == 0, server.output
     with Image.open(tmp_path / "out.png") as out:
         assert out.size == (96, 64)
-    assert re.search(r"SIGTERM: draining(.|\n)* StylizeStream job=[\w-]+ code=OK (.|\n)* stopped\n$", server.said)
+    assert re.search(r"SIGTERM: draining(.|\n)* StylizeStream job=[\w-]+ code=OK (.|\n)* stopped\n$", server.output)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_a_server_that_cannot_start_says_why_in_one_sentence(
 ) -> None:
     port = server.address.rpartition(":")[2]
     with Process("-m", "gramophone_server.main", *(flag.format(port=port) for flag in flags), cwd=tmp_path) as failed:
-        assert failed.code() == 2, failed.said
-    *before, last = failed.said.splitlines()
+        assert failed.code() == 2, failed.output
+    *before, last = failed.output.splitlines()
     assert last.startswith(f"gramophone-server: {sentence.format(port=port)}")
-    assert all(line.startswith("listening on ") or " INFO " in line for line in before), failed.said
+    assert all(line.startswith("listening on ") or " INFO " in line for line in before), failed.output
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="asks /proc which processes are left")
@@ -221,11 +221,13 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, when: str)
         else:  # the server tells only the demo; but what it logs first, it logs when it listens
             end = time.monotonic() + WITHIN_S
             while not (log.exists() and " version " in log.read_text()):
-                assert time.monotonic() < end, demo.said
+                assert time.monotonic() < end, demo.output
                 time.sleep(0.01)
         demo.signal(signal.SIGINT)  # to the whole group; the server has one of its own
-        assert demo.code() == 130, demo.said
-    assert "demo.py" not in demo.said  # no traceback of its own; the client's is possible while Python still imports it
+        assert demo.code() == 130, demo.output
+    assert (
+        "demo.py" not in demo.output
+    )  # no traceback of its own; the client's is possible while Python still imports it
     assert " stopped\n" in log.read_text()  # the thread that still loads may have said something behind it
     assert _processes_in(tmp_path) == []
 
@@ -255,4 +257,4 @@ def test_the_fake_engine_needs_no_compiled_ops(tmp_path: Path) -> None:
             assert out.size == (96, 64)
     with Process("-m", module, cwd=tmp_path) as real:  # the network does need them, so the module does keep them away
         assert real.code() == 1
-    assert "gramophone_server._C" in real.said
+    assert "gramophone_server._C" in real.output

@@ -66,13 +66,13 @@ def test_a_job_is_controlled_from_the_command_line(tmp_path: Path) -> None:
         server.line("ready in ")
         with server.client("stylize", PHOTO, PAINTING, "-o", "out.png", *long, cwd=tmp_path) as client:
             job = client.line("job ").split(":")[0]
-            said = run(server, "control", job, "--pause", "--save", "now.png", "--checkpoint", "state", cwd=tmp_path)
-            paused, *files = said.splitlines()
+            output = run(server, "control", job, "--pause", "--save", "now.png", "--checkpoint", "state", cwd=tmp_path)
+            paused, *files = output.splitlines()
             assert paused.startswith("paused before iteration ") and files == ["now.png", "state"]
-            said = run(server, "control", job, "--resume", "--set", "beta=9", "--finish", cwd=tmp_path)
-            assert said.splitlines()[-1].startswith("finished after ")
-            assert client.code() == 0, client.said
-            assert "beta 9" in client.said
+            output = run(server, "control", job, "--resume", "--set", "beta=9", "--finish", cwd=tmp_path)
+            assert output.splitlines()[-1].startswith("finished after ")
+            assert client.code() == 0, client.output
+            assert "beta 9" in client.output
         before = int(paused.split()[-1]) - 1
         resumed = ("stylize", PHOTO, PAINTING, "-o", "resumed.png", "--resume", "state", "--timeout", "1000")
         with server.client(*resumed, cwd=tmp_path) as client:

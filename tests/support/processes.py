@@ -30,7 +30,7 @@ class Process:
         env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client", "."))
         env |= settings
         self.command = tuple(str(word) for word in command)
-        self.said = ""
+        self.output = ""
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, *self.command],
@@ -69,7 +69,7 @@ class Process:
         while (line := self._next(end)) is not None:
             if line.startswith(start):
                 return line.removeprefix(start).strip()
-        raise AssertionError(f"{self.command} never said {start!r}, but:\n{self.said}")
+        raise AssertionError(f"{self.command} never said {start!r}, but:\n{self.output}")
 
     def code(self) -> int:
         """The exit code, as soon as the process has ended and everything that it said has been read."""
@@ -82,8 +82,8 @@ class Process:
         try:
             line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
-            raise AssertionError(f"{self.command} took more than {WITHIN_S:g} s; it said:\n{self.said}") from None
-        self.said += line or ""
+            raise AssertionError(f"{self.command} took more than {WITHIN_S:g} s; it said:\n{self.output}") from None
+        self.output += line or ""
         return line
 
     def _read(self) -> None:

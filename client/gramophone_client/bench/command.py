@@ -28,7 +28,7 @@ from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.table import print_comparison, print_report
 from gramophone_client.bench.workload import BadMix, Kind, read_mix
 from gramophone_client.client import GramophoneClient
-from gramophone_client.console.outputs import Unusable
+from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
 from gramophone_client.types.picture import write_whole
 from gramophone_client.types.server_info import ServerInfo
@@ -107,7 +107,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `Unusable`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
     written = {flag: path for flag, path in (("--json", args.json), ("--html", args.html)) if path}
     check_files(written, [*args.pictures, *([args.mix] if args.mix else ()), *(args.compare or ())])
     try:
@@ -116,12 +116,12 @@ def bench(args: argparse.Namespace) -> None:
         else:
             _measure(args)
     except (BadMix, BadReport) as error:
-        raise Unusable(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _compare(args: argparse.Namespace) -> None:
     if args.json:
-        raise Unusable("--json: a comparison is told as text and with --html")
+        raise UsageError("--json: a comparison is told as text and with --html")
     before, after = (read_report(path) for path in args.compare)
     first, second = args.compare
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace) -> None:
         {args.html: lambda path: _write_page(path, comparison_page(before, after, names))},
     )
     if not is_whole:
-        raise Unusable(NOT_WHOLE)
+        raise UsageError(NOT_WHOLE)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def _measure(args: argparse.Namespace) -> None:
                 {args.json: report.save, args.html: lambda path: _write_page(path, report_page(report))},
             )
     if not is_whole:
-        raise Unusable(NOT_WHOLE)
+        raise UsageError(NOT_WHOLE)
     if running.is_interrupted:
         raise KeyboardInterrupt
 
@@ -183,7 +183,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _pictures(paths: Sequence[Path], seed: int) -> Callable[[Kind], Pictures]:
     if paths:
         if len(paths) == 1:
-            raise Unusable(f"{paths[0]}: a content needs a style after it; name both, or neither")
+            raise UsageError(f"{paths[0]}: a content needs a style after it; name both, or neither")
         content, *styles = (path.read_bytes() for path in paths)
         pictures = Pictures(content, tuple(styles))
         return lambda _: pictures

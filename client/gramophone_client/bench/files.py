@@ -8,28 +8,28 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from gramophone_client.console.display import complain
-from gramophone_client.console.outputs import Unusable
+from gramophone_client.console.display import print_errors
+from gramophone_client.console.outputs import UsageError
 
 __all__ = ["check_files", "write_files"]
 
 
 def check_files(written: Mapping[str, Path], read: Iterable[Path]) -> None:
-    """Raises `Unusable` if a file that will be written, by its flag, cannot be, or would replace another of these."""
+    """Raises `UsageError` if a file that will be written, by its flag, cannot be, or would replace another of these."""
     taken = {os.path.realpath(path): "an input" for path in read}
     for flag, path in written.items():
         if not path.parent.is_dir():
-            raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
+            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
         what = _no_file(path) or taken.get(os.path.realpath(path))
         if what:
-            raise Unusable(f"{path}: {flag} needs a file of its own, and this is {what}; name another")
+            raise UsageError(f"{path}: {flag} needs a file of its own, and this is {what}; name another")
         taken[os.path.realpath(path)] = f"that of {flag}"
         try:
             # As the report will be: a neighbour that is renamed. What the folder's mode says is not the whole truth.
             with NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
                 pass
         except OSError as error:
-            raise Unusable(f"{path}: no file can be made there ({error.strerror}); name another for {flag}") from None
+            raise UsageError(f"{path}: no file can be made there ({error.strerror}); name another for {flag}") from None
 
 
 def write_files(files: Mapping[Path, Callable[[Path], None]]) -> bool:
@@ -39,7 +39,7 @@ def write_files(files: Mapping[Path, Callable[[Path], None]]) -> bool:
         try:
             write(path)
         except OSError as error:
-            complain(f"{path}: not written: {error.strerror}")
+            print_errors(f"{path}: not written: {error.strerror}")
             is_whole = False
     return is_whole
 

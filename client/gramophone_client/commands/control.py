@@ -11,7 +11,7 @@ from typing import Any
 
 from gramophone_client.client import GramophoneClient
 from gramophone_client.console.keyboard import pressed_keys
-from gramophone_client.console.outputs import Display, Unusable, display
+from gramophone_client.console.outputs import Display, UsageError, display
 from gramophone_client.console.recipe_flags import value_of
 from gramophone_client.errors import InvalidRequest, JobEnded
 from gramophone_client.streams.job_control import Changes, JobControl
@@ -39,17 +39,17 @@ def change(text: str) -> tuple[str, Any]:
 
 
 def control(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `Unusable`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `GramophoneError`, OSError and KeyboardInterrupt."""
     for path in (args.save, args.checkpoint):
         if path and not path.parent.is_dir():
-            raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
+            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
     if args.pause or args.resume or args.changes or args.save or args.checkpoint or args.finish:
         asyncio.run(_by_options(args))
     elif sys.stdin.isatty():
         with display(args) as shown:
             asyncio.run(_by_keys(args, shown))
     else:
-        raise Unusable(
+        raise UsageError(
             "standard input is not a terminal with keys to press; say what to do: --pause, --resume, --set, --save, "
             "--checkpoint or --finish"
         )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from gramophone_client.console.recipe_flags import as_flags
 from gramophone_client.sync_client import SyncGramophoneClient
-from gramophone_client.types.recipe_metadata import read_note
+from gramophone_client.types.recipe_metadata import recipe_of
 from gramophone_client.types.server_info import CacheStats, ServerInfo
 
 __all__ = ["info", "recipe"]
@@ -27,7 +27,7 @@ def info(args: argparse.Namespace) -> None:
 
 def recipe(args: argparse.Namespace) -> None:
     """`gramophone recipe`."""
-    note = read_note(args.picture)
+    note = recipe_of(args.picture)
     if args.json:
         print(json.dumps(note._asdict() | {"recipe": asdict(note.recipe)}, indent=2))
     else:

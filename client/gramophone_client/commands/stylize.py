@@ -7,7 +7,7 @@ import asyncio
 
 from gramophone import recipe as recipes
 from gramophone_client.client import GramophoneClient
-from gramophone_client.console.outputs import Display, Outputs, Unusable, display
+from gramophone_client.console.outputs import Display, Outputs, UsageError, display
 from gramophone_client.console.recipe_flags import flag, recipe_overrides
 from gramophone_client.errors import GramophoneError
 from gramophone_client.types.options import CheckpointOptions, Style
@@ -19,7 +19,7 @@ CHECKPOINT_EVERY_S = 10.0  # with its optimiser's state a job may have tens of m
 
 
 def stylize(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `Unusable`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
     job = _Job(args)
     try:
         with display(args) as shown:
@@ -37,7 +37,7 @@ class _Job(Outputs):
         super().__init__(args)
         for path in (args.content, *args.styles, args.start_image, args.resume):
             if path and not path.is_file():
-                raise Unusable(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
+                raise UsageError(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
         self.styles = _styles(args)
         self.overrides = recipe_overrides(args)
         if args.resume:
@@ -77,11 +77,11 @@ class _Job(Outputs):
         brought = {"--preset": args.preset, "--seed": args.seed, "--start-image": args.start_image}
         flags = [name for name, value in brought.items() if value is not None] + [flag(name) for name in self.overrides]
         if flags:
-            raise Unusable(f"{', '.join(flags)}: cannot be given with --resume, which goes on with the checkpoint's")
+            raise UsageError(f"{', '.join(flags)}: cannot be given with --resume, which goes on with the checkpoint's")
 
 
 def _styles(args: argparse.Namespace) -> list[Style]:
     weights = args.style_weights or [1.0] * len(args.styles)
     if len(weights) != len(args.styles):
-        raise Unusable(f"--style-weights: expected one for each of {len(args.styles)} styles, got {len(weights)}")
+        raise UsageError(f"--style-weights: expected one for each of {len(args.styles)} styles, got {len(weights)}")
     return [Style(path, weight) for path, weight in zip(args.styles, weights, strict=True)]

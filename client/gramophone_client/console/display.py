@@ -23,14 +23,14 @@ from rich.text import Text
 from gramophone_client.types.picture import Picture
 from gramophone_client.types.updates import Accepted, Changed, Frame, Paused, Progress, Result, Resumed, Update, Waiting
 
-__all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "complain"]
+__all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "print_errors"]
 
 LINES_EVERY_S = 2.0
 REFRESHES_PER_S = 5
 BAR_COLUMNS = (8, 40)  # fewest, most
 
 
-def complain(*lines: str) -> None:
+def print_errors(*lines: str) -> None:
     """One line of standard error each."""
     for line in lines:
         print(f"gramophone: {line}", file=sys.stderr)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gramophone_client.console.display import LiveDisplay, PlainDisplay, complain
+from gramophone_client.console.display import LiveDisplay, PlainDisplay, print_errors
 from gramophone_client.console.timelapse import Timelapse
 from gramophone_client.types.options import FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
 
-__all__ = ["Display", "Outputs", "Unusable", "display"]
+__all__ = ["Display", "Outputs", "UsageError", "display"]
 
 CALM_INTERVAL_S = 2.0  # between frames that nobody looks at unless the job ends early
 LIVELY_INTERVAL_S = 0.2
@@ -24,7 +24,7 @@ LIVELY_INTERVAL_S = 0.2
 Display = LiveDisplay | PlainDisplay
 
 
-class Unusable(Exception):
+class UsageError(Exception):
     """The command line, or a file that it names, cannot be used; the text says why."""
 
 
@@ -46,18 +46,18 @@ class Outputs:
         self.checkpoint: Path | None = getattr(args, "checkpoint", None)  # `watch` has none
         for path in (self.out, args.timelapse, self.checkpoint):
             if path and not path.parent.is_dir():
-                raise Unusable(f"{path}: there is no folder {path.parent}; make it first")
+                raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
         self.accepted: Accepted | None = None
         self.frame: Frame | None = None
         self.frames_written = 0
         self.timelapse: Timelapse | None = None
 
     def make_frames_folder(self) -> None:
-        """To be called last of all checks, since it leaves a folder behind. Raises `Unusable` if it is not empty."""
+        """To be called last of all checks, since it leaves a folder behind. Raises `UsageError` if it is not empty."""
         if self.args.frames:
             self.args.frames.mkdir(parents=True, exist_ok=True)
             if old := next(self.args.frames.glob("frame-*"), None):
-                raise Unusable(f"{old}: frames of another run would be mixed with these; name an empty folder")
+                raise UsageError(f"{old}: frames of another run would be mixed with these; name an empty folder")
 
     def frame_options(self) -> FrameOptions:
         """The frames that the flags need."""
@@ -98,10 +98,10 @@ class Outputs:
         try:
             self.frame.picture.save(path)
         except OSError as error:
-            complain(f"the unfinished picture is lost: {path}: {error.strerror}")
+            print_errors(f"the unfinished picture is lost: {path}: {error.strerror}")
             return
         of = f" of {self.accepted.iterations}" if self.accepted is not None else ""
-        complain(f"the picture after iteration {self.frame.iteration}{of} is kept as {path}")
+        print_errors(f"the picture after iteration {self.frame.iteration}{of} is kept as {path}")
 
     def _keep_frame(self, frame: Frame) -> None:
         self.frame = frame

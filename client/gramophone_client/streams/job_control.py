@@ -18,9 +18,9 @@ from gramophone_client.errors import (
     JobEnded,
     ServerFailed,
 )
-from gramophone_client.streams.recovery import Recovery, Submission, is_lost
+from gramophone_client.streams.recovery import Recovery, ResendableJob, is_lost
 from gramophone_client.transport.connection import Connection
-from gramophone_client.transport.job_spec import said, watch_request
+from gramophone_client.transport.job_spec import as_invalid_request, watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
@@ -44,7 +44,7 @@ class _Command:
     """One that is sent until it is answered. `taken` is what it asks for, which comes behind the answer."""
 
     request: pb.StylizeInteractiveRequest
-    again: bool = False  # it holds already, and is told to a server that knows an older state of the job
+    is_replay: bool = False  # it holds already, and is told to a server that knows an older state of the job
     answer: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     taken: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -88,7 +88,7 @@ class JobControl:
         timeout_s: float,
         grace_s: float,
         job_id: str = "",
-        prepare: Callable[[], Awaitable[Submission]] | None = None,
+        prepare: Callable[[], Awaitable[ResendableJob]] | None = None,
     ) -> None:
         self.accepted: Accepted | None = None  # set on entering, and again when the job was sent again
         self._connection = connection
@@ -158,7 +158,7 @@ class JobControl:
     async def update(self, **changes: Unpack[Changes]) -> int:
         """Changes the job from its next iteration on; what is not given stays as it is."""
         command = pb.UpdateCommand()
-        with said():
+        with as_invalid_request():
             for name, value in changes.items():
                 if name not in Changes.__annotations__:
                     raise InvalidRequest(
@@ -204,9 +204,9 @@ class JobControl:
                 except GramophoneError as error:
                     if job.result is not None and is_lost(error):
                         break
-                    sends = await job.again(error)
+                    sends = await job.next_attempt(error)
         except GramophoneError as error:
-            self._error = job.kept(error)
+            self._error = job.with_partial_result(error)
         except asyncio.CancelledError:
             self._error = Cancelled("the control of the job was given up")
             raise
@@ -222,7 +222,7 @@ class JobControl:
     async def _read(self, sends: bool) -> None:
         """One call, to its end. It sends the job, or takes control of it where it was."""
         job, anew = self._job, sends and self.accepted is not None
-        job.call_begins()
+        job.start_call()
         # Not `call.write`: a caller who gives up waiting for one would cancel the whole call.
         outgoing = self._outgoing = asyncio.Queue()
         outgoing.put_nowait(self._first(sends))
@@ -264,8 +264,8 @@ class JobControl:
         anew, before them, those that hold."""
         waiting = [*(command for _, command in self._taking.values()), *self._commands.values()]
         if anew:
-            waiting = [command for command in waiting if not command.again]
-            waiting[:0] = [_Command(request, again=True) for request in self._holds.values()]
+            waiting = [command for command in waiting if not command.is_replay]
+            waiting[:0] = [_Command(request, is_replay=True) for request in self._holds.values()]
         self._taking.clear()
         self._commands.clear()
         self._obeyed = True
@@ -279,7 +279,7 @@ class JobControl:
         if answered.field_errors:
             violations = tuple(Violation(wrong.field, wrong.description) for wrong in answered.field_errors)
             words = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
-            if command.again and command.kind == "update":  # pauses and ends may come too late without harm
+            if command.is_replay and command.kind == "update":  # pauses and ends may come too late without harm
                 raise InvalidRequest(f"the job was sent again, and what had been changed is refused there: {words}")
             return command.fail(InvalidRequest(words, violations=violations))
         if not command.answer.done():

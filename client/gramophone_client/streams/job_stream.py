@@ -9,20 +9,20 @@ from typing import Any
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import GramophoneError, ServerFailed
-from gramophone_client.streams.recovery import Recovery, Submission, is_lost
+from gramophone_client.streams.recovery import Recovery, ResendableJob, is_lost
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Result, Update
 
-__all__ = ["Following"]
+__all__ = ["JobStream"]
 
 COALESCED = frozenset(
     {"waiting", "progress", "frame", "checkpoint"}
 )  # of these only the newest waits for a slow reader
 
 
-class Following:
+class JobStream:
     """Follows one job to its end, over lost connections, and if it was sent from here, over lost servers; see `Recovery`.
 
     `prepare` makes what is sent; without, the job `job_id` is there already, and `sequence` is that of the last event
@@ -39,7 +39,7 @@ class Following:
         grace_s: float,
         job_id: str = "",
         sequence: int = 0,
-        prepare: Callable[[], Awaitable[Submission]] | None = None,
+        prepare: Callable[[], Awaitable[ResendableJob]] | None = None,
     ) -> None:
         self._connection = connection
         self._frames = frames
@@ -68,11 +68,11 @@ class Following:
                     if job.result is not None and is_lost(error):
                         break
                     call.cancel()
-                    call = self._called(await job.again(error))
+                    call = self._called(await job.next_attempt(error))
             if job.result is None:
                 raise ServerFailed("the server ended the stream without a result")
         except GramophoneError as error:
-            job.kept(error)
+            job.with_partial_result(error)
             raise
         finally:
             if call is not None:
@@ -82,7 +82,7 @@ class Following:
     def _called(self, sends: bool) -> Any:
         """A call that sends the job, or one that asks for it where it was."""
         job, service = self._job, self._connection.service
-        job.call_begins()
+        job.start_call()
         request: pb.StylizeStreamRequest | pb.WatchJobRequest
         if sends and job.submission is not None:
             request = pb.StylizeStreamRequest(spec=job.submission.spec, request_id=job.submission.request_id)

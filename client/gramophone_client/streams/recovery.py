@@ -30,7 +30,7 @@ from gramophone_client.transport.uploads import upload
 from gramophone_client.types.options import UploadedImage
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
 
-__all__ = ["PATIENCE_S", "Recovery", "Submission", "is_lost"]
+__all__ = ["PATIENCE_S", "Recovery", "ResendableJob", "is_lost"]
 
 PATIENCE_S = 30.0  # without any server, before a lost job is given up
 REATTACH_S = (0.2, 2.0)  # first pause before a lost job is asked for again, longest; each is twice the one before
@@ -44,7 +44,7 @@ def is_lost(error: GramophoneError) -> bool:
 
 
 @dataclass
-class Submission:
+class ResendableJob:
     """A job that can be sent again."""
 
     spec: pb.JobSpec
@@ -54,7 +54,7 @@ class Submission:
 
 
 @dataclass
-class _Loss:
+class ConnectionLoss:
     """The job's updates have stopped, and it did not end."""
 
     error: GramophoneError
@@ -79,7 +79,7 @@ class Recovery:
         self.timeout_s = timeout_s
         self.job_id = job_id
         self.sequence = sequence  # of the newest event
-        self.submission: Submission | None = None
+        self.submission: ResendableJob | None = None
         self.frame: Frame | None = None
         self.checkpoint: Checkpoint | None = None
         self.result: Result | None = None
@@ -92,9 +92,9 @@ class Recovery:
         self._moving = False  # the job was sent again and not accepted yet
         self._moves = 0  # since there was a newer checkpoint
         self._seed = 0
-        self._loss: _Loss | None = None
+        self._loss: ConnectionLoss | None = None
 
-    def begin(self, submission: Submission | None) -> None:
+    def begin(self, submission: ResendableJob | None) -> None:
         """The job's time begins."""
         self.submission = submission
         self._end = time.monotonic() + self.timeout_s
@@ -104,10 +104,10 @@ class Recovery:
         """Seconds of it that are left."""
         return max(0.0, self._end - time.monotonic())
 
-    def call_begins(self) -> None:
+    def start_call(self) -> None:
         """Events up to the newest of the calls before are known; within one call they are as it tells them."""
         self._told = self.sequence
-        self._connected = self._connection.stands
+        self._connected = self._connection.is_connected
 
     def take(self, event: pb.JobEvent) -> Update | None:
         """The update that an event is. None if the caller has it already, or if this client does not know its kind."""
@@ -129,12 +129,12 @@ class Recovery:
                 self.result = arrived
         return arrived
 
-    def kept(self, error: GramophoneError) -> GramophoneError:
+    def with_partial_result(self, error: GramophoneError) -> GramophoneError:
         """The error, with the newest frame and checkpoint."""
         error.frame, error.checkpoint = self.frame, self.checkpoint
         return error
 
-    async def again(self, error: GramophoneError) -> bool:
+    async def next_attempt(self, error: GramophoneError) -> bool:
         """Returns when it is time for the next call, and whether that sends the submission or asks for the job where it was.
         Raises `error`, or the loss that it follows, if there shall be none."""
         job = self.submission
@@ -151,7 +151,9 @@ class Recovery:
         if self._loss is None:
             if not self._is_loss(error):
                 raise error
-            self._loss = _Loss(error, time.monotonic(), gone=not self.job_id or isinstance(error, ShuttingDown))
+            self._loss = ConnectionLoss(
+                error, time.monotonic(), gone=not self.job_id or isinstance(error, ShuttingDown)
+            )
         elif isinstance(error, DeadlineExceeded):  # the call's time ended during the search
             raise self._loss.error from error
         elif isinstance(error, JobNotFound) and self._movable():
@@ -177,7 +179,7 @@ class Recovery:
             if self.job_id:
                 job.spec, job.request_id = resumed_spec(job.spec, self._seed, self.checkpoint), str(uuid.uuid4())
             self._moving, self._moves, self._renewed, self.sequence = True, self._moves + 1, False, 0
-        await self._connection.sought()
+        await self._connection.wait_until_connected()
         return True
 
     def _is_loss(self, error: GramophoneError) -> bool:

@@ -92,11 +92,11 @@ class Connection:
         await self._channel.close()
 
     @property
-    def stands(self) -> bool:
+    def is_connected(self) -> bool:
         """Whether there is a connection to a server now."""
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
 
-    async def sought(self) -> None:
+    async def wait_until_connected(self) -> None:
         """Returns when there is a connection, none can be had now, or `CONNECT_S` have passed."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_S):

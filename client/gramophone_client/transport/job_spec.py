@@ -28,7 +28,7 @@ from gramophone_client.types.options import (
 from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
-__all__ = ["encoded", "job_spec", "resumed_spec", "said", "uploaded", "watch_request"]
+__all__ = ["as_invalid_request", "encoded", "job_spec", "resumed_spec", "uploaded", "watch_request"]
 
 
 def job_spec(
@@ -63,7 +63,7 @@ def job_spec(
         _check_resumable(preset=preset, seed=seed, start_image=start_image, **overrides)
     if start_image is not None:
         overrides.setdefault("start", Start.IMAGE)
-    with said():
+    with as_invalid_request():
         spec = pb.JobSpec(
             recipe=overrides_to_message(overrides, preset or "fast") if resume is None else None,
             frames=_frame_options(frames) if frames is not None else None,
@@ -103,7 +103,7 @@ def uploaded(content: ImageInput, styles: Styles, start_image: ImageInput | None
 
 
 @contextmanager
-def said() -> Iterator[None]:
+def as_invalid_request() -> Iterator[None]:
     """Values that a message cannot hold become `InvalidRequest`."""
     try:
         yield
@@ -117,7 +117,7 @@ def watch_request(
     job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
 ) -> pb.WatchJobRequest:
     """The message that asks for what happens to a job. Raises `InvalidRequest` for a value that its field cannot hold."""
-    with said():
+    with as_invalid_request():
         return pb.WatchJobRequest(
             job_id=job_id,
             after_sequence=after_sequence,

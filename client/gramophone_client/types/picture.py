@@ -11,13 +11,13 @@ from typing import Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-__all__ = ["Format", "Picture", "format_of", "note_of", "write_whole"]
+__all__ = ["Format", "Picture", "format_of", "metadata_of", "write_whole"]
 
 Format = Literal["jpeg", "png", "webp"]
 
 SUFFIXES: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 # The server's note is the PNG text chunk of this key; in JPEG and WebP the EXIF ImageDescription, with this as Software.
-NOTE_KEY = "gramophone"
+METADATA_KEY = "gramophone"
 
 
 def format_of(path: str | os.PathLike[str]) -> Format:
@@ -56,19 +56,19 @@ class Picture:
     def _encoded_as(self, wanted: Format) -> bytes:
         out, image = io.BytesIO(), self.image()
         text, exif = PngImagePlugin.PngInfo(), Image.Exif()
-        if note := note_of(image):
-            text.add_text(NOTE_KEY, note)
+        if note := metadata_of(image):
+            text.add_text(METADATA_KEY, note)
             exif[ExifTags.Base.ImageDescription] = note
-            exif[ExifTags.Base.Software] = NOTE_KEY
+            exif[ExifTags.Base.Software] = METADATA_KEY
         image.save(out, wanted, quality=95, exif=exif, pnginfo=text)
         return out.getvalue()
 
 
-def note_of(image: Image.Image) -> str:
+def metadata_of(image: Image.Image) -> str:
     """What the server wrote into the picture: how it was made, as JSON; "" if there is nothing."""
     exif = image.getexif()
-    in_exif = exif.get(ExifTags.Base.ImageDescription) if exif.get(ExifTags.Base.Software) == NOTE_KEY else ""
-    return str(image.info.get(NOTE_KEY) or in_exif or "")
+    in_exif = exif.get(ExifTags.Base.ImageDescription) if exif.get(ExifTags.Base.Software) == METADATA_KEY else ""
+    return str(image.info.get(METADATA_KEY) or in_exif or "")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

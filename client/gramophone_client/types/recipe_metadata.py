@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from gramophone.recipe import LayerWeight, Recipe
-from gramophone_client.types.picture import note_of
+from gramophone_client.types.picture import metadata_of
 
-__all__ = ["NoNote", "Note", "read_note"]
+__all__ = ["ImageRecipe", "NoRecipe", "recipe_of"]
 
 
-class NoNote(ValueError):
+class NoRecipe(ValueError):
     """The file is not a picture, or carries no recipe."""
 
 
-class Note(NamedTuple):
+class ImageRecipe(NamedTuple):
     """What a picture was made with, apart from the images."""
 
     recipe: Recipe
@@ -28,27 +28,27 @@ class Note(NamedTuple):
     changed_at: int = 0  # the first iteration of this recipe; 0: the job had no other one
 
 
-def read_note(path: str | os.PathLike[str]) -> Note:
-    """The recipe and seed of a result. Raises `NoNote` if the file has none, OSError if it cannot be read."""
+def recipe_of(path: str | os.PathLike[str]) -> ImageRecipe:
+    """The recipe and seed of a result. Raises `NoRecipe` if the file has none, OSError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            text = note_of(image)
+            text = metadata_of(image)
     except UnidentifiedImageError:
-        raise NoNote(f"{os.fspath(path)}: is not a picture") from None
+        raise NoRecipe(f"{os.fspath(path)}: is not a picture") from None
     if not text:
-        raise NoNote(f"{os.fspath(path)}: has no recipe in it; only results of a gramophone server do")
+        raise NoRecipe(f"{os.fspath(path)}: has no recipe in it; only results of a gramophone server do")
     try:
-        said = json.loads(text)
-        fields: dict[str, Any] = dict(said["recipe"])
+        metadata = json.loads(text)
+        fields: dict[str, Any] = dict(metadata["recipe"])
         for name in fields.keys() & {"content_layers", "style_layers"}:
             fields[name] = tuple(LayerWeight(layer, weight) for layer, weight in fields[name])
-        done = said.get("iterations")
-        return Note(
+        done = metadata.get("iterations")
+        return ImageRecipe(
             Recipe(**fields),
-            int(said["seed"]),
-            tuple(said["style_weights"]),
+            int(metadata["seed"]),
+            tuple(metadata["style_weights"]),
             None if done is None else int(done),
-            int(said.get("changed_at", 0)),
+            int(metadata.get("changed_at", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:  # InvalidRecipe is a ValueError
-        raise NoNote(f"{os.fspath(path)}: its recipe is not one that this version knows ({error})") from error
+        raise NoRecipe(f"{os.fspath(path)}: its recipe is not one that this version knows ({error})") from error
