@@ -21,8 +21,10 @@ from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.metrics import SERVICE
-from tests.rpc.test_servicer import refused, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
+from tests.support.serving import refused
+from tests.support.specs import spec
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -13,8 +13,8 @@ from gramophone_server.domain.engine_api import Batch, BatchEngine
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.engine.fake import FakeBatch, FakeEngine
 from gramophone_server.engine.optimisers import layout
-from tests.rpc.test_servicer import events_of, serving, spec
-from tests.scheduling.test_scheduler import work
+from tests.support.serving import events_of, serving
+from tests.support.specs import job_state, spec
 
 MOST = 2**22
 
@@ -49,16 +49,16 @@ def test_it_knows_the_layers_of_the_network(tiny_engine: VggEngine, fast):
 
 
 def test_a_job_goes_through_its_scales_and_each_picture_is_another(fast):
-    job, pictures = through(fast, work(iterations=6, smallest_size=45, coarse_iterations=4))
+    job, pictures = through(fast, job_state(iterations=6, smallest_size=45, coarse_iterations=4))
     assert job.finished and job.done == 10
     assert [tuple(p.shape) for p in pictures] == [(22, 45, 3)] * 4 + [(32, 64, 3)] * 6
     assert len({p.numpy().tobytes() for p in pictures}) == 10 and all(p.dtype is torch.uint8 for p in pictures)
 
 
 def test_a_picture_is_a_matter_of_seed_size_and_iteration(fast):
-    alone, other = (through(fast, work(iterations=5))[1][-1] for _ in range(2))
-    batch = fast.batch(work().shape, 4)
-    mine, _ = (batch.join(work(iterations=n)) for n in (5, 9))
+    alone, other = (through(fast, job_state(iterations=5))[1][-1] for _ in range(2))
+    batch = fast.batch(job_state().shape, 4)
+    mine, _ = (batch.join(job_state(iterations=n)) for n in (5, 9))
     batch.advance(5)
     assert torch.equal(alone, other) and torch.equal(batch.snapshot(mine)(), alone)
 
@@ -66,8 +66,8 @@ def test_a_picture_is_a_matter_of_seed_size_and_iteration(fast):
 @pytest.mark.parametrize("optimiser", ["adam", "lbfgs"])
 @pytest.mark.parametrize("light", [True, False])
 def test_a_job_goes_on_from_its_checkpoint_as_if_nothing_had_happened(fast, light, optimiser):
-    whole = through(fast, work(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser))[1]
-    job, before = through(fast, work(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser), 7)
+    whole = through(fast, job_state(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser))[1]
+    job, before = through(fast, job_state(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser), 7)
     written = fast.checkpoints.write(job, picture=before[-1] if light else None, most_bytes=MOST)
     again = fast.checkpoints.read(written, most_bytes=MOST).restore(job.job)
     assert torch.equal(fast.picture(again)(), before[-1])
@@ -76,14 +76,14 @@ def test_a_job_goes_on_from_its_checkpoint_as_if_nothing_had_happened(fast, ligh
 
 
 def test_its_tensors_are_those_of_a_slot(fast):
-    job, _ = through(fast, work(), 2)
+    job, _ = through(fast, job_state(), 2)
     expected = layout(job.recipe, 32, 64)
     for name, tensor in job.tensors.items():
         assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
 
 
 def test_weights_show_in_the_losses(fast):
-    job = work(iterations=20, beta=2.0)
+    job = job_state(iterations=20, beta=2.0)
     batch = fast.batch(job.shape, 1)
     slot = batch.join(job)
     before = batch.advance(4)[slot].losses
@@ -94,24 +94,24 @@ def test_weights_show_in_the_losses(fast):
 
 def test_an_iteration_takes_its_time_whatever_the_width():
     engine = FakeEngine(0.01)
-    batch = engine.batch(work().shape, 8)
+    batch = engine.batch(job_state().shape, 8)
     for _ in range(8):
-        batch.join(work(iterations=10))
+        batch.join(job_state(iterations=10))
     before = time.perf_counter()
     batch.advance(10)
     assert 0.1 <= time.perf_counter() - before < 0.2
 
 
 def test_what_does_not_fit_is_refused(fast):
-    batch = fast.batch(work().shape, 1)
+    batch = fast.batch(job_state().shape, 1)
     with pytest.raises(ValueError, match="needs jobs"):
         batch.advance()
-    batch.join(work())
-    for job in (work(), work(size=48)):
+    batch.join(job_state())
+    for job in (job_state(), job_state(size=48)):
         with pytest.raises(ValueError, match="full or of another shape"):
             batch.join(job)
     with pytest.raises(ValueError, match="1 to 256 slots, got 257"):
-        fast.batch(work().shape, 257)
+        fast.batch(job_state().shape, 257)
 
 
 async def test_a_server_with_it_says_so_and_serves(caplog):

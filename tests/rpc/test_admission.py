@@ -24,12 +24,14 @@ from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import DeadlineUnattainable, InvalidRequest, OutOfDeviceMemory
 from gramophone_server.images import codec
 from gramophone_server.network.precision import MODES
-from gramophone_server.rpc.admission import Admission
+from gramophone_server.rpc.admission import Admission, spec_digest
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
-from tests.rpc.test_servicer import png, refused, serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import CHECKPOINTS, FakeEngine
-from tests.support.pictures import make_picture
+from tests.support.pictures import make_picture, png
+from tests.support.serving import refused, serving
+from tests.support.specs import spec
 
 MOST = 2**26
 RESERVATION = Reservation(1)
@@ -159,7 +161,7 @@ def test_a_request_is_known_by_all_that_makes_its_job():
         other = pb.JobSpec()
         other.CopyFrom(wanted)
         other.MergeFrom(pb.JobSpec(**fields))
-        return admission.spec_digest(other)
+        return spec_digest(other)
 
     wanted = spec()
     image = pb.ImageSource(data=png(48, 32))
@@ -170,7 +172,7 @@ def test_a_request_is_known_by_all_that_makes_its_job():
     ]  # fmt: skip
     assert len(set(others)) == len(others)
     watched = changed(frames=pb.FrameOptions(quality=50), checkpoints=pb.CheckpointOptions(light=True))
-    assert watched == changed() == admission.spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
+    assert watched == changed() == spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
     assert wanted == spec()  # it was only looked at
 
 

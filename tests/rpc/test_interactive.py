@@ -22,9 +22,11 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.commands import Done
 from gramophone_server.domain.events import Frame, Picture, SavedState, Waiting
 from gramophone_server.rpc.responses import Encoders, JobEventStream
-from tests.rpc.test_leaks import own_tasks
-from tests.rpc.test_servicer import LARGE, events_of, lasting, png, refused, serving, spec, until, watching
+from tests.support.clock import until
 from tests.support.engines import CHECKPOINTS, FakeEngine
+from tests.support.pictures import png
+from tests.support.serving import LARGE_MESSAGES, events_of, own_tasks, refused, serving, watch
+from tests.support.specs import detachable_spec, spec
 
 NAN = float("nan")
 LIMITS = Limits()
@@ -113,7 +115,7 @@ class Controller:
 async def started(s, wanted=None, stub=None, **start):
     """A controller whose job has done its first iterations."""
     controller = Controller(stub or s.stub)
-    await controller.send(start=pb.StartCommand(spec=wanted or lasting(5000), **start))
+    await controller.send(start=pb.StartCommand(spec=wanted or detachable_spec(5000), **start))
     await controller.event("progress")
     return controller
 
@@ -134,7 +136,7 @@ def slow():
 async def test_a_job_stands_still_and_goes_on_and_everybody_hears_of_it():
     async with serving(slow()) as s:
         controller = await started(s)
-        watcher = asyncio.create_task(events_of(watching(s, controller.job_id)))
+        watcher = asyncio.create_task(events_of(watch(s, controller.job_id)))
         paused = await controller.ask(pause=PAUSE)
         assert not paused.field_errors
         job = s.servicer.jobs.find(controller.job_id)
@@ -182,7 +184,7 @@ async def test_other_weights_hold_from_the_iteration_that_is_told():
         assert (await s.stub.GetJob(pb.GetJobRequest(job_id=controller.job_id))).job.iterations == 4000
         await controller.ask(finish=FINISH)
         await controller.rest()
-        replayed = await events_of(watching(s, controller.job_id))
+        replayed = await events_of(watch(s, controller.job_id))
         assert replayed[0].accepted.recipe == accepted.recipe  # what was admitted stays what it was
         assert [event.changed for event in replayed if event.HasField("changed")] == [changed]
 
@@ -204,9 +206,9 @@ async def test_the_end_now_has_the_present_picture_and_says_why():
 
 async def test_a_picture_now_is_whole_and_lossless_and_for_nobody_else():
     async with serving(slow()) as s:
-        wanted = lasting(5000, max_side=16, every_iterations=100_000, format=pb.IMAGE_FORMAT_JPEG)
+        wanted = detachable_spec(5000, max_side=16, every_iterations=100_000, format=pb.IMAGE_FORMAT_JPEG)
         controller = await started(s, wanted)
-        watcher = watching(s, controller.job_id, every_iterations=100_000)
+        watcher = watch(s, controller.job_id, every_iterations=100_000)
         await watcher.read()
         answer = await controller.ask(frame=FRAME)
         assert not controller.of("frame")  # the answer comes first
@@ -311,7 +313,7 @@ async def test_a_job_that_waits_can_be_changed_and_paused_but_has_no_picture_yet
     async with serving(slow(), Limits(max_running=1)) as s:
         ahead = await started(s)
         controller = Controller(s.stub)
-        await controller.send(start=pb.StartCommand(spec=lasting(5)))
+        await controller.send(start=pb.StartCommand(spec=detachable_spec(5)))
         await controller.event("accepted")
         words = "the job has not begun yet; wait for its first progress"
         for command in ({"frame": FRAME}, {"checkpoint": pb.CheckpointCommand()}, {"finish": FINISH}):
@@ -332,7 +334,7 @@ async def test_commands_on_the_heels_of_the_end_are_answered_before_the_result()
     for iterations in (1, 2, 3, 5, 20):
         async with serving(FakeEngine(iteration_s=0.001)) as s:
             controller = Controller(s.stub)
-            await controller.send(start=pb.StartCommand(spec=lasting(iterations)))
+            await controller.send(start=pb.StartCommand(spec=detachable_spec(iterations)))
             await controller.event("accepted")
             for command in ({"frame": FRAME}, {"pause": PAUSE}, {"resume": RESUME}, {"finish": FINISH}):
                 await controller.send(**command)
@@ -347,7 +349,7 @@ async def test_commands_on_the_heels_of_the_end_are_answered_before_the_result()
 
 async def test_a_picture_that_was_taken_when_the_job_ended_comes_too_late():
     async with serving(slow()) as s:
-        controller = await started(s, lasting(100))
+        controller = await started(s, detachable_spec(100))
         job = s.servicer.jobs.find(controller.job_id)
 
         async def late():
@@ -390,7 +392,7 @@ async def test_a_picture_that_was_taken_when_the_job_ended_comes_too_late():
             "must be a UUID of 36 characters, or empty, got 'mine'",
         ),
         (
-            {"start": pb.StartCommand(spec=lasting(5, max_in_flight=-1))},
+            {"start": pb.StartCommand(spec=detachable_spec(5, max_in_flight=-1))},
             "spec.frames.max_in_flight",
             "must be 0 to 16, got -1",
         ),
@@ -413,10 +415,10 @@ async def test_frames_are_acknowledged_on_this_stream_only():
     async with serving(FakeEngine()) as s:
         for call, field in (
             (
-                s.stub.StylizeStream(pb.StylizeStreamRequest(spec=lasting(5, max_in_flight=2))),
+                s.stub.StylizeStream(pb.StylizeStreamRequest(spec=detachable_spec(5, max_in_flight=2))),
                 "spec.frames.max_in_flight",
             ),
-            (watching(s, "x", max_in_flight=2), "frames.max_in_flight"),
+            (watch(s, "x", max_in_flight=2), "frames.max_in_flight"),
         ):
             (violation,) = (await refused(call)).BadRequest.field_violations
             assert (violation.field, violation.description) == (field, words)
@@ -454,7 +456,7 @@ async def test_a_controller_that_closes_its_side_watches_on():
 
 
 async def test_the_same_start_finds_its_job_again():
-    start = pb.StartCommand(spec=lasting(5000), request_id=str(uuid.uuid4()))
+    start = pb.StartCommand(spec=detachable_spec(5000), request_id=str(uuid.uuid4()))
     async with serving(slow()) as s:
         first = await started(s, request_id=start.request_id)
         first.call.cancel()
@@ -473,7 +475,7 @@ async def test_the_same_start_finds_its_job_again():
 
 async def test_a_job_that_has_ended_can_be_attached_to():
     async with serving(FakeEngine()) as s:
-        job_id = (await s.stub.Stylize(pb.StylizeRequest(spec=lasting(5)))).accepted.job_id
+        job_id = (await s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5)))).accepted.job_id
         controller = await attached(s, job_id)
         await controller.rest()
     assert controller.order[0] == "accepted" and controller.order[-1] == "result"
@@ -482,14 +484,14 @@ async def test_a_job_that_has_ended_can_be_attached_to():
 async def test_as_many_watch_as_may():
     async with serving(slow(), Limits(max_watchers=2)) as s:
         controller = await started(s)
-        second = watching(s, controller.job_id)
+        second = watch(s, controller.job_id)
         assert (await second.read()).event.HasField("accepted")
-        got = await refused(watching(s, controller.job_id))
+        got = await refused(watch(s, controller.job_id))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")
         assert got.message == "the job has 2 watchers already, and more are not allowed"
         await controller.ask(finish=FINISH)
         await controller.rest()
-        assert (await events_of(watching(s, controller.job_id)))[-1].HasField("result")
+        assert (await events_of(watch(s, controller.job_id)))[-1].HasField("result")
 
 
 # Frames that are acknowledged -----------------------------------------------------------------------------------------
@@ -497,7 +499,7 @@ async def test_as_many_watch_as_may():
 
 async def test_no_more_frames_are_on_their_way_than_may():
     async with serving(slow()) as s:
-        controller = await started(s, lasting(5000, max_in_flight=2))
+        controller = await started(s, detachable_spec(5000, max_in_flight=2))
         job = s.servicer.jobs.find(controller.job_id)
 
         async def after(iterations):
@@ -524,7 +526,7 @@ async def test_no_more_frames_are_on_their_way_than_may():
 async def test_a_reader_ten_times_too_slow_sees_what_is_new():
     """Its connection would hold some 8 MB, which are 80 of these frames."""
     engine = NoisyEngine(256, iteration_s=0.005)
-    wanted = lasting(5000, max_in_flight=1)
+    wanted = detachable_spec(5000, max_in_flight=1)
     wanted.recipe.size = 256
     ages = []
     async with serving(engine) as s:
@@ -580,11 +582,11 @@ def saving(wanted, light=False, seconds=0):
 
 async def test_each_watcher_has_the_checkpoints_that_it_asked_for():
     async with serving(slow()) as s:
-        first = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=saving(lasting(800))))
+        first = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=saving(detachable_spec(800))))
         job_id = (await first.read()).event.accepted.job_id
         light = pb.CheckpointOptions(light=True)
         second = s.stub.WatchJob(pb.WatchJobRequest(job_id=job_id, checkpoints=light))
-        told = await asyncio.gather(events_of(first), events_of(second), events_of(watching(s, job_id)))
+        told = await asyncio.gather(events_of(first), events_of(second), events_of(watch(s, job_id)))
     full, light, none = ([event.checkpoint for event in events if event.HasField("checkpoint")] for events in told)
     assert not none
     for saved, is_light in ((full, False), (light, True)):
@@ -606,8 +608,8 @@ async def test_a_state_is_written_once_for_all():
 @pytest.mark.parametrize("light", [True, False])
 async def test_a_server_that_goes_away_sends_the_picture_and_the_state_to_all(light):
     async with serving(slow()) as s:
-        controller = await started(s, saving(lasting(5000), light, seconds=3600))
-        watcher = watching(s, controller.job_id)
+        controller = await started(s, saving(detachable_spec(5000), light, seconds=3600))
+        watcher = watch(s, controller.job_id)
         await watcher.read()
         done = s.servicer.jobs.find(controller.job_id).progress.report.iteration
         s.scheduler.stop()
@@ -665,7 +667,7 @@ async def test_a_client_that_leaves_before_its_first_message_leaves_nothing():
 
 def stingy(s):
     """A channel that takes no more than 64 KiB unread."""
-    return grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)])
+    return grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)])
 
 
 async def test_a_controller_that_leaves_while_a_frame_is_written_stops_its_job(caplog):

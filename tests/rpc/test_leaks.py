@@ -17,15 +17,12 @@ from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
 from gramophone_server.rpc.calls import RpcCall
 from gramophone_server.scheduling.worker import Task
-from tests.rpc.test_servicer import QUICK, lasting, rest, serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.serving import own_tasks, remaining_events, serving
+from tests.support.specs import SHORT_GRACE, detachable_spec, spec
 
 MIB = 2**20
-
-
-def own_tasks():
-    """All tasks but those in which gRPC's server waits for calls, whose number changes."""
-    return {task for task in asyncio.all_tasks() if "AioServer" not in repr(task)}
 
 
 @pytest.fixture
@@ -59,7 +56,7 @@ async def one(s, number, chance):
     a multiple of 4 before its end, however slow the machine is, and the rest maybe behind it."""
     leaves, cancels = number % 2 == 0, number % 6 == 0
     iterations = 5000 if number % 4 == 0 else 10
-    wanted = lasting(iterations, grace=QUICK) if number % 3 else spec(iterations)
+    wanted = detachable_spec(iterations, grace=SHORT_GRACE) if number % 3 else spec(iterations)
     call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
     try:
         async with asyncio.timeout(chance.uniform(0, 1) if leaves and not cancels else None):
@@ -67,7 +64,7 @@ async def one(s, number, chance):
             if cancels:
                 await asyncio.sleep(chance.uniform(0, 0.25))
                 await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
-            return [event async for event in rest(call)][-1].HasField("result")
+            return [event async for event in remaining_events(call)][-1].HasField("result")
     except TimeoutError:
         return "left"
     except grpc.aio.AioRpcError as error:

@@ -2,8 +2,9 @@ import grpc
 import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from tests.rpc.test_servicer import refused, serving, spec
 from tests.support.engines import FakeEngine
+from tests.support.serving import refused, serving
+from tests.support.specs import spec
 
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"]
 KINDS = {(False, False): "unary_unary", (False, True): "unary_stream", (True, False): "stream_unary"}

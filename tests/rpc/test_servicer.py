@@ -22,98 +22,34 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import overrides_to_message, recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
-from gramophone_server import errors, main
+from gramophone_server import errors
 from gramophone_server.config import Limits
 from gramophone_server.images import codec
 from gramophone_server.images.codec import Format, encode
-from gramophone_server.rpc import registration, status
+from gramophone_server.rpc import status
 from gramophone_server.rpc.admission import Admission
 from gramophone_server.rpc.calls import ActiveCalls
-from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.rpc.validation import check_spec
 from gramophone_server.scheduling import worker
-from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
 from gramophone_server.telemetry.metrics import Metrics
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.pictures import png
+from tests.support.serving import (
+    LARGE_MESSAGES,
+    events_of,
+    refused,
+    remaining_events,
+    serving,
+    start_detachable,
+    start_stream,
+    watch,
+)
+from tests.support.specs import SHORT_GRACE, detachable_spec, spec
 
 NAN = float("nan")
 LAYERS = ("content_layers", "style_layers")
-LARGE = [("grpc.max_receive_message_length", 2**26), ("grpc.max_send_message_length", 2**26)]
-
-
-def png(width=64, height=32):
-    out = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(out, "PNG")
-    return out.getvalue()
-
-
-def spec(iterations=5, **recipe):
-    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
-    return pb.JobSpec(
-        content=pb.ImageSource(data=png()),
-        styles=[pb.StyleSource(image=pb.ImageSource(data=png(32, 32)))],
-        recipe=overrides_to_message(recipe),
-    )
-
-
-@contextlib.asynccontextmanager
-async def serving(engine, limits=None, load=None, **options):
-    limits = limits or Limits()
-    server = grpc.aio.server(options=main.server_options(limits))
-    metrics = options.setdefault("metrics", Metrics())
-    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
-    servicer = Servicer(scheduler, limits, **options)
-    registration.add_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    scheduler.start()
-    if load is None:
-        await scheduler.ready()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=LARGE)
-    try:
-        yield types.SimpleNamespace(
-            address=f"127.0.0.1:{port}",
-            stub=pb_grpc.StyleTransferServiceStub(channel),
-            channel=channel,
-            scheduler=scheduler,
-            servicer=servicer,
-        )
-    finally:
-        await channel.close()
-        scheduler.stop()
-        engine.go.set()
-        await server.stop(0)
-        servicer.close()
-        assert await asyncio.to_thread(scheduler.join, 5)
-
-
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def refused(call):
-    """The code, message, details by kind, and trailers of a call that fails; within 5 s."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(5):
-            if hasattr(call, "__aiter__"):
-                async for _ in call:
-                    pass
-            else:
-                await call
-    error = caught.value
-    trailers = dict(error.trailing_metadata() or ())
-    details = types.SimpleNamespace(code=error.code(), message=error.details(), trailers=trailers)
-    said = status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b""))
-    for detail in said.details:
-        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.BadRequest):
-            if detail.Is(kind.DESCRIPTOR):
-                message = kind()
-                detail.Unpack(message)
-                setattr(details, kind.__name__, message)
-    return details
 
 
 class NoisyEngine(FakeEngine):
@@ -625,15 +561,6 @@ async def test_a_diverged_stream_sends_its_last_good_picture_before_the_error():
     assert kinds[-1] == "frame" and frame.iteration == 3
 
 
-async def begun(s, engine, timeout=None):
-    """A stream whose job is in its first iteration, which does not end before the test lets it."""
-    engine.go.clear()
-    call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=1000)), timeout=timeout)
-    assert (await call.read()).event.HasField("accepted")
-    await until(engine.under_way.is_set)
-    return call
-
-
 async def stopped(s, engine):
     engine.go.set()
     await until(lambda: s.scheduler.running == 0)
@@ -647,7 +574,7 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
     caplog.set_level(logging.INFO, "gramophone_server")
     engine = FakeEngine()
     async with serving(engine) as s:
-        call = await begun(s, engine, timeout=0.2 if how == "deadline" else None)
+        call = await start_stream(s, engine, timeout=0.2 if how == "deadline" else None)
         gone = asyncio.Event()
         (on_server,) = s.servicer._calls
         on_server._context.add_done_callback(lambda _: gone.set())
@@ -671,7 +598,7 @@ async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in
         job = (await s.stub.GetJob(pb.GetJobRequest(job_id=within.accepted.job_id))).job
         assert (job.state, job.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_TIME_BUDGET)
         # With a grace the server refuses no deadline beforehand; nor does it then end the job with it.
-        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(5000)), timeout=0.5))
+        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5000)), timeout=0.5))
         assert (late.code, late.trailers) == (grpc.StatusCode.DEADLINE_EXCEEDED, {})
         (lost,) = [job for job in s.servicer.jobs.newest_first() if not job.ended]
         assert lost.result is None
@@ -716,7 +643,7 @@ async def test_a_clock_that_is_set_makes_no_call_late(caplog):
 async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
     engine = FakeEngine()
     async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
-        running = await begun(s, engine)
+        running = await start_stream(s, engine)
         waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
         assert (await waiting.read()).event.accepted.queue_position == 1
         waiting.cancel()
@@ -724,18 +651,12 @@ async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
         running.cancel()
 
 
-async def rest(call):
-    """The events that a call has still; grpc does not let `read` and iteration be mixed."""
-    while (response := await call.read()) is not grpc.aio.EOF:
-        yield response.event
-
-
 @contextlib.asynccontextmanager
 async def unread_stream(s, iterations):
     """A stream of which only the first message was read, on a channel that takes no more than 64 KiB unread."""
     wanted = spec(iterations=iterations)
     wanted.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
-    async with grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)]) as channel:
+    async with grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]) as channel:
         call = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
         assert (await call.read()).event.HasField("accepted")
         yield call
@@ -746,7 +667,7 @@ async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
     async with serving(engine) as s, unread_stream(s, iterations=500) as call:
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
         assert engine.iterations == 500
-        events = [event async for event in rest(call)]
+        events = [event async for event in remaining_events(call)]
     frames = [event.frame for event in events if event.HasField("frame")]
     assert len(frames) <= 2 and sum(frame.dropped for frame in frames) >= 1
     assert [e.progress.iteration for e in events if e.HasField("progress")][-1] == 500
@@ -757,7 +678,7 @@ async def test_readers_that_stop_hold_up_nobody_on_their_connection():
     engine = NoisyEngine(512, iteration_s=0.001)
     request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
     request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
-    options = [*LARGE, ("grpc.http2.bdp_probe", 0)]
+    options = [*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]
     async with serving(engine) as s, grpc.aio.insecure_channel(s.address, options=options) as channel:
         stub = pb_grpc.StyleTransferServiceStub(channel)
         stuck = [stub.StylizeStream(request) for _ in range(4)]
@@ -789,7 +710,7 @@ async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
 async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
     engine = FakeEngine()
     async with serving(engine) as s:
-        call = await begun(s, engine)
+        call = await start_stream(s, engine)
         drain = asyncio.create_task(s.scheduler.drain(within_s=5))
         await asyncio.sleep(0)
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
@@ -797,45 +718,14 @@ async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
         assert 5 <= got.RetryInfo.retry_delay.ToSeconds() <= 6
         engine.go.set()
         await drain
-        assert [event.WhichOneof("event") async for event in rest(call)][-1] == "result"
+        assert [event.WhichOneof("event") async for event in remaining_events(call)][-1] == "result"
         await s.servicer.idle()
 
 
 # Jobs that outlive their call -----------------------------------------------------------------------------------------
 
-GRACE = duration_pb2.Duration(seconds=60)
-QUICK = duration_pb2.Duration(nanos=50_000_000)
 SLOW_S = 0.02  # of an iteration that takes a slice of its own, so that each is told
 ONE = Limits(max_running=1)
-
-
-def lasting(iterations=1000, grace=GRACE, **options):
-    """A spec whose job outlives its watchers, always the same one."""
-    wanted = spec(iterations)
-    wanted.seed = 7
-    wanted.detach_grace.CopyFrom(grace)
-    if options:
-        wanted.frames.CopyFrom(pb.FrameOptions(**options))
-    return wanted
-
-
-async def lasting_job(s, engine, wanted=None, request_id=""):
-    """The call of a job in its first iteration, which does not end before the test lets it, and the job's id."""
-    engine.go.clear()
-    call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted or lasting(), request_id=request_id))
-    accepted = (await call.read()).event.accepted
-    await until(engine.under_way.is_set)
-    return call, accepted.job_id
-
-
-def watching(s, job_id, after=0, **options):
-    frames = pb.FrameOptions(**options) if options else None
-    return s.stub.WatchJob(pb.WatchJobRequest(job_id=job_id, after_sequence=after, frames=frames))
-
-
-async def events_of(call):
-    async with asyncio.timeout(5):
-        return [event async for event in rest(call)]
 
 
 async def state(s, job_id):
@@ -846,14 +736,14 @@ async def test_watch_job_replays_and_follows_with_the_same_numbers(monkeypatch):
     monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
     engine = FakeEngine(iteration_s=SLOW_S)
     async with serving(engine) as s:
-        first, job_id = await lasting_job(s, engine, lasting(40))
+        first, job_id = await start_detachable(s, engine, detachable_spec(40))
         engine.go.set()
         heard = {}
-        async for event in rest(first):
+        async for event in remaining_events(first):
             heard[event.sequence] = event
             if event.progress.iteration >= 15:
                 break
-        second = watching(s, job_id)
+        second = watch(s, job_id)
         watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
     heard |= {event.sequence: event for event in rest_of_first}
     numbers = [event.sequence for event in watched]
@@ -868,13 +758,13 @@ async def test_watch_job_replays_and_follows_with_the_same_numbers(monkeypatch):
 async def test_after_sequence_leaves_out_what_the_watcher_has(monkeypatch):
     monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
     async with serving(FakeEngine(iteration_s=SLOW_S)) as s:
-        response = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(20)))
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(20)))
         job_id = response.accepted.job_id
-        everything = await events_of(watching(s, job_id))
+        everything = await events_of(watch(s, job_id))
         assert len(everything) == 22
         for after in (1, 10, 21):
-            assert await events_of(watching(s, job_id, after)) == everything[after:]
-        assert await events_of(watching(s, job_id, 22)) == []
+            assert await events_of(watch(s, job_id, after)) == everything[after:]
+        assert await events_of(watch(s, job_id, 22)) == []
     assert everything[-1].result == response.result
 
 
@@ -888,9 +778,9 @@ async def test_two_watchers_who_want_the_same_get_one_encoding(monkeypatch):
     monkeypatch.setattr("gramophone_server.images.codec.encode", noted)
     engine = FakeEngine(iteration_s=0.01)
     async with serving(engine) as s:
-        first, job_id = await lasting_job(s, engine, lasting(60, every_iterations=5))
-        second = watching(s, job_id, every_iterations=5)
-        third = watching(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
+        first, job_id = await start_detachable(s, engine, detachable_spec(60, every_iterations=5))
+        second = watch(s, job_id, every_iterations=5)
+        third = watch(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
         await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 3)
         engine.go.set()
         heard = await asyncio.gather(*map(events_of, (first, second, third)))
@@ -908,13 +798,13 @@ async def test_the_same_request_attaches_to_its_job():
     engine = FakeEngine()
     request_id = str(uuid.uuid4())
     async with serving(engine) as s:
-        first, job_id = await lasting_job(s, engine, request_id=request_id)
-        again = pb.StylizeStreamRequest(spec=lasting(every_iterations=3), request_id=request_id.upper())
+        first, job_id = await start_detachable(s, engine, request_id=request_id)
+        again = pb.StylizeStreamRequest(spec=detachable_spec(every_iterations=3), request_id=request_id.upper())
         second = s.stub.StylizeStream(again)
         accepted = (await second.read()).event.accepted
         assert (accepted.job_id, accepted.attached) == (job_id, True)
-        third = s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
-        other = await refused(s.stub.Stylize(pb.StylizeRequest(spec=lasting(999), request_id=request_id)))
+        third = s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(), request_id=request_id))
+        other = await refused(s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(999), request_id=request_id)))
         assert (other.code, other.ErrorInfo.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_TAKEN")
         assert request_id in other.message and "another spec" in other.message
         assert job_id not in other.message
@@ -922,7 +812,7 @@ async def test_the_same_request_attaches_to_its_job():
         engine.go.set()
         (*_, one), (*_, two), three = await asyncio.gather(events_of(first), events_of(second), third)
         assert one == two and one.result == three.result
-        late = await s.stub.Stylize(pb.StylizeRequest(spec=lasting(), request_id=request_id))
+        late = await s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(), request_id=request_id))
         assert late.accepted.attached and late.result == three.result
     assert len(engine.jobs) == 1
 
@@ -946,10 +836,11 @@ def held(monkeypatch):
 async def test_the_same_request_finds_its_job_while_that_is_being_decoded(held):
     engine, request_id = FakeEngine(), str(uuid.uuid4())
     async with serving(engine) as s:
-        first = s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id))
+        first = s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5), request_id=request_id))
         await until(held.begun.is_set)
         second, third = (
-            s.stub.Stylize(pb.StylizeRequest(spec=lasting(iterations), request_id=request_id)) for iterations in (5, 6)
+            s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(iterations), request_id=request_id))
+            for iterations in (5, 6)
         )
         await until(lambda: len(s.servicer._calls) == 3)
         held.set()
@@ -961,12 +852,12 @@ async def test_the_same_request_finds_its_job_while_that_is_being_decoded(held):
 
 async def test_the_same_request_begins_anew_when_the_first_is_refused_while_it_waits(held):
     engine, request_id = FakeEngine(), str(uuid.uuid4())
-    broken = lasting(5)
+    broken = detachable_spec(5)
     broken.content.data = b"not an image"
     async with serving(engine) as s:
         first = s.stub.Stylize(pb.StylizeRequest(spec=broken, request_id=request_id))
         await until(held.begun.is_set)
-        others = [s.stub.Stylize(pb.StylizeRequest(spec=lasting(5), request_id=request_id)) for _ in range(2)]
+        others = [s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5), request_id=request_id)) for _ in range(2)]
         await until(lambda: len(s.servicer._calls) == 3)
         held.set()
         assert (await refused(first)).code is grpc.StatusCode.INVALID_ARGUMENT
@@ -976,7 +867,7 @@ async def test_the_same_request_begins_anew_when_the_first_is_refused_while_it_w
 
 async def test_a_request_whose_job_failed_begins_anew():
     engine = FakeEngine(fails_at=2, error=errors.EngineFailed())
-    request = pb.StylizeRequest(spec=lasting(5), request_id=str(uuid.uuid4()))
+    request = pb.StylizeRequest(spec=detachable_spec(5), request_id=str(uuid.uuid4()))
     async with serving(engine) as s:
         await refused(s.stub.Stylize(request))
         engine.error = None
@@ -984,17 +875,17 @@ async def test_a_request_whose_job_failed_begins_anew():
         assert not response.accepted.attached and len(engine.jobs) == 2
         (failed,) = [job for job in s.servicer.jobs.newest_first() if job.id != response.accepted.job_id]
         assert await state(s, failed.id) == "FAILED"
-        got = await refused(watching(s, failed.id))
+        got = await refused(watch(s, failed.id))
         assert got.code is grpc.StatusCode.INTERNAL
 
 
 async def test_what_is_wrong_with_an_id_a_grace_or_a_page_is_said():
-    wanted = lasting(grace=duration_pb2.Duration(seconds=601))
+    wanted = detachable_spec(grace=duration_pb2.Duration(seconds=601))
     async with serving(FakeEngine(), list_jobs=True) as s:
         for call, field in (
             (s.stub.Stylize(pb.StylizeRequest(spec=spec(), request_id="my job")), "request_id"),
             (s.stub.Stylize(pb.StylizeRequest(spec=wanted)), "spec.detach_grace"),
-            (watching(s, "x", every_iterations=-1), "frames.every_iterations"),
+            (watch(s, "x", every_iterations=-1), "frames.every_iterations"),
             (s.stub.ListJobs(pb.ListJobsRequest(page_size=-1)), "page_size"),
             (s.stub.ListJobs(pb.ListJobsRequest(page_token="../")), "page_token"),
         ):
@@ -1008,14 +899,14 @@ async def test_what_is_wrong_with_an_id_a_grace_or_a_page_is_said():
 async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
     engine = FakeEngine()
     async with serving(engine, ONE) as s:
-        ahead_id = (await lasting_job(s, engine))[1] if waits else ""
-        call, job_id = await lasting_job(s, engine)
-        other = watching(s, job_id)
+        ahead_id = (await start_detachable(s, engine))[1] if waits else ""
+        call, job_id = await start_detachable(s, engine)
+        other = watch(s, job_id)
         await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 2)
         cancel = pb.CancelJobRequest(job_id=job_id)
         response = await s.stub.CancelJob(cancel)
         assert response.job.state == pb.JOB_STATE_CANCELLED
-        for watcher in (call, other, watching(s, job_id)):  # the engine stands still, and nobody waits for it
+        for watcher in (call, other, watch(s, job_id)):  # the engine stands still, and nobody waits for it
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await events_of(watcher)
             assert caught.value.code() is grpc.StatusCode.ABORTED
@@ -1035,24 +926,24 @@ async def test_cancelling_a_finished_job_leaves_its_result():
         job_id = (await s.stub.Stylize(pb.StylizeRequest(spec=spec()))).accepted.job_id
         response = await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
         assert response.job.state == pb.JOB_STATE_SUCCEEDED
-        assert (await events_of(watching(s, job_id)))[-1].HasField("result")
+        assert (await events_of(watch(s, job_id)))[-1].HasField("result")
 
 
 async def test_a_watcher_of_a_cancelled_job_gets_the_reason():
     engine = FakeEngine()
     async with serving(engine) as s:
-        call, job_id = await lasting_job(s, engine)
+        call, job_id = await start_detachable(s, engine)
         call.cancel()
         await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
-        got = await refused(watching(s, job_id))
+        got = await refused(watch(s, job_id))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.ABORTED, "CANCELLED")
 
 
 async def test_get_job_says_how_a_job_stands():
     engine = FakeEngine()
     async with serving(engine, ONE) as s:
-        _first, running_id = await lasting_job(s, engine)
-        _second, queued_id = await lasting_job(s, engine)
+        _first, running_id = await start_detachable(s, engine)
+        _second, queued_id = await start_detachable(s, engine)
 
         async def get(job_id):
             return (await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))).job
@@ -1080,7 +971,7 @@ async def test_a_job_that_is_not_there_is_not_found():
         for call in (
             s.stub.GetJob(pb.GetJobRequest(job_id="nope")),
             s.stub.CancelJob(pb.CancelJobRequest(job_id="nope")),
-            watching(s, "nope"),
+            watch(s, "nope"),
         ):
             got = await refused(call)
             assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
@@ -1114,12 +1005,12 @@ async def test_a_list_has_pages_newest_first():
 async def test_a_job_with_a_grace_goes_on_without_its_client():
     engine = FakeEngine()
     async with serving(engine) as s:
-        call, job_id = await lasting_job(s, engine)
+        call, job_id = await start_detachable(s, engine)
         call.cancel()
         await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
         response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
         assert response.job.state == pb.JOB_STATE_RUNNING and response.job.HasField("expire_time")
-        watcher = watching(s, job_id)
+        watcher = watch(s, job_id)
         assert (await watcher.read()).event.HasField("accepted")
         response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
         assert not response.job.HasField("expire_time")
@@ -1127,7 +1018,7 @@ async def test_a_job_with_a_grace_goes_on_without_its_client():
         await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
         engine.go.set()
         await until(lambda: s.scheduler.running == 0)
-        (*_, last) = await events_of(watching(s, job_id))
+        (*_, last) = await events_of(watch(s, job_id))
         assert last.result.iterations == 1000
 
 
@@ -1225,7 +1116,7 @@ async def test_a_unary_call_whose_connection_is_cut_is_sent_again_and_finds_its_
 async def test_a_job_whose_grace_is_over_is_stopped():
     engine = FakeEngine()
     async with serving(engine) as s:
-        call, job_id = await lasting_job(s, engine, lasting(grace=QUICK))
+        call, job_id = await start_detachable(s, engine, detachable_spec(grace=SHORT_GRACE))
         call.cancel()
         await until(lambda: s.servicer.jobs.find(job_id).cancelled)
         await stopped(s, engine)
@@ -1235,9 +1126,9 @@ async def test_a_job_whose_grace_is_over_is_stopped():
 async def test_without_a_grace_a_second_watcher_keeps_the_job():
     engine = FakeEngine()
     async with serving(engine) as s:
-        first = await begun(s, engine)
+        first = await start_stream(s, engine)
         (job,) = s.servicer.jobs.newest_first()
-        second = watching(s, job.id)
+        second = watch(s, job.id)
         assert (await second.read()).event.HasField("accepted")
         first.cancel()
         await until(lambda: len(job._watchers) == 1)
@@ -1250,17 +1141,17 @@ async def test_without_a_grace_a_second_watcher_keeps_the_job():
 async def test_a_job_that_waits_hears_its_position():
     engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
     async with serving(engine, ONE) as s:
-        running, _ = await lasting_job(s, engine, lasting(3))
-        second, second_id = await lasting_job(s, engine, lasting(3))
-        third, _ = await lasting_job(s, engine, lasting(3))
+        running, _ = await start_detachable(s, engine, detachable_spec(3))
+        second, second_id = await start_detachable(s, engine, detachable_spec(3))
+        third, _ = await start_detachable(s, engine, detachable_spec(3))
         await s.stub.CancelJob(pb.CancelJobRequest(job_id=second_id))
         assert (await third.read()).event.waiting.queue_position == 1
-        fourth, fourth_id = await lasting_job(s, engine, lasting(3))
+        fourth, fourth_id = await start_detachable(s, engine, detachable_spec(3))
         assert (await s.stub.GetJob(pb.GetJobRequest(job_id=fourth_id))).job.queue_position == 2
         engine.go.set()
         told = await events_of(fourth)
         assert [e.waiting.queue_position for e in told if e.HasField("waiting")][-1:] in ([], [1])
-        replayed = await events_of(watching(s, fourth_id))
+        replayed = await events_of(watch(s, fourth_id))
         assert replayed[0].accepted.queue_position == 2
         assert [e.waiting.queue_position for e in replayed if e.HasField("waiting")] == [1]
         await asyncio.gather(events_of(running), events_of(third))
@@ -1270,10 +1161,10 @@ async def test_a_job_that_waits_hears_its_position():
 
 async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
     engine = NoisyEngine(512, iteration_s=0.005)
-    wanted = lasting(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
+    wanted = detachable_spec(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
     async with (
         serving(engine, Limits(max_blocked_s=1)) as s,
-        grpc.aio.insecure_channel(s.address, options=[*LARGE, ("grpc.http2.bdp_probe", 0)]) as channel,
+        grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]) as channel,
     ):
         slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
         job_id = (await slow.read()).event.accepted.job_id
@@ -1285,7 +1176,7 @@ async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
             await events_of(slow)
         assert caught.value.code() is grpc.StatusCode.ABORTED
         assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
-        (*_, last) = await events_of(watching(s, job_id))
+        (*_, last) = await events_of(watch(s, job_id))
         assert last.result.iterations == 400
 
 

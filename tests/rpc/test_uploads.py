@@ -11,8 +11,10 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images.upload_store import Upload, Uploads
-from tests.rpc.test_servicer import png, refused, serving, spec
 from tests.support.engines import FakeEngine
+from tests.support.pictures import png
+from tests.support.serving import refused, serving
+from tests.support.specs import spec
 
 
 def digest(data):

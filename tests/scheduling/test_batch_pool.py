@@ -3,8 +3,8 @@ import pytest
 from gramophone_server.errors import OutOfDeviceMemory
 from gramophone_server.scheduling.batch_pool import BatchPool, Seat, widths
 from gramophone_server.scheduling.throughput import ThroughputModel
-from tests.scheduling.test_scheduler import work
 from tests.support.engines import FakeEngine
+from tests.support.specs import job_state
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def arranged(lanes, seats, rounds=1):
 
 
 def seats(jobs, **recipe):
-    return [Seat(work(iterations=1000, **recipe)) for _ in range(jobs)]
+    return [Seat(job_state(iterations=1000, **recipe)) for _ in range(jobs)]
 
 
 def note(pace, shape, slots, seconds):
@@ -92,7 +92,7 @@ def test_iterations_that_are_long_already_are_not_shared():
 def test_jobs_of_other_shapes_have_other_lanes_and_move_when_their_scale_ends():
     lanes = BatchPool(FakeEngine(), ThroughputModel())
     (small,) = seats(1)
-    larger = Seat(work(iterations=3, smallest_size=45, coarse_iterations=2))
+    larger = Seat(job_state(iterations=3, smallest_size=45, coarse_iterations=2))
     both = [small, larger]
     lanes.arrange(both)
     assert small.lane is not larger.lane

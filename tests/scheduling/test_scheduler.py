@@ -8,12 +8,9 @@ import types
 import pytest
 import torch
 
-from gramophone.recipe import Recipe
 from gramophone_server.config import Limits
 from gramophone_server.domain.commands import Pause
 from gramophone_server.domain.events import Accepted, Finished, Frame, Picture, Progress, StopReason, Waiting
-from gramophone_server.domain.job import StyleJob
-from gramophone_server.domain.job_state import JobState
 from gramophone_server.errors import (
     DeadlineUnattainable,
     Diverged,
@@ -28,14 +25,9 @@ from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.mailbox import FrameRule, Mailbox
 from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.scheduling.scheduler import Scheduler
+from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
-
-
-def work(iterations=3, **recipe):
-    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
-    image = torch.zeros(3, 32, 64, dtype=torch.uint8)
-    job = StyleJob(recipe=Recipe(**recipe), content=image, styles=(image,), style_weights=(1.0,), start=None, seed=1)
-    return JobState(job)
+from tests.support.specs import job_state
 
 
 @contextlib.asynccontextmanager
@@ -53,7 +45,7 @@ async def scheduling(engine, max_running=1, **limits):
 
 def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None):
     """A job with one watcher."""
-    job, reservation = job or work(), reservation or scheduler.reserve()
+    job, reservation = job or job_state(), reservation or scheduler.reserve()
     listener = JobRegistry(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
     watcher = listener.watch(frames)
     assert listener.admit(job)
@@ -68,15 +60,9 @@ async def kinds(job):
     return [type(event).__name__ async for _, event in job.events()]
 
 
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_a_job_is_accepted_reported_and_finished():
     async with scheduling(FakeEngine()) as scheduler:
-        job = submit(scheduler, work(iterations=4, smallest_size=45, coarse_iterations=2))
+        job = submit(scheduler, job_state(iterations=4, smallest_size=45, coarse_iterations=2))
         events = [event async for event in job.events()]
     numbers = [number for number, _ in events]
     assert numbers == sorted(set(numbers))
@@ -120,7 +106,7 @@ async def test_a_failed_start_reaches_whoever_waits_for_it():
 
 async def test_speed_and_time_left_are_measured():
     async with scheduling(FakeEngine(iteration_s=0.01)) as scheduler:
-        progress = [e async for _, e in submit(scheduler, work(10)).events() if isinstance(e, Progress)]
+        progress = [e async for _, e in submit(scheduler, job_state(10)).events() if isinstance(e, Progress)]
     last = progress[-1]
     assert 1 < last.iterations_per_second <= 100
     assert last.time_left_s == 0
@@ -189,7 +175,7 @@ async def test_a_used_place_is_not_given_back_before_its_job_has_ended():
 async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs():
     engine = FakeEngine(iteration_s=0.02)
     async with scheduling(engine, max_queued=0) as scheduler:
-        job = submit(scheduler, work(iterations=1000))
+        job = submit(scheduler, job_state(iterations=1000))
         async for _, event in job.events():
             if isinstance(event, Progress) and event.report.iteration >= 3:
                 break
@@ -202,7 +188,7 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
 async def test_those_whose_images_are_being_decoded_are_reckoned_with():
     engine = FakeEngine()
     engine.go.clear()
-    job = work(iterations=10)
+    job = job_state(iterations=10)
     asked = job.pixels_left, job.shape, 0.0
     async with scheduling(engine) as scheduler:
         scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
@@ -229,18 +215,18 @@ def require_time(scheduler, *asked):
 
 
 async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
-    engine, one = FakeEngine(iteration_s=0.01), work(1)
+    engine, one = FakeEngine(iteration_s=0.01), job_state(1)
     pixels, shape = 64 * 32, one.shape
     async with scheduling(engine) as scheduler:
         require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so nothing is known
-        await kinds(submit(scheduler, work(10)))
+        await kinds(submit(scheduler, job_state(10)))
         require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
         with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
             require_time(scheduler, 1000 * pixels, shape, 0.0, 9)
         assert alone.value.retry_after_s is None  # it takes 10 s by itself
         require_time(scheduler, 1000 * pixels, shape, 5.0, 9)  # its time budget ends it before
 
-        long = submit(scheduler, work(100_000))
+        long = submit(scheduler, job_state(100_000))
         await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
         with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
             require_time(scheduler, pixels, shape, 0.5, 60)
@@ -251,9 +237,9 @@ async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_take
 async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
     engine = FakeEngine(memory_bytes=1000 * 64 * 32)
     async with scheduling(engine) as scheduler:
-        scheduler.require_memory(work().shape)
+        scheduler.require_memory(job_state().shape)
         with pytest.raises(OutOfDeviceMemory, match="too little memory for a 128x64 picture"):
-            scheduler.require_memory(work(size=128).shape)
+            scheduler.require_memory(job_state(size=128).shape)
         assert scheduler.queued == 0
 
 
@@ -277,7 +263,7 @@ async def test_cancel_stops_a_running_job_within_an_iteration():
     engine = FakeEngine()
     engine.go.clear()
     async with scheduling(engine) as scheduler:
-        job = submit(scheduler, work(iterations=1000))
+        job = submit(scheduler, job_state(iterations=1000))
         await until(engine.under_way.is_set)
         job.cancel()
         engine.go.set()
@@ -306,7 +292,7 @@ async def test_cancel_takes_a_waiting_job_out_of_the_queue():
 async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
     engine = FakeEngine()
     async with scheduling(engine) as scheduler:
-        job = submit(scheduler, work(iterations=500), FrameRule())
+        job = submit(scheduler, job_state(iterations=500), FrameRule())
         await until(lambda: scheduler.running == 0 and engine.iterations == 500)  # without a single read
         events = [event async for _, event in job.events()]
     assert [type(e) for e in events] == [Accepted, Frame, Progress, Finished]
@@ -317,7 +303,7 @@ async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
 async def test_frames_come_at_their_iterations_and_no_more_often_than_their_interval():
     engine = FakeEngine(iteration_s=0.002)
     async with scheduling(engine) as scheduler:
-        job = submit(scheduler, work(iterations=200), FrameRule(every_iterations=7, min_interval_s=0.0))
+        job = submit(scheduler, job_state(iterations=200), FrameRule(every_iterations=7, min_interval_s=0.0))
         frames = [event async for _, event in job.events() if isinstance(event, Frame)]
     assert len(frames) >= 2
     assert all(frame.iteration % 7 == 0 for frame in frames)
@@ -331,7 +317,7 @@ async def test_frames_come_at_their_iterations_and_no_more_often_than_their_inte
 async def test_no_frames_unless_asked_for():
     engine = FakeEngine()
     async with scheduling(engine) as scheduler:
-        assert "Frame" not in await kinds(submit(scheduler, work(iterations=50)))
+        assert "Frame" not in await kinds(submit(scheduler, job_state(iterations=50)))
     assert len(engine.taken_at) == 1
 
 
@@ -434,7 +420,7 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
     engine = FakeEngine()
     engine.go.clear()
     async with scheduling(engine) as scheduler:
-        running, queued = submit(scheduler, work(iterations=10_000)), submit(scheduler)
+        running, queued = submit(scheduler, job_state(iterations=10_000)), submit(scheduler)
         await until(engine.under_way.is_set)
         reserved = scheduler.reserve()
         await scheduler.drain(within_s=0.01)
@@ -450,7 +436,7 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
 
 async def test_a_job_that_pauses_holds_up_no_drain():
     async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
-        job = submit(scheduler, work(iterations=100_000))
+        job = submit(scheduler, job_state(iterations=100_000))
         await until(lambda: job.work.done)
         draining = asyncio.create_task(scheduler.drain(60))
         await asyncio.sleep(0.05)
@@ -460,7 +446,7 @@ async def test_a_job_that_pauses_holds_up_no_drain():
 
 async def test_a_pause_does_not_outlast_a_time_budget():
     async with scheduling(FakeEngine(iteration_s=0.005), max_running=2) as scheduler:
-        job = submit(scheduler, work(iterations=100_000, time_budget=2.0))
+        job = submit(scheduler, job_state(iterations=100_000, time_budget=2.0))
         await until(lambda: job.work.done)
         await scheduler.command(job.listener, Pause())
         done, began = job.work.done, time.monotonic()
@@ -472,7 +458,7 @@ async def test_a_pause_does_not_outlast_a_time_budget():
 
 async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeypatch, caplog):
     async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
-        running, queued = submit(scheduler, work(iterations=100_000)), submit(scheduler)
+        running, queued = submit(scheduler, job_state(iterations=100_000)), submit(scheduler)
         await until(lambda: running.work.done)
         monkeypatch.setattr(scheduler._line, "tell", None)
         await asyncio.wait_for(scheduler.ended(), 5)
@@ -487,10 +473,13 @@ async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeyp
 async def test_a_lost_device_ends_everything_and_hands_out_no_more_places(caplog):
     engine = FakeEngine(fails_at=5, error=RuntimeError("an illegal memory access was encountered"), iteration_s=0.001)
     async with scheduling(engine, max_running=2) as scheduler:
-        other = submit(scheduler, work(iterations=4, size=60))
+        other = submit(scheduler, job_state(iterations=4, size=60))
         await kinds(other)
         engine.device_error = engine.error
-        broken, waiting = submit(scheduler, work(iterations=10)), submit(scheduler, work(iterations=4, size=62))
+        broken, waiting = (
+            submit(scheduler, job_state(iterations=10)),
+            submit(scheduler, job_state(iterations=4, size=62)),
+        )
         with pytest.raises(EngineFailed):
             await kinds(broken)
         with contextlib.suppress(ShuttingDown):  # it may have been done before
@@ -524,7 +513,7 @@ async def test_a_job_that_is_cancelled_while_it_is_being_paused_gives_its_place_
     """Its tensors take a while to be handed over, and it must not stand still for ten minutes with nobody to wake it."""
     engine, loop = FakeEngine(iteration_s=0.001), asyncio.get_running_loop()
     async with scheduling(engine) as scheduler:
-        job = submit(scheduler, work(iterations=100_000))
+        job = submit(scheduler, job_state(iterations=100_000))
         cancelled = threading.Event()
         hand_over = FakeBatch.leave
 

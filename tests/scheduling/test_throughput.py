@@ -3,7 +3,7 @@ import pytest
 from gramophone.recipe import Recipe
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.scheduling.throughput import ThroughputModel, forecast
-from tests.scheduling.test_scheduler import work
+from tests.support.specs import job_state
 
 SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
 
@@ -11,7 +11,7 @@ SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
 def test_nothing_is_guessed_before_anything_was_measured():
     pace = ThroughputModel()
     assert pace.iteration_s(SMALL, 1) is pace.gain(SMALL, 1) is pace.job_s(SMALL) is None
-    assert pace.left_s(JobState(work().job)) is None
+    assert pace.left_s(JobState(job_state().job)) is None
 
 
 def test_a_job_costs_its_part_of_the_widest_batch_and_unknown_sizes_cost_their_pixels():
@@ -79,7 +79,7 @@ def test_sizes_without_end_take_no_memory_without_end():
 
 
 def test_what_is_left_is_summed_over_the_scales():
-    pace, job = ThroughputModel(), work(iterations=4, smallest_size=45, coarse_iterations=2)
+    pace, job = ThroughputModel(), job_state(iterations=4, smallest_size=45, coarse_iterations=2)
     at_64, at_45 = (Shape.of(job.recipe, height, width) for width, height in ((64, 32), (45, 22)))
     pace.note(at_64, 1, 1, 0.3)
     pace.note(at_45, 1, 1, 0.1)

@@ -6,7 +6,7 @@ from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import TOLD_EVERY_S, WaitingQueue
 from gramophone_server.scheduling.worker import Task
-from tests.scheduling.test_scheduler import work
+from tests.support.specs import job_state
 
 
 class Heard(list):
@@ -17,7 +17,7 @@ class Heard(list):
 
 
 def waiting(must_begin_at=math.inf, left_s=None, iterations=10):
-    return Task(work=work(iterations), listener=Heard(), must_begin_at=must_begin_at, left_s=left_s)
+    return Task(work=job_state(iterations), listener=Heard(), must_begin_at=must_begin_at, left_s=left_s)
 
 
 def test_who_must_begin_earlier_is_before_who_came_earlier_and_equals_stay_in_order():

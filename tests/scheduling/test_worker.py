@@ -12,9 +12,9 @@ from gramophone_server.scheduling import batch_pool
 from gramophone_server.scheduling import worker as module
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.worker import Task, Worker
-from tests.scheduling.test_scheduler import work
 from tests.support import engines as fakes
 from tests.support.engines import CHECKPOINTS, FakeEngine
+from tests.support.specs import job_state
 
 MOST = 2**20
 
@@ -78,7 +78,7 @@ class Heard:
 
 def task(iterations=10, **recipe):
     budget_at = clock.monotonic() + recipe["time_budget"] if "time_budget" in recipe else math.inf
-    return Task(work=work(iterations, **recipe), listener=Heard(), budget_at=budget_at)
+    return Task(work=job_state(iterations, **recipe), listener=Heard(), budget_at=budget_at)
 
 
 def worker_of(engine, *tasks):

@@ -11,8 +11,10 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.errors import StartupError
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
-from tests.rpc.test_servicer import begun, refused, serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.serving import refused, serving, start_stream
+from tests.support.specs import spec
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -86,7 +88,7 @@ async def test_a_client_that_leaves_has_a_line_too(tmp_path):
     path, engine = tmp_path / "access.log", FakeEngine()
     access = AccessLog(str(path))
     async with serving(engine, access=access) as s:
-        (await begun(s, engine)).cancel()
+        (await start_stream(s, engine)).cancel()
         await until(lambda: lines(path))
     access.close()
     assert [(line["method"], line["code"], line["reason"]) for line in lines(path)] == [

@@ -5,8 +5,10 @@ from pathlib import Path
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.telemetry.health import Vitals
 from gramophone_server.telemetry.metrics import Metrics
-from tests.rpc.test_servicer import serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.serving import serving
+from tests.support.specs import spec
 
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana.json"
 NAME = re.compile(r"\b(?:grpc_server|gramophone|process)_[a-z_]+\b")

@@ -7,8 +7,10 @@ from gramophone_server.config import Limits
 from gramophone_server.telemetry import health
 from gramophone_server.telemetry.health import Vitals
 from gramophone_server.telemetry.metrics import Metrics
-from tests.rpc.test_servicer import begun, serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.serving import serving, start_stream
+from tests.support.specs import spec
 
 
 def watched(s, metrics):
@@ -23,7 +25,7 @@ async def test_the_gauges_tell_what_is_there():
         def value(name, **labels):
             return metrics.registry.get_sample_value(f"gramophone_{name}", labels)
 
-        running = await begun(s, engine)
+        running = await start_stream(s, engine)
         waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
         await waiting.read()
         assert [value("jobs", state=state) for state in ("queued", "running", "paused")] == [1, 1, 0]
@@ -66,7 +68,7 @@ async def test_a_compute_thread_that_does_not_come_back_is_an_illness(monkeypatc
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
         v = watched(s, metrics)
-        call = await begun(s, engine)
+        call = await start_stream(s, engine)
         await until(lambda: v.illness())
         assert v.illness() == v.absence() == "the compute thread has been in one iteration for 0 s"
         call.cancel()

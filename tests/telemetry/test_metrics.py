@@ -7,8 +7,10 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.errors import Diverged
 from gramophone_server.telemetry.metrics import METHODS, Metrics, size_class
-from tests.rpc.test_servicer import begun, refused, serving, spec, until
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.serving import refused, serving, start_stream
+from tests.support.specs import spec
 
 SERVICE = "gramophone.v1.StyleTransferService"
 KINDS = {"Stylize": "unary", "StylizeStream": "server_stream", "UploadImage": "client_stream"}
@@ -113,7 +115,7 @@ async def test_every_message_of_a_client_is_counted():
 async def test_a_stream_that_its_client_leaves_is_counted_by_how_it_left(deadline_s, cancels, code):
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
-        call = await begun(s, engine, timeout=deadline_s)
+        call = await start_stream(s, engine, timeout=deadline_s)
         if cancels:
             call.cancel()
         await until(lambda: rpcs(metrics, "handled_total", "StylizeStream", grpc_code=code) == 1)
@@ -136,7 +138,7 @@ async def test_refusals_are_counted_by_reason_and_are_no_jobs():
     async with serving(engine, Limits(max_running=1, max_queued=0), metrics=metrics) as s:
         await refused(s.stub.Stylize(pb.StylizeRequest(spec=pb.JobSpec())))
         await until(lambda: value(metrics, "admission_rejected_total", reason="INVALID_REQUEST") == 1)
-        running = await begun(s, engine)
+        running = await start_stream(s, engine)
         await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
         assert value(metrics, "admission_rejected_total", reason="QUEUE_FULL") == 1
         assert value(metrics, "job_seconds_count") == 0
@@ -187,7 +189,7 @@ async def test_whatever_callers_choose_the_series_stay_as_many():
 async def test_a_queued_jobs_wait_is_measured_from_its_request():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, Limits(max_running=1), metrics=metrics) as s:
-        running = await begun(s, engine)
+        running = await start_stream(s, engine)
         waiting = asyncio.ensure_future(s.stub.Stylize(pb.StylizeRequest(spec=spec(iterations=1))))
         await until(lambda: s.scheduler.queued == 1)
         await asyncio.sleep(0.2)
