@@ -34,66 +34,19 @@ from gramophone_server.errors import (
     TooManyWatchers,
 )
 from gramophone_server.images.codec import Encoding, Format
-from gramophone_server.jobs import job as jobs_module
+from gramophone_server.jobs import job as job_module
 from gramophone_server.jobs.event_log import LOG_LENGTH
 from gramophone_server.jobs.job import JobPhase
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
 from gramophone_server.jobs.registry import JobRegistry
+from tests.support.clock import ManualClock, ManualLoop
 
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
 
 
-class Timer:
-    """What `call_later` gives."""
-
-    def __init__(self, at, call):
-        self.at, self.call, self.cancelled = at, call, False
-
-    def cancel(self):
-        self.cancelled = True
-
-
-class Loop:
-    """The part of an event loop that jobs use: `pass_s` moves its time."""
-
-    def __init__(self):
-        self.now = 1000.0
-        self.wall = 5000.0  # what the machine's clock is ahead of `now`
-        self.timers = []
-        self.soon = []
-
-    def time(self):
-        return self.now
-
-    def call_later(self, after_s, call):
-        self.timers.append(Timer(self.now + after_s, call))
-        return self.timers[-1]
-
-    def call_soon_threadsafe(self, call, *arguments):
-        self.soon.append((call, arguments))
-
-    def pass_s(self, seconds=0.0):
-        until = self.now + seconds
-        while True:
-            while self.soon:
-                call, arguments = self.soon.pop(0)
-                call(*arguments)
-            timer = min((t for t in self.live if t.at <= until), key=lambda t: t.at, default=None)
-            if timer is None:
-                break
-            self.timers.remove(timer)
-            self.now = timer.at
-            timer.call()
-        self.now = until
-
-    @property
-    def live(self):
-        return [timer for timer in self.timers if not timer.cancelled]
-
-
 @pytest.fixture
 def loop():
-    return Loop()
+    return ManualLoop(ManualClock(1000.0, epoch_s=5000.0))
 
 
 @pytest.fixture
@@ -103,17 +56,17 @@ def registry(loop):
     def make(**limits):
         withdrawn = []
         scheduler = types.SimpleNamespace(withdrawn=withdrawn, withdraw=withdrawn.append)
-        return JobRegistry(scheduler, Limits(**limits), loop=loop, clock=lambda: loop.wall + loop.now)
+        return JobRegistry(scheduler, Limits(**limits), loop=loop, clock=loop.clock.time)
 
     return make
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The monotonic clock of frames, in a list of one."""
-    now = [0.0]
-    monkeypatch.setattr(jobs_module, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
-    return now
+    """The monotonic clock of frames and checkpoints."""
+    clock = ManualClock()
+    monkeypatch.setattr(job_module, "time", clock)
+    return clock
 
 
 def work(width=64, height=32):
@@ -211,7 +164,7 @@ def test_only_the_newest_frame_is_kept_and_only_for_who_wants_frames(registry, c
     job.leave(job.watch())
     eye = job.watch(FrameRule())
     for iteration in (1, 2, 3):
-        clock[0] += 1.0
+        clock.advance(1.0)
         job.publish(progress(iteration))
         job.offer_frame(iteration, lambda: torch.zeros)
         unread(eye)
@@ -226,7 +179,7 @@ def test_the_last_good_picture_outlives_a_divergence_for_everybody(registry, loo
     job, watcher = create(registry())
     job.publish(Frame(3, picture()))
     job.fail(Diverged(4))
-    loop.pass_s()
+    loop.advance()
     assert kinds(watcher)[-1] == kinds(job.watch())[-1] == "Frame"
 
 
@@ -242,7 +195,7 @@ def test_one_picture_is_taken_for_all_who_are_due_one(registry, clock):
         return lambda: torch.zeros(32, 64, 3, dtype=torch.uint8)
 
     for iteration in range(1, 8):
-        clock[0] += 1.0
+        clock.advance(1.0)
         job.offer_frame(iteration, take)
         for name, watcher in (("even", even), ("third", third)):
             seen[name] += [(event.iteration, event.picture) for _, event in unread(watcher) if isinstance(event, Frame)]
@@ -281,7 +234,7 @@ def test_nothing_happens_after_the_end(registry, loop):
     job.fail(EngineFailed())
     job.started()
     job.cancel()
-    loop.pass_s()
+    loop.advance()
     assert (job.state, job.result, job.started_at) == (JobPhase.CANCELLED, None, None)
     assert isinstance(job.error, Cancelled)
     assert kinds(watcher) == ["Accepted"]
@@ -312,7 +265,7 @@ def test_a_job_is_what_its_controller_has_made_of_it(registry, loop):
     job.publish(Resumed(3))
     assert job.state is JobPhase.QUEUED  # others may be before it
     began_at = job.started_at
-    loop.pass_s(5)
+    loop.advance(5)
     job.started()
     assert (job.state, job.started_at) == (JobPhase.RUNNING, began_at)
     for iteration in range(LOG_LENGTH):
@@ -328,7 +281,7 @@ def test_a_job_is_what_its_controller_has_made_of_it(registry, loop):
 
 def see(job, clock, iteration):
     """Whether a picture was taken for somebody, a second later."""
-    clock[0] += 1.0
+    clock.advance(1.0)
     taken = []
     job.offer_frame(iteration, lambda: taken.append(iteration))
     return bool(taken)
@@ -376,7 +329,7 @@ def test_the_last_good_picture_needs_no_credit(registry, clock):
 
 def save(job, clock, iteration, after_s):
     """Of which kinds the state was taken."""
-    clock[0] += after_s
+    clock.advance(after_s)
     taken = []
 
     def take(light):
@@ -492,34 +445,34 @@ def test_a_grace_is_waited_for_and_a_watcher_that_comes_back_ends_it(registry, l
     job, watcher = create(jobs, grace_s=10.0)
     for _ in range(3):
         job.leave(watcher)
-        assert job.expires_at == 5000 + loop.now + 10
-        loop.pass_s(9.0)
+        assert job.expires_at == 5000 + loop.time() + 10
+        loop.advance(9.0)
         assert not job.ended
         watcher = job.watch()
-        assert job.expires_at is None and loop.live == []
-        loop.pass_s(20.0)
+        assert job.expires_at is None and loop.timers == []
+        loop.advance(20.0)
     job.leave(watcher)
-    loop.pass_s(9.9)
+    loop.advance(9.9)
     assert not job.ended
-    loop.pass_s(0.2)
+    loop.advance(0.2)
     assert job.cancelled
-    assert jobs.find(job.id).expires_at == pytest.approx(5000 + loop.now + 600, abs=1)
+    assert jobs.find(job.id).expires_at == pytest.approx(5000 + loop.time() + 600, abs=1)
 
 
 def test_a_job_that_ends_alone_is_kept_from_its_end(registry, loop):
     jobs = registry(max_kept_s=60)
     job, watcher = create(jobs, grace_s=10.0)
     job.leave(watcher)
-    loop.pass_s(5)
+    loop.advance(5)
     job.publish(finished())
-    loop.pass_s(30)  # its grace is over, which is nothing to it
+    loop.advance(30)  # its grace is over, which is nothing to it
     assert job.state is JobPhase.SUCCEEDED and jobs.scheduler.withdrawn == []
     assert jobs.find(job.id) is job
     late = job.watch()
     assert kinds(late) == ["Accepted", "Finished"]
     job.leave(late)
-    assert len(loop.live) == 1
-    loop.pass_s(30)
+    assert len(loop.timers) == 1
+    loop.advance(30)
     with pytest.raises(JobNotFound):
         jobs.find(job.id)
 
@@ -539,30 +492,30 @@ def test_a_job_that_ends_alone_is_kept_from_its_end(registry, loop):
 def test_a_job_that_ended_is_kept_for_a_while(registry, loop, end, state):
     jobs = registry(max_kept_s=60)
     job, _ = create(jobs)
-    loop.pass_s(1000)
+    loop.advance(1000)
     end(job)
-    loop.pass_s()
-    assert (job.state, job.ended_at, job.expires_at) == (state, 5000 + loop.now, 5000 + loop.now + 60)
-    loop.pass_s(59)
+    loop.advance()
+    assert (job.state, job.ended_at, job.expires_at) == (state, 5000 + loop.time(), 5000 + loop.time() + 60)
+    loop.advance(59)
     assert jobs.find(job.id) is job
-    loop.pass_s(1.5)
-    assert len(jobs) == 0 and loop.live == []
+    loop.advance(1.5)
+    assert len(jobs) == 0 and loop.timers == []
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_clock_that_is_set_moves_none_of_a_jobs_times(registry, loop, hours):
     jobs = registry(max_kept_s=60)
     job, _ = create(jobs)
-    loop.pass_s(1)
+    loop.advance(1)
     job.started()
-    loop.wall += hours * 3600
-    loop.pass_s(2)
+    loop.clock.epoch_s += hours * 3600
+    loop.advance(2)
     job.publish(finished())
-    loop.pass_s()
+    loop.advance()
     assert (job.created_at, job.started_at, job.ended_at, job.expires_at) == (6000, 6001, 6003, 6063)
-    loop.pass_s(59)
+    loop.advance(59)
     assert jobs.find(job.id) is job
-    assert create(jobs)[0].created_at == 5000 + hours * 3600 + loop.now  # the next one goes by the clock as it is
+    assert create(jobs)[0].created_at == 5000 + hours * 3600 + loop.time()  # the next one goes by the clock as it is
 
 
 def test_the_one_that_ended_first_makes_room(registry, loop):
@@ -571,26 +524,26 @@ def test_the_one_that_ended_first_makes_room(registry, loop):
     running, *others = made
     for job in reversed(others):
         job.publish(finished())
-        loop.pass_s()
+        loop.advance()
     assert list(jobs.newest_first()) == [others[1], others[0], running]
     running.publish(finished())
-    loop.pass_s()
+    loop.advance()
     assert list(jobs.newest_first()) == [others[0], running]
-    assert len(loop.live) == 2
+    assert len(loop.timers) == 2
 
 
 def test_room_is_counted_in_bytes_of_results_too(registry, loop):
     jobs = registry(max_kept_bytes=2 * 3 * 64 * 32)
     failed, _ = create(jobs)
     failed.fail(EngineFailed())  # has no picture, so it takes no room
-    loop.pass_s()
+    loop.advance()
     first, second, third = (create(jobs)[0] for _ in range(3))
     for job in (first, second):
         job.publish(finished())
-        loop.pass_s()
+        loop.advance()
     assert len(jobs) == 4
     third.publish(finished())
-    loop.pass_s()
+    loop.advance()
     assert set(jobs.newest_first()) == {second, third}
 
 
@@ -598,8 +551,8 @@ def test_a_result_larger_than_all_room_is_not_kept(registry, loop):
     jobs = registry(max_kept_bytes=100)
     job, watcher = create(jobs)
     job.publish(finished())
-    loop.pass_s()
-    assert len(jobs) == 0 and loop.live == []
+    loop.advance()
+    assert len(jobs) == 0 and loop.timers == []
     assert kinds(watcher) == ["Accepted", "Finished"]  # who was there has it
 
 
@@ -607,7 +560,7 @@ def test_no_room_keeps_nothing(registry, loop):
     jobs = registry(max_kept=0)
     job, _ = create(jobs, request_id="r")
     job.publish(finished())
-    loop.pass_s()
+    loop.advance()
     assert len(jobs) == 0 and jobs.of_request("r") is None
 
 
@@ -616,8 +569,8 @@ def test_a_job_that_was_refused_is_not_kept(registry, loop):
     job = jobs.create("r", 0.0, Encoding(Format.PNG, 0))
     job.watch()
     job.fail(EngineFailed())
-    loop.pass_s()
-    assert len(jobs) == 0 and jobs.of_request("r") is None and loop.live == []
+    loop.advance()
+    assert len(jobs) == 0 and jobs.of_request("r") is None and loop.timers == []
 
 
 def test_a_closed_registry_has_no_job_and_no_timer(registry, loop):
@@ -625,12 +578,12 @@ def test_a_closed_registry_has_no_job_and_no_timer(registry, loop):
     ended, left, running = (create(jobs, grace_s=10.0) for _ in range(3))
     ended[0].publish(finished())
     left[0].leave(left[1])
-    loop.pass_s()
-    assert len(loop.live) == 2
+    loop.advance()
+    assert len(loop.timers) == 2
     jobs.close()
     running[0].publish(finished())  # the compute thread is a little late
-    loop.pass_s(10_000)
-    assert len(jobs) == 0 and loop.live == []
+    loop.advance(10_000)
+    assert len(jobs) == 0 and loop.timers == []
 
 
 # Request ids ----------------------------------------------------------------------------------------------------------
@@ -643,10 +596,10 @@ def test_a_job_without_a_result_gives_its_request_up(registry, loop, failed):
     assert jobs.of_request("r") is job
     job.fail(EngineFailed() if failed else Cancelled())
     assert jobs.of_request("r") is None  # at once, not when the loop gets to it
-    loop.pass_s(30)
+    loop.advance(30)
     again, _ = create(jobs, request_id="r")
     assert jobs.of_request("r") is again and jobs.find(job.id) is job
-    loop.pass_s(31)  # the first is forgotten, and takes nothing of the second along
+    loop.advance(31)  # the first is forgotten, and takes nothing of the second along
     with pytest.raises(JobNotFound):
         jobs.find(job.id)
     assert jobs.of_request("r") is again
@@ -656,9 +609,9 @@ def test_a_request_finds_the_result_of_its_job_while_that_is_kept(registry, loop
     jobs = registry(max_kept_s=60)
     job, _ = create(jobs, request_id="r")
     job.publish(finished())
-    loop.pass_s(59)
+    loop.advance(59)
     assert jobs.of_request("r") is job
-    loop.pass_s(2)
+    loop.advance(2)
     assert jobs.of_request("r") is None
 
 

@@ -13,26 +13,14 @@ from gramophone_server.scheduling import worker as module
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.worker import Task, Worker
 from tests.support import engines as fakes
+from tests.support.clock import ManualClock
 from tests.support.engines import CHECKPOINTS, FakeEngine
 from tests.support.specs import job_state
 
 MOST = 2**20
 
 
-class Clock:
-    """Goes on by what engines sleep, and by a microsecond with each look, so that nothing depends on the machine."""
-
-    now = 0.0
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-    def monotonic(self):
-        self.now += 1e-6
-        return self.now
-
-
-clock = Clock()
+clock = ManualClock(reading_s=1e-6)  # moved by what engines sleep, so that nothing depends on the machine
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +239,7 @@ def test_a_time_budget_ends_the_run_in_time_with_the_picture_so_far():
 
 def test_a_budget_that_is_over_before_the_job_begins_still_makes_one_iteration():
     one = task(100, time_budget=0.001)
-    clock.sleep(0.01)
+    clock.advance(0.01)
     turns(worker_of(FakeEngine(iteration_s=0.002), one), [one])
     assert one.listener.end.iterations == 1 and one.listener.end.reason is StopReason.TIME_BUDGET
 
@@ -342,7 +330,7 @@ def test_who_waits_for_memory_lets_smaller_ones_begin_for_a_while():
     while not small.over:
         worker.turn(tasks)
     assert large.work.done == 0 < running.work.done
-    clock.sleep(module.LET_BY_S)
+    clock.advance(module.LET_BY_S)
     assert not worker.may_begin(task(5, size=32))
     running.listener.cancelled = True
     turns(worker, [running, large])
@@ -478,7 +466,7 @@ def test_the_speed_of_a_job_that_stood_still_is_that_of_its_iterations():
     for _ in range(5):
         worker.turn([one])
     worker.leave(one)
-    clock.sleep(0.5)
+    clock.advance(0.5)
     worker.begin(one)
     for _ in range(3):
         worker.turn([one])
