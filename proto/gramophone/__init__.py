@@ -1,1 +1,1 @@
-"""Gramophone's contract: the recipe of a picture (`recipe`), the wire format (`v1`), and the way between (`wire`)."""
+"""Gramophone's contract: the recipe of a picture (`recipe`), the wire format (`v1`), and their conversion (`wire`)."""

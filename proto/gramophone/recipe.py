@@ -1,7 +1,7 @@
-"""The recipe: everything a request can say about the optimisation, its presets and its rules.
+"""The recipe: all settings of the optimisation, their presets and their rules.
 
-One frozen value that server and client share. The proto's `Recipe` mirrors it field for field, and so do the flags of
-the command line; defaults, ranges and help texts live here and nowhere else. Standard library only.
+A recipe is one frozen value, shared by server and client. The proto's `Recipe` and the command line's flags mirror it
+field for field. Defaults, ranges and help texts are defined only here. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Normalisation(StrEnum):
-    """What a style layer's squared Gram difference is divided by; `losses.py` of the server has the formulas."""
+    """The divisor of a style layer's squared Gram difference. The formulas are in the server's `engine.losses`."""
 
     NONE = "none"
     GATYS = "gatys"
@@ -38,7 +38,7 @@ class Normalisation(StrEnum):
 
 
 class Pooling(StrEnum):
-    """Pooling of the network: maximum as trained, or average, rescaled to what the next layer was trained on."""
+    """Pooling of the network: maximum, as trained, or average, rescaled to the magnitude that the next layer needs."""
 
     MAX = "max"
     AVERAGE = "average"
@@ -53,7 +53,7 @@ class Start(StrEnum):
 
 
 class Optimiser(StrEnum):
-    """How the pixels follow the gradient."""
+    """The update rule of the pixels."""
 
     GRADIENT_DESCENT = "gradient-descent"
     NORMALISED_DESCENT = "normalised-descent"
@@ -62,40 +62,40 @@ class Optimiser(StrEnum):
 
 
 class LayerWeight(NamedTuple):
-    """A layer of the network and how much it counts, 0 to 1e6."""
+    """A layer of the network and its weight, 0 to 1e6."""
 
     layer: str
     weight: float = 1.0
 
 
 class Range(NamedTuple):
-    """Both ends are allowed."""
+    """The allowed values of a number, both ends included."""
 
     low: float
     high: float
 
 
 class Violation(NamedTuple):
-    """One thing that is wrong with a request: the path of the field and what must be different."""
+    """One invalid field of a request: its path, and the rule that its value breaks."""
 
     field: str
     description: str
 
 
 class InvalidRecipe(ValueError):
-    """A recipe that breaks its rules; `violations` has all of them."""
+    """A recipe that breaks its rules. `violations` lists all of them."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
 
 
-MOST_LAYERS = 16  # VGG-19 has 16 convolutions
-SMALLEST_SCALE = 16  # pixels: the network halves a picture four times
+MAX_LAYERS = 16  # VGG-19 has 16 convolutions
+MIN_SCALE = 16  # pixels; the network halves a picture four times
 LAYER_WEIGHTS = Range(0, 1e6)
 
 
-def _said(default: Any, help_text: str, allowed: Range | None = None) -> Any:
+def _field(default: Any, help_text: str, allowed: Range | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "range": allowed})
 
 
@@ -107,48 +107,48 @@ def _layers(*names: str) -> tuple[LayerWeight, ...]:
 class Recipe:
     """A complete recipe; the defaults are the preset `fast`.
 
-    Building one checks the ranges below and raises `InvalidRecipe` with every violation. Layer names, the largest size
-    and the most iterations belong to a server, so they are checked there.
+    The constructor checks the ranges below and raises `InvalidRecipe` with every violation. Layer names, the largest
+    size and the largest number of iterations depend on the server, which checks them.
     """
 
-    content_layers: tuple[LayerWeight, ...] = _said(
-        _layers("relu4_2"), "layers whose activations are kept, each with a weight"
+    content_layers: tuple[LayerWeight, ...] = _field(
+        _layers("relu4_2"), "layers whose activations are preserved, each with a weight"
     )
-    style_layers: tuple[LayerWeight, ...] = _said(
+    style_layers: tuple[LayerWeight, ...] = _field(
         _layers("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"),
         "layers whose Gram matrices are matched, each with a weight",
     )
-    alpha: float = _said(1.0, "weight of the content", Range(0, 1e15))
-    beta: float = _said(3.0, "weight of the style: the strength of the painting", Range(0, 1e15))
-    tv_weight: float = _said(
+    alpha: float = _field(1.0, "weight of the content", Range(0, 1e15))
+    beta: float = _field(3.0, "weight of the style: the strength of the painting", Range(0, 1e15))
+    tv_weight: float = _field(
         1.0, "weight of the total variation (mean squared difference of neighbouring pixels)", Range(0, 1e15)
     )
-    normalisation: Normalisation = _said(Normalisation.RELATIVE, "what the layers' squared differences are divided by")
-    pooling: Pooling = _said(Pooling.MAX, "pooling of the network")
-    size: int = _said(512, "longest side of the result in pixels", Range(16, 16384))
-    style_scale: float = _said(1.0, "longest side of the style images as a multiple of the picture's", Range(0.1, 4))
-    start: Start = _said(Start.CONTENT, "the picture before the first iteration")
-    optimiser: Optimiser = _said(Optimiser.LBFGS, "how the pixels follow the gradient")
-    step: float = _said(
+    normalisation: Normalisation = _field(Normalisation.RELATIVE, "divisor of the layers' squared differences")
+    pooling: Pooling = _field(Pooling.MAX, "pooling of the network")
+    size: int = _field(512, "longest side of the result in pixels", Range(16, 16384))
+    style_scale: float = _field(1.0, "longest side of the style images as a multiple of the picture's", Range(0.1, 4))
+    start: Start = _field(Start.CONTENT, "the picture before the first iteration")
+    optimiser: Optimiser = _field(Optimiser.LBFGS, "update rule of the pixels")
+    step: float = _field(
         0.02,
         "step of the optimiser, in pixel values of 0 to 1 (with gradient-descent: the factor of the gradient)",
         Range(1e-12, 1e12),
     )
-    iterations: int = _said(30, "iterations at the final size", Range(1, 100_000))
-    coarse_iterations: int = _said(20, "iterations at each coarser scale", Range(1, 100_000))
-    smallest_size: int = _said(
+    iterations: int = _field(30, "iterations at the final size", Range(1, 100_000))
+    coarse_iterations: int = _field(20, "iterations at each coarser scale", Range(1, 100_000))
+    smallest_size: int = _field(
         128,
-        "longest side of the coarsest scale in pixels, 16 or more, each next is sqrt(2) larger; 0: final size only",
+        "longest side of the coarsest scale in pixels, 16 or more; each next one is sqrt(2) larger; 0: final size only",
         Range(0, 16384),
     )
-    average: float = _said(
+    average: float = _field(
         0.0,
-        "decay of the running average of the iterates that becomes the picture; 0: the last iterate",
+        "decay of the running average of the iterates, which becomes the picture; 0: the last iterate",
         Range(0, 0.999),
     )
-    time_budget: float = _said(
+    time_budget: float = _field(
         0.0,
-        "seconds from its acceptance in which the job must end, if need be with the picture so far; 0: no bound",
+        "seconds after its acceptance at which the job ends with the picture so far; 0: no bound",
         Range(0, 86_400),
     )
 
@@ -165,7 +165,7 @@ class Recipe:
         return tuple(reversed(sizes))
 
     def total_iterations(self) -> int:
-        """Iterations over all scales; fewer for a picture so thin that its smallest scales are left out."""
+        """Iterations over all scales. A very thin picture skips its smallest scales and takes fewer."""
         return self.iterations + self.coarse_iterations * (len(self.scale_sizes()) - 1)
 
 
@@ -174,15 +174,15 @@ def _violations(recipe: Recipe) -> Iterable[Violation]:
         value, allowed = getattr(recipe, f.name), f.metadata["range"]
         if allowed is not None and not allowed.low <= value <= allowed.high:  # false for NaN too
             yield Violation(f.name, f"must be between {allowed.low:g} and {allowed.high:g}, got {value:g}")
-    if 0 < recipe.smallest_size < SMALLEST_SCALE:
+    if 0 < recipe.smallest_size < MIN_SCALE:
         yield Violation(
             "smallest_size",
-            f"must be {SMALLEST_SCALE} or more, or 0 to work at the final size only, got {recipe.smallest_size:g}",
+            f"must be {MIN_SCALE} or more, or 0 to work at the final size only, got {recipe.smallest_size:g}",
         )
     for name, weight, weight_name in (("content_layers", recipe.alpha, "alpha"), ("style_layers", recipe.beta, "beta")):
         layers: tuple[LayerWeight, ...] = getattr(recipe, name)
-        if len(layers) > MOST_LAYERS:
-            yield Violation(name, f"must name at most {MOST_LAYERS} layers, got {len(layers)}")
+        if len(layers) > MAX_LAYERS:
+            yield Violation(name, f"must name at most {MAX_LAYERS} layers, got {len(layers)}")
             continue
         if weight > 0 and not layers:
             yield Violation(name, f"must name at least one layer unless {weight_name} is 0")
@@ -196,15 +196,16 @@ def _violations(recipe: Recipe) -> Iterable[Violation]:
 
 
 PRESETS: Mapping[str, Recipe] = {
-    # A good picture in the fewest iterations: with 47 evaluations' worth at 256 px it is past the objective that Adam with
-    # averaging reaches with 113 (benchmarks/RESULTS.md).
+    # A good picture in the fewest iterations. At 256 px, 47 evaluations reach a lower objective than 113 of Adam with
+    # averaging (benchmarks/RESULTS.md).
     "fast": Recipe(),
-    # The best picture: the same, further down, and from a coarser beginning, so that the large shapes move too.
+    # The best picture: the same with more iterations, and from a coarser first scale, so that large shapes move too.
     "quality": Recipe(iterations=150, coarse_iterations=60, smallest_size=90),
-    # The classroom procedure. Two things make it arrive at a picture. The step is in units of the gradient's own size,
-    # since GATYS gradients differ by orders of magnitude between images. And the weights are about the inverse of each
-    # layer's ||A||^2 / (4 N^2) for a painting in the Oxford VGG-19, which spans 4e5 (relu1_1) to 5e10 (relu4_1): with
-    # equal weights relu4_1 is all that counts and the noise stays. The average takes out the zigzag of plain descent.
+    # The procedure of the textbooks. Two settings make it converge to a picture. The step is in units of the gradient's
+    # own magnitude, because GATYS gradients differ by orders of magnitude between images. The weights are approximately
+    # the inverse of each layer's ||A||^2 / (4 N^2) for a painting in the Oxford VGG-19, which ranges from 4e5 (relu1_1)
+    # to 5e10 (relu4_1); with equal weights relu4_1 dominates and the noise stays. The average removes the zigzag of
+    # plain descent.
     "textbook": Recipe(
         style_layers=(
             LayerWeight("relu1_1", 500),
@@ -227,7 +228,7 @@ PRESETS: Mapping[str, Recipe] = {
 
 
 class RecipeOverrides(TypedDict, total=False):
-    """Fields of a recipe that differ from its preset, for typed keyword arguments."""
+    """Fields of a recipe that differ from its preset, as types of keyword arguments."""
 
     content_layers: tuple[LayerWeight, ...]
     style_layers: tuple[LayerWeight, ...]
@@ -249,9 +250,9 @@ class RecipeOverrides(TypedDict, total=False):
 
 
 def preset(name: str, /, **overrides: Any) -> Recipe:
-    """The named preset with some fields replaced.
+    """Returns the named preset with some fields replaced.
 
-    Raises `InvalidRecipe` if there is no such preset, no such field, or a value breaks a rule.
+    Raises `InvalidRecipe` if the preset or a field does not exist, or if a value breaks a rule.
     """
     if name not in PRESETS:
         raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(PRESETS)}, got {name!r}")])

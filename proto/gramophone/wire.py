@@ -1,4 +1,4 @@
-"""The way between a recipe and its message: field for field, by name, so that neither side lists the fields again."""
+"""Converts a recipe to its message and back, field by field and by name, so that no side repeats the list of fields."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TYPES: Mapping[str, Any] = get_type_hints(Recipe)
 
 
 def recipe_to_message(recipe: Recipe) -> pb.Recipe:
-    """A message with every field set."""
+    """Returns the message of a recipe, with every field set."""
     return overrides_to_message({f.name: getattr(recipe, f.name) for f in fields(recipe)})
 
 
 def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None) -> pb.Recipe:
-    """A message that names a preset, if given, and sets only the given fields of `Recipe`.
+    """Returns a message that names the preset, if given, and sets only the given fields of `Recipe`.
 
-    Raises `InvalidRecipe` for an unknown preset, field or choice. Ranges are not checked here: the server does that.
+    Raises `InvalidRecipe` for an unknown preset, field or choice. Ranges are checked by the server, not here.
     """
     message = pb.Recipe()
     if preset is not None:
@@ -40,14 +40,17 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
             setattr(message, name, _numbers(name).Value(_prefix(name) + TYPES[name](value).name))
         elif name.endswith("_layers"):
             getattr(message, name).layers.extend(_layer_messages(value))
-            getattr(message, name).SetInParent()  # an empty list is said, too
+            getattr(message, name).SetInParent()  # so that an empty list is sent, too
         else:
             setattr(message, name, value)
     return message
 
 
 def recipe_from_message(message: pb.Recipe) -> Recipe:
-    """The preset with the fields that the message sets. Raises `InvalidRecipe` with every violation."""
+    """Returns the message's preset with the fields that the message sets.
+
+    Raises `InvalidRecipe` with every violation.
+    """
     violations = []
     name = "fast"
     if message.preset not in pb.Preset.values():

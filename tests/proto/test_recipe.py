@@ -9,7 +9,7 @@ from gramophone.recipe import PRESETS, InvalidRecipe, LayerWeight, Optimiser, Re
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message, recipe_from_message, recipe_to_message
 
-# A value unlike every preset's for each field, so that a field which is dropped on the way is missed.
+# For each field, a value that no preset has, so that the tests notice a field that is lost in a conversion.
 OTHER = {
     "content_layers": (LayerWeight("relu3_2", 0.5), LayerWeight("conv4_2", 2)),
     "style_layers": (LayerWeight("relu2_2", 3.25),),
@@ -38,20 +38,20 @@ def violated(**values) -> list[str]:
 
 
 def test_every_field_is_in_the_proto_by_name():
-    of_the_proto = {field.name for field in pb.Recipe.DESCRIPTOR.fields}
-    assert of_the_proto == {field.name for field in fields(Recipe)} | {"preset"}
+    in_the_proto = {field.name for field in pb.Recipe.DESCRIPTOR.fields}
+    assert in_the_proto == {field.name for field in fields(Recipe)} | {"preset"}
 
 
-def test_overrides_are_the_fields_of_a_recipe():
+def test_overrides_have_the_fields_of_a_recipe():
     assert get_type_hints(RecipeOverrides) == get_type_hints(Recipe)
 
 
 @pytest.mark.parametrize("name", ["Normalisation", "Pooling", "Start", "Optimiser"])
 def test_every_enum_value_is_in_the_proto(name):
     prefix = f"{name.upper()}_"
-    ours = {f"{prefix}{member.name}" for member in getattr(recipes, name)}
+    expected = {f"{prefix}{member.name}" for member in getattr(recipes, name)}
     # START_IMAGE is the member IMAGE, and so on.
-    assert set(getattr(pb, name).keys()) == ours | {f"{prefix}UNSPECIFIED"}
+    assert set(getattr(pb, name).keys()) == expected | {f"{prefix}UNSPECIFIED"}
 
 
 def test_every_preset_is_in_the_proto():
@@ -76,13 +76,13 @@ def test_each_field_crosses_the_wire_alone(field):
     assert recipe_from_message(message) == replace(PRESETS["textbook"], **{field: OTHER[field]})
 
 
-def test_a_full_message_leaves_nothing_to_the_preset():
+def test_a_full_message_overrides_every_field_of_the_preset():
     message = recipe_to_message(Recipe(**OTHER))
     message.preset = pb.PRESET_TEXTBOOK
     assert recipe_from_message(message) == Recipe(**OTHER)
 
 
-def test_an_empty_layer_list_is_said():
+def test_an_empty_layer_list_is_sent():
     message = overrides_to_message({"style_layers": (), "beta": 0.0})
     assert message.HasField("style_layers")
     assert recipe_from_message(message).style_layers == ()
@@ -108,7 +108,7 @@ def test_a_scale_that_is_too_small_for_the_network_is_refused(smallest):
     assert Recipe(smallest_size=16).scale_sizes()[0] == 16
 
 
-def test_all_violations_are_told_at_once():
+def test_all_violations_are_reported_together():
     assert violated(
         alpha=math.nan,
         size=1,
@@ -118,7 +118,7 @@ def test_all_violations_are_told_at_once():
     ) == ["alpha", "size", "average", "style_layers", "style_layers[0].weight", "style_layers[1].weight"]
 
 
-def test_layers_are_needed_where_their_term_counts():
+def test_layers_are_required_if_their_term_has_a_weight():
     assert violated(content_layers=()) == ["content_layers"]
     assert violated(style_layers=()) == ["style_layers"]
     assert Recipe(content_layers=(), alpha=0.0).content_layers == ()
@@ -129,12 +129,12 @@ def test_many_layers_are_one_violation():
     assert violated(style_layers=tuple(LayerWeight(f"relu{i}", -1) for i in range(1000))) == ["style_layers"]
 
 
-def test_a_violation_says_what_was_given_and_what_is_allowed():
+def test_a_violation_states_the_given_value_and_the_allowed_range():
     with pytest.raises(InvalidRecipe, match=r"^size: must be between 16 and 16384, got 8$"):
         Recipe(size=8)
 
 
-def test_unknown_enum_numbers_and_ranges_are_told_together():
+def test_unknown_enum_numbers_and_range_violations_are_reported_together():
     message = pb.Recipe(beta=-1)
     message.preset, message.optimiser, message.start = 99, 98, 97
     with pytest.raises(InvalidRecipe) as refused:
@@ -165,6 +165,6 @@ def test_scales_grow_by_the_square_root_of_two(size, smallest, sizes):
     assert recipe.total_iterations() == recipe.iterations + (len(sizes) - 1) * recipe.coarse_iterations
 
 
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+def test_an_unknown_choice_is_refused_with_a_list_of_the_choices():
     with pytest.raises(InvalidRecipe, match="pooling: must be one of max, average, got 'mean'"):
         overrides_to_message({"pooling": "mean"})

@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class StyleTransferServiceStub:
-    """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
-    content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+    """StyleTransferService paints one image in the style of others. It optimises the pixels so that the VGG features keep
+    the content image's shapes and match the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
 
-    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
-    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
-    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
-    secret.
+    Stylize and StylizeStream each create a job and watch it. When its last watcher has left, a job is stopped, at once
+    or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
+    its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
+    the job. Treat it as a secret.
     """
 
     def __init__(self, channel):
@@ -89,93 +89,97 @@ class StyleTransferServiceStub:
 
 
 class StyleTransferServiceServicer:
-    """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
-    content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+    """StyleTransferService paints one image in the style of others. It optimises the pixels so that the VGG features keep
+    the content image's shapes and match the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
 
-    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
-    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
-    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
-    secret.
+    Stylize and StylizeStream each create a job and watch it. When its last watcher has left, a job is stopped, at once
+    or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
+    its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
+    the job. Treat it as a secret.
     """
 
     def Stylize(self, request, context):
-        """Stylize runs one job and returns only the finished image. A call that is cancelled, or whose deadline passes, leaves
-        its job like any other watcher. With a request_id a failed call is safe to repeat: it finds the job that it made.
+        """Stylize runs one job and returns only the finished image. A call that is cancelled, or whose deadline passes,
+        leaves its job as any watcher does. With a request_id, a failed call is safe to repeat: the repeated call finds the
+        job that the first one created.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StylizeStream(self, request, context):
-        """StylizeStream runs one job and reports while it forms. The server sends exactly one `accepted` first, then
-        `progress` and, if asked for, `frame` events, and exactly one `result` last; a stream without a result ended in
-        an error. A reader that is slow gets the newest frame instead of a backlog, and never slows the job.
-        A job whose loss stops being finite ends in FAILED_PRECONDITION (ERROR_REASON_DIVERGED); its last good picture is
-        sent as a frame before, whatever the frame options are. A job that CancelJob stopped ends in ABORTED
-        (ERROR_REASON_CANCELLED). A reader that leaves a message untaken for longer than the server's limit is dropped with
-        ABORTED (ERROR_REASON_SLOW_READER); that is a watcher leaving, not the end of the job.
+        """StylizeStream runs one job and reports its progress. The server sends exactly one `accepted` first, then `progress`
+        and, if requested, `frame` events, and exactly one `result` last. A stream without a result ends in an error. A
+        slow reader gets the newest frame instead of a backlog, and never slows the job.
+
+        A job whose loss is no longer finite ends in FAILED_PRECONDITION (ERROR_REASON_DIVERGED); before that, its last
+        good picture is sent as a frame, whatever the frame options are. A job that CancelJob stopped ends in ABORTED
+        (ERROR_REASON_CANCELLED). A reader that leaves a message unread for longer than the server's limit is dropped with
+        ABORTED (ERROR_REASON_SLOW_READER); this removes one watcher and does not end the job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StylizeInteractive(self, request_iterator, context):
-        """StylizeInteractive starts a job, or attaches to one, and controls it while it runs: pause and resume, other weights,
-        more or fewer iterations, a picture now, the end now. The first message says which job; each message after it is a
-        command and is answered with a CommandResult, also when it could not be done, which does not end the stream. A job has
-        one controller at a time: a second one ends in FAILED_PRECONDITION (ERROR_REASON_JOB_CONTROLLED), and anybody may watch.
-        The stream of responses is that of StylizeStream, also in its errors. When the client closes its side it keeps
-        watching, and gives up control.
+        """StylizeInteractive starts a job, or attaches to one, and controls it while it runs: pause, resume, change weights,
+        change the number of iterations, request a picture, finish early. The first message names the job. Each later
+        message is a command and is answered with a CommandResult; a command that fails is answered too and does not end
+        the stream. A job has one controller at a time: the stream of a second one ends in FAILED_PRECONDITION
+        (ERROR_REASON_JOB_CONTROLLED). Any client may watch. The responses, and the errors, are those of
+        StylizeStream. A client that closes its sending side gives up control and continues to watch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """WatchJob follows a job that is there already, from another call, another client, or after a lost connection. It
-        sends what happened after `after_sequence` as far as the job still knows it (the newest 256 small events, the newest
-        frame if frames are asked for, the result), and then goes on as StylizeStream does, also in its errors.
+        """WatchJob follows an existing job: from another call, from another client, or after a lost connection. It sends the
+        events after `after_sequence` that the job still holds (the newest 256 small events, the newest frame if frames are
+        requested, the result). From there on it behaves as StylizeStream does, also in its errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """GetJob returns how a job stands.
+        """GetJob returns the state of a job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """ListJobs returns the jobs that the server has, newest first. Ids are secrets, so it answers PERMISSION_DENIED
-        (ERROR_REASON_LISTING_DISABLED) unless whoever runs the server has allowed it.
+        """ListJobs returns the server's jobs, newest first. Job ids are secrets, so it answers PERMISSION_DENIED
+        (ERROR_REASON_LISTING_DISABLED) unless the operator has enabled it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """CancelJob stops a job within one iteration, or within 20 ms where iterations are shorter than that, or takes it out of
-        the queue, and returns how it stands then. All its watchers get ABORTED. Cancelling a job that has ended changes nothing.
+        """CancelJob stops a running job within one iteration or 20 ms, whichever is longer, or removes a waiting job from the
+        queue. It returns the job's state afterwards. All watchers of the job get ABORTED. Cancelling a job that has ended
+        changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadImage(self, request_iterator, context):
-        """UploadImage keeps an image, sent in pieces, so that jobs can name it by digest instead of carrying it. The server
-        keeps the ones used last, within its limits; a job that names another ends in NOT_FOUND
-        (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again). What is too large is refused at its first
-        byte too many, while the rest is still being sent; stubs of Python's grpc.aio may tell that as INTERNAL without its
-        reason (https://github.com/grpc/grpc/issues/36066), other libraries and this project's client do not.
+        """UploadImage stores an image, sent in pieces, so that jobs can name it by its digest instead of carrying it. The
+        server keeps the most recently used images, within its limits. A job that names an image that is not stored ends in
+        NOT_FOUND (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again). An image that is too large is
+        refused at the first byte above the limit, while the rest is still being sent. Stubs of Python's grpc.aio may
+        report this refusal as INTERNAL without its reason (https://github.com/grpc/grpc/issues/36066); other libraries and
+        this project's client report it correctly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """GetServerInfo returns what this server is and what it takes: version, device, network, limits, load.
+        """GetServerInfo returns the server's version, device, network, limits and load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -238,13 +242,13 @@ def add_StyleTransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StyleTransferService:
-    """StyleTransferService paints one image in the style of others: it optimises the pixels so that VGG features keep the
-    content image's shapes and take the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
+    """StyleTransferService paints one image in the style of others. It optimises the pixels so that the VGG features keep
+    the content image's shapes and match the style images' Gram matrices (Gatys, Ecker, Bethge 2015, arXiv:1508.06576).
 
-    Stylize and StylizeStream each make a job and watch it. A job whose last watcher has left is stopped, at once or after
-    JobSpec.detach_grace; until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by its id. There
-    is no authentication: an id is random (122 bits), and whoever knows it may watch and cancel that job. So treat it as a
-    secret.
+    Stylize and StylizeStream each create a job and watch it. When its last watcher has left, a job is stopped, at once
+    or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
+    its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
+    the job. Treat it as a secret.
     """
 
     @staticmethod
