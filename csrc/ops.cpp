@@ -36,7 +36,8 @@ GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   m.def("pool_codes_bwd(Tensor grad, Tensor codes, int height, int width) -> Tensor", tags);
 
   // The step
-  m.def("judge_(Tensor terms, Tensor grad, Tensor(a!) alive, Tensor(b!) diverged_at, Tensor(c!) count) -> ()", tags);
+  m.def("check_finite_(Tensor terms, Tensor grad, Tensor(a!) alive, Tensor(b!) diverged_at, Tensor(c!) count) -> ()",
+        tags);
   m.def(
       "descent_(Tensor(a!) image, Tensor(b!) last_good, Tensor(c!)? mean, Tensor grad, Tensor step, Tensor alive,"
       " float average, bool normalised) -> ()",

@@ -1,4 +1,4 @@
-// judge_, descent_, adam_, lbfgs_: what follows an evaluation, in place. The mathematics: ../step.h.
+// check_finite_, descent_, adam_, lbfgs_: what follows an evaluation, in place. The mathematics: ../step.h.
 //
 // A step goes through its pictures tile by tile: the formula writes a tile of proposals, 4 KB of L1, and one loop that
 // all steps share takes them from there.
@@ -134,9 +134,9 @@ Canvas canvas_of(const at::Tensor& image, const at::Tensor& last_good, const std
           image.numel() / image.size(0)};
 }
 
-void judge_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive, const at::Tensor& diverged_at,
-            const at::Tensor& count) {
-  check_judge(terms, grad, alive, diverged_at, count);
+void check_finite_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
+                   const at::Tensor& diverged_at, const at::Tensor& count) {
+  check_finite_arguments(terms, grad, alive, diverged_at, count);
   const int64_t batch = grad.size(0), values = grad.numel() / batch, parts = parts_of(values).count;
   const float *g = grad.const_data_ptr<float>(), *t = terms.const_data_ptr<float>();
   std::vector<char> good(batch * parts);
@@ -251,7 +251,7 @@ void lbfgs_(const at::Tensor& image, const at::Tensor& last_good, const std::opt
 }  // namespace gramophone
 
 TORCH_LIBRARY_IMPL(gramophone, CPU, m) {
-  m.impl("judge_", &gramophone::judge_);
+  m.impl("check_finite_", &gramophone::check_finite_);
   m.impl("descent_", &gramophone::descent_);
   m.impl("adam_", &gramophone::adam_);
   m.impl("lbfgs_", &gramophone::lbfgs_);

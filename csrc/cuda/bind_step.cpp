@@ -1,4 +1,4 @@
-// judge_, descent_, adam_, lbfgs_ on CUDA: contracts checked, scratch allocated, kernels launched (step.cu).
+// check_finite_, descent_, adam_, lbfgs_ on CUDA: contracts checked, scratch allocated, kernels launched (step.cu).
 #include <ATen/ops/empty.h>
 
 #include <initializer_list>
@@ -33,15 +33,15 @@ at::Tensor scratch(int64_t bytes, const at::Tensor& image) {
   return at::empty({bytes}, image.options().dtype(at::kByte));
 }
 
-void judge_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive, const at::Tensor& diverged_at,
-            const at::Tensor& count) {
-  check_judge(terms, grad, alive, diverged_at, count);
+void check_finite_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
+                   const at::Tensor& diverged_at, const at::Tensor& count) {
+  check_finite_arguments(terms, grad, alive, diverged_at, count);
   const OnDeviceOf device(grad);
   const int64_t batch = grad.size(0), values = grad.numel() / batch;
   const float* g = grad.const_data_ptr<float>();
-  launch_judge(terms.const_data_ptr<float>(), terms.size(0), g, alive.mutable_data_ptr<bool>(),
-               diverged_at.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(), batch, values,
-               aligned(values, {g}), device.stream());
+  launch_check_finite(terms.const_data_ptr<float>(), terms.size(0), g, alive.mutable_data_ptr<bool>(),
+                      diverged_at.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(), batch, values,
+                      aligned(values, {g}), device.stream());
 }
 
 void descent_(const at::Tensor& image, const at::Tensor& last_good, const std::optional<at::Tensor>& mean,
@@ -94,7 +94,7 @@ void lbfgs_(const at::Tensor& image, const at::Tensor& last_good, const std::opt
 }  // namespace gramophone
 
 GRAMOPHONE_CUDA_KERNELS(m) {
-  m.impl("judge_", &gramophone::judge_);
+  m.impl("check_finite_", &gramophone::check_finite_);
   m.impl("descent_", &gramophone::descent_);
   m.impl("adam_", &gramophone::adam_);
   m.impl("lbfgs_", &gramophone::lbfgs_);

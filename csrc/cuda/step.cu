@@ -1,5 +1,5 @@
-// What follows an evaluation: one launch each for judge_, descent_ and adam_, two for normalised descent, three for
-// L-BFGS. The mathematics: ../step.h.
+// What follows an evaluation: one launch each for check_finite_, descent_ and adam_, two for normalised descent, three
+// for L-BFGS. The mathematics: ../step.h.
 //
 // All of it is bound by memory. Sums are made per part of a job and then over the parts, both in a fixed order, and
 // nothing depends on which block comes first; what must begin at zero is written or put back by the kernels themselves,
@@ -57,8 +57,8 @@ constexpr int kArrivedAt = 32, kBadAt = 48;
 
 template <int kWide>
 __global__ void __launch_bounds__(kThreads)
-    judge_kernel(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
-                 int64_t* count, int64_t values, int64_t part_size) {
+    check_finite_kernel(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
+                        int64_t* count, int64_t values, int64_t part_size) {
   const int64_t b = blockIdx.y, first = blockIdx.x * part_size;
   const int64_t last = first + part_size < values ? first + part_size : values;
   bool good = true;
@@ -363,10 +363,11 @@ void launch_step(const char* name, const Canvas& canvas, const Move& move, bool 
 
 }  // namespace
 
-void launch_judge(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
-                  int64_t* count, int64_t batch, int64_t values, bool aligned, cudaStream_t stream) {
-  launch("judge", aligned ? judge_kernel<4> : judge_kernel<1>, part_blocks(batch, values), kThreads, kTotalBytes,
-         stream, terms, term_count, grad, alive, diverged_at, count, values, parts_of(values).size);
+void launch_check_finite(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
+                         int64_t* count, int64_t batch, int64_t values, bool aligned, cudaStream_t stream) {
+  launch("check_finite_", aligned ? check_finite_kernel<4> : check_finite_kernel<1>, part_blocks(batch, values),
+         kThreads, kTotalBytes, stream, terms, term_count, grad, alive, diverged_at, count, values,
+         parts_of(values).size);
 }
 
 void launch_descent(const Canvas& canvas, const float* grad, double* squares, bool aligned, cudaStream_t stream) {

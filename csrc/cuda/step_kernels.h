@@ -15,8 +15,8 @@ namespace gramophone {
 
 // `aligned`: all pictures of all jobs start at multiples of 16 bytes.
 
-void launch_judge(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
-                  int64_t* count, int64_t batch, int64_t values, bool aligned, cudaStream_t stream);
+void launch_check_finite(const float* terms, int64_t term_count, const float* grad, bool* alive, int64_t* diverged_at,
+                         int64_t* count, int64_t batch, int64_t values, bool aligned, cudaStream_t stream);
 
 // squares: scratch of [batch, parts_of(values).count], or null for plain descent.
 void launch_descent(const Canvas& canvas, const float* grad, double* squares, bool aligned, cudaStream_t stream);

@@ -40,7 +40,7 @@ class Run:
 
     def go(self, grad: Tensor) -> None:
         terms = torch.zeros(40, len(self.step))
-        self.on.judge_(terms, grad, self.alive, self.diverged_at, self.count)
+        self.on.check_finite_(terms, grad, self.alive, self.diverged_at, self.count)
         canvas, decided = (self.image, self.last_good, self.mean), (self.alive, self.average)
         if self.kind == "adam":
             self.on.adam_(*canvas, *self.state, grad, self.step, self.count, *decided)
@@ -123,7 +123,7 @@ def test_parts_of_several_tiles(kind: str) -> None:
     torch.testing.assert_close(gpu.image, cpu.image, rtol=0, atol=1e-6)
 
 
-def test_judge_finds_what_is_not_finite_wherever_it_is() -> None:
+def test_check_finite_finds_what_is_not_finite_wherever_it_is() -> None:
     shape = (6, 3, 32, 33)  # four parts
     grad, terms = 1e30 * random(1, shape), 1e30 * random(2, (300, 6))
     grad[1, 0, 0, 0], grad[2, 2, 31, 32], grad[2, 1, 3, 4] = torch.nan, torch.inf, -torch.inf
@@ -133,7 +133,7 @@ def test_judge_finds_what_is_not_finite_wherever_it_is() -> None:
         alive, diverged_at = torch.tensor([True] * 5 + [False]), torch.tensor([0, 0, 0, 0, 0, 3])
         count = torch.tensor([0, 7, 8, 9, 10, 2**31])
         for _ in range(2):  # the count is whole again after each
-            emulated.library().judge_(terms, grad, alive, diverged_at, count)
+            emulated.library().check_finite_(terms, grad, alive, diverged_at, count)
         assert count.tolist() == [2, 9, 10, 11, 12, 2**31 + 2]
         assert alive.tolist() == [True, False, False, False, False, False]
         assert diverged_at.tolist() == [0, 8, 9, 10, 11, 3]

@@ -49,7 +49,7 @@ def grey(seed: int, *shape: int, spread: float = 0.1) -> Tensor:
 def step(canvas: Canvas, stepper: Stepper, grad: Tensor) -> Tensor:
     """One step as the engine makes it; returns how far the image moved."""
     before = canvas.image.clone()
-    ops.judge_(torch.zeros(1, grad.shape[0]), grad, canvas.alive, canvas.diverged_at, canvas.count)
+    ops.check_finite_(torch.zeros(1, grad.shape[0]), grad, canvas.alive, canvas.diverged_at, canvas.count)
     stepper.step_(grad)
     return canvas.image - before
 

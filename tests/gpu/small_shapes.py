@@ -74,7 +74,7 @@ def step(device: str) -> None:
         count, at = (torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
         terms = torch.rand(7, 3, device=device)
         terms[2, 1] = torch.nan
-        ops.judge_(terms, grad, alive, at, count)
+        ops.check_finite_(terms, grad, alive, at, count)
         for optimiser, average in itertools.product(Optimiser, (0.0, 0.9)):
             canvas = Canvas(
                 image=image.clone(),
@@ -89,7 +89,7 @@ def step(device: str) -> None:
             stepper = make_stepper(optimiser, canvas)
             for _ in range(12):  # L-BFGS keeps ten pairs
                 grad = torch.rand_like(grad)
-                ops.judge_(terms, grad, alive, at, count)
+                ops.check_finite_(terms, grad, alive, at, count)
                 stepper.step_(grad)
 
 

@@ -158,13 +158,13 @@ def test_lbfgs_is_the_papers(shape: tuple[int, ...], size: float) -> None:
     assert state[-1].tolist() == [[2 * PAIRS + 3] * shape[0], [2 * PAIRS + 4] * shape[0]]
 
 
-def test_judge_stops_the_jobs_that_are_not_finite() -> None:
+def test_check_finite_stops_the_jobs_that_are_not_finite() -> None:
     shape = (5, 3, 40, 41)
     grad, terms = 1e30 * random(1, shape), 1e30 * random(2, (7, 5))  # their squares have no float
     grad[1, 2, 39, 40], grad[2, 0, 0, 0], terms[3, 3], terms[0, 4] = torch.nan, -torch.inf, torch.nan, torch.inf
     alive = torch.tensor([True, True, True, True, False])
     diverged_at, count = torch.tensor([0, 0, 0, 0, 2]), torch.tensor([6, 7, 8, 9, 10])
-    ops.judge_(terms, grad, alive, diverged_at, count)
+    ops.check_finite_(terms, grad, alive, diverged_at, count)
     assert count.tolist() == [7, 8, 9, 10, 11]
     assert alive.tolist() == [True, False, False, False, False]
     assert diverged_at.tolist() == [0, 8, 9, 10, 2]
@@ -176,7 +176,7 @@ def arguments(op: str) -> tuple[Any, ...]:
     grad, step, alive = random(1, shape), steps(2), living(2)
     count = torch.ones(2, dtype=torch.int64)
     match op:
-        case "judge_":
+        case "check_finite_":
             return random(2, (4, 2)), grad, alive, torch.zeros(2, dtype=torch.int64), count
         case "descent_":
             return image, last_good, mean, grad, step, alive, 0.9, True
@@ -186,7 +186,7 @@ def arguments(op: str) -> tuple[Any, ...]:
             return image, last_good, mean, *memory(shape), grad, step, alive, 0.9
 
 
-OPS = ("judge_", "descent_", "adam_", "lbfgs_")
+OPS = ("check_finite_", "descent_", "adam_", "lbfgs_")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -225,12 +225,15 @@ def with_argument(op: str, index: int, value: Any) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (with_argument("judge_", 0, torch.zeros(4, 3)), r"judge_: terms must be contiguous float32 \[T, 2\]"),
         (
-            with_argument("judge_", 1, torch.zeros(2, 4, 5, 6)),
-            r"judge_: grad must be contiguous float32 \[B, 3, H, W\]",
+            with_argument("check_finite_", 0, torch.zeros(4, 3)),
+            r"check_finite_: terms must be contiguous float32 \[T, 2\]",
         ),
-        (with_argument("judge_", 4, torch.zeros(2)), r"judge_: count must be contiguous Long \[2\]"),
+        (
+            with_argument("check_finite_", 1, torch.zeros(2, 4, 5, 6)),
+            r"check_finite_: grad must be contiguous float32 \[B, 3, H, W\]",
+        ),
+        (with_argument("check_finite_", 4, torch.zeros(2)), r"check_finite_: count must be contiguous Long \[2\]"),
         (with_argument("descent_", 0, torch.zeros(2, 3, 5, 6).double()), r"descent_: image must be contiguous float32"),
         (with_argument("descent_", 3, torch.zeros(2, 3, 6, 5).mT), r"descent_: grad must be contiguous Float"),
         (with_argument("descent_", 4, torch.zeros(1)), r"descent_: step must be contiguous Float \[2\]"),

@@ -101,7 +101,7 @@ class GraphRunner:
         canvas = self.canvas
         evaluation = self.objective.evaluate(canvas.image)
         self.terms.copy_(evaluation.terms)
-        ops.judge_(evaluation.terms, evaluation.grad, canvas.alive, canvas.diverged_at, canvas.count)
+        ops.check_finite_(evaluation.terms, evaluation.grad, canvas.alive, canvas.diverged_at, canvas.count)
         self.stepper.step_(evaluation.grad)
 
     @torch.inference_mode()

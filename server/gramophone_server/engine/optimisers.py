@@ -58,7 +58,7 @@ class Stepper(Protocol):
     """An optimiser with the state of a batch at one scale."""
 
     def step_(self, grad: Tensor) -> None:
-        """Moves the canvas's image, after `ops.judge_` was called for this gradient."""
+        """Moves the canvas's image, after `ops.check_finite_` was called for this gradient."""
 
     def slot(self, index: int) -> SlotTensors:
         """All state of one job, as views of the buffers; zeros are a new one."""

@@ -25,12 +25,12 @@ __all__ = [
     "bias_relu_",
     "bias_relu_pool",
     "build_info",
+    "check_finite_",
     "content_",
     "descent_",
     "first_layer",
     "first_layer_bwd",
     "gram",
-    "judge_",
     "lbfgs_",
     "max_pool",
     "max_pool_bwd",
@@ -45,7 +45,7 @@ __all__ = [
 OPS = (
     *("gram", "gram_bwd", "style_loss", "style_fwd", "style_bwd", "style_bwd_", "content_", "tv_"),
     *("max_pool", "max_pool_bwd"),
-    *("judge_", "descent_", "adam_", "lbfgs_"),
+    *("check_finite_", "descent_", "adam_", "lbfgs_"),
 )
 # What oneDNN has in its convolutions on a CPU.
 CUDA_OPS = ("first_layer", "first_layer_bwd", "bias_relu_", "bias_relu_pool", "pool_codes_bwd")
@@ -173,13 +173,13 @@ def pool_codes_bwd(grad: Tensor, codes: Tensor, height: int, width: int) -> Tens
     return torch.ops.gramophone.pool_codes_bwd.default(grad, codes, height, width)
 
 
-def judge_(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
+def check_finite_(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
     """Counts an evaluation and stops the jobs whose objective or gradient is not finite, in place and per job.
 
     ``terms`` [T, B] and ``grad`` [B, 3, H, W] are float32. ``count`` int64 [B] goes up by one. Where an alive job has a
     value that is not finite, ``alive`` (bool [B]) becomes False and ``diverged_at`` (int64 [B]) the new count.
     """
-    torch.ops.gramophone.judge_.default(terms, grad, alive, diverged_at, count)
+    torch.ops.gramophone.check_finite_.default(terms, grad, alive, diverged_at, count)
 
 
 def descent_(

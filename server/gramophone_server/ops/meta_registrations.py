@@ -100,7 +100,7 @@ def _(grad: Tensor, codes: Tensor, height: int, width: int) -> Tensor:
     return grad.new_empty(b, c, height, width).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("gramophone::judge_")
+@torch.library.register_fake("gramophone::check_finite_")
 def _(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
     return None
 
