@@ -1,12 +1,12 @@
-// Load on a Gramophone server from outside Python: StylizeStream, with what a person who waits would measure.
+// Load test of a Gramophone server from outside Python: calls StylizeStream and measures the times that a user sees.
 //
 //   k6 run benchmarks/k6/stylize_stream.js
 //   k6 run -e TARGET=127.0.0.1:50051 -e VUS=8 -e DURATION=30s -e SIZE=64 -e ITERATIONS=20 benchmarks/k6/stylize_stream.js
-//   k6 run -e RATE=5 -e DURATION=60s ...         open loop: so many jobs a second, whoever waits
+//   k6 run -e RATE=5 -e DURATION=60s ...         open loop: this many new jobs per second
 //
-// Also: PHOTO and PAINTING (files; without, a chequered square of 64 px), PRESET (fast), FRAMES=0 for none, TIMEOUT (60 s
-// a job), MAX_VUS (200, open loop), JSON (a file for the summary). A refused job is counted, not an error of the run:
-// see `jobs_refused`. The run fails when a job ends in neither a result nor a typed refusal.
+// Other settings: PHOTO and PAINTING (files; default: a chequered square of 64 px), PRESET (fast), FRAMES=0 for no frames,
+// TIMEOUT (60 s per job), MAX_VUS (200, open loop), JSON (a file for the summary). A refused job is counted in
+// `jobs_refused` and is not an error of the run. The run fails if a job ends in neither a result nor a typed refusal.
 
 import encoding from 'k6/encoding';
 import { sleep } from 'k6';
@@ -60,7 +60,7 @@ const frames = new Counter('frames');
 const framesDropped = new Counter('frames_dropped');
 const pictureBytes = new Counter('picture_bytes');
 const jobsDone = new Counter('jobs_done');
-const jobsRefused = new Counter('jobs_refused'); // by design: no room, or not in time; tagged with the status
+const jobsRefused = new Counter('jobs_refused'); // queue full, or deadline too short; tagged with the status
 const jobsFailed = new Counter('jobs_failed');
 const jobsUnderWay = new Counter('jobs_cut_off'); // by the end of the run
 
@@ -82,11 +82,11 @@ export default function () {
   } catch (error) {
     jobsFailed.add(1, { status: 'no server' });
     console.error(`no job could be sent to ${target}: ${String(error.message || error).split('\n')[0]}`);
-    sleep(1); // or this would be asked for thousands of times
+    sleep(1); // avoids thousands of attempts in a row
     return;
   }
 
-  // An "end" comes behind every stream, an error's included, so what happened is counted here and told once.
+  // Every stream ends with an "end" event, also after an error. So the outcome is stored here and counted once.
   let ending = null;
   stream.on('data', ({ event }) => {
     const now = Date.now();
@@ -130,7 +130,7 @@ export default function () {
   stream.end();
 }
 
-/** Of a picture, which comes as base64. */
+/** Size of a picture in bytes; its data is base64. */
 function bytes(picture) {
   return Math.floor((picture.data.length * 3) / 4);
 }

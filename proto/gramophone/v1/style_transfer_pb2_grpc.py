@@ -115,7 +115,7 @@ class StyleTransferServiceServicer:
         A job whose loss is no longer finite ends in FAILED_PRECONDITION (ERROR_REASON_DIVERGED); before that, its last
         good picture is sent as a frame, whatever the frame options are. A job that CancelJob stopped ends in ABORTED
         (ERROR_REASON_CANCELLED). A reader that leaves a message unread for longer than the server's limit is dropped with
-        ABORTED (ERROR_REASON_SLOW_READER); this removes one watcher and does not end the job.
+        ABORTED (ERROR_REASON_SLOW_READER); for the job, this is a watcher that has left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
