@@ -25,16 +25,16 @@ from rich.console import Console
 from benchmarks.measure import Row, machine, print_table, write_json
 from benchmarks.transport import cpu_s, serving
 from gramophone.recipe import RecipeOverrides
-from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
-from gramophone_client.bench.display import shown
+from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
+from gramophone_client.bench.display import live_display
 from gramophone_client.bench.histogram import Histogram
 from gramophone_client.bench.html.charts import Axis, Panel, Series, line_chart, sheet
 from gramophone_client.bench.measure import Tally
-from gramophone_client.bench.metrics import number
+from gramophone_client.bench.metrics import format_number
 from gramophone_client.bench.pictures import synthetic
 from gramophone_client.bench.report import Step
 from gramophone_client.bench.run import Bench, Pictures, Plan
-from gramophone_client.bench.workload import Kind
+from gramophone_client.bench.workload import JobKind
 from gramophone_client.client import GramophoneClient
 
 SIZE = 64  # pixels
@@ -157,7 +157,7 @@ def main() -> None:
         measuring = measured(address, pid, profile, arguments.seconds, arguments.repeats)
         capacity, patient, hurried = asyncio.run(measuring)
     title = f"overload, engine: {arguments.engine}, {SIZE} px, {profile.iterations} iterations, "
-    title += f"{RUNNING} run and {QUEUED} wait, capacity {number(capacity)} jobs/s"
+    title += f"{RUNNING} run and {QUEUED} wait, capacity {format_number(capacity)} jobs/s"
     series = {"time enough": patient, "half of them in a hurry": hurried}
     print(f"{title}\n{machine()}")
     for name, outcomes in series.items():
@@ -176,7 +176,7 @@ async def measured(
 ) -> tuple[float, list[Outcome], list[Outcome]]:
     """The capacity in jobs/s, and what became of each load, without and with jobs that hurry."""
     overrides = RecipeOverrides(size=SIZE, iterations=profile.iterations, smallest_size=0)
-    patient = Kind(name="patient", frames=False, deadline_s=PATIENT_S, overrides=overrides)
+    patient = JobKind(name="patient", frames=False, deadline_s=PATIENT_S, overrides=overrides)
     async with GramophoneClient(address, retries=False) as client:
         step = partial(run_step, client, pid, seconds)
         busy = ClosedLoop(2 * RUNNING)  # as many as are never refused
@@ -184,7 +184,7 @@ async def measured(
         capacity = (await step(busy, [patient]))[0].tally.jobs_per_s
         if not capacity:
             sys.exit(f"not one job was done in {seconds:g} s; allow more --seconds")
-        hurried = Kind(name="hurried", frames=False, deadline_s=HURRY * PLACES / capacity, overrides=overrides)
+        hurried = JobKind(name="hurried", frames=False, deadline_s=HURRY * PLACES / capacity, overrides=overrides)
         series = [([patient], of_loads(capacity)), ([patient, hurried], of_loads(capacity))]
         for turn in range(repeats):
             for mix, outcomes in series:
@@ -199,14 +199,14 @@ def of_loads(capacity: float) -> list[Outcome]:
 
 
 async def run_step(
-    client: GramophoneClient, pid: int, seconds: float, load: Load, mix: Sequence[Kind], seed: int = 0
+    client: GramophoneClient, pid: int, seconds: float, load: LoadProfile, mix: Sequence[JobKind], seed: int = 0
 ) -> tuple[Step, float, float]:
     """A step of so many seconds after the warm-up, the server's CPU seconds in it, and how long it took."""
     pictures = Pictures(synthetic(0, SIZE), (synthetic(1, SIZE, cells=24),))
     duration_s = WARM_UP_S + seconds  # a window that is longer than what is left never ends
     plan = Plan(
         loads=[load],
-        mix=mix,
+        workload=mix,
         pictures=lambda _: pictures,
         seed=seed,
         warm_up_s=WARM_UP_S,
@@ -214,7 +214,7 @@ async def run_step(
         duration_s=duration_s,
     )
     bench, before = Bench(plan), cpu_s(pid)
-    async with shown(bench, Console(stderr=True)):
+    async with live_display(bench, Console(stderr=True)):
         await bench.run(client)
     return bench.steps[0], cpu_s(pid) - before, duration_s
 

@@ -25,6 +25,6 @@ def chart(points: Sequence[tuple[float, float]], x: str, y: str) -> str:
     """An SVG file of them, that stands for itself."""
     step = max(1, -(-len(points) // MOST_POINTS))
     drawn = line_chart(Axis(x), Axis(y), [Series(y, "c0", points[::step], has_dots=False)])
-    title = f'<text class="word" x="56" y="12">{y}</text>'
+    title = f'<text class="label" x="56" y="12">{y}</text>'
     opened = drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="960" height="480" ', 1)
     return opened.replace(">", f"><style>{STYLE}</style>", 1).replace("</svg>", f"{title}</svg>")

@@ -1,1 +1,1 @@
-"""`gramophone bench`: how much a server carries, measured through the project's own client."""
+"""`gramophone bench`: measures the throughput and latency of a server through the project's own client."""

@@ -1,4 +1,4 @@
-"""How jobs arrive: so many at a time, or so many a second whatever the server does."""
+"""How jobs arrive: a fixed number at a time (closed loop), or a fixed rate regardless of the server (open loop)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["ClosedLoop", "Load", "OpenLoop", "poisson"]
+__all__ = ["ClosedLoop", "LoadProfile", "OpenLoop", "poisson"]
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """Each of `concurrency` callers sends its next job when it has the last one's answer."""
+    """Each of `concurrency` callers sends its next job when its last one has ended."""
 
     concurrency: int  # 1 to 1024
 
@@ -21,7 +21,7 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Jobs come at random moments, as from many callers who do not know of each other."""
+    """Jobs arrive at random moments, as from many independent callers."""
 
     rate: float  # jobs per second, above 0, at most 1000
 
@@ -29,16 +29,16 @@ class OpenLoop:
         return f"{self.rate:g} jobs/s"
 
 
-Load = ClosedLoop | OpenLoop
+LoadProfile = ClosedLoop | OpenLoop
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:
-    """Moments of a Poisson process with `rate` arrivals a second, in seconds from its beginning, without end.
+    """Yields the arrival times of a Poisson process with `rate` arrivals per second, in seconds from its start.
 
-    They are a schedule: latency is counted from them, so that a job that could not be sent in time, because the jobs
-    before it kept the sender busy, is not measured too short (coordinated omission).
+    The times are a schedule from which latency is counted. A job that is sent late because earlier jobs kept the sender
+    busy is therefore not measured too short (coordinated omission). The iterator has no end.
     """
-    dice, at = random.Random(seed), 0.0
+    rng, time_s = random.Random(seed), 0.0
     while True:
-        at += dice.expovariate(rate)
-        yield at
+        time_s += rng.expovariate(rate)
+        yield time_s

@@ -1,4 +1,4 @@
-"""`gramophone bench`: its flags, and the way from them to a report."""
+"""The command `gramophone bench`: its flags, the run, and the output of the report."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from gramophone.recipe import PRESETS
-from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
-from gramophone_client.bench.display import shown
+from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
+from gramophone_client.bench.display import live_display
 from gramophone_client.bench.files import check_files, write_files
 from gramophone_client.bench.html.page import comparison_page, report_page
 from gramophone_client.bench.pictures import synthetic
-from gramophone_client.bench.report import BadReport, Report, read_report
+from gramophone_client.bench.report import InvalidReport, Report, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.table import print_comparison, print_report
-from gramophone_client.bench.workload import BadMix, Kind, read_mix
+from gramophone_client.bench.workload import InvalidWorkload, JobKind, read_workload
 from gramophone_client.client import GramophoneClient
 from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
@@ -38,14 +38,15 @@ __all__ = ["add_bench"]
 T = TypeVar("T")
 
 DEFAULT_CONCURRENCY = (1, 2, 4)
-MOST_CONCURRENCY, MOST_RATE = 1024, 1000.0
-PIPED_COLUMNS = 200  # of a table that no terminal bounds
-NOT_WHOLE = "not all files of the report are written; the table above has its figures"
+MAX_CONCURRENCY, MAX_RATE = 1024, 1000.0
+PIPED_COLUMNS = 200  # width of a table that is not printed to a terminal
+INCOMPLETE = "not all files of the report were written; the table above has the results"
 
-EXAMPLES = """\
-A closed loop keeps so many jobs at the server at a time; an open loop sends them at random moments whatever the server
-does, and counts latency from those moments. A step ends when three windows in a row agree within 10 %, or its time is
-up; Ctrl-C ends the bench, and what was measured is still told. Jobs are never retried: a refusal is counted.
+EPILOG = """\
+The bench runs one step for each value of --concurrency (closed loop) and --rate (open loop). A closed loop keeps that
+many jobs at the server. An open loop sends jobs at random times at that rate, however slow the server is, and counts
+latency from those times. A step ends when three consecutive windows agree within 10 %, or when its --duration is over.
+Ctrl-C ends the bench and still prints the report. Jobs are never retried: refusals count as failures.
 
 examples:
   gramophone bench --concurrency 1,2,4,8 --size 256 --html report.html
@@ -55,52 +56,87 @@ examples:
 a mix file:
   [[job]]
   name = "thumbnail"
-  weight = 3            # three of these for one of weight 1
+  weight = 3            # three of these jobs for each job of weight 1
   size = 128            # any field of a recipe, or preset
-  cancel = 0.1          # one in ten is left before its end
+  cancel = 0.1          # one in ten is cancelled before its end and counts as LEFT, not as a failure
 
   [[job]]
   preset = "quality"
-  frames = false        # the unary call; frame_every and frame_size thin out frames
+  frames = false        # the unary call without frames; in a stream, frame_every and frame_size limit the frames
   deadline_s = 300
 """
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """The command, still without the flags that say which server."""
+    """Adds the command without its server flags, which the caller adds."""
     parser = commands.add_parser(
         "bench",
-        help="measure how much a server carries",
+        help="measure the throughput and latency of a server",
         allow_abbrev=False,
         usage="gramophone bench [options] [CONTENT STYLE [STYLE ...]]",
-        description="Send jobs at several loads and tell throughput, latency and failures.",
-        epilog=EXAMPLES,
+        description="Send jobs to a server at several loads and report throughput, latency and failures.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "pictures", metavar="CONTENT STYLE", type=Path, nargs="*", help="what to paint (default: made from --seed)"
+        "pictures",
+        metavar="CONTENT STYLE",
+        type=Path,
+        nargs="*",
+        help="the images of every job (default: synthetic images, generated from --seed)",
     )
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
         type=_listed(_concurrency),
         metavar="N,...",
-        help=f"a step of a closed loop for each (default {','.join(map(str, DEFAULT_CONCURRENCY))}, without --rate)",
+        help="closed loop: one step for each number of simultaneous jobs "
+        f"(default {','.join(map(str, DEFAULT_CONCURRENCY))}, unless --rate is given)",
     )
-    load.add_argument("--rate", type=_listed(_rate), metavar="X,...", help="a step of an open loop for each, in jobs/s")
-    load.add_argument("--mix", type=Path, metavar="FILE", help="the kinds of jobs (default: one kind, by the flags)")
-    load.add_argument("--preset", choices=list(PRESETS), help="a complete recipe (default fast, or the mix's)")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="of moments, mix and pictures (default 0)")
+    load.add_argument(
+        "--rate", type=_listed(_rate), metavar="X,...", help="open loop: one step for each rate, in jobs/s"
+    )
+    load.add_argument(
+        "--mix", type=Path, metavar="FILE", help="TOML file with the kinds of jobs (default: one kind, from the flags)"
+    )
+    load.add_argument(
+        "--preset", choices=list(PRESETS), help="the recipe to start from (default fast, or that of the mix file)"
+    )
+    load.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the arrival times, the order of jobs, and the synthetic images (default 0)",
+    )
     time = parser.add_argument_group("time")
-    time.add_argument("--warm-up", type=_seconds, default=5.0, metavar="SECONDS", help="not measured (default 5)")
-    time.add_argument("--window", type=_above_0, default=5.0, metavar="SECONDS", help="at least (default 5)")
-    time.add_argument("--duration", type=_above_0, default=60.0, metavar="SECONDS", help="most of a step (default 60)")
-    time.add_argument("--deadline", type=_above_0, default=120.0, metavar="SECONDS", help="of a job (default 120)")
+    time.add_argument(
+        "--warm-up",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="start of each step that is not measured (default 5)",
+    )
+    time.add_argument(
+        "--window", type=_above_0, default=5.0, metavar="SECONDS", help="minimum length of a window (default 5)"
+    )
+    time.add_argument(
+        "--duration",
+        type=_above_0,
+        default=60.0,
+        metavar="SECONDS",
+        help="maximum length of a step, including its warm-up (default 60)",
+    )
+    time.add_argument(
+        "--deadline", type=_above_0, default=120.0, metavar="SECONDS", help="deadline of each job (default 120)"
+    )
     out = parser.add_argument_group("report")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all figures, for --compare")
-    out.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts")
-    out.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="show two reports of --json side by side")
-    out.add_argument("--quiet", action="store_true", help="only the table, at the end")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON, for --compare")
+    out.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page with charts")
+    out.add_argument(
+        "--compare", type=Path, nargs=2, metavar="FILE", help="compare two reports written by --json; sends no jobs"
+    )
+    out.add_argument("--quiet", action="store_true", help="no live display, only the final table")
     add_recipe_flags(parser)
     parser.set_defaults(run=bench)
     return parser
@@ -115,62 +151,62 @@ def bench(args: argparse.Namespace) -> None:
             _compare(args)
         else:
             _measure(args)
-    except (BadMix, BadReport) as error:
+    except (InvalidWorkload, InvalidReport) as error:
         raise UsageError(str(error)) from None
 
 
 def _compare(args: argparse.Namespace) -> None:
     if args.json:
-        raise UsageError("--json: a comparison is told as text and with --html")
+        raise UsageError("--json: a comparison can only be written with --html")
     before, after = (read_report(path) for path in args.compare)
     first, second = args.compare
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
-    is_whole = _tell(
+    is_complete = _output(
         lambda console: print_comparison(console, before, after, names),
         {args.html: lambda path: _write_page(path, comparison_page(before, after, names))},
     )
-    if not is_whole:
-        raise UsageError(NOT_WHOLE)
+    if not is_complete:
+        raise UsageError(INCOMPLETE)
 
 
 def _measure(args: argparse.Namespace) -> None:
-    running, began = Bench(_plan(args)), datetime.now(UTC)
+    running, start_time = Bench(_plan(args)), datetime.now(UTC)
 
     async def measure() -> None:
         async with GramophoneClient(args.server, timeout_s=args.deadline, retries=False) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
-            async with shown(running, Console(stderr=True, quiet=args.quiet)):
+            async with live_display(running, Console(stderr=True, quiet=args.quiet)):
                 await running.run(client)
 
-    is_whole = True
+    is_complete = True
     try:
         asyncio.run(measure())
-    finally:  # also of a bench that was interrupted, or whose server went away
+    finally:  # also if the bench was interrupted or the server became unreachable
         if running.server is not None and running.steps:
-            report = _report(args, began, running, running.server)
-            is_whole = _tell(
+            report = _report(args, start_time, running, running.server)
+            is_complete = _output(
                 lambda console: print_report(console, report),
                 {args.json: report.save, args.html: lambda path: _write_page(path, report_page(report))},
             )
-    if not is_whole:
-        raise UsageError(NOT_WHOLE)
+    if not is_complete:
+        raise UsageError(INCOMPLETE)
     if running.is_interrupted:
         raise KeyboardInterrupt
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     closed: Sequence[int] = args.concurrency or (() if args.rate else DEFAULT_CONCURRENCY)
-    loads: list[Load] = [*map(ClosedLoop, closed), *map(OpenLoop, args.rate or ())]
+    loads: list[LoadProfile] = [*map(ClosedLoop, closed), *map(OpenLoop, args.rate or ())]
     overrides = recipe_overrides(args)
-    mix = read_mix(args.mix) if args.mix else [Kind(name=args.preset or "fast")]
-    # The flags change every kind, so that a mix can be tried with small pictures.
-    mix = [replace(k, preset=args.preset or k.preset, overrides=k.overrides | overrides) for k in mix]
-    for kind in mix:
-        kind.recipe()  # raises; the server would say the same, but later
+    workload = read_workload(args.mix) if args.mix else [JobKind(name=args.preset or "fast")]
+    # The flags override every kind of job, so that a mix file can be tried with small pictures.
+    workload = [replace(k, preset=args.preset or k.preset, overrides=k.overrides | overrides) for k in workload]
+    for kind in workload:
+        kind.recipe()  # raises InvalidRecipe now, instead of InvalidRequest from the server later
     return Plan(
         loads=loads,
-        mix=mix,
+        workload=workload,
         pictures=_pictures(args.pictures, args.seed),
         seed=args.seed,
         warm_up_s=args.warm_up,
@@ -180,26 +216,26 @@ def _plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _pictures(paths: Sequence[Path], seed: int) -> Callable[[Kind], Pictures]:
+def _pictures(paths: Sequence[Path], seed: int) -> Callable[[JobKind], Pictures]:
     if paths:
         if len(paths) == 1:
-            raise UsageError(f"{paths[0]}: a content needs a style after it; name both, or neither")
+            raise UsageError(f"{paths[0]}: a content image needs at least one style image; give both or neither")
         content, *styles = (path.read_bytes() for path in paths)
         pictures = Pictures(content, tuple(styles))
         return lambda _: pictures
 
     @cache
-    def made(size: int) -> Pictures:
+    def of_size(size: int) -> Pictures:
         return Pictures(synthetic(seed, size), (synthetic(seed + 1, size, cells=24),))
 
-    return lambda kind: made(kind.recipe().size)
+    return lambda kind: of_size(kind.recipe().size)
 
 
-def _report(args: argparse.Namespace, began: datetime, bench: Bench, server: ServerInfo) -> Report:
-    plan, told = bench.plan, asdict(server)
-    left_out = {"presets", "layers", "running_jobs", "queued_jobs"}
+def _report(args: argparse.Namespace, start_time: datetime, bench: Bench, server: ServerInfo) -> Report:
+    plan = bench.plan
+    omitted = {"presets", "layers", "running_jobs", "queued_jobs"}
     settings: dict[str, Any] = {
-        "mix": [asdict(kind) for kind in plan.mix],
+        "mix": [asdict(kind) for kind in plan.workload],
         "pictures": [path.name for path in args.pictures],
         "seed": plan.seed,
         "warm_up_s": plan.warm_up_s,
@@ -212,31 +248,34 @@ def _report(args: argparse.Namespace, began: datetime, bench: Bench, server: Ser
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     return Report(
-        began=began.isoformat(timespec="seconds"),
+        began=start_time.isoformat(timespec="seconds"),
         client=version,
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        server={key: value for key, value in told.items() if key not in left_out},
+        server={key: value for key, value in asdict(server).items() if key not in omitted},
         settings=settings,
         steps=tuple(bench.steps),
     )
 
 
-def _tell(table: Callable[[Console], None], files: Mapping[Path | None, Callable[[Path], None]]) -> bool:
-    """Prints, then writes the files that are asked for; False if not all of them could be."""
+def _output(table: Callable[[Console], None], files: Mapping[Path | None, Callable[[Path], None]]) -> bool:
+    """Prints the table, then writes the files whose path is not None. Returns False if a file cannot be written."""
     try:
         _print(table)
-    finally:  # a pipe may break, and the files are worth having
-        is_whole = write_files({path: write for path, write in files.items() if path})
-    return is_whole
+    finally:  # write the files even if printing fails, for example into a closed pipe
+        is_complete = write_files({path: write for path, write in files.items() if path})
+    return is_complete
 
 
 def _write_page(path: Path, page: str) -> None:
-    write_whole(path, page.encode(errors="replace"))  # names of files need not be text
+    write_whole(path, page.encode(errors="replace"))  # file names need not be valid Unicode
 
 
 def _print(write: Callable[[Console], None]) -> None:
-    """On standard output, in the terminal's colours and width; a console of its own would end the process when a pipe
-    breaks. What that cannot say, as a name in other letters or a file's that is no text, becomes question marks."""
+    """Prints to standard output, with the terminal's colours and width.
+
+    The text is captured and then printed because a rich console would end the process if the pipe is closed. Characters
+    that the output encoding lacks, for example in the name of a job or of a file, are replaced by question marks.
+    """
     console = Console()
     console = console if console.is_terminal else Console(width=PIPED_COLUMNS)
     with console.capture() as text:
@@ -245,22 +284,20 @@ def _print(write: Callable[[Console], None]) -> None:
     print(text.get().encode(encoding, errors="replace").decode(encoding), end="", flush=True)
 
 
-def _listed(one: Callable[[str], T]) -> Callable[[str], list[T]]:
-    return lambda text: [one(word) for word in text.split(",")]
+def _listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    return lambda text: [parse(word) for word in text.split(",")]
 
 
 def _concurrency(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST_CONCURRENCY:
-        raise argparse.ArgumentTypeError(
-            f"expected whole numbers from 1 to {MOST_CONCURRENCY} like 1,2,4, got {text!r}"
-        )
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_CONCURRENCY:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 to {MAX_CONCURRENCY} like 1,2,4, got {text!r}")
     return int(text)
 
 
 def _rate(text: str) -> float:
     rate = _number(text)
-    if not 0 < rate <= MOST_RATE:
-        raise argparse.ArgumentTypeError(f"expected jobs/s above 0, at most {MOST_RATE:g}, like 0.5,1,2, got {text!r}")
+    if not 0 < rate <= MAX_RATE:
+        raise argparse.ArgumentTypeError(f"expected jobs/s above 0, at most {MAX_RATE:g}, like 0.5,1,2, got {text!r}")
     return rate
 
 

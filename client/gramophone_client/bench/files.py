@@ -1,4 +1,4 @@
-"""The files of a report: looked at before anything is measured, since a measurement cannot be had again."""
+"""The output files of a bench. They are checked before the measurement, which cannot be repeated."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ __all__ = ["check_files", "write_files"]
 
 
 def check_files(written: Mapping[str, Path], read: Iterable[Path]) -> None:
-    """Raises `UsageError` if a file that will be written, by its flag, cannot be, or would replace another of these."""
+    """Raises `UsageError` if an output file cannot be written, or would replace an input or another output.
+
+    `written` has the path of each output by its flag, `read` the paths of the inputs.
+    """
     taken = {os.path.realpath(path): "an input" for path in read}
     for flag, path in written.items():
         if not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
+            raise UsageError(f"{path}: there is no folder {path.parent}; create it first")
         what = _no_file(path) or taken.get(os.path.realpath(path))
         if what:
-            raise UsageError(f"{path}: {flag} needs a file of its own, and this is {what}; name another")
-        taken[os.path.realpath(path)] = f"that of {flag}"
+            raise UsageError(f"{path}: {flag} needs its own file, and this is {what}; name another file")
+        taken[os.path.realpath(path)] = f"the file of {flag}"
         try:
-            # As the report will be: a neighbour that is renamed. What the folder's mode says is not the whole truth.
+            # The report is written in the same way, to a temporary file in the folder that is then renamed. The mode
+            # of the folder alone does not show whether that works.
             with NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
                 pass
         except OSError as error:
-            raise UsageError(f"{path}: no file can be made there ({error.strerror}); name another for {flag}") from None
+            raise UsageError(
+                f"{path}: cannot create a file there ({error.strerror}); name another file for {flag}"
+            ) from None
 
 
 def write_files(files: Mapping[Path, Callable[[Path], None]]) -> bool:
-    """Writes each, whatever becomes of the others; False if one could not be written, which is said."""
+    """Writes each file even if others fail. Reports failures on standard error; returns False if there was one."""
     is_whole = True
     for path, write in files.items():
         try:
@@ -45,9 +51,9 @@ def write_files(files: Mapping[Path, Callable[[Path], None]]) -> bool:
 
 
 def _no_file(path: Path) -> str:
-    """What is there that must not be replaced by a file; "" if there is nothing, or an older file."""
-    if str(path) == "-" or _is_standard(path):
-        return "where the table or the display goes"
+    """Why the path cannot be replaced by a file; "" if it does not exist or is an ordinary, writable file."""
+    if str(path) == "-" or _is_standard_stream(path):
+        return "standard output or error"
     if path.is_dir():
         return "a folder"
     if path.exists() and not path.is_file():
@@ -55,10 +61,10 @@ def _no_file(path: Path) -> str:
     return "read-only" if path.exists() and not os.access(path, os.W_OK) else ""
 
 
-def _is_standard(path: Path) -> bool:
-    """Whether standard output or error lead there, as with /dev/stdout: a rename would take the place of that name."""
+def _is_standard_stream(path: Path) -> bool:
+    """Whether standard output or error is this file, as with /dev/stdout; renaming a file to it would replace it."""
     for stream in (1, 2):
-        with suppress(OSError):  # nothing there, or the stream is closed
+        with suppress(OSError):  # the file does not exist, or the stream is closed
             if os.path.samestat(path.stat(), os.fstat(stream)):
                 return True
     return False

@@ -1,7 +1,8 @@
-"""Durations in buckets that grow with their size: any quantile of any number of them, in little memory.
+"""A histogram of durations: quantiles of any number of durations in little memory.
 
-The layout is HdrHistogram's. Its package is not used because the two cannot be installed together: hdrhistogram 0.10.8
-needs setuptools 83 at run time, torch 2.12 one below 82.
+The buckets are those of HdrHistogram: their width grows with the duration. The package hdrhistogram was not used
+because it could not be installed beside torch: hdrhistogram 0.10.8 needs setuptools 83 at run time, torch 2.12 one
+below 82.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any, Self
 __all__ = ["Histogram"]
 
 TICK_S = 1e-6
-STEPS_LOG2 = 7  # each doubling has 128 buckets, so a quantile is at most 0.8 % too large
+BUCKETS_LOG2 = 7  # log2 of the buckets per doubling; with 128 a quantile is at most 0.8 % too large
 
 
 class Histogram:
-    """How often which duration was seen, from a microsecond upwards.
+    """Counts durations, with a resolution of one microsecond or 0.8 %, whichever is larger.
 
-    A quantile is the upper end of the bucket where it lies, and never more than the longest duration.
+    A quantile is the upper end of its bucket, limited to the longest duration that was recorded.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Histogram:
         self._buckets: Counter[int] = Counter()
 
     def record(self, seconds: float) -> None:
-        """Counts one duration; a negative one, of a clock that stepped back, as 0."""
+        """Adds a duration. A negative one, from a clock that was set back, counts as 0."""
         seconds = max(0.0, seconds)
         self.count += 1
         self.total_s += seconds
@@ -38,47 +39,48 @@ class Histogram:
         self._buckets[_bucket(round(seconds / TICK_S))] += 1
 
     def merge(self, other: Histogram) -> None:
-        """Counts what the other has counted too."""
+        """Adds all durations of the other histogram."""
         self.count += other.count
         self.total_s += other.total_s
         self.max_s = max(self.max_s, other.max_s)
         self._buckets += other._buckets
 
     def quantile(self, share: float) -> float | None:
-        """Seconds that a `share` (0 to 1) of the durations does not exceed; None if there are none."""
+        """The shortest time in seconds that a `share` (0 to 1) of the durations does not exceed; None if empty."""
         wanted = max(1, math.ceil(share * self.count))
         return next((seconds for seconds, seen in self.curve() if seen >= wanted), None)
 
     def curve(self) -> Iterator[tuple[float, int]]:
-        """(seconds, durations up to there) of every bucket that is not empty, shortest first."""
+        """Yields (upper end in seconds, cumulative count) of each bucket that is not empty, shortest first."""
         seen = 0
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
             yield min(_upper_end(bucket) * TICK_S, self.max_s), seen
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`, and with the quantiles that a reader wants."""
-        told = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "p99": self.quantile(0.99)}
+        """The JSON form that `from_json` reads. The quantiles are for people who read the file."""
+        quantiles = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "p99": self.quantile(0.99)}
         buckets = [[bucket, self._buckets[bucket]] for bucket in sorted(self._buckets)]
-        return {"count": self.count, **told, "max": self.max_s, "total": self.total_s, "buckets": buckets}
+        return {"count": self.count, **quantiles, "max": self.max_s, "total": self.total_s, "buckets": buckets}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `as_json` said. Raises ValueError if it does not add up, of which a curve would be nonsense."""
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the output of `as_json`. Raises ValueError if the count differs from the sum of the buckets."""
         new = cls()
-        new.count, new.total_s, new.max_s = told["count"], told["total"], told["max"]
-        new._buckets = Counter(dict(told["buckets"]))
+        new.count, new.total_s, new.max_s = data["count"], data["total"], data["max"]
+        new._buckets = Counter(dict(data["buckets"]))
         if new.count != new._buckets.total():
             raise ValueError(f"a histogram of {new.count} durations has {new._buckets.total()} in its buckets")
         return new
 
 
 def _bucket(ticks: int) -> int:
-    """Small numbers have buckets of their own; of larger ones the leading bits name it."""
-    shift = max(0, ticks.bit_length() - STEPS_LOG2 - 1)
-    return (shift << STEPS_LOG2) + (ticks >> shift)
+    """The bucket of a duration in ticks. Numbers below 256 have one each; larger ones share their 8 leading bits."""
+    shift = max(0, ticks.bit_length() - BUCKETS_LOG2 - 1)
+    return (shift << BUCKETS_LOG2) + (ticks >> shift)
 
 
 def _upper_end(bucket: int) -> int:
-    shift = max(0, (bucket >> STEPS_LOG2) - 1)
-    return ((bucket - (shift << STEPS_LOG2) + 1) << shift) - 1
+    """The largest number of ticks in the bucket."""
+    shift = max(0, (bucket >> BUCKETS_LOG2) - 1)
+    return ((bucket - (shift << BUCKETS_LOG2) + 1) << shift) - 1

@@ -1,4 +1,4 @@
-"""What jobs told, added up in windows of time, until three windows in a row agree."""
+"""Adds up the measurements of jobs in windows of time, until three consecutive windows agree."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from gramophone.recipe import Recipe
-from gramophone_client.bench.arrivals import ClosedLoop, Load
+from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile
 from gramophone_client.bench.histogram import Histogram
 
 __all__ = ["LEFT", "OK", "Recorder", "Sample", "Tally", "megapixel_iterations"]
 
 OK = "OK"
-LEFT = "LEFT"  # by us, as the mix's `cancel` asked
+LEFT = "LEFT"  # cancelled by the bench, as requested by `cancel` in the workload
 
-WINDOWS = 3  # in a row that have to agree
-TOLERANCE = 0.1  # by which a window may differ from their mean
-FEWEST_JOBS = 3  # of a window, for each kind
-FEWEST_CHANCE_JOBS = 10  # of a window of an open loop, where chance says when they come
+WINDOWS = 3  # consecutive windows that must agree
+TOLERANCE = 0.1  # by which a window may differ from the mean of the three
+MIN_JOBS_PER_KIND = 3  # in a window
+MIN_OPEN_LOOP_JOBS = 10  # in a window of an open loop, where jobs arrive at random
 
 
 @dataclass
 class Sample:
-    """One job, from the moment that it was due to its end. Times are in seconds since its step began."""
+    """The measurement of one job, from the time it was due to its end. Times are in seconds since the step's start."""
 
     kind: str
     due_s: float
     ended_s: float = 0.0
-    status: str = OK  # or LEFT, or a reason of the service, or gRPC's status
+    status: str = OK  # or LEFT, or the service's error reason, or the gRPC status
     first_frame_s: float | None = None
     last_frame_s: float | None = None
     frame_gaps_s: list[float] = field(default_factory=list)
     frames: int = 0
-    frames_dropped: int = 0  # replaced by newer ones before they were sent
-    bytes_received: int = 0  # of encoded pictures
+    frames_dropped: int = 0  # replaced by newer frames before they were sent
+    bytes_received: int = 0  # encoded pictures only
     megapixel_iterations: float = 0.0
 
     def frame(self, at_s: float, size: int, dropped: int) -> None:
-        """A frame of `size` bytes has come."""
+        """Records a received frame of `size` bytes, and how many frames were dropped before it."""
         if self.last_frame_s is None:
             self.first_frame_s = at_s
         else:
@@ -52,16 +52,16 @@ class Sample:
 
 @dataclass
 class Tally:
-    """What the jobs that ended within some time add up to. Latency is counted from the moment that a job was due."""
+    """Totals of the jobs that ended within a span of time. Latency counts from the time a job was due."""
 
     seconds: float = 0.0
-    due: int = 0  # jobs that were to be sent in this time, which need not be those that ended in it
+    due: int = 0  # jobs that were due in this time; not necessarily the jobs that ended in it
     statuses: Counter[str] = field(default_factory=Counter)
-    result_s: Histogram = field(default_factory=Histogram)  # of the jobs that are OK
-    first_frame_s: Histogram = field(default_factory=Histogram)  # of all that had one
+    result_s: Histogram = field(default_factory=Histogram)  # latency of the jobs with status OK
+    first_frame_s: Histogram = field(default_factory=Histogram)  # of all jobs that received a frame
     frame_gap_s: Histogram = field(default_factory=Histogram)
-    by_kind: dict[str, Histogram] = field(default_factory=dict)  # as result_s
-    failed_s: dict[str, Histogram] = field(default_factory=dict)  # by status, until it was known
+    by_kind: dict[str, Histogram] = field(default_factory=dict)  # as result_s, by kind of job
+    failed_s: dict[str, Histogram] = field(default_factory=dict)  # time until the failure, by status
     frames: int = 0
     frames_dropped: int = 0
     bytes_received: int = 0
@@ -88,7 +88,7 @@ class Tally:
         return self.megapixel_iterations / self.seconds if self.seconds else 0.0
 
     def add(self, sample: Sample) -> None:
-        """Counts a job that has ended."""
+        """Adds a job that has ended."""
         self.statuses[sample.status] += 1
         if sample.status == OK:
             self.result_s.record(sample.ended_s - sample.due_s)
@@ -105,16 +105,13 @@ class Tally:
         self.megapixel_iterations += sample.megapixel_iterations
 
     def merge(self, other: Tally) -> None:
-        """Counts what the other has counted too, as a time that follows this one."""
+        """Adds the totals of another span of time."""
         self.seconds += other.seconds
         self.due += other.due
         self.statuses += other.statuses
-        for mine, its in (
-            (self.result_s, other.result_s),
-            (self.first_frame_s, other.first_frame_s),
-            (self.frame_gap_s, other.frame_gap_s),
-        ):
-            mine.merge(its)
+        self.result_s.merge(other.result_s)
+        self.first_frame_s.merge(other.first_frame_s)
+        self.frame_gap_s.merge(other.frame_gap_s)
         for ours, theirs in ((self.by_kind, other.by_kind), (self.failed_s, other.failed_s)):
             for name, histogram in theirs.items():
                 ours.setdefault(name, Histogram()).merge(histogram)
@@ -124,7 +121,7 @@ class Tally:
         self.megapixel_iterations += other.megapixel_iterations
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`, and with the rates that a reader wants."""
+        """The JSON form that `from_json` reads. The rates are for people who read the file."""
         return {
             "seconds": self.seconds,
             "jobs_per_s": self.jobs_per_s,
@@ -143,62 +140,62 @@ class Tally:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `as_json` said. Raises ValueError if a histogram does not add up."""
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the output of `as_json`. Raises ValueError if a histogram is inconsistent."""
         return cls(
-            seconds=told["seconds"],
-            due=told["due"],
-            statuses=Counter(told["statuses"]),
-            result_s=Histogram.from_json(told["result_s"]),
-            first_frame_s=Histogram.from_json(told["first_frame_s"]),
-            frame_gap_s=Histogram.from_json(told["frame_gap_s"]),
-            by_kind={kind: Histogram.from_json(one) for kind, one in told["by_kind"].items()},
-            failed_s={status: Histogram.from_json(one) for status, one in told["failed_s"].items()},
-            frames=told["frames"],
-            frames_dropped=told["frames_dropped"],
-            bytes_received=told["bytes_received"],
-            megapixel_iterations=told["megapixel_iterations"],
+            seconds=data["seconds"],
+            due=data["due"],
+            statuses=Counter(data["statuses"]),
+            result_s=Histogram.from_json(data["result_s"]),
+            first_frame_s=Histogram.from_json(data["first_frame_s"]),
+            frame_gap_s=Histogram.from_json(data["frame_gap_s"]),
+            by_kind={kind: Histogram.from_json(histogram) for kind, histogram in data["by_kind"].items()},
+            failed_s={status: Histogram.from_json(histogram) for status, histogram in data["failed_s"].items()},
+            frames=data["frames"],
+            frames_dropped=data["frames_dropped"],
+            bytes_received=data["bytes_received"],
+            megapixel_iterations=data["megapixel_iterations"],
         )
 
 
 class Recorder:
-    """The jobs of one step, in windows. The first window is the warm-up and counts for nothing.
+    """Records the jobs of one step in windows. The first window is the warm-up and is not counted.
 
-    A window ends with the first good job after its time, so that a rate is jobs over the time that they took, and not
-    before it has a few of each kind; the warm-up lasts until as many jobs have ended as there are callers, since those
-    that were sent together wait for each other.
+    A window ends with the first successful job after its minimum time, so that a rate is the number of jobs divided by
+    the time they took, and not before it has a few jobs of each kind. The warm-up lasts until as many jobs have ended
+    as there are callers, because the jobs that are sent together at the start wait for each other.
     """
 
-    def __init__(self, load: Load, *, warm_up_s: float, window_s: float, kinds: int = 1) -> None:
-        """`warm_up_s` and `window_s` in seconds; `kinds` that the mix has."""
+    def __init__(self, load: LoadProfile, *, warm_up_s: float, window_s: float, kinds: int = 1) -> None:
+        """`warm_up_s` and `window_s` are in seconds; `kinds` is the number of job kinds in the workload."""
         self.load = load
         self.windows: list[Tally] = []
-        self.timeline: list[Counter[str]] = []  # statuses of each second of the step, with the warm-up
-        self.in_flight: dict[int, float] = {}  # when each was due, by number
-        self.late_s = 0.0  # most that a job was sent after it was due
+        self.timeline: list[Counter[str]] = []  # statuses in each second of the step, including the warm-up
+        self.in_flight: dict[int, float] = {}  # due time of each unfinished job, by its number
+        self.late_s = 0.0  # longest delay between the due time of a job and its sending
         self.is_warm = warm_up_s == 0
-        self.is_stable = False  # the last three windows agree
+        self.is_stable = False  # True if the last three windows agree
         self.current = Tally()
         self.is_closed = isinstance(load, ClosedLoop)
         self.callers = load.concurrency if isinstance(load, ClosedLoop) else 1
-        self._window_began_s = 0.0
+        self._window_start_s = 0.0
         self._warm_up_s, self._window_s = warm_up_s, window_s
-        self._fewest_jobs = max(FEWEST_JOBS * kinds, 0 if self.is_closed else FEWEST_CHANCE_JOBS)
+        self._fewest_jobs = max(MIN_JOBS_PER_KIND * kinds, 0 if self.is_closed else MIN_OPEN_LOOP_JOBS)
 
-    def send(self, number: int, due_s: float, sent_s: float) -> None:
-        """The job of this number is on its way."""
+    def record_start(self, number: int, due_s: float, sent_s: float) -> None:
+        """Records that the job with this number is sent."""
         self.in_flight[number] = due_s
         self.current.due += 1
         self.late_s = max(self.late_s, sent_s - due_s)
 
-    def add(self, number: int, sample: Sample) -> None:
-        """The job has ended."""
+    def record_end(self, number: int, sample: Sample) -> None:
+        """Records that the job has ended."""
         del self.in_flight[number]
         while len(self.timeline) <= sample.ended_s:
             self.timeline.append(Counter())
         self.timeline[int(sample.ended_s)][sample.status] += 1
         self.current.add(sample)
-        seconds = sample.ended_s - self._window_began_s
+        seconds = sample.ended_s - self._window_start_s
         if sample.status != OK:
             return
         if not self.is_warm:
@@ -210,22 +207,22 @@ class Recorder:
             self.current.seconds = seconds
             self.windows.append(self.current)
             self.is_stable = self._is_stable()
-        self.is_warm, self.current, self._window_began_s = True, Tally(), sample.ended_s
+        self.is_warm, self.current, self._window_start_s = True, Tally(), sample.ended_s
 
     def measured(self, now_s: float) -> Tally:
-        """The last three windows if they agree; else all since the warm-up, or the warm-up if there is nothing else."""
+        """The last three windows if they agree; otherwise everything since the warm-up, or the warm-up itself."""
         total = Tally()
         for window in self.windows[-WINDOWS:] if self.is_stable else self.windows:
             total.merge(window)
         if not self.is_stable:
             total.merge(self.current)
-            total.seconds += now_s - self._window_began_s
+            total.seconds += now_s - self._window_start_s
         return total
 
     def _is_stable(self) -> bool:
-        """Whether the last three windows agree in how long a job took, and in how many there were.
+        """Whether the last three windows agree in median latency and in throughput.
 
-        In an open loop their number is the schedule's; there no jobs may pile up instead.
+        In an open loop the schedule determines the throughput. There, instead, unfinished jobs must not accumulate.
         """
         last = self.windows[-WINDOWS:]
         if len(last) < WINDOWS or not _agree([window.result_s.quantile(0.5) or 0.0 for window in last]):
@@ -242,17 +239,17 @@ def _agree(values: Sequence[float]) -> bool:
 
 
 def megapixel_iterations(recipe: Recipe, width: int, height: int, planned: int, done: int) -> float:
-    """The work of the first `done` of a job's `planned` iterations: the megapixels of each, added up.
+    """The sum of the megapixels of the first `done` of a job's `planned` iterations.
 
-    `width` and `height` are those of the result in pixels; the server leaves out the coarsest scales of a thin picture.
+    `width` and `height` are the size of the result in pixels. The server skips the coarsest scales of a thin picture.
     """
     sizes = recipe.scale_sizes()
     scales = [(size, recipe.coarse_iterations) for size in sizes[:-1]] + [(sizes[-1], recipe.iterations)]
     while len(scales) > 1 and sum(iterations for _, iterations in scales) > planned:
         del scales[0]
-    work = 0.0
+    total = 0.0
     for size, iterations in scales:
-        here = min(iterations, done)
-        work += here * width * height * (size / recipe.size) ** 2 / 1e6
-        done -= here
-    return work
+        done_at_scale = min(iterations, done)
+        total += done_at_scale * width * height * (size / recipe.size) ** 2 / 1e6
+        done -= done_at_scale
+    return total

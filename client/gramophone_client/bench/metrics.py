@@ -1,4 +1,4 @@
-"""The figures of a step that tables, pages and comparisons show, each with its name and unit."""
+"""The metrics of a step that tables, pages and comparisons show, each with its name and unit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gramophone_client.bench.arrivals import Load
+from gramophone_client.bench.arrivals import LoadProfile
 from gramophone_client.bench.report import Report, Step
 
-__all__ = ["METRICS", "Metric", "Pair", "number", "pairs"]
+__all__ = ["METRICS", "Metric", "Pair", "format_number", "pairs"]
 
 
 class Metric(NamedTuple):
-    """One figure of a step; its value is None where there was nothing to measure."""
+    """One metric of a step. Its value is None if there was nothing to measure."""
 
     name: str
     unit: str
     value: Callable[[Step], float | None]
-    more_is_better: bool | None = False  # None: neither
+    more_is_better: bool | None = False  # None: neither more nor less is better
 
 
 METRICS = (
@@ -43,27 +43,27 @@ METRICS = (
 
 
 class Pair(NamedTuple):
-    """The same load in two reports."""
+    """Two steps with the same load profile, from two reports."""
 
     before: Step
     after: Step
 
     def ratio(self, metric: Metric) -> float | None:
-        """After over before; None where one is not there, or there is nothing to divide by."""
+        """The value after divided by the value before; None if one is missing or the divisor is 0."""
         before, after = metric.value(self.before), metric.value(self.after)
         return after / before if before and after is not None else None
 
 
 def pairs(before: Report, after: Report) -> list[Pair]:
-    """The steps of `before` whose load `after` has too; of a load that was tried again, the first with the first."""
-    of_load: defaultdict[Load, deque[Step]] = defaultdict(deque)
+    """Pairs the steps with equal load profiles. If a profile occurs several times, the steps are paired in order."""
+    by_load: defaultdict[LoadProfile, deque[Step]] = defaultdict(deque)
     for step in after.steps:
-        of_load[step.load].append(step)
-    return [Pair(step, of_load[step.load].popleft()) for step in before.steps if of_load[step.load]]
+        by_load[step.load].append(step)
+    return [Pair(step, by_load[step.load].popleft()) for step in before.steps if by_load[step.load]]
 
 
-def number(value: float | None) -> str:
-    """Three digits, without an exponent for what a bench finds."""
+def format_number(value: float | None) -> str:
+    """Formats with three significant digits, and without an exponent from 0.0001 up; None becomes "-"."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

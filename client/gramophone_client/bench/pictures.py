@@ -1,4 +1,4 @@
-"""Pictures for a bench without files: smooth random colours, the same for the same seed."""
+"""Synthetic pictures for a bench without input files: smooth random colours that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["synthetic"]
 
 
 def synthetic(seed: int, size: int, cells: int = 6) -> bytes:
-    """A PNG of `size` x 3/4 `size` pixels in which about `cells` patches of colour lie along the longer side.
+    """A PNG of `size` x 3/4 `size` pixels with about `cells` patches of colour along the longer side.
 
-    A style wants more cells than a content: its Gram matrices are of the small forms.
+    A style needs more cells than a content image, because its Gram matrices describe small shapes.
     """
     rows = max(1, cells * 3 // 4)
     coarse = Image.frombytes("RGB", (cells, rows), random.Random(seed).randbytes(3 * cells * rows))

@@ -1,4 +1,4 @@
-"""What a bench found, and its way to a JSON file and back."""
+"""The report of a bench, and its JSON file."""
 
 from __future__ import annotations
 
@@ -9,81 +9,84 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from gramophone_client.bench.arrivals import ClosedLoop, Load, OpenLoop
+from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
 from gramophone_client.bench.measure import LEFT, OK, Tally
 from gramophone_client.bench.schema import REPORT, Value, check
 from gramophone_client.types.picture import write_whole
 
-__all__ = ["BadReport", "Report", "Step", "Window", "read_report"]
+__all__ = ["InvalidReport", "Report", "Step", "Window", "read_report"]
 
-FORMAT = 1  # of the file; grows when an older reader would misunderstand it
+FORMAT = 1  # version of the file format; incremented if an older reader would misread it
 
-BUSY_CLIENT = 0.8  # cores; above it the measurement may be of the client, whose Python uses one
-LATE_SHARE = 0.1  # of a median result
+BUSY_CLIENT = 0.8  # cores; above this the client itself may be the bottleneck, because its Python uses one core
+LATE_SHARE = 0.1  # of the median latency; jobs that are sent later than this are reported
 
 
-class BadReport(Exception):
-    """A file that is not a report of a bench; the text names it."""
+class InvalidReport(Exception):
+    """A file is not the report of a bench; the message names it."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One of the spans of time that were compared."""
+    """One of the spans of time whose measurements are compared."""
 
     seconds: float
-    jobs: int  # that are OK
-    p50_s: float  # to their results
+    jobs: int  # with status OK
+    p50_s: float  # median latency of these jobs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One load, and what came of it."""
+    """The measurement of one load profile."""
 
-    load: Load
+    load: LoadProfile
     ending: str  # "stable", "time is up" or "interrupted"
-    is_warm: bool  # False: the warm-up had not ended, and its figures are all there is
-    began_s: float  # since the bench began
+    is_warm: bool  # False: the step ended during the warm-up, so its values are those of the warm-up
+    began_s: float  # since the start of the bench
     windows: tuple[Window, ...]
     tally: Tally
-    unfinished: int  # jobs on their way when the step ended, which no latency counts
+    unfinished: int  # jobs in flight at the end of the step, which are in no latency
     oldest_unfinished_s: float
-    late_s: float  # most that a job was sent after it was due
-    client_cpu: float  # cores that this process kept busy
-    server_before: tuple[int, int] | None  # (running, waiting) jobs; None if the server did not say
+    late_s: float  # longest delay between the due time of a job and its sending
+    client_cpu: float  # average number of cores that this process used
+    server_before: tuple[int, int] | None  # (running, waiting) jobs; None if the server did not answer
     server_after: tuple[int, int] | None
-    timeline: tuple[Mapping[str, int], ...]  # statuses of each second of the step
+    timeline: tuple[Mapping[str, int], ...]  # statuses in each second of the step
 
     def notes(self) -> list[str]:
-        """What a reader has to know before the figures are believed."""
+        """Sentences about what limits the value of the measurement."""
         notes = []
-        if not self.tally.ok and self.tally.ended:  # more time would change nothing
+        if not self.tally.ok and self.tally.ended:  # a longer step would not help
             since = " since the warm-up" if any(second.get(OK) for second in self.timeline) else ""
-            notes.append(f"no job has ended well{since}: {', '.join(_fates(self.tally.statuses))}")
+            notes.append(f"no job succeeded{since}: {', '.join(_outcomes(self.tally.statuses))}")
         elif not self.is_warm:
-            advice = "; allow more --duration" if self.ending == "time is up" else ""
-            notes.append(f"the warm-up had not ended, so these are its figures{advice}")
+            advice = "; use a longer --duration" if self.ending == "time is up" else ""
+            notes.append(f"the step ended during its warm-up, so the values are those of the warm-up{advice}")
         elif self.ending != "stable":
             p50s = " ".join(f"{window.p50_s:.3g}" for window in self.windows[-3:])
-            said = f" (medians of the last ones: {p50s} s)" if p50s else ""
-            notes.append(f"{self.ending} before three windows agreed within 10 %{said}")
-        if self.oldest_unfinished_s > self.tally.result_s.max_s:  # so the figures leave out the longest
-            notes.append(f"not ended in time: {self.unfinished}, the oldest after {self.oldest_unfinished_s:.3g} s")
+            medians = f" (medians of the last windows: {p50s} s)" if p50s else ""
+            notes.append(f"{self.ending} before three windows agreed within 10 %{medians}")
+        if self.oldest_unfinished_s > self.tally.result_s.max_s:  # the latencies lack the longest job
+            notes.append(
+                f"{self.unfinished} jobs had not ended when the step ended, the oldest after "
+                f"{self.oldest_unfinished_s:.3g} s"
+            )
         if self.client_cpu > BUSY_CLIENT:
-            notes.append(f"this client kept {self.client_cpu:.2g} cores busy and may be what was measured")
+            notes.append(f"this client used {self.client_cpu:.2g} cores and may have been the bottleneck")
         if isinstance(self.load, OpenLoop) and self.late_s > LATE_SHARE * (self.tally.result_s.quantile(0.5) or 1.0):
-            notes.append(f"a job was sent {self.late_s:.3g} s late; its latency counts from when it was due")
+            notes.append(f"a job was sent {self.late_s:.3g} s late; its latency counts from the time it was due")
         if self.server_before is None:
-            notes.append("the server did not say what others had there before this step")
+            notes.append("the server did not report its load before this step")
         elif any(self.server_before):
             running, waiting = self.server_before
-            notes.append(f"others had {running} running and {waiting} waiting at the server before this step")
+            notes.append(f"the server already had {running} running and {waiting} waiting jobs before this step")
         return notes
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`."""
-        told = {"concurrency": self.load.concurrency} if isinstance(self.load, ClosedLoop) else {"rate": self.load.rate}
+        """The JSON form that `from_json` reads."""
+        load = {"concurrency": self.load.concurrency} if isinstance(self.load, ClosedLoop) else {"rate": self.load.rate}
         return {
-            "load": told,
+            "load": load,
             "ending": self.ending,
             "is_warm": self.is_warm,
             "began_s": self.began_s,
@@ -99,45 +102,45 @@ class Step:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `as_json` said, of which `check` has seen that it is there. Raises ValueError if it does not add up."""
-        load = told["load"]
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the output of `as_json`, which must match the schema. Raises ValueError if it is inconsistent."""
+        load = data["load"]
         return cls(
             load=ClosedLoop(load["concurrency"]) if "concurrency" in load else OpenLoop(float(load["rate"])),
-            ending=told["ending"],
-            is_warm=told["is_warm"],
-            began_s=told["began_s"],
-            windows=tuple(Window(w["seconds"], w["jobs"], w["p50_s"]) for w in told["windows"]),
-            tally=Tally.from_json(told),
-            unfinished=told["unfinished"],
-            oldest_unfinished_s=told["oldest_unfinished_s"],
-            late_s=told["late_s"],
-            client_cpu=told["client_cpu"],
-            server_before=_pair(told["server_before"]),
-            server_after=_pair(told["server_after"]),
-            timeline=tuple(told["timeline"]),
+            ending=data["ending"],
+            is_warm=data["is_warm"],
+            began_s=data["began_s"],
+            windows=tuple(Window(w["seconds"], w["jobs"], w["p50_s"]) for w in data["windows"]),
+            tally=Tally.from_json(data),
+            unfinished=data["unfinished"],
+            oldest_unfinished_s=data["oldest_unfinished_s"],
+            late_s=data["late_s"],
+            client_cpu=data["client_cpu"],
+            server_before=_pair(data["server_before"]),
+            server_after=_pair(data["server_after"]),
+            timeline=tuple(data["timeline"]),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole bench."""
+    """The report of a bench with all of its steps."""
 
     began: str  # date and time, ISO 8601 in UTC
     client: str  # version of this package
     machine: str  # of the client
     server: Mapping[str, Any]  # GetServerInfo without presets and layers
-    settings: Mapping[str, Any]  # what makes two benches comparable: mix, seed, pictures, windows
+    settings: Mapping[str, Any]  # must be equal for two benches to be comparable: mix, seed, pictures, windows
     steps: tuple[Step, ...] = field(default=())
 
     @property
     def statuses(self) -> Counter[str]:
-        """Of all steps, as far as they were measured."""
+        """The statuses of all measured jobs of all steps."""
         return sum((step.tally.statuses for step in self.steps), Counter())
 
     def save(self, path: Path) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        told = {
+        """Writes the report as JSON, atomically."""
+        data = {
             "format": FORMAT,
             "began": self.began,
             "client": self.client,
@@ -146,40 +149,40 @@ class Report:
             "settings": self.settings,
             "steps": [step.as_json() for step in self.steps],
         }
-        write_whole(path, (json.dumps(told, indent=1) + "\n").encode())
+        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def read_report(path: Path) -> Report:
-    """What `Report.save` wrote. Raises `BadReport`, or OSError if there is no file."""
-    data = path.read_bytes()
+    """Reads a file that `Report.save` wrote. Raises `InvalidReport`, or OSError if the file cannot be read."""
+    content = path.read_bytes()
     try:
-        told = json.loads(data)
-        check(told, {"format": Value("a number", lambda value: isinstance(value, int))})
-        if told["format"] != FORMAT:  # and so of another form
-            raise BadReport(f"{path}: a report of format {told['format']}, and this version reads {FORMAT}")
-        check(told, REPORT)
+        data = json.loads(content)
+        check(data, {"format": Value("a number", lambda value: isinstance(value, int))})
+        if data["format"] != FORMAT:  # its schema may differ
+            raise InvalidReport(f"{path}: the report has format {data['format']}, but this version reads {FORMAT}")
+        check(data, REPORT)
         return Report(
-            began=told["began"],
-            client=told["client"],
-            machine=told["machine"],
-            server=told["server"],
-            settings=told["settings"],
-            steps=tuple(map(Step.from_json, told["steps"])),
+            began=data["began"],
+            client=data["client"],
+            machine=data["machine"],
+            server=data["server"],
+            settings=data["settings"],
+            steps=tuple(map(Step.from_json, data["steps"])),
         )
-    except (ValueError, RecursionError) as error:  # also of what is no text, or no JSON
-        raise BadReport(f"{path}: not a report that `gramophone bench --json` wrote: {error}") from None
+    except (ValueError, RecursionError) as error:  # also if the file is not UTF-8 or not JSON
+        raise InvalidReport(f"{path}: not a report written by `gramophone bench --json`: {error}") from None
 
 
-def _fates(statuses: Counter[str]) -> Iterator[str]:
-    """What became of jobs that have no result, most frequent first, and what to do if that was asked for."""
+def _outcomes(statuses: Counter[str]) -> Iterator[str]:
+    """Describes how the jobs ended if none succeeded, most frequent status first."""
     for status, count in statuses.most_common():
         if status != LEFT:
             yield f"{count} failed with {status}"
         elif len(statuses) > 1:
-            yield f"{count} left on purpose"
+            yield f"{count} cancelled on purpose"
         else:
-            yield f"{count} left on purpose, as the mix asks; a cancel below 1 lets some come to a result"
+            yield f"{count} cancelled on purpose, as the mix requests; set cancel below 1 so that some can succeed"
 
 
-def _pair(told: list[int] | None) -> tuple[int, int] | None:
-    return None if told is None else (told[0], told[1])
+def _pair(values: list[int] | None) -> tuple[int, int] | None:
+    return None if values is None else (values[0], values[1])

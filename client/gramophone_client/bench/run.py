@@ -1,4 +1,4 @@
-"""The bench itself: sends the jobs of each load in turn and records what becomes of them."""
+"""Runs a bench: sends jobs with each load profile in turn and records how they end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-from gramophone_client.bench.arrivals import ClosedLoop, Load, poisson
+from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, poisson
 from gramophone_client.bench.measure import LEFT, Recorder, Sample, megapixel_iterations
 from gramophone_client.bench.report import Step, Window
-from gramophone_client.bench.workload import BadMix, Draw, Kind, draws
+from gramophone_client.bench.workload import InvalidWorkload, JobKind, PlannedJob, planned_jobs
 from gramophone_client.client import GramophoneClient
 from gramophone_client.errors import DeadlineExceeded, GramophoneError, InvalidRequest
 from gramophone_client.types.options import FrameOptions
@@ -21,16 +21,16 @@ from gramophone_client.types.updates import Accepted, Frame, Progress, Result
 
 __all__ = ["Bench", "Pictures", "Plan"]
 
-# Pause of a caller that was refused, in seconds: what the server asked for, within these. Callers who came back at once
-# would measure how fast a server refuses.
-LEAST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
-SETTLE_S = 10.0  # for the server to have ended what the step before has left
-LOAD_S = 2.0  # for the server to say its load; one that stands still must not hold up the bench
+# Limits of a caller's pause after a refusal, in seconds; within them the pause is the one that the server asked for.
+# Without a pause the bench would measure how fast a server refuses.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 1.0
+SETTLE_TIMEOUT_S = 10.0  # how long a step waits for the server to end the jobs of the step before
+SERVER_LOAD_TIMEOUT_S = 2.0  # for a request of the server's load; a server that hangs must not delay the bench
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is painted, as encoded files."""
+    """The images of a job, as encoded files."""
 
     content: bytes
     styles: tuple[bytes, ...]
@@ -38,39 +38,39 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a bench is to do. Durations are in seconds."""
+    """The settings of a bench. Durations are in seconds."""
 
-    loads: Sequence[Load]
-    mix: Sequence[Kind]
-    pictures: Callable[[Kind], Pictures]
+    loads: Sequence[LoadProfile]
+    workload: Sequence[JobKind]
+    pictures: Callable[[JobKind], Pictures]
     seed: int = 0
     warm_up_s: float = 5.0  # 0: none
     window_s: float = 5.0
-    duration_s: float = 60.0  # longest of a step, with its warm-up
-    deadline_s: float = 120.0  # of a job, from when it is sent
+    duration_s: float = 60.0  # limit of a step, including its warm-up
+    deadline_s: float = 120.0  # of a job, from the time it is sent
 
 
 @dataclass
 class Bench:
-    """A bench on its way, for whoever shows it."""
+    """A bench and its progress. Its attributes may be read while it runs."""
 
     plan: Plan
-    server: ServerInfo | None = None  # as it was in the beginning
-    steps: list[Step] = field(default_factory=list)  # that have ended
-    load: Load | None = None  # of the present step
-    recorder: Recorder | None = None  # of the present step
+    server: ServerInfo | None = None  # as of the start of the bench
+    steps: list[Step] = field(default_factory=list)  # the completed steps
+    load: LoadProfile | None = None  # of the current step
+    recorder: Recorder | None = None  # of the current step
     is_interrupted: bool = False
     _client: GramophoneClient = field(init=False)
-    _began_s: float = field(default_factory=time.monotonic)
-    _step_began_s: float = 0.0
+    _start_s: float = field(default_factory=time.monotonic)
+    _step_start_s: float = 0.0
     _jobs: int = 0
 
     async def run(self, client: GramophoneClient) -> None:
-        """All steps, or as many as there are before this task is cancelled, which ends the bench but is no error.
+        """Runs all steps. If this task is cancelled, the current step becomes the last one; this is not an error.
 
-        The client is one without retries, so that each refusal is counted.
+        The client must have retries off, so that every refusal is counted.
 
-        Raises `BadMix` if the server finds a job of it invalid, `GramophoneError` if there is no server any more.
+        Raises `InvalidWorkload` if the server rejects a job as invalid, `GramophoneError` if the server is unreachable.
         """
         self._client = client
         self.server = await client.server_info()
@@ -84,44 +84,44 @@ class Bench:
 
     @property
     def step_s(self) -> float:
-        """Seconds since the present step began."""
-        return time.monotonic() - self._step_began_s
+        """Seconds since the start of the current step."""
+        return time.monotonic() - self._step_start_s
 
-    async def _step(self, load: Load, before: tuple[int, int] | None) -> None:
+    async def _step(self, load: LoadProfile, before: tuple[int, int] | None) -> None:
         plan, stable = self.plan, asyncio.Event()
-        recorder = Recorder(load, warm_up_s=plan.warm_up_s, window_s=plan.window_s, kinds=len(plan.mix))
-        cpu_s, self._step_began_s = time.process_time(), time.monotonic()
+        recorder = Recorder(load, warm_up_s=plan.warm_up_s, window_s=plan.window_s, kinds=len(plan.workload))
+        cpu_s, self._step_start_s = time.process_time(), time.monotonic()
         self.load, self.recorder = load, recorder
         sending = asyncio.create_task(self._send(load, recorder, stable))
-        over = asyncio.create_task(stable.wait())
+        waiting = asyncio.create_task(stable.wait())
         ending = "time is up"
         try:
-            await asyncio.wait({sending, over}, timeout=plan.duration_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, waiting}, timeout=plan.duration_s, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._interrupt()
             ending = "interrupted"
         now_s, cpu_s = self.step_s, time.process_time() - cpu_s
-        # All of it before the jobs that are on their way are left.
+        # Read everything before the jobs in flight are cancelled.
         tally = recorder.measured(now_s)
         ending = "stable" if recorder.is_stable else ending
         windows = tuple(Window(w.seconds, w.ok, w.result_s.quantile(0.5) or 0.0) for w in recorder.windows)
         timeline = tuple(map(Counter, recorder.timeline))
         unfinished, oldest_s = len(recorder.in_flight), now_s - min(recorder.in_flight.values(), default=now_s)
         after = None
-        with suppress(GramophoneError):  # what was measured until the server went away is worth having
+        with suppress(GramophoneError):  # keep the measurement even if the server has become unreachable
             after = await self._server_load()
-        over.cancel()
+        waiting.cancel()
         sending.cancel()
         await asyncio.wait({sending})
         if not sending.cancelled() and (error := sending.exception()):
-            # The first is the cause; the others are jobs of the same kind.
+            # The first error is the cause; the others are from jobs of the same kind.
             raise error.exceptions[0] if isinstance(error, ExceptionGroup) else error
         self.steps.append(
             Step(
                 load=load,
                 ending=ending,
                 is_warm=recorder.is_warm,
-                began_s=self._step_began_s - self._began_s,
+                began_s=self._step_start_s - self._start_s,
                 windows=windows,
                 tally=tally,
                 unfinished=unfinished,
@@ -134,9 +134,9 @@ class Bench:
             )
         )
 
-    async def _send(self, load: Load, recorder: Recorder, stable: asyncio.Event) -> None:
-        """Sends jobs for as long as it is let."""
-        jobs = draws(self.plan.mix, self.plan.seed)  # the same for every step
+    async def _send(self, load: LoadProfile, recorder: Recorder, stable: asyncio.Event) -> None:
+        """Sends jobs until this task is cancelled."""
+        jobs = planned_jobs(self.plan.workload, self.plan.seed)  # the same jobs in every step
 
         async def caller() -> None:
             while True:
@@ -151,31 +151,32 @@ class Bench:
                     await asyncio.sleep(due_s - self.step_s)
                     group.create_task(self._job(next(jobs), due_s, recorder, stable))
 
-    async def _job(self, draw: Draw, due_s: float, recorder: Recorder, stable: asyncio.Event) -> float:
-        """One job to its end; seconds for which its caller should then wait."""
+    async def _job(self, job: PlannedJob, due_s: float, recorder: Recorder, stable: asyncio.Event) -> float:
+        """Runs one job to its end. Returns the seconds that its caller should wait before its next job."""
         self._jobs += 1
         number, pause_s = self._jobs, 0.0
-        sample = Sample(draw.kind.name, due_s)
-        recorder.send(number, due_s, self.step_s)
+        sample = Sample(job.kind.name, due_s)
+        recorder.record_start(number, due_s, self.step_s)
         try:
-            if draw.kind.frames or draw.leave_at is not None:
-                await self._stream(draw, number, sample)
+            if job.kind.frames or job.cancel_at is not None:
+                await self._stream(job, number, sample)
             else:
-                await self._ask(draw.kind, number, sample)
+                await self._stylize(job.kind, number, sample)
         except InvalidRequest as error:
-            # All of its kind are invalid, so there is nothing to measure.
-            raise BadMix(f"the server takes no job like {draw.kind.name!r}: {error}") from error
+            # All jobs of this kind are invalid, so there is nothing to measure.
+            raise InvalidWorkload(f"the server rejects the job {job.kind.name!r} as invalid: {error}") from error
         except GramophoneError as error:
             sample.status = error.reason or (error.code.name if error.code else type(error).__name__)
-            pause_s = min(max(error.retry_after_s or 0.0, LEAST_PAUSE_S), LONGEST_PAUSE_S)
+            pause_s = min(max(error.retry_after_s or 0.0, MIN_PAUSE_S), MAX_PAUSE_S)
         sample.ended_s = self.step_s
-        recorder.add(number, sample)
+        recorder.record_end(number, sample)
         if recorder.is_stable:
             stable.set()
         return pause_s
 
-    async def _stream(self, draw: Draw, number: int, sample: Sample) -> None:
-        kind, pictures = draw.kind, self.plan.pictures(draw.kind)
+    async def _stream(self, job: PlannedJob, number: int, sample: Sample) -> None:
+        """Runs a job as a stream and cancels it where planned."""
+        kind, pictures = job.kind, self.plan.pictures(job.kind)
         frames = FrameOptions(every_iterations=kind.frame_every, max_side=kind.frame_size) if kind.frames else None
         accepted, done = None, 0
         updates = self._client.stream(
@@ -183,7 +184,7 @@ class Bench:
             pictures.styles,
             frames=frames,
             checkpoints=None,
-            patience_s=0,  # a job that is lost counts as lost
+            patience_s=0,  # a job that loses its connection counts as failed
             timeout_s=kind.deadline_s or self.plan.deadline_s,
             preset=kind.preset,
             seed=number,
@@ -197,7 +198,7 @@ class Bench:
                             accepted = update
                         case Progress():
                             done = update.iteration
-                            if draw.leave_at is not None and done >= draw.leave_at * update.iterations:
+                            if job.cancel_at is not None and done >= job.cancel_at * update.iterations:
                                 sample.status = LEFT
                                 return
                         case Frame():
@@ -210,14 +211,15 @@ class Bench:
                 size = accepted.width, accepted.height
                 sample.megapixel_iterations = megapixel_iterations(accepted.recipe, *size, accepted.iterations, done)
 
-    async def _ask(self, kind: Kind, number: int, sample: Sample) -> None:
+    async def _stylize(self, kind: JobKind, number: int, sample: Sample) -> None:
+        """Runs a job as a unary call."""
         pictures = self.plan.pictures(kind)
         done = await self._client.stylize(
             pictures.content,
             pictures.styles,
             timeout_s=kind.deadline_s or self.plan.deadline_s,
             preset=kind.preset,
-            seed=number,  # each its own, so that no answer can be another job's
+            seed=number,  # a different seed for each job, so that no result can come from a cache
             **kind.overrides,
         )
         sample.bytes_received += len(done.picture.data)
@@ -225,21 +227,21 @@ class Bench:
         sample.megapixel_iterations = megapixel_iterations(done.recipe, *size, done.iterations, done.iterations)
 
     async def _server_load(self) -> tuple[int, int]:
-        info = await self._client.server_info(timeout_s=LOAD_S)
+        info = await self._client.server_info(timeout_s=SERVER_LOAD_TIMEOUT_S)
         return info.running_jobs, info.queued_jobs
 
     async def _settled(self, idle: tuple[int, int]) -> tuple[int, int] | None:
-        """The server's load, when it is no more than it was in the beginning; None if it does not say in time."""
-        end = time.monotonic() + SETTLE_S
+        """Waits until the server's load is back to `idle` or less; returns its load, or None if it does not answer."""
+        end = time.monotonic() + SETTLE_TIMEOUT_S
         try:
             while (load := await self._server_load()) > idle and time.monotonic() < end:
                 await asyncio.sleep(0.1)
-        except DeadlineExceeded:  # what becomes of jobs at such a server is for the step to measure
+        except DeadlineExceeded:  # the step will measure how jobs fare at such a server
             return None
         return load
 
     def _interrupt(self) -> None:
-        """Makes the end of this task the end of the bench."""
+        """Turns the cancellation of this task into the end of the bench."""
         self.is_interrupted = True
         task = asyncio.current_task()
         if task is not None:

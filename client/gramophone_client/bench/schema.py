@@ -1,4 +1,4 @@
-"""What the JSON file of a report must hold, so that a wrong file is told in a sentence and not found out in a chart."""
+"""The schema of a report's JSON file, so that an invalid file fails with a clear message and not inside a chart."""
 
 from __future__ import annotations
 
@@ -9,57 +9,57 @@ from typing import Any
 
 __all__ = ["REPORT", "Value", "check"]
 
-MOST = 1e15  # of any figure; charts and rates can draw and divide by what is below
-LAST_BUCKET = 8191  # of a histogram; holds three hundred thousand years
+MAX_FIGURE = 1e15  # limit of all numbers; charts and rates can handle anything below
+LAST_BUCKET = 8191  # of a histogram; its durations are about 300,000 years
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value by itself."""
+    """A single value."""
 
-    allowed: str  # in words
+    allowed: str  # description of the allowed values, for error messages
     is_allowed: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
-class Each:
-    """An object of any keys."""
+class MapOf:
+    """An object with arbitrary keys."""
 
-    form: Form  # of each value
-
-
-# An object's keys, of which it may have more; or the one form of a list's items.
-Form = Value | Each | Mapping[str, "Form"] | list["Form"]
+    value: Schema  # of each of its values
 
 
-def check(told: Any, form: Form, place: str = "") -> None:
-    """Raises ValueError, which names the place in the file and what is allowed there, if `told` has not this form."""
-    match form:
+# A mapping is the schema of an object, which may have additional keys; a list holds the schema of the list's items.
+Schema = Value | MapOf | Mapping[str, "Schema"] | list["Schema"]
+
+
+def check(data: Any, schema: Schema, path: str = "") -> None:
+    """Raises ValueError if `data` does not match the schema; the message has the path and the allowed values."""
+    match schema:
         case Value(allowed, is_allowed):
-            if not is_allowed(told):
-                raise _wrong(place, allowed, told)
+            if not is_allowed(data):
+                raise _mismatch(path, allowed, data)
         case list():
-            if not isinstance(told, list):
-                raise _wrong(place, "a list", told)
-            for i, one in enumerate(told):
-                check(one, form[0], f"{place}[{i}]")
+            if not isinstance(data, list):
+                raise _mismatch(path, "a list", data)
+            for i, item in enumerate(data):
+                check(item, schema[0], f"{path}[{i}]")
         case _:
-            if not isinstance(told, dict):
-                raise _wrong(place, "an object", told)
-            forms = dict.fromkeys(told, form.form) if isinstance(form, Each) else form
-            for key, value in forms.items():
-                inner = f"{place}.{key}" if place else key
-                if key not in told:
-                    raise ValueError(f"{inner} is missing")
-                check(told[key], value, inner)
+            if not isinstance(data, dict):
+                raise _mismatch(path, "an object", data)
+            schemas = dict.fromkeys(data, schema.value) if isinstance(schema, MapOf) else schema
+            for key, inner_schema in schemas.items():
+                inner_path = f"{path}.{key}" if path else key
+                if key not in data:
+                    raise ValueError(f"{inner_path} is missing")
+                check(data[key], inner_schema, inner_path)
 
 
-def _wrong(place: str, allowed: str, told: Any) -> ValueError:
-    return ValueError(f"{place or 'the whole'} must be {allowed}, got {reprlib.repr(told)}")
+def _mismatch(path: str, allowed: str, data: Any) -> ValueError:
+    return ValueError(f"{path or 'the file'} must be {allowed}, got {reprlib.repr(data)}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE
 
 
 def _is_whole(value: Any) -> bool:
@@ -81,27 +81,27 @@ def _is_pair(value: Any) -> bool:
 
 NUMBER = Value("a number, 0 or more", _is_number)
 COUNT = Value("a whole number, 0 or more", _is_whole)
-TEXT = Value("a text", lambda value: isinstance(value, str))
-TRUTH = Value("true or false", lambda value: isinstance(value, bool))
+TEXT = Value("a string", lambda value: isinstance(value, str))
+BOOLEAN = Value("true or false", lambda value: isinstance(value, bool))
 LOAD = Value('{"concurrency": a whole number above 0} or {"rate": a number above 0}', _is_load)
 SERVER_LOAD = Value("[running, waiting] or null", lambda value: value is None or _is_pair(value))
-BUCKET = Value("[bucket, durations in it]", lambda value: _is_pair(value) and value[0] <= LAST_BUCKET)
+BUCKET = Value("[bucket, count]", lambda value: _is_pair(value) and value[0] <= LAST_BUCKET)
 
-HISTOGRAM: Form = {"count": COUNT, "max": NUMBER, "total": NUMBER, "buckets": [BUCKET]}
-STEP: Form = {
+HISTOGRAM: Schema = {"count": COUNT, "max": NUMBER, "total": NUMBER, "buckets": [BUCKET]}
+STEP: Schema = {
     "load": LOAD,
     "ending": TEXT,
-    "is_warm": TRUTH,
+    "is_warm": BOOLEAN,
     "began_s": NUMBER,
     "windows": [{"seconds": NUMBER, "jobs": COUNT, "p50_s": NUMBER}],
     "seconds": NUMBER,
     "due": COUNT,
-    "statuses": Each(COUNT),
+    "statuses": MapOf(COUNT),
     "result_s": HISTOGRAM,
     "first_frame_s": HISTOGRAM,
     "frame_gap_s": HISTOGRAM,
-    "by_kind": Each(HISTOGRAM),
-    "failed_s": Each(HISTOGRAM),
+    "by_kind": MapOf(HISTOGRAM),
+    "failed_s": MapOf(HISTOGRAM),
     "frames": COUNT,
     "frames_dropped": COUNT,
     "bytes_received": COUNT,
@@ -112,13 +112,13 @@ STEP: Form = {
     "client_cpu": NUMBER,
     "server_before": SERVER_LOAD,
     "server_after": SERVER_LOAD,
-    "timeline": [Each(COUNT)],
+    "timeline": [MapOf(COUNT)],
 }
-REPORT: Form = {
+REPORT: Schema = {
     "began": TEXT,
     "client": TEXT,
     "machine": TEXT,
-    "server": {"version": TEXT, "device": TEXT, "precision": TEXT, "backbone": TEXT},  # as far as it is shown
+    "server": {"version": TEXT, "device": TEXT, "precision": TEXT, "backbone": TEXT},  # the keys that are displayed
     "settings": {},
     "steps": [STEP],
 }

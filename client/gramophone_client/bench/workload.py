@@ -1,11 +1,13 @@
-"""The jobs of a bench: kinds with weights, from a TOML file or from flags, and the seeded choice among them.
+"""The workload of a bench: weighted kinds of jobs, from a TOML file or from flags, and the random choice among them.
+
+An example of the file (`--mix`):
 
 [[job]]
 name = "thumbnail"
 weight = 3          # three of these for each job of weight 1
 size = 128          # any field of a recipe, or `preset`
 iterations = 10
-cancel = 0.1        # one in ten is left before its end
+cancel = 0.1        # one in ten is cancelled before its end
 
 [[job]]
 preset = "quality"
@@ -29,90 +31,92 @@ from gramophone import recipe as recipes
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, RecipeOverrides
 from gramophone_client.console.recipe_flags import TYPES
 
-__all__ = ["BadMix", "Draw", "Kind", "draws", "read_mix"]
+__all__ = ["InvalidWorkload", "JobKind", "PlannedJob", "planned_jobs", "read_workload"]
 
 
-class BadMix(Exception):
-    """A mix that cannot be used; the text names the job, the key, and what is allowed."""
+class InvalidWorkload(Exception):
+    """A workload that cannot be used; the message names the job, the key, and the allowed values."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class JobKind:
     """One kind of job."""
 
     name: str
-    weight: float = 1.0  # how often it comes, relative to the others; above 0
+    weight: float = 1.0  # relative frequency, above 0
     preset: str = "fast"
     overrides: RecipeOverrides = field(default_factory=RecipeOverrides)
-    frames: bool = True  # streamed with frames; else the unary call
-    frame_every: int = 0  # iterations; 0: by time
-    frame_size: int = 0  # longest side in pixels; 0: as they are
-    cancel: float = 0.0  # share of its jobs that are left before their end, 0 to 1
-    deadline_s: float | None = None  # of a job; None: the bench's
+    frames: bool = True  # True: the stream, with frames; False: the unary call
+    frame_every: int = 0  # iterations between frames; 0: by time
+    frame_size: int = 0  # longest side in pixels; 0: full size
+    cancel: float = 0.0  # share of its jobs that are cancelled before their end, 0 to 1
+    deadline_s: float | None = None  # of a job; None: the deadline of the bench
 
     def recipe(self) -> Recipe:
-        """Complete. Raises `InvalidRecipe`."""
+        """The complete recipe. Raises `InvalidRecipe`."""
         return recipes.preset(self.preset, **self.overrides)
 
 
-class Draw(NamedTuple):
-    """The next job."""
+class PlannedJob(NamedTuple):
+    """A job to send."""
 
-    kind: Kind
-    leave_at: float | None  # share of its iterations after which it is left; None: never
+    kind: JobKind
+    cancel_at: float | None  # share of its iterations after which it is cancelled; None: it is not
 
 
-def draws(mix: Sequence[Kind], seed: int) -> Iterator[Draw]:
-    """Jobs in the proportions of the mix, without end; the same for the same seed."""
-    dice = random.Random(seed)
-    weights = [kind.weight for kind in mix]
+def planned_jobs(workload: Sequence[JobKind], seed: int) -> Iterator[PlannedJob]:
+    """Yields jobs in the proportions of the workload, without end. The same seed yields the same jobs."""
+    rng = random.Random(seed)
+    weights = [kind.weight for kind in workload]
     while True:
-        (kind,) = dice.choices(mix, weights)
-        leaves, share = dice.random() < kind.cancel, dice.random()
-        yield Draw(kind, share if leaves else None)
+        (kind,) = rng.choices(workload, weights)
+        is_cancelled, share = rng.random() < kind.cancel, rng.random()
+        yield PlannedJob(kind, share if is_cancelled else None)
 
 
-def read_mix(path: Path) -> list[Kind]:
-    """The kinds of a mix file. Raises `BadMix`, or OSError if there is none."""
+def read_workload(path: Path) -> list[JobKind]:
+    """The kinds of jobs in a mix file. Raises `InvalidWorkload`, or OSError if the file cannot be read."""
     try:
-        told = tomllib.loads(path.read_bytes().decode())
+        document = tomllib.loads(path.read_bytes().decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadMix(f"{path}: not TOML: {error}") from None
-    if unknown := told.keys() - {"job"}:
-        raise BadMix(f"{path}: {min(unknown)!r} is not a key of a mix; allowed is [[job]], one for each kind")
-    tables = told.get("job")
+        raise InvalidWorkload(f"{path}: not TOML: {error}") from None
+    if unknown := document.keys() - {"job"}:
+        raise InvalidWorkload(
+            f"{path}: {min(unknown)!r} is not a key of a mix file; allowed is [[job]], one for each kind of job"
+        )
+    tables = document.get("job")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise BadMix(f"{path}: a mix needs at least one [[job]]")
+        raise InvalidWorkload(f"{path}: a mix file needs at least one [[job]]")
     kinds = [_kind(table, number, f"{path}: job {number}") for number, table in enumerate(tables, 1)]
     names = [kind.name for kind in kinds]
     for name in names:
         if names.count(name) > 1:
-            raise BadMix(f"{path}: two jobs are called {name!r}; give each a name of its own")
+            raise InvalidWorkload(f"{path}: two jobs have the name {name!r}; names must be unique")
     return kinds
 
 
-def _kind(table: Mapping[str, Any], number: int, where: str) -> Kind:
-    said: dict[str, Any] = {"name": f"job {number}"}
+def _kind(table: Mapping[str, Any], number: int, where: str) -> JobKind:
+    options: dict[str, Any] = {"name": f"job {number}"}
     overrides: dict[str, Any] = {}
     for key, value in table.items():
-        if key in OF_A_KIND:
-            allowed, is_allowed = OF_A_KIND[key]
+        if key in JOB_KEYS:
+            allowed, is_allowed = JOB_KEYS[key]
             if not is_allowed(value):
-                raise BadMix(f"{where}: {key} must be {allowed}, got {value!r}")
-            said[key] = value
+                raise InvalidWorkload(f"{where}: {key} must be {allowed}, got {value!r}")
+            options[key] = value
         elif key in TYPES:
             overrides[key] = _recipe_value(key, value, where)
         else:
-            raise BadMix(
-                f"{where}: {key!r} is not a key of a job; allowed are {', '.join(OF_A_KIND)}, "
-                f"and of a recipe {', '.join(TYPES)}"
+            raise InvalidWorkload(
+                f"{where}: {key!r} is not a key of a job; allowed are {', '.join(JOB_KEYS)}, "
+                f"and the fields of a recipe: {', '.join(TYPES)}"
             )
-    kind = Kind(**said, overrides=cast(RecipeOverrides, overrides))
+    kind = JobKind(**options, overrides=cast(RecipeOverrides, overrides))
     try:
         kind.recipe()
     except InvalidRecipe as error:
         first = error.violations[0]
-        raise BadMix(f"{where}: {first.field} {first.description}") from None
+        raise InvalidWorkload(f"{where}: {first.field} {first.description}") from None
     return kind
 
 
@@ -132,7 +136,7 @@ def _recipe_value(key: str, value: Any, where: str) -> Any:
         allowed = "a table of layers and weights like { relu1_1 = 1, relu2_1 = 0.5 }"
         if isinstance(value, dict) and all(_is_number(weight) for weight in value.values()):
             return tuple(LayerWeight(layer, float(weight)) for layer, weight in value.items())
-    raise BadMix(f"{where}: {key} must be {allowed}, got {value!r}")
+    raise InvalidWorkload(f"{where}: {key} must be {allowed}, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -143,9 +147,9 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
-# What each key of a job must be, in words, and whether a value is.
-OF_A_KIND: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": ("a text of 1 to 40 characters", lambda value: isinstance(value, str) and 0 < len(value) <= 40),
+# For each key of a job: a description of the allowed values, and a function that checks a value.
+JOB_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a string of 1 to 40 characters", lambda value: isinstance(value, str) and 0 < len(value) <= 40),
     "weight": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "preset": (f"one of {', '.join(recipes.PRESETS)}", lambda value: value in list(recipes.PRESETS)),
     "frames": ("true or false", lambda value: isinstance(value, bool)),

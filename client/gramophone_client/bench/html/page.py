@@ -1,4 +1,4 @@
-"""Reports as one HTML page that needs nothing but itself: charts, tables and words, in light or dark."""
+"""Reports as a self-contained HTML page with charts, tables and notes, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from gramophone_client.bench.histogram import Histogram
 from gramophone_client.bench.html.charts import Axis, Bar, Series, bar_chart, line_chart
 from gramophone_client.bench.html.stylesheet import STYLE
 from gramophone_client.bench.measure import LEFT, OK
-from gramophone_client.bench.metrics import METRICS, Metric, Pair, number, pairs
+from gramophone_client.bench.metrics import METRICS, Metric, Pair, format_number, pairs
 from gramophone_client.bench.report import Report, Step
-from gramophone_client.bench.table import differences, said_of_server
+from gramophone_client.bench.table import describe_server, differences
 
 __all__ = ["comparison_page", "report_page"]
 
-RAMP = ("o1", "o2", "o3", "o4", "o5")  # for what has an order; see looks.py
-REASONS = ("c2", "c3", "c4", "c5", "c6")  # for failures; the rest share the last
-MOST_BARS = 120
+ORDERED_COLOURS = ("o1", "o2", "o3", "o4", "o5")  # CSS classes of the stylesheet module
+FAILURE_COLOURS = ("c2", "c3", "c4", "c5", "c6")  # one for each failure status; further ones share the last
+MAX_BARS = 120
 PERCENTILES = (0.0, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 
 
-class _Report(NamedTuple):
+class _NamedReport(NamedTuple):
     name: str
     report: Report
 
 
 def report_page(report: Report) -> str:
-    """One bench."""
-    shown = [_Report("", report)]
+    """The page of one report."""
+    reports = [_NamedReport("", report)]
     body = [_tiles(_headline(report)), '<div class="charts">']
     for closed in (True, False):
         if _steps(report, closed):
-            body += [_throughput(shown, closed), _latency(report, closed), _percentiles(report, closed)]
+            body += [_throughput(reports, closed), _latency(report, closed), _percentiles(report, closed)]
     body += ["</div>", _outcomes(report), *_step_table(report)]
-    return _page("gramophone bench", [said_of_server(report), *_about(report)], body)
+    return _page("gramophone bench", [describe_server(report), *_about(report)], body)
 
 
 def comparison_page(before: Report, after: Report, names: tuple[str, str]) -> str:
-    """Two benches, the second in the light of the first."""
-    shown = [_Report(name, report) for name, report in zip(names, (before, after), strict=True)]
+    """The page that compares two reports; the ratios are after / before."""
+    reports = [_NamedReport(name, report) for name, report in zip(names, (before, after), strict=True)]
     both = pairs(before, after)
     body = [_tiles(_ratios(both[-1])) if both else "", '<div class="charts">']
     for closed in (True, False):
         if _steps(before, closed) and _steps(after, closed):
-            body.append(_throughput(shown, closed))
+            body.append(_throughput(reports, closed))
             body += [
-                _compared(shown, closed, metric) for metric in METRICS if metric.name in ("result p50", "result p99")
+                _compared(reports, closed, metric) for metric in METRICS if metric.name in ("result p50", "result p99")
             ]
     for pair in both:
         body.append(_distributions(pair, names))
     body.append("</div>")
     body += [_pair_table(pair, names) for pair in both]
-    about = [f"{name}: {said_of_server(report)}" for name, report in shown]
+    about = [f"{name}: {describe_server(report)}" for name, report in reports]
     return _page("gramophone bench: " + " and ".join(names), [*about, *differences(before, after)], body)
 
 
@@ -73,50 +73,50 @@ def _size(step: Step) -> float:
 
 
 def _x_axis(steps: Sequence[Step], closed: bool) -> tuple[Axis, Mapping[float, float]]:
-    """The axis of the load and the place of each; what is tried at a time mostly doubles, so those stand evenly."""
+    """The load axis, and the x coordinate of each load. Concurrencies usually double, so they are evenly spaced."""
     sizes = sorted({_size(step) for step in steps})
     if not closed:
         return Axis("offered, jobs/s"), {size: size for size in sizes}
-    places = {size: float(i) for i, size in enumerate(sizes)}
-    return Axis("jobs at a time", [(place, f"{size:g}") for size, place in places.items()]), places
+    positions = {size: float(i) for i, size in enumerate(sizes)}
+    return Axis("jobs at a time", [(x, f"{size:g}") for size, x in positions.items()]), positions
 
 
-def _throughput(shown: Sequence[_Report], closed: bool) -> str:
-    steps = [step for one in shown for step in _steps(one.report, closed)]
-    axis, places = _x_axis(steps, closed)
+def _throughput(reports: Sequence[_NamedReport], closed: bool) -> str:
+    steps = [step for named in reports for step in _steps(named.report, closed)]
+    axis, positions = _x_axis(steps, closed)
     lines = [
         Series(
-            one.name or "done",
+            named.name or "completed",
             f"c{i}",
-            [(places[_size(step)], step.tally.jobs_per_s) for step in _steps(one.report, closed)],
+            [(positions[_size(step)], step.tally.jobs_per_s) for step in _steps(named.report, closed)],
         )
-        for i, one in enumerate(shown)
+        for i, named in enumerate(reports)
     ]
     if not closed:
-        # What was left on purpose was offered, and is not lost.
-        for i, one in enumerate(shown):
-            if any(step.tally.statuses[LEFT] for step in _steps(one.report, closed)):
-                points = [(places[_size(step)], _kept_up_with(step)) for step in _steps(one.report, closed)]
-                name = f"{one.name or 'done'}, with those left on purpose"
+        # Jobs that were cancelled on purpose are part of the offered load, and the server did not lose them.
+        for i, named in enumerate(reports):
+            if any(step.tally.statuses[LEFT] for step in _steps(named.report, closed)):
+                points = [(positions[_size(step)], _handled_per_s(step)) for step in _steps(named.report, closed)]
+                name = f"{named.name or 'completed'}, and cancelled on purpose"
                 lines.append(Series(name, f"c{i}", points, is_dashed=True))
-        # As far as it leaves room for what was done: under overload it would be far above.
-        furthest = min(max(places), 1.5 * max(y for line in lines for _, y in line.points) or math.inf)
+        # Limited to 1.5 times the throughput: under overload the offered load would flatten all other lines.
+        furthest = min(max(positions), 1.5 * max(y for line in lines for _, y in line.points) or math.inf)
         lines.append(Series("offered", "quiet", [(0.0, 0.0), (furthest, furthest)], is_dashed=True, has_dots=False))
     return _figure("Throughput, jobs/s", lines, line_chart(axis, Axis("jobs/s"), lines))
 
 
-def _kept_up_with(step: Step) -> float:
-    """Jobs/s that came to the end that they were to have."""
+def _handled_per_s(step: Step) -> float:
+    """Jobs/s that either succeeded or were cancelled on purpose."""
     return (step.tally.ok + step.tally.statuses[LEFT]) / (step.tally.seconds or 1)
 
 
 def _latency(report: Report, closed: bool) -> str:
     steps = _steps(report, closed)
-    axis, places = _x_axis(steps, closed)
+    axis, positions = _x_axis(steps, closed)
 
     def line(name: str, label: str, colour: str, is_dashed: bool = False) -> Series:
         metric = next(metric for metric in METRICS if metric.name == name)
-        points = [(places[_size(step)], value) for step in steps if (value := metric.value(step)) is not None]
+        points = [(positions[_size(step)], value) for step in steps if (value := metric.value(step)) is not None]
         return Series(label, colour, points, is_dashed)
 
     lines = [
@@ -128,26 +128,27 @@ def _latency(report: Report, closed: bool) -> str:
     return _figure("Latency, s", lines, line_chart(axis, Axis("s"), lines))
 
 
-def _compared(shown: Sequence[_Report], closed: bool, metric: Metric) -> str:
-    axis, places = _x_axis([step for one in shown for step in _steps(one.report, closed)], closed)
+def _compared(reports: Sequence[_NamedReport], closed: bool, metric: Metric) -> str:
+    axis, positions = _x_axis([step for named in reports for step in _steps(named.report, closed)], closed)
     lines = []
-    for i, one in enumerate(shown):
-        values = [(places[_size(step)], metric.value(step)) for step in _steps(one.report, closed)]
-        lines.append(Series(one.name, f"c{i}", [(x, y) for x, y in values if y is not None]))
+    for i, named in enumerate(reports):
+        values = [(positions[_size(step)], metric.value(step)) for step in _steps(named.report, closed)]
+        lines.append(Series(named.name, f"c{i}", [(x, y) for x, y in values if y is not None]))
     name = f"{metric.name[0].upper()}{metric.name[1:]}, {metric.unit}"
     return _figure(name, lines, line_chart(axis, Axis(metric.unit), lines))
 
 
 def _percentiles(report: Report, closed: bool) -> str:
     steps = [step for step in _steps(report, closed) if step.tally.result_s.count]
-    colours = [RAMP[i * (len(RAMP) - 1) // max(1, len(steps) - 1)] for i in range(len(steps))]
+    last = len(ORDERED_COLOURS) - 1
+    colours = [ORDERED_COLOURS[i * last // max(1, len(steps) - 1)] for i in range(len(steps))]
     lines = [_curve(str(step.load), colour, step.tally.result_s) for step, colour in zip(steps, colours, strict=True)]
-    return _figure("How long a result took, s: the share of jobs that had it by then", lines, _curves(lines))
+    return _figure("Time to the result, s, by the share of jobs that had it by then", lines, _curves(lines))
 
 
 def _distributions(pair: Pair, names: tuple[str, str]) -> str:
     lines = [_curve(name, f"c{i}", step.tally.result_s) for i, (name, step) in enumerate(zip(names, pair, strict=True))]
-    return _figure(f"How long a result took, s: {pair.before.load}", lines, _curves(lines))
+    return _figure(f"Time to the result, s: {pair.before.load}", lines, _curves(lines))
 
 
 def _curves(lines: Sequence[Series]) -> str:
@@ -159,25 +160,26 @@ def _curves(lines: Sequence[Series]) -> str:
 
 def _curve(name: str, colour: str, histogram: Histogram) -> Series:
     points, before = [], 0
-    for seconds, seen in histogram.curve():
-        # Each bucket stands in the middle of its jobs, so that the slowest is not at 100 %, which is infinitely far.
-        points.append((_stretched((before + seen) / 2 / histogram.count), seconds))
-        before = seen
+    for seconds, total in histogram.curve():
+        # Each bucket is drawn at the middle of its jobs, because 100 % would be infinitely far on this axis.
+        points.append((_stretched((before + total) / 2 / histogram.count), seconds))
+        before = total
     return Series(name, colour, points, has_dots=False)
 
 
 def _stretched(share: float) -> float:
-    """Each nine more is as wide as the one before: 90 %, 99 %, 99.9 %."""
+    """The x coordinate of a share: 90 %, 99 % and 99.9 % are evenly spaced."""
     return -math.log10(1 - share)
 
 
 def _outcomes(report: Report) -> str:
     names = sorted({name for step in report.steps for second in step.timeline for name in second} - {OK, LEFT})
-    colours = {OK: "c1", LEFT: "quiet"} | {name: REASONS[min(i, len(REASONS) - 1)] for i, name in enumerate(names)}
-    seen = sum((Counter(second) for step in report.steps for second in step.timeline), Counter[str]())
-    colours = {name: colour for name, colour in colours.items() if seen[name]}
+    colours = {OK: "c1", LEFT: "quiet"}
+    colours |= {name: FAILURE_COLOURS[min(i, len(FAILURE_COLOURS) - 1)] for i, name in enumerate(names)}
+    totals = sum((Counter(second) for step in report.steps for second in step.timeline), Counter[str]())
+    colours = {name: colour for name, colour in colours.items() if totals[name]}
     seconds = sum(len(step.timeline) for step in report.steps)
-    width = max(1, math.ceil(seconds / MOST_BARS))
+    width = max(1, math.ceil(seconds / MAX_BARS))
     bars = []
     for step in report.steps:
         for start in range(0, len(step.timeline), width):
@@ -187,35 +189,35 @@ def _outcomes(report: Report) -> str:
     marks = [(step.began_s, str(step.load)) for step in report.steps]
     lines = [Series(name, colour, ()) for name, colour in colours.items()]
     chart = bar_chart(Axis("seconds since the bench began"), Axis("jobs/s"), bars, colours, marks)
-    return _figure("What became of the jobs, jobs/s", lines, chart)
+    return _figure("How the jobs ended, jobs/s", lines, chart)
 
 
 def _figure(title: str, lines: Sequence[Series], chart: str) -> str:
-    keys = "".join(
+    legend = "".join(
         f'<span><i class="{line.colour}{" dashed" if line.is_dashed else ""}"></i>{escape(line.name)}</span>'
         for line in lines
     )
-    return f'<figure><figcaption>{escape(title)}</figcaption><p class="key">{keys}</p>{chart}</figure>'
+    return f'<figure><figcaption>{escape(title)}</figcaption><p class="legend">{legend}</p>{chart}</figure>'
 
 
-# Words and tables -----------------------------------------------------------------------------------------------------
+# Texts and tables -----------------------------------------------------------------------------------------------------
 
 
 def _headline(report: Report) -> Iterator[tuple[str, str, str]]:
-    """(figure, unit, of what)."""
-    done = [step for step in report.steps if step.tally.ok]
-    if not done:
-        yield "0", "jobs", "nothing was finished"
+    """The most important values as (number, unit, description)."""
+    successful = [step for step in report.steps if step.tally.ok]
+    if not successful:
+        yield "0", "jobs", "no job was completed"
         return
-    best, first = max(done, key=lambda step: step.tally.jobs_per_s), done[0]
-    yield number(best.tally.jobs_per_s), "jobs/s", f"most jobs, {best.load}"
-    work = max(done, key=lambda step: step.tally.megapixel_iterations_per_s)
-    yield number(work.tally.megapixel_iterations_per_s), "Mpx·it/s", f"most megapixel-iterations, {work.load}"
+    best, first = max(successful, key=lambda step: step.tally.jobs_per_s), successful[0]
+    yield format_number(best.tally.jobs_per_s), "jobs/s", f"most jobs, {best.load}"
+    work = max(successful, key=lambda step: step.tally.megapixel_iterations_per_s)
+    yield format_number(work.tally.megapixel_iterations_per_s), "Mpx·it/s", f"most megapixel-iterations, {work.load}"
     if first.tally.first_frame_s.count:
-        yield number(first.tally.first_frame_s.quantile(0.5)), "s", f"to the first frame, median, {first.load}"
-    yield number(first.tally.result_s.quantile(0.5)), "s", f"to the result, median, {first.load}"
+        yield format_number(first.tally.first_frame_s.quantile(0.5)), "s", f"to the first frame, median, {first.load}"
+    yield format_number(first.tally.result_s.quantile(0.5)), "s", f"to the result, median, {first.load}"
     failed, ended = sum(step.tally.failed for step in report.steps), sum(step.tally.ended for step in report.steps)
-    yield number(100 * failed / ended), "%", f"of {ended} jobs failed or were refused"
+    yield format_number(100 * failed / ended), "%", f"of {ended} jobs failed or were refused"
 
 
 def _ratios(pair: Pair) -> Iterator[tuple[str, str, str]]:
@@ -225,10 +227,10 @@ def _ratios(pair: Pair) -> Iterator[tuple[str, str, str]]:
             yield f"{ratio:.2f}", "times", f"{metric.name}, {pair.before.load}"
 
 
-def _tiles(figures: Iterator[tuple[str, str, str]]) -> str:
+def _tiles(values: Iterator[tuple[str, str, str]]) -> str:
     tiles = (
-        f"<div><b>{escape(figure)}</b> <span>{escape(unit)}</span><p>{escape(of)}</p></div>"
-        for figure, unit, of in figures
+        f"<div><b>{escape(number)}</b> <span>{escape(unit)}</span><p>{escape(description)}</p></div>"
+        for number, unit, description in values
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -242,23 +244,23 @@ def _step_table(report: Report) -> Iterator[str]:
     yield '<div class="table"><table><thead><tr><th></th>'
     yield "".join(f"<th>{escape(str(step.load))}</th>" for step in steps) + "</tr></thead><tbody>"
     for metric in METRICS:
-        cells = "".join(f"<td>{number(metric.value(step))}</td>" for step in steps)
+        cells = "".join(f"<td>{format_number(metric.value(step))}</td>" for step in steps)
         yield f"<tr><th>{_named(metric)}</th>{cells}</tr>"
     for status in sorted(report.statuses):
         cells = "".join(f"<td>{step.tally.statuses.get(status, 0)}</td>" for step in steps)
         yield f"<tr><th>{escape(status)}</th>{cells}</tr>"
     for word, loads in (("before", [s.server_before for s in steps]), ("after", [s.server_after for s in steps])):
         cells = "".join(f"<td>{'-' if load is None else f'{load[0]}, {load[1]}'}</td>" for load in loads)
-        yield f"<tr><th>at the server {word} <span>running, waiting</span></th>{cells}</tr>"
+        yield f"<tr><th>jobs at the server {word} <span>running, waiting</span></th>{cells}</tr>"
     kinds = sorted({kind for step in steps for kind in step.tally.by_kind})
     for kind in kinds if len(kinds) > 1 else ():
         medians = (step.tally.by_kind.get(kind, Histogram()).quantile(0.5) for step in steps)
         yield f"<tr><th>result p50 of {escape(kind)} <span>s</span></th>"
-        yield "".join(f"<td>{number(median)}</td>" for median in medians) + "</tr>"
+        yield "".join(f"<td>{format_number(median)}</td>" for median in medians) + "</tr>"
     yield "</tbody></table></div>"
     notes = [f"{step.load}: {note}" for step in steps for note in step.notes()]
     if notes:
-        yield "<h2>To be known</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+        yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
     yield "<details><summary>Settings and server</summary><pre>"
     yield escape(json.dumps({"settings": report.settings, "server": report.server}, indent=2)) + "</pre></details>"
 
@@ -267,11 +269,11 @@ def _pair_table(pair: Pair, names: tuple[str, str]) -> str:
     rows = []
     for metric in METRICS:
         ratio, before, after = pair.ratio(metric), metric.value(pair.before), metric.value(pair.after)
-        judged = ""
+        verdict = ""
         if ratio is not None and metric.more_is_better is not None and not 0.95 < ratio < 1.05:
-            judged = ' class="better"' if (ratio > 1) == metric.more_is_better else ' class="worse"'
-        shown = "-" if ratio is None else f"{ratio:.2f}"
-        cells = f"<td>{number(before)}</td><td>{number(after)}</td><td{judged}>{shown}</td>"
+            verdict = ' class="better"' if (ratio > 1) == metric.more_is_better else ' class="worse"'
+        text = "-" if ratio is None else f"{ratio:.2f}"
+        cells = f"<td>{format_number(before)}</td><td>{format_number(after)}</td><td{verdict}>{text}</td>"
         rows.append(f"<tr><th>{_named(metric)}</th>{cells}</tr>")
     head = "".join(f"<th>{escape(word)}</th>" for word in (str(pair.before.load), *names, "ratio"))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -1,10 +1,10 @@
-"""The looks of pages and charts: the one style sheet, and its part for a chart that is a file of its own."""
+"""The style sheet of the HTML page, and the part of it that a standalone chart needs."""
 
 from __future__ import annotations
 
 __all__ = ["CHART_STYLE", "STYLE"]
 
-# c0 to c6 tell things apart; o1 to o5 are one hue from least to most; quiet steps back.
+# c0 to c6 are categorical colours; o1 to o5 are shades of one hue for ordered values; quiet is a muted grey.
 PALETTE = """
 :root {
   color-scheme: light dark;
@@ -24,7 +24,7 @@ PALETTE = """
 """
 
 MARKS = """
-.word { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.label { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--quiet); stroke-width: 1; }
 .mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 4; }
@@ -58,9 +58,9 @@ figure { margin: 0; padding: 16px 18px 10px; min-width: 0; }
 .charts figure svg { max-height: 400px; }
 main > figure { margin-top: 14px; }
 figcaption { font-weight: 600; }
-.key { margin: 4px 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; color: var(--soft); font-size: 13px; }
-.key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
-.key i.dashed { width: 18px; mask: linear-gradient(90deg, #000 7px, #0000 7px 11px, #000 11px); }
+.legend { margin: 4px 0 6px; display: flex; flex-wrap: wrap; gap: 2px 16px; color: var(--soft); font-size: 13px; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
+.legend i.dashed { width: 18px; mask: linear-gradient(90deg, #000 7px, #0000 7px 11px, #000 11px); }
 svg { width: 100%; height: auto; display: block; }
 p.quiet { color: var(--soft); }
 .table { overflow-x: auto; margin-top: 14px; }
