@@ -10,7 +10,6 @@ import uuid
 
 import grpc
 import pytest
-import torch
 from google.protobuf import duration_pb2
 from PIL import Image
 
@@ -23,33 +22,14 @@ from gramophone_server.domain.commands import Done
 from gramophone_server.domain.events import Frame, Picture, SavedState, Waiting
 from gramophone_server.rpc.responses import Encoders, JobEventStream
 from tests.support.clock import until
-from tests.support.engines import CHECKPOINTS, FakeEngine
+from tests.support.engines import CHECKPOINTS, FakeEngine, NoisyEngine
 from tests.support.pictures import png
-from tests.support.serving import LARGE_MESSAGES, events_of, own_tasks, refused, serving, watch
+from tests.support.serving import SMALL_WINDOW, events_of, own_tasks, refused, serving, watch
 from tests.support.specs import detachable_spec, spec
 
 NAN = float("nan")
 LIMITS = Limits()
 PAUSE, RESUME, FINISH, FRAME = pb.PauseCommand(), pb.ResumeCommand(), pb.FinishCommand(), pb.FrameCommand()
-
-
-class NoisyEngine(FakeEngine):
-    """Its pictures do not compress, and it knows when each was taken."""
-
-    def __init__(self, side, **options):
-        super().__init__(**options)
-        self.noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
-        self.times = {}  # by iteration
-
-    def batch(self, shape, slots):
-        batch = super().batch(shape, slots)
-
-        def snapshot(slot):
-            self.times.setdefault(batch.states[slot].done, time.monotonic())
-            return lambda: self.noise
-
-        batch.snapshot = snapshot
-        return batch
 
 
 class Controller:
@@ -534,7 +514,7 @@ async def test_a_reader_ten_times_too_slow_sees_what_is_new():
         await controller.send(start=pb.StartCommand(spec=wanted))
         for _ in range(4):
             frame = await controller.event("frame")
-            ages.append(time.monotonic() - engine.times[frame.iteration])
+            ages.append(time.monotonic() - engine.snapshot_times[frame.iteration])
             await asyncio.sleep(1.0)
             await controller.send(ack=pb.AckCommand(sequence=controller.events[-1].sequence))
     assert max(ages) < 0.3
@@ -550,7 +530,7 @@ async def test_a_slow_controller_of_the_client_library_is_less_than_three_behind
     ):
         async for update in job:
             if isinstance(update, Seen):
-                behind.append(sum(iteration > update.iteration for iteration in engine.times))
+                behind.append(sum(iteration > update.iteration for iteration in engine.snapshot_times))
                 if len(behind) == 5:
                     break
                 await asyncio.sleep(0.5)
@@ -567,7 +547,7 @@ async def test_a_slow_reader_of_small_frames_is_less_than_three_behind():
         async with contextlib.aclosing(updates):
             while len(behind) < 5:
                 if isinstance(update := await anext(updates), Seen):
-                    behind.append(sum(iteration > update.iteration for iteration in engine.times))
+                    behind.append(sum(iteration > update.iteration for iteration in engine.snapshot_times))
                     await asyncio.sleep(0.5)
     assert max(behind) < 3, behind
 
@@ -667,7 +647,7 @@ async def test_a_client_that_leaves_before_its_first_message_leaves_nothing():
 
 def stingy(s):
     """A channel that takes no more than 64 KiB unread."""
-    return grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)])
+    return grpc.aio.insecure_channel(s.address, options=SMALL_WINDOW)
 
 
 async def test_a_controller_that_leaves_while_a_frame_is_written_stops_its_job(caplog):
@@ -678,7 +658,7 @@ async def test_a_controller_that_leaves_while_a_frame_is_written_stops_its_job(c
         controller = Controller(pb_grpc.StyleTransferServiceStub(channel))
         await controller.send(start=pb.StartCommand(spec=wanted))
         await controller.event("accepted")
-        await until(lambda: len(engine.times) >= 2)
+        await until(lambda: len(engine.snapshot_times) >= 2)
         await controller.send(frame=FRAME)
         controller.call.cancel()
         await until(lambda: s.scheduler.running == 0)
@@ -700,7 +680,7 @@ async def test_a_flood_of_commands_waits_at_its_own_door():
         await asyncio.sleep(0.5)
         (job,) = [job for job in s.servicer.jobs.newest_first() if job.id == controller.job_id]
         (mailbox,) = job._watchers
-        assert len(engine.times) <= 5 and len(mailbox._unread) <= 4
+        assert len(engine.snapshot_times) <= 5 and len(mailbox._unread) <= 4
         assert not await controller.errors(finish=FINISH)
         await controller.rest()
     assert len(controller.of("frame")) == 40

@@ -1,68 +1,44 @@
+"""What the RPCs answer: results, streams, and jobs that outlive their call."""
+
 import asyncio
 import contextlib
-import gc
-import inspect
 import io
 import json
 import logging
 import threading
-import time
-import types
 import uuid
 
 import grpc
 import pytest
-import torch
 from google.protobuf import duration_pb2
-from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
-from gramophone.recipe import PRESETS, LayerWeight, Violation, preset
+from gramophone.recipe import PRESETS, LayerWeight, preset
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone.wire import overrides_to_message, recipe_to_message
+from gramophone.wire import recipe_to_message
 from gramophone_client import ConnectionFailed, GramophoneClient
 from gramophone_server import errors
 from gramophone_server.config import Limits
 from gramophone_server.images import codec
 from gramophone_server.images.codec import Format, encode
-from gramophone_server.rpc import status
 from gramophone_server.rpc.admission import Admission
-from gramophone_server.rpc.calls import ActiveCalls
-from gramophone_server.rpc.validation import check_spec
 from gramophone_server.scheduling import worker
-from gramophone_server.telemetry.access_log import AccessLog
-from gramophone_server.telemetry.metrics import Metrics
 from tests.support.clock import until
-from tests.support.engines import FakeEngine
+from tests.support.engines import FakeEngine, NoisyEngine
 from tests.support.pictures import png
 from tests.support.serving import (
-    LARGE_MESSAGES,
     events_of,
     refused,
     remaining_events,
     serving,
     start_detachable,
     start_stream,
+    stops_within_an_iteration,
     watch,
 )
 from tests.support.specs import SHORT_GRACE, detachable_spec, spec
 
-NAN = float("nan")
 LAYERS = ("content_layers", "style_layers")
-
-
-class NoisyEngine(FakeEngine):
-    """Its pictures do not compress."""
-
-    def __init__(self, side, **options):
-        super().__init__(**options)
-        self.noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
-
-    def batch(self, shape, slots):
-        batch = super().batch(shape, slots)
-        batch.snapshot = lambda slot: lambda: self.noise
-        return batch
 
 
 # What a job answers ---------------------------------------------------------------------------------------------------
@@ -165,346 +141,6 @@ async def test_one_line_is_logged_for_each_rpc(caplog):
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-def violations(change, limits=None):
-    wanted = spec()
-    change(wanted)
-    return list(check_spec(wanted, limits or Limits(max_size=1024, max_iterations=500), FakeEngine.layers))
-
-
-def set_recipe(**values):
-    return lambda s: s.recipe.MergeFrom(overrides_to_message(values))
-
-
-def set_layers(*layers, which="style_layers"):
-    return lambda s: getattr(s.recipe, which).layers.extend(pb.LayerWeight(layer=l, weight=w) for l, w in layers)
-
-
-CASES = {
-    "no content": (lambda s: s.ClearField("content"), "spec.content", "is missing"),
-    "no styles": (
-        lambda s: s.ClearField("styles"),
-        "spec.styles",
-        "must have 1 to 4 images (server setting GRAMOPHONE_MAX",
-    ),
-    "five styles": (lambda s: s.styles.extend([s.styles[0]] * 4), "spec.styles", "must have 1 to 4 images (server"),
-    "content digest": (
-        lambda s: setattr(s.content, "digest", "sha256:" + "F" * 64),
-        "spec.content.digest",
-        "must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got 'sha256:FFF",
-    ),
-    "empty digest": (lambda s: setattr(s.content, "digest", ""), "spec.content.digest", "got ''"),
-    "style digest": (lambda s: setattr(s.styles[0].image, "digest", "x"), "spec.styles[0].image.digest", "got 'x'"),
-    "start digest": (
-        lambda s: (setattr(s.recipe, "start", pb.START_IMAGE), setattr(s.start_image, "digest", "sha256:")),
-        "spec.start_image.digest",
-        "got 'sha256:'",
-    ),
-    "resume and a recipe": (lambda s: setattr(s, "resume", b"x"), "spec.recipe", "must be unset with `resume`"),
-    "resume and a seed": (
-        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s, "seed", 0)),
-        "spec.seed",
-        "must be unset with `resume`, as the checkpoint has all that it says",
-    ),
-    "resume and a start image": (
-        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s.start_image, "data", b"x")),
-        "spec.start_image",
-        "must be unset with `resume`",
-    ),
-    "empty style": (lambda s: s.styles.add(), "spec.styles[1].image", "is missing"),
-    "no weight": (
-        lambda s: setattr(s.styles[0], "weight", 0),
-        "spec.styles[0].weight",
-        "above 0 and at most 1000, got 0;",
-    ),
-    "NaN weight": (lambda s: setattr(s.styles[0], "weight", NAN), "spec.styles[0].weight", "got nan"),
-    "large weight": (lambda s: setattr(s.styles[0], "weight", 1001), "spec.styles[0].weight", "got 1001"),
-    "negative beta": (set_recipe(beta=-1.0), "spec.recipe.beta", "must be between 0 and 1e+15, got -1"),
-    "NaN alpha": (set_recipe(alpha=NAN), "spec.recipe.alpha", "must be between 0 and 1e+15, got nan"),
-    "nothing to do": (set_recipe(alpha=0.0, beta=0.0), "spec.recipe.beta", "there is nothing to optimise"),
-    "no iterations": (set_recipe(iterations=0), "spec.recipe.iterations", "must be between 1 and 100000, got 0"),
-    "unknown preset": (lambda s: setattr(s.recipe, "preset", 99), "spec.recipe.preset", "is an unknown value 99"),
-    "unknown start": (lambda s: setattr(s.recipe, "start", 99), "spec.recipe.start", "is an unknown value 99"),
-    "unknown layer": (
-        set_layers(("relu4_1", 1), ("relu41", 1)),
-        "spec.recipe.style_layers[1].layer",
-        "'relu41' is not a layer of this network; did you mean 'relu4_1'? GetServerInfo (`gramophone info`) lists",
-    ),
-    "layer weight": (
-        set_layers(("relu4_2", -1), which="content_layers"),
-        "spec.recipe.content_layers[0].weight",
-        "must be between 0 and 1e+06, got -1",
-    ),
-    "size": (
-        set_recipe(size=1025),
-        "spec.recipe.size",
-        "at most 1024 pixels (server setting GRAMOPHONE_MAX_SIZE), got 1025",
-    ),
-    "style size": (
-        set_recipe(size=600, style_scale=2.0),
-        "spec.recipe.style_scale",
-        "makes style images of 1200 pixels",
-    ),
-    "too long": (
-        set_recipe(size=512, iterations=400, coarse_iterations=50, smallest_size=128),
-        "spec.recipe.iterations",
-        "and coarse_iterations make 600 over 5 scales; at most 500 are allowed (server setting GRAMOPHONE_MAX_ITERATIONS)",
-    ),
-    "no start image": (
-        lambda s: setattr(s.recipe, "start", pb.START_IMAGE),
-        "spec.start_image",
-        "send the image that START_IMAGE needs as `data`, or name it by the `digest` of UploadImage",
-    ),
-    "a start image": (lambda s: setattr(s.start_image, "data", b"x"), "spec.start_image", "is only for START_IMAGE"),
-    "every -1": (
-        lambda s: setattr(s.frames, "every_iterations", -1),
-        "spec.frames.every_iterations",
-        "0 or more, got -1",
-    ),
-    "interval": (
-        lambda s: s.frames.min_interval.CopyFrom(duration_pb2.Duration(seconds=3601)),
-        "spec.frames.min_interval",
-        "must be 0 to 3600 seconds, got 3601",
-    ),
-    "frame side": (lambda s: setattr(s.frames, "max_side", 8), "spec.frames.max_side", "must be 16 to 16384, got 8"),
-    "frame format": (lambda s: setattr(s.frames, "format", 9), "spec.frames.format", "is an unknown value 9"),
-    "frame quality": (
-        lambda s: setattr(s.frames, "quality", 101),
-        "spec.frames.quality",
-        "must be 1 to 100, or 0 for the default, got 101",
-    ),
-    "result format": (lambda s: setattr(s, "result_format", 9), "spec.result_format", "is an unknown value 9"),
-    "result quality": (
-        lambda s: setattr(s, "result_quality", -1),
-        "spec.result_quality",
-        "must be 1 to 100, or 0 for the default, got -1",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_wrong_field_is_named(case):
-    change, field, words = CASES[case]
-    (violation,) = violations(change)
-    assert violation.field == field
-    assert words in violation.description
-
-
-def test_a_right_request_has_no_violations():
-    assert violations(lambda s: None) == []
-    assert violations(set_recipe(alpha=0.0, size=1024, style_scale=1.0)) == []
-    assert violations(set_layers(("relu5_1", 0.5))) == []
-
-
-async def test_every_violation_is_told_at_once_those_of_the_images_included():
-    wanted = spec(beta=-1.0)
-    wanted.content.data = b"GIF89a"
-    wanted.styles[0].image.data = png()[:50]
-    wanted.styles.add(image=pb.ImageSource(data=png(15, 15)), weight=NAN)
-    engine = FakeEngine()
-    async with serving(engine) as s:
-        got = await refused(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted)))
-    assert got.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert (got.ErrorInfo.reason, got.ErrorInfo.domain) == ("INVALID_REQUEST", "gramophone")
-    told = {v.field: v.description for v in got.BadRequest.field_violations}
-    assert list(told) == [
-        "spec.styles[1].weight",
-        "spec.recipe.beta",
-        "spec.content.data",
-        "spec.styles[0].image.data",
-        "spec.styles[1].image.data",
-    ]
-    assert "a GIF file" in told["spec.content.data"]
-    assert "truncated" in told["spec.styles[0].image.data"]
-    assert got.message.startswith("spec.styles[1].weight: must be above 0")
-    assert engine.jobs == []
-
-
-def test_a_field_that_breaks_a_rule_of_recipes_does_not_hide_what_the_server_refuses():
-    def change(s):
-        set_recipe(beta=-1.0, size=4096, start="image")(s)
-        set_layers(("relu9_1", 1.0))(s)
-
-    fields = [violation.field for violation in violations(change)]
-    assert fields == ["spec.recipe.beta", "spec.recipe.style_layers[0].layer", "spec.recipe.size", "spec.start_image"]
-
-
-async def test_a_result_that_would_be_too_thin_is_refused_with_the_size_that_is_not():
-    wanted = spec(size=64)
-    wanted.content.data = png(640, 80)
-    async with serving(FakeEngine()) as s:
-        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
-        (violation,) = got.BadRequest.field_violations
-        assert violation.field == "spec.recipe.size"
-        assert "makes a 64x8 picture" in violation.description and "size of 128 or more" in violation.description
-        wanted.recipe.size = 128
-        response = await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
-        assert response.result.image.height == 16
-
-
-async def test_more_violations_than_fit_are_cut_and_counted():
-    wanted = spec()
-    set_layers(*((f"{'x' * 5000}{i}", 1) for i in range(16)))(wanted)
-    set_layers(*((f"\N{WHITE SMILING FACE}{i}", 1) for i in range(16)), which="content_layers")(wanted)
-    async with serving(FakeEngine()) as s:
-        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
-    assert got.code is grpc.StatusCode.INVALID_ARGUMENT
-    told = got.BadRequest.field_violations
-    assert 10 <= len(told) <= 20
-    assert told[-1].description == f"has {32 - len(told) + 1} more violations, which did not fit here"
-    assert len(got.trailers["grpc-status-details-bin"]) <= 4096
-
-
-@pytest.mark.parametrize("count", [1, 20, 21, 1000])
-@pytest.mark.parametrize("length", [1, 1000])
-def test_details_stay_within_4_kib(count, length):
-    error = errors.InvalidRequest(Violation(f"spec.f[{i}]", "\N{SNOWMAN}" * length) for i in range(count))
-    got = status.refusal(error)
-    assert len(dict(got.trailers)["grpc-status-details-bin"]) <= 4096
-    assert len(got.message) <= 400
-
-
-EXAMPLES = {
-    "InvalidRequest": errors.InvalidRequest([Violation("spec.content", "is odd")]),
-    "NotReady": errors.NotReady(),
-    "QueueFull": errors.QueueFull(16, 16, 12.3),
-    "DeadlineUnattainable": errors.DeadlineUnattainable(wait_s=12.3, run_s=4, left_s=5),
-    "ShuttingDown": errors.ShuttingDown(),
-    "JobNotFound": errors.JobNotFound("j1"),
-    "ImageNotFound": errors.ImageNotFound("sha256:0"),
-    "JobControlled": errors.JobControlled("j1"),
-    "TooManyWatchers": errors.TooManyWatchers(16),
-    "RequestIdTaken": errors.RequestIdTaken("r1"),
-    "ListingDisabled": errors.ListingDisabled(),
-    "Cancelled": errors.Cancelled(),
-    "SlowReader": errors.SlowReader(30),
-    "Diverged": errors.Diverged(2),
-    "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
-    "OutOfHostMemory": errors.OutOfHostMemory(),
-    "EngineFailed": errors.EngineFailed(),
-}
-RAISED = {
-    name: kind
-    for name, kind in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(kind, errors.GramophoneError) and name not in ("GramophoneError", "StartupError")
-}
-
-
-@pytest.mark.parametrize("name", RAISED)
-async def test_every_exception_has_its_code_reason_and_details(name):
-    error = EXAMPLES[name]
-    code, reason = status.CODES[RAISED[name]]
-    async with serving(FakeEngine(fails_at=2, error=error)) as s:
-        for call in (
-            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
-            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
-        ):
-            got = await refused(call)
-            assert got.code is code
-            assert got.message == str(error)
-            assert f"ERROR_REASON_{got.ErrorInfo.reason}" == pb.ErrorReason.Name(reason)
-            assert hasattr(got, "RetryInfo") == hasattr(error, "retry_after_s")
-            assert hasattr(got, "BadRequest") == (name == "InvalidRequest")
-
-
-@pytest.mark.parametrize(
-    ("name", "least"),
-    # What passes says when, what would be refused again says never, and the rest leaves it to the client's policy.
-    [
-        (
-            name,
-            {
-                "QueueFull": 12300,
-                "DeadlineUnattainable": 12300,
-                "OutOfDeviceMemory": -1,
-                "OutOfHostMemory": -1,
-                "TooManyWatchers": -1,
-            }.get(name),
-        )
-        for name in RAISED
-    ],
-)
-def test_a_retry_policy_is_told_when_or_never(name, least):
-    told = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
-    assert told == least if least is None else least <= int(told) <= max(1.25 * least, -1)
-
-
-def test_those_who_are_refused_together_do_not_come_again_together():
-    told = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
-    assert len(told) > 50 and max(map(int, told)) - min(map(int, told)) > 1000
-
-
-def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
-    refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
-    assert refusal.message == (
-        "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
-        "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
-    )
-    trailers = dict(refusal.trailers)
-    assert trailers["grpc-retry-pushback-ms"] == "-1"
-    said = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
-
-
-def test_every_reason_is_used():
-    reasons = [reason for _, reason in status.CODES.values()]
-    assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
-    shared = [reason for reason in reasons if reasons.count(reason) > 1]
-    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: callers do the same
-
-
-async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
-    async with serving(FakeEngine(fails_at=1, error=ZeroDivisionError("secret"))) as s:
-        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
-    assert got.code is grpc.StatusCode.INTERNAL
-    assert got.message == "the server failed while working on this job; its log has the details"
-    assert not any("secret" in str(value) for value in got.trailers.values())
-    assert "secret" in caplog.text  # the log has it
-
-
-class Unencodable(FakeEngine):
-    """Whoever waits for one of its pictures gets an error."""
-
-    def batch(self, shape, slots):
-        batch = super().batch(shape, slots)
-
-        def wait():
-            raise torch.OutOfMemoryError("secret")
-
-        batch.snapshot = lambda slot: wait
-        return batch
-
-
-@pytest.mark.parametrize("place", ["decoding", "encoding"])
-async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monkeypatch, caplog):
-    async def cannot(self, spec, place, deadline_at):
-        raise MemoryError("secret")
-
-    if place == "decoding":
-        monkeypatch.setattr(Admission, "work", cannot)
-    async with serving(Unencodable() if place == "encoding" else FakeEngine()) as s:
-        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
-        assert s.scheduler.queued == 0
-    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
-    assert (
-        got.message == "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
-    )
-    assert "secret" in caplog.text  # the log has it
-
-
-async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
-    async def cancelled(self, spec, place, deadline_at):
-        raise asyncio.CancelledError
-
-    monkeypatch.setattr(Admission, "work", cancelled)
-    async with serving(FakeEngine()) as s:
-        for call in (
-            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
-            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
-        ):
-            assert (await refused(call)).code is grpc.StatusCode.INTERNAL
-        assert s.scheduler.queued == 0
-
-
 async def test_a_full_queue_says_when_to_come_back_and_decodes_nothing():
     engine = FakeEngine()
     engine.go.clear()
@@ -561,35 +197,6 @@ async def test_a_diverged_stream_sends_its_last_good_picture_before_the_error():
     assert kinds[-1] == "frame" and frame.iteration == 3
 
 
-async def stopped(s, engine):
-    engine.go.set()
-    await until(lambda: s.scheduler.running == 0)
-    await s.servicer.idle()
-    assert engine.iterations == 1
-    engine.under_way.clear()
-
-
-@pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
-async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplog):
-    caplog.set_level(logging.INFO, "gramophone_server")
-    engine = FakeEngine()
-    async with serving(engine) as s:
-        call = await start_stream(s, engine, timeout=0.2 if how == "deadline" else None)
-        gone = asyncio.Event()
-        (on_server,) = s.servicer._calls
-        on_server._context.add_done_callback(lambda _: gone.set())
-        if how == "cancel":
-            call.cancel()
-        elif how == "disconnect":
-            await s.channel.close()
-        async with asyncio.timeout(5):
-            await gone.wait()
-        await stopped(s, engine)
-    wanted = "DEADLINE_EXCEEDED" if how == "deadline" else "CANCELLED"
-    assert f"code={wanted}" in caplog.text
-    assert "failed" not in caplog.text
-
-
 async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in_nothing():
     async with serving(FakeEngine(iteration_s=0.002)) as s:
         within = await s.stub.Stylize(pb.StylizeRequest(spec=spec(5000, time_budget=0.2)), timeout=10)
@@ -603,108 +210,6 @@ async def test_a_time_budget_ends_in_the_picture_so_far_where_a_deadline_ends_in
         (lost,) = [job for job in s.servicer.jobs.newest_first() if not job.ended]
         assert lost.result is None
         lost.cancel()
-
-
-def context_of(notices, left_s=None):
-    """What gRPC gives a handler, with a list for those who want to hear of the end."""
-    return types.SimpleNamespace(
-        add_done_callback=notices.append,
-        time_remaining=lambda: left_s,
-        invocation_metadata=tuple,
-        peer=lambda: "ipv4:127.0.0.1:1",
-    )
-
-
-async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
-    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
-    notices, left = [], []
-    context = context_of(notices)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
-    for notice in notices:
-        notice(context)
-    call.watches(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
-    assert left == ["a mailbox"]
-
-
-async def test_a_clock_that_is_set_makes_no_call_late(caplog):
-    """gRPC's context tells what is left of a deadline by the wall clock."""
-    caplog.set_level("INFO", "gramophone_server")
-    notices = []
-    context = context_of(notices, left_s=60.0)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
-    until_end = call.deadline_at - time.monotonic()
-    context.time_remaining = lambda: 0.0  # the clock is hours ahead now
-    for notice in notices:
-        notice(context)
-    assert 59 < until_end <= 60
-    assert "code=CANCELLED" in caplog.text
-
-
-async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
-    engine = FakeEngine()
-    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
-        running = await start_stream(s, engine)
-        waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
-        assert (await waiting.read()).event.accepted.queue_position == 1
-        waiting.cancel()
-        await until(lambda: s.scheduler.queued == 0)
-        running.cancel()
-
-
-@contextlib.asynccontextmanager
-async def unread_stream(s, iterations):
-    """A stream of which only the first message was read, on a channel that takes no more than 64 KiB unread."""
-    wanted = spec(iterations=iterations)
-    wanted.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
-    async with grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]) as channel:
-        call = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
-        assert (await call.read()).event.HasField("accepted")
-        yield call
-
-
-async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
-    engine = NoisyEngine(512, iteration_s=0.001)
-    async with serving(engine) as s, unread_stream(s, iterations=500) as call:
-        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
-        assert engine.iterations == 500
-        events = [event async for event in remaining_events(call)]
-    frames = [event.frame for event in events if event.HasField("frame")]
-    assert len(frames) <= 2 and sum(frame.dropped for frame in frames) >= 1
-    assert [e.progress.iteration for e in events if e.HasField("progress")][-1] == 500
-    assert events[-1].HasField("result")
-
-
-async def test_readers_that_stop_hold_up_nobody_on_their_connection():
-    engine = NoisyEngine(512, iteration_s=0.001)
-    request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
-    request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
-    options = [*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]
-    async with serving(engine) as s, grpc.aio.insecure_channel(s.address, options=options) as channel:
-        stub = pb_grpc.StyleTransferServiceStub(channel)
-        stuck = [stub.StylizeStream(request) for _ in range(4)]
-        for call in stuck:
-            assert (await call.read()).event.HasField("accepted")
-        live, frames = stub.StylizeStream(request), 0
-        while frames < 8:
-            async with asyncio.timeout(2):
-                frames += (await live.read()).event.HasField("frame")
-                await stub.GetServerInfo(pb.GetServerInfoRequest())
-        sent = sorted(call._frames for call in s.servicer._calls)
-        assert sent[-2] <= 2 and sent[-1] >= 8
-        for call in (*stuck, live):
-            call.cancel()
-
-
-async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
-    """In this state the handler gets no CancelledError: it stays where it is."""
-    engine = NoisyEngine(512, iteration_s=0.001)
-    async with serving(engine) as s, unread_stream(s, iterations=5000) as call:
-        await until(lambda: engine.iterations > 200)
-        call.cancel()
-        await until(lambda: s.scheduler.running == 0)
-        assert engine.iterations < 5000
-        await s.servicer.idle()
-        gc.collect()
 
 
 async def test_drain_lets_a_job_end_and_its_client_has_the_picture():
@@ -1119,7 +624,7 @@ async def test_a_job_whose_grace_is_over_is_stopped():
         call, job_id = await start_detachable(s, engine, detachable_spec(grace=SHORT_GRACE))
         call.cancel()
         await until(lambda: s.servicer.jobs.find(job_id).cancelled)
-        await stopped(s, engine)
+        await stops_within_an_iteration(s, engine)
         assert await state(s, job_id) == "CANCELLED"
 
 
@@ -1135,7 +640,7 @@ async def test_without_a_grace_a_second_watcher_keeps_the_job():
         assert await state(s, job.id) == "RUNNING"
         second.cancel()
         await until(lambda: job.cancelled)
-        await stopped(s, engine)
+        await stops_within_an_iteration(s, engine)
 
 
 async def test_a_job_that_waits_hears_its_position():
@@ -1157,35 +662,6 @@ async def test_a_job_that_waits_hears_its_position():
         await asyncio.gather(events_of(running), events_of(third))
         with pytest.raises(grpc.aio.AioRpcError):
             await events_of(second)
-
-
-async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
-    engine = NoisyEngine(512, iteration_s=0.005)
-    wanted = detachable_spec(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
-    async with (
-        serving(engine, Limits(max_blocked_s=1)) as s,
-        grpc.aio.insecure_channel(s.address, options=[*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]) as channel,
-    ):
-        slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
-        job_id = (await slow.read()).event.accepted.job_id
-        job = s.servicer.jobs.find(job_id)
-        await until(lambda: not job._watchers)  # it reads nothing
-        assert not job.ended and engine.iterations < 400
-        await s.servicer.idle()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await events_of(slow)
-        assert caught.value.code() is grpc.StatusCode.ABORTED
-        assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
-        (*_, last) = await events_of(watch(s, job_id))
-        assert last.result.iterations == 400
-
-
-async def test_a_slow_reader_without_a_grace_takes_its_job_along():
-    engine = NoisyEngine(512, iteration_s=0.005)
-    async with serving(engine, Limits(max_blocked_s=1)) as s, unread_stream(s, iterations=5000):
-        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
-        assert engine.iterations < 5000
-        await s.servicer.idle()
 
 
 async def test_a_grace_that_is_refused_does_not_break_the_list_of_jobs(monkeypatch):

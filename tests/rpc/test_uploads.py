@@ -1,4 +1,4 @@
-"""Images sent ahead: what is kept, what makes room, and what is refused at which byte."""
+"""UploadImage: what is kept, and what is refused at which byte."""
 
 import hashlib
 import io
@@ -9,8 +9,6 @@ from PIL import ExifTags, Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
-from gramophone_server.errors import ImageNotFound, InvalidRequest
-from gramophone_server.images.upload_store import Upload, Uploads
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
 from tests.support.serving import refused, serving
@@ -33,62 +31,6 @@ def noise(side=64):
     out = io.BytesIO()
     Image.effect_noise((side, side), 100).convert("RGB").save(out, "PNG")
     return out.getvalue()
-
-
-# The store ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_least_recently_used_makes_room():
-    uploads = Uploads(10)
-    for name in "abc":
-        uploads.keep(name, name.encode() * 3)
-    assert uploads.find("a") == b"aaa"
-    uploads.keep("b", b"bbb")  # sent again, so it was used
-    uploads.keep("d", b"dddd")
-    with pytest.raises(ImageNotFound, match="no image 'c' is kept here; upload it with UploadImage, and send the job"):
-        uploads.find("c")
-    assert [uploads.find(name) for name in "abd"] == [b"aaa", b"bbb", b"dddd"]
-    assert uploads.counts == (4, 1, 10, 10)
-
-
-def test_an_upload_is_its_pieces():
-    upload = Upload(Limits())
-    for piece in (b"abc", b"", b"def"):
-        upload.add(piece)
-    assert (upload.digest, upload.data) == (digest(b"abcdef"), b"abcdef")
-
-
-@pytest.mark.parametrize(
-    ("limits", "pieces", "words"),
-    [
-        (Limits(), [2**20 + 1], "has 1048577 bytes, a piece at most 1048576; send the image in smaller ones"),
-        (
-            Limits(max_image_bytes=1024),
-            [1000, 25],
-            "makes an image of 1025 bytes or more; at most 1024 are taken (server setting GRAMOPHONE_MAX_IMAGE_BYTES)",
-        ),
-        (
-            Limits(max_uploads_bytes=1024),
-            [1000, 25],
-            "at most 1024 are taken (server setting GRAMOPHONE_MAX_UPLOADS_BYTES); send a smaller or more compressed",
-        ),
-    ],
-)
-def test_what_is_too_large_is_refused_as_it_comes(limits, pieces, words):
-    upload = Upload(limits)
-    with pytest.raises(InvalidRequest) as caught:
-        for size in pieces:
-            upload.add(bytes(size))
-    (violation,) = caught.value.violations
-    assert violation.field == "chunk" and words in violation.description
-
-
-def test_a_server_that_keeps_nothing_says_so():
-    with pytest.raises(InvalidRequest, match=r"GRAMOPHONE_MAX_UPLOADS_BYTES is 0\); send them with the job as `data`"):
-        Upload(Limits(max_uploads_bytes=0))
-
-
-# The RPC --------------------------------------------------------------------------------------------------------------
 
 
 async def test_an_image_is_uploaded_once_and_named_in_many_jobs():

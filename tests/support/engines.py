@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -172,6 +172,25 @@ class FakeBatch:
         good = work.diverged_at - 1 if work.diverged_at else work.done
         grey = torch.full((3, height, width), min(255, good) / 255)
         return {"image": grey, "last_good": grey}
+
+
+class NoisyEngine(FakeEngine):
+    """An engine whose pictures do not compress. `snapshot_times` holds when the first of each iteration was taken."""
+
+    def __init__(self, side: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.noise = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8)
+        self.snapshot_times: dict[int, float] = {}  # by iteration, on the monotonic clock
+
+    def batch(self, shape: Shape, slots: int) -> FakeBatch:
+        batch = super().batch(shape, slots)
+
+        def snapshot(slot: int) -> Callable[[], Tensor]:
+            self.snapshot_times.setdefault(batch.states[slot].done, time.monotonic())
+            return lambda: self.noise
+
+        batch.snapshot = snapshot  # type: ignore[method-assign]
+        return batch
 
 
 def _seen(image: Tensor) -> Tensor:

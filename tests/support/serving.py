@@ -25,6 +25,7 @@ from tests.support.engines import FakeEngine
 from tests.support.specs import detachable_spec, spec
 
 LARGE_MESSAGES = [("grpc.max_receive_message_length", 2**26), ("grpc.max_send_message_length", 2**26)]
+SMALL_WINDOW = [*LARGE_MESSAGES, ("grpc.http2.bdp_probe", 0)]  # a client takes no more than 64 KiB unread
 DETAILS = (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.BadRequest)
 
 
@@ -106,6 +107,15 @@ async def start_detachable(
     accepted = (await call.read()).event.accepted
     await until(engine.under_way.is_set)
     return call, accepted.job_id
+
+
+async def stops_within_an_iteration(s: types.SimpleNamespace, engine: FakeEngine) -> None:
+    """Lets the held engine go on, and asserts that its job is stopped after that one iteration."""
+    engine.go.set()
+    await until(lambda: s.scheduler.running == 0)
+    await s.servicer.idle()
+    assert engine.iterations == 1
+    engine.under_way.clear()
 
 
 def watch(s: types.SimpleNamespace, job_id: str, after: int = 0, **frames: Any) -> Any:

@@ -1,0 +1,182 @@
+"""Calls of clients that leave, and of clients that do not read."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import time
+import types
+
+import grpc
+import pytest
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone_server.config import Limits
+from gramophone_server.rpc.calls import ActiveCalls
+from gramophone_server.telemetry.access_log import AccessLog
+from gramophone_server.telemetry.metrics import Metrics
+from tests.support.clock import until
+from tests.support.engines import FakeEngine, NoisyEngine
+from tests.support.serving import (
+    SMALL_WINDOW,
+    events_of,
+    remaining_events,
+    serving,
+    start_stream,
+    stops_within_an_iteration,
+    watch,
+)
+from tests.support.specs import detachable_spec, spec
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
+async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplog):
+    caplog.set_level(logging.INFO, "gramophone_server")
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call = await start_stream(s, engine, timeout=0.2 if how == "deadline" else None)
+        gone = asyncio.Event()
+        (on_server,) = s.servicer._calls
+        on_server._context.add_done_callback(lambda _: gone.set())
+        if how == "cancel":
+            call.cancel()
+        elif how == "disconnect":
+            await s.channel.close()
+        async with asyncio.timeout(5):
+            await gone.wait()
+        await stops_within_an_iteration(s, engine)
+    wanted = "DEADLINE_EXCEEDED" if how == "deadline" else "CANCELLED"
+    assert f"code={wanted}" in caplog.text
+    assert "failed" not in caplog.text
+
+
+def context_of(notices, left_s=None):
+    """What gRPC gives a handler, with a list for those who want to hear of the end."""
+    return types.SimpleNamespace(
+        add_done_callback=notices.append,
+        time_remaining=lambda: left_s,
+        invocation_metadata=tuple,
+        peer=lambda: "ipv4:127.0.0.1:1",
+    )
+
+
+async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
+    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
+    notices, left = [], []
+    context = context_of(notices)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    for notice in notices:
+        notice(context)
+    call.watches(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
+    assert left == ["a mailbox"]
+
+
+async def test_a_clock_that_is_set_makes_no_call_late(caplog):
+    """gRPC's context tells what is left of a deadline by the wall clock."""
+    caplog.set_level("INFO", "gramophone_server")
+    notices = []
+    context = context_of(notices, left_s=60.0)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    until_end = call.deadline_at - time.monotonic()
+    context.time_remaining = lambda: 0.0  # the clock is hours ahead now
+    for notice in notices:
+        notice(context)
+    assert 59 < until_end <= 60
+    assert "code=CANCELLED" in caplog.text
+
+
+async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
+    engine = FakeEngine()
+    async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
+        running = await start_stream(s, engine)
+        waiting = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
+        assert (await waiting.read()).event.accepted.queue_position == 1
+        waiting.cancel()
+        await until(lambda: s.scheduler.queued == 0)
+        running.cancel()
+
+
+@contextlib.asynccontextmanager
+async def unread_stream(s, iterations):
+    """A stream of which only the first message was read, on a channel that takes no more than 64 KiB unread."""
+    wanted = spec(iterations=iterations)
+    wanted.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
+    async with grpc.aio.insecure_channel(s.address, options=SMALL_WINDOW) as channel:
+        call = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        assert (await call.read()).event.HasField("accepted")
+        yield call
+
+
+async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
+    engine = NoisyEngine(512, iteration_s=0.001)
+    async with serving(engine) as s, unread_stream(s, iterations=500) as call:
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        assert engine.iterations == 500
+        events = [event async for event in remaining_events(call)]
+    frames = [event.frame for event in events if event.HasField("frame")]
+    assert len(frames) <= 2 and sum(frame.dropped for frame in frames) >= 1
+    assert [e.progress.iteration for e in events if e.HasField("progress")][-1] == 500
+    assert events[-1].HasField("result")
+
+
+async def test_readers_that_stop_hold_up_nobody_on_their_connection():
+    engine = NoisyEngine(512, iteration_s=0.001)
+    request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
+    request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
+    options = SMALL_WINDOW
+    async with serving(engine) as s, grpc.aio.insecure_channel(s.address, options=options) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)
+        stuck = [stub.StylizeStream(request) for _ in range(4)]
+        for call in stuck:
+            assert (await call.read()).event.HasField("accepted")
+        live, frames = stub.StylizeStream(request), 0
+        while frames < 8:
+            async with asyncio.timeout(2):
+                frames += (await live.read()).event.HasField("frame")
+                await stub.GetServerInfo(pb.GetServerInfoRequest())
+        sent = sorted(call._frames for call in s.servicer._calls)
+        assert sent[-2] <= 2 and sent[-1] >= 8
+        for call in (*stuck, live):
+            call.cancel()
+
+
+async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
+    """In this state the handler gets no CancelledError: it stays where it is."""
+    engine = NoisyEngine(512, iteration_s=0.001)
+    async with serving(engine) as s, unread_stream(s, iterations=5000) as call:
+        await until(lambda: engine.iterations > 200)
+        call.cancel()
+        await until(lambda: s.scheduler.running == 0)
+        assert engine.iterations < 5000
+        await s.servicer.idle()
+        gc.collect()
+
+
+async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    wanted = detachable_spec(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
+    async with (
+        serving(engine, Limits(max_blocked_s=1)) as s,
+        grpc.aio.insecure_channel(s.address, options=SMALL_WINDOW) as channel,
+    ):
+        slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
+        job_id = (await slow.read()).event.accepted.job_id
+        job = s.servicer.jobs.find(job_id)
+        await until(lambda: not job._watchers)  # it reads nothing
+        assert not job.ended and engine.iterations < 400
+        await s.servicer.idle()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await events_of(slow)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+        assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
+        (*_, last) = await events_of(watch(s, job_id))
+        assert last.result.iterations == 400
+
+
+async def test_a_slow_reader_without_a_grace_takes_its_job_along():
+    engine = NoisyEngine(512, iteration_s=0.005)
+    async with serving(engine, Limits(max_blocked_s=1)) as s, unread_stream(s, iterations=5000):
+        await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
+        assert engine.iterations < 5000
+        await s.servicer.idle()

@@ -1,0 +1,173 @@
+"""The gRPC status of each error: code, message, details and when to try again."""
+
+import asyncio
+import inspect
+
+import grpc
+import pytest
+import torch
+from google.rpc import error_details_pb2, status_pb2
+
+from gramophone.recipe import Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server import errors
+from gramophone_server.rpc import status
+from gramophone_server.rpc.admission import Admission
+from tests.support.engines import FakeEngine
+from tests.support.serving import (
+    refused,
+    serving,
+)
+from tests.support.specs import spec
+
+EXAMPLES = {
+    "InvalidRequest": errors.InvalidRequest([Violation("spec.content", "is odd")]),
+    "NotReady": errors.NotReady(),
+    "QueueFull": errors.QueueFull(16, 16, 12.3),
+    "DeadlineUnattainable": errors.DeadlineUnattainable(wait_s=12.3, run_s=4, left_s=5),
+    "ShuttingDown": errors.ShuttingDown(),
+    "JobNotFound": errors.JobNotFound("j1"),
+    "ImageNotFound": errors.ImageNotFound("sha256:0"),
+    "JobControlled": errors.JobControlled("j1"),
+    "TooManyWatchers": errors.TooManyWatchers(16),
+    "RequestIdTaken": errors.RequestIdTaken("r1"),
+    "ListingDisabled": errors.ListingDisabled(),
+    "Cancelled": errors.Cancelled(),
+    "SlowReader": errors.SlowReader(30),
+    "Diverged": errors.Diverged(2),
+    "OutOfDeviceMemory": errors.OutOfDeviceMemory(64, 32),
+    "OutOfHostMemory": errors.OutOfHostMemory(),
+    "EngineFailed": errors.EngineFailed(),
+}
+
+
+RAISED = {
+    name: kind
+    for name, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, errors.GramophoneError) and name not in ("GramophoneError", "StartupError")
+}
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 1000])
+@pytest.mark.parametrize("length", [1, 1000])
+def test_details_stay_within_4_kib(count, length):
+    error = errors.InvalidRequest(Violation(f"spec.f[{i}]", "\N{SNOWMAN}" * length) for i in range(count))
+    got = status.refusal(error)
+    assert len(dict(got.trailers)["grpc-status-details-bin"]) <= 4096
+    assert len(got.message) <= 400
+
+
+@pytest.mark.parametrize("name", RAISED)
+async def test_every_exception_has_its_code_reason_and_details(name):
+    error = EXAMPLES[name]
+    code, reason = status.CODES[RAISED[name]]
+    async with serving(FakeEngine(fails_at=2, error=error)) as s:
+        for call in (
+            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
+            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
+        ):
+            got = await refused(call)
+            assert got.code is code
+            assert got.message == str(error)
+            assert f"ERROR_REASON_{got.ErrorInfo.reason}" == pb.ErrorReason.Name(reason)
+            assert hasattr(got, "RetryInfo") == hasattr(error, "retry_after_s")
+            assert hasattr(got, "BadRequest") == (name == "InvalidRequest")
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # What passes says when, what would be refused again says never, and the rest leaves it to the client's policy.
+    [
+        (
+            name,
+            {
+                "QueueFull": 12300,
+                "DeadlineUnattainable": 12300,
+                "OutOfDeviceMemory": -1,
+                "OutOfHostMemory": -1,
+                "TooManyWatchers": -1,
+            }.get(name),
+        )
+        for name in RAISED
+    ],
+)
+def test_a_retry_policy_is_told_when_or_never(name, least):
+    told = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
+    assert told == least if least is None else least <= int(told) <= max(1.25 * least, -1)
+
+
+def test_those_who_are_refused_together_do_not_come_again_together():
+    told = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
+    assert len(told) > 50 and max(map(int, told)) - min(map(int, told)) > 1000
+
+
+def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
+    refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
+    assert refusal.message == (
+        "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
+        "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+    )
+    trailers = dict(refusal.trailers)
+    assert trailers["grpc-retry-pushback-ms"] == "-1"
+    said = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
+
+
+def test_every_reason_is_used():
+    reasons = [reason for _, reason in status.CODES.values()]
+    assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
+    shared = [reason for reason in reasons if reasons.count(reason) > 1]
+    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: callers do the same
+
+
+async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
+    async with serving(FakeEngine(fails_at=1, error=ZeroDivisionError("secret"))) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+    assert got.code is grpc.StatusCode.INTERNAL
+    assert got.message == "the server failed while working on this job; its log has the details"
+    assert not any("secret" in str(value) for value in got.trailers.values())
+    assert "secret" in caplog.text  # the log has it
+
+
+class Unencodable(FakeEngine):
+    """Whoever waits for one of its pictures gets an error."""
+
+    def batch(self, shape, slots):
+        batch = super().batch(shape, slots)
+
+        def wait():
+            raise torch.OutOfMemoryError("secret")
+
+        batch.snapshot = lambda slot: wait
+        return batch
+
+
+@pytest.mark.parametrize("place", ["decoding", "encoding"])
+async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monkeypatch, caplog):
+    async def cannot(self, spec, place, deadline_at):
+        raise MemoryError("secret")
+
+    if place == "decoding":
+        monkeypatch.setattr(Admission, "work", cannot)
+    async with serving(Unencodable() if place == "encoding" else FakeEngine()) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert s.scheduler.queued == 0
+    assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+    assert (
+        got.message == "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+    )
+    assert "secret" in caplog.text  # the log has it
+
+
+async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
+    async def cancelled(self, spec, place, deadline_at):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Admission, "work", cancelled)
+    async with serving(FakeEngine()) as s:
+        for call in (
+            s.stub.Stylize(pb.StylizeRequest(spec=spec())),
+            s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())),
+        ):
+            assert (await refused(call)).code is grpc.StatusCode.INTERNAL
+        assert s.scheduler.queued == 0
