@@ -126,8 +126,8 @@ class StyleTransferServiceServicer:
         change the number of iterations, request a picture, finish early. The first message names the job. Each later
         message is a command and is answered with a CommandResult; a command that fails is answered too and does not end
         the stream. A job has one controller at a time: the stream of a second one ends in FAILED_PRECONDITION
-        (ERROR_REASON_JOB_CONTROLLED). Any client may watch. The responses, and the errors, are those of
-        StylizeStream. A client that closes its sending side gives up control and continues to watch.
+        (ERROR_REASON_JOB_CONTROLLED). Any client may watch. The responses, and the errors, are those of StylizeStream. A
+        client that closes its sending side gives up control and continues to watch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
