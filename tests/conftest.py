@@ -1,10 +1,12 @@
-"""What tests of the engine share, a network with VGG-19's line and few channels and small pictures; and those of the client, a
-service that plays scripts."""
+"""Fixtures for the tests of the engine: a network with VGG-19's layers and few channels, and small jobs.
+
+Machines with a GPU may have only torch and pytest: import no gRPC here, nor in what tests/gpu and tests/cuda import.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,7 @@ from gramophone_server.network.vgg import Vgg
 from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
 
-if TYPE_CHECKING:
-    from gramophone_client import GramophoneClient
-    from tests.support.fake_service import FakeService
-
-torch.set_num_threads(1)  # for kernels this small a team of threads is slower, and much slower on a busy machine
+torch.set_num_threads(1)  # more threads make kernels this small slower, and much slower on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +35,10 @@ def tiny_engine(tiny_vgg: Vgg) -> VggEngine:
 
 @pytest.fixture(scope="session")
 def make_job() -> Callable[..., StyleJob]:
-    """A small job; keyword arguments are fields of its recipe, but for content, style, start image and seed."""
+    """Makes small jobs. Keyword arguments are fields of the recipe, except content, style, start image and seed.
+
+    `content` and `style` are seeds of random pictures.
+    """
 
     def make(
         *, content: int = 1, style: int = 2, start_image: Tensor | None = None, seed: int = 0, **recipe: Any
@@ -54,24 +55,3 @@ def make_job() -> Callable[..., StyleJob]:
         )
 
     return make
-
-
-# Their imports are inside, because a machine with a GPU runs the engine's tests without gRPC.
-
-
-@pytest.fixture
-def service() -> Iterator[FakeService]:
-    """A fake service on the loopback."""
-    from tests.support.fake_service import serving
-
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-async def client(service: FakeService) -> AsyncIterator[GramophoneClient]:
-    """A client that talks to it."""
-    from gramophone_client import GramophoneClient
-
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
-        yield connected

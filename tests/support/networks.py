@@ -12,7 +12,7 @@ TINY_CHANNELS = (4, 6, 8, 8, 8)
 
 
 def make_tiny_vgg(seed: int = 0, widths: Sequence[int] = TINY_CHANNELS) -> Vgg:
-    """VGG-19's 16 convolutions with 4 to 8 channels, or other ``widths``, He-initialised."""
+    """VGG-19's 16 convolutions with He-initialised random weights; `widths` are the channels of each block."""
     generator = torch.Generator().manual_seed(seed)
     convolutions, channels = [], 3
     for block, count in enumerate(BACKBONES["vgg19"], 1):
@@ -22,5 +22,6 @@ def make_tiny_vgg(seed: int = 0, widths: Sequence[int] = TINY_CHANNELS) -> Vgg:
             bias = torch.randn(out, generator=generator) * 0.1
             convolutions.append(Convolution(f"{block}_{number}", weight, bias, block > 1 and number == 1))
             channels = out
-    means = Preprocessing((2, 1, 0), 2.0, (0.8, 0.9, 1.0), (0.5, 1.0, 2.0))  # every part of it matters here
-    return Vgg("vgg19", tuple(convolutions), means, "tiny")
+    # Not the identity in any part, so that a mistake in each of them shows.
+    preprocessing = Preprocessing((2, 1, 0), 2.0, (0.8, 0.9, 1.0), (0.5, 1.0, 2.0))
+    return Vgg("vgg19", tuple(convolutions), preprocessing, "tiny")
