@@ -78,7 +78,7 @@ def _moves(engine: VggEngine, batch: Batch) -> dict[str, float]:
     work = batch.states[0]
     moves = {"leave": timed(partial(batch.leave, 0)), "join": timed(partial(batch.join, work))}
     batch.leave(0)
-    engine.targets.clear()
+    engine.style_targets.clear()
     return moves | {"join_new_style": timed(partial(batch.join, work))}
 
 

@@ -20,7 +20,8 @@ from benchmarks.section import Section
 from gramophone.recipe import Optimiser, Recipe, preset
 from gramophone_server.config import Settings
 from gramophone_server.domain.job import StyleJob
-from gramophone_server.engine.engine import EngineRun, VggEngine
+from gramophone_server.engine.batch_run import BatchRun
+from gramophone_server.engine.engine import VggEngine
 from gramophone_server.images.codec import Format, decode, encode
 from gramophone_server.network.precision import MODES, choose
 from gramophone_server.network.vgg import Vgg
@@ -54,10 +55,10 @@ def iteration(section: Section) -> None:
         call = functools.partial(_iteration, section, vgg, engines, size, side, batch)
         section.attempt(f"{side} px, batch {batch}", call, 6)
     for (mode, graphs, search), engine in engines.items():
-        if graphs and engine.chain.fastest.milliseconds:
+        if graphs and engine.features.autotuner.milliseconds:
             forms = {
                 str(question): {way: ms if math.isfinite(ms) else None for way, ms in ways.items()}
-                for question, ways in engine.chain.fastest.milliseconds.items()
+                for question, ways in engine.features.autotuner.milliseconds.items()
             }
             section.fact(f"forms, {mode}{', searching' * search}", forms)
 
@@ -79,7 +80,7 @@ def _iteration(
             steps[f"eager {name} channels_last"] = half, 1
         else:
             section.left_out(f"eager {name} at {side} px, batch {batch}", "its loss is not finite")
-    runs: list[EngineRun] = []
+    runs: list[BatchRun] = []
     many = _at_once(section, side, batch)
 
     def prepare(name: str, mode: str, graphs: bool, optimiser: Optimiser, search: bool) -> None:
@@ -92,7 +93,7 @@ def _iteration(
             key = mode, graphs, search
             if key not in engines:
                 engines[key] = VggEngine(vgg, content.device, MODES[mode], graphs=graphs and section.device == "cuda")
-            run = engines[key].start(jobs(content, style, recipe))
+            run = engines[key].run_batch(jobs(content, style, recipe))
             runs.append(run)
             _same_objective(run, wanted, mode)
         steps[name] = switches.around(functools.partial(run.advance, many)), many
@@ -103,7 +104,7 @@ def _iteration(
     for run in runs:
         run.close()
     for engine in engines.values():
-        engine.stages.clear()
+        engine.graph_runners.clear()
 
 
 def _variants(device: str, size: int, batch: int) -> Mapping[str, tuple[str, bool, Optimiser, bool]]:
@@ -138,7 +139,7 @@ def _at_once(section: Section, side: int, batch: int) -> int:
     return 50 if side * side * batch <= 512 * 512 else 10
 
 
-def _same_objective(run: EngineRun, wanted: float, mode: str) -> None:
+def _same_objective(run: BatchRun, wanted: float, mode: str) -> None:
     """The first loss is the textbook's, so both loops do the same work."""
     first = sum(report.losses.total for report in run.advance(1))
     far = abs(first / wanted - 1)
@@ -227,7 +228,7 @@ def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:
         return time.perf_counter()
 
     with ThreadPoolExecutor(1) as encoder:
-        run = engine.start([one])
+        run = engine.run_batch([one])
         frames: list[Future[float]] = []
         due = begin
         while not run.finished:
@@ -251,7 +252,7 @@ def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:
 
 def _sixteen(section: Section, engine: VggEngine, one: StyleJob) -> None:
     def finish(batch: list[StyleJob]) -> None:
-        run = engine.start(batch)
+        run = engine.run_batch(batch)
         while not run.finished:
             run.advance(CHUNK)
         for index in range(len(batch)):
@@ -292,14 +293,14 @@ def _memory(section: Section, engine: VggEngine, side: int, batch: int) -> None:
     content, style = _pictures(side, batch, section.device)
     work = jobs(content, style, Recipe(size=side, smallest_size=0, iterations=100))
     del content, style
-    needed = engine.bytes_needed(work[0], batch)
+    needed = engine.batch_bytes(engine.admit(work[0]).shape, batch)
     row = {"name": "memory", "size": side, "batch": batch, "needed_mb": needed / 1e6}
     if section.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
-        run = engine.start(work)
+        run = engine.run_batch(work)
         run.advance(1)
         starting = torch.cuda.max_memory_allocated() - before  # with the capture
         torch.cuda.reset_peak_memory_stats()
@@ -312,7 +313,7 @@ def _memory(section: Section, engine: VggEngine, side: int, batch: int) -> None:
             "ratio": starting / needed,  # above 1: more than was told
         }
         run.close()
-        engine.stages.clear()
+        engine.graph_runners.clear()
     section.row(**row)
 
 
@@ -336,7 +337,7 @@ def _profile(section: Section, vgg: Vgg, side: int) -> None:
     on_gpu = section.device == "cuda"
     content, style = _pictures(side, 1, section.device)
     recipe = Recipe(size=side, smallest_size=0, iterations=1000)
-    run = _engine(vgg, section.device, graphs=False).start(jobs(content, style, recipe))
+    run = _engine(vgg, section.device, graphs=False).run_batch(jobs(content, style, recipe))
     iterations = PROFILED if on_gpu else 2
     run.advance(5)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -15,7 +15,7 @@ from benchmarks.measure import Switches, captured, milliseconds
 from benchmarks.network import Shape, random_vgg, shapes
 from benchmarks.section import Section
 from gramophone_server import ops
-from gramophone_server.network.convolutions import CuDnn, Fastest
+from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import OXFORD, Convolution
 
@@ -125,7 +125,7 @@ def _convolution(section: Section, convolution: Convolution, shape: Shape, side:
 
 def _inner(section: Section, convolution: Convolution, x: Tensor, grad: Tensor) -> tuple[Ways, Ways]:
     """The forms of a convolution of 64 or more channels, in the engine's own types."""
-    form = CuDnn(convolution, x.device, MODES["fp16"], Fastest())
+    form = CuDnn(convolution, x.device, MODES["fp16"], Autotuner())
     there: Ways = {
         "F.conv2d, bias, relu_": lambda: form.linear(x).relu_(),
         "bare": lambda: form.bare(x),

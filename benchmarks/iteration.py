@@ -124,7 +124,7 @@ def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: i
     engine = VggEngine(vgg, content.device, choose(precision, content.device))
     tf32 = precision == "tf32"
     switches = Switches(benchmark=False, conv_tf32=tf32, matmul_tf32=tf32)
-    return switches.around(engine.start(jobs(content, style, recipe)).advance)
+    return switches.around(engine.run_batch(jobs(content, style, recipe)).advance)
 
 
 def profiled(step: Callable[[], object]) -> list[Row]:

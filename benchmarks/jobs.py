@@ -49,7 +49,7 @@ def main() -> None:
 
     def in_process() -> None:
         job = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
-        run = engine.start([job])
+        run = engine.run_batch([job])
         while not run.finished:
             run.advance()
         run.picture(0)

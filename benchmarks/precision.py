@@ -26,10 +26,10 @@ from gramophone_server.engine.engine import VggEngine
 from gramophone_server.engine.graph_runner import GraphRunnerPool
 from gramophone_server.engine.style_targets import StyleTargets
 from gramophone_server.images.codec import decode
-from gramophone_server.network.convolutions import Form
+from gramophone_server.network.convolutions import Kernel
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import MODES
-from gramophone_server.network.vgg import Vgg, load_vgg
+from gramophone_server.network.vgg import Convolution, Vgg, load_vgg
 
 CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,8 +42,8 @@ class Rounded:
     The result of tf32 stays float32; its operands lose all but 10 bits of mantissa.
     """
 
-    def __init__(self, form: Form, tf32: bool) -> None:
-        self._weight, self._back, self._bias = (getattr(form, name).float() for name in ("weight", "back", "bias"))
+    def __init__(self, kernel: Kernel, tf32: bool) -> None:
+        self._weight, self._back, self._bias = (getattr(kernel, name).float() for name in ("weight", "back", "bias"))
         self._tf32 = tf32
         if tf32:
             self._weight, self._back = round_to_tf32(self._weight), round_to_tf32(self._back)
@@ -70,15 +70,20 @@ def round_to_tf32(x: Tensor) -> Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
+class RoundedFeatures(VggFeatures):
+    """A network on the CPU that computes as a GPU's matrix units do in its precision."""
+
+    def make_kernel(self, convolution: Convolution) -> Kernel:
+        """torch's own convolution, with the mode's rounding around it."""
+        kernel = super().make_kernel(convolution)
+        return kernel if self.precision.name == "fp32" else Rounded(kernel, self.precision.name == "tf32")
+
+
 def rounded(vgg: Vgg, mode: str) -> VggEngine:
     """An engine on the CPU that computes as a GPU does in a mode."""
     engine = VggEngine(vgg, CPU, MODES[mode])
-    engine.chain = VggFeatures(vgg, CPU, MODES[mode], form="library")
-    if mode != "fp32":
-        engine.chain._line = [
-            (name, pooled, Rounded(form, mode == "tf32")) for name, pooled, form in engine.chain._line
-        ]
-    engine.stages, engine.targets = GraphRunnerPool(engine.chain, graphs=False), StyleTargets(engine.chain)
+    features = engine.features = RoundedFeatures(vgg, CPU, MODES[mode], kernel="library")
+    engine.graph_runners, engine.style_targets = GraphRunnerPool(features, graphs=False), StyleTargets(features)
     return engine
 
 
@@ -86,16 +91,16 @@ def gradient(engine: VggEngine, job: StyleJob, at: Tensor) -> Tensor:
     """dJ/dimage of a job at ``at``, uint8 [height, width, 3]; one scale."""
     start = at.permute(2, 0, 1).contiguous()
     one = Recipe(size=job.recipe.size, start=Start.IMAGE, smallest_size=0, iterations=1)
-    run = engine.start(
+    run = engine.run_batch(
         [StyleJob(recipe=one, content=job.content, styles=job.styles, style_weights=(1.0,), start=start, seed=0)]
     )
-    stage = run.batch.stage
-    return stage.objective.evaluate(stage.canvas.image).grad
+    runner = run.batch.runner
+    return runner.objective.evaluate(runner.canvas.image).grad
 
 
 def painted(engine: VggEngine, job: StyleJob) -> tuple[Tensor, float]:
     """The finished picture, and the last loss."""
-    run = engine.start([job])
+    run = engine.run_batch([job])
     while not run.finished:
         (report,) = run.advance()
     return run.picture(0), report.losses.total

@@ -37,7 +37,7 @@ VARIANTS: Mapping[str, RecipeOverrides] = {
 
 def paint(engine: VggEngine, job: StyleJob) -> torch.Tensor:
     """The finished picture, uint8 [3, height, width]."""
-    run = engine.start([job])
+    run = engine.run_batch([job])
     while not run.finished:
         run.advance()
     return run.picture(0).permute(2, 0, 1).contiguous()
@@ -47,7 +47,7 @@ def objective(engine: VggEngine, job: StyleJob, picture: torch.Tensor, size: int
     """J of the preset `fast` at ``picture``: the first loss of a job that starts from it at the final size."""
     recipe = Recipe(size=size, start=Start.IMAGE, smallest_size=0, iterations=1)
     judge = StyleJob(recipe=recipe, content=job.content, styles=job.styles, style_weights=(1.0,), start=picture, seed=0)
-    return engine.start([judge]).advance()[0].losses.total
+    return engine.run_batch([judge]).advance()[0].losses.total
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def paint(engine: VggEngine, recipe: Recipe, photo: str, style: str, progress: P
         start=None,
         seed=1,
     )
-    run = engine.start([job])
+    run = engine.run_batch([job])
     total = sum(scale.width * scale.height * scale.iterations for scale in job.scales)
     bar = progress.add_task(title, total=total)
     while not run.finished:

@@ -1,4 +1,5 @@
-"""The GPU's form of the chain, with the emulated kernels in place of the real ones, against the CPU's and against autograd."""
+"""The GPU's form of the chain, with the emulated kernels in place of the real ones, against the CPU's and against
+autograd."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from gramophone.recipe import Pooling, Recipe
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.engine.graph_runner import GraphRunner
 from gramophone_server.engine.memory_estimate import WORKSPACES, Alive, bytes_needed
-from gramophone_server.network.convolutions import CuDnn, Fastest
+from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg
 from tests import reference
-from tests.network.test_features import LAYERS, aimed, as_image, relative
 from tests.support import emulated
+from tests.support.features import LAYERS, as_image, objective_of, relative_error
 from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
 
@@ -39,12 +40,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def evaluated(
-    vgg: Vgg, recipe: Recipe, precision: str, form: str, height: int = 21, width: int = 18
+    vgg: Vgg, recipe: Recipe, precision: str, kernel: str, height: int = 21, width: int = 18
 ) -> tuple[Tensor, Tensor]:
     """(terms [T], gradient) at one picture."""
     image, content, style = (as_image(make_picture(seed, height, width)) for seed in (5, 1, 2))
-    chain = VggFeatures(vgg, CPU, MODES[precision], form=form)
-    evaluation = aimed(chain, [recipe], content, [[(style, 1.0)]]).evaluate(image)
+    features = VggFeatures(vgg, CPU, MODES[precision], kernel=kernel)
+    evaluation = objective_of(features, [recipe], content, [[(style, 1.0)]]).evaluate(image)
     return evaluation.terms[:, 0], evaluation.grad
 
 
@@ -62,7 +63,7 @@ def test_the_gpu_chain_is_the_cpu_chain(
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
     got_terms, got = evaluated(wide_vgg, recipe, precision, "cudnn")
     torch.testing.assert_close(got_terms, terms, rtol=0.01, atol=1e-4)
-    assert relative(got, grad.double()) < APART[precision, pooling]
+    assert relative_error(got, grad.double()) < APART[precision, pooling]
 
 
 @pytest.mark.parametrize("pooling", Pooling)
@@ -72,21 +73,21 @@ def test_the_gpu_chain_is_autograd(wide_vgg: Vgg, pooling: Pooling, kernels: Non
     image, content, style = (as_image(make_picture(seed, 21, 18)) for seed in (5, 1, 2))
     expected_terms, expected = reference.gradient(wide_vgg, image, content, [(style, 1.0)], recipe)
     torch.testing.assert_close(terms.double(), expected_terms, rtol=0.02, atol=1e-4)
-    assert relative(grad, expected) < 0.1
+    assert relative_error(grad, expected) < 0.1
 
 
 def test_pooled_layers_that_nobody_asked_for_leave_codes_behind(wide_vgg: Vgg, kernels: None) -> None:
-    chain = VggFeatures(wide_vgg, CPU, MODES["fp16"], form="cudnn")
-    trace = chain.forward(as_image(make_picture(1, 32, 32)), {"relu3_1", "relu2_2"}, Pooling.MAX)
-    assert list(trace.codes) == ["1_2"]
-    assert list(trace.after) == ["1_1", "2_1", "2_2", "3_1"]
-    assert trace["relu2_2"].shape == (1, 128, 16, 16)
+    features = VggFeatures(wide_vgg, CPU, MODES["fp16"], kernel="cudnn")
+    activations = features.forward(as_image(make_picture(1, 32, 32)), {"relu3_1", "relu2_2"}, Pooling.MAX)
+    assert list(activations.codes) == ["1_2"]
+    assert list(activations.relu) == ["1_1", "2_1", "2_2", "3_1"]
+    assert activations["relu2_2"].shape == (1, 128, 16, 16)
 
 
 def test_the_two_ways_back_agree(wide_vgg: Vgg) -> None:
-    form = CuDnn(wide_vgg.convolutions[2], CPU, MODES["bf16"], Fastest())
+    kernel = CuDnn(wide_vgg.convolutions[2], CPU, MODES["bf16"], Autotuner())
     grad = torch.randn(2, 128, 9, 7).bfloat16().contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(form.flipped(grad), form.dgrad(grad), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(kernel.flipped(grad), kernel.dgrad(grad), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("jobs", "size"), [(1, 32), (2, 24)])
@@ -96,8 +97,8 @@ def test_the_estimate_of_memory_is_what_the_iteration_takes(
     shape = Shape.of(Recipe(size=size), size, size)
     estimate = bytes_needed(wide_vgg, shape, jobs, MODES["fp16"], "cudnn")
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
-    chain = VggFeatures(wide_vgg, CPU, MODES["fp16"], form="cudnn")
+    features = VggFeatures(wide_vgg, CPU, MODES["fp16"], kernel="cudnn")
     with Alive() as alive:
-        stage = GraphRunner(chain, shape, jobs)
-        stage.iterate(2)
+        runner = GraphRunner(features, shape, jobs)
+        runner.iterate(2)
     assert alive.peak == pytest.approx(estimate - WORKSPACES, rel=0.02)

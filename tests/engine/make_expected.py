@@ -23,6 +23,6 @@ from tests.support.networks import make_tiny_vgg
 engine = VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"])
 losses = {}
 for optimiser in Optimiser:
-    run = engine.start([make_job.__wrapped__()(optimiser=optimiser)])
+    run = engine.run_batch([make_job.__wrapped__()(optimiser=optimiser)])
     losses[optimiser.value] = [round(run.advance()[0].losses.total, 6) for _ in range(10)]
 (Path(__file__).parent / "expected_losses.json").write_text(json.dumps(losses, indent=1) + "\n")

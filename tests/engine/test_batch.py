@@ -26,13 +26,13 @@ STATEFUL = [Optimiser.ADAM, Optimiser.LBFGS]
 MOST = 2**30
 
 
-def go(engine: VggEngine, work: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
+def go(engine: VggEngine, state: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
     """The job alone in batches of a width, for so many iterations or to its end."""
     reports = []
-    while iterations and not work.finished:
-        batch = engine.batch(work.shape, slots)
-        slot = batch.join(work)
-        while iterations and work.iterations_left:
+    while iterations and not state.finished:
+        batch = engine.batch(state.shape, slots)
+        slot = batch.join(state)
+        while iterations and state.iterations_left:
             reports.append(batch.advance()[slot])
             iterations -= 1
         batch.leave(slot)
@@ -44,23 +44,24 @@ def totals(reports: list[Report]) -> list[float]:
     return [report.losses.total for report in reports]
 
 
-def image(work: JobState) -> Tensor:
-    assert work.tensors is not None
-    return work.tensors["image"]
+def image(state: JobState) -> Tensor:
+    assert state.tensors is not None
+    return state.tensors["image"]
 
 
 def three(make_job: MakeJob, optimiser: Optimiser) -> list[StyleJob]:
-    """Of one structure, and otherwise as different as can be."""
+    """Jobs of one shape that differ in everything else."""
     same = {"optimiser": optimiser, "average": 0.5, "size": 48}
+    gatys = {"normalisation": Normalisation.GATYS, "alpha": 0.1, "beta": 2e4, "tv_weight": 9.0}
     return [
         make_job(content=1, style=2, smallest_size=34, iterations=9, coarse_iterations=4, **same),
         make_job(content=3, style=4, beta=9.0, step=0.01, iterations=14, start=Start.NOISE, seed=5, **same),
         replace(
-            make_job(content=5, normalisation=Normalisation.GATYS, alpha=0.1, beta=2e4, tv_weight=9.0, step=0.03, **same),
+            make_job(content=5, step=0.03, **gatys, **same),
             styles=(make_picture(6, 36, 36), make_picture(7, 50, 30)),
             style_weights=(1.0, 2.0),
         ),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
@@ -68,11 +69,11 @@ def test_jobs_that_come_and_go_are_what_they_are_alone(
     tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
 ) -> None:
     alone = [JobState(job) for job in three(make_job, optimiser)]
-    alone_reports = [go(tiny_engine, work, 3) for work in alone]
+    alone_reports = [go(tiny_engine, state, 3) for state in alone]
     single = [go(tiny_engine, JobState(job), 1) for job in three(make_job, optimiser)]
 
     first, second, third = works = [tiny_engine.admit(job) for job in three(make_job, optimiser)]
-    reports: dict[JobState, list[Report]] = {work: [] for work in works}
+    reports: dict[JobState, list[Report]] = {state: [] for state in works}
     reports[first] += go(tiny_engine, first, 3, 4)  # its coarse scale
     batch = tiny_engine.batch(first.shape, 3)
 
@@ -105,13 +106,13 @@ def test_jobs_that_come_and_go_are_what_they_are_alone(
 
 
 def test_what_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
-    work = tiny_engine.admit(make_job(iterations=1))
-    batch = tiny_engine.batch(work.shape, 1)
+    state = tiny_engine.admit(make_job(iterations=1))
+    batch = tiny_engine.batch(state.shape, 1)
     with pytest.raises(ValueError, match="no job is in the batch"):
         batch.advance()
-    batch.join(work)
+    batch.join(state)
     with pytest.raises(ValueError, match="the job is in a batch already"):
-        batch.join(work)
+        batch.join(state)
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         batch.join(tiny_engine.admit(make_job()))
     with pytest.raises(ValueError, match="the job's shape is"):
@@ -120,9 +121,9 @@ def test_what_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) 
     with pytest.raises(ValueError, match="slot 0 has no iteration left at this scale: it must leave"):
         batch.advance()
     with pytest.raises(ValueError, match="the job has no iteration left"):
-        tiny_engine.batch(work.shape, 1).join(batch.leave(0))
+        tiny_engine.batch(state.shape, 1).join(batch.leave(0))
     with pytest.raises(ValueError, match="has 1 to 256 slots, got 0"):
-        tiny_engine.batch(work.shape, 0)
+        tiny_engine.batch(state.shape, 0)
 
 
 @pytest.mark.parametrize("optimiser", STATEFUL)
@@ -154,11 +155,11 @@ def test_new_weights_act_from_the_iteration_that_is_named(
 
 
 def test_what_cannot_be_changed_on_the_way_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
-    work = tiny_engine.admit(make_job())
-    batch = tiny_engine.batch(work.shape, 1)
-    batch.join(work)
+    state = tiny_engine.admit(make_job())
+    batch = tiny_engine.batch(state.shape, 1)
+    batch.join(state)
     for changes, words in (
-        ({"optimiser": Optimiser.LBFGS}, "optimiser: cannot change while the job is on its way"),
+        ({"optimiser": Optimiser.LBFGS}, "optimiser: cannot change after the job is accepted"),
         ({"beta": -1.0}, "beta: must be between 0 and 1e[+]15, got -1"),
         (
             {"content_layers": (LayerWeight("relu3_1"),)},
@@ -167,7 +168,7 @@ def test_what_cannot_be_changed_on_the_way_is_refused(tiny_engine: VggEngine, ma
     ):
         with pytest.raises(InvalidRecipe, match=words):
             batch.update(0, **changes)  # type: ignore[arg-type]
-    assert work.recipe == work.job.recipe
+    assert state.recipe == state.job.recipe
 
 
 @pytest.mark.parametrize("at", [2, 4, 6])  # in the coarse scale, at its end, in the fine one
@@ -195,9 +196,9 @@ def test_a_full_checkpoint_goes_on_bit_for_bit(
 
 def test_a_light_checkpoint_goes_on_from_the_picture(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     job = make_job(average=0.5, iterations=30)
-    work = tiny_engine.admit(job)
-    batch = tiny_engine.batch(work.shape, 1)
-    batch.join(work)
+    state = tiny_engine.admit(job)
+    batch = tiny_engine.batch(state.shape, 1)
+    batch.join(state)
     batch.advance(20)
     data = CHECKPOINTS.write(batch.copy(0), picture=batch.snapshot(0)(), most_bytes=MOST)
     resumed = CHECKPOINTS.read(data, most_bytes=MOST).restore(job)
@@ -215,16 +216,16 @@ def test_a_job_that_breaks_behind_a_light_checkpoint_names_its_iteration(
     tiny_engine: VggEngine, make_job: MakeJob
 ) -> None:
     job = make_job()
-    work = JobState(job)
-    go(tiny_engine, work, 1, 6)
-    data = CHECKPOINTS.write(work, picture=tiny_engine.picture(work)(), most_bytes=MOST)
+    state = JobState(job)
+    go(tiny_engine, state, 1, 6)
+    data = CHECKPOINTS.write(state, picture=tiny_engine.picture(state)(), most_bytes=MOST)
     resumed, healthy = CHECKPOINTS.read(data, most_bytes=MOST).restore(job), JobState(make_job(content=3))
     batch = tiny_engine.batch(resumed.shape, 2)
     batch.join(resumed)
     batch.join(healthy)
     batch.advance()
     with torch.inference_mode():
-        batch.stage.objective.style_weights[:, 0] = torch.nan
+        batch.runner.objective.style_weights[:, 0] = torch.nan
     assert [report.diverged_at for report in batch.advance(2).values()] == [8, None]
     left = batch.leave(0)
     assert left.diverged_at == 8 and image(left).isfinite().all()
@@ -238,21 +239,21 @@ def test_out_of_memory_leaves_everybody_where_they_were(
     tiny_engine: VggEngine, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = totals(go(tiny_engine, JobState(make_job()), 2))
-    work, late = tiny_engine.admit(make_job()), tiny_engine.admit(make_job(content=3))
-    batch = tiny_engine.batch(work.shape, 2)
-    batch.join(work)
+    state, late = tiny_engine.admit(make_job()), tiny_engine.admit(make_job(content=3))
+    batch = tiny_engine.batch(state.shape, 2)
+    batch.join(state)
     reports = [batch.advance()[0] for _ in range(3)]
     iterate, evaluated = GraphRunner._iterate, []
 
     def too_much(*_: Any, **__: Any) -> Tensor:
         return torch.empty(2**50)
 
-    def third_fails(stage: GraphRunner) -> None:
-        evaluated.append(stage)
-        (too_much if len(evaluated) == 3 else iterate)(stage)
+    def third_fails(runner: GraphRunner) -> None:
+        evaluated.append(runner)
+        (too_much if len(evaluated) == 3 else iterate)(runner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_engine.chain, "forward", too_much)
+        patch.setattr(tiny_engine.features, "forward", too_much)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):
             batch.join(late)
         assert not late.joined and late.tensors is None and list(batch.states) == [0]
@@ -260,7 +261,7 @@ def test_out_of_memory_leaves_everybody_where_they_were(
         patch.setattr(GraphRunner, "_iterate", third_fails)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):
             batch.advance(5)
-    assert work.done == 5
+    assert state.done == 5
     take = GraphRunner.take
     monkeypatch.setattr(GraphRunner, "take", lambda *a, to_cpu=False: take(*a, to_cpu=True) if to_cpu else too_much())
     left = batch.leave(0)

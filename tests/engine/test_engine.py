@@ -16,7 +16,8 @@ from torch import Tensor
 from gramophone.recipe import Optimiser, Start
 from gramophone_server import ops
 from gramophone_server.domain.job import Report, StyleJob
-from gramophone_server.engine.engine import EngineRun, VggEngine
+from gramophone_server.engine.batch_run import BatchRun
+from gramophone_server.engine.engine import VggEngine
 from gramophone_server.engine.optimisers import Canvas
 from gramophone_server.errors import OutOfDeviceMemory, StartupError
 from gramophone_server.network.precision import MODES
@@ -29,7 +30,7 @@ MakeJob = Callable[..., StyleJob]
 EXPECTED: dict[str, list[float]] = json.loads((Path(__file__).parent / "expected_losses.json").read_text())
 
 
-def finish(run: EngineRun) -> list[Report]:
+def finish(run: BatchRun) -> list[Report]:
     reports = []
     while not run.finished:
         reports += run.advance()
@@ -41,7 +42,7 @@ def test_losses_are_the_pinned_ones_and_a_second_run_is_bitwise_equal(
     tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
 ) -> None:
     job = make_job(optimiser=optimiser)
-    runs = [tiny_engine.start([job]) for _ in range(2)]
+    runs = [tiny_engine.run_batch([job]) for _ in range(2)]
     first, second = ([report.losses.total for report in finish(run)] for run in runs)
     assert first == pytest.approx(EXPECTED[optimiser], rel=1e-3)
     assert first == second
@@ -51,7 +52,7 @@ def test_losses_are_the_pinned_ones_and_a_second_run_is_bitwise_equal(
 def test_a_run_goes_through_its_scales(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     job = make_job(size=48, smallest_size=24, iterations=3, coarse_iterations=2)
     assert list(job.scales) == [(24, 20, 2), (34, 28, 2), (48, 40, 3)]
-    run = tiny_engine.start([job])
+    run = tiny_engine.run_batch([job])
     before = run.picture(0)
     reports = finish(run)
     assert [(r.iteration, r.iterations, r.width, r.height) for r in reports] == [
@@ -70,12 +71,12 @@ def test_scales_with_too_short_a_side_are_left_out(make_job: MakeJob) -> None:
 
 @pytest.mark.parametrize("optimiser", Optimiser)
 def test_every_optimiser_lowers_the_objective(tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser) -> None:
-    reports = finish(tiny_engine.start([make_job(optimiser=optimiser, step=0.01, iterations=40)]))
+    reports = finish(tiny_engine.run_batch([make_job(optimiser=optimiser, step=0.01, iterations=40)]))
     assert reports[-1].losses.total < 0.8 * reports[0].losses.total
 
 
 def test_losses_name_their_layers_and_add_up(tiny_engine: VggEngine, make_job: MakeJob) -> None:
-    (report,) = tiny_engine.start([make_job()]).advance()
+    (report,) = tiny_engine.run_batch([make_job()]).advance()
     losses = report.losses
     assert list(losses.content) == ["relu4_2"]
     assert list(losses.style) == ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"]
@@ -85,12 +86,14 @@ def test_losses_name_their_layers_and_add_up(tiny_engine: VggEngine, make_job: M
 
 def test_starts(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     content = make_picture(1).permute(1, 2, 0)
-    assert torch.equal(tiny_engine.start([make_job()]).picture(0), content)
+    assert torch.equal(tiny_engine.run_batch([make_job()]).picture(0), content)
     given = make_picture(9)
     assert torch.equal(
-        tiny_engine.start([make_job(start=Start.IMAGE, start_image=given)]).picture(0), given.permute(1, 2, 0)
+        tiny_engine.run_batch([make_job(start=Start.IMAGE, start_image=given)]).picture(0), given.permute(1, 2, 0)
     )
-    noise = [tiny_engine.start([make_job(start=Start.NOISE, seed=seed)]).picture(0) for seed in (1, 1, 2, 2**64 - 1)]
+    noise = [
+        tiny_engine.run_batch([make_job(start=Start.NOISE, seed=seed)]).picture(0) for seed in (1, 1, 2, 2**64 - 1)
+    ]
     assert torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[1], noise[2]) and not torch.equal(noise[2], noise[3])
 
@@ -100,10 +103,10 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_engine: VggEngine, make_jo
         make_job(content=1, style=2, beta=1.0, smallest_size=34),
         make_job(content=3, style=4, beta=9.0, step=0.01, start=Start.NOISE, seed=5, smallest_size=34),
     ]
-    together = tiny_engine.start(jobs)
+    together = tiny_engine.run_batch(jobs)
     both = [together.advance() for _ in range(14)]
     for i, job in enumerate(jobs):
-        alone = tiny_engine.start([job])
+        alone = tiny_engine.run_batch([job])
         for (mine,), batch in zip((alone.advance() for _ in range(14)), both, strict=True):
             assert batch[i].losses.total == pytest.approx(mine.losses.total, rel=1e-3)
         apart = together.picture(i).int() - alone.picture(0).int()
@@ -112,11 +115,11 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_engine: VggEngine, make_jo
 
 def test_jobs_that_do_not_fit_together_are_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     with pytest.raises(ValueError, match="jobs of a run must have the same optimiser, got adam and lbfgs"):
-        tiny_engine.start([make_job(), make_job(optimiser=Optimiser.LBFGS)])
+        tiny_engine.run_batch([make_job(), make_job(optimiser=Optimiser.LBFGS)])
 
 
 def test_the_average_is_of_the_iterates(tiny_engine: VggEngine, make_job: MakeJob) -> None:
-    plain, averaged = (tiny_engine.start([make_job(average=average, iterations=2)]) for average in (0.0, 0.5))
+    plain, averaged = (tiny_engine.run_batch([make_job(average=average, iterations=2)]) for average in (0.0, 0.5))
     images = []
     for _ in range(2):
         plain.advance()
@@ -145,10 +148,10 @@ class NanAfter:
 def test_a_job_whose_loss_is_not_finite_stands_at_its_last_good_picture_and_disturbs_no_other(
     tiny_engine: VggEngine, make_job: MakeJob, average: float
 ) -> None:
-    run = tiny_engine.start([make_job(average=average), make_job(average=average, content=3)])
+    run = tiny_engine.run_batch([make_job(average=average), make_job(average=average, content=3)])
     starts = [run.picture(i).float() for i in range(2)]
-    stage = run.batch.stage
-    stage.stepper = NanAfter(2, stage.canvas)  # type: ignore[assignment]
+    runner = run.batch.runner
+    runner.stepper = NanAfter(2, runner.canvas)  # type: ignore[assignment]
     for _ in range(3):
         assert [report.diverged_at for report in run.advance()] == [None, None]
     for _ in range(2):
@@ -160,7 +163,7 @@ def test_a_job_whose_loss_is_not_finite_stands_at_its_last_good_picture_and_dist
 
 def test_several_iterations_at_once_are_the_same_iterations(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     job = make_job(smallest_size=34, iterations=5, coarse_iterations=4)
-    one, many = tiny_engine.start([job]), tiny_engine.start([job])
+    one, many = tiny_engine.run_batch([job]), tiny_engine.run_batch([job])
     singly = finish(one)
     at_once = []
     while not many.finished:
@@ -176,11 +179,11 @@ def test_running_out_of_memory_is_a_domain_error_and_the_engine_goes_on(
     def too_much(*_: Any, **__: Any) -> Tensor:
         return torch.empty(2**50)
 
-    monkeypatch.setattr(tiny_engine.chain, "forward", too_much)
+    monkeypatch.setattr(tiny_engine.features, "forward", too_much)
     with pytest.raises(OutOfDeviceMemory, match="too little memory for a 48x40 picture; ask for a smaller size"):
-        tiny_engine.start([make_job()]).advance()
+        tiny_engine.run_batch([make_job()]).advance()
     monkeypatch.undo()
-    assert finish(tiny_engine.start([make_job()]))[-1].iteration == 10
+    assert finish(tiny_engine.run_batch([make_job()]))[-1].iteration == 10
 
 
 def resident_kb() -> int:
@@ -191,7 +194,7 @@ def resident_kb() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory from")
 def test_memory_does_not_grow_over_a_run(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     """200 iterations; a feature map kept of each would be 300 kB x 200 = 60 MB."""
-    run = tiny_engine.start([make_job(size=160, iterations=220)])
+    run = tiny_engine.run_batch([make_job(size=160, iterations=220)])
     for _ in range(20):
         run.advance()
     before = resident_kb()
@@ -204,7 +207,7 @@ def test_bf16_follows_fp32(make_job: MakeJob) -> None:
     totals = []
     for precision in ("fp32", "bf16"):
         engine = VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES[precision])
-        totals.append([r.losses.total for r in finish(engine.start([make_job(iterations=30)]))])
+        totals.append([r.losses.total for r in finish(engine.run_batch([make_job(iterations=30)]))])
     assert totals[1][0] == pytest.approx(totals[0][0], rel=0.02)
     assert totals[1][-1] == pytest.approx(totals[0][-1], rel=0.1)
 

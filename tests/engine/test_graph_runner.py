@@ -22,26 +22,26 @@ HEIGHT, WIDTH, SLOTS = 24, 28, 3
 def stage_of(tiny_engine: VggEngine) -> Callable[..., GraphRunner]:
     def make(average: float = 0.5, optimiser: Optimiser = Optimiser.LBFGS) -> GraphRunner:
         shape = Shape.of(Recipe(optimiser=optimiser, average=average), HEIGHT, WIDTH)
-        return GraphRunner(tiny_engine.chain, shape, SLOTS)
+        return GraphRunner(tiny_engine.features, shape, SLOTS)
 
     return make
 
 
-def fill(stage: GraphRunner, slot: int, seed: int, recipe: Recipe | None = None) -> None:
+def fill(runner: GraphRunner, slot: int, seed: int, recipe: Recipe | None = None) -> None:
     recipe = recipe or Recipe(beta=float(seed + 1))
     content, style = (make_picture(seed + i, HEIGHT, WIDTH)[None] / 255 for i in (0, 10))
-    grams = style_grams(stage.objective.chain, style, stage.shape.style_layers, stage.shape.pooling)
-    stage.objective.set_targets(slot, recipe, content, [(grams, 1.0)])
-    stage.put(slot, {"image": content[0], "last_good": content[0]}, recipe.step, 0, 0)
+    grams = style_grams(runner.objective.features, style, runner.shape.style_layers, runner.shape.pooling)
+    runner.objective.set_targets(slot, recipe, content, [(grams, 1.0)])
+    runner.put(slot, {"image": content[0], "last_good": content[0]}, recipe.step, 0, 0)
 
 
-def everything(stage: GraphRunner, slot: int) -> list[Tensor]:
+def everything(runner: GraphRunner, slot: int) -> list[Tensor]:
     """All that belongs to a slot."""
-    objective, canvas = stage.objective, stage.canvas
+    objective, canvas = runner.objective, runner.canvas
     targets = [target[slot] for target in (*objective.content_targets, *objective.style_targets)]
     weights = [objective.content_weights[:, slot], objective.style_weights[:, slot], objective.tv_weights[slot]]
     own = [x[slot] for x in (canvas.step, canvas.count, canvas.alive, canvas.diverged_at)]
-    return [x.clone() for x in (*stage.slot(slot).values(), *targets, *weights, *own)]
+    return [x.clone() for x in (*runner.slot(slot).values(), *targets, *weights, *own)]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -50,19 +50,19 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("optimiser", Optimiser)
 def test_putting_taking_and_clearing_touch_one_slot(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
-    stage = stage_of(optimiser=optimiser)
+    runner = stage_of(optimiser=optimiser)
     for slot in range(SLOTS):
-        fill(stage, slot, slot)
-    stage.iterate(3)
-    others = [everything(stage, slot) for slot in (0, 2)]
-    taken = stage.take(1)
-    stage.clear(1)
-    fill(stage, 1, 7)
-    stage.objective.set_weights(1, Recipe(beta=0.0))
-    assert all(equal(everything(stage, slot), before) for slot, before in zip((0, 2), others, strict=True))
-    stage.put(1, taken, 0.02, 3, 0)
-    assert all(torch.equal(view, taken[name]) for name, view in stage.slot(1).items())
-    assert stage.canvas.count.tolist() == [3, 3, 3]
+        fill(runner, slot, slot)
+    runner.iterate(3)
+    others = [everything(runner, slot) for slot in (0, 2)]
+    taken = runner.take(1)
+    runner.clear(1)
+    fill(runner, 1, 7)
+    runner.objective.set_weights(1, Recipe(beta=0.0))
+    assert all(equal(everything(runner, slot), before) for slot, before in zip((0, 2), others, strict=True))
+    runner.put(1, taken, 0.02, 3, 0)
+    assert all(torch.equal(view, taken[name]) for name, view in runner.slot(1).items())
+    assert runner.canvas.count.tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
@@ -70,39 +70,39 @@ def test_slots_do_not_see_each_other(stage_of: Callable[..., GraphRunner], optim
     """The same job between others, alone, and next to one that breaks: bit for bit."""
     results = []
     for company in ((), (0, 2), (0,)):
-        stage = stage_of(optimiser=optimiser)
-        fill(stage, 1, 1)
+        runner = stage_of(optimiser=optimiser)
+        fill(runner, 1, 1)
         for slot in company:
-            fill(stage, slot, slot)
-        stage.iterate(2)
+            fill(runner, slot, slot)
+        runner.iterate(2)
         if company == (0,):
             with torch.inference_mode():
-                stage.canvas.image[0].fill_(torch.nan)
+                runner.canvas.image[0].fill_(torch.nan)
         elif company:
-            stage.clear(0)
-            fill(stage, 0, 5)
-        stage.iterate(3)
-        results.append([*stage.take(1).values(), stage.terms[:, 1].clone()])
-        assert stage.canvas.diverged_at.tolist() == [3 if company == (0,) else 0, 0, 0]
+            runner.clear(0)
+            fill(runner, 0, 5)
+        runner.iterate(3)
+        results.append([*runner.take(1).values(), runner.terms[:, 1].clone()])
+        assert runner.canvas.diverged_at.tolist() == [3 if company == (0,) else 0, 0, 0]
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
 def test_empty_slots_stay_black_and_finite(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
-    stage = stage_of(optimiser=optimiser)
-    fill(stage, 0, 3)
-    fill(stage, 1, 4)
-    stage.iterate(2)
+    runner = stage_of(optimiser=optimiser)
+    fill(runner, 0, 3)
+    fill(runner, 1, 4)
+    runner.iterate(2)
     with torch.inference_mode():
-        stage.canvas.image[1].fill_(torch.nan)  # it leaves as it breaks
-    stage.clear(1)
-    stage.iterate(12)
+        runner.canvas.image[1].fill_(torch.nan)  # it leaves as it breaks
+    runner.clear(1)
+    runner.iterate(12)
     for slot in (1, 2):
-        assert not stage.canvas.alive[slot] and not stage.canvas.diverged_at[slot]
-        assert all(not view.any() for view in stage.canvas.slot(slot).values())
-        assert all(view.isfinite().all() for view in stage.slot(slot).values())
-        assert not stage.terms[:, slot].any()
-    assert stage.canvas.alive[0]
+        assert not runner.canvas.alive[slot] and not runner.canvas.diverged_at[slot]
+        assert all(not view.any() for view in runner.canvas.slot(slot).values())
+        assert all(view.isfinite().all() for view in runner.slot(slot).values())
+        assert not runner.terms[:, slot].any()
+    assert runner.canvas.alive[0]
 
 
 def test_bytes_are_those_of_the_buffers(stage_of: Callable[..., GraphRunner]) -> None:

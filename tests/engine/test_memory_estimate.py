@@ -20,9 +20,9 @@ def wide_vgg() -> Vgg:
     return make_tiny_vgg(widths=(64, 128, 256, 512, 512))
 
 
-def needed(vgg: Vgg, size: int = 512, jobs: int = 1, precision: str = "fp16", form: str = "cudnn", **recipe) -> int:
+def needed(vgg: Vgg, size: int = 512, jobs: int = 1, precision: str = "fp16", kernel: str = "cudnn", **recipe) -> int:
     shape = Shape.of(Recipe(size=size, **recipe), size, size)
-    return bytes_needed(vgg, shape, jobs, MODES[precision], form)
+    return bytes_needed(vgg, shape, jobs, MODES[precision], kernel)
 
 
 def test_alive_counts_what_is_in_use() -> None:
@@ -41,8 +41,9 @@ def test_alive_counts_what_is_in_use() -> None:
 
 
 def test_an_iteration_at_512_px_takes_what_its_largest_layers_take(wide_vgg: Vgg) -> None:
-    """By hand: at conv1_2's way back there are relu1_1 and two gradients of its size, 64 channels of 2 bytes each, and the
-    codes of the pooling, 16 bytes a pixel; and the buffers of the picture, its last good one and Adam's two moments."""
+    """By hand: at conv1_2's way back there are relu1_1 and two gradients of its size, 64 channels of 2 bytes each, and
+    the codes of the pooling, 16 bytes a pixel; and the buffers of the picture, its last good one and Adam's two
+    moments."""
     pixels = 512 * 512
     largest = (3 * 64 * 2 + 16) * pixels
     buffers = (4 * 12 + 16) * pixels  # and relu4_2's target, 512 channels of 2 bytes on a 64th of the pixels
@@ -54,7 +55,7 @@ def test_it_grows_with_pixels_jobs_type_and_history(wide_vgg: Vgg) -> None:
     one = needed(wide_vgg, optimiser=Optimiser.ADAM) - WORKSPACES
     assert needed(wide_vgg, size=1024, optimiser=Optimiser.ADAM) - WORKSPACES == pytest.approx(4 * one, rel=0.05)
     assert needed(wide_vgg, jobs=4, optimiser=Optimiser.ADAM) - WORKSPACES == pytest.approx(4 * one, rel=0.02)
-    assert needed(wide_vgg, precision="fp32", form="library", optimiser=Optimiser.ADAM) > 1.8 * one
+    assert needed(wide_vgg, precision="fp32", kernel="library", optimiser=Optimiser.ADAM) > 1.8 * one
     history = needed(wide_vgg, optimiser=Optimiser.LBFGS) - WORKSPACES - one
     assert history == pytest.approx(20 * 12 * 512 * 512, rel=0.1)  # ten pairs of float32 pictures, and Adam's gone
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import Row
 from benchmarks.precision import PAIRS, compared, example_job, round_to_tf32
 from gramophone.recipe import Pooling
-from gramophone_server.network.features import LARGEST_FP16, VggFeatures, _probes
+from gramophone_server.network.features import LARGEST_FP16, VggFeatures, probe_images
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg, load_vgg
 
@@ -46,15 +46,15 @@ def test_fp16_gets_as_far_as_fp32(found: Mapping[str, Row]) -> None:
 
 
 def test_in_fp16_the_real_network_stays_far_from_the_end_of_its_range(vgg: Vgg) -> None:
-    chain = VggFeatures(vgg, torch.device("cpu"), MODES["fp16"], form="library")
-    exact = VggFeatures(vgg, torch.device("cpu"), MODES["fp32"], form="library")
-    image = _probes(torch.device("cpu"))[:1, :, :96, :96].contiguous()
+    features = VggFeatures(vgg, torch.device("cpu"), MODES["fp16"], kernel="library")
+    exact = VggFeatures(vgg, torch.device("cpu"), MODES["fp32"], kernel="library")
+    image = probe_images(torch.device("cpu"))[:1, :, :96, :96].contiguous()
     layers = [layer for layer in vgg.layers[:26] if layer.startswith("relu")]
-    kept, true = (c.forward(image, layers, Pooling.MAX) for c in (chain, exact))
+    kept, true = (c.forward(image, layers, Pooling.MAX) for c in (features, exact))
     for layer in layers:
-        gain = chain.gain(layer)
+        gain = features.gain(layer)
         assert gain in (1, 2, 4, 8, 16, 32)
         assert float(kept[layer].max()) <= LARGEST_FP16
         apart = (kept[layer].float() * gain - true[layer]).norm() / true[layer].norm()
         assert apart < 3e-3
-    assert chain.gain("relu4_2") > 1  # where the largest are
+    assert features.gain("relu4_2") > 1  # where the largest are

@@ -12,7 +12,8 @@ import torch
 from benchmarks.network import random_vgg
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.domain.job import Report, StyleJob
-from gramophone_server.engine.engine import EngineRun, VggEngine
+from gramophone_server.engine.batch_run import BatchRun
+from gramophone_server.engine.engine import VggEngine
 from gramophone_server.network.precision import choose
 from gramophone_server.network.vgg import Vgg
 from tests.support.networks import make_tiny_vgg
@@ -34,7 +35,8 @@ def network(name: str) -> Vgg:
 
 @functools.cache
 def engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
-    """One for all tests of a file: capturing is what takes time here. Not for tf32, whose switches are the process's."""
+    """One for all tests of a file: capturing is what takes time here. Not for tf32, whose switches are the
+    process's."""
     return fresh_engine(name, precision, graphs=graphs, device=device)
 
 
@@ -42,7 +44,7 @@ def fresh_engine(name: str, precision: str, *, graphs: bool = True, device: str 
     where = torch.device(device)
     made = VggEngine(network(name), where, choose(precision, where), graphs=graphs and device == "cuda")
     # Which form of a convolution is faster is decided by a hair and rounds differently; here all engines take the same.
-    made.chain.fastest.milliseconds = FORMS.setdefault((name, precision), made.chain.fastest.milliseconds)
+    made.features.autotuner.milliseconds = FORMS.setdefault((name, precision), made.features.autotuner.milliseconds)
     return made
 
 
@@ -58,7 +60,7 @@ def job(*, side: int = 64, content: int = 1, style: int = 2, seed: int = 0, **re
     )
 
 
-def finish(run: EngineRun, at_once: int = 1, then: Callable[[], object] = lambda: None) -> list[tuple[Report, ...]]:
+def finish(run: BatchRun, at_once: int = 1, then: Callable[[], object] = lambda: None) -> list[tuple[Report, ...]]:
     """The reports of the whole run; ``then`` is called after each."""
     reports = []
     while not run.finished:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramophone_server.engine.engine import EngineRun
+from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.graph_runner import GraphRunner, GraphRunnerPool
 from tests.gpu.stand import engine, finish, fresh_engine, job, totals
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 NETWORKS = ("tiny", "vgg")
 
 
-def stage_of(run: EngineRun) -> GraphRunner:
-    return run.batch.stage
+def stage_of(run: BatchRun) -> GraphRunner:
+    return run.batch.runner
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -29,9 +29,9 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_replayed_run_is_a_launched_one(name: str) -> None:
-    replayed, launched = (engine(name, "fp16", graphs=graphs).start([job()]) for graphs in (True, False))
+    replayed, launched = (engine(name, "fp16", graphs=graphs).run_batch([job()]) for graphs in (True, False))
     mine, theirs = (totals(finish(run)) for run in (replayed, launched))
-    assert stage_of(replayed)._graphs and not stage_of(launched)._graphs
+    assert stage_of(replayed).graphs and not stage_of(launched).graphs
     # Not bitwise: cuDNN may plan a convolution in a capture otherwise than outside.
     assert mine[:4] == pytest.approx(theirs[:4], rel=2e-3)
     assert mine == pytest.approx(theirs, rel=2e-2)
@@ -41,18 +41,18 @@ def test_a_replayed_run_is_a_launched_one(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_stage_with_and_without_its_graphs(name: str) -> None:
     one = engine(name, "fp16")
-    replayed = one.start([job()])
+    replayed = one.run_batch([job()])
     wanted = totals(finish(replayed))
     picture = replayed.picture(0)
     replayed.close()
-    launched = one.start([job()])
+    launched = one.run_batch([job()])
     first = launched.advance()
-    graphs, stage = dict(stage_of(launched)._graphs), stage_of(launched)
-    stage._graphs.clear()
+    graphs, stage = dict(stage_of(launched).graphs), stage_of(launched)
+    stage.graphs.clear()
     try:
         found = [first[0].losses.total, *totals(finish(launched))]
     finally:
-        stage._graphs.update(graphs)
+        stage.graphs.update(graphs)
     assert found == pytest.approx(wanted, rel=1e-3)
     assert close(launched.picture(0), picture)
     launched.close()
@@ -63,7 +63,7 @@ def test_the_same_stage_with_and_without_its_graphs(name: str) -> None:
 def test_the_same_run_twice_is_bitwise_equal(name: str, precision: str) -> None:
     one, told, pictures = engine(name, precision), [], []
     for _ in range(2):
-        run = one.start([job()])
+        run = one.run_batch([job()])
         told.append(totals(finish(run)))
         pictures.append(run.picture(0))
         run.close()
@@ -73,7 +73,7 @@ def test_the_same_run_twice_is_bitwise_equal(name: str, precision: str) -> None:
 
 def test_many_iterations_at_once_are_the_same_as_one_by_one() -> None:
     one = engine("vgg", "fp16")
-    runs = [one.start([job(iterations=23)]) for _ in range(2)]
+    runs = [one.run_batch([job(iterations=23)]) for _ in range(2)]
     at_once, in_turn = finish(runs[0], 50), finish(runs[1], 1)
     assert (len(at_once), len(in_turn)) == (1, 23)
     assert totals(at_once)[-1] == pytest.approx(totals(in_turn)[-1], rel=1e-3)
@@ -84,10 +84,10 @@ def test_many_iterations_at_once_are_the_same_as_one_by_one() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_and_step_act_on_the_next_replay(name: str) -> None:
-    run = engine(name, "fp16").start([job(iterations=20)])
+    run = engine(name, "fp16").run_batch([job(iterations=20)])
     run.advance(5)
     stage = stage_of(run)
-    graphs = {size: id(graph) for size, graph in stage._graphs.items()}
+    graphs = {size: id(graph) for size, graph in stage.graphs.items()}
     with torch.inference_mode():
         stage.canvas.step.zero_()
     run.advance(1)  # its losses are at the picture before its step, which is the last that moved
@@ -104,7 +104,7 @@ def test_weights_and_step_act_on_the_next_replay(name: str) -> None:
         stage.canvas.step.fill_(0.02)
     run.advance(1)
     assert not torch.equal(run.picture(0), before)
-    assert {size: id(graph) for size, graph in stage._graphs.items()} == graphs
+    assert {size: id(graph) for size, graph in stage.graphs.items()} == graphs
     with torch.inference_mode():
         stage.objective.style_weights.div_(2)
     run.close()
@@ -113,7 +113,7 @@ def test_weights_and_step_act_on_the_next_replay(name: str) -> None:
 def test_a_diverging_job_stands_still_and_the_others_go_on() -> None:
     jobs = [job(content=1), job(content=3), job(content=4)]
     one = engine("vgg", "fp16")
-    calm, troubled = one.start(jobs), one.start(jobs)
+    calm, troubled = one.run_batch(jobs), one.run_batch(jobs)
     for run in (calm, troubled):
         run.advance(2)
     kept = troubled.picture(1)  # the third evaluation is of this one, and the last that is finite
@@ -131,14 +131,14 @@ def test_a_diverging_job_stands_still_and_the_others_go_on() -> None:
 
 def test_a_stage_is_used_again_and_leaves_nothing_behind() -> None:
     one = engine("vgg", "fp16")
-    first = one.start([job(content=5, style=6, beta=9.0)])
+    first = one.run_batch([job(content=5, style=6, beta=9.0)])
     finish(first)
     stage = stage_of(first)
     first.close()
-    second = one.start([job()])
+    second = one.run_batch([job()])
     again = totals(finish(second))
     assert stage_of(second) is stage
-    fresh = fresh_engine("vgg", "fp16").start([job()])
+    fresh = fresh_engine("vgg", "fp16").run_batch([job()])
     assert again == pytest.approx(totals(finish(fresh)), rel=2e-2)
     assert close(second.picture(0), fresh.picture(0))
 
@@ -147,10 +147,10 @@ def test_only_so_many_stages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphRunnerPool, "MOST", 2)
     one = fresh_engine("tiny", "fp16")
     for side in (32, 40, 48, 56):
-        run = one.start([job(side=side, iterations=1)])
+        run = one.run_batch([job(side=side, iterations=1)])
         finish(run)
         run.close()
-    assert [stage.shape.width for stage in one.stages._idle.values()] == [48, 56]
+    assert [stage.shape.width for stage in one.graph_runners.idle.values()] == [48, 56]
 
 
 def test_a_capture_survives_another_thread_on_the_gpu() -> None:
@@ -172,11 +172,11 @@ def test_a_capture_survives_another_thread_on_the_gpu() -> None:
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        run = fresh_engine("tiny", "fp16").start([job(side=52)])
+        run = fresh_engine("tiny", "fp16").run_batch([job(side=52)])
         told = totals(finish(run))
     finally:
         stop.set()
         thread.join(30)
     assert not failures
-    quiet = fresh_engine("tiny", "fp16").start([job(side=52)])
+    quiet = fresh_engine("tiny", "fp16").run_batch([job(side=52)])
     assert told == pytest.approx(totals(finish(quiet)), rel=2e-2)

@@ -39,8 +39,8 @@ def test_every_op_has_a_kernel() -> None:
 def test_fp32_follows_the_cpu(name: str, optimiser: Optimiser) -> None:
     step = 1e-3 if optimiser is Optimiser.GRADIENT_DESCENT else 0.02
     one = job(optimiser=optimiser, step=step, iterations=5)
-    on_gpu = engine(name, "fp32").start([one])
-    mine, theirs = totals(finish(on_gpu)), totals(finish(engine(name, "fp32", device="cpu").start([one])))
+    on_gpu = engine(name, "fp32").run_batch([one])
+    mine, theirs = totals(finish(on_gpu)), totals(finish(engine(name, "fp32", device="cpu").run_batch([one])))
     assert mine[:3] == pytest.approx(theirs[:3], rel=1e-3)
     assert mine == pytest.approx(theirs, rel=2e-2)
     on_gpu.close()
@@ -49,7 +49,7 @@ def test_fp32_follows_the_cpu(name: str, optimiser: Optimiser) -> None:
 @pytest.mark.parametrize("pooling", Pooling)
 def test_pooling_of_either_kind_follows_the_cpu(pooling: Pooling) -> None:
     one = job(side=50, pooling=pooling, iterations=3, average=0.5)
-    on_gpu, on_cpu = (engine("tiny", "fp32", device=device).start([one]) for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (engine("tiny", "fp32", device=device).run_batch([one]) for device in ("cuda", "cpu"))
     assert totals(finish(on_gpu)) == pytest.approx(totals(finish(on_cpu)), rel=2e-3)
     assert (on_gpu.picture(0).int() - on_cpu.picture(0).int()).abs().float().mean() < 0.5
 
@@ -59,8 +59,8 @@ def test_pooling_of_either_kind_follows_the_cpu(pooling: Pooling) -> None:
 )
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_modes_follow_fp32(name: str, precision: str, first: float, last: float, switches: None) -> None:
-    wanted = totals(finish(engine(name, "fp32").start([job()])))
-    found = totals(finish(fresh_engine(name, precision).start([job()])))
+    wanted = totals(finish(engine(name, "fp32").run_batch([job()])))
+    found = totals(finish(fresh_engine(name, precision).run_batch([job()])))
     assert found[0] == pytest.approx(wanted[0], rel=first)
     if name == "vgg":  # with 4 to 8 channels a rounding is a third of the loss after five steps, on a CPU too
         assert found == pytest.approx(wanted, rel=last)
@@ -70,10 +70,10 @@ def test_other_modes_follow_fp32(name: str, precision: str, first: float, last: 
 def test_jobs_of_a_batch_are_what_they_are_alone(name: str, precision: str) -> None:
     one = engine(name, precision)
     jobs = [job(content=1, beta=1.0), job(content=3, style=4, beta=9.0, step=0.01)]
-    together = one.start(jobs)
+    together = one.run_batch(jobs)
     both = finish(together)
     for index, single in enumerate(jobs):
-        alone = one.start([single])
+        alone = one.run_batch([single])
         mine = totals(finish(alone))
         # Not bitwise: cuDNN may take other kernels for two pictures than for one.
         assert totals(both, index)[:3] == pytest.approx(mine[:3], rel=5e-3)
@@ -84,7 +84,7 @@ def test_jobs_of_a_batch_are_what_they_are_alone(name: str, precision: str) -> N
 def test_a_batch_mate_changes_nothing_bit_for_bit() -> None:
     one, told = engine("vgg", "fp16"), []
     for mate in (3, 4):
-        run = one.start([job(content=1), job(content=mate, beta=float(mate))])
+        run = one.run_batch([job(content=1), job(content=mate, beta=float(mate))])
         told.append((totals(finish(run)), run.picture(0)))
         run.close()
     assert told[0][0] == told[1][0]
@@ -95,7 +95,7 @@ def test_a_batch_mate_changes_nothing_bit_for_bit() -> None:
 def test_a_run_goes_through_its_scales(optimiser: Optimiser) -> None:
     one, told = engine("vgg", "fp16"), []
     for _ in range(2):
-        run = one.start([job(smallest_size=32, optimiser=optimiser)])
+        run = one.run_batch([job(smallest_size=32, optimiser=optimiser)])
         reports = finish(run, 4)
         told.append((totals(reports), run.picture(0)))
         run.close()
@@ -106,7 +106,7 @@ def test_a_run_goes_through_its_scales(optimiser: Optimiser) -> None:
 
 
 def test_a_snapshot_is_the_picture_and_waits_for_nobody() -> None:
-    run = engine("tiny", "fp16").start([job()])
+    run = engine("tiny", "fp16").run_batch([job()])
     run.advance(2)
     picture = run.picture(0)  # also: the allocators have what a snapshot takes
     assert torch.equal(run.snapshot(0)(), picture)
@@ -124,33 +124,33 @@ def test_a_snapshot_is_the_picture_and_waits_for_nobody() -> None:
 
 def test_the_end_of_memory_is_said_and_survived() -> None:
     one = fresh_engine("vgg", "fp16")
-    small = one.start([job()])
+    small = one.run_batch([job()])
     small.advance()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 256e6) / total)
     try:
         with pytest.raises(OutOfDeviceMemory):
-            one.start([job(side=1536)]).advance()
+            one.run_batch([job(side=1536)]).advance()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     finish(small)
     small.close()
-    again = one.start([job()])
+    again = one.run_batch([job()])
     assert len(finish(again)) == 12
 
 
 def test_a_picture_that_the_libraries_cannot_count_is_refused() -> None:
     one = engine("vgg", "fp16")
     with pytest.raises(InvalidRequest, match=r"spec\.recipe\.size"):
-        one.start([job(size=5800)])
+        one.run_batch([job(size=5800)])
     with pytest.raises(InvalidRequest):
-        one.start([job(size=4000)] * 4)
+        one.run_batch([job(size=4000)] * 4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_memory_does_not_grow(precision: str) -> None:
-    run = engine("vgg", precision).start([job(iterations=230)])
+    run = engine("vgg", precision).run_batch([job(iterations=230)])
     run.advance(20)
     run.snapshot(0)()
     torch.cuda.synchronize()
@@ -181,7 +181,7 @@ def test_it_loads_in_every_mode(precision: str, tmp_path: Path, switches: None) 
 
 def test_what_lay_in_memory_before_does_not_matter() -> None:
     one = engine("vgg", "fp16", graphs=False)
-    clean, poisoned = one.start([job(iterations=3)]), one.start([job(iterations=3)])
+    clean, poisoned = one.run_batch([job(iterations=3)]), one.run_batch([job(iterations=3)])
     wanted = totals(finish(clean))
     found = []
     while not poisoned.finished:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramophone_server.network.convolutions import Fastest, Library, OneDnn, can_pack
+from gramophone_server.network.convolutions import Autotuner, Library, OneDnn, can_pack
 from gramophone_server.network.precision import MODES
 from tests.support.networks import make_tiny_vgg
 
@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 CONVOLUTION = make_tiny_vgg().convolutions[3]
 
 
-@pytest.mark.parametrize("form", ["library", "onednn"])
-def test_a_form_is_the_convolution_and_its_gradient(form: str) -> None:
+@pytest.mark.parametrize("kernel", ["library", "onednn"])
+def test_a_form_is_the_convolution_and_its_gradient(kernel: str) -> None:
     mode = MODES["fp32"]
-    ours = Library(CONVOLUTION, CPU, mode) if form == "library" else OneDnn(CONVOLUTION, mode)
+    ours = Library(CONVOLUTION, CPU, mode) if kernel == "library" else OneDnn(CONVOLUTION, mode)
     x = torch.randn(2, 6, 9, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
     expected = F.conv2d(x, CONVOLUTION.weight, CONVOLUTION.bias, padding=1)
     grad = torch.randn_like(expected)
@@ -32,16 +32,16 @@ def test_a_form_is_the_convolution_and_its_gradient(form: str) -> None:
         assert ours.forward_pooled(x.detach()) is None
 
 
-class Stopwatch(Fastest):
+class Stopwatch(Autotuner):
     """Knows how long everything takes."""
 
     def __init__(self, **times: float) -> None:
         super().__init__()
         self.times, self.asked = times, 0
 
-    def _milliseconds(self, way: object, x: Tensor) -> float:
+    def measure(self, kernel: object, x: Tensor) -> float:
         self.asked += 1
-        return self.times[way.__name__]  # type: ignore[attr-defined]
+        return self.times[kernel.__name__]  # type: ignore[attr-defined]
 
 
 def slow(x: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ WAYS = {"slow": slow, "quick": quick}
 
 def test_the_fastest_way_is_measured_once_per_question() -> None:
     fastest, x = Stopwatch(slow=2.0, quick=1.0), torch.zeros(1)
-    fastest.comparing = True
+    fastest.measuring = True
     assert float(fastest("a", WAYS, x)) == float(fastest("a", WAYS, x)) == 2
     assert fastest.asked == 2
     fastest("b", WAYS, x)
     assert fastest.asked == 4
-    fastest.comparing = False
+    fastest.measuring = False
     assert float(fastest("a", WAYS, x)) == 2
     assert fastest.milliseconds["a"] == {"slow": 2.0, "quick": 1.0}
 
@@ -75,10 +75,10 @@ def test_what_was_not_compared_goes_the_first_way() -> None:
 
 def test_a_form_that_the_library_lacks_is_never_chosen() -> None:
     fastest = Stopwatch(slow=2.0, quick=math.inf)
-    fastest.comparing = True
+    fastest.measuring = True
     assert float(fastest("a", WAYS, torch.zeros(1))) == 1
     fastest.times = {"slow": math.inf, "quick": math.inf}
-    with pytest.raises(RuntimeError, match="none of the forms slow, quick for b"):
+    with pytest.raises(RuntimeError, match="none of the kernels slow, quick for b"):
         fastest("b", WAYS, torch.zeros(1))
 
 

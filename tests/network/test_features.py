@@ -4,82 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from gramophone.recipe import LayerWeight, Normalisation, Pooling, Recipe
-from gramophone_server.domain.job_state import Shape
-from gramophone_server.engine.objective import Objective
-from gramophone_server.engine.style_targets import style_grams
+from gramophone.recipe import Normalisation, Pooling, Recipe
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg
 from tests import reference
+from tests.support.features import LAYERS, as_image, objective_of, relative_error
 from tests.support.pictures import make_picture
 
 CPU = torch.device("cpu")
 
-# Relative error of the gradient against autograd: for fp32 in float64, for the others with the same activations in 16 bits,
-# since which of four rounded values is the maximum is not a matter of the gradient.
+# Relative error of the gradient against autograd: for fp32 in float64, for the others with the same activations in 16
+# bits, since which of four rounded values is the maximum is not a matter of the gradient.
 TOLERANCES = {"fp32": 2e-5, "bf16": 0.03, "fp16": 0.012}
 
-LAYERS = {
-    "default": {},
-    "style ends deepest": {"content_layers": (LayerWeight("relu2_1"),)},
-    "content ends deepest": {
-        "content_layers": (LayerWeight("relu5_3"),),
-        "style_layers": (LayerWeight("relu3_1", 2.0),),
-    },
-    "conv layers": {
-        "content_layers": (LayerWeight("conv4_2"),),
-        "style_layers": (LayerWeight("conv1_1"), LayerWeight("relu1_2", 0.5), LayerWeight("conv3_1", 3.0)),
-    },
-    "one layer twice": {
-        "content_layers": (LayerWeight("relu3_1"),),
-        "style_layers": (LayerWeight("relu3_1"), LayerWeight("conv3_1")),
-    },
-    "content alone": {"beta": 0.0, "style_layers": ()},
-    "style alone": {"alpha": 0.0, "content_layers": ()},
-    "every layer": {
-        "style_layers": tuple(
-            LayerWeight(f"relu{b}_{n}", 0.3) for b, c in enumerate((2, 2, 4, 2), 1) for n in range(1, c + 1)
-        ),
-    },
-}
 
-
-def as_image(picture: Tensor) -> Tensor:
-    return picture[None].float() / 255
-
-
-def aimed(
-    chain: VggFeatures, recipes: list[Recipe], contents: Tensor, styles: list[list[tuple[Tensor, float]]]
-) -> Objective:
-    shape = Shape.of(recipes[0], *contents.shape[2:])
-    objective = Objective(chain, shape, len(recipes))
-    for slot, recipe in enumerate(recipes):
-        grams = [(style_grams(chain, image, shape.style_layers, shape.pooling), w) for image, w in styles[slot]]
-        objective.set_targets(slot, recipe, contents[slot : slot + 1], grams)
-    return objective
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("form", ["onednn", "library"])
+@pytest.mark.parametrize("kernel", ["onednn", "library"])
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("layers", LAYERS)
-def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, precision: str, pooling: Pooling, form: str) -> None:
+def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, precision: str, pooling: Pooling, kernel: str) -> None:
     recipe = Recipe(pooling=pooling, **LAYERS[layers])
-    if (precision, form) == ("fp16", "onednn"):
+    if (precision, kernel) == ("fp16", "onednn"):
         pytest.skip("oneDNN packs float16 on few CPUs, and the server does not offer it")
     image, content, style = (as_image(make_picture(seed, 37, 50)) for seed in (5, 1, 2))
-    chain = VggFeatures(tiny_vgg, CPU, MODES[precision], form=form)
-    got = aimed(chain, [recipe], content, [[(style, 1.0)]]).evaluate(image)
-    same = torch.float64 if precision == "fp32" else chain.precision.forward
+    features = VggFeatures(tiny_vgg, CPU, MODES[precision], kernel=kernel)
+    got = objective_of(features, [recipe], content, [[(style, 1.0)]]).evaluate(image)
+    same = torch.float64 if precision == "fp32" else features.precision.forward
     terms, grad = reference.gradient(tiny_vgg, image, content, [(style, 1.0)], recipe, same)
-    assert relative(got.grad, grad) < TOLERANCES[precision]
+    assert relative_error(got.grad, grad) < TOLERANCES[precision]
     torch.testing.assert_close(got.terms[:, 0].double(), terms, rtol=TOLERANCES[precision], atol=1e-5)
 
 
@@ -88,10 +42,10 @@ def test_every_normalisation_with_two_styles_of_other_sizes(tiny_vgg: Vgg, norma
     recipe = Recipe(normalisation=normalisation, alpha=0.7, beta=5.0, tv_weight=2.0)
     image, content = as_image(make_picture(5)), as_image(make_picture(1))
     styles = [(as_image(make_picture(2, 33, 64)), 1.0), (as_image(make_picture(3, 70, 20)), 3.0)]
-    got = aimed(VggFeatures(tiny_vgg, CPU, MODES["fp32"]), [recipe], content, [styles]).evaluate(image)
+    got = objective_of(VggFeatures(tiny_vgg, CPU, MODES["fp32"]), [recipe], content, [styles]).evaluate(image)
     terms, grad = reference.gradient(tiny_vgg, image, content, styles, recipe)
     torch.testing.assert_close(got.terms[:, 0].double(), terms, rtol=1e-4, atol=0)
-    assert relative(got.grad, grad) < 1e-4
+    assert relative_error(got.grad, grad) < 1e-4
 
 
 def test_jobs_of_a_batch_are_what_they_are_alone(tiny_vgg: Vgg) -> None:
@@ -99,25 +53,27 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_vgg: Vgg) -> None:
     contents = torch.cat([as_image(make_picture(seed)) for seed in (1, 2)])
     images = torch.cat([as_image(make_picture(seed)) for seed in (3, 4)])
     styles = [[(as_image(make_picture(5)), 1.0)], [(as_image(make_picture(6, 30, 30)), 1.0)]]
-    chain = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
-    together = aimed(chain, recipes, contents, styles).evaluate(images)
+    features = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
+    together = objective_of(features, recipes, contents, styles).evaluate(images)
     for i in range(2):
-        alone = aimed(chain, recipes[i : i + 1], contents[i : i + 1], styles[i : i + 1]).evaluate(images[i : i + 1])
+        alone = objective_of(features, recipes[i : i + 1], contents[i : i + 1], styles[i : i + 1]).evaluate(
+            images[i : i + 1]
+        )
         torch.testing.assert_close(together.terms[:, i : i + 1], alone.terms, rtol=1e-5, atol=0)
         torch.testing.assert_close(together.grad[i : i + 1], alone.grad, rtol=1e-4, atol=1e-9)
 
 
 def test_the_way_there_stops_at_the_deepest_layer_asked_for(tiny_vgg: Vgg) -> None:
-    chain = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
-    trace = chain.forward(as_image(make_picture(1)), {"relu2_1", "conv1_2"}, Pooling.MAX)
-    assert list(trace.after) == ["1_1", "1_2", "2_1"]
-    assert list(trace.before) == ["1_2"]
+    features = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
+    activations = features.forward(as_image(make_picture(1)), {"relu2_1", "conv1_2"}, Pooling.MAX)
+    assert list(activations.relu) == ["1_1", "1_2", "2_1"]
+    assert list(activations.conv) == ["1_2"]
     layers = reference.activations(tiny_vgg, as_image(make_picture(1)), Pooling.MAX)
     for layer in ("relu2_1", "conv1_2", "relu1_2"):
-        torch.testing.assert_close(trace[layer].double(), layers[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(activations[layer].double(), layers[layer], rtol=1e-4, atol=1e-5)
 
 
 def test_smallest_picture(tiny_vgg: Vgg) -> None:
-    chain = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
+    features = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
     image = as_image(make_picture(1, 16, 16))
-    assert chain.forward(image, {"relu5_1"}, Pooling.MAX)["relu5_1"].shape == (1, 8, 1, 1)
+    assert features.forward(image, {"relu5_1"}, Pooling.MAX)["relu5_1"].shape == (1, 8, 1, 1)

@@ -1,4 +1,5 @@
-"""A job's state as it was read from a checkpoint, and the way back to a job. The bytes are the engine's business."""
+"""The content of a checkpoint, and how to restore a job from it. `engine.checkpoint_format` reads and writes the
+bytes."""
 
 from __future__ import annotations
 
@@ -13,27 +14,30 @@ from gramophone_server.errors import InvalidRequest
 
 __all__ = ["Checkpoint", "resume_refused"]
 
-FIELD = "spec.resume"  # of the request that brings a checkpoint
+FIELD = "spec.resume"  # the request's field for a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What was read from bytes and holds by itself; whether it belongs to a job is checked by `restore`."""
+    """The content of a checkpoint, valid in itself. `restore` checks whether it belongs to a job."""
 
-    recipe: Recipe  # with what can be tuned as it was when this was written
+    recipe: Recipe  # with the updates that the job had received
     seed: int
     width: int  # of the picture, in pixels
     height: int
-    content_digest: bytes  # of the job's images, see `job.digest`
+    content_digest: bytes  # of the job's content image, see `job.digest`
     style_digests: tuple[bytes, ...]
     style_weights: tuple[float, ...]
-    counts: dict[str, int]  # fields of `JobState`
+    counts: dict[str, int]  # by the fields of `JobState`
     tensors: SlotTensors
 
     def restore(self, job: StyleJob) -> JobState:
-        """The job where it stood. What can be tuned and the time budget are ``job``'s, so whoever wants it to go on as it
-        was gives a job of this checkpoint's recipe; a start image it needs no more. Raises `InvalidRequest` for a job of
-        other images, another blend of styles or another structure."""
+        """The state of ``job`` as of this checkpoint.
+
+        The fields of `RecipeUpdate` and the time budget are taken from ``job``, so to continue unchanged, pass a job
+        with this checkpoint's recipe. The job needs no start image. Raises `InvalidRequest` if the job has other
+        images, another blend of styles, or a recipe that differs in any other field.
+        """
         for f in dataclasses.fields(Recipe):
             mine, other = getattr(self.recipe, f.name), getattr(job.recipe, f.name)
             if f.name in ("content_layers", "style_layers"):
@@ -50,7 +54,7 @@ class Checkpoint:
         state = JobState(job, tensors=dict(self.tensors), **self.counts)  # type: ignore[arg-type]
         before = sum(scale.iterations for scale in state.scales[: state.at])
         if state.at >= len(state.scales) or not 0 <= state.done - before <= state.scales[state.at].iterations:
-            raise resume_refused(f"says iteration {state.done} at scale {state.at}, which the job does not have")
+            raise resume_refused(f"is at iteration {state.done} of scale {state.at}, which the job does not have")
         if (self.width, self.height) != state.scales[state.at][:2]:
             expected = "x".join(map(str, state.scales[state.at][:2]))
             raise resume_refused(
@@ -67,10 +71,11 @@ class Checkpoint:
 
 
 def resume_refused(description: str) -> InvalidRequest:
-    """The error for a checkpoint that cannot be used; ``description`` goes on from the name of its field."""
+    """The error for a checkpoint that cannot be used. ``description`` continues a sentence that starts with the field's
+    name."""
     return InvalidRequest([Violation(FIELD, description)])
 
 
 def _shares(weights: tuple[float, ...]) -> list[float]:
-    """Only proportions matter."""
+    """The weights as shares of 1, because only their proportions matter."""
     return [weight / sum(weights) for weight in weights]

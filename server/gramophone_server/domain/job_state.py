@@ -1,10 +1,10 @@
-"""One job on its way, as a value that moves between batches, and what a batch does with it.
+"""The state of a job, as a value that moves from batch to batch.
 
-    work = engine.admit(job)
-    batch = engine.batch(work.shape, slots=4)
-    slot = batch.join(work)
+    state = engine.admit(job)
+    batch = engine.batch(state.shape, slots=4)
+    slot = batch.join(state)
     report = batch.advance(10)[slot]
-    work = batch.leave(slot)        # to go on in a batch of `work.shape`, which may be of the next scale by now
+    state = batch.leave(slot)  # continues in a batch of `state.shape`, which may be that of the next scale by now
 
 Nothing here computes, so a scheduler and its tests need no kernels.
 """
@@ -21,13 +21,14 @@ from gramophone_server.domain.job import Losses, Report, Scale, StyleJob
 
 __all__ = ["JobState", "RecipeUpdate", "Shape", "SlotTensors"]
 
-SlotTensors = dict[str, Tensor]  # what a slot holds of one job, by name; without the dimension of the batch
+SlotTensors = dict[str, Tensor]  # the tensors of one job in a slot, by name, without the batch dimension
 
 
 class Shape(NamedTuple):
-    """What jobs of one batch share, and a captured iteration depends on; everything else is data of a slot."""
+    """The properties that jobs of one batch have in common, because a captured iteration depends on them; everything
+    else is data of a slot."""
 
-    height: int  # of the present scale, in pixels
+    height: int  # of the current scale, in pixels
     width: int
     content_layers: tuple[str, ...]
     style_layers: tuple[str, ...]
@@ -43,7 +44,7 @@ class Shape(NamedTuple):
 
 
 class RecipeUpdate(TypedDict, total=False):
-    """The fields of a recipe that can change while its job is on its way; layers keep their names and order."""
+    """The fields of a recipe that can change after the job is accepted; layers keep their names and order."""
 
     alpha: float
     beta: float
@@ -51,25 +52,26 @@ class RecipeUpdate(TypedDict, total=False):
     step: float
     content_layers: tuple[LayerWeight, ...]
     style_layers: tuple[LayerWeight, ...]
-    iterations: int  # at the final size, those done there included
+    iterations: int  # at the final scale, including those done there
 
 
 @dataclass(eq=False)
 class JobState:
-    """One job on its way.
+    """The state of one job, from its acceptance to its last iteration.
 
-    `tensors` has the picture and the optimiser's state while the job is in no batch: by the names of `Canvas.slot` and
-    `Stepper.slot`, of the scale `at`; what is missing is zero. It is None before the job has begun, and in a batch.
+    `tensors` holds the picture and the optimiser's state while the job is in no batch: by the names of `Canvas.slot`
+    and `Stepper.slot`, at the scale `at`; a missing tensor is zero. It is None before the first batch and while in a
+    batch. The header of a checkpoint has five of the fields, under these names: see `checkpoint_format.COUNTS`.
     """
 
     job: StyleJob
-    recipe: Recipe = None  # type: ignore[assignment]  # the job's, with the weights and the step of now
-    at: int = 0  # index of the scale that the picture is of
-    done: int = 0  # iterations, over all scales
-    gradients: int = 0  # that the optimiser has seen; fewer than `done` behind a light checkpoint
-    averaged: int = 0  # iterates in the running average, which begins anew at every scale
-    diverged_at: int = 0  # the iteration whose loss was not finite, 0: none; the job stands still since then
-    joined: bool = False  # to a batch
+    recipe: Recipe = None  # type: ignore[assignment]  # the job's, with the updates so far
+    at: int = 0  # index of the scale of the picture
+    done: int = 0  # iterations completed, over all scales
+    gradients: int = 0  # gradients that the optimiser has seen; fewer than `done` after a light checkpoint
+    averaged: int = 0  # iterates in the running average, which starts anew at every scale
+    diverged_at: int = 0  # the iteration whose loss was not finite, 0 for none; the picture does not change after it
+    joined: bool = False  # whether the job is in a batch
     tensors: SlotTensors | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,32 +81,33 @@ class JobState:
 
     @property
     def iterations(self) -> int:
-        """Of the whole job, over all scales."""
+        """Iterations of the whole job, over all scales."""
         return sum(scale.iterations for scale in self.scales)
 
     @property
     def finished(self) -> bool:
-        """No iteration is left."""
+        """Whether no iteration is left."""
         return self.done == self.iterations
 
     @property
     def iterations_left(self) -> int:
-        """At the scale of the picture: at 0 the job must leave its batch, and goes on at the next scale."""
+        """Iterations left at the scale of the picture. At 0 the job must leave its batch, and continues at the next
+        scale."""
         return sum(scale.iterations for scale in self.scales[: self.at + 1]) - self.done
 
     @property
     def iterations_at_final_scale(self) -> int:
-        """Iterations that were done at the last scale."""
+        """Iterations completed at the last scale."""
         return max(0, self.done - sum(scale.iterations for scale in self.scales[:-1]))
 
     @property
     def next_at(self) -> int:
-        """Index of the scale of the next iteration; the last one's when none is left."""
+        """Index of the scale of the next iteration; that of the last scale if no iteration is left."""
         return self.at if self.iterations_left or self.at + 1 == len(self.scales) else self.at + 1
 
     @property
     def shape(self) -> Shape:
-        """Of the batch that the job can join."""
+        """The shape of the batch that the job can join."""
         width, height, _ = self.scales[self.next_at]
         return Shape.of(self.recipe, height, width)
 
@@ -117,28 +120,31 @@ class JobState:
 
     @property
     def bytes(self) -> int:
-        """Of the tensors that this value holds: 276 bytes a pixel with L-BFGS, 48 with Adam, in float32."""
+        """Size of `tensors`: 276 bytes per pixel with L-BFGS, 48 with Adam."""
         return sum(tensor.nbytes for tensor in (self.tensors or {}).values())
 
     def report(self, losses: Losses) -> Report:
-        """The last iteration, whose ``losses`` these were."""
+        """The report of the last iteration, with its ``losses``."""
         width, height, _ = self.scales[self.at]
         return Report(
             self.done, self.iterations, width, height, losses, self.pixels_left, self.diverged_at or None
         )  # fmt: skip
 
     def advanced(self, iterations: int) -> None:
-        """Counts iterations that a batch has done."""
+        """Counts iterations that a batch has completed."""
         self.done += iterations
         self.gradients += iterations
         self.averaged += iterations
 
     def update(self, **changes: Unpack[RecipeUpdate]) -> int:
-        """Changes weights or the step from the next iteration on, which is returned. Of a job in a batch its batch must
-        know: see `Batch.update`. Raises `InvalidRecipe`."""
+        """Changes the recipe from the next iteration on, and returns the number of that iteration.
+
+        For a job in a batch, call `Batch.update` instead. Raises `InvalidRecipe` if a field cannot change or has an
+        invalid value.
+        """
         fixed = sorted(changes.keys() - RecipeUpdate.__optional_keys__)
         if fixed:
-            raise InvalidRecipe(Violation(name, "cannot change while the job is on its way") for name in fixed)
+            raise InvalidRecipe(Violation(name, "cannot change after the job is accepted") for name in fixed)
         recipe = replace(self.recipe, **changes)
         for name in ("content_layers", "style_layers"):
             old, new = (", ".join(layer for layer, _ in getattr(r, name)) for r in (self.recipe, recipe))

@@ -1,4 +1,4 @@
-"""The engine's batch: slots of a stage, and the jobs in them."""
+"""The engine's batch: the slots of a graph runner, and the jobs in them."""
 
 from __future__ import annotations
 
@@ -23,151 +23,160 @@ __all__ = ["EngineBatch"]
 
 
 class EngineBatch:
-    """Jobs of one shape that share the iterations of a stage; see `work.Batch`."""
+    """Jobs of one shape that share the iterations of a graph runner; implements `engine_api.Batch`."""
 
     def __init__(
-        self, stages: GraphRunnerPool, targets: StyleTargets, snapshots: DeviceToHostCopier, shape: Shape, slots: int
+        self,
+        runners: GraphRunnerPool,
+        style_targets: StyleTargets,
+        copier: DeviceToHostCopier,
+        shape: Shape,
+        slots: int,
     ) -> None:
         self.shape, self.slots = shape, slots
-        self._stages, self._targets, self._snapshots = stages, targets, snapshots
+        self._runners, self._style_targets, self._copier = runners, style_targets, copier
         self._states: dict[int, JobState] = {}
         with self._within_memory(shape.width, shape.height):
-            self.stage = stages.take(shape, slots)
+            self.runner = runners.take(shape, slots)
 
     @property
     def states(self) -> Mapping[int, JobState]:
-        """The jobs by slot; see `engine_api.Batch.states`."""
+        """See `engine_api.Batch.states`."""
         return MappingProxyType(self._states)
 
-    def join(self, work: JobState) -> int:
-        """Takes a job in; see `work.Batch.join`."""
-        if work.joined or work.finished:
-            raise ValueError("the job is in a batch already" if work.joined else "the job has no iteration left")
-        if work.shape != self.shape:
-            raise ValueError(f"the job's shape is {work.shape}, the batch's {self.shape}")
+    def join(self, state: JobState) -> int:
+        """See `engine_api.Batch.join`."""
+        if state.joined or state.finished:
+            raise ValueError("the job is in a batch already" if state.joined else "the job has no iteration left")
+        if state.shape != self.shape:
+            raise ValueError(f"the job's shape is {state.shape}, the batch's {self.shape}")
         slot = next((slot for slot in range(self.slots) if slot not in self._states), None)
         if slot is None:
             raise ValueError(f"all {self.slots} slots are taken")
         try:
-            with self._within_memory(*work.job.result_size):
-                self._fill(slot, work)
+            with self._within_memory(*state.job.result_size):
+                self._fill(slot, state)
         except BaseException:
-            self.stage.clear(slot)
+            self.runner.clear(slot)
             raise
-        if work.next_at != work.at:
-            work.at, work.averaged = work.next_at, 0
-        work.tensors, work.joined = None, True
-        self._states[slot] = work
+        if state.next_at != state.at:
+            state.at, state.averaged = state.next_at, 0
+        state.tensors, state.joined = None, True
+        self._states[slot] = state
         return slot
 
     def leave(self, slot: int) -> JobState:
-        """Hands a job back; see `work.Batch.leave`. Where the device has no room for its tensors, they come to the CPU."""
-        work = self._states[slot]
+        """See `engine_api.Batch.leave`. If the device has no room for the job's tensors, they are on the CPU."""
+        state = self._states[slot]
         try:
-            tensors = self.stage.take(slot)
+            tensors = self.runner.take(slot)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            with self._within_memory(*work.job.result_size):
-                tensors = self.stage.take(slot, to_cpu=True)
+            with self._within_memory(*state.job.result_size):
+                tensors = self.runner.take(slot, to_cpu=True)
         del self._states[slot]
-        self.stage.clear(slot)
-        work.tensors, work.joined = tensors, False
-        return work
+        self.runner.clear(slot)
+        state.tensors, state.joined = tensors, False
+        return state
 
     def drop(self, slot: int) -> None:
-        """Empties a slot; see `work.Batch.drop`."""
+        """See `engine_api.Batch.drop`."""
         self._states.pop(slot).joined = False
-        self.stage.clear(slot)
+        self.runner.clear(slot)
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
-        """Some iterations of every job; see `work.Batch.advance`."""
-        for slot, work in self._states.items():
-            if not work.iterations_left:
+        """See `engine_api.Batch.advance`."""
+        for slot, state in self._states.items():
+            if not state.iterations_left:
                 raise ValueError(f"the job in slot {slot} has no iteration left at this scale: it must leave")
         if not self._states:
             raise ValueError("no job is in the batch")
-        n = min(iterations, *(work.iterations_left for work in self._states.values()))
+        n = min(iterations, *(state.iterations_left for state in self._states.values()))
         with self._within_memory(self.shape.width, self.shape.height):
             try:
-                self.stage.iterate(n)
+                self.runner.iterate(n)
                 read = self._read()
             except Exception as error:
                 if ran_out_of_memory(error):
                     self._catch_up()
                 raise
         reports = {}
-        for slot, work in self._states.items():
-            work.advanced(n)
+        for slot, state in self._states.items():
+            state.advanced(n)
             losses, diverged_at = read[slot]
-            work.diverged_at = diverged_at and diverged_at + work.done - work.gradients
-            reports[slot] = work.report(losses)
+            state.diverged_at = diverged_at and diverged_at + state.done - state.gradients
+            reports[slot] = state.report(losses)
         return reports
 
     def iterations_left(self, slot: int) -> int:
-        """Of a job at this scale."""
+        """See `engine_api.Batch.iterations_left`."""
         return self._states[slot].iterations_left
 
     def picture(self, slot: int) -> Tensor:
-        """The present picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
+        """The current picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
         return self.snapshot(slot)()
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        """The present picture of a job, for later; see `work.Batch.snapshot`."""
-        work = self._states[slot]
-        with self._within_memory(*work.job.result_size):
-            pictures = self.stage.canvas.slot(slot)
-            return self._snapshots.take(shown(pictures, self.shape.average, work.averaged, not work.diverged_at))
+        """See `engine_api.Batch.snapshot`."""
+        state = self._states[slot]
+        with self._within_memory(*state.job.result_size):
+            pictures = self.runner.canvas.slot(slot)
+            return self._copier.take(shown(pictures, self.shape.average, state.averaged, not state.diverged_at))
 
     def copy(self, slot: int) -> JobState:
-        """A job as it is now, on the CPU; see `work.Batch.copy`."""
-        work = self._states[slot]
-        with self._within_memory(*work.job.result_size):
-            return replace(work, joined=False, tensors=self.stage.take(slot, to_cpu=True))
+        """See `engine_api.Batch.copy`."""
+        state = self._states[slot]
+        with self._within_memory(*state.job.result_size):
+            return replace(state, joined=False, tensors=self.runner.take(slot, to_cpu=True))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
-        """Changes weights or the step of a job; see `work.Batch.update`."""
-        work = self._states[slot]
-        before, first = (work.recipe, work.scales), work.update(**changes)
+        """See `engine_api.Batch.update`."""
+        state = self._states[slot]
+        before, first = (state.recipe, state.scales), state.update(**changes)
         try:
-            with self._within_memory(*work.job.result_size), torch.inference_mode():
-                self.stage.objective.set_weights(slot, work.recipe)
-                self.stage.canvas.step[slot] = work.recipe.step
+            with self._within_memory(*state.job.result_size), torch.inference_mode():
+                self.runner.objective.set_weights(slot, state.recipe)
+                self.runner.canvas.step[slot] = state.recipe.step
         except BaseException:
-            work.recipe, work.scales = before
+            state.recipe, state.scales = before
             raise
         return first
 
     def close(self) -> None:
-        """Leaves the buffers to the next batch; see `work.Batch.close`."""
+        """See `engine_api.Batch.close`. The buffers are kept for the next batch of the shape."""
         if self.slots:
-            self._stages.give_back(self.stage)
+            self._runners.give_back(self.runner)
             self._states.clear()
             self.slots = 0
 
     @torch.inference_mode()
-    def _fill(self, slot: int, work: JobState) -> None:
-        job, shape, device = work.job, self.shape, self.stage.canvas.image.device
+    def _fill(self, slot: int, state: JobState) -> None:
+        job, shape, device = state.job, self.shape, self.runner.canvas.image.device
         content = resize(job.content.to(device), shape.width, shape.height)
-        tensors = prepared(work, content)
+        tensors = prepared(state, content)
         longest = max(shape.width, shape.height)
         grams = [
-            self._targets.grams(
-                style, digest, *style_size(style, longest, work.recipe.style_scale), shape.style_layers, shape.pooling
+            self._style_targets.grams(
+                style, digest, *style_size(style, longest, state.recipe.style_scale), shape.style_layers, shape.pooling
             )
             for style, digest in zip(job.styles, job.style_digests, strict=True)
         ]
-        self.stage.objective.set_targets(slot, work.recipe, content, list(zip(grams, job.style_weights, strict=True)))
-        before = work.done - work.gradients  # iterations that the device's count knows nothing of
-        diverged_at = work.diverged_at and work.diverged_at - before
-        self.stage.put(slot, tensors, work.recipe.step, work.gradients, diverged_at)
+        self.runner.objective.set_targets(slot, state.recipe, content, list(zip(grams, job.style_weights, strict=True)))
+        # The device counts gradients; after a light checkpoint these are fewer than the iterations.
+        before = state.done - state.gradients
+        diverged_at = state.diverged_at and state.diverged_at - before
+        self.runner.put(slot, tensors, state.recipe.step, state.gradients, diverged_at)
 
     @torch.inference_mode()
     def _read(self) -> list[tuple[Losses, int]]:
-        """By slot, of the last iteration: the losses, and which gradient was not finite. The only place that waits for
-        the device, and it does so once."""
-        stage, content, style = self.stage, self.shape.content_layers, self.shape.style_layers
-        rows = torch.cat([stage.terms.double(), stage.canvas.diverged_at[None].double()]).T.tolist()
+        """For each slot, the losses of the last iteration and the number of the gradient that was not finite, 0 for
+        none.
+
+        This is the only place that waits for the device, and it does so once.
+        """
+        runner, content, style = self.runner, self.shape.content_layers, self.shape.style_layers
+        rows = torch.cat([runner.terms.double(), runner.canvas.diverged_at[None].double()]).T.tolist()
         return [
             (
                 Losses(
@@ -181,19 +190,21 @@ class EngineBatch:
         ]
 
     def _catch_up(self) -> None:
-        """Counts what was done before the memory ended: an evaluation, which takes the memory, is counted behind it."""
-        counts = self.stage.canvas.count.tolist()
-        for slot, work in self._states.items():
-            work.advanced(counts[slot] - work.gradients)
+        """After running out of memory, reads back how many iterations completed: the device increments its counter only
+        after a successful evaluation, which is what takes the memory."""
+        counts = self.runner.canvas.count.tolist()
+        for slot, state in self._states.items():
+            state.advanced(counts[slot] - state.gradients)
 
     @contextlib.contextmanager
     def _within_memory(self, width: int, height: int) -> Iterator[None]:
-        """Raises `OutOfDeviceMemory` where memory ends, and drops what was only kept in case."""
+        """Turns running out of memory into `OutOfDeviceMemory` for a picture of this size, and empties the engine's
+        caches."""
         try:
             yield
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            self._targets.clear()
-            self._stages.clear()
+            self._style_targets.clear()
+            self._runners.clear()
             raise OutOfDeviceMemory(width, height) from error

@@ -1,15 +1,14 @@
-"""A job on its way as bytes, for another time or another server.
+"""The format of checkpoints: the state of a job as bytes, to continue it later or on another server.
 
-    magic, version   8 bytes
-    length           4 bytes, little endian, of the header
-    header           JSON: where the job stands, its recipe and seed, digests of its images and the styles' weights, "full"
-                     or "light"
-    tensors          their bytes in the order of the engine's layout, or of a light one the picture, uint8 [H, W, 3]
+    magic, version   8 bytes length           4 bytes, little endian, of the header header           JSON: the job's
+    counts, its recipe and seed, digests of its images and the styles' weights, and "full" or
+                     "light"
+    tensors          their bytes in the order of the engine's layout; in a light checkpoint the picture, uint8 [H, W, 3]
 
-Types and shapes of the tensors are not in it: they follow from recipe and size, so a checkpoint cannot ask for others.
-A full one goes on bit for bit where the job stood, on the same kind of device in the same precision: 48 bytes a pixel
-with Adam (13 MB at 512 x 512 px), 276 with L-BFGS (72 MB), 12 more with a running average. A light one has 3 bytes a pixel
-(0.8 MB): the picture, rounded to 8 bits, and the iteration; the optimiser begins anew at it.
+Types and shapes of the tensors are not stored: they follow from recipe and size, so a checkpoint cannot ask for others.
+A job continues from a full checkpoint bit for bit, on the same kind of device in the same precision. It has 48 bytes
+per pixel with Adam (13 MB at 512 x 512 px), 276 with L-BFGS (72 MB), and 12 more with a running average. A light one
+has 3 bytes per pixel (0.8 MB): the picture, rounded to 8 bits, and the iteration; the optimiser starts anew from it.
 """
 
 from __future__ import annotations
@@ -31,21 +30,23 @@ from gramophone_server.errors import InvalidRequest
 
 __all__ = ["CheckpointFormat"]
 
-MAGIC = b"GRAMCKP\x01"  # the last byte is the version: another layout of any optimiser's state is another version
-MOST_HEADER = 64 * 1024  # bytes; 32 layers with their weights and everything else are 4 KB
+MAGIC = b"GRAMCKP\x01"  # the last byte is the version; a new layout of any optimiser's state needs a new version
+MOST_HEADER = 64 * 1024  # bytes; a header with 32 layers and their weights has 4 KB
 
+# Fields of `JobState` that the header holds under the same names.
 COUNTS = ("at", "done", "gradients", "averaged", "diverged_at")
 
 
 class CheckpointFormat:
-    """Writes and reads checkpoints. ``layout`` gives what a slot holds of one job of a recipe at a height and a width, as
-    tensors that have a type and a shape but no memory."""
+    """Writes and reads checkpoints; implements `engine_api.Checkpoints`."""
 
     def __init__(self, layout: Callable[[Recipe, int, int], SlotTensors]) -> None:
+        """``layout``: returns the tensors that a slot holds for a job of a recipe at a height and a width, on the meta
+        device."""
         self._layout = layout
 
     def size(self, state: JobState, *, light: bool = False) -> int:
-        """Bytes of a checkpoint of the job, its header included."""
+        """Bytes of a checkpoint of the job, including its header."""
         width, height, _ = state.scales[state.at]
         tensors = width * height * 3 if light else _bytes(self._layout(state.recipe, height, width))
         return len(MAGIC) + 4 + len(_header(state, light)) + tensors
@@ -60,15 +61,15 @@ class CheckpointFormat:
             raise InvalidRequest([Violation("checkpoint", taken)])
 
     def write(self, state: JobState, *, picture: Tensor | None = None, most_bytes: int) -> bytes:
-        """The bytes of a job that is in no batch, such as one of `Batch.copy` or `Batch.leave`; with ``picture``, uint8
-        [height, width, 3] as `Batch.snapshot` gives it, a light checkpoint, which needs no tensors.
+        """The checkpoint of a job that is in no batch, such as one from `Batch.copy` or `Batch.leave`.
 
-        Raises `InvalidRequest` if it takes more than ``most_bytes``, and `ValueError` if a full one is asked of a job that
-        has not begun or is in a batch.
+        With ``picture``, uint8 [height, width, 3] from `Batch.snapshot`, the checkpoint is light and needs no tensors.
+        Raises `InvalidRequest` if it takes more than ``most_bytes``, and `ValueError` for a full checkpoint of a job
+        that has not started or is in a batch.
         """
         light = picture is not None
         if state.tensors is None and not light:
-            raise ValueError("only a job that has begun and is in no batch can be written")
+            raise ValueError("only a job that has started and is in no batch can be written")
         self.require_room(state, light=light, most_bytes=most_bytes)
         header = _header(state, light)
         parts = [MAGIC, len(header).to_bytes(4, "little"), header]
@@ -82,7 +83,8 @@ class CheckpointFormat:
         return b"".join(parts)
 
     def read(self, data: bytes, *, most_bytes: int) -> Checkpoint:
-        """What `write` wrote, on the CPU. Takes no more memory than ``data`` has. Raises `InvalidRequest`."""
+        """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``. Raises
+        `InvalidRequest` if the bytes are more than ``most_bytes``, or are not a whole checkpoint."""
         if len(data) > most_bytes:
             raise resume_refused(f"has {len(data)} bytes, at most {most_bytes} are taken")
         if data[: len(MAGIC) - 1] != MAGIC[:-1]:
@@ -110,7 +112,8 @@ class CheckpointFormat:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise resume_refused("is damaged: its header cannot be read") from error
         body, pixels, light = len(data) - start - length, width * height, kind == "light"
-        # A picture has fewer pixels than bytes: only then is the layout asked for, whose sizes must fit in 64 bits.
+        # A picture has fewer pixels than bytes. This is checked before the layout is made, whose sizes must fit in 64
+        # bits.
         if pixels > body or body != (3 * pixels if light else _bytes(self._layout(recipe, height, width))):
             raise resume_refused(
                 f"is cut off or damaged: {body} bytes of tensors do not make a {width}x{height} picture"
@@ -153,7 +156,7 @@ def _light(data: bytes, at: int, height: int, width: int) -> SlotTensors:
 
 
 def _check(tensors: SlotTensors, counts: dict[str, int]) -> None:
-    """What the kernels take for granted. `seen` is an index in L-BFGS's ring; one that is negative is none."""
+    """Raises `InvalidRequest` for values that the kernels do not check. L-BFGS's `seen` is an index in its ring."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise resume_refused(f"is damaged: {name} has values that are not finite")
@@ -195,6 +198,7 @@ def _bytes(tensors: SlotTensors) -> int:
 
 
 def _to_bytes(tensor: Tensor) -> bytes:
-    """Without numpy, which torch does not need. Little endian, as every machine that torch runs on."""
+    """The tensor's memory, without numpy, which torch does not need. Little endian, as all machines that torch runs
+    on."""
     tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

@@ -1,8 +1,9 @@
-"""Pictures off the device without holding it up.
+"""Copies of pictures from the device to the host, without making the device wait.
 
-On a GPU the picture is made on the compute stream, copied on a stream of its own into pinned memory, and waited for by
-whoever encodes it. torch's allocators are the rotating slots: the device's keeps the picture until the copy is done
-(record_stream), the pinned one takes a buffer back when its reader has dropped it and its copy is over.
+On a GPU the picture is made on the compute stream and copied on a stream of its own into pinned memory; the thread that
+encodes the picture waits for the copy. torch's allocators manage the buffers: that of the device keeps the picture
+until the copy is done (record_stream), and that of pinned memory reuses a buffer once its reader has dropped it and its
+copy is over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["DeviceToHostCopier"]
 
 
 class DeviceToHostCopier:
-    """Takes pictures of images on one device."""
+    """Copies images of one device to the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -25,13 +26,15 @@ class DeviceToHostCopier:
 
     @torch.inference_mode()
     def take(self, image: Tensor) -> Callable[[], Tensor]:
-        """Begins to copy ``image``, float32 [3, H, W] in [0, 1]; the result waits for it on any thread and returns uint8
-        [H, W, 3] on the CPU. The image may change at once."""
+        """Starts to copy ``image``, float32 [3, H, W] in [0, 1], which may change as soon as this returns.
+
+        Returns a function that waits for the copy, on any thread, and returns the picture, uint8 [H, W, 3] on the CPU.
+        """
         picture = image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous()
         if self._stream is None:
             return lambda: picture
         self._stream.wait_stream(torch.cuda.current_stream())
-        # Blocking: the waiting thread sleeps, and the interpreter lock is free.
+        # With blocking=True the waiting thread sleeps, without the interpreter lock.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             host = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)

@@ -1,9 +1,9 @@
-"""An engine that makes no art: patterns at a set pace, to see what everything around the engine carries.
+"""An engine that makes patterns at a set pace instead of art, to measure everything around the engine.
 
-An iteration of a batch takes the same time whatever its size and width, and the compute thread sleeps through it. So a
-batch pays always, and what is measured is the transport, the scheduler and the encoders. Like the real one it is
-deterministic: a picture is a function of the job's seed, the size and the iteration, so a job that was moved, resumed or
-batched must show the same.
+An iteration of a batch takes the same time for every size and width, and the compute thread sleeps during it. So a
+batch always pays, and a measurement is of the transport, the scheduler and the encoders. Like the real engine it is
+deterministic: a picture is a function of the job's seed, the size and the iteration, so a job that was moved, resumed
+or batched must show the same pictures.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gramophone_server.network.vgg import BACKBONES
 __all__ = ["FakeEngine"]
 
 MOST_SLOTS = 256
-BYTES_PER_PIXEL = 276  # as if it had L-BFGS's state, so that limits of memory can be tried
+BYTES_PER_PIXEL = 276  # as with L-BFGS's state, so that memory limits can be tested
 MEMORY_BYTES = 8 * 2**30
 STATE_BYTES_PER_PIXEL = {Optimiser.ADAM: 24, Optimiser.LBFGS: 252}  # of the real optimisers
-KEPT_PATTERNS = 64  # one of 512 x 512 px has 0.75 MiB
+KEPT_PATTERNS = 64  # a pattern of 512 x 512 px has 0.75 MiB
 
 
 def _layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
-    """Pictures, and a filler that makes checkpoints as large as those of the real engine; see `optimisers.layout`."""
+    """Pictures, and a filler that makes checkpoints as large as the real engine's; see `optimisers.layout`."""
     image = torch.empty((3, height, width), device="meta")
     held = {"image": image, "last_good": image, **({"mean": image} if recipe.average else {})}
     state = STATE_BYTES_PER_PIXEL.get(recipe.optimiser, 0)
@@ -42,7 +42,7 @@ def _layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
 
 
 class FakeEngine:
-    """See `work.Engine`."""
+    """Implements `engine_api.Engine` without a network."""
 
     device_name = "none: a fake engine, which makes patterns"
     precision = "none"
@@ -59,121 +59,121 @@ class FakeEngine:
     checkpoints = CheckpointFormat(_layout)
 
     def __init__(self, iteration_s: float) -> None:
-        """``iteration_s``: seconds that an iteration of a batch takes; 0: none."""
+        """``iteration_s``: seconds that an iteration of a batch takes, 0 or more."""
         self.iteration_s = iteration_s
 
     def admit(self, job: StyleJob) -> JobState:
-        """See `work.BatchEngine`."""
+        """See `engine_api.BatchEngine`."""
         return JobState(job)
 
     def batch(self, shape: Shape, slots: int) -> FakeBatch:
-        """See `work.BatchEngine`."""
+        """See `engine_api.BatchEngine`."""
         if not 1 <= slots <= MOST_SLOTS:
             raise ValueError(f"a batch has 1 to {MOST_SLOTS} slots, got {slots}")
         return FakeBatch(self, shape, slots)
 
     def most_slots(self, shape: Shape) -> int:
-        """See `work.BatchEngine`."""
+        """See `engine_api.BatchEngine`."""
         return MOST_SLOTS
 
     def require_device(self) -> None:
-        """See `work.BatchEngine`."""
+        """See `engine_api.BatchEngine`."""
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
-        """See `work.BatchEngine`."""
+        """See `engine_api.BatchEngine`."""
         return BYTES_PER_PIXEL * shape.width * shape.height * slots
 
-    def picture(self, work: JobState) -> Callable[[], Tensor]:
-        """See `work.BatchEngine`."""
-        return _shown(work)
+    def picture(self, state: JobState) -> Callable[[], Tensor]:
+        """See `engine_api.BatchEngine`."""
+        return _shown(state)
 
 
 class FakeBatch:
-    """See `work.Batch`. A job's tensors are made when it leaves, of its picture; it needs no others."""
+    """Implements `engine_api.Batch`. A job's tensors are made from its picture when it leaves."""
 
     def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
         self.shape, self.slots = shape, slots
         self.states: dict[int, JobState] = {}
         self._engine = engine
 
-    def join(self, work: JobState) -> int:
-        """See `work.Batch`."""
-        if work.joined or work.finished or work.shape != self.shape or len(self.states) == self.slots:
+    def join(self, state: JobState) -> int:
+        """See `engine_api.Batch`."""
+        if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the batch is full or of another shape, or the job is in a batch or at its end")
-        if work.next_at != work.at:
-            work.at, work.averaged = work.next_at, 0
+        if state.next_at != state.at:
+            state.at, state.averaged = state.next_at, 0
         slot = next(slot for slot in range(self.slots) if slot not in self.states)
-        work.tensors, work.joined = None, True
-        self.states[slot] = work
+        state.tensors, state.joined = None, True
+        self.states[slot] = state
         return slot
 
     def leave(self, slot: int) -> JobState:
-        """See `work.Batch`."""
-        work = self.states.pop(slot)
-        work.tensors, work.joined = _tensors(work), False
-        return work
+        """See `engine_api.Batch`."""
+        state = self.states.pop(slot)
+        state.tensors, state.joined = _tensors(state), False
+        return state
 
     def drop(self, slot: int) -> None:
-        """See `work.Batch`."""
+        """See `engine_api.Batch`."""
         self.states.pop(slot).joined = False
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
-        """See `work.Batch`."""
-        left = min((work.iterations_left for work in self.states.values()), default=0)
+        """See `engine_api.Batch`."""
+        left = min((state.iterations_left for state in self.states.values()), default=0)
         if not left:
             raise ValueError("a batch needs jobs, and each an iteration to do here")
         n = min(iterations, left)
         if self._engine.iteration_s:
             time.sleep(n * self._engine.iteration_s)
-        for work in self.states.values():
-            work.advanced(n)
-        return {slot: work.report(_losses(work)) for slot, work in self.states.items()}
+        for state in self.states.values():
+            state.advanced(n)
+        return {slot: state.report(_losses(state)) for slot, state in self.states.items()}
 
     def iterations_left(self, slot: int) -> int:
-        """See `work.Batch`."""
+        """See `engine_api.Batch`."""
         return self.states[slot].iterations_left
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        """See `work.Batch`."""
+        """See `engine_api.Batch`."""
         return _shown(self.states[slot])
 
     def copy(self, slot: int) -> JobState:
-        """See `work.Batch`."""
-        work = self.states[slot]
-        return replace(work, joined=False, tensors=_tensors(work))
+        """See `engine_api.Batch`."""
+        state = self.states[slot]
+        return replace(state, joined=False, tensors=_tensors(state))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
-        """See `work.Batch`."""
+        """See `engine_api.Batch`."""
         return self.states[slot].update(**changes)
 
     def close(self) -> None:
-        """See `work.Batch`. There is nothing to give back."""
+        """See `engine_api.Batch`. There is nothing to release."""
 
 
-def _losses(work: JobState) -> Losses:
-    """They fall, and tell the weights."""
-    recipe = work.recipe
+def _losses(state: JobState) -> Losses:
+    """Losses that fall with the iterations and show the job's weights."""
+    recipe = state.recipe
     return Losses(
-        content={layer: recipe.alpha * weight / work.done for layer, weight in recipe.content_layers},
-        style={layer: recipe.beta * weight / work.done for layer, weight in recipe.style_layers},
-        tv=recipe.tv_weight / work.done,
+        content={layer: recipe.alpha * weight / state.done for layer, weight in recipe.content_layers},
+        style={layer: recipe.beta * weight / state.done for layer, weight in recipe.style_layers},
+        tv=recipe.tv_weight / state.done,
     )
 
 
-def _shown(work: JobState) -> Callable[[], Tensor]:
-    width, height, _ = work.scales[work.at]
-    moved = (work.job.seed + work.done) % 256
-    return lambda: _pattern(height, width) + moved  # which wraps
+def _shown(state: JobState) -> Callable[[], Tensor]:
+    width, height, _ = state.scales[state.at]
+    moved = (state.job.seed + state.done) % 256
+    return lambda: _pattern(height, width) + moved  # uint8 wraps around
 
 
-def _tensors(work: JobState) -> dict[str, Tensor]:
-    image = _shown(work)().permute(2, 0, 1).float() / 255
+def _tensors(state: JobState) -> dict[str, Tensor]:
+    image = _shown(state)().permute(2, 0, 1).float() / 255
     return {"image": image, "last_good": image}
 
 
 @lru_cache(maxsize=KEPT_PATTERNS)
 def _pattern(height: int, width: int) -> Tensor:
-    """uint8 [height, width, 3]: slopes and a little noise, so that it compresses about as a picture does."""
+    """uint8 [height, width, 3]: colour ramps and a little noise, so that it compresses about as well as a picture."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 32, (height, width, 3), generator=generator)
     slopes = torch.arange(height)[:, None, None] + 2 * torch.arange(width)[None, :, None] + 85 * torch.arange(3)

@@ -1,8 +1,9 @@
-"""A batch at one scale, in fixed buffers: what an iteration reads and changes, and on a GPU the graph that replays it.
+"""A batch at one scale in fixed buffers: the data that an iteration reads and writes, and on a GPU the graph that
+replays it.
 
-Nothing of an iteration is decided by the host: weights, step sizes, counts and who has diverged are tensors. So an
-iteration can be captured once as a CUDA graph and replayed for every job of the same shape; a job only fills its slot of
-the buffers. An empty slot is computed like any other: a black picture with weights of 0 that is not alive.
+The host decides nothing within an iteration: weights, step sizes, counts and which jobs have diverged are tensors. So
+an iteration can be captured once as a CUDA graph and replayed for all jobs of the same shape; a job only fills its slot
+of the buffers. An empty slot is computed like any other: a black picture with weights of 0 that is not alive.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ from gramophone_server.network.features import VggFeatures
 
 __all__ = ["GraphRunner", "GraphRunnerPool"]
 
-# Launching a graph costs the host 5 to 10 us (kernels.md's figure, to be measured): a twentieth of an iteration at 256 px,
-# nothing at 1024 px. Several iterations per graph make it small; more would only make the graph longer to build.
+# Launching a graph costs the host about 5 to 10 us (an estimate; `make gpu-check` measures it): a twentieth of an
+# iteration at 256 px, nothing at 1024 px. Ten iterations per graph make this small; more would only make the graph
+# longer to build.
 ITERATIONS_PER_GRAPH = 10
-MOST_PIXELS_OF_SEVERAL = 512 * 512  # of the whole batch; above this a graph has one iteration
+MOST_PIXELS_OF_SEVERAL = 512 * 512  # of the whole batch; above this there is only a graph of one iteration
 
-WARM_UPS = 2  # iterations before a capture: cuDNN builds its plans, libraries take their workspaces
+WARM_UPS = 2  # iterations before a capture, in which cuDNN builds its plans and libraries allocate their workspaces
 
 
 class GraphRunner:
-    """A batch at one scale: ``slots`` jobs of one shape."""
+    """The buffers and the iteration of a batch at one scale: ``slots`` jobs of one shape."""
 
-    def __init__(self, chain: VggFeatures, shape: Shape, slots: int) -> None:
+    def __init__(self, features: VggFeatures, shape: Shape, slots: int) -> None:
         self.shape, self.slots = shape, slots
-        self.objective = Objective(chain, shape, slots)
-        self.canvas = Canvas.empty(slots, shape.height, shape.width, shape.average, chain.device)
+        self.objective = Objective(features, shape, slots)
+        self.canvas = Canvas.empty(slots, shape.height, shape.width, shape.average, features.device)
         self.stepper = make_stepper(shape.optimiser, self.canvas)
-        # The terms of the last evaluation, in the order of `Evaluation.terms`.
+        # The terms of the last evaluation, as in `Evaluation.terms`.
         terms = len(shape.content_layers) + len(shape.style_layers) + 1
-        self.terms = torch.zeros(terms, slots, device=chain.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by iterations
+        self.terms = torch.zeros(terms, slots, device=features.device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by iterations, most first
 
     def slot(self, slot: int) -> SlotTensors:
         """All tensors of one job, as views of the buffers."""
@@ -49,8 +51,11 @@ class GraphRunner:
 
     @torch.inference_mode()
     def put(self, slot: int, tensors: SlotTensors, step: float, gradients: int, diverged_at: int) -> None:
-        """Fills a slot with a job of which so many gradients were seen; no other slot changes. What ``tensors`` does not
-        have is zero. ``diverged_at``: which of the gradients was not finite, 0 for none."""
+        """Fills a slot with a job; no other slot changes.
+
+        ``tensors``: by the names of `slot`; missing ones are zero. ``gradients``: how many the job's optimiser has
+        seen. ``diverged_at``: which of the gradients was not finite, 0 for none.
+        """
         for name, view in self.slot(slot).items():
             if name in tensors:
                 view.copy_(tensors[name])
@@ -73,7 +78,7 @@ class GraphRunner:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Makes the slot an empty one."""
+        """Makes a slot empty."""
         for view in self.canvas.slot(slot).values():
             view.zero_()
         self.canvas.alive[slot] = False
@@ -81,15 +86,15 @@ class GraphRunner:
 
     @property
     def bytes(self) -> int:
-        """Of the buffers; what an iteration takes besides is in the pool that all stages share."""
+        """Size of the buffers. What an iteration allocates besides is in the memory pool that all runners share."""
         targets = (*self.objective.content_targets, *self.objective.style_targets)
         return self.slots * sum(view.nbytes for view in self.slot(0).values()) + sum(t.nbytes for t in targets)
 
     @torch.inference_mode()
     def iterate(self, iterations: int) -> None:
-        """So many iterations of every job; waits for nothing."""
+        """Launches iterations of all slots, without waiting for the device."""
         left = iterations
-        for size, graph in self._graphs.items():  # the largest first
+        for size, graph in self.graphs.items():  # the largest first
             while left >= size:
                 graph.replay()
                 left -= size
@@ -106,10 +111,11 @@ class GraphRunner:
 
     @torch.inference_mode()
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        """Captures the iteration on ``stream``: the same for all stages, because memory of a pool is shared within one
-        stream only. What is in the buffers is lost: all slots are empty afterwards.
+        """Captures the iteration as graphs. The buffers are overwritten: all slots are empty afterwards.
 
-        Another thread may use the GPU meanwhile (thread_local mode; the default would break the capture).
+        ``stream`` must be the same for all runners, because the memory of ``pool`` is shared within one stream only.
+        Another thread may use the GPU during the capture (mode thread_local; by default that would invalidate the
+        capture).
         """
         self.canvas.image.uniform_()
         stream.wait_stream(torch.cuda.current_stream())
@@ -117,19 +123,20 @@ class GraphRunner:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self._iterate()
-        finally:  # out of memory: the buffers go back while the stream may still be at work on them
+        finally:  # after running out of memory the buffers are freed while the stream may still use them
             torch.cuda.current_stream().wait_stream(stream)
         several = self.canvas.image[:, 0].numel() <= MOST_PIXELS_OF_SEVERAL
         collecting = gc.isenabled()
-        gc.disable()  # an old graph that is collected here would break the capture, and with torch 2.11 every later one
+        # An old graph that is collected here would invalidate the capture, and with torch 2.11 all later ones.
+        gc.disable()
         try:
-            with torch.cuda.stream(stream):  # torch leaves it current where a capture cannot be ended
+            with torch.cuda.stream(stream):  # torch leaves the stream current if a capture cannot be ended
                 for size in (ITERATIONS_PER_GRAPH, 1) if several else (1,):
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         for _ in range(size):
                             self._iterate()
-                    self._graphs[size] = graph
+                    self.graphs[size] = graph
         finally:
             if collecting:
                 gc.enable()
@@ -138,59 +145,61 @@ class GraphRunner:
 
 
 class GraphRunnerPool:
-    """Stages by shape. Where iterations are captured, those that are done with are kept for the next job of the shape.
+    """Graph runners by shape. With captured iterations, idle runners are kept for the next batch of the shape.
 
-    All graphs share one memory pool, since they run one at a time and leave nothing in it between two replays. Of what is
-    kept, the least recently used goes first.
+    All graphs share one memory pool, because they run one at a time and leave nothing in it between two replays. The
+    least recently used idle runner is dropped first.
     """
 
-    MOST = 64  # a job of the default recipe has five scales, and pictures come in a handful of proportions
-    MOST_OF_MEMORY = 0.1  # of the device's, in buffers: 80 MB of a stage at 512 px, 320 MB at 1024 px with L-BFGS
+    MOST = 64  # idle runners; a job of the default recipe has five scales, and pictures have a handful of proportions
+    MOST_OF_MEMORY = (
+        0.1  # of the device's, in idle buffers: a runner has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS
+    )
 
-    def __init__(self, chain: VggFeatures, *, graphs: bool) -> None:
-        self._chain = chain
-        self._pool: Any = None  # torch's handle of a memory pool, where iterations are captured
-        self._stream: Any = None  # on which they are captured
+    def __init__(self, features: VggFeatures, *, graphs: bool) -> None:
+        self._features = features
+        self._pool: Any = None  # torch's handle of the memory pool of all graphs; None: iterations are not captured
+        self._stream: Any = None  # for captures
         self._most_bytes = 0
         if graphs:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(chain.device)  # type: ignore[no-untyped-call]
-            total = torch.cuda.get_device_properties(chain.device).total_memory
+            self._stream = torch.cuda.Stream(features.device)  # type: ignore[no-untyped-call]
+            total = torch.cuda.get_device_properties(features.device).total_memory
             self._most_bytes = int(total * self.MOST_OF_MEMORY)
-        self._idle: OrderedDict[int, GraphRunner] = OrderedDict()  # by id, oldest first
+        self.idle: OrderedDict[int, GraphRunner] = OrderedDict()  # by id, oldest first
 
     def take(self, shape: Shape, slots: int) -> GraphRunner:
-        """A stage with nothing but empty slots; the caller gives it back when it is done."""
-        for id_, stage in reversed(self._idle.items()):
-            if (stage.shape, stage.slots) == (shape, slots):
-                del self._idle[id_]
-                return stage
+        """A runner whose slots are all empty. The caller must `give_back` it."""
+        for id_, runner in reversed(self.idle.items()):
+            if (runner.shape, runner.slots) == (shape, slots):
+                del self.idle[id_]
+                return runner
         try:
             return self._new(shape, slots)
         except Exception as error:
-            if not ran_out_of_memory(error) or not self._idle:
+            if not ran_out_of_memory(error) or not self.idle:
                 raise
-        self.clear()  # memory kept for jobs that may come goes to the one that is there
+        self.clear()  # the memory of idle runners goes to this one
         return self._new(shape, slots)
 
-    def give_back(self, stage: GraphRunner) -> None:
-        """Keeps a stage for the next job of its shape, if there is anything to gain from it."""
+    def give_back(self, runner: GraphRunner) -> None:
+        """Keeps a runner for the next batch of its shape, if iterations are captured."""
         if self._pool is None:
             return
-        for slot in range(stage.slots):
-            stage.clear(slot)
-        self._idle[id(stage)] = stage
-        while len(self._idle) > self.MOST or sum(s.bytes for s in self._idle.values()) > self._most_bytes:
-            self._idle.popitem(last=False)
+        for slot in range(runner.slots):
+            runner.clear(slot)
+        self.idle[id(runner)] = runner
+        while len(self.idle) > self.MOST or sum(s.bytes for s in self.idle.values()) > self._most_bytes:
+            self.idle.popitem(last=False)
 
     def clear(self) -> None:
-        """Drops what is kept."""
-        self._idle.clear()
-        if self._chain.device.type == "cuda":
+        """Drops the idle runners."""
+        self.idle.clear()
+        if self._features.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _new(self, shape: Shape, slots: int) -> GraphRunner:
-        stage = GraphRunner(self._chain, shape, slots)
+        runner = GraphRunner(self._features, shape, slots)
         if self._pool is not None:
-            stage.capture(self._pool, self._stream)
-        return stage
+            runner.capture(self._pool, self._stream)
+        return runner

@@ -1,7 +1,7 @@
-"""How much of the device's memory a batch takes, before it has any of it.
+"""Estimates of the device memory of a batch, before the batch exists.
 
-The iteration itself is run on torch's meta device, where tensors have a shape and no memory, and what would be alive is
-counted. So the estimate follows the code, whatever is changed there.
+The estimate runs the iteration itself on torch's meta device, where tensors have a shape and no memory, and counts the
+bytes of the tensors that are alive. So it follows every change of the code.
 """
 
 from __future__ import annotations
@@ -29,50 +29,53 @@ from gramophone_server.network.vgg import Vgg
 __all__ = ["bytes_free", "bytes_needed"]
 
 META = torch.device("meta")
-GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to it
+GRANULE = 512  # bytes; torch's allocator for GPUs rounds up to multiples of it
 
-# What the meta device does not see: partial sums of our own kernels (7 MB at 1024 px) and what cuDNN and cuBLAS take to
-# work in (cuBLAS: 32 MB on Hopper). To be measured: `make gpu-check` compares the estimate with the allocator's peak.
+# Bytes that the meta device does not see: partial sums of our own kernels (7 MB at 1024 px) and the workspaces of cuDNN
+# and cuBLAS (cuBLAS: 32 MB on Hopper). Not measured yet: `make gpu-check` compares the estimate with the allocator's
+# peak.
 WORKSPACES = 48 * 2**20
 
 
 def bytes_free(device: torch.device) -> int:
-    """Bytes of the device's memory that nobody uses; of the computer's, or of its container's, on a CPU."""
+    """Free memory of the device in bytes; on a CPU, that of the computer or of its container, whichever is less."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(
-        OSError, StopIteration
-    ):  # not Linux; without what files are kept in, which it would give up
+    # MemAvailable also counts the page cache, which the kernel would give up. There is none on other systems than
+    # Linux.
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # in no container, or in one without a limit ("max")
+    with contextlib.suppress(OSError, ValueError):  # outside of a container, or in one without a limit ("max")
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     return free
 
 
-@lru_cache(1024)  # 20 ms of Python each, which every request asks for
-def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, form: str) -> int:
-    """Bytes on the device that an iteration of a batch of ``slots`` jobs takes at its peak, without the network's own
-    weights. ``form`` as in `Chain`; on a CPU it is "library", which takes as much as oneDNN."""
-    chain = VggFeatures(vgg, META, precision, form=form)
+@lru_cache(1024)  # an estimate takes 20 ms of Python, and every request needs one
+def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, kernel: str) -> int:
+    """Peak device memory in bytes of a batch of ``slots`` jobs and its iterations, without the network's weights.
+
+    ``kernel`` as in `VggFeatures`; for a CPU it is "library", which takes as much as "onednn".
+    """
+    features = VggFeatures(vgg, META, precision, kernel=kernel)
     with Alive() as alive:
-        stage = GraphRunner(chain, shape, slots)
-        stage.iterate(2)  # the second has what the first one left
+        runner = GraphRunner(features, shape, slots)
+        runner.iterate(2)  # the second one starts with the tensors that the first one left
     peak: int = alive.peak
-    return peak + (WORKSPACES if form == "cudnn" else 0)
+    return peak + (WORKSPACES if kernel == "cudnn" else 0)
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors made while it is on and still in use, and the `peak` of that."""
+    """While active, counts the bytes of the tensors that were made since and are in use (`now`), and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._users: Counter[int] = Counter()  # of a storage: tensors that Python knows
-        self._bytes: dict[int, int] = {}
+        self.now = self.peak = 0  # bytes
+        self._users: Counter[int] = Counter()  # Python tensors by storage
+        self._bytes: dict[int, int] = {}  # by storage
 
     def __torch_dispatch__(
         self,

@@ -1,4 +1,4 @@
-"""The objective of a batch at one scale: targets, weights, and J with its gradient at a picture."""
+"""The objective J of a batch at one scale: its targets and weights, and its value and gradient at given pictures."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ __all__ = ["Evaluation", "Objective"]
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """J and its gradient at one picture of each job."""
+    """The terms of J and its gradient at one picture of each job."""
 
-    terms: Tensor  # float32 [content layers + style layers + 1, B], each with its weight; the last is tv
+    terms: Tensor  # float32 [content layers + style layers + 1, B], each times its weight; the last is total variation
     grad: Tensor  # float32 [B, 3, H, W]
 
 
 class Objective:
-    """What a batch of same-shape jobs is after at one scale.
+    """The objective of a batch of jobs of one shape at one scale.
 
-    Targets and weights are tensors with an entry per slot, which can be changed between two evaluations. They live in
-    buffers that `set_targets` fills for one slot, so that a captured evaluation serves whoever comes. Weights of 0 are an empty
-    slot: its terms and its gradient are 0.
+    Targets and weights are tensors with an entry per slot, in buffers that `set_targets` and `set_weights` fill for one
+    slot between two evaluations, so that a captured evaluation serves all jobs of the shape. An empty slot has weights
+    of 0: its terms and its gradient are 0.
     """
 
-    def __init__(self, chain: VggFeatures, shape: Shape, jobs: int) -> None:
-        self.chain = chain
+    def __init__(self, features: VggFeatures, shape: Shape, jobs: int) -> None:
+        self.features = features
         self.pooling = shape.pooling
         self.content_layers, self.style_layers = shape.content_layers, shape.style_layers
         height, width = shape.height, shape.width
         self.layers = (*self.content_layers, *self.style_layers)
         self.content_targets = [
             torch.zeros(
-                (jobs, *chain.shape(layer, height, width)), dtype=chain.precision.forward, device=chain.device
+                (jobs, *features.shape(layer, height, width)), dtype=features.precision.forward, device=features.device
             ).contiguous(memory_format=torch.channels_last)
             for layer in self.content_layers
         ]
-        shapes = [chain.shape(layer, height, width) for layer in self.style_layers]
+        shapes = [features.shape(layer, height, width) for layer in self.style_layers]
         self.pixels = [h * w for _, h, w in shapes]
-        self.scales = [gram_scale(chain, layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)]
-        self.style_targets = [torch.zeros(jobs, c, c, device=chain.device) for c, _, _ in shapes]
-        self.content_weights = torch.zeros(len(self.content_layers), jobs, device=chain.device)
-        self.style_weights = torch.zeros(len(self.style_layers), jobs, device=chain.device)
-        self.tv_weights = torch.zeros(jobs, device=chain.device)
+        self.scales = [gram_scale(features, layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)]
+        self.style_targets = [torch.zeros(jobs, c, c, device=features.device) for c, _, _ in shapes]
+        self.content_weights = torch.zeros(len(self.content_layers), jobs, device=features.device)
+        self.style_weights = torch.zeros(len(self.style_layers), jobs, device=features.device)
+        self.tv_weights = torch.zeros(jobs, device=features.device)
 
     @torch.inference_mode()
     def set_targets(
         self, slot: int, recipe: Recipe, content: Tensor, styles: Sequence[tuple[Sequence[Tensor], float]]
     ) -> None:
-        """Targets and weights of a new job; no other slot's change.
+        """Sets the targets and weights of a new job in ``slot``; other slots do not change.
 
-        ``content``: float32 [1, 3, H, W] in [0, 1]. ``styles``: per image its Gram matrices [C, C], one per style layer,
-        and its weight; each target is their weighted mean.
+        ``content``: float32 [1, 3, H, W] in [0, 1]. ``styles``: for each image its Gram matrices [C, C], one per style
+        layer, and its weight; each target is their weighted mean.
         """
         if self.content_layers:
-            trace = self.chain.forward(content, self.content_layers, self.pooling)
+            activations = self.features.forward(content, self.content_layers, self.pooling)
             for layer, target in zip(self.content_layers, self.content_targets, strict=True):
-                target[slot].copy_(trace[layer][0])
+                target[slot].copy_(activations[layer][0])
         total = sum(weight for _, weight in styles)
         for i, target in enumerate(self.style_targets):
             target[slot].zero_()
@@ -76,11 +76,11 @@ class Objective:
 
     @torch.inference_mode()
     def set_weights(self, slot: int, recipe: Recipe) -> None:
-        """The weights of a recipe for the job in ``slot``, from the next evaluation on."""
+        """Sets the weights of the job in ``slot``, from the next evaluation on."""
         one, normalisation = slice(slot, slot + 1), recipe.normalisation
         contents = zip(self.content_weights, recipe.content_layers, self.content_targets, strict=True)
         for row, (layer, weight), target in contents:
-            factor = losses.content_factor(normalisation, target[one], self.chain.gain(layer))
+            factor = losses.content_factor(normalisation, target[one], self.features.gain(layer))
             row[one] = factor * (recipe.alpha * weight)
         styles = zip(self.style_weights, recipe.style_layers, self.style_targets, self.pixels, strict=True)
         for row, (_, weight), target, pixels in styles:
@@ -89,24 +89,25 @@ class Objective:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Makes the slot an empty one."""
+        """Makes a slot empty."""
         for weights in (self.content_weights[:, slot], self.style_weights[:, slot], self.tv_weights[slot]):
             weights.zero_()
 
     @torch.inference_mode()
     def evaluate(self, image: Tensor) -> Evaluation:
-        """J and its gradient at ``image``, float32 [B, 3, H, W] in [0, 1]. Reads nothing back."""
-        trace = self.chain.forward(image, self.layers, self.pooling)
+        """The terms of J and its gradient at ``image``, float32 [B, 3, H, W] in [0, 1]. Does not wait for the
+        device."""
+        activations = self.features.forward(image, self.layers, self.pooling)
         terms, diffs = [], {}
         if self.style_layers:
             style, differences = ops.style_fwd(
-                [trace[layer] for layer in self.style_layers], self.style_targets, self.style_weights, self.scales
+                [activations[layer] for layer in self.style_layers], self.style_targets, self.style_weights, self.scales
             )
             diffs = dict(zip(self.style_layers, differences, strict=True))
             terms.append(style)
         contents = dict(
             zip(self.content_layers, zip(self.content_targets, self.content_weights, strict=True), strict=True)
         )
-        grad, content = self.chain.backward(trace, diffs, contents)
+        grad, content = self.features.backward(activations, diffs, contents)
         tv = ops.tv_(grad, image, self.tv_weights)
         return Evaluation(torch.cat([*(content[layer][None] for layer in self.content_layers), *terms, tv[None]]), grad)

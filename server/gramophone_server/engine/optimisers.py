@@ -1,7 +1,7 @@
-"""How the pixels of a batch follow their gradients: gradient descent, Adam, L-BFGS.
+"""Optimisers that move the pixels of a batch along their gradients: gradient descent, Adam, L-BFGS.
 
-All state and all decisions are tensors, per job and on the device, and every step works in place on the same memory and
-reads nothing back: a job never waits for another, and the whole step can be captured once and replayed.
+All state and all decisions are tensors on the device, with an entry per job. A step works in place on the same memory
+and does not wait for the device, so no job waits for another, and the step can be captured once and replayed.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ __all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "carried", "layout",
 
 @dataclass(eq=False)
 class Canvas:
-    """The pictures of a batch at one scale and what decides over their steps; fixed buffers, changed in place."""
+    """The pictures of a batch at one scale, and the tensors that control their steps: fixed buffers, changed in
+    place."""
 
     image: Tensor  # float32 [B, 3, H, W], contiguous
-    last_good: Tensor  # like image: the picture before the step, and what a job that diverged shows
-    mean: Tensor | None  # running average of the iterates (zeros at the start), None where the recipe has none
-    average: float  # of the recipe
-    step: Tensor  # float32 [B]
-    count: Tensor  # int64 [B], gradients seen since the job began
-    alive: Tensor  # bool [B]
-    diverged_at: Tensor  # int64 [B], 0: has not
+    last_good: Tensor  # like image: the picture before the step, which a job that diverged shows
+    mean: Tensor | None  # like image: running average of the iterates, zeros at the start; None without an average
+    average: float  # of the recipe: the decay of the running average, 0 for none
+    step: Tensor  # float32 [B], of the recipe
+    count: Tensor  # int64 [B], gradients that the job's optimiser has seen
+    alive: Tensor  # bool [B], False for an empty slot and for a job that diverged
+    diverged_at: Tensor  # int64 [B], the count at the gradient that was not finite, 0 for none
 
     @classmethod
     def empty(cls, jobs: int, height: int, width: int, average: float, device: torch.device) -> Canvas:
-        """Black pictures and nobody alive."""
+        """A canvas of ``jobs`` empty slots: black pictures that are not alive."""
         image = torch.zeros(jobs, 3, height, width, device=device)
         return cls(
             image=image,
@@ -55,13 +56,13 @@ class Canvas:
 
 
 class Stepper(Protocol):
-    """An optimiser with the state of a batch at one scale."""
+    """An optimiser and its state for a batch at one scale."""
 
     def step_(self, grad: Tensor) -> None:
         """Moves the canvas's image, after `ops.check_finite_` was called for this gradient."""
 
     def slot(self, index: int) -> SlotTensors:
-        """All state of one job, as views of the buffers; zeros are a new one."""
+        """The state of one job, as views of the buffers. All zeros is the state of a new job."""
 
 
 def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
@@ -78,7 +79,8 @@ def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
 
 
 def carried(optimiser: Optimiser, state: SlotTensors, height: int, width: int) -> SlotTensors:
-    """The state of one job at a scale with other pixels, as far as it means something there; the rest is zero."""
+    """Carries the state of one job over to a scale of ``height`` x ``width`` px. Tensors that it leaves out start at
+    zero."""
     match optimiser:
         case Optimiser.ADAM:
             return Adam.carried(state, height, width)
@@ -88,13 +90,14 @@ def carried(optimiser: Optimiser, state: SlotTensors, height: int, width: int) -
 
 
 def layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
-    """All that a slot holds of one job, as tensors that have a type and a shape but no memory."""
+    """The tensors that a slot holds for one job, on the meta device: with a type and a shape but no memory."""
     canvas = Canvas.empty(1, height, width, recipe.average, torch.device("meta"))
     return canvas.slot(0) | make_stepper(recipe.optimiser, canvas).slot(0)
 
 
 class Descent:
-    """G <- G - step * dJ/dG; normalised: the gradient first divided by its root mean square."""
+    """Gradient descent: X <- X - step * dJ/dX; ``normalised``: the gradient is first divided by its root mean
+    square."""
 
     def __init__(self, canvas: Canvas, normalised: bool) -> None:
         self.canvas, self.normalised = canvas, normalised
@@ -105,15 +108,16 @@ class Descent:
         ops.descent_(c.image, c.last_good, c.mean, grad, c.step, c.alive, c.average, self.normalised)
 
     def slot(self, index: int) -> SlotTensors:
-        """There is no state."""
+        """Descent has no state."""
         return {}
 
 
 class Adam:
-    """Adam (Kingma, Ba 2015, arXiv:1412.6980) with betas 0.9 and 0.99: runs are a hundred steps, not millions.
+    """Adam (Kingma, Ba 2015, arXiv:1412.6980, algorithm 1).
 
-    epsilon is 1e-16: gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp.
-    The kernels have both constants from csrc/step.h.
+    The second beta is 0.99 instead of 0.999, because runs have a hundred steps, not millions. epsilon is 1e-16, because
+    gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp the steps. The
+    kernels have the same constants from csrc/step.h.
     """
 
     BETAS = (0.9, 0.99)
@@ -131,29 +135,29 @@ class Adam:
         )  # fmt: skip
 
     def slot(self, index: int) -> SlotTensors:
-        """The moments; how many gradients they are of is the canvas's count."""
+        """The running moments of the gradient. The number of gradients in them is the canvas's count."""
         return {"first": self.first[index], "second": self.second[index]}
 
     @staticmethod
     def carried(state: SlotTensors, height: int, width: int) -> SlotTensors:
-        """The moments at a scale with other pixels."""
-        # A pixel's gradient shrinks as their number grows, and squares with it: without this the old, larger squares
-        # would hold the steps of the new scale back for about 1 / (1 - 0.99) iterations.
+        """Resamples the moments to a scale of ``height`` x ``width`` px."""
+        # The gradient of a pixel is inversely proportional to the number of pixels. Without this correction the old,
+        # larger squares would shorten the steps of the new scale for about 1 / (1 - 0.99) iterations.
         first, second = (_resampled(state[name][None], height, width)[0] for name in ("first", "second"))
         shrink = state["first"].numel() / first.numel()
         return {"first": first * shrink, "second": second * shrink**2}
 
 
 class LBFGS:
-    """L-BFGS (Nocedal 1980) with `PAIRS` correction pairs and without a line search.
+    """L-BFGS (Nocedal 1980, Mathematics of Computation 35) with `PAIRS` correction pairs and without a line search.
 
-    A pair that shows no positive curvature is left out of that job's history, and a step is never longer than ``step``
-    (root mean square over the pixels): together they do what a line search is for, at one gradient per iteration. The
-    attributes are the arguments of `ops.lbfgs_`; the kernels have both constants from csrc/step.h.
+    A pair without positive curvature is left out of its job's history, and a step is never longer than ``step`` (root
+    mean square over the pixels): together these do the work of a line search, at one gradient per iteration. The
+    attributes are the arguments of `ops.lbfgs_`; the kernels have the same constants from csrc/step.h.
     """
 
     PAIRS = 10  # 20 image-sized tensors, 240 MB for a 1024 px square
-    LEAST_CURVATURE = 1e-6  # of s.y / (|s| |y|)
+    LEAST_CURVATURE = 1e-6  # the least s.y / (|s| |y|) of a pair that is used
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
@@ -172,7 +176,7 @@ class LBFGS:
         ops.lbfgs_(c.image, c.last_good, c.mean, *memory, grad, c.step, c.alive, c.average)
 
     def slot(self, index: int) -> SlotTensors:
-        """The pairs and what is known of them."""
+        """The pairs and the values computed from them; see `ops.lbfgs_`."""
         return {
             "history": self.history[:, :, index],
             "before": self.before[index],
@@ -184,19 +188,19 @@ class LBFGS:
 
     @classmethod
     def carried(cls, state: SlotTensors, height: int, width: int) -> SlotTensors:
-        """The pairs at a scale with other pixels, and what they say there. The next gradient forms none: it is the first
-        at this scale."""
-        shrink = state["before"].numel() / (3 * height * width)  # of y, as in Adam
+        """Resamples the pairs to a scale of ``height`` x ``width`` px, and computes their products anew. The next
+        gradient forms no pair, because it is the first at this scale."""
+        shrink = state["before"].numel() / (3 * height * width)  # of gradients, and so of y, as in Adam
         history = torch.stack([_resampled(pairs, height, width) for pairs in state["history"]])
         history *= history.new_tensor([1.0, shrink]).view(2, 1, 1, 1, 1)
-        kept = state["inverse"] > 0  # a pair that was left out stays out
+        kept = state["inverse"] > 0  # a pair that is left out stays so
         history = torch.where(kept.view(1, -1, 1, 1, 1), history, 0.0)
         seen = torch.stack([state["seen"][0], torch.zeros_like(state["seen"][1])])
-        return {"history": history, "seen": seen, **cls._judged(history, seen[0])}
+        return {"history": history, "seen": seen, **cls._products(history, seen[0])}
 
     @classmethod
-    def _judged(cls, history: Tensor, pairs: Tensor) -> SlotTensors:
-        """All that is known of the pairs, from the history alone; ``pairs`` were written to it."""
+    def _products(cls, history: Tensor, pairs: Tensor) -> SlotTensors:
+        """The tensors that `ops.lbfgs_` computes from the history; ``pairs``: how many were ever written to it."""
         held, vectors = cls.PAIRS, 2 * cls.PAIRS
         rows = history.reshape(1, vectors, -1)
         products = rows.new_zeros(1, vectors + 1, vectors + 1, dtype=torch.float64)
@@ -217,5 +221,5 @@ class LBFGS:
 
 
 def _resampled(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear: squares must stay positive."""
+    """Bilinear, because squares must stay positive."""
     return F.interpolate(x, (height, width), mode="bilinear", antialias=True)

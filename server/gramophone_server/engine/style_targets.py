@@ -1,8 +1,8 @@
-"""Style targets: the Gram matrices of style images, kept for the next job in the same style.
+"""Style targets: the Gram matrices of style images, cached for the next job in the same style.
 
-A style is asked for again at every scale of every job that paints in it, and its way through the network costs half an
-iteration (benchmarks/RESULTS.md). What is kept is what would be computed, to the last bit. Caches belong to one network in one precision, and
-like their engine to one thread, so that no two callers ever compute the same entry at once.
+Every scale of every job needs the Gram matrices of its style images, and their forward pass costs half an iteration
+(benchmarks/RESULTS.md). A cached matrix equals a computed one bit for bit. A cache belongs to one network in one
+precision, and to its engine's thread, so that no entry is ever computed twice at the same time.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from gramophone_server.network.features import VggFeatures
 
 __all__ = ["STYLE_CACHE_BYTES", "StyleTargets", "gram_scale", "style_grams"]
 
-STYLE_CACHE_BYTES = 256 * 2**20  # the five layers of a style at one size are 2.4 MB: about 100 of these
+STYLE_CACHE_BYTES = 256 * 2**20  # about 100 entries: the five layers of a style at one size take 2.4 MB
 
 
 class StyleTargets:
-    """Gram matrices by image, size, layers and pooling, on the device; the least recently used goes first."""
+    """A cache of Gram matrices by image, size, layers and pooling, on the device; the least recently used are dropped
+    first."""
 
-    def __init__(self, chain: VggFeatures, most_bytes: int = STYLE_CACHE_BYTES) -> None:
-        self._chain, self._most_bytes = chain, most_bytes
+    def __init__(self, features: VggFeatures, most_bytes: int = STYLE_CACHE_BYTES) -> None:
+        self._features, self._most_bytes = features, most_bytes
         self._kept: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
         self._hits = self._misses = self._bytes = 0
 
     @property
     def counts(self) -> CacheCounts:
-        """For whoever watches; can be asked for on any thread."""
+        """The counts since the start; thread-safe."""
         return CacheCounts(self._hits, self._misses, self._bytes, self._most_bytes)
 
     @torch.inference_mode()
     def grams(
         self, image: Tensor, digest: bytes, width: int, height: int, layers: Sequence[str], pooling: Pooling
     ) -> tuple[Tensor, ...]:
-        """`style_grams` of ``image``, uint8 [3, h, w] with this `job.digest`, at ``width`` x ``height`` px."""
+        """`style_grams` of ``image``, uint8 [3, h, w], at ``width`` x ``height`` px. ``digest``: its `job.digest`."""
         key = digest, width, height, tuple(layers), pooling
         if key in self._kept:
             self._hits += 1
             self._kept.move_to_end(key)
             return self._kept[key]
         self._misses += 1
-        made = style_grams(self._chain, resize(image.to(self._chain.device), width, height), layers, pooling)
+        made = style_grams(self._features, resize(image.to(self._features.device), width, height), layers, pooling)
         self._kept[key] = made
         self._bytes += _bytes(made)
         while self._bytes > self._most_bytes:
@@ -57,26 +58,27 @@ class StyleTargets:
         return made
 
     def clear(self) -> None:
-        """Drops what is kept."""
+        """Drops all entries."""
         self._kept.clear()
         self._bytes = 0
 
 
 @torch.inference_mode()
-def style_grams(chain: VggFeatures, image: Tensor, layers: Sequence[str], pooling: Pooling) -> tuple[Tensor, ...]:
-    """The Gram matrices, float32 [C, C], of the layers for ``image`` [1, 3, h, w], each divided by the layer's pixels."""
+def style_grams(features: VggFeatures, image: Tensor, layers: Sequence[str], pooling: Pooling) -> tuple[Tensor, ...]:
+    """The Gram matrices of ``image``, float32 [1, 3, h, w] in [0, 1]: for each layer float32 [C, C], divided by the
+    layer's pixels."""
     if not layers:
         return ()
-    trace = chain.forward(image, layers, pooling)
+    activations = features.forward(image, layers, pooling)
     return tuple(
-        ops.gram(features, gram_scale(chain, layer, features[0, 0].numel()))[0]
-        for layer, features in ((layer, trace[layer]) for layer in layers)
+        ops.gram(activations[layer], gram_scale(features, layer, activations[layer][0, 0].numel()))[0]
+        for layer in layers
     )
 
 
-def gram_scale(chain: VggFeatures, layer: str, pixels: int) -> float:
-    """The scale of `ops.gram` for the activations of ``layer`` as the chain keeps them."""
-    return losses.gram_scale(pixels) * chain.gain(layer) ** 2
+def gram_scale(features: VggFeatures, layer: str, pixels: int) -> float:
+    """The scale of `ops.gram` for the activations of ``layer`` in the units of ``features``; see `VggFeatures.gain`."""
+    return losses.gram_scale(pixels) * features.gain(layer) ** 2
 
 
 def _bytes(grams: tuple[Tensor, ...]) -> int:

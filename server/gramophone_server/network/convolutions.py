@@ -1,7 +1,8 @@
-"""One 3x3 convolution of the network in the form that its device runs fastest, there and back.
+"""One 3x3 convolution of the network, forward and backward, by the kernels that the device runs fastest.
 
-The way back to the input of a 3x3 convolution with stride 1 is the same convolution with the kernels flipped and the
-channels exchanged, so it can run on whatever is fast for the way there. Activations are [B, C, H, W], channels_last.
+The backward pass of a 3x3 convolution with stride 1, from the gradient of its output to that of its input, is the same
+convolution with the weights flipped and the channels exchanged, so it can run on any kernel that is fast for the
+forward pass. Activations are [B, C, H, W], channels_last.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from gramophone_server import ops
 from gramophone_server.network.precision import Precision
 from gramophone_server.network.vgg import Convolution
 
-__all__ = ["CuDnn", "Fastest", "Form", "Library", "OneDnn", "can_pack"]
+__all__ = ["Autotuner", "CuDnn", "Kernel", "Library", "OneDnn", "can_pack"]
 
 ONES = [1, 1]
 LAST = torch.channels_last
 
 
-class Form(Protocol):
-    """A convolution with its weights on the device."""
+class Kernel(Protocol):
+    """A convolution with its weights on the device, and one implementation of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(convolution(x) + bias)."""
@@ -34,19 +35,19 @@ class Form(Protocol):
         """convolution(x) + bias."""
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of x from that of convolution(x)."""
+        """The gradient of x from ``grad``, that of convolution(x)."""
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`ops.bias_relu_pool` behind the convolution, or None where that is not the fastest way."""
+        """The convolution and then `ops.bias_relu_pool`; None where that is not the fastest way."""
 
 
 def _flipped(weight: Tensor, precision: Precision) -> Tensor:
-    """The weight of the way back as a forward convolution."""
+    """The weight of the backward pass as a forward convolution."""
     return weight.flip(2, 3).transpose(0, 1).to(precision.backward).contiguous(memory_format=LAST)
 
 
 class Library:
-    """torch's own convolution: any device, any type."""
+    """torch's own convolution, for any device and any type."""
 
     def __init__(self, convolution: Convolution, device: torch.device, precision: Precision) -> None:
         weight = convolution.weight.to(device)
@@ -68,7 +69,8 @@ class Library:
 
 
 class OneDnn:
-    """On a CPU: weights in oneDNN's own order, the ReLU in the convolution's pass. 1.2 times as fast as `Library`."""
+    """For a CPU: weights in oneDNN's own order, and the ReLU in the convolution's pass. 1.2 times as fast as
+    `Library`."""
 
     def __init__(self, convolution: Convolution, precision: Precision) -> None:
         self.weight = _pack(convolution.weight.to(precision.forward).contiguous(memory_format=LAST))
@@ -97,13 +99,16 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
-    """3x3 convolution and what follows it in one pass. Private calls of torch: this file is their only user."""
+    """A 3x3 convolution and ``then`` "relu" or "none", in one pass.
+
+    The op is private to torch, like that of `_pack`; no other module uses them.
+    """
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, ONES, ONES, ONES, 1, then, [], "")
     return out
 
 
 def can_pack(device: torch.device) -> bool:
-    """torch has the two private calls above for this device, and they work."""
+    """Whether torch has the two private ops above for this device, and they work."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
@@ -114,26 +119,28 @@ def can_pack(device: torch.device) -> bool:
 
 
 class CuDnn:
-    """On a GPU, in 16 bits: cuDNN's convolution, and our own pass for what it leaves apart.
+    """For a GPU, in 16 bits: cuDNN's convolution without bias, then our own kernel for bias and ReLU.
 
-    Released torch runs a convolution with a bias and a ReLU as three kernels, which costs 8 bytes per activation more than
-    one (torch's ConvShared.cpp), so here it is the bare convolution and then `ops.bias_relu_`. torch's one-pass
-    cudnn_convolution_relu is left alone: it hands cuDNN its uninitialised output as a summand of weight 0, which is NaN if
-    that is read, hides NaN from the divergence check, and is not bound to deterministic kernels; the GPU check times it.
-    There are two ways back, and which is faster depends on the layer, so `Fastest` measures them:
+    Released torch runs a convolution with a bias and a ReLU as three kernels, which costs 8 bytes per activation more
+    than one (torch's ConvShared.cpp), so here it is the bare convolution and then `ops.bias_relu_`. torch's one-pass
+    cudnn_convolution_relu is not used: it hands cuDNN its uninitialised output as a summand of weight 0, which is NaN
+    if that is read, hides NaN from the divergence check, and is not bound to deterministic kernels; the GPU check times
+    it. There are two backward passes, and which is faster depends on the layer, so `Autotuner` measures them:
 
-        flipped  a forward convolution with flipped kernels
+        flipped  a forward convolution with flipped weights
         dgrad    cuDNN's own gradient of the input
     """
 
-    def __init__(self, convolution: Convolution, device: torch.device, precision: Precision, fastest: Fastest) -> None:
+    def __init__(
+        self, convolution: Convolution, device: torch.device, precision: Precision, autotuner: Autotuner
+    ) -> None:
         weight = convolution.weight.to(device)
         self.weight = weight.to(precision.forward).contiguous(memory_format=LAST)
         self.weight_back = weight.to(precision.backward).contiguous(memory_format=LAST)
         self.back = _flipped(weight, precision)
         self.bias = convolution.bias.to(device)
         self.bias_16 = self.bias.to(precision.forward)
-        self._fastest = fastest
+        self._autotuner = autotuner
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bare(x)
@@ -144,13 +151,13 @@ class CuDnn:
         return F.conv2d(x, self.weight, self.bias_16, padding=1)
 
     def backward(self, grad: Tensor) -> Tensor:
-        return self._fastest(tuple(self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
+        return self._autotuner(tuple(self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return ops.bias_relu_pool(self.bare(x), self.bias)
 
     def bare(self, x: Tensor) -> Tensor:
-        """The convolution alone."""
+        """The convolution without bias and ReLU."""
         return F.conv2d(x, self.weight, None, padding=1)
 
     def flipped(self, grad: Tensor) -> Tensor:
@@ -158,7 +165,7 @@ class CuDnn:
         return F.conv2d(grad, self.back, None, padding=1)
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        """`backward` by cuDNN's own kernels, which want an input for its shape alone."""
+        """`backward` by cuDNN's own kernels, which need the input only for its shape."""
         b, _, h, w = grad.shape
         like = torch.empty((b, self.weight.shape[1], h, w), dtype=grad.dtype, device=grad.device, memory_format=LAST)
         out: Tensor = torch.ops.aten.convolution_backward(
@@ -167,35 +174,36 @@ class CuDnn:
         return out
 
 
-class Fastest:
-    """Of several ways to the same result the one that was fastest when they were compared; else the first.
+class Autotuner:
+    """Runs the fastest of several kernels that compute the same result: the fastest one measured, else the first.
 
-    A question is a layer's channels, without the picture's size: pictures come in any size, and a service
-    cannot stop for seconds at each new one. For the same reason cuDNN's own search (`torch.backends.cudnn.benchmark`) is
-    left off, and its heuristics choose the kernels.
+    A measurement is made once for each ``key``, a layer's channels. The picture's size is no part of it: pictures come
+    in any size, and a service cannot stop for seconds at each new one. For the same reason cuDNN's own search
+    (`torch.backends.cudnn.benchmark`) is off, and its heuristics choose the kernels.
     """
 
     REPEATS = 5
 
     def __init__(self) -> None:
-        self.comparing = False  # set while the device may be waited for, so never while a graph is captured
-        self.milliseconds: dict[Hashable, dict[str, float]] = {}  # by question and way
+        self.measuring = False  # set only while the host may wait for the device, so never during a graph capture
+        self.milliseconds: dict[Hashable, dict[str, float]] = {}  # by key and kernel
 
-    def __call__(self, question: Hashable, ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """What the fastest of ``ways`` makes of ``x``."""
-        times = self.milliseconds.get(question)
-        if times is None and self.comparing:
-            times = self.milliseconds[question] = {name: self._milliseconds(way, x) for name, way in ways.items()}
+    def __call__(self, key: Hashable, kernels: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """The result of the fastest of ``kernels`` for ``x``. Raises `RuntimeError` if, while measuring, none can
+        run."""
+        times = self.milliseconds.get(key)
+        if times is None and self.measuring:
+            times = self.milliseconds[key] = {name: self.measure(kernel, x) for name, kernel in kernels.items()}
             if not any(math.isfinite(time) for time in times.values()):
-                raise RuntimeError(f"this version of cuDNN has none of the forms {', '.join(ways)} for {question}")
-        chosen = next(iter(ways)) if times is None else min(times, key=times.__getitem__)
-        return ways[chosen](x)
+                raise RuntimeError(f"this version of cuDNN has none of the kernels {', '.join(kernels)} for {key}")
+        chosen = next(iter(kernels)) if times is None else min(times, key=times.__getitem__)
+        return kernels[chosen](x)
 
-    def _milliseconds(self, way: Callable[[Tensor], Tensor], x: Tensor) -> float:
-        """The best of a few calls; infinite where this version of cuDNN has no such form."""
+    def measure(self, kernel: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        """Milliseconds of the fastest of `REPEATS` calls; infinite if this version of cuDNN has no such kernel."""
         try:
-            for _ in range(2):  # the first lets cuDNN build its plan
-                way(x)
+            for _ in range(2):  # cuDNN builds its plan in the first call
+                kernel(x)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -204,7 +212,7 @@ class Fastest:
         for _ in range(self.REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
-            way(x)
+            kernel(x)
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end))

@@ -1,9 +1,10 @@
-"""The way through the network and back, written by hand.
+"""The network's forward and backward pass, written by hand.
 
-VGG is a line of convolutions, ReLUs and poolings with frozen weights, so there is no graph to build: the way there keeps
-what the way back needs, and the way back walks the line in reverse and adds each layer's own gradient as it passes. An
-iteration takes 0.34 to 0.44 of the textbook loop's time and about 0.75 of the same loop's in bfloat16 on a CPU without AMX
-(benchmarks/RESULTS.md). Autograd is the reference in the tests.
+VGG is a chain of convolutions, ReLUs and poolings with frozen weights, so no autograd graph is built: the forward pass
+keeps what the backward pass needs, and the backward pass walks the layers in reverse order and adds the gradient of
+each layer's own loss terms as it passes. An iteration takes 0.34 to 0.44 of the textbook loop's time, and about 0.75 of
+the same loop's in bfloat16, on a CPU without AMX (benchmarks/RESULTS.md). The tests compare it with autograd in
+float64.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +20,66 @@ from torch import Tensor
 
 from gramophone.recipe import Pooling
 from gramophone_server import ops
-from gramophone_server.network.convolutions import CuDnn, Fastest, Form, Library, OneDnn, can_pack
+from gramophone_server.network.convolutions import Autotuner, CuDnn, Kernel, Library, OneDnn, can_pack
 from gramophone_server.network.precision import Precision
 from gramophone_server.network.vgg import Convolution, Vgg
 
-__all__ = ["Activations", "VggFeatures"]
+__all__ = ["LARGEST_FP16", "Activations", "VggFeatures", "probe_images"]
 
-# The weights behind a pooling were trained on maxima, which are larger than averages: by 1.2, 1.6, 1.4 and 2.0 (root mean
-# square, the four poolings of the Oxford VGG-19 on three pictures). With this factor relu5_1 is 0.9 to 1.3 times the size
-# that it has with maxima; with 2, which is right for independent values, it would be 3 to 4 times.
+# The weights after a pooling were trained on maxima, which are larger than averages: by 1.2, 1.6, 1.4 and 2.0 (root
+# mean square, the four poolings of the Oxford VGG-19 on three pictures). With this factor relu5_1 is 0.9 to 1.3 times
+# the size that it has with maxima; with 2, which is right for independent values, it would be 3 to 4 times.
 AVERAGE_GAIN = 1.5
 
-# What the activations of a layer may reach on `_probes` in float16, whose end is 65504. The Oxford VGG-19 reaches 17,000
-# on photos and 37,000 on hard-edged blocks (relu4_2), so its layers are kept at up to 1/16 of their size.
+# The largest activation that a layer may have on `probe_images` in float16, whose largest number is 65504. The Oxford
+# VGG-19 reaches 17,000 on photos and 37,000 on hard-edged blocks (relu4_2), so its layers are kept at down to 1/16 of
+# their size.
 LARGEST_FP16 = 4096.0
 
 
 @dataclass(eq=False)
 class Activations:
-    """What one pass left behind: activations [B, C, H, W] in the chain's type, channels_last."""
+    """The results of one forward pass that the backward pass needs: tensors [B, C, H, W], channels_last, in the
+    precision's forward type, by the name of their convolution ("3_1")."""
 
     pooling: Pooling
-    after: dict[str, Tensor] = field(default_factory=dict)  # by convolution, behind its ReLU
-    before: dict[str, Tensor] = field(default_factory=dict)  # in front of the ReLU, where someone asked
-    pools: dict[str, Tensor] = field(default_factory=dict)  # the input of each convolution that has a pooling in front
-    codes: dict[str, Tensor] = field(default_factory=dict)  # in place of `after`, of the convolutions pooled at once
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) by convolution
+    relu: dict[str, Tensor] = field(default_factory=dict)  # the layer's output, unless it is in `codes`
+    conv: dict[str, Tensor] = field(default_factory=dict)  # before the ReLU, of the layers requested as "conv3_1"
+    pooled: dict[str, Tensor] = field(default_factory=dict)  # the input of each convolution that follows a pooling
+    codes: dict[str, Tensor] = field(default_factory=dict)  # instead of `relu`, where ReLU and pooling were one kernel
+    sizes: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # (height, width) of each convolution, in forward order
 
     def __getitem__(self, layer: str) -> Tensor:
         """Activations of a layer such as "relu4_2" or "conv3_1"."""
-        return (self.after if layer.startswith("relu") else self.before)[layer[4:]]
+        return (self.relu if layer.startswith("relu") else self.conv)[layer[4:]]
+
+    def free(self, name: str) -> None:
+        """Releases the tensors of one convolution."""
+        for kept in (self.relu, self.conv, self.pooled, self.codes):
+            kept.pop(name, None)
+
+
+class _Layer(NamedTuple):
+    """One convolution on the device."""
+
+    name: str  # "3_1"
+    pooled: bool  # a 2x2 pooling comes before it
+    kernel: Kernel
 
 
 class VggFeatures:
-    """A network on a device, in one precision. Holds no state of a job, so all jobs share it.
+    """A network on a device, in one precision. It holds no state of a job, so all jobs share it.
 
-    In float16 the layers are kept smaller than they are, by powers of two that `gain` tells: relu(s x) = s relu(x), so
-    that changes nothing else. What leaves the chain, or comes into it, is in kept units.
+    In float16 each layer's activations are kept smaller than they are, by the power of two that `gain` returns:
+    relu(s x) = s relu(x), so this changes nothing else. `forward` returns, and `backward` takes, values in these units.
     """
 
-    def __init__(self, vgg: Vgg, device: torch.device, precision: Precision, *, form: str | None = None) -> None:
-        """``form`` of the convolutions: "onednn", "cudnn" or "library"; None for what the device runs fastest."""
+    def __init__(self, vgg: Vgg, device: torch.device, precision: Precision, *, kernel: str | None = None) -> None:
+        """``kernel`` of the convolutions: "onednn", "cudnn" or "library"; None for the device's fastest."""
         self.device, self.precision = device, precision
-        self.form = form or _fastest_form(device, precision)
+        self.kernel = kernel or _fastest_kernel(device, precision)
         self.layers = vgg.layers
         p = vgg.preprocessing
         self._order = list(p.channels)
@@ -71,118 +90,152 @@ class VggFeatures:
         if precision.forward == torch.float16 and device.type != "meta":
             self._gains = _gains(vgg, device, self._normalised)
             convolutions = _rescaled(convolutions, self._gains)
-        self.fastest = Fastest()  # the forms chosen on a GPU, for those who want to see them
-        self._line = [(c.name, c.pooled, self._convolution(c)) for c in convolutions]
+        self.autotuner = Autotuner()
+        self._layers = [_Layer(c.name, c.pooled, self.make_kernel(c)) for c in convolutions]
         self._channels = {c.name: c.weight.shape[0] for c in convolutions}
-        self._edge = self._first_layer(convolutions[0])
-        if device.type == "cuda" and self.form == "cudnn":
-            self._compare_forms()
+        self._first_layer = self._make_first_layer(convolutions[0])
+        if device.type == "cuda" and self.kernel == "cudnn":
+            self._autotune()
 
     def gain(self, layer: str) -> float:
-        """How many times smaller than the network's the activations of ``layer`` are kept: a power of two."""
+        """The power of two by which the activations of ``layer`` are kept smaller than the network's."""
         return self._gains[layer[4:]]
 
     def shape(self, layer: str, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, height, width) of a layer's activations for a picture of ``height`` x ``width``."""
+        """(channels, height, width) of a layer's activations for a picture of ``height`` x ``width`` px."""
         name = layer[4:]
-        for other, pooled, _ in self._line:
+        for other, pooled, _ in self._layers:
             if pooled:
                 height, width = height // 2, width // 2
             if other == name:
                 break
         return self._channels[name], height, width
 
+    def make_kernel(self, convolution: Convolution) -> Kernel:
+        """The convolution on the device; called once for each when the network is built."""
+        if self.kernel == "onednn":
+            return OneDnn(convolution, self.precision)
+        wide = all(
+            n % 8 == 0 for n in convolution.weight.shape[:2]
+        )  # cuDNN's tensor cores, and 16 bytes in our kernels
+        if self.kernel == "cudnn" and wide:
+            return CuDnn(convolution, self.device, self.precision, self.autotuner)
+        return Library(convolution, self.device, self.precision)
+
     @torch.inference_mode()
     def forward(self, image: Tensor, layers: Collection[str], pooling: Pooling) -> Activations:
-        """From ``image``, float32 [B, 3, H, W], RGB in [0, 1], to the deepest of ``layers``. H and W are at least 16."""
-        trace = Activations(pooling)
+        """Activations of ``layers`` and of all layers before the deepest of them.
+
+        ``image``: float32 [B, 3, H, W], RGB in [0, 1]; H and W are at least 16.
+        """
+        activations = Activations(pooling)
         deepest = max(self.layers.index(layer) for layer in layers)
-        line = self._line[: deepest // 2 + 1]
+        used = self._layers[: deepest // 2 + 1]
         x = image
-        for i, (name, pooled, form) in enumerate(line):
-            if pooled and line[i - 1][0] not in trace.codes:
-                x = trace.pools[name] = self._pool(x, pooling)
-            trace.sizes[name] = (x.shape[2], x.shape[3])
-            wanted = "conv" + name in layers, "relu" + name in layers
-            if i == 0 and self._edge is not None and not wanted[0]:
-                x = trace.after[name] = self._edge.forward(x)
+        for i, (name, pooled, kernel) in enumerate(used):
+            if pooled and used[i - 1].name not in activations.codes:
+                x = activations.pooled[name] = self._pool(x, pooling)
+            activations.sizes[name] = (x.shape[2], x.shape[3])
+            conv_requested, relu_requested = "conv" + name in layers, "relu" + name in layers
+            if i == 0 and self._first_layer is not None and not conv_requested:
+                x = activations.relu[name] = self._first_layer.forward(x)
                 continue
             if i == 0:
                 x = self._normalised(x).to(self.precision.forward).contiguous(memory_format=torch.channels_last)
-            if wanted[0]:
-                trace.before[name] = form.linear(x)
-                x = trace.after[name] = trace.before[name].relu()
+            if conv_requested:
+                activations.conv[name] = kernel.linear(x)
+                x = activations.relu[name] = activations.conv[name].relu()
                 continue
-            if pooling is Pooling.MAX and i + 1 < len(line) and line[i + 1][1] and not wanted[1]:
-                at_once = form.forward_pooled(x)
-                if at_once is not None:
-                    x, trace.codes[name] = at_once
+            if pooling is Pooling.MAX and i + 1 < len(used) and used[i + 1].pooled and not relu_requested:
+                fused = kernel.forward_pooled(x)
+                if fused is not None:
+                    x, activations.codes[name] = fused
                     continue
-            x = trace.after[name] = form.forward(x)
-        return trace
+            x = activations.relu[name] = kernel.forward(x)
+        return activations
 
     @torch.inference_mode()
     def backward(
-        self, trace: Activations, diffs: Mapping[str, Tensor], contents: Mapping[str, tuple[Tensor, Tensor]]
+        self, activations: Activations, diffs: Mapping[str, Tensor], contents: Mapping[str, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of the image, float32 [B, 3, H, W], from what the layers of a trace add to it.
+        """The image's gradient, float32 [B, 3, H, W], of the sum of the layers' loss terms, and the content losses [B]
+        by layer. Uses the activations up.
 
-        ``diffs`` by layer, [B, C, C]: its part is diff F, as `ops.style_bwd_` takes it. ``contents`` by layer: target and
-        weight, as `ops.content_` takes them; the losses [B] that it returns come second. A layer can have both. The trace
-        is used up.
+        ``diffs``: by layer [B, C, C], for which the gradient of the style term is diff F, as in `ops.style_bwd_`.
+        ``contents``: by layer its target and weight, as in `ops.content_`. A layer can have both terms.
         """
-        losses: dict[str, Tensor] = {}
-        grad: Tensor | None = None
-        masked = False  # the ReLU that grad has just reached is already in it
-        for i in reversed(range(len(trace.sizes))):
-            name, pooled, form = self._line[i]
-            if name in trace.codes:
-                if grad is not None:
-                    grad = ops.pool_codes_bwd(grad, trace.codes[name], *trace.sizes[name])
-            else:
-                for layer, features in (("relu" + name, trace.after[name]), ("conv" + name, trace.before.get(name))):
-                    touched = layer in diffs or layer in contents
-                    if features is None or (grad is None and not touched):
-                        continue
-                    if grad is None:
-                        grad = torch.zeros_like(features, dtype=self.precision.backward)
-                    mask = layer.startswith("relu") and not masked
-                    if layer in contents:
-                        last = layer not in diffs
-                        losses[layer] = ops.content_(grad, features, *contents[layer], relu_mask=mask and last)
-                    if layer in diffs or (mask and layer not in contents):
-                        ops.style_bwd_(grad, features, diffs.get(layer), relu_mask=mask)
+        terms = _LossTerms(diffs, contents, self.precision.backward)
+        grad: Tensor | None = None  # None until the deepest layer with a term is reached
+        masked = False  # the unpooling has applied the mask of the ReLU before it
+        for index in reversed(range(len(activations.sizes))):
+            layer = self._layers[index]
+            grad = self._through_relu(grad, layer.name, activations, terms, masked)
             masked = False
             if grad is None:
                 continue
-            if i == 0:
+            if index == 0:
                 break
-            grad = form.backward(grad)
-            if pooled and (below := trace.after.get(self._line[i - 1][0])) is not None:
-                lower = "relu" + self._line[i - 1][0]
-                masked = trace.pooling is Pooling.MAX and lower not in diffs and lower not in contents
-                grad = self._unpool(grad, below, trace.pools[name], trace.pooling, masked)
-            # What lies deeper is needed no more, and its memory is what the next gradients go into.
-            for kept in (trace.after, trace.before, trace.pools, trace.codes):
-                kept.pop(name, None)
-        assert grad is not None, "a trace ends at a layer that somebody asked for"
-        return self._to_image(grad), losses
+            grad = layer.kernel.backward(grad)
+            if layer.pooled:
+                grad, masked = self._through_pooling(grad, index, activations, terms)
+            # The memory of the deeper layers is reused for the gradients that follow.
+            activations.free(layer.name)
+        assert grad is not None, "the activations end at a layer that has a term"
+        return self._to_image(grad), terms.content_losses
+
+    @staticmethod
+    def _through_relu(
+        grad: Tensor | None, name: str, activations: Activations, terms: _LossTerms, masked: bool
+    ) -> Tensor | None:
+        """The gradient of a convolution's output from that of its layer's output, with the layer's own terms."""
+        if (
+            name in activations.codes
+        ):  # ReLU and pooling were one kernel, so their backward is one, too; there are no terms
+            if grad is None:
+                return None
+            return ops.pool_codes_bwd(grad, activations.codes[name], *activations.sizes[name])
+        grad = terms.add("relu" + name, activations.relu[name], grad, relu_mask=not masked)
+        if name in activations.conv:
+            grad = terms.add("conv" + name, activations.conv[name], grad, relu_mask=False)
+        return grad
+
+    def _through_pooling(
+        self, grad: Tensor, index: int, activations: Activations, terms: _LossTerms
+    ) -> tuple[Tensor, bool]:
+        """The gradient of a pooling's input from that of its output, and whether the mask of the ReLU before it is
+        applied.
+
+        The kernel of maxima can apply the mask as well. It must not where the layer before has a term: the term is
+        added to the gradient before the mask.
+        """
+        name, before = self._layers[index].name, self._layers[index - 1].name
+        if before in activations.codes:  # unpooled by `_through_relu`
+            return grad, False
+        features, pooled = activations.relu[before], activations.pooled[name]
+        if activations.pooling is Pooling.MAX:
+            relu_mask = "relu" + before not in terms
+            return ops.max_pool_bwd(grad, features, pooled, relu_mask), relu_mask
+        like = features if features.dtype == grad.dtype else torch.empty_like(features, dtype=grad.dtype)
+        out: Tensor = torch.ops.aten.avg_pool2d_backward(
+            grad * AVERAGE_GAIN, like, [2, 2], [2, 2], [0, 0], False, True, None
+        )
+        return out, False
 
     @torch.inference_mode()
-    def _compare_forms(self) -> None:
-        """One way there and back at 512 px, each form of each layer timed; half a second."""
-        self.fastest.comparing = True
-        trace = self.forward(torch.rand(1, 3, 512, 512, device=self.device), {"relu5_1"}, Pooling.MAX)
-        deepest = trace["relu5_1"]
+    def _autotune(self) -> None:
+        """Times the kernels of each layer in one forward and backward pass at 512 px; takes half a second."""
+        self.autotuner.measuring = True
+        activations = self.forward(torch.rand(1, 3, 512, 512, device=self.device), {"relu5_1"}, Pooling.MAX)
+        deepest = activations["relu5_1"]
         weight = torch.ones(1, device=self.device)
-        self.backward(trace, {}, {"relu5_1": (torch.zeros_like(deepest), weight)})
-        self.fastest.comparing = False
+        self.backward(activations, {}, {"relu5_1": (torch.zeros_like(deepest), weight)})
+        self.autotuner.measuring = False
 
     def _to_image(self, grad: Tensor) -> Tensor:
         """The image's gradient from that of conv1_1's output."""
-        if self._edge is not None:
-            return self._edge.backward(grad)
-        grad = self._line[0][2].backward(grad).float()
+        if self._first_layer is not None:
+            return self._first_layer.backward(grad)
+        grad = self._layers[0].kernel.backward(grad).float()
         back = torch.empty(grad.shape, dtype=torch.float32, device=self.device)  # contiguous, like the image
         for c, channel in enumerate(self._order):
             torch.mul(grad[:, c], self._scale[c], out=back[:, channel])
@@ -192,16 +245,8 @@ class VggFeatures:
         channels = [image[:, c] * s + t for c, s, t in zip(self._order, self._scale, self._shift, strict=True)]
         return torch.stack(channels, 1)
 
-    def _convolution(self, convolution: Convolution) -> Form:
-        if self.form == "onednn":
-            return OneDnn(convolution, self.precision)
-        wide = all(n % 8 == 0 for n in convolution.weight.shape[:2])  # cuDNN's tensor cores, and 16 bytes in our passes
-        if self.form == "cudnn" and wide:
-            return CuDnn(convolution, self.device, self.precision, self.fastest)
-        return Library(convolution, self.device, self.precision)
-
-    def _first_layer(self, convolution: Convolution) -> _FirstLayer | None:
-        if self.form != "cudnn" or convolution.weight.shape[0] != 64:
+    def _make_first_layer(self, convolution: Convolution) -> _FirstLayer | None:
+        if self.kernel != "cudnn" or convolution.weight.shape[0] != 64:
             return None
         return _FirstLayer(convolution, self.device, self.precision, self._scale, self._shift, self._order)
 
@@ -211,18 +256,44 @@ class VggFeatures:
             return ops.max_pool(x)
         return F.avg_pool2d(x, 2).mul_(AVERAGE_GAIN)
 
-    @staticmethod
-    def _unpool(grad: Tensor, features: Tensor, pooled: Tensor, pooling: Pooling, masked: bool) -> Tensor:
-        if pooling is Pooling.MAX:
-            return ops.max_pool_bwd(grad, features, pooled, masked)
-        like = features if features.dtype == grad.dtype else torch.empty_like(features, dtype=grad.dtype)
-        out: Tensor = torch.ops.aten.avg_pool2d_backward(
-            grad * AVERAGE_GAIN, like, [2, 2], [2, 2], [0, 0], False, True, None
-        )
-        return out
+
+class _LossTerms:
+    """The loss terms of one backward pass, by layer ("relu3_1", "conv3_1")."""
+
+    def __init__(
+        self,
+        diffs: Mapping[str, Tensor],
+        contents: Mapping[str, tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
+        """``diffs`` and ``contents`` as in `VggFeatures.backward`, ``dtype`` of the gradient."""
+        self._diffs, self._contents, self._dtype = diffs, contents, dtype
+        self.content_losses: dict[str, Tensor] = {}  # [B] by layer, as far as the pass has come
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._diffs or layer in self._contents
+
+    def add(self, layer: str, features: Tensor, grad: Tensor | None, *, relu_mask: bool) -> Tensor | None:
+        """Adds the gradients of the layer's terms to ``grad``, in place, and returns it; None stands for zeros.
+
+        With ``relu_mask`` the result is 0 where ``features``, the output of a ReLU, are 0. The mask comes after all
+        terms, so the op of the last term applies it; without a term it takes an op of its own.
+        """
+        has_style, has_content = layer in self._diffs, layer in self._contents
+        if grad is None:
+            if not has_style and not has_content:
+                return None
+            grad = torch.zeros_like(features, dtype=self._dtype)
+        if has_content:
+            target, weight = self._contents[layer]
+            content_mask = relu_mask and not has_style
+            self.content_losses[layer] = ops.content_(grad, features, target, weight, relu_mask=content_mask)
+        if has_style or (relu_mask and not has_content):
+            ops.style_bwd_(grad, features, self._diffs.get(layer), relu_mask=relu_mask)
+        return grad
 
 
-def _fastest_form(device: torch.device, precision: Precision) -> str:
+def _fastest_kernel(device: torch.device, precision: Precision) -> str:
     if device.type == "cuda":
         return "cudnn" if precision.forward.itemsize == 2 else "library"
     # oneDNN packs float16 only for the few CPUs that compute in it.
@@ -230,7 +301,7 @@ def _fastest_form(device: torch.device, precision: Precision) -> str:
 
 
 class _FirstLayer:
-    """conv1_1 between the image and its 64 maps, with the normalisation, in one pass each way.
+    """conv1_1 with the normalisation of the image and the ReLU, in one kernel each way.
 
     For three channels the library's convolutions pad to 8 or more, and their output is the largest of the network.
     """
@@ -257,8 +328,9 @@ class _FirstLayer:
         return ops.first_layer_bwd(grad, self.back, self._scale, self._order)
 
 
-def _probes(device: torch.device) -> Tensor:
-    """Pictures that drive the layers to their largest values: black and white noise in blocks of 1 and 8 px, and rings."""
+def probe_images(device: torch.device) -> Tensor:
+    """Images that drive the layers to their largest values, float32 [3, 3, 256, 256] in [0, 1]: black and white noise
+    in blocks of 1 px and of 8 px, and rings."""
     generator = torch.Generator().manual_seed(0)
     noise, blocks = ((torch.rand(3, 256 // n, 256 // n, generator=generator) > 0.5).float() for n in (1, 8))
     blocks = F.interpolate(blocks[None], scale_factor=8)[0]
@@ -269,9 +341,9 @@ def _probes(device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def _gains(vgg: Vgg, device: torch.device, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Per convolution, the power of two that its activations are divided by to stay under `LARGEST_FP16`."""
+    """By convolution, the power of two by which its activations are divided to stay below `LARGEST_FP16`."""
     gains = {}
-    x = normalised(_probes(device))
+    x = normalised(probe_images(device))
     for convolution in vgg.convolutions:
         if convolution.pooled:
             x = F.max_pool2d(x, 2)
@@ -282,9 +354,9 @@ def _gains(vgg: Vgg, device: torch.device, normalised: Callable[[Tensor], Tensor
 
 def _rescaled(convolutions: tuple[Convolution, ...], gains: Mapping[str, float]) -> tuple[Convolution, ...]:
     """The same network with every layer's activations divided by its gain."""
-    out, below = [], 1.0
+    out, gain_before = [], 1.0
     for c in convolutions:
         gain = gains[c.name]
-        out.append(replace(c, weight=c.weight * (below / gain), bias=c.bias / gain))
-        below = gain
+        out.append(replace(c, weight=c.weight * (gain_before / gain), bias=c.bias / gain))
+        gain_before = gain
     return tuple(out)

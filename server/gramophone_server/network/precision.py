@@ -1,10 +1,10 @@
-"""How exactly the network computes. A mode has one type for the way there and one for the way back; Gram matrices, losses
-and the picture itself are float32 in every mode.
+"""The numeric types of the network. A mode has one type for the forward pass and one for the backward pass; Gram
+matrices, losses and the picture itself are float32 in every mode.
 
-    mode   there      back       error of the gradient against fp32 (192 px, benchmarks/RESULTS.md)
+    mode   forward    backward   relative error of the gradient against fp32 (192 px, benchmarks/RESULTS.md)
     fp32   float32    float32    -
-    tf32   float32    float32    0.015 to 0.04: multiplied with 10 bits of mantissa, by the GPU's matrix units
-    fp16   float16    bfloat16   0.02 to 0.035: the mantissa of the way there decides, the way back needs range instead
+    tf32   float32    float32    0.015 to 0.04: the GPU's matrix units multiply with 10 bits of mantissa
+    fp16   float16    bfloat16   0.02 to 0.035: the forward pass needs mantissa, the backward pass needs range
     bf16   bfloat16   bfloat16   0.07 to 0.13
 """
 
@@ -21,11 +21,11 @@ __all__ = ["MODES", "Precision", "choose"]
 
 @dataclass(frozen=True)
 class Precision:
-    """A mode by its name, with the types of activations and of their gradients."""
+    """A mode: the types of activations and of their gradients."""
 
-    name: str
-    forward: torch.dtype
-    backward: torch.dtype
+    name: str  # as in `MODES`
+    forward: torch.dtype  # of activations
+    backward: torch.dtype  # of gradients
 
 
 MODES = {
@@ -35,14 +35,15 @@ MODES = {
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
 }
 ON_CPU = ("fp32", "bf16")
-MATRIX_UNITS = (8, 0)  # the compute capability from which on a GPU multiplies tf32 and bfloat16
+MATRIX_UNITS = (8, 0)  # the first compute capability whose matrix units multiply tf32 and bfloat16
 
 
 def choose(name: str, device: torch.device) -> Precision:
-    """The mode of that name, or with "auto" the fastest one that makes the same pictures as fp32 on this device.
+    """The mode ``name``, or for "auto" the fastest one whose pictures are as good as those of fp32 on this device.
 
-    That is fp16 on a GPU (the picture after a whole run is as close to fp32's as tf32's is: tests/engine/test_numerics.py), bf16
-    on a CPU that multiplies it, else fp32. Sets the process's switches of cuDNN and cuBLAS. Raises `StartupError`.
+    That is fp16 on a GPU (the picture after a whole run is as close to that of fp32 as that of tf32 is:
+    tests/engine/test_numerics.py), bf16 on a CPU with instructions for it, else fp32. On a GPU this sets the
+    process-wide switches of cuDNN and cuBLAS. Raises `StartupError` if the device cannot run the mode.
     """
     on_gpu = device.type == "cuda"
     capable = on_gpu and torch.cuda.get_device_capability(device) >= MATRIX_UNITS
@@ -58,15 +59,14 @@ def choose(name: str, device: torch.device) -> Precision:
                 f"precision {name} needs a GPU of compute capability 8.0 or newer, this one has {major}.{minor}; "
                 "run the server with --precision fp32"
             )
-        # Process-wide in torch. Without this a "float32" convolution is tf32, and a float32 matmul is not.
+        # By torch's defaults a float32 convolution runs in tf32, and a float32 matmul does not.
         torch.backends.cudnn.allow_tf32 = name == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        torch.backends.cudnn.deterministic = (
-            True  # a seed means one picture; all other kernels here add in a fixed order
-        )
+        # The same seed must give the same picture; all other kernels here add in a fixed order anyway.
+        torch.backends.cudnn.deterministic = True
     return MODES[name]
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """The CPU has AMX or AVX512-BF16; without either bf16 is slower than fp32."""
+    """Whether the CPU has AMX or AVX512-BF16; without either bf16 is slower than fp32."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

