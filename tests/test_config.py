@@ -43,8 +43,8 @@ def test_every_setting_is_a_flag_and_a_variable(name):
         ([], {"GRAMOPHONE_DRAIN_S": "nan"}, "GRAMOPHONE_DRAIN_S must be a number from 0 to 3600, got 'nan'"),
         (["--device", "tpu"], {}, "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ([], {"GRAMOPHONE_REFLECTION": "maybe"}, "GRAMOPHONE_REFLECTION must be 1 or 0, got 'maybe'"),
-        (["--host", ""], {}, "--host must be something, got ''"),
-        (["--iter-ms", "3"], {}, "--iter-ms sets the pace of --engine fake; a network takes the time that it takes"),
+        (["--host", ""], {}, "--host must be a text that is not empty, got ''"),
+        (["--iter-ms", "3"], {}, "--iter-ms is only for --engine fake; a network runs at its own speed"),
         (["--engine", "fake", "--iter-ms", "-1"], {}, "--iter-ms must be a number from 0 to 10000, got '-1'"),
         (
             ["--max-size", "9", "--port=x"],
@@ -84,7 +84,7 @@ def test_help_says_unit_range_and_default(capsys):
         config.load(["--help"], {})
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--max-size N largest longest side of a result in pixels (16 to 16383, default 2048)" in shown
+    assert "--max-size N largest longer side of a result in pixels (16 to 16383, default 2048)" in shown
     assert "--max-size is GRAMOPHONE_MAX_SIZE" in shown
 
 

@@ -185,9 +185,9 @@ async def test_a_server_whose_compute_thread_is_lost_ends(capsys, monkeypatch, c
         monkeypatch.setattr(schedulers[0]._line, "tell", None)
         got = await refused(job)
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
-        with pytest.raises(RuntimeError, match="the compute thread has ended by a defect"):
+        with pytest.raises(RuntimeError, match="the compute thread has ended because of a defect"):
             await asyncio.wait_for(asyncio.shield(p.task), 10)
-    assert "the server ends, for another one to take its place" in caplog.text
+    assert "the server ends, to be replaced by another one" in caplog.text
 
 
 async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys):
@@ -242,7 +242,9 @@ async def test_an_engine_that_cannot_start_ends_the_server():
 async def test_plaintext_beyond_this_machine_is_said_aloud(capsys, caplog, host, warned):
     async with Process(capsys, FakeEngine(), host=host) as p:
         await p.line("ready in ")
-    assert ("not a loopback address: whoever reaches it can use this server, in plaintext" in caplog.text) == warned
+    assert (
+        "not a loopback address: any client that reaches it can use this server, in plaintext" in caplog.text
+    ) == warned
 
 
 async def test_reflection_is_there_when_asked_for(capsys):

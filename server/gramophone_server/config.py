@@ -1,7 +1,7 @@
 """Settings of the server: each one is a flag of `gramophone-server` and an environment variable.
 
-`--max-size 1024` is the same as `GRAMOPHONE_MAX_SIZE=1024`; the flag wins. Names, units, defaults, ranges and help
-texts live here and nowhere else. Standard library only.
+`--max-size 1024` is the same as `GRAMOPHONE_MAX_SIZE=1024`; the flag takes precedence. Names, units, defaults, ranges
+and help texts are defined only here. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gramophone_server.errors import StartupError
 __all__ = ["DECODERS", "Limits", "Settings", "load", "variable"]
 
 LARGEST_MESSAGE = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
-# Images that are decoded at once, whosoever they are: one more does not help while the compute thread has the cores.
+# Images that are decoded at once, over all requests. More do not help while the compute thread uses the cores.
 DECODERS = 2
-DECODING = 24  # bytes a pixel while an image is decoded: 22 measured with a transparent WebP that EXIF turns
-# Bytes of a decoder's own, at any size: libwebp makes 350 MiB of tables of a file of 295 KB that has every code.
+DECODING = 24  # bytes per pixel while an image is decoded: 22 measured with a transparent WebP that EXIF rotates
+# Bytes that a decoder needs at any image size: libwebp builds 350 MiB of tables from a file of 295 KB with every code.
 DECODER = 2**29
-DECODED = 3  # bytes a pixel of an image that waits for its job
-MESSAGE_SLACK = 2**20  # bytes, for everything in a message that is not an image
+DECODED = 3  # bytes per pixel of an image that waits for its job
+MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
 
 
 def variable(name: str) -> str:
@@ -37,21 +37,25 @@ def _setting(default: Any, help_text: str, *, allowed: Range | None = None, choi
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one server takes.  `Limits(max_size=1024)`: smaller results, the other limits as default."""
+    """The limits of one server. `Limits(max_size=1024)` has smaller results and the defaults of all other limits."""
 
     max_image_bytes: int = _setting(10 * 2**20, "largest encoded image in bytes", allowed=Range(1024, 256 * 2**20))
     max_image_pixels: int = _setting(32_000_000, "largest decoded image in pixels", allowed=Range(256, 2**28))
-    max_size: int = _setting(2048, "largest longest side of a result in pixels", allowed=Range(16, 16383))
+    max_size: int = _setting(2048, "largest longer side of a result in pixels", allowed=Range(16, 16383))
     max_styles: int = _setting(4, "most style images of a job", allowed=Range(1, 16))
     max_iterations: int = _setting(5000, "most iterations of a job, over all its scales", allowed=Range(1, 1_000_000))
-    max_running: int = _setting(16, "jobs that are worked on side by side", allowed=Range(1, 256))
-    max_queued: int = _setting(16, "jobs that may wait while as many as can run", allowed=Range(0, 1024))
+    max_running: int = _setting(16, "jobs that run at the same time", allowed=Range(1, 256))
+    max_queued: int = _setting(16, "jobs that may wait for others to end", allowed=Range(0, 1024))
     max_detach_s: int = _setting(600, "longest detach_grace of a job in seconds", allowed=Range(0, 86_400))
     max_kept_s: int = _setting(600, "seconds that a job is kept after its end", allowed=Range(0, 86_400))
     max_kept: int = _setting(64, "jobs that are kept after their end", allowed=Range(0, 10_000))
-    max_kept_bytes: int = _setting(256 * 2**20, "bytes of their results, 3 a pixel", allowed=Range(0, 2**36))
-    max_blocked_s: int = _setting(30, "seconds that a reader may leave a message untaken", allowed=Range(1, 3600))
-    max_paused_s: int = _setting(600, "seconds that a job may stand paused before it goes on", allowed=Range(1, 86_400))
+    max_kept_bytes: int = _setting(
+        256 * 2**20, "bytes of the results of kept jobs, 3 per pixel", allowed=Range(0, 2**36)
+    )
+    max_blocked_s: int = _setting(
+        30, "seconds that a client may take to read one message of a stream", allowed=Range(1, 3600)
+    )
+    max_paused_s: int = _setting(600, "seconds that a job may be paused before it resumes", allowed=Range(1, 86_400))
     max_watchers: int = _setting(16, "watchers of one job", allowed=Range(1, 1024))
     max_checkpoint_bytes: int = _setting(64 * 2**20, "largest checkpoint in bytes", allowed=Range(65536, 2**30))
     max_uploads_bytes: int = _setting(128 * 2**20, "bytes of uploaded images that are kept", allowed=Range(0, 2**36))
@@ -59,83 +63,82 @@ class Limits:
     @property
     def request_bytes(self) -> int:
         """Largest request: content image, start image or checkpoint, and all styles."""
-        return (
-            (1 + self.max_styles) * self.max_image_bytes
-            + max(self.max_image_bytes, self.max_checkpoint_bytes)
-            + (MESSAGE_SLACK)
-        )
+        start_bytes = max(self.max_image_bytes, self.max_checkpoint_bytes)
+        return (1 + self.max_styles) * self.max_image_bytes + start_bytes + MESSAGE_SLACK
 
     @property
     def request_memory_bytes(self) -> int:
-        """What one request may take at most until its job begins, in bytes of the server's memory:
+        """Most bytes of the server's memory that one request takes until its job starts:
 
-            3 request_bytes                           as it arrives, as it was parsed, and its parts on their way
-            + DECODERS (2^29 + 24 max_image_pixels)   what is being decoded
+            3 request_bytes                           received bytes, parsed message, and copies of its fields
+            + DECODERS (2^29 + 24 max_image_pixels)   images that are being decoded
             + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
 
-        Requests share the decoders, so each one more takes only the first and the last. What a job takes then is the
-        engine's, and is refused beforehand where it does not fit.
+        Requests share the decoders, so each further one takes only the first and the last term. The job itself then
+        takes memory of the engine, which refuses it beforehand if it does not fit.
         """
         decoding = DECODERS * (DECODER + DECODING * self.max_image_pixels)
         return 3 * self.request_bytes + decoding + (2 + self.max_styles) * DECODED * self.max_image_pixels
 
     @property
     def response_bytes(self) -> int:
-        """Largest response: a checkpoint, or a square result whose PNG did not shrink."""
+        """Largest response: a checkpoint, or a square result whose PNG is not smaller than its pixels."""
         return max(3 * self.max_size**2, self.max_checkpoint_bytes) + MESSAGE_SLACK
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Limits):
-    """Everything that whoever runs a server can choose. `load` checks them."""
+    """All settings of a server. `load` checks them."""
 
     host: str = _setting("127.0.0.1", "address to listen on, in plaintext")
     port: int = _setting(50051, "port to listen on, 0 for any free one", allowed=Range(0, 65535))
     engine: str = _setting(
-        "vgg", "what makes the pictures; fake: patterns, to measure all else", choices=("vgg", "fake")
+        "vgg", "engine that makes the pictures; fake: patterns, to measure everything else", choices=("vgg", "fake")
     )
-    iter_ms: float = _setting(5.0, "milliseconds of an iteration of --engine fake", allowed=Range(0, 10_000))
-    device: str = _setting("auto", "where pictures are made", choices=("auto", "cpu", "cuda"))
+    iter_ms: float = _setting(
+        5.0, "duration of an iteration of --engine fake in milliseconds", allowed=Range(0, 10_000)
+    )
+    device: str = _setting("auto", "device that makes the pictures", choices=("auto", "cpu", "cuda"))
     precision: str = _setting("auto", "precision of the network", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     weights: str = _setting("embedded", "embedded, imagenet, or the path of a .pth or .safetensors file")
     backbone: str = _setting("vgg19", "the network", choices=("vgg19", "vgg16"))
     launch_each: bool = _setting(False, "on a GPU, launch every kernel of an iteration instead of replaying a graph")
     threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
-    list_jobs: bool = _setting(False, "let clients list the jobs, whose ids let them watch and cancel")
-    reflection: bool = _setting(False, "let clients ask for the description of the service")
+    list_jobs: bool = _setting(False, "let clients list all jobs, and so watch and cancel them by their ids")
+    reflection: bool = _setting(False, "let clients query the description of the service")
     metrics_port: int = _setting(
         -1,
         "port for /metrics, /healthz and /livez, in plain HTTP; 0 for any free one, -1 for none",
         allowed=Range(-1, 65535),
     )
-    access_log: str = _setting("", "file that gets a line of JSON for each call; - for standard error")
-    drain_s: float = _setting(30.0, "seconds that jobs may go on after SIGTERM or SIGINT", allowed=Range(0, 3600))
-    log_level: str = _setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    access_log: str = _setting("", "file for one line of JSON per call; - for standard error")
+    drain_s: float = _setting(30.0, "seconds that jobs may continue after SIGTERM or SIGINT", allowed=Range(0, 3600))
+    log_level: str = _setting("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, bool]:
-    """Settings from flags, then environment, then defaults; and whether `--print-config` was among the flags.
+    """Settings from flags, then environment, then defaults; and whether `--print-config` is among the flags.
 
-    `--help` and unknown flags end the process, as argparse does. Raises `StartupError` with a sentence for each value
-    that is not allowed.
+    argparse ends the process for `--help` and unknown flags. Raises `StartupError` with a sentence for each value that
+    is not allowed.
     """
     flags = vars(_parser().parse_args(arguments))
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for f in fields(Settings):
-        said = flags[f.name] if flags[f.name] is not None else environment.get(variable(f.name))
-        if said is None or said == f.default == "":
+        text = flags[f.name] if flags[f.name] is not None else environment.get(variable(f.name))
+        if text is None or text == f.default == "":
             continue
         try:
-            values[f.name] = _value(said, type(f.default), f.metadata["range"], f.metadata["choices"])
+            values[f.name] = _value(text, type(f.default), f.metadata["range"], f.metadata["choices"])
         except ValueError as error:
             source = _flag(f.name) if flags[f.name] is not None else variable(f.name)
-            wrong.append(f"{source} must be {error}, got {said!r}")
+            wrong.append(f"{source} must be {error}, got {text!r}")
     if wrong:
         raise StartupError("; ".join(wrong))
     settings = Settings(**values)
     if settings.iter_ms != Settings.iter_ms and settings.engine != "fake":
-        raise StartupError("--iter-ms sets the pace of --engine fake; a network takes the time that it takes")
+        raise StartupError("--iter-ms is only for --engine fake; a network runs at its own speed")
     for name, size, parts in (
         ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
         ("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),
@@ -148,24 +151,24 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     return settings, flags["print_config"]
 
 
-def _value(said: str, kind: type, allowed: Range | None, choices: Sequence[str]) -> Any:
-    """The text as a value of its kind. Raises ValueError with what it must be."""
+def _value(text: str, kind: type, allowed: Range | None, choices: Sequence[str]) -> Any:
+    """The value of a setting. Raises ValueError with what the text must be."""
     if kind is bool:
-        if said.lower() in ("1", "true", "yes", "on"):
+        if text.lower() in ("1", "true", "yes", "on"):
             return True
-        if said.lower() in ("0", "false", "no", "off"):
+        if text.lower() in ("0", "false", "no", "off"):
             return False
         raise ValueError("1 or 0")
-    if choices and said not in choices:
+    if choices and text not in choices:
         raise ValueError(f"one of {', '.join(choices)}")
     if kind is str:
-        if not said:
-            raise ValueError("something")
-        return said
+        if not text:
+            raise ValueError("a text that is not empty")
+        return text
     assert allowed is not None, "every number has a range"
     must = f"{'a whole number' if kind is int else 'a number'} from {allowed.low:.10g} to {allowed.high:.10g}"
     try:
-        value = kind(said)
+        value = kind(text)
     except ValueError:
         raise ValueError(must) from None
     if not allowed.low <= value <= allowed.high:  # false for NaN too
@@ -181,10 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gramophone-server",
         description="Neural style transfer over gRPC.",
-        allow_abbrev=False,  # an abbreviation would change its meaning when a setting is added
-        epilog="Every flag is an environment variable, too: --max-size is GRAMOPHONE_MAX_SIZE. The flag wins.",
+        allow_abbrev=False,  # an abbreviation could change its meaning when a setting is added
+        epilog="Every flag is also an environment variable, --max-size is GRAMOPHONE_MAX_SIZE. Flags take precedence.",
     )
-    parser.add_argument("--print-config", action="store_true", help="print all settings as they are and exit")
+    parser.add_argument("--print-config", action="store_true", help="print the values of all settings and exit")
     limits = parser.add_argument_group("limits")
     for f in fields(Settings):
         group = limits if f.name in Limits.__dataclass_fields__ else parser

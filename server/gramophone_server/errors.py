@@ -1,24 +1,24 @@
-"""What can go wrong, in the domain's own words. Codes and wire details are the servicer's business.
+"""All errors of the server, in terms of the domain. `rpc.status` has their gRPC codes and details.
 
 GramophoneError
-├── InvalidRequest     the caller asked for something that cannot be done; lists every field
-├── NotReady           the server is still starting; try again after a while
-├── QueueFull          no room to wait; try again after a while
-├── DeadlineUnattainable  it would not be done in time
-├── ShuttingDown       the server takes no new jobs
-├── JobNotFound        no job of this id, or no longer
-├── RequestIdTaken     the request's id belongs to a job with another spec
-├── ImageNotFound      no image of this digest, or no longer
-├── JobControlled      somebody else controls the job
-├── TooManyWatchers    no room for another watcher of the job
-├── ListingDisabled    this server does not say which jobs it has
-├── Cancelled          the job was stopped from outside
-├── SlowReader         a watcher did not take its messages; its job has only lost that watcher
-├── Diverged           the loss stopped being finite
-├── OutOfDeviceMemory  the job does not fit
-├── OutOfHostMemory    memory ended while an image was decoded, encoded or copied
-├── EngineFailed       a defect: the engine raised something that none of the above describes
-└── StartupError       the server cannot start as configured; never reaches a caller
+├── InvalidRequest        the request violates rules; lists every field
+├── NotReady              the server is still starting; retry later
+├── QueueFull             the queue has no room; retry later
+├── DeadlineUnattainable  the job would not end before its deadline
+├── ShuttingDown          the server takes no new jobs
+├── JobNotFound           no job has this id, or it is no longer kept
+├── RequestIdTaken        the request's id belongs to a job with another spec
+├── ImageNotFound         no image has this digest, or it is no longer kept
+├── JobControlled         the job already has a controller
+├── TooManyWatchers       the job has as many watchers as allowed
+├── ListingDisabled       this server does not list its jobs
+├── Cancelled             the job was cancelled by a client, or its last watcher left
+├── SlowReader            a client did not read its messages; the job has only lost this watcher
+├── Diverged              the loss became NaN or infinite
+├── OutOfDeviceMemory     the job does not fit into device memory
+├── OutOfHostMemory       host memory ran out while an image was decoded, encoded or copied
+├── EngineFailed          a defect: the engine raised an error that is none of the above
+└── StartupError          the server cannot start as configured; never reaches a caller
 """
 
 from collections.abc import Iterable
@@ -50,11 +50,11 @@ __all__ = [
 
 
 class GramophoneError(Exception):
-    """Everything below."""
+    """Base class of all errors of the server but `DeviceLost`."""
 
 
 class InvalidRequest(GramophoneError):
-    """The request breaks at least one rule; `violations` has a field path and a sentence for each."""
+    """The request violates at least one rule; `violations` has a field path and a sentence for each."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
@@ -70,7 +70,7 @@ class NotReady(GramophoneError):
 
 
 class QueueFull(GramophoneError):
-    """As many jobs wait as may wait."""
+    """The queue has as many jobs as allowed."""
 
     def __init__(self, waiting: int, limit: int, retry_after_s: float, paused: int = 0) -> None:
         self.retry_after_s = retry_after_s
@@ -79,10 +79,10 @@ class QueueFull(GramophoneError):
 
 
 class DeadlineUnattainable(GramophoneError):
-    """By the speed measured so far the job would not be done by its caller's deadline."""
+    """At the speed measured so far, the job would not end before its caller's deadline."""
 
     def __init__(self, wait_s: float, run_s: float, left_s: float) -> None:
-        # Only the waiting can pass: a job that takes too long by itself is not to be sent again.
+        # A retry helps only if the wait is the problem: a job that runs too long by itself must not be sent again.
         self.retry_after_s = wait_s if run_s <= left_s else None
         super().__init__(
             f"the job would wait for about {wait_s:.1f} s and then take about {run_s:.1f} s, and the call ends in "
@@ -91,12 +91,12 @@ class DeadlineUnattainable(GramophoneError):
 
 
 class ShuttingDown(GramophoneError):
-    """The server drains: running jobs end, new ones are refused."""
+    """The server drains: running jobs may end, new ones are refused."""
 
     def __init__(self, retry_after_s: float = 5.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(
-            "the server is shutting down and takes no new jobs; send the job to another one or retry later"
+            "the server is shutting down and takes no new jobs; send the job to another server or retry later"
         )
 
 
@@ -104,102 +104,104 @@ class JobNotFound(GramophoneError):
     """The registry has no such job."""
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"there is no job {job_id[:36]!a}; it never was, or it ended and was forgotten")
+        super().__init__(f"there is no job {job_id[:36]!a}; it never existed, or it has ended and is no longer kept")
 
 
 class RequestIdTaken(GramophoneError):
-    """The same request_id came with another spec."""
+    """The same request_id was sent with another spec."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request_id {request_id} belongs to a job with another spec; make a new id for a new job")
 
 
 class ListingDisabled(GramophoneError):
-    """Ids of jobs are secrets, and whoever runs the server has not allowed to list them."""
+    """Ids of jobs are secrets, and the operator has not allowed listing them."""
 
     def __init__(self) -> None:
         super().__init__(
-            "this server does not list its jobs, because whoever knows the id of one can watch and cancel it; "
-            "whoever runs the server can allow it with --list-jobs"
+            "this server does not list its jobs, because any client that knows a job's id can watch and cancel it; "
+            "the server's operator can allow it with --list-jobs"
         )
 
 
 class Cancelled(GramophoneError):
-    """Somebody stopped the job, or nobody watched it."""
+    """A client cancelled the job, or its last watcher left."""
 
     def __init__(self) -> None:
-        super().__init__("the job was stopped, by CancelJob or because nobody watched it")
+        super().__init__("the job was cancelled, by CancelJob or because its last watcher left")
 
 
 class JobControlled(GramophoneError):
     """A job has one controller at a time."""
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"somebody controls job {job_id[:36]!a} already; WatchJob can watch it all the same")
+        super().__init__(f"job {job_id[:36]!a} already has a controller; WatchJob can still watch it")
 
 
 class TooManyWatchers(GramophoneError):
-    """As many watch a job as may."""
+    """The job has as many watchers as allowed."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"the job has {limit} watchers already, and more are not allowed")
+        super().__init__(f"the job already has {limit} watchers, and more are not allowed")
 
 
 class ImageNotFound(GramophoneError):
-    """A digest of no image that the server keeps."""
+    """The server keeps no image with this digest."""
 
     def __init__(self, digest: str) -> None:
-        super().__init__(f"no image {digest[:80]!a} is kept here; upload it with UploadImage, and send the job again")
+        super().__init__(
+            f"this server keeps no image {digest[:80]!a}; upload it with UploadImage, and send the job again"
+        )
 
 
 class SlowReader(GramophoneError):
-    """A message was not taken in time."""
+    """A client did not read a message in time."""
 
     def __init__(self, blocked_s: float) -> None:
         super().__init__(
-            f"the reader left a message untaken for {blocked_s:g} s and was dropped; "
-            "a job with detach_grace goes on meanwhile, and WatchJob finds it"
+            f"the client did not read a message for {blocked_s:g} s, so its call was ended; "
+            "a job with detach_grace continues, and WatchJob can watch it again"
         )
 
 
 class Diverged(GramophoneError):
-    """A loss became NaN or infinite; the job's last frame is its last good picture."""
+    """The loss became NaN or infinite; the job's last frame is its last good picture."""
 
     def __init__(self, iteration: int) -> None:
         self.iteration = iteration
         super().__init__(
-            f"the loss stopped being finite at iteration {iteration}; "
+            f"the loss became NaN or infinite at iteration {iteration}; "
             "a smaller step, or smaller alpha, beta and tv_weight, may help"
         )
 
 
 class OutOfDeviceMemory(GramophoneError):
-    """The device could not hold the job."""
+    """The job does not fit into device memory."""
 
     def __init__(self, width: int, height: int) -> None:
         super().__init__(f"the device has too little memory for a {width}x{height} picture; ask for a smaller size")
 
 
 class OutOfHostMemory(GramophoneError):
-    """The server itself could not hold what was asked of it, away from the device."""
+    """The server ran out of host memory."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+            "the server ran out of memory while it worked on this; ask for a smaller size, or try again later"
         )
 
 
 class EngineFailed(GramophoneError):
-    """Something broke that should not; the log has the traceback."""
+    """A defect; the log has the traceback."""
 
     def __init__(self) -> None:
         super().__init__("the server failed while working on this job; its log has the details")
 
 
 class StartupError(GramophoneError):
-    """One sentence for whoever runs the server: what is wrong and what to do."""
+    """One sentence for the operator: what is wrong and what to do."""
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more, as a GPU does after an illegal access until its process has ended. Not of one job,
-    so no caller hears of it."""
+    """The device no longer responds, like a GPU after an illegal access until its process ends. Concerns all jobs, so
+    it is never reported to the caller of one."""

@@ -1,8 +1,8 @@
 """The server process: settings -> engine -> server -> drain.
 
-Standard output has the lines that a script can wait for, "listening on HOST:PORT", with a metrics port "metrics on URL",
-and "ready in N s"; everything else goes to the log on standard error. Exit codes: 0 after a drain, 1 for a defect, 2 for a
-wrong setting.
+Standard output has the lines that a script can wait for: "listening on HOST:PORT", with a metrics port "metrics on
+URL", and "ready in N s". Everything else goes to the log on standard error. Exit codes: 0 after a drain, 1 for a
+defect, 2 for an invalid setting.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-# Before torch is loaded, which brings OpenMP. Its threads spin while they wait for each other, and where others use the same
-# cores, the one that is waited for cannot run. With busy neighbours on both of two cores threads that sleep make an iteration of
-# 256 px 1.5 times faster, and one of 64 px takes at most 40 ms instead of 200. On quiet cores they cost 3 % at 256 px and 20 % at
-# 64 px. Whoever sets it otherwise is obeyed.
+# Set before torch is loaded, which brings OpenMP. Its threads spin while they wait for each other. If other processes
+# use the same cores, the thread that is waited for then cannot run. With busy neighbours on both of two cores, sleeping
+# threads make an iteration of 256 px 1.5 times faster, and one of 64 px takes at most 40 ms instead of 200. On quiet
+# cores they cost 3 % at 256 px and 20 % at 64 px. A value that is already set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import grpc
@@ -39,20 +39,20 @@ from gramophone_server.rpc.responses import version
 from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
-from gramophone_server.telemetry.health import Vitals
-from gramophone_server.telemetry.http_probes import Probes
+from gramophone_server.telemetry.health import HealthMonitor
+from gramophone_server.telemetry.http_probes import HttpProbes
 from gramophone_server.telemetry.metrics import SERVICE, Metrics
 
-__all__ = ["main", "serve", "server_options"]
+__all__ = ["Server", "main", "serve", "server_options"]
 
 log = logging.getLogger("gramophone_server")
 
 HEALTH_NAMES = ("", SERVICE.full_name)
 
-# After the drain, for the iteration that has begun, behind which the pictures and states of all jobs can be had: one of 2048 px
-# takes 10 s on two cores.
-LAST_SLICE_S = 30.0
-LAST_MESSAGES_S = 5.0  # then, for the encoding of a result, and a reader that takes its time
+# After the drain, to wait for the iteration that is running, because the pictures and states of all jobs are available
+# only after it: one of 2048 px takes 10 s on two cores.
+LAST_ITERATION_S = 30.0
+LAST_MESSAGES_S = 5.0  # then, for the encoding of a result and a slow reader
 HURRIED_S = 0.5  # instead of both, after a second signal
 
 
@@ -70,21 +70,21 @@ def main() -> None:
             stream=sys.stderr,
         )
         logging.captureWarnings(True)
-        warnings.filterwarnings("ignore", module="PIL")  # it warns of damaged metadata in what callers send
-        # gRPC logs an error with a traceback whenever a client leaves while a message is written to it; the servicer's
-        # own line says that it left.
+        warnings.filterwarnings("ignore", module="PIL")  # it warns of damaged metadata in uploaded images
+        # gRPC logs an error with a traceback if a client leaves while a message is being written to it. The servicer
+        # logs the end of such a call, too.
         logging.getLogger("grpc._cython.cygrpc").addFilter(
             lambda record: "ExecuteBatchError" not in record.getMessage()
         )
-        # A thread that computes in Python holds the interpreter for 5 ms at a time by default, which made unary calls
-        # take 5.9 ms instead of 0.5; with 1 ms they take about 2.
+        # A thread that computes in Python holds the interpreter for 5 ms at a time by default. Then unary calls take
+        # 5.9 ms instead of 0.5 ms; with 1 ms they take about 2 ms.
         sys.setswitchinterval(0.001)
-        compute_ended = asyncio.run(serve(settings, lambda: _loaded_for_good(settings)))
+        compute_ended = asyncio.run(serve(settings, lambda: _load_frozen(settings)))
     except StartupError as error:
         print(f"gramophone-server: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if not compute_ended:
-        # An iteration or a loading that does not end cannot be stopped, and unwinding torch under it crashes.
+        # A running iteration or load cannot be stopped, and unwinding torch under it crashes.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
@@ -93,96 +93,142 @@ def main() -> None:
 async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     """Serves until SIGTERM or SIGINT, then drains. Returns whether the compute thread has ended.
 
-    Raises `StartupError` when the address cannot be listened on, and what `load` raises.
+    Raises `StartupError` if an address cannot be listened on, and what `load` raises.
     """
-    started = time.monotonic()
-    server = grpc.aio.server(options=server_options(settings))
-    metrics, access = Metrics(), AccessLog(settings.access_log)
-    scheduler = Scheduler(load, settings, metrics.iterated)
-    servicer = Servicer(scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=access)
-    vitals = Vitals(scheduler, servicer.uploads, metrics, version())
-    health_servicer = health.aio.HealthServicer()
-    registration.add_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    if settings.reflection:
-        _add_reflection(server)
-    for name in HEALTH_NAMES:  # the health service itself would begin with "" as SERVING
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    port = _listen(server, settings.host, settings.port)
-    probes = None
-    if settings.metrics_port >= 0:
-        probes = Probes(settings.host, settings.metrics_port, metrics.registry, vitals.absence, vitals.illness)
+    server = Server(settings, load)
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
-    scheduler.start()
     await server.start()
-    print(f"listening on {_address(settings.host, port)}", flush=True)
-    pulse = asyncio.create_task(vitals.watch())
-    if probes is not None:
-        probes.start()
-        print(f"metrics on http://{_address(settings.host, probes.port)}/metrics", flush=True)
-    if not _is_loopback(settings.host):
-        log.warning("%s is not a loopback address: whoever reaches it can use this server, in plaintext", settings.host)
-    log.info("version %s, %s", version(), _limits_line(settings))
-
-    asked = asyncio.create_task(signals.get())
-    ready = asyncio.create_task(scheduler.ready())
-    lost = asyncio.create_task(scheduler.ended())
-    loaded, patience_s = False, HURRIED_S
+    stop_requested = asyncio.create_task(signals.get())
+    compute_lost = asyncio.create_task(server.scheduler.ended())
     try:
-        await asyncio.wait({asked, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
-            engine = await ready
-            loaded = True
-            for name in HEALTH_NAMES:
-                await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-            log.info(
-                "%s in %s on %s, weights: %s",
-                engine.backbone,
-                engine.precision,
-                engine.device_name,
-                engine.weights_source,
-            )
-            print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
-        await asyncio.wait({asked, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if lost.done():
-            log.critical("no job can be done any more; the server ends, for another one to take its place")
-        else:
-            log.info("%s: draining for up to %g s; a second signal ends at once", (await asked).name, settings.drain_s)
-        vitals.draining = True
-        await health_servicer.enter_graceful_shutdown()  # NOT_SERVING for good, and watchers hear of it
-        hurried = not await _unless_signalled(scheduler.drain(settings.drain_s), signals)
-        scheduler.stop()
-        if not hurried and loaded:
-            hurried = not await _unless_signalled(scheduler.ended(), signals, LAST_SLICE_S)
-        patience_s = HURRIED_S if hurried else LAST_MESSAGES_S
-        await _unless_signalled(servicer.idle(), signals, patience_s)
-        if lost.done() and not asked.done():
-            raise RuntimeError("the compute thread has ended by a defect; the log has more of it")
+        await server.run(stop_requested, compute_lost)
+        await server.drain(signals)
+        if compute_lost.done() and not stop_requested.done():
+            raise RuntimeError("the compute thread has ended because of a defect; the log has the details")
     finally:
-        for task in (ready, asked, lost):
-            task.cancel()
-        scheduler.stop()
-        await server.stop(grace=HURRIED_S)  # jobs have ended; an open health watch would hold it for all of its grace
-        servicer.close()
-        pulse.cancel()
-        if probes is not None:
-            await asyncio.to_thread(probes.close)
-        access.close()
-        # The thread ends after its iteration; one that is still loading cannot be told, so it is not waited for.
-        ended = await asyncio.to_thread(scheduler.join, patience_s if loaded else 0.0)
+        stop_requested.cancel()
+        compute_lost.cancel()
+        compute_ended = await server.close()
     log.info("stopped")
-    return ended
+    return compute_ended
+
+
+class Server:
+    """One server with all its parts. Its methods are called in this order: `start`, `run`, `drain`, `close`."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Engine]) -> None:
+        """Connects the parts and listens. Raises `StartupError` if an address cannot be listened on."""
+        self._created_at = time.monotonic()
+        self._settings = settings
+        self._grpc = grpc.aio.server(options=server_options(settings))
+        metrics = Metrics()
+        self._access_log = AccessLog(settings.access_log)
+        self.scheduler = Scheduler(load, settings, metrics.iterated)
+        self.servicer = Servicer(
+            self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=self._access_log
+        )
+        self._monitor = HealthMonitor(self.scheduler, self.servicer.uploads, metrics, version())
+        self._health = health.aio.HealthServicer()
+        registration.add_to_server(self.servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if settings.reflection:
+            _add_reflection(self._grpc)
+        self._port = _listen(self._grpc, settings.host, settings.port)
+        self._probes = None
+        if settings.metrics_port >= 0:
+            self._probes = HttpProbes(
+                settings.host,
+                settings.metrics_port,
+                metrics.registry,
+                self._monitor.readiness_problem,
+                self._monitor.liveness_problem,
+            )
+        self._pulse: asyncio.Task[None] | None = None
+        self._loaded = False
+        self._last_messages_s = HURRIED_S
+
+    async def start(self) -> None:
+        """Starts to load the engine and to answer."""
+        # Before gRPC answers, because the health service itself starts with "" as SERVING.
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.scheduler.start()
+        await self._grpc.start()
+        host = self._settings.host
+        print(f"listening on {_address(host, self._port)}", flush=True)
+        self._pulse = asyncio.create_task(self._monitor.watch())
+        if self._probes is not None:
+            self._probes.start()
+            print(f"metrics on http://{_address(host, self._probes.port)}/metrics", flush=True)
+        if not _is_loopback(host):
+            log.warning(
+                "%s is not a loopback address: any client that reaches it can use this server, in plaintext", host
+            )
+        log.info("version %s, %s", version(), _limits_line(self._settings))
+
+    async def run(self, stop_requested: asyncio.Task[signal.Signals], compute_lost: asyncio.Task[None]) -> None:
+        """Serves until one of the two tasks is done. Raises what loading the engine raised."""
+        ready = asyncio.create_task(self.scheduler.ready())
+        try:
+            await asyncio.wait({stop_requested, ready}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                await self._announce(await ready)
+            await asyncio.wait({stop_requested, compute_lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if compute_lost.done():
+            log.critical(
+                "the compute thread has ended, so no job can run; the server ends, to be replaced by another one"
+            )
+        else:
+            name, drain_s = (await stop_requested).name, self._settings.drain_s
+            log.info("%s: draining for up to %g s; a second signal ends at once", name, drain_s)
+
+    async def drain(self, signals: asyncio.Queue[signal.Signals]) -> None:
+        """Takes no new jobs, and waits for accepted jobs and their clients. A signal ends the wait."""
+        self._monitor.draining = True
+        await self._health.enter_graceful_shutdown()  # NOT_SERVING from now on, also for those that watch it
+        hurried = not await _unless_signalled(self.scheduler.drain(self._settings.drain_s), signals)
+        self.scheduler.stop()
+        if not hurried and self._loaded:
+            hurried = not await _unless_signalled(self.scheduler.ended(), signals, LAST_ITERATION_S)
+        self._last_messages_s = HURRIED_S if hurried else LAST_MESSAGES_S
+        await _unless_signalled(self.servicer.idle(), signals, self._last_messages_s)
+
+    async def close(self) -> bool:
+        """Ends everything, also without `drain`. Returns whether the compute thread has ended."""
+        self.scheduler.stop()
+        await self._grpc.stop(grace=HURRIED_S)  # jobs have ended; an open health watch would use up any grace
+        self.servicer.close()
+        if self._pulse is not None:
+            self._pulse.cancel()
+        if self._probes is not None:
+            await asyncio.to_thread(self._probes.close)
+        self._access_log.close()
+        # The thread ends after its iteration. One that is still loading cannot be stopped, so it is not waited for.
+        return await asyncio.to_thread(self.scheduler.join, self._last_messages_s if self._loaded else 0.0)
+
+    async def _announce(self, engine: Engine) -> None:
+        self._loaded = True
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "%s in %s on %s, weights: %s", engine.backbone, engine.precision, engine.device_name, engine.weights_source
+        )
+        print(f"ready in {time.monotonic() - self._created_at:.1f} s", flush=True)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
     """Options of the gRPC server."""
     return [
-        ("grpc.so_reuseport", 0),  # or a second server on the same port would start, and get some of the calls
+        ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would start, and get some of the calls
         ("grpc.max_receive_message_length", limits.request_bytes),
         ("grpc.max_send_message_length", limits.response_bytes),
-        # Clients may ping every 10 s, also when idle; we look after 60 s whether a silent one is still there.
+        # Clients may ping every 10 s, also when idle. The server pings after 60 s without data.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -190,9 +236,12 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
-def _loaded_for_good(settings: Settings) -> Engine:
-    """The engine. What is there by then stays until the end, so the garbage collector need not look at it again: its full
-    rounds went through 190,000 objects, most of them torch's, and held everything up for 120 ms, on busy cores for 500."""
+def _load_frozen(settings: Settings) -> Engine:
+    """Loads the engine and excludes all present objects from garbage collection, because they stay until the end.
+
+    A full collection went through 190,000 objects, most of them torch's, and blocked everything for 120 ms, on busy
+    cores for 500 ms.
+    """
     engine = _load_engine(settings)
     gc.collect()
     gc.freeze()
@@ -205,7 +254,7 @@ def _load_engine(settings: Settings) -> Engine:
 
         log.warning("--engine fake: every picture is a pattern, and an iteration takes %g ms", settings.iter_ms)
         return FakeEngine(settings.iter_ms / 1000)
-    # Loads torch's kernels: seconds, on the compute thread.
+    # Imported here, on the compute thread, because it loads torch's kernels, which takes seconds.
     from gramophone_server.engine.engine import VggEngine
 
     engine = VggEngine.load(
@@ -221,16 +270,18 @@ def _load_engine(settings: Settings) -> Engine:
 
 
 def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
-    """The port that `server` listens on. Raises `StartupError` with the reason when it cannot."""
+    """Returns the port that `server` listens on. Raises `StartupError` with the reason if it cannot."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # gRPC's error does not say why, so ask the system first.
+        # gRPC's error has no reason, so ask the system first.
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
         return server.add_insecure_port(_address(host, port))
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the port was taken meanwhile"
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else "the port was taken in the meantime"
+        )
         raise StartupError(
             f"cannot listen on {_address(host, port)}: {reason}; "
             "choose another address with --host and --port (--port 0: any free one)"
@@ -244,10 +295,10 @@ def _add_reflection(server: grpc.aio.Server) -> None:
 
 
 async def _unless_signalled(
-    work: Coroutine[Any, Any, None], signals: asyncio.Queue[signal.Signals], within_s: float | None = None
+    awaited: Coroutine[Any, Any, None], signals: asyncio.Queue[signal.Signals], within_s: float | None = None
 ) -> bool:
-    """Waits for `work`, and drops it when a signal or the end of the time comes first. Returns whether there was no signal."""
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(signals.get())
+    """Runs `awaited` until it ends, a signal arrives or the time is over. Returns False if a signal arrived."""
+    tasks = asyncio.create_task(awaited), asyncio.create_task(signals.get())
     try:
         await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
         return not tasks[1].done()

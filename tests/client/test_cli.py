@@ -412,7 +412,7 @@ def test_a_watched_job_that_ends_early_leaves_its_picture(gramophone, service, h
     code, out, err = gramophone("watch j1 -o out.png --quiet")
     assert (code, out) == (5, "")
     assert "iteration 10 of 300 is kept as out.png" in err[0]
-    assert "the job was stopped" in err[1]
+    assert "the job was cancelled" in err[1]
 
 
 def test_a_job_is_cancelled(gramophone, service):

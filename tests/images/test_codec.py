@@ -216,7 +216,7 @@ def test_size_is_checked_before_pixels_are_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
     bomb = png(1, 0, b"\0", side=20_000)  # 49 KB that would be 1.2 GB as RGB
     assert refused(bomb) == (
-        "is 20000x20000, 400000000 pixels; at most 32000000 are taken (server setting GRAMOPHONE_MAX_IMAGE_PIXELS); "
+        "is 20000x20000, 400000000 pixels; at most 32000000 are allowed (server setting GRAMOPHONE_MAX_IMAGE_PIXELS); "
         "send a smaller image"
     )
     assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels"
@@ -229,7 +229,7 @@ def test_a_webp_with_a_huge_canvas_is_refused_before_there_is_room_for_it(monkey
     at = data.index(b"VP8X") + 12
     data[at : at + 6] = b"\xff\x3f\0" * 2
     monkeypatch.setattr(codec.Image, "open", None)
-    assert refused(bytes(data)).startswith("is 16384x16384, 268435456 pixels; at most 32000000 are taken")
+    assert refused(bytes(data)).startswith("is 16384x16384, 268435456 pixels; at most 32000000 are allowed")
 
 
 def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
@@ -248,7 +248,7 @@ def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
 
 def test_bytes_are_checked_first():
     assert refused(b"x" * 2000, Limits(max_image_bytes=1024)) == (
-        "has 2000 bytes; at most 1024 are taken (server setting GRAMOPHONE_MAX_IMAGE_BYTES); "
+        "has 2000 bytes; at most 1024 are allowed (server setting GRAMOPHONE_MAX_IMAGE_BYTES); "
         "send a smaller or more compressed image"
     )
 

@@ -16,7 +16,9 @@ def test_the_least_recently_used_makes_room():
     assert uploads.find("a") == b"aaa"
     uploads.keep("b", b"bbb")  # sent again, so it was used
     uploads.keep("d", b"dddd")
-    with pytest.raises(ImageNotFound, match="no image 'c' is kept here; upload it with UploadImage, and send the job"):
+    with pytest.raises(
+        ImageNotFound, match="this server keeps no image 'c'; upload it with UploadImage, and send the job"
+    ):
         uploads.find("c")
     assert [uploads.find(name) for name in "abd"] == [b"aaa", b"bbb", b"dddd"]
     assert uploads.counts == (4, 1, 10, 10)
@@ -32,16 +34,19 @@ def test_an_upload_is_its_pieces():
 @pytest.mark.parametrize(
     ("limits", "pieces", "words"),
     [
-        (Limits(), [2**20 + 1], "has 1048577 bytes, a piece at most 1048576; send the image in smaller ones"),
+        (Limits(), [2**20 + 1], "has 1048577 bytes, at most 1048576 are allowed; send the image in smaller chunks"),
         (
             Limits(max_image_bytes=1024),
             [1000, 25],
-            "makes an image of 1025 bytes or more; at most 1024 are taken (server setting GRAMOPHONE_MAX_IMAGE_BYTES)",
+            (
+                "makes an image of 1025 bytes or more; at most 1024 are allowed "
+                "(server setting GRAMOPHONE_MAX_IMAGE_BYTES)"
+            ),
         ),
         (
             Limits(max_uploads_bytes=1024),
             [1000, 25],
-            "at most 1024 are taken (server setting GRAMOPHONE_MAX_UPLOADS_BYTES); send a smaller or more compressed",
+            "at most 1024 are allowed (server setting GRAMOPHONE_MAX_UPLOADS_BYTES); send a smaller or more compressed",
         ),
     ],
 )

@@ -386,7 +386,7 @@ def test_a_job_has_one_controller_at_a_time(registry):
         job.watch(controls=True)
     job.give_up_control(maker)  # it has none
     job.leave(maker)
-    with pytest.raises(JobControlled, match=f"somebody controls job '{job.id}' already"):
+    with pytest.raises(JobControlled, match=f"job '{job.id}' already has a controller"):
         job.watch(controls=True)
     job.give_up_control(first)
     second = job.watch(controls=True)
@@ -418,7 +418,7 @@ def test_an_answer_is_for_one_alone_and_what_was_taken_has_a_number(registry):
 def test_a_job_has_so_many_watchers_at_most(registry):
     job, first = create(registry(max_watchers=2))
     second = job.watch()
-    with pytest.raises(TooManyWatchers, match="the job has 2 watchers already"):
+    with pytest.raises(TooManyWatchers, match="the job already has 2 watchers"):
         job.watch()
     job.leave(second)
     second = job.watch()

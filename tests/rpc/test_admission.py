@@ -37,7 +37,8 @@ MOST = 2**26
 RESERVATION = Reservation(1)
 
 
-# What is refused before anything is decoded ----------------------------------------------------------------------------
+# What is refused before anything is decoded
+# ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -73,14 +74,14 @@ LATER = 10.0**9  # s on the monotonic clock
 
 async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
-    work = await admission.work(wanted, RESERVATION, LATER)
+    work = await admission.prepare(wanted, RESERVATION, LATER)
     memory, (_, _, pixels, shape, budget, left_s) = admission.asked
     assert memory == ("memory", shape)
     assert shape == Shape.of(work.recipe, 32, 64)
     assert pixels == work.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
     assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
     assert len(admission.decoded) == 2
-    await admission.work(wanted, RESERVATION)
+    await admission.prepare(wanted, RESERVATION)
     assert admission.asked[3][-1] == math.inf  # without a deadline there is time enough
 
 
@@ -90,10 +91,10 @@ async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admissio
 async def test_what_is_refused_is_not_decoded(admission, kind, error):
     admission.raises[kind] = error
     with pytest.raises(type(error)):
-        await admission.work(spec(), RESERVATION, LATER)
+        await admission.prepare(spec(), RESERVATION, LATER)
     assert admission.decoded == []
     with pytest.raises(InvalidRequest):  # more is wrong than that, so all of it is told
-        await admission.work(spec(beta=-1.0), RESERVATION, LATER)
+        await admission.prepare(spec(beta=-1.0), RESERVATION, LATER)
     assert len(admission.decoded) == 2
 
 
@@ -102,7 +103,7 @@ async def test_what_a_header_does_not_say_is_left_to_the_decoder(admission, cont
     wanted = spec()
     wanted.content.data = content
     with pytest.raises(InvalidRequest):
-        await admission.work(wanted, RESERVATION, LATER)
+        await admission.prepare(wanted, RESERVATION, LATER)
     assert admission.asked == [] and len(admission.decoded) == 2
 
 
@@ -189,7 +190,8 @@ async def test_the_images_of_a_job_go_when_it_ends():
         await until(lambda: not any(picture() is not None for picture in pictures))
 
 
-# Jobs that go on from a checkpoint -------------------------------------------------------------------------------------
+# Jobs that go on from a checkpoint
+# -------------------------------------------------------------------------------------
 
 
 def on_its_way(engine, wanted, iterations):
@@ -305,7 +307,7 @@ async def test_a_checkpoint_of_a_job_that_is_done_says_so():
     async with serving(engine) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(on_its_way(engine, spec(), 10))))))
     assert got.message == (
-        "spec.resume: is of a job that has done all of its 10 iterations, so there is nothing to go on with; "
+        "spec.resume: is of a job that has done all of its 10 iterations, so there is nothing to resume; "
         "its picture is the result"
     )
 
@@ -313,7 +315,7 @@ async def test_a_checkpoint_of_a_job_that_is_done_says_so():
 async def test_time_left_is_estimated_from_where_the_checkpoint_stands(admission):
     engine = FakeEngine()
     work = on_its_way(engine, spec(), 7)
-    await admission.work(resumed(written(work)), RESERVATION, LATER)
+    await admission.prepare(resumed(written(work)), RESERVATION, LATER)
     assert [asked[2] for asked in admission.asked if asked[0] == "time"] == [work.pixels_left] == [3 * 64 * 32]
 
 

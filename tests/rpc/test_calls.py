@@ -37,7 +37,7 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
     async with serving(engine) as s:
         call = await start_stream(s, engine, timeout=0.2 if how == "deadline" else None)
         gone = asyncio.Event()
-        (on_server,) = s.servicer._calls
+        (on_server,) = s.servicer.calls
         on_server._context.add_done_callback(lambda _: gone.set())
         if how == "cancel":
             call.cancel()
@@ -65,10 +65,10 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job()
     """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
     notices, left = [], []
     context = context_of(notices)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
     for notice in notices:
         notice(context)
-    call.watches(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
+    call.attach(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
     assert left == ["a mailbox"]
 
 
@@ -77,7 +77,7 @@ async def test_a_clock_that_is_set_makes_no_call_late(caplog):
     caplog.set_level("INFO", "gramophone_server")
     notices = []
     context = context_of(notices, left_s=60.0)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).begin("Stylize", context)
+    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
     until_end = call.deadline_at - time.monotonic()
     context.time_remaining = lambda: 0.0  # the clock is hours ahead now
     for notice in notices:
@@ -135,7 +135,7 @@ async def test_readers_that_stop_hold_up_nobody_on_their_connection():
             async with asyncio.timeout(2):
                 frames += (await live.read()).event.HasField("frame")
                 await stub.GetServerInfo(pb.GetServerInfoRequest())
-        sent = sorted(call._frames for call in s.servicer._calls)
+        sent = sorted(call.frames for call in s.servicer.calls)
         assert sent[-2] <= 2 and sent[-1] >= 8
         for call in (*stuck, live):
             call.cancel()
@@ -169,7 +169,7 @@ async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await events_of(slow)
         assert caught.value.code() is grpc.StatusCode.ABORTED
-        assert caught.value.details().startswith("the reader left a message untaken for 1 s and was dropped;")
+        assert caught.value.details().startswith("the client did not read a message for 1 s, so its call was ended;")
         (*_, last) = await events_of(watch(s, job_id))
         assert last.result.iterations == 400
 

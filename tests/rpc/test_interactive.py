@@ -255,7 +255,7 @@ BAD = {
         "attach",
         "can only be the first message; open another stream for another job",
     ),
-    "of a newer client": ({}, "command", "is none that this server knows; GetServerInfo tells its version"),
+    "of a newer client": ({}, "command", "is not known to this server; GetServerInfo reports its version"),
 }
 
 
@@ -337,7 +337,7 @@ async def test_a_picture_that_was_taken_when_the_job_ended_comes_too_late():
             return Done(100, Frame(100, Picture(None)))
 
         s.scheduler.command = lambda listener, command: late()
-        assert await controller.errors(frame=FRAME) == {"frame": "comes too late, the job has ended"}
+        assert await controller.errors(frame=FRAME) == {"frame": "came too late: the job has ended"}
         assert not controller.of("result")
         await controller.rest()
     assert controller.order[-1] == "result" and not controller.of("frame")
@@ -410,7 +410,7 @@ async def test_a_job_has_one_controller_and_the_next_one_comes_when_it_has_left(
         second = await attached(s, first.job_id)
         got = await refused(second.rest())
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_CONTROLLED")
-        assert got.message == f"somebody controls job '{first.job_id}' already; WatchJob can watch it all the same"
+        assert got.message == f"job '{first.job_id}' already has a controller; WatchJob can still watch it"
         job = s.servicer.jobs.find(first.job_id)
         assert len(job._watchers) == 1
         first.call.cancel()
@@ -468,7 +468,7 @@ async def test_as_many_watch_as_may():
         assert (await second.read()).event.HasField("accepted")
         got = await refused(watch(s, controller.job_id))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")
-        assert got.message == "the job has 2 watchers already, and more are not allowed"
+        assert got.message == "the job already has 2 watchers, and more are not allowed"
         await controller.ask(finish=FINISH)
         await controller.rest()
         assert (await events_of(watch(s, controller.job_id)))[-1].HasField("result")
@@ -580,7 +580,7 @@ async def test_each_watcher_has_the_checkpoints_that_it_asked_for():
 async def test_a_state_is_written_once_for_all():
     written, encoders = [], Encoders()
     state = SavedState(light=True, write=lambda: written.append(1) or b"state")
-    assert await asyncio.gather(*(encoders.written(state) for _ in range(3))) == [b"state"] * 3
+    assert await asyncio.gather(*(encoders.write_checkpoint(state) for _ in range(3))) == [b"state"] * 3
     assert len(written) == 1
     encoders.close()
 
@@ -632,14 +632,14 @@ async def test_a_controller_that_leaves_stops_its_job(how):
         await until(lambda: s.scheduler.running == 0)
         await s.servicer.idle()
         assert engine.iterations < 5000
-        await until(lambda: not [task for task in asyncio.all_tasks() if "_obey" in repr(task)])
+        await until(lambda: not [task for task in asyncio.all_tasks() if "_read_commands" in repr(task)])
 
 
 async def test_a_client_that_leaves_before_its_first_message_leaves_nothing():
     async with serving(FakeEngine()) as s:
         call = s.stub.StylizeInteractive()
         await call.wait_for_connection()
-        await until(lambda: s.servicer._calls)
+        await until(lambda: s.servicer.calls)
         call.cancel()
         await s.servicer.idle()
         assert len(s.servicer.jobs) == 0
@@ -665,7 +665,7 @@ async def test_a_controller_that_leaves_while_a_frame_is_written_stops_its_job(c
         assert engine.iterations < 5000
         await s.servicer.idle()
         gc.collect()
-        await until(lambda: not [task for task in asyncio.all_tasks() if "_obey" in repr(task)])
+        await until(lambda: not [task for task in asyncio.all_tasks() if "_read_commands" in repr(task)])
     assert not [r for r in caplog.records if r.name.startswith("gramophone") and r.levelname == "ERROR"]
 
 
@@ -726,7 +726,7 @@ async def test_of_60_controllers_who_leave_whenever_nothing_is_left():
         assert all(ends[::2])
         await until(lambda: not s.scheduler.running + s.scheduler.queued + s.scheduler.paused)
         await s.servicer.idle()
-        assert not s.servicer._calls
+        assert not s.servicer.calls
         await until(lambda: own_tasks() <= before and len(s.servicer.jobs) == 0)
 
 

@@ -92,7 +92,7 @@ async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_be
             await until(lambda: len(jobs) <= 20 and all(job.ended for job in jobs.newest_first()))
             await until(lambda: own_tasks() <= tasks)
             assert not any(job._watchers for job in jobs.newest_first())
-            assert not s.servicer._preparations and not s.servicer._calls
+            assert not s.servicer.preparing and not s.servicer.calls
             assert engine.closed == len(engine.batches)
             assert s.scheduler._places == 0 and not s.scheduler._orders
             engine.jobs.clear(), engine.begun.clear(), engine.batches.clear(), engine.slices.clear()
@@ -106,5 +106,6 @@ async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_be
         )  # gRPC's server keeps the context of the last call
     threads, files, resident = zip(*seen, strict=True)
     assert threads[-1] <= threads[0] and files[-1] <= files[0]
-    # The first wave fills the allocators; after it 800 jobs, whose images alone are 12 MiB, may leave a little scattered.
+    # The first wave fills the allocators; after it 800 jobs, whose images alone are 12 MiB, may leave a little
+    # scattered.
     assert resident[-1] - resident[0] < 8 * MIB, [size / MIB for size in resident]

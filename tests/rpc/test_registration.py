@@ -29,8 +29,8 @@ async def test_bytes_that_are_no_message_are_an_invalid_request(method, data, ca
     (violation,) = got.BadRequest.field_violations
     assert violation.field == "request"
     assert violation.description == (
-        f"must be a {method.input_type.full_name}, got {len(data)} bytes that cannot be read as one; "
-        "make the client's stubs from this server's proto"
+        f"must be a {method.input_type.full_name}, got {len(data)} bytes that cannot be parsed as one; "
+        "generate the client's stubs from this server's proto"
     )
     assert "Traceback" not in caplog.text
 

@@ -347,7 +347,7 @@ async def test_the_same_request_finds_its_job_while_that_is_being_decoded(held):
             s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(iterations), request_id=request_id))
             for iterations in (5, 6)
         )
-        await until(lambda: len(s.servicer._calls) == 3)
+        await until(lambda: len(s.servicer.calls) == 3)
         held.set()
         assert (await refused(third)).code is grpc.StatusCode.ALREADY_EXISTS
         one, two = await asyncio.gather(first, second)
@@ -363,7 +363,7 @@ async def test_the_same_request_begins_anew_when_the_first_is_refused_while_it_w
         first = s.stub.Stylize(pb.StylizeRequest(spec=broken, request_id=request_id))
         await until(held.begun.is_set)
         others = [s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5), request_id=request_id)) for _ in range(2)]
-        await until(lambda: len(s.servicer._calls) == 3)
+        await until(lambda: len(s.servicer.calls) == 3)
         held.set()
         assert (await refused(first)).code is grpc.StatusCode.INVALID_ARGUMENT
         one, two = await asyncio.gather(*others)
@@ -415,7 +415,7 @@ async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await events_of(watcher)
             assert caught.value.code() is grpc.StatusCode.ABORTED
-            assert "was stopped" in caught.value.details()
+            assert "was cancelled" in caught.value.details()
         again = await s.stub.CancelJob(cancel)
         assert (again.job.state, again.job.end_time) == (pb.JOB_STATE_CANCELLED, response.job.end_time)
         assert s.scheduler.queued == 0
@@ -480,7 +480,7 @@ async def test_a_job_that_is_not_there_is_not_found():
         ):
             got = await refused(call)
             assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
-            assert got.message == "there is no job 'nope'; it never was, or it ended and was forgotten"
+            assert got.message == "there is no job 'nope'; it never existed, or it has ended and is no longer kept"
         long = await refused(s.stub.GetJob(pb.GetJobRequest(job_id="\u00e9" * 10_000)))
         assert long.code is grpc.StatusCode.NOT_FOUND and len(long.message) < 400
 
@@ -672,7 +672,7 @@ async def test_a_grace_that_is_refused_does_not_break_the_list_of_jobs(monkeypat
         entered.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Admission, "work", work)
+    monkeypatch.setattr(Admission, "prepare", work)
     async with serving(FakeEngine(), list_jobs=True) as server:
         wanted = spec()
         wanted.detach_grace.seconds = 2**62

@@ -148,13 +148,14 @@ async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monke
         raise MemoryError("secret")
 
     if place == "decoding":
-        monkeypatch.setattr(Admission, "work", cannot)
+        monkeypatch.setattr(Admission, "prepare", cannot)
     async with serving(Unencodable() if place == "encoding" else FakeEngine()) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
         assert s.scheduler.queued == 0
     assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
     assert (
-        got.message == "the server's memory ended while it worked on this; ask for a smaller size, or try again later"
+        got.message
+        == "the server ran out of memory while it worked on this; ask for a smaller size, or try again later"
     )
     assert "secret" in caplog.text  # the log has it
 
@@ -163,7 +164,7 @@ async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, capl
     async def cancelled(self, spec, place, deadline_at):
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(Admission, "work", cancelled)
+    monkeypatch.setattr(Admission, "prepare", cancelled)
     async with serving(FakeEngine()) as s:
         for call in (
             s.stub.Stylize(pb.StylizeRequest(spec=spec())),

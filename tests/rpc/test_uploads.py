@@ -83,7 +83,7 @@ async def test_an_image_that_is_not_there_is_not_found_unless_more_is_wrong():
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
         assert got.message == (
-            f"no image '{digest(b'never')}' is kept here; upload it with UploadImage, and send the job again"
+            f"this server keeps no image '{digest(b'never')}'; upload it with UploadImage, and send the job again"
         )
         wanted.recipe.beta = -1.0
         wanted.styles[0].image.data = b"GIF89a"
@@ -113,7 +113,7 @@ async def test_an_image_that_made_room_is_not_found():
         (png()[:40], "truncated or damaged"),
         (
             png(400, 200),
-            "is 400x200, 80000 pixels; at most 70000 are taken (server setting GRAMOPHONE_MAX_IMAGE_PIXELS)",
+            "is 400x200, 80000 pixels; at most 70000 are allowed (server setting GRAMOPHONE_MAX_IMAGE_PIXELS)",
         ),
         (png(64, 15), "each side must have at least 16 pixels"),
     ],
@@ -148,7 +148,7 @@ async def test_an_upload_without_end_is_refused_at_once():
     async with serving(FakeEngine(), Limits(max_image_bytes=10_000)) as s:
         got = await refused(s.stub.UploadImage(endless()))
         assert got.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert "makes an image of 11000 bytes or more; at most 10000 are taken" in got.message
+        assert "makes an image of 11000 bytes or more; at most 10000 are allowed" in got.message
         await s.servicer.idle()
 
 

@@ -44,7 +44,7 @@ CASES = {
     "content digest": (
         lambda s: setattr(s.content, "digest", "sha256:" + "F" * 64),
         "spec.content.digest",
-        "must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got 'sha256:FFF",
+        "must be 'sha256:' and 64 lower-case hexadecimal digits, from UploadImage, got 'sha256:FFF",
     ),
     "empty digest": (lambda s: setattr(s.content, "digest", ""), "spec.content.digest", "got ''"),
     "style digest": (lambda s: setattr(s.styles[0].image, "digest", "x"), "spec.styles[0].image.digest", "got 'x'"),
@@ -57,7 +57,7 @@ CASES = {
     "resume and a seed": (
         lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s, "seed", 0)),
         "spec.seed",
-        "must be unset with `resume`, as the checkpoint has all that it says",
+        "must be unset with `resume`, because the checkpoint contains it",
     ),
     "resume and a start image": (
         lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s.start_image, "data", b"x")),
@@ -101,7 +101,10 @@ CASES = {
     "too long": (
         set_recipe(size=512, iterations=400, coarse_iterations=50, smallest_size=128),
         "spec.recipe.iterations",
-        "and coarse_iterations make 600 over 5 scales; at most 500 are allowed (server setting GRAMOPHONE_MAX_ITERATIONS)",
+        (
+            "and coarse_iterations make 600 over 5 scales; at most 500 are allowed "
+            "(server setting GRAMOPHONE_MAX_ITERATIONS)"
+        ),
     ),
     "no start image": (
         lambda s: setattr(s.recipe, "start", pb.START_IMAGE),

@@ -351,7 +351,7 @@ async def test_a_diverged_job_sends_its_last_good_picture_first():
     engine = FakeEngine(fails_at=3, error=Diverged(iteration=3))
     async with scheduling(engine) as scheduler:
         job, events = submit(scheduler), []
-        with pytest.raises(Diverged, match="stopped being finite at iteration 3"):
+        with pytest.raises(Diverged, match="became NaN or infinite at iteration 3"):
             async for _, event in job.events():
                 events.append(event)
         assert isinstance(events[-1], Frame)

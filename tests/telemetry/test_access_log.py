@@ -116,7 +116,7 @@ async def test_calls_end_whatever_becomes_of_the_log(tmp_path, caplog):
         for _ in range(3):
             await s.stub.GetServerInfo(pb.GetServerInfoRequest())
         await asyncio.wait_for(s.servicer.idle(), 5)
-        assert len(s.servicer._calls) == 0
+        assert len(s.servicer.calls) == 0
         folder.mkdir()
         await s.stub.GetServerInfo(pb.GetServerInfoRequest())
         await until(path.exists)
@@ -126,9 +126,9 @@ async def test_calls_end_whatever_becomes_of_the_log(tmp_path, caplog):
         record.message for record in caplog.records if record.name == "gramophone_server.telemetry.access_log"
     ]
     assert first.startswith(
-        "the access log cannot be written, so calls are missing in it from now on: [Errno 2] No such"
+        "the access log cannot be written; calls are missing from it from now on: [Errno 2] No such"
     )
-    assert last == "the access log is written again; 3 calls are missing in it"
+    assert last == "the access log is written again; 3 calls are missing from it"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_once(caplog, capsys):
         access.write(method="A")
     access.close()
     assert [record.message.partition(": ")[0] for record in caplog.records] == [
-        "the access log cannot be written, so calls are missing in it from now on",
+        "the access log cannot be written; calls are missing from it from now on",
         "the access log cannot be closed",
     ]
     assert all(record.message.endswith("No space left on device") for record in caplog.records)

@@ -1,26 +1,24 @@
 import asyncio
 import threading
-import time
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
-from gramophone_server.telemetry import health
-from gramophone_server.telemetry.health import Vitals
+from gramophone_server.telemetry.health import HealthMonitor
 from gramophone_server.telemetry.metrics import Metrics
-from tests.support.clock import until
+from tests.support.clock import ManualClock, until
 from tests.support.engines import FakeEngine
 from tests.support.serving import serving, start_stream
 from tests.support.specs import spec
 
 
-def watched(s, metrics):
-    return Vitals(s.scheduler, s.servicer.uploads, metrics, "1.2.3")
+def monitor_of(s, metrics, **options):
+    return HealthMonitor(s.scheduler, s.servicer.uploads, metrics, "1.2.3", **options)
 
 
-async def test_the_gauges_tell_what_is_there():
+async def test_the_gauges_show_the_present_state():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, Limits(max_running=1), metrics=metrics) as s:
-        watched(s, metrics)
+        monitor_of(s, metrics)
 
         def value(name, **labels):
             return metrics.registry.get_sample_value(f"gramophone_{name}", labels)
@@ -43,7 +41,7 @@ async def test_the_gauges_tell_what_is_there():
         await until(lambda: value("device_memory_bytes", kind="batches") == 0)
 
 
-async def test_a_server_that_loads_or_drains_is_absent_but_not_ill():
+async def test_a_server_that_loads_or_drains_is_not_ready_but_alive():
     release = threading.Event()
     engine, metrics = FakeEngine(), Metrics()
 
@@ -52,44 +50,48 @@ async def test_a_server_that_loads_or_drains_is_absent_but_not_ill():
         return engine
 
     async with serving(engine, load=load, metrics=metrics) as s:
-        v = watched(s, metrics)
-        assert v.absence() == "loading the network"
+        monitor = monitor_of(s, metrics)
+        assert monitor.readiness_problem() == "loading the network"
         assert metrics.registry.get_sample_value("gramophone_ready") == 0
         release.set()
         await s.scheduler.ready()
-        assert v.absence() == ""
-        v.draining = True
-        assert v.absence() == "shutting down"
-        assert v.illness() == ""
+        assert monitor.readiness_problem() == ""
+        monitor.draining = True
+        assert monitor.readiness_problem() == "shutting down"
+        assert monitor.liveness_problem() == ""
 
 
-async def test_a_compute_thread_that_does_not_come_back_is_an_illness(monkeypatch):
-    monkeypatch.setattr(health, "LONGEST_TURN_S", 0.1)
+async def test_a_compute_thread_that_does_not_return_is_a_liveness_problem():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
-        v = watched(s, metrics)
+        monitor = monitor_of(s, metrics, longest_turn_s=0.1)
         call = await start_stream(s, engine)
-        await until(lambda: v.illness())
-        assert v.illness() == v.absence() == "the compute thread has been in one iteration for 0 s"
+        await until(lambda: monitor.liveness_problem())
+        problem = "the compute thread has been in one iteration for 0 s"
+        assert monitor.liveness_problem() == monitor.readiness_problem() == problem
         call.cancel()
         engine.go.set()
-        await until(lambda: not v.illness())
+        await until(lambda: not monitor.liveness_problem())
 
 
-async def test_a_loop_that_stands_still_is_noticed_from_another_thread(monkeypatch):
-    monkeypatch.setattr(health, "LONGEST_LAG_S", 0.1)
-    metrics = Metrics()
+async def test_a_blocked_event_loop_is_noticed_from_another_thread():
+    metrics, clock = Metrics(), ManualClock()
     async with serving(FakeEngine(), metrics=metrics) as s:
-        v = watched(s, metrics)
-        pulse = asyncio.create_task(v.watch())
+        monitor = monitor_of(s, metrics, clock=clock)
+        pulse = asyncio.create_task(monitor.watch())
         await until(lambda: metrics.registry.get_sample_value("gramophone_event_loop_tasks") > 0)
         seen = []
-        looker = threading.Thread(target=lambda: (time.sleep(0.6), seen.append(v.illness())))
+
+        def look():
+            for after_s in (30.0, 1.0):
+                clock.advance(after_s)
+                seen.append(monitor.liveness_problem())
+
+        looker = threading.Thread(target=look)
         looker.start()
-        time.sleep(0.9)  # noqa: ASYNC251 - the event loop stands still
-        looker.join()
-        assert seen[0].startswith("the event loop has stood still for ")
-        await until(lambda: not v.illness())
+        looker.join()  # the event loop is blocked here
+        assert seen == ["", "the event loop has not run for 31 s"]
+        await until(lambda: not monitor.liveness_problem())
         late_s = metrics.registry.get_sample_value("gramophone_event_loop_lag_seconds_sum")
-        assert late_s > 0.5
+        assert late_s > 30
         pulse.cancel()

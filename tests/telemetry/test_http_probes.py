@@ -9,28 +9,48 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gramophone_server.errors import StartupError
 from gramophone_server.telemetry import http_probes
-from gramophone_server.telemetry.http_probes import Probes
+from gramophone_server.telemetry.http_probes import HttpProbes
 from gramophone_server.telemetry.metrics import Metrics
 
 
-class Patient:
-    """What is wrong with the server, as a test says."""
+class Problems:
+    """What is wrong with the server, as a test sets it."""
 
-    absence = illness = ""
-
-
-@pytest.fixture
-def patient():
-    return Patient()
+    readiness = liveness = ""
 
 
 @pytest.fixture
-def served(patient):
-    """The address of probes that ask the patient."""
-    shown = Probes("127.0.0.1", 0, Metrics().registry, lambda: patient.absence, lambda: patient.illness)
-    shown.start()
-    yield f"127.0.0.1:{shown.port}"
-    shown.close()
+def problems():
+    return Problems()
+
+
+@pytest.fixture
+def serve(problems):
+    """Starts probes that report `problems`; keyword arguments are those of HttpProbes. Returns their address."""
+    started = []
+
+    def start(**times):
+        probes = HttpProbes(
+            "127.0.0.1", 0, Metrics().registry, lambda: problems.readiness, lambda: problems.liveness, **times
+        )
+        probes.start()
+        started.append(probes)
+        return f"127.0.0.1:{probes.port}"
+
+    yield start
+    for probes in started:
+        probes.close()
+
+
+@pytest.fixture
+def served(serve):
+    """The address of probes."""
+    return serve()
+
+
+def connect(address):
+    host, port = address.split(":")
+    return socket.create_connection((host, int(port)), 5)
 
 
 def got(address, path):
@@ -50,75 +70,70 @@ def test_metrics_are_in_prometheus_format(served):
     assert {"grpc_server_started", "gramophone_queue_wait_seconds", "process_open_fds"} <= names
 
 
-def test_probes_say_what_is_wrong(served, patient):
+def test_probes_report_what_is_wrong(served, problems):
     assert got(served, "/healthz") == got(served, "/livez") == (200, "ok\n")
-    patient.absence = "loading the network"
+    problems.readiness = "loading the network"
     assert got(served, "/healthz") == (503, "loading the network\n")
     assert got(served, "/livez") == (200, "ok\n")
-    patient.illness = "the event loop has stood still for 31 s"
-    assert got(served, "/livez") == (503, "the event loop has stood still for 31 s\n")
+    problems.liveness = "the event loop has not run for 31 s"
+    assert got(served, "/livez") == (503, "the event loop has not run for 31 s\n")
 
 
-def test_another_path_is_told_which_there_are(served):
+def test_an_unknown_path_lists_the_known_ones(served):
     status, text = got(served, "/")
     assert status == 404 and "/metrics" in text and "/healthz" in text
 
 
-def test_a_client_that_says_nothing_is_let_go_and_holds_nobody_up(served, monkeypatch):
-    monkeypatch.setattr(http_probes, "PATIENCE_S", 0.2)
-    host, port = served.split(":")
-    with socket.create_connection((host, int(port)), 5) as silent:
-        assert got(served, "/healthz")[0] == 200
-        assert silent.recv(1) == b""  # the end, after the patience
+def test_a_silent_client_is_disconnected_and_blocks_no_other(serve):
+    address = serve(request_timeout_s=0.2)
+    with connect(address) as silent:
+        assert got(address, "/healthz")[0] == 200
+        assert silent.recv(1) == b""  # the end, after the timeout
 
 
-def test_a_client_that_drips_is_let_go_too(served, monkeypatch):
-    monkeypatch.setattr(http_probes, "PATIENCE_S", 0.5)
-    host, port = served.split(":")
-    with socket.create_connection((host, int(port)), 5) as dripping, pytest.raises(OSError):
+def test_a_client_that_sends_single_bytes_is_disconnected_too(serve):
+    address = serve(request_timeout_s=0.5)
+    with connect(address) as dripping, pytest.raises(OSError):
         for _ in range(500):
             dripping.sendall(b"G")
             time.sleep(0.02)
 
 
-def test_clients_that_take_long_make_room_for_a_probe(served, monkeypatch):
-    monkeypatch.setattr(http_probes, "LONG_S", 0.2)
-    host, port = served.split(":")
-    holding = [socket.create_connection((host, int(port)), 5) for _ in range(http_probes.MOST_CONNECTIONS)]
+def test_slow_clients_make_room_for_a_probe(serve):
+    address = serve(replaceable_after_s=0.2)
+    holding = [connect(address) for _ in range(http_probes.MOST_CONNECTIONS)]
     try:
         time.sleep(0.4)
-        assert got(served, "/livez")[0] == 200
-        assert holding[0].recv(1) == b""  # who came first
+        assert got(address, "/livez")[0] == 200
+        assert holding[0].recv(1) == b""  # the oldest one
     finally:
         for one in holding:
             one.close()
 
 
-def test_connections_are_bounded(served, monkeypatch):
-    monkeypatch.setattr(http_probes, "LONG_S", 60)
-    monkeypatch.setattr(http_probes, "PATIENCE_S", 60)
-    host, port = served.split(":")
-    holding = [socket.create_connection((host, int(port)), 5) for _ in range(http_probes.MOST_CONNECTIONS)]
+def test_connections_are_bounded(serve):
+    address = serve(replaceable_after_s=60, request_timeout_s=60)
+    holding = [connect(address) for _ in range(http_probes.MOST_CONNECTIONS)]
     try:
         with pytest.raises((OSError, http.client.HTTPException)):
-            # Those before may still be on their way to their threads, but one of so many more finds no room.
+            # The server may not have accepted all of these yet, but one of this many more finds no room.
             for _ in range(50):
-                got(served, "/healthz")
-                holding.append(socket.create_connection((host, int(port)), 5))
+                got(address, "/healthz")
+                holding.append(connect(address))
     finally:
         for one in holding:
             one.close()
 
 
-def test_a_port_that_is_taken_is_told(served):
+def test_a_port_in_use_is_reported(served):
     port = int(served.split(":")[1])
     with pytest.raises(StartupError) as caught:
-        Probes("127.0.0.1", port, Metrics().registry, str, str)
+        HttpProbes("127.0.0.1", port, Metrics().registry, str, str)
     assert str(caught.value) == (
         f"cannot serve metrics on 127.0.0.1:{port}: Address already in use; "
         "choose another port with --metrics-port (0: any free one, -1: none)"
     )
 
 
-def test_probes_that_never_began_can_be_closed():
-    Probes("127.0.0.1", 0, Metrics().registry, str, str).close()
+def test_probes_that_were_not_started_can_be_closed():
+    HttpProbes("127.0.0.1", 0, Metrics().registry, str, str).close()

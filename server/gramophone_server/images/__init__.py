@@ -1,1 +1,1 @@
-"""Encoded pictures in and out, and the store of uploaded ones."""
+"""Decodes and encodes pictures, and stores uploaded ones."""

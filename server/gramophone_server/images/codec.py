@@ -1,4 +1,4 @@
-"""Bytes of JPEG, PNG and WebP <-> uint8 RGB tensors. What is too large is refused before its pixels are decoded."""
+"""Bytes of JPEG, PNG and WebP <-> uint8 RGB tensors. Images that are too large are refused before they are decoded."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ T = TypeVar("T")
 
 __all__ = ["METADATA_KEY", "Encoded", "Encoding", "Format", "decode", "encode", "size"]
 
-# The key of the text that says how a picture was made: a PNG text chunk of this name. JPEG and WebP have the text in
-# the EXIF field ImageDescription, and this name in the EXIF field Software.
+# The key of a picture's recipe: the name of a PNG text chunk. JPEG and WebP have the text in the EXIF field
+# ImageDescription, and this name in the EXIF field Software.
 METADATA_KEY = "gramophone"
 
-# Pillow's own pixel limit only warns up to twice its value, and knows nothing of ours, which `_refuse_size` applies to the
-# size in the header.
+# Pillow's own pixel limit only warns up to twice its value. `_refuse_size` applies the server's limit to the size in
+# the header instead.
 Image.MAX_IMAGE_PIXELS = None
-# Bytes of texts that it inflates for one PNG. It sees none, see `containers`; this holds if one should come by.
+# Bytes of texts that Pillow inflates for one PNG. `metadata_stripping` removes all texts; this is a second safeguard.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 
-
-MOST_PROFILE_TAGS = 100  # LittleCMS refuses a profile with more
+MOST_PROFILE_TAGS = 100  # LittleCMS refuses profiles with more
 
 
 class Format(StrEnum):
-    """How a picture is encoded, as Pillow calls it."""
+    """A format of encoded pictures, with Pillow's name."""
 
     JPEG = "JPEG"
     PNG = "PNG"
@@ -47,7 +46,7 @@ class Format(StrEnum):
 
 
 class Encoding(NamedTuple):
-    """How a picture shall be encoded; see `encode`."""
+    """Options of `encode`."""
 
     format: Format
     quality: int
@@ -66,27 +65,29 @@ class Encoded(NamedTuple):
 def decode(data: bytes, field: str, limits: Limits, needed: int) -> Tensor:
     """The picture in `data` as sRGB: uint8 [3, height, width].
 
-    EXIF orientation is applied, an embedded colour profile converted, transparency laid on white. A picture of which
-    less is `needed` (pixels of the longest side) comes reduced by a whole factor, with its longest side still at
-    `needed` or more; this bounds what a waiting job keeps in memory. Raises `InvalidRequest` that names `field`.
+    EXIF orientation is applied, an embedded colour profile is converted to sRGB, transparency becomes white. A picture
+    that is larger than `needed`, in pixels of the longest side, is reduced by a whole factor to a longest side of at
+    least `needed`; this bounds the memory of a waiting job. Raises `InvalidRequest` with a violation of `field`.
     """
     image, orientation = _opened(data, field, limits)
     with image:
-        # Not so far that a thin picture loses its shorter side.
+        # Not so far that the shorter side of a thin picture becomes too small.
         needed = max(needed, -(-SMALLEST_SIDE * max(image.size) // min(image.size)))
-        image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is enough
+        image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 if that is enough
         plain = _attempt(partial(_loaded, image, needed), field, _damaged(image.format))
         profile = image.info.get("icc_profile")
-    del image  # that of a WebP holds 16 bytes a pixel
+    del image  # a WebP image holds 16 bytes per pixel
     rgb = _to_srgb(_oriented(plain, orientation), profile)
-    # `bytearray`, as a tensor must own memory that may be written to.
+    # `bytearray`, because a tensor must own writable memory.
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
 
 
 def size(data: bytes, field: str, limits: Limits) -> tuple[int, int]:
-    """(width, height) in pixels of the picture in `data` as it will be turned, from its header. Raises `InvalidRequest`
-    that names `field` where `decode` would by the header alone."""
+    """(width, height) in pixels of the picture in `data`, after EXIF orientation, from its header.
+
+    Raises `InvalidRequest` with a violation of `field` if `decode` would do so because of the header.
+    """
     image, orientation = _opened(data, field, limits)
     with image:
         width, height = image.size
@@ -96,12 +97,12 @@ def size(data: bytes, field: str, limits: Limits) -> tuple[int, int]:
 def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, metadata: str | None = None) -> Encoded:
     """Encodes `picture`, uint8 [height, width, 3] on the CPU.
 
-    `quality` is 1 to 100 for JPEG and WebP and means nothing for PNG. A picture whose longest side is above `max_side`
-    pixels is reduced to it; 0 leaves it. `metadata` is ASCII text that goes into the file, see `METADATA_KEY`.
+    `quality` is 1 to 100 for JPEG and WebP; PNG ignores it. A picture whose longest side is above `max_side` pixels is
+    reduced to it; 0 means no limit. `metadata` is ASCII text for the file, see `METADATA_KEY`.
     """
     assert picture.dtype == torch.uint8 and picture.device.type == "cpu" and picture.is_contiguous()
     height, width, _ = picture.shape
-    # Without numpy, which torch does not need; `picture` outlives the call, and `frombytes` copies.
+    # Without numpy, which torch does not need. `frombytes` copies, and `picture` is valid until then.
     image = Image.frombytes("RGB", (width, height), ctypes.string_at(picture.data_ptr(), picture.numel()))
     if 0 < max_side < max(width, height):
         image = image.resize(fit(width, height, max_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -122,16 +123,16 @@ def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, met
 
 
 def _opened(data: bytes, field: str, limits: Limits) -> tuple[Image.Image, int]:
-    """The picture with its header read, and its pixels not yet; and its orientation. Raises `InvalidRequest`."""
+    """The picture with only its header read, and its EXIF orientation. Raises `InvalidRequest`."""
     if len(data) > limits.max_image_bytes:
         raise _refusal(
             field,
-            f"has {len(data)} bytes; at most {limits.max_image_bytes} are taken "
+            f"has {len(data)} bytes; at most {limits.max_image_bytes} are allowed "
             f"(server setting {variable('max_image_bytes')}); send a smaller or more compressed image",
         )
-    told = dimensions.size(data)
-    if told is not None:  # before Pillow opens it, which allocates the canvas of a WebP
-        _refuse_size(*told, field, limits)
+    header_size = dimensions.size(data)
+    if header_size is not None:  # before Pillow opens it, because that allocates the canvas of a WebP
+        _refuse_size(*header_size, field, limits)
     try:
         picture = metadata_stripping.picture(data)
     except Refused as error:
@@ -149,8 +150,8 @@ def _refusal(field: str, description: str) -> InvalidRequest:
 
 
 def _attempt(codec: Callable[[], T], field: str, description: str) -> T:
-    """What `codec` returns. Damaged data makes Pillow raise OSError, SyntaxError, ValueError, struct.error and others;
-    whatever it is, its text speaks of Pillow's insides and is not passed on."""
+    """Returns what `codec` returns. For damaged data Pillow raises OSError, SyntaxError, ValueError, struct.error and
+    others. Their texts describe Pillow's internals and are not passed on."""
     try:
         return codec()
     except MemoryError:
@@ -164,7 +165,7 @@ def _damaged(kind: str | None) -> str:
 
 
 def _kind(data: bytes) -> Format | None:
-    """What the first bytes say."""
+    """The format, by the first bytes."""
     for at, start, kind in ((0, b"\xff\xd8\xff", Format.JPEG), (0, b"\x89PNG", Format.PNG), (8, b"WEBP", Format.WEBP)):
         if data.startswith(start, at):
             return kind
@@ -172,7 +173,7 @@ def _kind(data: bytes) -> Format | None:
 
 
 def _what_instead(data: bytes) -> str:
-    """The sentence for what is none of the formats, from its first bytes: people do send pictures of the wrong one."""
+    """The description of data in another format, by its first bytes."""
     got = f"{len(data)} bytes of something else"
     for start, name in ((b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"%PDF", "PDF")):
         if data.startswith(start):
@@ -183,11 +184,11 @@ def _what_instead(data: bytes) -> str:
 
 
 def _refuse_size(width: int, height: int, field: str, limits: Limits) -> None:
-    """Refuses what the header tells already."""
+    """Raises `InvalidRequest` for a size in the header that is too large or too small."""
     if width * height > limits.max_image_pixels:
         raise _refusal(
             field,
-            f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are taken "
+            f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are allowed "
             f"(server setting {variable('max_image_pixels')}); send a smaller image",
         )
     if min(width, height) < SMALLEST_SIDE:
@@ -195,18 +196,19 @@ def _refuse_size(width: int, height: int, field: str, limits: Limits) -> None:
 
 
 def _loaded(image: Image.Image, needed: int) -> Image.Image:
-    """Another image, of a mode of `_plain`, reduced as far as may be. What loads may still be in pieces, such as a palette's
-    picture without its palette, so both may raise anything."""
+    """A new image in a mode of `_plain`, reduced if it may be. An image that loads may still be damaged, for example
+    lack its palette, so both steps may raise anything."""
     image.load()
     plain = _reduced(_plain(image), needed)
     return image.copy() if plain is image else plain
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """The same picture in one of the modes L, LA, RGB, RGBA and CMYK, which can be reduced and colour-managed."""
+    """The picture in one of the modes L, LA, RGB, RGBA and CMYK, which can be reduced and colour-managed."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
-        # Every other byte is the high one. Pillow's own way to 8 bits clips at 255, so all but black becomes white.
+        # Every other byte is the high one. Pillow's own conversion to 8 bits clips at 255, so all but black becomes
+        # white.
         high = image.tobytes()[image.mode != "I;16B" :: 2]
         image = Image.frombytes("L", image.size, high)
         if transparent is not None:
@@ -257,15 +259,15 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(_bounded(profile)))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of another colour space than the picture
+    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or for another colour space than the picture's
         return image.convert("RGB")
     return image.convert("RGB") if converted is None else converted
 
 
 def _bounded(profile: bytes) -> bytes:
-    """The profile without its tags D2B0 to D2B3, in the place of which A2B0 or the primaries count, as for every reader
-    that does not know these. They are programs of any length, which LittleCMS runs 36,000 times before the first pixel:
-    3,000 steps in 24 KB took 5 s."""
+    """The profile without its tags D2B0 to D2B3. Then A2B0 or the primaries apply, as for every reader that does not
+    know these tags. They are programs of any length, which LittleCMS runs 36,000 times before the first pixel: 3,000
+    steps in 24 KB took 5 s."""
     tags = min(int.from_bytes(profile[128:132]), MOST_PROFILE_TAGS)
     bounded = bytearray(profile)
     for at in range(132, min(132 + 12 * tags, len(profile)), 12):

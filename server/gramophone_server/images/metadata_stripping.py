@@ -1,9 +1,9 @@
-"""An encoded picture without what is not the picture: a decoder sees pixels and their colours, and nothing else.
+"""Removes from an encoded picture everything but pixels and colours, so that a decoder sees nothing else.
 
-Texts, EXIF, XMP, previews and unknown chunks are where a file of 10 MiB can ask for gigabytes or minutes: Pillow reads
-every entry of an EXIF directory, and a thousand of them may name the same 10 MiB; it inflates each of ten thousand colour
-profiles of a PNG; it walks a million empty chunks in Python. So they are left out here, by a walk that takes a bounded
-number of steps, and of EXIF only the orientation is read. Standard library only.
+Texts, EXIF, XMP, previews and unknown chunks are where a file of 10 MiB can cost gigabytes or minutes: Pillow reads
+every entry of an EXIF directory, and a thousand entries may refer to the same 10 MiB; it inflates each of ten thousand
+colour profiles of a PNG; it walks a million empty chunks in Python. So this module walks the file in a bounded number
+of steps, drops these parts, and reads only the orientation from EXIF. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from typing import NamedTuple
 
 __all__ = ["Picture", "Refused", "picture"]
 
-# A photo has some 20 JPEG segments before its pixels and at most 400 with a large profile and XMP; a PNG of 10 MiB has
-# 1,300 chunks as libpng writes it. A step of the walk takes a microsecond, and one of Pillow's ten.
+# A photo has about 20 JPEG segments before its pixels, and at most 400 with a large profile and XMP; a PNG of 10 MiB
+# written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
 MOST_PARTS = 16_384
-# libjpeg walks through the whole picture for each scan, 11 to 30 ms at 32 megapixels, however short the scan is. An
-# encoder writes 10 for a photo, and libjpeg's script for CMYK has 18.
+# libjpeg processes the whole picture for each scan, 11 to 30 ms at 32 megapixels, even if the scan is short. An encoder
+# writes 10 scans for a photo, and libjpeg's script for CMYK has 18.
 MOST_SCANS = 32
 
-ORIENTATION, SHORT = 0x0112, 3  # the EXIF tag, and the type that it must have
+ORIENTATION, SHORT = 0x0112, 3  # the EXIF tag and its type
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"})
 WEBP_KEPT = frozenset({b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"})
-APPS, COMMENT = range(0xE0, 0xF0), 0xFE  # JPEG markers; of the first, JFIF, ICC and Adobe say how the colours are meant
+# JPEG markers. Of the application segments, those of JFIF, ICC and Adobe define the colours.
+APPS, COMMENT = range(0xE0, 0xF0), 0xFE
 APP_KEPT = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xEE, b"Adobe"))
 EXIF_APP, EXIF_START = 0xE1, b"Exif\0\0"
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
-BARE = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers that no length follows
+BARE = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers without a length
 MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
-BEHIND_SCAN = re.compile(
-    rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL
-)  # in a scan, FF 00 is a byte and FF D0 to D7 are restarts
+# The end of a scan. Within it, FF 00 is a byte, and FF D0 to D7 are restarts.
+SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class Refused(ValueError):
-    """What is wrong with a file, as it goes on after the field's name: "is damaged"."""
+    """A file is refused. The message continues a sentence that starts with the field: "is damaged"."""
 
 
 class Picture(NamedTuple):
-    """What of a file is the picture."""
+    """The picture in a file."""
 
-    data: bytes  # the file without the rest
-    orientation: int  # as EXIF numbers it, 1 for upright
+    data: bytes  # the file without metadata
+    orientation: int  # EXIF orientation, 1 for upright
     frames: int  # more than 1: an animation
 
 
 def picture(data: bytes) -> Picture:
-    """The picture in a JPEG, PNG or WebP file. Raises `Refused` for one that is cut off or damaged where the walk comes
-    by, or that takes too many steps, and for what is none of the three."""
+    """The picture in a JPEG, PNG or WebP file. Raises `Refused` for other formats, for a file that takes too many
+    steps, and for one that is truncated or damaged where the walk reads it."""
     try:
         if data.startswith(PNG_START):
             return _png(data)
@@ -95,8 +95,7 @@ def _webp(data: bytes) -> Picture:
 
 
 def _chunks(data: bytes, at: int, head: str, tail_bytes: int, *, padded: bool) -> Iterator[tuple[bytes, int, int, int]]:
-    """(name, where it starts, where its content starts, where it ends) of each chunk; the last may be cut off, which the
-    decoder will tell."""
+    """(name, start, start of its content, end) of each chunk. The last may be truncated, which the decoder reports."""
     for _ in range(MOST_PARTS):
         if at >= len(data):
             return
@@ -112,23 +111,23 @@ def _jpeg(data: bytes) -> Picture:
     kept, orientation, scans, at = [b"\xff\xd8"], 1, 0, 2
     exif_seen = False
     for _ in range(MOST_PARTS):
-        found = BEHIND_SCAN.search(data, at) if scans else MARKER.match(data, at)
+        found = SCAN_END.search(data, at) if scans else MARKER.match(data, at)
         if found is None:
-            if scans:  # cut off in its pixels, as the decoder will tell
+            if scans:  # truncated in its pixels, which the decoder reports
                 kept.append(data[at:])
                 return Picture(b"".join(kept), orientation, 1)
             break
-        marker, start, behind = found.group()[-1], found.end() - 2, found.end()
+        marker, start, marker_end = found.group()[-1], found.end() - 2, found.end()
         kept.append(data[at:start] if scans else b"")
         if marker == EOI:
-            kept.append(data[start:behind])
+            kept.append(data[start:marker_end])
             return Picture(b"".join(kept), orientation, 1)
-        if marker in BARE or marker == 0:  # FF 00 before a scan is junk that some cameras write
-            at = behind
+        if marker in BARE or marker == 0:  # some cameras write a meaningless FF 00 before a scan
+            at = marker_end
             continue
-        (length,) = struct.unpack_from(">H", data, behind)
-        at = behind + max(length, 2)
-        content = data[behind + 2 : at]
+        (length,) = struct.unpack_from(">H", data, marker_end)
+        at = marker_end + max(length, 2)
+        content = data[marker_end + 2 : at]
         if marker == EXIF_APP and content.startswith(EXIF_START) and not exif_seen:
             exif_seen, orientation = True, _orientation(content[len(EXIF_START) :])
         wanted = marker not in APPS and marker != COMMENT
@@ -144,7 +143,7 @@ def _jpeg(data: bytes) -> Picture:
 
 
 def _orientation(exif: bytes) -> int:
-    """Of a TIFF directory; 1 for a damaged one, as the picture is a picture all the same."""
+    """The orientation in a TIFF directory. 1 if that is damaged, because the picture itself is still valid."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return 1

@@ -1,4 +1,4 @@
-"""Images that were sent ahead of the jobs that name them by digest. Belongs to the event loop."""
+"""Images that are uploaded before the jobs that refer to them by digest. Used only on the event loop."""
 
 from __future__ import annotations
 
@@ -13,51 +13,53 @@ from gramophone_server.errors import ImageNotFound, InvalidRequest
 
 __all__ = ["LARGEST_CHUNK", "Upload", "Uploads"]
 
-LARGEST_CHUNK = 2**20  # bytes: what is hashed on the event loop in one go, 0.7 ms
+LARGEST_CHUNK = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
 
 
 class Upload:
-    """One image on its way, in pieces. What cannot become an image that is kept is refused at its first byte too many."""
+    """An image that is being uploaded in chunks. It is refused with the first chunk that makes it too large to keep."""
 
     def __init__(self, limits: Limits) -> None:
-        """Raises `InvalidRequest` where no images are kept."""
+        """Raises `InvalidRequest` if the server keeps no images."""
         if not limits.max_uploads_bytes:
             raise _refusal(
                 f"cannot be kept: this server keeps no images (server setting {variable('max_uploads_bytes')} is 0); "
                 "send them with the job as `data`"
             )
-        # Of two limits the tighter one is told.
+        # Errors name the lower of two limits.
         self._setting = min("max_image_bytes", "max_uploads_bytes", key=lambda name: int(getattr(limits, name)))
         self._most_bytes = int(getattr(limits, self._setting))
-        self._pieces = io.BytesIO()
-        self._told = hashlib.sha256()
+        self._chunks = io.BytesIO()
+        self._hash = hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
-        """The next piece. Raises `InvalidRequest`."""
+        """Adds the next chunk. Raises `InvalidRequest`."""
         if len(chunk) > LARGEST_CHUNK:
-            raise _refusal(f"has {len(chunk)} bytes, a piece at most {LARGEST_CHUNK}; send the image in smaller ones")
-        received = self._pieces.tell() + len(chunk)
+            raise _refusal(
+                f"has {len(chunk)} bytes, at most {LARGEST_CHUNK} are allowed; send the image in smaller chunks"
+            )
+        received = self._chunks.tell() + len(chunk)
         if received > self._most_bytes:
             raise _refusal(
-                f"makes an image of {received} bytes or more; at most {self._most_bytes} are taken "
+                f"makes an image of {received} bytes or more; at most {self._most_bytes} are allowed "
                 f"(server setting {variable(self._setting)}); send a smaller or more compressed image"
             )
-        self._pieces.write(chunk)
-        self._told.update(chunk)
+        self._chunks.write(chunk)
+        self._hash.update(chunk)
 
     @property
     def digest(self) -> str:
-        """Of the pieces so far, as `ImageSource.digest`."""
-        return f"sha256:{self._told.hexdigest()}"
+        """The digest of the chunks so far, in the form of `ImageSource.digest`."""
+        return f"sha256:{self._hash.hexdigest()}"
 
     @property
     def data(self) -> bytes:
-        """The pieces so far."""
-        return self._pieces.getvalue()
+        """The chunks so far."""
+        return self._chunks.getvalue()
 
 
 class Uploads:
-    """Encoded images by digest, at most so many bytes of them; the least recently used goes first."""
+    """Encoded images by digest, up to a number of bytes. Evicts the least recently used ones."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -66,11 +68,11 @@ class Uploads:
 
     @property
     def counts(self) -> CacheCounts:
-        """What the store has done and holds; a hit is an image that was asked for and there."""
+        """Hits and misses of `find`, and the bytes that are kept."""
         return CacheCounts(self._hits, self._misses, self._bytes, self._most_bytes)
 
     def keep(self, digest: str, data: bytes) -> None:
-        """Keeps an image, or notes that it was used if it is there already."""
+        """Keeps an image, or marks it as used if it is already kept."""
         if digest not in self._kept:
             self._kept[digest] = data
             self._bytes += len(data)

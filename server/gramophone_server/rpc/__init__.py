@@ -1,1 +1,1 @@
-"""The service's RPCs: validate a request, admit its job, send what happens to it. The wire (grpc, protobuf) is known here."""
+"""The service's RPCs: validate a request, admit its job, send its events. This is where gRPC and protobuf are known."""

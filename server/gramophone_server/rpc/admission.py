@@ -1,4 +1,4 @@
-"""From what a caller asks for to work that can be queued: what is cheap to refuse is refused before anything is decoded."""
+"""From a request to a job that can be queued. Whatever is cheap to refuse is refused before any image is decoded."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class Source:
 
     field: str  # "spec.content"
     image: pb.ImageSource
-    needed: int  # pixels of the longest side
+    needed: int  # pixels of the longest side that the job uses
     uploaded: bytes = b""
 
     @property
     def path(self) -> str:
-        """Of what names the image: "spec.content.data" or "spec.content.digest"."""
+        """The field that is set: "spec.content.data" or "spec.content.digest"."""
         return f"{self.field}.{self.image.WhichOneof('source')}"
 
     @cached_property
     def data(self) -> bytes:
-        """The encoded image. The first call copies it out of its message, 0.2 ms a MiB, so not on the event loop."""
+        """The encoded image. The first access copies it out of its message, 0.2 ms/MiB, so not on the event loop."""
         return self.uploaded or self.image.data
 
 
 class Admission:
-    """Makes work of requests, and decodes on threads of its own. Everything else belongs to the event loop."""
+    """Prepares the jobs of requests. It decodes on its own threads; everything else belongs to the event loop."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self.uploads = Uploads(limits.max_uploads_bytes)
@@ -65,21 +65,23 @@ class Admission:
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
 
     def close(self) -> None:
-        """Gives the threads back."""
+        """Stops the threads."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def work(self, spec: pb.JobSpec, reservation: Reservation, deadline_at: float | None = None) -> JobState:
-        """The work of a request that has a reservation, and must be done by ``deadline_at``, in seconds of the monotonic clock.
+    async def prepare(self, spec: pb.JobSpec, reservation: Reservation, deadline_at: float | None = None) -> JobState:
+        """The state of a job before its first iteration, or as its checkpoint has it, with decoded images.
 
-        Raises `InvalidRequest` with every violation, those of the images included, `ImageNotFound`,
-        `OutOfDeviceMemory`, `DeadlineUnattainable`; where nothing but one of the last three is wrong, before it decodes.
+        ``deadline_at``, in seconds of the monotonic clock, is when the job must have ended.
+
+        Raises `InvalidRequest` with every violation, including those of the images, `ImageNotFound`,
+        `OutOfDeviceMemory`, `DeadlineUnattainable`. The last three are raised before decoding if nothing else is wrong.
         """
         violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
         recipe, saved = await self._recipe(spec, violations)
         sources = self._sources(spec, recipe, violations)
         if not violations:
             await self._estimate(recipe, saved, sources["spec.content"], reservation, deadline_at)
-        decoded = await self._decoded(sources, violations)
+        decoded = await self._decode(sources, violations)
         refuse(violations)
         job = StyleJob(
             recipe=recipe,
@@ -90,25 +92,25 @@ class Admission:
             seed=saved.seed if saved else spec.seed if spec.HasField("seed") else secrets.randbits(64),
         )
         refuse(check_result(job))
-        work = self._scheduler.engine.admit(job)
-        return work if saved is None else await self._resumed(saved, job)
+        state = self._scheduler.engine.admit(job)
+        return state if saved is None else await self._restore(saved, job)
 
     async def digest(self, spec: pb.JobSpec) -> bytes:
-        """What the request asks for, to know it again."""
+        """See `spec_digest`."""
         return await self._in_thread(partial(spec_digest, spec))
 
-    async def kept(self, upload: Upload) -> pb.UploadImageResponse:
-        """Keeps an image that has come in full. Raises `InvalidRequest` if it is none that a job could use."""
+    async def keep_upload(self, upload: Upload) -> pb.UploadImageResponse:
+        """Keeps an image that has arrived completely. Raises `InvalidRequest` if no job could use it."""
         data = upload.data
         width, height = await self._in_thread(partial(codec.size, data, "chunk", self._limits))
         self.uploads.keep(upload.digest, data)
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
     async def _recipe(self, spec: pb.JobSpec, violations: list[Violation]) -> tuple[Recipe, Checkpoint | None]:
-        """The recipe, or the default one if it will not do, which is among the violations then."""
+        """The recipe and the checkpoint. An invalid recipe adds to the violations and becomes the default one."""
         try:
             if not spec.HasField("resume"):
-                return recipe_from_message(spec.recipe), None  # `check_spec` has told what is wrong with it
+                return recipe_from_message(spec.recipe), None  # `check_spec` reports what is wrong with it
             most_bytes = self._limits.max_checkpoint_bytes
             checkpoints = self._scheduler.engine.checkpoints
             saved = await self._in_thread(lambda: checkpoints.read(spec.resume, most_bytes=most_bytes))
@@ -121,7 +123,7 @@ class Admission:
         return saved.recipe, saved
 
     def _sources(self, spec: pb.JobSpec, recipe: Recipe, violations: Sequence[Violation]) -> dict[str, Source]:
-        """The images that are there, by field. Raises `ImageNotFound`, unless more than that is wrong."""
+        """The images that are set and found, by field. Raises `ImageNotFound` if there are no violations."""
         needed = min(recipe.size, self._limits.max_size)
         needed_style = min(math.ceil(needed * recipe.style_scale), self._limits.max_size)
         named = [Source("spec.content", spec.content, needed), Source("spec.start_image", spec.start_image, needed)]
@@ -148,38 +150,38 @@ class Admission:
         reservation: Reservation,
         deadline_at: float | None,
     ) -> None:
-        """Raises `OutOfDeviceMemory` and `DeadlineUnattainable` by what the content image's header says of its size. One
-        that says nothing, or nothing that would be taken, is for the decoder to judge.
+        """Raises `OutOfDeviceMemory` and `DeadlineUnattainable`, estimated from the size in the content image's header.
+        If the header has no size, or one that would be refused, the decoder reports it.
 
-        0.3 ms of the server's time from the call to its refusal, 1.1 ms with an image of 4.8 MB, of which 0.8 are the copy
-        of its bytes: protobuf has no way to look at the first 64 KiB alone."""
+        A refusal takes 0.3 ms of the server's time from the call on; 1.1 ms with an image of 4.8 MB, of which 0.8 ms
+        copy its bytes, because protobuf cannot read the first 64 KiB alone."""
 
-        def outlined() -> tuple[int, Shape] | None:
+        def outline_that_fits() -> tuple[int, Shape] | None:
             outline = self._outline(recipe, saved, content)
             if outline is not None:
                 self._scheduler.require_memory(outline[1])
             return outline
 
-        outline = await self._in_thread(outlined)
+        outline = await self._in_thread(outline_that_fits)
         if outline is not None:
             left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
             self._scheduler.require_time(reservation, *outline, recipe.time_budget, left_s)
 
     def _outline(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
-        """The pixel-iterations that a job has left, and its largest shape; None where the header does not tell."""
+        """The pixel-iterations that a job has left, and its largest shape; None without a size in the header."""
         width, height = dimensions.size(content.data) or (0, 0)
         if min(width, height) < SMALLEST_SIDE or width * height > self._limits.max_image_pixels:
             return None
-        picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # a size without pixels
+        picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # has a shape and no memory
         job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
-        work = JobState(job) if saved is None else JobState(job, at=saved.counts["at"], done=saved.counts["done"])
+        state = JobState(job) if saved is None else JobState(job, at=saved.counts["at"], done=saved.counts["done"])
         result_width, result_height = job.result_size
-        if min(result_width, result_height) < SMALLEST_SIDE or work.at >= len(work.scales):
+        if min(result_width, result_height) < SMALLEST_SIDE or state.at >= len(state.scales):
             return None
-        return work.pixels_left, Shape.of(recipe, result_height, result_width)
+        return state.pixels_left, Shape.of(recipe, result_height, result_width)
 
-    async def _decoded(self, sources: Mapping[str, Source], violations: list[Violation]) -> dict[str, Tensor]:
-        """The pictures by field, but for those that have violations."""
+    async def _decode(self, sources: Mapping[str, Source], violations: list[Violation]) -> dict[str, Tensor]:
+        """The decoded images by field, without those that have violations."""
 
         def decode(source: Source) -> Tensor:
             return codec.decode(source.data, source.path, self._limits, source.needed)
@@ -196,33 +198,31 @@ class Admission:
                 decoded[field] = picture
         return decoded
 
-    async def _resumed(self, saved: Checkpoint, job: StyleJob) -> JobState:
-        """The job where the checkpoint has it. On a thread, since the images are hashed."""
-        work = await self._in_thread(partial(saved.restore, job))
-        if work.finished:
-            done = (
-                f"is of a job that has done all of its {work.iterations} iterations, so there is nothing to go on with"
-            )
+    async def _restore(self, saved: Checkpoint, job: StyleJob) -> JobState:
+        """The state of the job in its checkpoint. On a thread, because the images are hashed."""
+        state = await self._in_thread(partial(saved.restore, job))
+        if state.finished:
+            done = f"is of a job that has done all of its {state.iterations} iterations, so there is nothing to resume"
             raise InvalidRequest([Violation("spec.resume", f"{done}; its picture is the result")])
-        return work
+        return state
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
 
 
 def refuse(violations: Iterable[Violation]) -> None:
-    """Raises `InvalidRequest` if there are any."""
+    """Raises `InvalidRequest` if there are any violations."""
     if violations := tuple(violations):
         raise InvalidRequest(violations)
 
 
 def spec_digest(spec: pb.JobSpec) -> bytes:
-    """Of everything but how the job is watched; 0.5 ms a MiB, most of it without the GIL."""
+    """A digest of everything in a spec but its frame and checkpoint options. 0.5 ms/MiB, most of it without the GIL."""
     same = pb.JobSpec()
     same.CopyFrom(spec)
     same.ClearField("frames")
     same.ClearField("checkpoints")
-    # What is large is hashed by itself: to write it into one message takes longer than to hash it, and holds the GIL.
+    # Large fields are hashed separately: serializing them takes longer than hashing them, and holds the GIL.
     for image in (same.content, same.start_image, *(style.image for style in same.styles)):
         if image.HasField("data"):
             image.data = hashlib.sha256(image.data).digest()

@@ -1,4 +1,4 @@
-"""The RPCs under way, each from its start to its end, however it ends."""
+"""The active RPCs: each from its start to its end, however it ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import grpc
 
@@ -26,186 +27,205 @@ __all__ = ["ActiveCalls", "Context", "Malformed", "Response", "RpcCall", "as_dom
 
 log = logging.getLogger(__name__)
 
-# gRPC sends a deadline as at most two digits behind the first one, rounded up, so a client leaves by up to a hundredth of it
-# before the deadline that the server knows (measured: 1.5 s came 10 ms and 12.31 s came 100 ms too long); and its request has
-# been on its way. Who leaves so late has run out of time.
-ROUNDED_UP = 0.01
-ON_ITS_WAY_S = 0.02
+# gRPC sends a deadline with at most three significant digits, rounded up. So a client may leave up to a hundredth of
+# the deadline before the time that the server knows (measured: one of 1.5 s arrived 10 ms too long, one of 12.31 s
+# 100 ms), and its request has been in transit. A client that leaves this late has run out of time.
+DEADLINE_ROUNDING = 0.01
+TRANSIT_S = 0.02
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Response: TypeAlias = pb.StylizeStreamResponse | pb.WatchJobResponse | pb.StylizeInteractiveResponse
 
 
 class Malformed(NamedTuple):
-    """What came instead of a request."""
+    """Bytes that arrived in place of a request and cannot be parsed as one."""
 
     wanted: str  # full name of the message
     bytes: int
 
 
 class ActiveCalls:
-    """The RPCs of one server that are under way."""
+    """The active RPCs of one server."""
 
-    def __init__(self, metrics: Metrics, access: AccessLog, max_blocked_s: float) -> None:
-        self.metrics, self.access, self.max_blocked_s = metrics, access, max_blocked_s
-        self._under_way: set[RpcCall] = set()
-        self._none = asyncio.Event()
-        self._none.set()
+    def __init__(self, metrics: Metrics, access_log: AccessLog, max_blocked_s: float) -> None:
+        self.metrics, self.access_log, self.max_blocked_s = metrics, access_log, max_blocked_s
+        self._active: set[RpcCall] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def __iter__(self) -> Iterator[RpcCall]:
-        return iter(self._under_way)
+        return iter(self._active)
 
     def __len__(self) -> int:
-        return len(self._under_way)
+        return len(self._active)
 
-    def begin(self, method: str, context: Context) -> RpcCall:
-        """One more, of this name. In its handler's task."""
+    def rpc(self, method: str, context: Context) -> RpcCall:
+        """Adds an RPC of this name. Called in the task of its handler, for `async with` around everything it does."""
         call = RpcCall(method, context, self)
-        self._under_way.add(call)
-        self._none.clear()
+        self._active.add(call)
+        self._idle.clear()
         return call
 
-    def over(self, call: RpcCall) -> None:
-        """One less."""
-        self._under_way.discard(call)
-        if not self._under_way:
-            self._none.set()
+    def remove(self, call: RpcCall) -> None:
+        """Removes an RPC that has ended."""
+        self._active.discard(call)
+        if not self._active:
+            self._idle.set()
 
     async def idle(self) -> None:
-        """Returns when none is under way."""
-        await self._none.wait()
+        """Returns when no RPC is active."""
+        await self._idle.wait()
 
 
 class RpcCall:
-    """Whether the client of an RPC is still there, the job that it watches, and what is told of it afterwards."""
+    """State of one RPC: connection, attached job, and the counters for its access-log line.
+
+    The body of `async with` is the handler. If it returns, the RPC succeeds; if it raises, the RPC ends with the status
+    of the error.
+    """
 
     def __init__(self, method: str, context: Context, calls: ActiveCalls) -> None:
-        self.gone = False
+        self.disconnected = False
         self._method = METHODS[method]
         self._context = context
         self._calls = calls
         self._metrics = calls.metrics
         self._job_id: str | None = None
-        self._watched: tuple[Job, Mailbox] | None = None
+        self._attached: tuple[Job, Mailbox] | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._writing = SendTimeout(calls.max_blocked_s, self._dismiss)
+        self._send_timeout = SendTimeout(calls.max_blocked_s, self._drop_slow_reader)
         self._code: grpc.StatusCode | None = None
         self._error: GramophoneError | None = None
-        self._received = self._sent = self._frames = self._dropped = 0  # messages, and what was in them
-        self._dismissal: asyncio.Task[None] | None = None
-        self._started = time.monotonic()
-        # gRPC tells what is left by the wall clock, so it is asked before somebody can set that.
+        # Messages received and sent, frames in the latter, and frames that were dropped before them.
+        self.received_messages = self.sent_messages = self.frames = self.dropped_frames = 0
+        self._late_status: asyncio.Task[None] | None = None
+        self._started_at = time.monotonic()
+        # gRPC computes the remaining time from the wall clock, so it is read before anything can set that clock.
         left_s = context.time_remaining()
-        # When the client stops to wait, in seconds of the monotonic clock.
-        self.deadline_at = None if left_s is None else self._started + left_s
-        self._late_at = math.inf if left_s is None else self._started + left_s * (1 - ROUNDED_UP) - ON_ITS_WAY_S
-        # Asked for now: once the RPC is over, gRPC's context has lost its call, and to ask it crashes the process (1.85.1).
+        # When the client stops waiting, in seconds of the monotonic clock.
+        self.deadline_at = None if left_s is None else self._started_at + left_s
+        self._late_at = math.inf if left_s is None else self._started_at + left_s * (1 - DEADLINE_ROUNDING) - TRANSIT_S
+        # Read now: after the RPC, gRPC's context has lost its call, and reading these crashes the process (1.85.1).
         self._trace, self._peer = trace_id(context.invocation_metadata()), context.peer()
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._task = task
-        # The only notice of an end that always comes: a client that leaves while a message is being written makes no
-        # CancelledError in the handler, and `context.cancelled()` stays false.
-        context.add_done_callback(self._done)  # type: ignore[arg-type]  # the stub asks for a class of its own
-        self._metrics.rpc_began(self._method)
+        # The only notice of the end that always arrives: if a client leaves while a message is being written, the
+        # handler gets no CancelledError, and `context.cancelled()` stays false.
+        context.add_done_callback(self._on_done)  # type: ignore[arg-type]  # the stub asks for a class of its own
+        self._metrics.rpc_started(self._method)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Marks success, or ends the RPC with the status of the error."""
+        if error is None:
+            self._succeed()
+        elif isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit):
+            return  # passes on
+        elif isinstance(error, asyncio.CancelledError) and self._task.cancelling():
+            return  # gRPC cancelled this handler; swallowing that leaks the call's operations
+        else:
+            await self._fail(error)
 
     def received(self, request: object) -> None:
-        """A message of the client has come. Raises `InvalidRequest` if it is none."""
-        self._received += 1
+        """Counts a message of the client. Raises `InvalidRequest` if it could not be parsed."""
+        self.received_messages += 1
         self._metrics.message_received(self._method)
         if isinstance(request, Malformed):
-            wanted = f"must be a {request.wanted}, got {request.bytes} bytes that cannot be read as one"
-            raise InvalidRequest([Violation("request", f"{wanted}; make the client's stubs from this server's proto")])
+            wanted = f"must be a {request.wanted}, got {request.bytes} bytes that cannot be parsed as one"
+            raise InvalidRequest(
+                [Violation("request", f"{wanted}; generate the client's stubs from this server's proto")]
+            )
 
     def sending(self, response: Response) -> SendTimeout:
-        """`with`: the message is on its way."""
-        self._sends()
+        """Counts a message to the client; `with` it, the handler yields the message to gRPC."""
+        self._count_sent()
         if response.event.HasField("frame"):
-            self._frames += 1
-            self._dropped += response.event.frame.dropped
+            self.frames += 1
+            self.dropped_frames += response.event.frame.dropped
             self._metrics.frame_sent(response.event.frame.dropped)
-        return self._writing
+        return self._send_timeout
 
-    def names(self, job: Job) -> None:
-        """It is about this job."""
+    def set_job(self, job: Job) -> None:
+        """The job that this RPC is about, for the logs."""
         self._job_id = job.id
 
-    def watches(self, job: Job, mailbox: Mailbox) -> None:
-        """The end of this RPC is a watcher leaving the job."""
-        self.names(job)
-        self._watched = job, mailbox
-        if self.gone:
+    def attach(self, job: Job, mailbox: Mailbox) -> None:
+        """Makes this RPC a watcher of the job, which leaves when the RPC ends."""
+        self.set_job(job)
+        self._attached = job, mailbox
+        if self.disconnected:
             job.leave(mailbox)
 
-    def reads(self, reader: asyncio.Task[None]) -> None:
-        """`reader` takes the client's messages; the end of this RPC is its end, too."""
+    def set_reader(self, reader: asyncio.Task[None]) -> None:
+        """The task that reads the client's messages. It is cancelled when the RPC ends."""
         self._reader = reader
-        if self.gone:
+        if self.disconnected:
             reader.cancel()
 
-    def succeeded(self) -> None:
-        """The handler has nothing more to say, but for the one response of a call without a stream of them."""
+    def _succeed(self) -> None:
+        """Marks success. The one response of a unary method is sent after this."""
         self._code = grpc.StatusCode.OK
         if not self._method.server_streams:
-            self._sends()
+            self._count_sent()
 
-    async def fail(self, error: BaseException) -> NoReturn:
-        """Ends the RPC with the status of `error`. The one way out for every exception of a handler."""
-        if isinstance(error, GeneratorExit | KeyboardInterrupt | SystemExit):
-            raise error
-        if isinstance(error, asyncio.CancelledError) and self._task.cancelling():
-            raise error  # gRPC cancelled this handler; swallowing that leaks the call's operations
+    async def _fail(self, error: BaseException) -> None:
+        """Ends the RPC with the status of `error`, by raising gRPC's own exception."""
         if not isinstance(error, GramophoneError):
-            # A CancelledError from something awaited, too: without a status the client would hang until its deadline.
+            # Also a CancelledError from an awaited call: without a status the client would hang until its deadline.
             log.error("%s job=%s failed", self._method.name, self._job_id or "-", exc_info=error)
             error = as_domain_error(error)
-        error.__traceback__ = None  # the job keeps its error, and must not keep this handler with it
+        error.__traceback__ = None  # the job keeps its error, which must not keep this handler alive
         await self._abort(error)
 
-    async def _abort(self, error: GramophoneError) -> NoReturn:
+    async def _abort(self, error: GramophoneError) -> None:
         code, message, trailers = refusal(error)
         self._code, self._error = code, error
         await self._context.abort(code, message, trailing_metadata=trailers)
 
-    def _dismiss(self) -> None:
-        """The handler stands in gRPC's write and cannot raise, and a handler that is only cancelled sends no status; so
-        it is cancelled, and the status sent beside it. It reaches the client behind what it has not read yet."""
-        if self.gone:
+    def _drop_slow_reader(self) -> None:
+        """The handler is blocked in gRPC's write and cannot raise, and cancelling it would send no status. So cancel it
+        and send the status from another task; the client sees it after the messages still in flight."""
+        if self.disconnected:
             return
-        self._leave()
+        self._detach()
         error = SlowReader(self._calls.max_blocked_s)
         self._code, self._error = grpc.StatusCode.ABORTED, error
         self._task.cancel()
-        self._dismissal = asyncio.create_task(self._send(error))
+        self._late_status = asyncio.create_task(self._send_status(error))
 
-    async def _send(self, error: GramophoneError) -> None:
+    async def _send_status(self, error: GramophoneError) -> None:
         with contextlib.suppress(Exception):  # `abort` always raises
             await self._abort(error)
 
-    def _leave(self) -> None:
-        self._writing.close()
-        if self._watched is not None:
-            job, mailbox = self._watched
+    def _detach(self) -> None:
+        self._send_timeout.close()
+        if self._attached is not None:
+            job, mailbox = self._attached
             job.leave(mailbox)
         if self._reader is not None:
             self._reader.cancel()
 
-    def _sends(self) -> None:
-        self._sent += 1
+    def _count_sent(self) -> None:
+        self.sent_messages += 1
         self._metrics.message_sent(self._method)
 
-    def _done(self, _: Any) -> None:
-        self.gone = True
-        self._leave()
-        self._calls.over(self)  # first: whatever happens to what is told of it, it must not stay
+    def _on_done(self, _: Any) -> None:
+        self.disconnected = True
+        self._detach()
+        self._calls.remove(self)  # first: the call must not stay if logging fails
         code = self._code
         if code is None:
             late = time.monotonic() >= self._late_at
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-        took_s = time.monotonic() - self._started
+        took_s = time.monotonic() - self._started_at
         log.info("%s job=%s code=%s ms=%.0f", self._method.name, self._job_id or "-", code.name, took_s * 1000)
         self._metrics.rpc_ended(self._method, code, took_s)
-        self._calls.access.write(
+        self._calls.access_log.write(
             method=self._method.name,
             code=code.name,
             reason=None if self._error is None else reason(self._error),
@@ -213,46 +233,46 @@ class RpcCall:
             job=self._job_id,
             trace=self._trace,
             peer=self._peer,
-            received=self._received,
-            sent=self._sent,
-            frames=self._frames,
-            dropped=self._dropped,
+            received=self.received_messages,
+            sent=self.sent_messages,
+            frames=self.frames,
+            dropped=self.dropped_frames,
         )
 
 
 def as_domain_error(error: BaseException) -> GramophoneError:
-    """What a caller hears of an exception that is none of the domain's; the log has the rest."""
+    """The domain error that a client gets for any other exception; the log has the details."""
     return OutOfHostMemory() if isinstance(error, Exception) and ran_out_of_memory(error) else EngineFailed()
 
 
 class SendTimeout:
-    """`with`: a message is on its way to a reader, who is dismissed if it leaves one untaken for too long.
+    """Calls `expired` if one `with` block, which sends a message, takes longer than `most_s` seconds.
 
-    It looks ten times in the time that a reader has: a timer for each message was 5 % of what sending it costs.
+    It checks ten times in that period: a timer for each message was 5 % of the cost of sending it.
     """
 
-    def __init__(self, most_s: float, dismiss: Callable[[], None]) -> None:
-        self._most_s, self._dismiss = most_s, dismiss
+    def __init__(self, most_s: float, expired: Callable[[], None]) -> None:
+        self._most_s, self._expired = most_s, expired
         self._since = math.inf  # on the monotonic clock
         self._closed = False
-        self._next_look: asyncio.TimerHandle | None = None
+        self._next_check: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
-        if self._next_look is None:
-            self._look()
+        if self._next_check is None:
+            self._check()
 
     def __exit__(self, *_: object) -> None:
         self._since = math.inf
 
     def close(self) -> None:
-        """Nobody looks any more."""
+        """Stops the checks."""
         self._closed = True
-        if self._next_look is not None:
-            self._next_look.cancel()
+        if self._next_check is not None:
+            self._next_check.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if time.monotonic() - self._since >= self._most_s:
-            self._dismiss()
+            self._expired()
         elif not self._closed:
-            self._next_look = asyncio.get_running_loop().call_later(self._most_s / 10, self._look)
+            self._next_check = asyncio.get_running_loop().call_later(self._most_s / 10, self._check)

@@ -1,4 +1,4 @@
-"""The two directions of StylizeInteractive: commands on their way to a job, and what is sent back."""
+"""The two directions of StylizeInteractive: commands to a job, and events and answers to its controller."""
 
 from __future__ import annotations
 
@@ -27,91 +27,91 @@ log = logging.getLogger(__name__)
 
 RESPONSE = pb.StylizeInteractiveResponse
 LOSSLESS = Encoding(Format.PNG, 100)
-ENDED = "comes too late, the job has ended"
+ENDED = "came too late: the job has ended"
 
 
 class Controller:
     """The client that controls a job.
 
-    Its commands are carried out one after another, and the next one is not read before the answer to the last one, with
-    what it asked for, was written: a client that gives commands and does not read holds up nothing but itself. While it
-    waits for that it takes no acknowledgements either, which such a client has no use for.
+    Commands are executed one after another. The next one is read after the answer to the last one, and the frame or
+    checkpoint that it asked for, were written. So a client that sends commands and does not read delays only itself.
+    Until then no acknowledgements are read either; such a client does not need them.
     """
 
-    def __init__(self, view: JobEventStream, scheduler: Scheduler, limits: Limits) -> None:
-        self._view = view
-        self._job, self._mailbox = view.job, view.mailbox
+    def __init__(self, events: JobEventStream, scheduler: Scheduler, limits: Limits) -> None:
+        self._events = events
+        self._job, self._mailbox = events.job, events.mailbox
         self._scheduler = scheduler
         self._limits = limits
-        self._answering = asyncio.Lock()  # held from when a command has come until its answer is in the mailbox
-        self._written = asyncio.Semaphore(0)  # answers
+        self._executing = asyncio.Lock()  # held from the arrival of a command until its answer is in the mailbox
+        self._written_answers = asyncio.Semaphore(0)
 
     async def responses(
         self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall
     ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
-        """Everything that is sent, while the commands are read. The result is last, behind the answer to a command that
-        was under way. Raises the error that the job ended in."""
-        with self._obeying(requests, call):
+        """All events and answers, while commands are read. The result is last, after the answer to a command that was
+        being executed. Raises the error that the job ended with."""
+        with self._reading_commands(requests, call):
             result = None
             async for number, event in self._mailbox.events():
                 match event:
                     case Finished():
                         result = number, event
-                        await self._answering.acquire()  # for good: no command is begun any more
+                        await self._executing.acquire()  # never released, so no further command is executed
                     case Answer():
                         yield pb.StylizeInteractiveResponse(command_result=_command_result(event))
                         if event.taken is not None:
-                            yield await self._view.response(RESPONSE, number, event.taken, LOSSLESS)
-                        self._written.release()
+                            yield await self._events.response(RESPONSE, number, event.taken, LOSSLESS)
+                        self._written_answers.release()
                     case _:
-                        yield await self._view.response(RESPONSE, number, event)
+                        yield await self._events.response(RESPONSE, number, event)
             if result is not None:
-                yield await self._view.response(RESPONSE, *result)
+                yield await self._events.response(RESPONSE, *result)
 
     @contextlib.contextmanager
-    def _obeying(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> Iterator[None]:
-        """While commands are read and carried out; a client that leaves ends that at once."""
-        task = asyncio.create_task(self._obey(requests, call))
-        task.add_done_callback(self._obeyed)
-        call.reads(task)
+    def _reading_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> Iterator[None]:
+        """Reads and executes commands while its body runs, or until the client leaves."""
+        task = asyncio.create_task(self._read_commands(requests, call))
+        task.add_done_callback(self._reader_done)
+        call.set_reader(task)
         try:
             yield
         finally:
-            task.cancel()  # before the status is sent, behind which reading raises
+            task.cancel()  # before the status is sent, because reading raises after that
 
-    async def _obey(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> None:
-        """Returns when the client has closed its side, which gives the control up."""
+    async def _read_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> None:
+        """Returns when the client closes its side of the stream, which gives up control of the job."""
         async for request in requests:
             call.received(request)
             if request.WhichOneof("command") == "ack":
                 self._mailbox.acknowledge(request.ack.sequence)
                 continue
-            async with self._answering:
-                answer = await self._carried_out(request)
+            async with self._executing:
+                answer = await self._execute(request)
                 if not self._job.answer(self._mailbox, answer):
                     self._job.answer(self._mailbox, _refused(request, [Violation("", ENDED)]))
-            await self._written.acquire()
+            await self._written_answers.acquire()
         self._job.give_up_control(self._mailbox)
 
-    def _obeyed(self, task: asyncio.Task[None]) -> None:
+    def _reader_done(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if not isinstance(error, GramophoneError):  # else: bytes that are no command, so nobody knows what it was to do
+        if not isinstance(error, GramophoneError):  # otherwise the bytes could not be parsed as a command
             log.error("the commands of job=%s failed", self._job.id, exc_info=error)
             error = as_domain_error(error)
         self._mailbox.end(error)
 
-    async def _carried_out(self, request: pb.StylizeInteractiveRequest) -> Answer:
+    async def _execute(self, request: pb.StylizeInteractiveRequest) -> Answer:
         try:
             if self._job.plan is None:
-                raise InvalidRequest([Violation("", "comes too early, the job's images are being decoded")])
+                raise InvalidRequest([Violation("", "came too early: the job's images are still being decoded")])
             command = _command(request, self._job.plan, self._limits)
             done: Done = await self._scheduler.command(self._job, command)
             if isinstance(done.taken, Saved):
-                await self._view.encoders.written(done.taken.state)  # whether it is too large shows here
+                await self._events.encoders.write_checkpoint(done.taken.state)  # raises if it is too large
         except (InvalidRequest, InvalidRecipe) as error:
             return _refused(request, error.violations)
-        except GramophoneError as error:  # if the job ends in it, so will the stream
+        except GramophoneError as error:  # the stream ends with it, too, if the job does
             return _refused(request, [Violation("", str(error))])
         return Answer(request.command_id, done.iteration, taken=done.taken)
 
@@ -134,11 +134,11 @@ def _command(request: pb.StylizeInteractiveRequest, plan: JobSummary, limits: Li
         case "start" | "attach":
             raise InvalidRequest([Violation("", "can only be the first message; open another stream for another job")])
         case _:
-            raise InvalidRequest([Violation("", "is none that this server knows; GetServerInfo tells its version")])
+            raise InvalidRequest([Violation("", "is not known to this server; GetServerInfo reports its version")])
 
 
 def _changes(update: pb.UpdateCommand, plan: JobSummary, limits: Limits) -> RecipeUpdate:
-    """What an update sets. What it means to the job where it stands, `JobState.update` checks."""
+    """The fields that an update sets. `JobState.update` checks them against the present state of the job."""
     changes = RecipeUpdate()
     for name in RecipeUpdate.__optional_keys__:
         if update.HasField(name):
@@ -161,7 +161,7 @@ def _changes(update: pb.UpdateCommand, plan: JobSummary, limits: Limits) -> Reci
 
 
 def _refused(request: pb.StylizeInteractiveRequest, violations: Iterable[Violation]) -> Answer:
-    """With the fields' paths from the request on: "update.alpha", and "update" for what is wrong with it as a whole."""
+    """An answer with field paths from the request on: "update.alpha", or "update" for the whole command."""
     name = request.WhichOneof("command") or "command"
     paths = (Violation(name if field in ("", name) else f"{name}.{field}", text) for field, text in violations)
     return Answer(request.command_id, violations=tuple(paths))

@@ -1,4 +1,4 @@
-"""The service's RPCs as gRPC takes them."""
+"""Registers the service's RPCs with a gRPC server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gramophone_server.telemetry.metrics import SERVICE
 
 __all__ = ["add_to_server"]
 
-KINDS = {  # by whether the client streams, and the server
+# By (client streams, server streams).
+HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
     (True, False): grpc.stream_unary_rpc_method_handler,
@@ -24,16 +25,16 @@ KINDS = {  # by whether the client streams, and the server
 
 
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
-    """Has `server` answer with `servicer`.
+    """Adds `servicer` to `server`.
 
-    As the generated function of this purpose does, but for bytes that are no message: gRPC ends their call with UNKNOWN, a
-    stream with whatever its handler makes of the exception, and logs a traceback each. Here they are refused as what they
-    are, a request that breaks a rule; see `RpcCall.received`.
+    Differs from the generated function in one way. If bytes cannot be parsed as a message, gRPC ends a unary call with
+    UNKNOWN and a stream with its handler's error, and logs a traceback for each. Here they are an invalid request; see
+    `RpcCall.received`.
     """
     handlers = {
-        method.name: KINDS[method.client_streaming, method.server_streaming](
+        method.name: HANDLERS[method.client_streaming, method.server_streaming](
             getattr(servicer, method.name),
-            request_deserializer=_reader(GetMessageClass(method.input_type)),
+            request_deserializer=_parser(GetMessageClass(method.input_type)),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
         for method in SERVICE.methods
@@ -42,11 +43,11 @@ def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
     server.add_registered_method_handlers(SERVICE.full_name, handlers)
 
 
-def _reader(kind: type[Message]) -> Callable[[bytes], Any]:
-    def read(data: bytes) -> Message | Malformed:
+def _parser(kind: type[Message]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Message | Malformed:
         try:
             return kind.FromString(data)
         except DecodeError:
             return Malformed(kind.DESCRIPTOR.full_name, len(data))
 
-    return read
+    return parse

@@ -1,4 +1,4 @@
-"""From what happens to a job to the messages that say so; each picture is encoded and each state written once for all."""
+"""Events of a job as messages. Each picture is encoded once for all watchers, and each checkpoint is written once."""
 
 from __future__ import annotations
 
@@ -38,15 +38,14 @@ from gramophone_server.jobs.mailbox import Mailbox
 
 __all__ = ["Encoders", "JobEventStream", "frame_encoding", "job_message", "result_encoding", "version"]
 
-# What carries the events of a job.
+# The messages that carry events of a job.
 R = TypeVar("R", pb.StylizeStreamResponse, pb.WatchJobResponse, pb.StylizeInteractiveResponse)
 
-# One more does not help while the compute thread has the cores.
-ENCODERS = 2
-FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, where the request says 0
+ENCODERS = 2  # threads; more do not help while the compute thread uses the cores
+FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, if the request has 0
 
 
-@functools.cache  # to look for it takes 0.5 ms, and every result says it
+@functools.cache  # a look-up takes 0.5 ms, and every result contains it
 def version() -> str:
     """The version of the installed package."""
     try:
@@ -56,14 +55,14 @@ def version() -> str:
 
 
 def frame_encoding(options: pb.FrameOptions) -> Encoding:
-    """How a watcher wants its frames."""
+    """The encoding of a watcher's frames."""
     return Encoding(
         _format(options.format, codec.Format.JPEG), options.quality or FRAME_QUALITY, max_side=options.max_side
     )
 
 
 def result_encoding(spec: pb.JobSpec) -> Encoding:
-    """How a job's result is wanted."""
+    """The encoding of a job's result."""
     return Encoding(_format(spec.result_format, codec.Format.PNG), spec.result_quality or RESULT_QUALITY)
 
 
@@ -74,44 +73,46 @@ class Encoders:
         self._threads = ThreadPoolExecutor(ENCODERS, "encode")
 
     def close(self) -> None:
-        """Gives the threads back."""
+        """Stops the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, into: pb.Image, picture: Picture, encoding: Encoding, metadata: str | None = None) -> None:
-        """Fills ``into`` with the picture's only encoding of this kind; the first to ask for it starts it."""
+        """Fills ``into`` with the encoded picture. The first call for an encoding starts it, others share it."""
         future = picture.encodings.get(encoding)
         if future is None:
             wait = picture.wait
-            assert wait is not None, "a picture is dropped when all that is wanted of it has been encoded"
+            assert wait is not None, "a picture is dropped after its last encoding"
 
             def encoded() -> codec.Encoded:
-                return codec.encode(wait(), *encoding, metadata)  # on its thread, also the waiting
+                return codec.encode(wait(), *encoding, metadata)  # `wait` blocks, too, so both are on the thread
 
             future = asyncio.get_running_loop().run_in_executor(self._threads, encoded)
             picture.encodings[encoding] = future
-            future.add_done_callback(_noted)
-        made = await asyncio.shield(future)  # others wait for it, too
-        into.format = getattr(pb, f"IMAGE_FORMAT_{made.format}")
-        into.width, into.height, into.data = made.width, made.height, made.data
+            future.add_done_callback(_retrieve_exception)
+        encoded_picture = await asyncio.shield(future)  # other watchers wait for it, too
+        into.format = getattr(pb, f"IMAGE_FORMAT_{encoded_picture.format}")
+        into.width, into.height, into.data = encoded_picture.width, encoded_picture.height, encoded_picture.data
 
-    async def written(self, state: SavedState) -> bytes:
-        """The state's only checkpoint; the first to ask for it starts it. Raises `InvalidRequest` if it is too large."""
+    async def write_checkpoint(self, state: SavedState) -> bytes:
+        """The bytes of a checkpoint. The first call starts to write it, and later ones share it. Raises
+        `InvalidRequest` if it is too large."""
         if state.written is None:
             state.written = asyncio.get_running_loop().run_in_executor(self._threads, state.write)
-            state.written.add_done_callback(_noted)
+            state.written.add_done_callback(_retrieve_exception)
         return await asyncio.shield(state.written)
 
 
-def _noted(future: asyncio.Future[Any]) -> None:
-    """An error that no watcher has waited for must not be reported as lost."""
+def _retrieve_exception(future: asyncio.Future[Any]) -> None:
+    """Keeps asyncio from logging an error that no watcher waited for."""
     if not future.cancelled():
         future.exception()
 
 
 class JobEventStream:
-    """A job as one of its watchers is told about it.
+    """The events of a job as messages for one of its watchers.
 
-    `frames` says how it wants its pictures; its request was `attached` to the job or made it; `weights` are the network's.
+    `frames` are the options of its frames. `attached`: its request found the job rather than created it. `weights`
+    names the weights of the network.
     """
 
     def __init__(
@@ -132,14 +133,14 @@ class JobEventStream:
         self._weights = weights
 
     async def responses(self, kind: type[R]) -> AsyncIterator[R]:
-        """What happens to the job, for a watcher that gives no commands. Raises the error that it ended in."""
+        """All events, for a watcher that sends no commands. Raises the error that the job ended with."""
         async for number, event in self.mailbox.events():
-            assert not isinstance(event, Answer), "nobody has asked"
+            assert not isinstance(event, Answer), "only a controller gets answers"
             yield await self.response(kind, number, event)
 
     async def response(self, kind: type[R], number: int, event: Event, frames: Encoding | None = None) -> R:
-        """One event, a frame as ``frames`` instead of as it was wanted. It is written where it is sent from, because every
-        message that is put into another is copied, and a frame was copied four times."""
+        """The message of one event. ``frames`` replaces the watcher's encoding of frames. Fields are filled in place,
+        because a message is copied when it is put into another one, which copied a frame four times."""
         response = kind()
         message = response.event
         message.sequence = number
@@ -155,7 +156,7 @@ class JobEventStream:
                 await self.encoders.encode(message.frame.image, picture, frames or self._frames)
             case Saved(iteration, state):
                 message.checkpoint.iteration, message.checkpoint.light = iteration, state.light
-                message.checkpoint.data = await self.encoders.written(state)
+                message.checkpoint.data = await self.encoders.write_checkpoint(state)
             case Paused(iteration):
                 message.paused.iteration = iteration
             case Resumed(iteration):
@@ -187,9 +188,9 @@ class JobEventStream:
     async def _finished(self, event: Finished, result: pb.Result) -> None:
         plan = self.job.plan
         assert plan is not None, "a job has a plan before it has events"
-        metadata = _how_it_was_made(plan, event.iterations, self._weights)
+        metadata = _result_metadata(plan, event.iterations, self._weights)
         await self.encoders.encode(result.image, event.picture, self.job.encoding, metadata)
-        event.picture.wait = None  # all want the result alike, so the pixels have done their part
+        event.picture.wait = None  # the result has one encoding for all watchers, so the pixels can be freed
         result.losses.CopyFrom(_losses(event.losses))
         result.iterations = event.iterations
         result.stop_reason = getattr(pb, f"STOP_REASON_{event.reason.name}")
@@ -197,7 +198,7 @@ class JobEventStream:
 
 
 def job_message(job: Job) -> pb.Job:
-    """The job as it stands."""
+    """The present state of the job."""
     message = pb.Job(
         job_id=job.id,
         state=f"JOB_STATE_{job.state.name}",
@@ -220,15 +221,15 @@ def job_message(job: Job) -> pb.Job:
 
 
 def _format(value: int, default: codec.Format) -> codec.Format:
-    """The format of a number; an unknown one is refused elsewhere, with all else that is wrong."""
+    """The format of an enum value. `validation` reports an unknown one."""
     known = value in pb.ImageFormat.values() and value
     return codec.Format[pb.ImageFormat.Name(known).removeprefix("IMAGE_FORMAT_")] if known else default
 
 
-def _how_it_was_made(plan: JobSummary, iterations: int, weights: str) -> str:
-    """ASCII JSON for the result's metadata: with the same images it makes the same picture again, unless the recipe was
-    changed on the way, or the end came early."""
-    made = {
+def _result_metadata(plan: JobSummary, iterations: int, weights: str) -> str:
+    """ASCII JSON for the result's metadata. With the same images it reproduces the picture, unless the recipe was
+    changed while the job ran, or the job ended early."""
+    metadata = {
         "gramophone": version(),
         "recipe": dataclasses.asdict(plan.recipe),  # fields by name; layers as [name, weight]
         "style_weights": plan.style_weights,
@@ -237,7 +238,7 @@ def _how_it_was_made(plan: JobSummary, iterations: int, weights: str) -> str:
         "iterations": iterations,
         "changed_at": plan.changed_at,
     }
-    return json.dumps(made)
+    return json.dumps(metadata)
 
 
 def _progress(event: Progress) -> pb.Progress:

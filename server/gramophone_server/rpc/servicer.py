@@ -1,4 +1,4 @@
-"""The service's RPCs: check the request, find or make its job, send what happens to it. See `checks` and `messages`."""
+"""The service's RPCs: check the request, find or create its job, send its events. See `validation` and `responses`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["Servicer"]
 
 log = logging.getLogger(__name__)
 
-PAGE, LARGEST_PAGE = 50, 100  # jobs of a list
+PAGE_SIZE, LARGEST_PAGE_SIZE = 50, 100  # jobs on a page of a list
 
 
 class Servicer(pb_grpc.StyleTransferServiceServicer):
@@ -53,165 +53,135 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         access: AccessLog | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
-        self.jobs = JobRegistry(scheduler, limits, self._job_ended)
+        self.jobs = JobRegistry(scheduler, limits, self._count_ended_job)
+        self.calls = ActiveCalls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
         self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
         self._preparations: dict[Job, asyncio.Task[None]] = {}
-        self._calls = ActiveCalls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
 
     @property
     def uploads(self) -> Uploads:
-        """The images that are kept for jobs to come."""
+        """The uploaded images that are kept for later jobs."""
         return self._admission.uploads
 
+    @property
+    def preparing(self) -> int:
+        """Jobs whose requests are being checked and images decoded."""
+        return len(self._preparations)
+
     async def idle(self) -> None:
-        """Returns when no RPC is under way."""
-        await self._calls.idle()
+        """Returns when no RPC is active."""
+        await self.calls.idle()
 
     def close(self) -> None:
-        """Gives the threads back, and forgets all jobs."""
+        """Stops the threads, and forgets all jobs."""
         self.jobs.close()
         self._admission.close()
         self._encoders.close()
 
+    # RPCs; the proto documents them -----------------------------------------------------------------------------------
+
     async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
         """See the proto."""
-        call = self._calls.begin("Stylize", context)
-        response = pb.StylizeResponse()
-        try:
-            with self._admitting():
+        async with self.calls.rpc("Stylize", context) as call:
+            with self._counting_rejections():
                 call.received(request)
                 request.spec.ClearField("frames")
                 request.spec.ClearField("checkpoints")
-                view = await self._made(request, call)
-            async for told in view.responses(pb.StylizeStreamResponse):
-                if told.event.HasField("accepted"):
-                    response.accepted.CopyFrom(told.event.accepted)
-                elif told.event.HasField("result"):
-                    response.result.CopyFrom(told.event.result)
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
+                events = await self._create_or_find(request, call)
+            response = pb.StylizeResponse()
+            async for message in events.responses(pb.StylizeStreamResponse):
+                if message.event.HasField("accepted"):
+                    response.accepted.CopyFrom(message.event.accepted)
+                elif message.event.HasField("result"):
+                    response.result.CopyFrom(message.event.result)
+            return response
 
     async def StylizeStream(
         self, request: pb.StylizeStreamRequest, context: Context
     ) -> AsyncIterator[pb.StylizeStreamResponse]:
         """See the proto."""
-        call = self._calls.begin("StylizeStream", context)
-        try:
-            with self._admitting():
+        async with self.calls.rpc("StylizeStream", context) as call:
+            with self._counting_rejections():
                 call.received(request)
                 refuse(check_no_credit(request.spec.frames, "spec.frames"))
-                view = await self._made(request, call)
-            async for response in view.responses(pb.StylizeStreamResponse):
+                events = await self._create_or_find(request, call)
+            async for response in events.responses(pb.StylizeStreamResponse):
                 with call.sending(response):
                     yield response
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
 
     async def StylizeInteractive(
         self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
     ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
         """See the proto."""
-        call = self._calls.begin("StylizeInteractive", context)
-        try:
+        async with self.calls.rpc("StylizeInteractive", context) as call:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
-            controller = Controller(await self._controlled(first, call), self._scheduler, self._limits)
+            controller = Controller(await self._start_or_attach(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
                 with call.sending(response):
                     yield response
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         """See the proto."""
-        call = self._calls.begin("WatchJob", context)
-        try:
+        async with self.calls.rpc("WatchJob", context) as call:
             call.received(request)
             refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
-            view = self._watched(job, call, request, after=request.after_sequence)
-            async for response in view.responses(pb.WatchJobResponse):
+            events = self._watch(job, call, request, after=request.after_sequence)
+            async for response in events.responses(pb.WatchJobResponse):
                 with call.sending(response):
                     yield response
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         """See the proto."""
-        call = self._calls.begin("GetJob", context)
-        try:
+        async with self.calls.rpc("GetJob", context) as call:
             call.received(request)
             job = self.jobs.find(request.job_id)
-            call.names(job)
-            response = pb.GetJobResponse(job=job_message(job))
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
+            call.set_job(job)
+            return pb.GetJobResponse(job=job_message(job))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         """See the proto."""
-        call = self._calls.begin("ListJobs", context)
-        try:
+        async with self.calls.rpc("ListJobs", context) as call:
             call.received(request)
             if not self._list_jobs:
                 raise ListingDisabled
             refuse(check_page(request))
-            size = min(request.page_size or PAGE, LARGEST_PAGE)
+            size = min(request.page_size or PAGE_SIZE, LARGEST_PAGE_SIZE)
             before = int(request.page_token) if request.page_token else None
             page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
-            response = pb.ListJobsResponse(
+            return pb.ListJobsResponse(
                 jobs=map(job_message, page[:size]),
                 next_page_token=str(page[size - 1].ordinal) if len(page) > size else "",
             )
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         """See the proto."""
-        call = self._calls.begin("CancelJob", context)
-        try:
+        async with self.calls.rpc("CancelJob", context) as call:
             call.received(request)
             job = self.jobs.find(request.job_id)
-            call.names(job)
+            call.set_job(job)
             job.cancel()
-            response = pb.CancelJobResponse(job=job_message(job))
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
+            return pb.CancelJobResponse(job=job_message(job))
 
     async def UploadImage(
         self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
     ) -> pb.UploadImageResponse:
         """See the proto."""
-        call = self._calls.begin("UploadImage", context)
-        try:
+        async with self.calls.rpc("UploadImage", context) as call:
             upload = Upload(self._limits)
             async for request in request_iterator:
                 call.received(request)
                 upload.add(request.chunk)
-            response = await self._admission.kept(upload)
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
+            return await self._admission.keep_upload(upload)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""
-        call = self._calls.begin("GetServerInfo", context)
-        try:
+        async with self.calls.rpc("GetServerInfo", context) as call:
             call.received(request)
             engine = self._scheduler.engine
             response = pb.GetServerInfoResponse(
@@ -232,56 +202,47 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             wait_s = self._scheduler.estimated_wait_s()
             if wait_s is not None:
                 response.estimated_wait.FromMilliseconds(round(wait_s * 1000))
-        except BaseException as error:  # noqa: BLE001 - `fail` passes on what is not ours
-            await call.fail(error)
-        call.succeeded()
-        return response
+            return response
 
-    async def _controlled(self, first: pb.StylizeInteractiveRequest | None, call: RpcCall) -> JobEventStream:
-        """The job of a controller's first message."""
-        with self._admitting():
+    # The job of a request ---------------------------------------------------------------------------------------------
+
+    async def _start_or_attach(self, first: pb.StylizeInteractiveRequest | None, call: RpcCall) -> JobEventStream:
+        """The events of the job that a controller's first message starts or attaches to."""
+        with self._counting_rejections():
             if first is not None:
                 call.received(first)
             refuse(check_first(first))
             assert first is not None, "its absence was refused"
             if first.HasField("start"):
-                return await self._made(first.start, call, controls=True)
+                return await self._create_or_find(first.start, call, controls=True)
         refuse(check_watch(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
-        return self._watched(job, call, first.attach, after=first.attach.after_sequence, controls=True)
+        return self._watch(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
-    async def _made(
+    async def _create_or_find(
         self,
         request: pb.StylizeRequest | pb.StylizeStreamRequest | pb.StartCommand,
         call: RpcCall,
         *,
         controls: bool = False,
     ) -> JobEventStream:
-        """The job that the request makes, or that an earlier one with its id made, for all of their RPCs."""
+        """The events of a new job, or of the job that an earlier request with the same id created."""
         spec, request_id = request.spec, request.request_id.lower()
         refuse(check_request_id(request_id))
-        job = await self._made_before(request_id, spec)
+        job = await self._find_by_request(request_id, spec)
         attached = job is not None
         if job is None:
-            reservation = self._scheduler.reserve()  # before anything is hashed or decoded
-            # Not checked yet, and somebody may ask meanwhile when the job ends.
-            grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
-            job = self.jobs.create(request_id, grace_s, result_encoding(spec))
-            # A task of its own, so that the job has its images even if this call does not live to see them.
-            deadline_at = None if grace_s else call.deadline_at
-            preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at))
-            self._preparations[job] = preparation
-            preparation.add_done_callback(lambda _: self._preparations.pop(job))
+            job = self._create(spec, request_id, call)
         else:
-            refuse(check_watch(spec, "spec."))  # what may differ from the request that made the job
-        return self._watched(job, call, spec, attached=attached, controls=controls)
+            refuse(check_watch(spec, "spec."))  # the fields that may differ from the request that created the job
+        return self._watch(job, call, spec, attached=attached, controls=controls)
 
-    async def _made_before(self, request_id: str, spec: pb.JobSpec) -> Job | None:
-        """The job that an earlier request of this id made. Raises `RequestIdTaken` if that asked for something else."""
+    async def _find_by_request(self, request_id: str, spec: pb.JobSpec) -> Job | None:
+        """The job that an earlier request with this id created. Raises `RequestIdTaken` if its spec was another one."""
         digest = None
-        # Looked for again after each wait: it may have failed meanwhile, and then the request is a new one.
+        # Looked up again after each wait: if the job has failed in the meantime, the request is a new one.
         while (job := self.jobs.of_request(request_id)) is not None:
-            if job in self._preparations:  # what it was asked for is known when that has ended
+            if job in self._preparations:  # its digest is known when that has ended
                 await asyncio.wait([self._preparations[job]])
             elif digest is None:
                 digest = await self._admission.digest(spec)
@@ -291,46 +252,23 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 return job
         return None
 
-    @contextlib.contextmanager
-    def _admitting(self) -> Iterator[None]:
-        """What is raised is why there is no job. Those whose images are bad are counted in `_job_ended`."""
-        try:
-            yield
-        except GramophoneError as error:
-            self._metrics.job_rejected(reason(error))
-            raise
-
-    def _job_ended(self, job: Job) -> None:
-        assert job.lasted_s is not None, "it has ended"
-        if job.plan is None:  # it was never accepted; one that its caller gave up before that is neither
-            if job.error is not None and not isinstance(job.error, Cancelled):
-                self._metrics.job_rejected(reason(job.error))
-            return
-        outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
-        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
-
-    def _watched(
-        self,
-        job: Job,
-        call: RpcCall,
-        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
-        *,
-        after: int = 0,
-        attached: bool = False,
-        controls: bool = False,
-    ) -> JobEventStream:
-        """The rest of the job, for one watcher. Nothing is awaited before it watches: a job must not be left alone."""
-        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
-        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
-        mailbox = job.watch(frames, checkpoints, after, controls=controls)
-        call.watches(job, mailbox)
-        weights = self._scheduler.engine.weights_source
-        return JobEventStream(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
+    def _create(self, spec: pb.JobSpec, request_id: str, call: RpcCall) -> Job:
+        """A job that is being prepared; the caller must watch it at once."""
+        reservation = self._scheduler.reserve()  # before anything is hashed or decoded
+        # Clipped, because it is not checked yet, and GetJob may need the job's expire time before that.
+        grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
+        job = self.jobs.create(request_id, grace_s, result_encoding(spec))
+        # A task of its own, so that the job gets its images even if this call ends before they are decoded.
+        deadline_at = None if grace_s else call.deadline_at
+        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at))
+        self._preparations[job] = preparation
+        preparation.add_done_callback(lambda _: self._preparations.pop(job))
+        return job
 
     async def _prepare(self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None) -> None:
-        """Makes work of the request and queues it; the job's watchers hear of it when that fails."""
+        """Decodes a request and queues its job. If that fails, so does the job, with the same error."""
         try:
-            state = await self._admission.work(spec, reservation, deadline_at)
+            state = await self._admission.prepare(spec, reservation, deadline_at)
             if job.request_id:
                 job.digest = await self._admission.digest(spec)
             if job.admit(state):
@@ -345,6 +283,44 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 raise
         finally:
             self._scheduler.release(reservation)
+
+    def _watch(
+        self,
+        job: Job,
+        call: RpcCall,
+        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        *,
+        after: int = 0,
+        attached: bool = False,
+        controls: bool = False,
+    ) -> JobEventStream:
+        """The job's events after number `after`. Synchronous, so that no job is left without a watcher."""
+        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
+        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        mailbox = job.watch(frames, checkpoints, after, controls=controls)
+        call.attach(job, mailbox)
+        weights = self._scheduler.engine.weights_source
+        return JobEventStream(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
+
+    # Metrics of jobs --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _counting_rejections(self) -> Iterator[None]:
+        """Counts an error of its body as a rejected job. Jobs with bad images are counted by `_count_ended_job`."""
+        try:
+            yield
+        except GramophoneError as error:
+            self._metrics.job_rejected(reason(error))
+            raise
+
+    def _count_ended_job(self, job: Job) -> None:
+        assert job.lasted_s is not None, "it has ended"
+        if job.plan is None:  # never accepted; if its caller gave it up before that, it was not rejected either
+            if job.error is not None and not isinstance(job.error, Cancelled):
+                self._metrics.job_rejected(reason(job.error))
+            return
+        outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
+        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
 
 
 def _cache_stats(counts: CacheCounts) -> pb.CacheStats:

@@ -36,23 +36,23 @@ __all__ = ["CODES", "Refusal", "reason", "refusal"]
 
 DOMAIN = "gramophone"
 
-# Trailers above 8 KiB are refused at random and above 16 KiB always, which turns any status into RESOURCE_EXHAUSTED.
-# Base64 makes 5.4 KiB of 4 KiB of details; the message takes up to three times its length when it is not ASCII.
+# gRPC refuses trailers above 8 KiB at random and above 16 KiB always, which turns any status into RESOURCE_EXHAUSTED.
+# Base64 turns 4 KiB of details into 5.4 KiB; a message that is not ASCII takes up to three times its length.
 MOST_VIOLATIONS = 20
 LARGEST_DETAILS = 4096  # bytes
 LONGEST_MESSAGE = 400  # characters
 
-SPREAD = 0.25  # of the time after which to come again
+RETRY_SPREAD = 0.25  # of the retry delay
 
 
 class Code(NamedTuple):
-    """What a client sees of an exception class."""
+    """The status code and reason of an exception class."""
 
     code: grpc.StatusCode
     reason: pb.ErrorReason
 
 
-# The class `StartupError` is absent: it never reaches a caller.
+# Without `StartupError`, which never reaches a caller.
 CODES: Mapping[type[GramophoneError], Code] = {
     InvalidRequest: Code(grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST),
     QueueFull: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
@@ -100,8 +100,8 @@ def refusal(error: GramophoneError) -> Refusal:
         retry.retry_delay.FromMilliseconds(retry_ms)
         status.details.append(_packed(retry))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # A client's retry policy waits this long of its own accord. A job that would fail again must not come again,
-        # although retry policies name its code: a negative delay forbids it.
+        # A client's retry policy waits this long. If the job would fail again, a negative delay forbids a retry,
+        # although retry policies include its code.
         trailers.append(("grpc-retry-pushback-ms", "-1" if retry_ms is None else str(retry_ms)))
     if isinstance(error, InvalidRequest):
         room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
@@ -111,16 +111,16 @@ def refusal(error: GramophoneError) -> Refusal:
 
 
 def _retry_ms(error: GramophoneError) -> int | None:
-    """When to come again, if that may help. Each caller is told another time, because clients of gRPC wait for exactly as
-    long as they are told, and those who were refused together would come again together."""
+    """The delay before a retry; None if a retry does not help. It is random, because gRPC clients wait for exactly this
+    time, and clients that were refused together would all retry together."""
     if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ShuttingDown):
         return None
     after_s = error.retry_after_s
-    return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + SPREAD))
+    return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + RETRY_SPREAD))
 
 
 def _bad_request(error: InvalidRequest, room: int) -> error_details_pb2.BadRequest:
-    """As many violations as there is room for, and one more that says how many were left out."""
+    """As many violations as there is room for, and a last one with the number of those left out."""
     bad = error_details_pb2.BadRequest()
     last = MOST_VIOLATIONS if len(error.violations) <= MOST_VIOLATIONS else MOST_VIOLATIONS - 1
     for violation in error.violations[:last]:

@@ -1,4 +1,4 @@
-"""What a request must keep to: pure functions from messages and limits to violations, each with its field path."""
+"""The rules for requests: pure functions from messages and limits to violations, each with its field path."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = [
 
 LARGEST_STYLE_WEIGHT = 1000.0
 LONGEST_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
-MOST_IN_FLIGHT = 16  # frames that are not acknowledged
+MOST_IN_FLIGHT = 16  # unacknowledged frames
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-LARGEST_FRAME_SIDE = 16384  # pixels: the largest result that any server can be told to make
+LARGEST_FRAME_SIDE = 16384  # pixels; above the largest `max_size` that a server can have
 
 
 def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """Everything that is wrong with a job, but for what the bytes of its images and of its checkpoint hold. `layers` the
-    network has."""
+    """All violations of a job, except those in the bytes of its images and its checkpoint. `layers` are the names of
+    the network's layers."""
     yield from _check_image("spec.content", spec.content, "the content image")
     yield from _check_styles(spec.styles, limits)
     if spec.HasField("resume"):  # asking for the field itself copies megabytes
         for name in ("recipe", "start_image", "seed"):
             if spec.HasField(name):
-                yield Violation(f"spec.{name}", "must be unset with `resume`, as the checkpoint has all that it says")
+                yield Violation(f"spec.{name}", "must be unset with `resume`, because the checkpoint contains it")
     else:
         try:
             recipe = recipe_from_message(spec.recipe)
@@ -66,58 +66,58 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
 
 
 def check_resumed(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """What is wrong with the recipe of a checkpoint on this server, which may not be the one that wrote it."""
+    """Violations of a checkpoint's recipe on this server; another server may have written it."""
     for field, description in _check_recipe(recipe, limits, layers):
         yield Violation("spec.resume", f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
 
 
 def check_request_id(request_id: str) -> Iterator[Violation]:
-    """What is wrong with the id that a caller gave its request, if it gave one."""
+    """Violations of the caller's id of a request; it may be empty."""
     if request_id and not UUID.fullmatch(request_id):
         yield Violation("request_id", f"must be a UUID of 36 characters, or empty, got {request_id[:48]!a}")
 
 
 def check_page(request: pb.ListJobsRequest) -> Iterator[Violation]:
-    """What is wrong with a page of a list."""
+    """Violations of a request for a page of jobs."""
     if request.page_size < 0:
         yield Violation("page_size", f"must be 0 or more, got {request.page_size}")
     if request.page_token and not re.fullmatch(r"[0-9]{1,18}", request.page_token):
-        yield Violation("page_token", f"is not one of this server, got {request.page_token[:48]!a}")
+        yield Violation("page_token", f"is not a page token of this server, got {request.page_token[:48]!a}")
 
 
 def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
-    """The recipe as if the fields that break its rules had not been set, so that the others are checked all the same."""
+    """The recipe without the fields that have violations, so that the others are still checked."""
     rest = pb.Recipe()
     rest.CopyFrom(message)
     for field, _ in violations:
         rest.ClearField(field.partition("[")[0])
     try:
         return recipe_from_message(rest)
-    except InvalidRecipe:  # what is left does not go with the preset's values; the first answer will do
+    except InvalidRecipe:  # the rest contradicts values of the preset; the first violations are enough
         return Recipe()
 
 
-def check_result(work: StyleJob) -> Iterator[Violation]:
-    """What shows only with the content image decoded."""
-    shorter = min(work.result_size)
+def check_result(job: StyleJob) -> Iterator[Violation]:
+    """Violations that need the decoded content image."""
+    shorter = min(job.result_size)
     if shorter < SMALLEST_SIDE:
-        sides = work.content.shape[1:]
+        sides = job.content.shape[1:]
         enough = -(-max(sides) * SMALLEST_SIDE // min(sides))
         yield Violation(
             "spec.recipe.size",
-            f"makes a {work.result_size[0]}x{work.result_size[1]} picture of this content image; its shorter side must "
+            f"makes a {job.result_size[0]}x{job.result_size[1]} picture of this content image; its shorter side must "
             f"have at least {SMALLEST_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
         )
 
 
 def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Violation]:
-    said = image.WhichOneof("source")  # and not whether `data` is empty: to ask for it is to copy it
-    if said is None:
+    source = image.WhichOneof("source")  # does not copy the bytes, as reading `data` would
+    if source is None:
         yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
-    elif said == "digest" and not DIGEST.fullmatch(image.digest):
+    elif source == "digest" and not DIGEST.fullmatch(image.digest):
         yield Violation(
             f"{field}.digest",
-            f"must be 'sha256:' and 64 lower-case hexadecimal digits, as UploadImage answers, got {image.digest[:80]!a}",
+            f"must be 'sha256:' and 64 lower-case hexadecimal digits, from UploadImage, got {image.digest[:80]!a}",
         )
 
 
@@ -138,14 +138,14 @@ def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[
 
 
 def _check_recipe(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """What a server adds to the recipe's own rules: its network and its limits."""
+    """Violations of the server's rules, beyond the recipe's own: its network and its limits."""
     yield from _check_layers("spec.recipe.content_layers", recipe.content_layers, layers)
     yield from _check_layers("spec.recipe.style_layers", recipe.style_layers, layers)
     setting = f"(server setting {variable('max_size')})"
     if recipe.size > limits.max_size:
         yield Violation("spec.recipe.size", f"must be at most {limits.max_size} pixels {setting}, got {recipe.size}")
     elif recipe.size * recipe.style_scale > limits.max_size:
-        # A style runs through the same network as a picture of its size, so the same limit holds its memory.
+        # A style image needs as much memory of the network as a result of its size.
         yield Violation(
             "spec.recipe.style_scale",
             f"makes style images of {recipe.size * recipe.style_scale:.0f} pixels at a size of {recipe.size}; "
@@ -182,7 +182,7 @@ def _check_start_image(spec: pb.JobSpec, start: Start) -> Iterator[Violation]:
 
 
 def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
-    """Everything that is wrong with which frames a watcher wants; `field` is where it said so."""
+    """Violations of a watcher's frame options in `field`."""
     if frames.every_iterations < 0:
         yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
     yield from _check_interval(f"{field}.min_interval", frames.min_interval)
@@ -194,18 +194,18 @@ def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
 
 
 def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator[Violation]:
-    """Everything that is wrong with which checkpoints a watcher wants; `field` is where it said so."""
+    """Violations of a watcher's checkpoint options in `field`."""
     yield from _check_interval(f"{field}.min_interval", checkpoints.min_interval)
 
 
 def check_watch(wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
-    """Everything that is wrong with how a job that is there shall be watched."""
+    """Violations of the options for watching an existing job."""
     yield from check_frames(wanted.frames, f"{prefix}frames")
     yield from check_checkpoints(wanted.checkpoints, f"{prefix}checkpoints")
 
 
 def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
-    """A stream without commands has no acknowledgements."""
+    """A violation if `max_in_flight` is set on a stream without commands, which has no acknowledgements."""
     if frames.max_in_flight:
         yield Violation(
             f"{field}.max_in_flight",
@@ -214,7 +214,7 @@ def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
 
 
 def check_first(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violation]:
-    """What is wrong with the first message of a controller, None if it closed its side without one."""
+    """Violations of a controller's first message; None if it closed its side without one."""
     command = request.WhichOneof("command") if request is not None else "none"
     if command not in ("start", "attach"):
         yield Violation("command", f"the first message must be start or attach, got {command or 'an unknown one'}")

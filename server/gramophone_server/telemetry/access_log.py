@@ -1,4 +1,4 @@
-"""The access log: one JSON line for each RPC, when it is over."""
+"""The access log: one JSON line for each RPC, written when it ends."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["AccessLog", "trace_id"]
 
 log = logging.getLogger(__name__)
 
-# version-trace-parent-flags, of https://www.w3.org/TR/trace-context/; a later version may have more behind it.
+# version-trace-parent-flags, of https://www.w3.org/TR/trace-context/; a later version may add fields at the end.
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class AccessLog:
-    """Writes to a file, or to standard error. A file that was moved away, by logrotate say, is made anew."""
+    """Writes to a file or standard error. If the file is moved away, as by logrotate, a new one is created."""
 
     def __init__(self, path: str) -> None:
-        """``path``: "-" is standard error, and "" is nowhere. Raises `StartupError` if nothing can be written there."""
+        """``path``: a file, "-" for standard error, "" for no log. Raises `StartupError` if it cannot be written."""
         try:
             self._handler = (
                 logging.NullHandler() if not path else _Stderr() if path == "-" else _File(path, encoding="utf-8")
@@ -33,11 +33,11 @@ class AccessLog:
         except OSError as error:
             raise StartupError(f"--access-log: cannot write to {path}: {error.strerror}") from None
         self._is_on = bool(path)
-        self._missing = 0  # lines, since one was written
+        self._missing = 0  # lines that could not be written since the last one that was
 
     def write(self, **fields: str | float | None) -> None:
-        """A line with the time, in UTC, and these. Lines that cannot be written are missing; the server's log says since
-        when, and how many they were."""
+        """Writes a line with the time, in UTC, and `fields`. If lines cannot be written, the server's log reports since
+        when and how many are missing."""
         if not self._is_on:
             return
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields})
@@ -45,24 +45,24 @@ class AccessLog:
             self._handler.handle(logging.LogRecord("access", logging.INFO, "", 0, line, None, None))
         except OSError as error:
             if not self._missing:
-                log.error("the access log cannot be written, so calls are missing in it from now on: %s", error)
+                log.error("the access log cannot be written; calls are missing from it from now on: %s", error)
             self._missing += 1
         else:
             if self._missing:
-                log.warning("the access log is written again; %d calls are missing in it", self._missing)
+                log.warning("the access log is written again; %d calls are missing from it", self._missing)
             self._missing = 0
 
     def close(self) -> None:
         """Closes the file."""
         try:
             self._handler.close()
-        except OSError as error:  # of the last lines, on a full disk
+        except OSError as error:  # flushing the last lines to a full disk
             log.error("the access log cannot be closed: %s", error)
 
 
 class _File(WatchedFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raises what would be printed with a traceback for each line."""
+        """Raises the error, which would otherwise be printed with a traceback for each line."""
         raise  # noqa: PLE0704 - logging calls this where the error is being handled
 
 
@@ -74,7 +74,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def trace_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
-    """The trace that a caller says its call belongs to, 32 hexadecimal digits; None where it says none, or nonsense."""
+    """The id of the caller's trace, 32 hexadecimal digits; None without a valid `traceparent`."""
     for key, value in metadata or ():
         if key == "traceparent" and isinstance(value, str) and (found := TRACEPARENT.fullmatch(value)):
             return found[1]

@@ -1,84 +1,123 @@
-"""How the process is at this moment: for probes in a word, for Prometheus in gauges."""
+"""The present state of the process: as a sentence for probes, as gauges for Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gramophone_server.domain.engine_api import CacheCounts, Engine
 from gramophone_server.errors import NotReady
-from gramophone_server.images.upload_store import Uploads
-from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.metrics import Metrics
 
-__all__ = ["Vitals"]
+__all__ = ["HealthMonitor"]
 
 PULSE_S = 0.25
-# A turn of the compute thread is a slice of 20 ms or one iteration, and before that perhaps the targets of four paintings:
-# 2048 px on two cores come to two minutes.
+# A turn of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
+# at 2048 px on two cores these take two minutes.
 LONGEST_TURN_S = 300.0
 LONGEST_LAG_S = 30.0
 
 
-class Vitals(Collector):
-    """Reads what others keep, so it costs nothing until somebody asks. `collect` and the answers are for any thread."""
+class ObservedScheduler(Protocol):
+    """What the monitor reads from the scheduler; see `Scheduler`."""
 
-    def __init__(self, scheduler: Scheduler, uploads: Uploads, metrics: Metrics, version: str) -> None:
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def paused(self) -> int: ...
+    @property
+    def batch_bytes(self) -> int: ...
+    @property
+    def turn_s(self) -> float: ...
+    def estimated_wait_s(self) -> float | None: ...
+
+
+class ObservedCache(Protocol):
+    """What the monitor reads from the store of uploads."""
+
+    @property
+    def counts(self) -> CacheCounts: ...
+
+
+class HealthMonitor(Collector):
+    """Reads the state of other parts when it is asked. All but `watch` is thread-safe.
+
+    `longest_turn_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
+    """
+
+    def __init__(
+        self,
+        scheduler: ObservedScheduler,
+        uploads: ObservedCache,
+        metrics: Metrics,
+        version: str,
+        *,
+        longest_turn_s: float = LONGEST_TURN_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.draining = False
         self._scheduler, self._uploads, self._metrics = scheduler, uploads, metrics
         self._version = version
+        self._longest_turn_s = longest_turn_s
+        self._clock = clock
         self._tasks = 0
-        self._pulse_at = time.monotonic()
+        self._pulse_at = clock()
         metrics.registry.register(self)
 
     async def watch(self) -> None:
-        """Feels the event loop's pulse, for as long as it is let."""
+        """Measures the lag of the event loop, until it is cancelled."""
         while True:
-            due = time.monotonic() + PULSE_S
+            due = self._clock() + PULSE_S
             await asyncio.sleep(PULSE_S)
-            self._pulse_at = time.monotonic()
+            self._pulse_at = self._clock()
             self._tasks = len(asyncio.all_tasks())
             self._metrics.loop_was_late(max(0.0, self._pulse_at - due))
 
-    def illness(self) -> str:
-        """Why the process should be started anew; empty if it is well."""
-        lag_s = time.monotonic() - self._pulse_at - PULSE_S
+    def liveness_problem(self) -> str:
+        """Why the process should be restarted; empty if it is alive."""
+        lag_s = self._clock() - self._pulse_at - PULSE_S
         if lag_s > LONGEST_LAG_S:
-            return f"the event loop has stood still for {lag_s:.0f} s"
-        if self._scheduler.turn_s > LONGEST_TURN_S:
+            return f"the event loop has not run for {lag_s:.0f} s"
+        if self._scheduler.turn_s > self._longest_turn_s:
             return f"the compute thread has been in one iteration for {self._scheduler.turn_s:.0f} s"
         return ""
 
-    def absence(self) -> str:
-        """Why no jobs should be sent here; empty if they may come."""
+    def readiness_problem(self) -> str:
+        """Why no jobs should be sent to this server; empty if it accepts them."""
         if self.draining:
             return "shutting down"
         try:
             _ = self._scheduler.engine
         except NotReady:
             return "loading the network"
-        return self.illness()
+        return self.liveness_problem()
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges, and the counters that the caches keep."""
+        """The gauges, and the counters of the caches."""
         scheduler = self._scheduler
-        jobs = GaugeMetricFamily("gramophone_jobs", "jobs that are here, by state", labels=["state"])
+        jobs = GaugeMetricFamily("gramophone_jobs", "jobs of the scheduler, by state", labels=["state"])
         for state in ("queued", "running", "paused"):
             jobs.add_metric([state], getattr(scheduler, state))
         yield jobs
         yield _gauge("gramophone_event_loop_tasks", "tasks of the event loop", self._tasks)
         yield _gauge(
             "gramophone_engine_heartbeat_seconds",
-            "how long the compute thread has been in its present turn, 0 while it waits for jobs",
+            "duration so far of the compute thread's present turn, 0 while it waits for jobs",
             scheduler.turn_s,
         )
-        yield _gauge("gramophone_ready", "1 if jobs may be sent here", not self.absence())
+        yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())
         wait_s = scheduler.estimated_wait_s()
         if wait_s is not None:
-            yield _gauge("gramophone_estimated_wait_seconds", "until a job that came now would begin", wait_s)
+            yield _gauge("gramophone_estimated_wait_seconds", "until a job that arrives now would start", wait_s)
         try:
             engine = scheduler.engine
         except NotReady:
@@ -88,13 +127,15 @@ class Vitals(Collector):
         )
         build.add_metric([self._version, engine.device_name, engine.precision, engine.backbone], 1)
         yield build
-        memory = GaugeMetricFamily("gramophone_device_memory_bytes", "that batches have, and may have", labels=["kind"])
+        memory = GaugeMetricFamily(
+            "gramophone_device_memory_bytes", "device memory of the batches, and its limit", labels=["kind"]
+        )
         memory.add_metric(["batches"], scheduler.batch_bytes)
         memory.add_metric(["limit"], engine.memory_bytes)
         yield memory
-        hits = CounterMetricFamily("gramophone_cache_hits", "what was asked for and there", labels=["cache"])
-        misses = CounterMetricFamily("gramophone_cache_misses", "what was asked for and not there", labels=["cache"])
-        held = GaugeMetricFamily("gramophone_cache_bytes", "that a cache holds", labels=["cache"])
+        hits = CounterMetricFamily("gramophone_cache_hits", "lookups that found an entry", labels=["cache"])
+        misses = CounterMetricFamily("gramophone_cache_misses", "lookups that found none", labels=["cache"])
+        held = GaugeMetricFamily("gramophone_cache_bytes", "bytes that a cache holds", labels=["cache"])
         for name, counts in (("styles", engine.style_cache), ("uploads", self._uploads.counts)):
             hits.add_metric([name], counts.hits)
             misses.add_metric([name], counts.misses)

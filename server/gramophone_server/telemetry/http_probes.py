@@ -1,7 +1,7 @@
-"""Plain HTTP beside gRPC: /metrics for Prometheus, /healthz and /livez for probes.
+"""Plain HTTP next to gRPC: /metrics for Prometheus, /healthz and /livez for probes.
 
-It runs on threads of its own, so that it also answers, and says so, when the event loop does not. Whoever reaches it learns how
-busy the server is, but no job's id.
+It runs on its own threads, so it also answers, and reports the problem, when the event loop is blocked. Clients that
+reach it see how busy the server is, but no id of a job.
 """
 
 from __future__ import annotations
@@ -22,47 +22,56 @@ from prometheus_client.registry import CollectorRegistry
 
 from gramophone_server.errors import StartupError
 
-__all__ = ["Probes"]
+__all__ = ["HttpProbes"]
 
-MOST_CONNECTIONS = 16  # at once; one more takes the place of the oldest, or is closed if all have just come
-LONG_S = 1.0  # after which a connection may have to go; a scrape takes milliseconds
-PATIENCE_S = 5.0  # for a whole request and its answer
+# Open connections. One more replaces the oldest if that is older than REPLACEABLE_AFTER_S, and is closed otherwise.
+MOST_CONNECTIONS = 16
+REPLACEABLE_AFTER_S = 1.0  # a scrape takes milliseconds
+REQUEST_TIMEOUT_S = 5.0  # for a whole request and its answer
 
 
-class Probes:
-    """Listens once it is made, and answers from `start` to `close`.
+class HttpProbes:
+    """Listens from its construction on, and answers from `start` to `close`.
 
-    ``ready`` and ``alive`` say what is wrong, or nothing.
+    ``readiness_problem`` and ``liveness_problem`` return what is wrong, or an empty string.
     """
 
     def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, ready: Callable[[], str], alive: Callable[[], str]
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        readiness_problem: Callable[[], str],
+        liveness_problem: Callable[[], str],
+        *,
+        replaceable_after_s: float = REPLACEABLE_AFTER_S,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
-        """Raises `StartupError` when the address cannot be listened on."""
+        """Raises `StartupError` if the address cannot be listened on. The two times are for tests to replace."""
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._server = _Server(family, address)
+            self._server = _Server(family, address, replaceable_after_s, request_timeout_s)
         except OSError as error:
             raise StartupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror or error}; "
                 "choose another port with --metrics-port (0: any free one, -1: none)"
             ) from None
         self._metrics = prometheus_client.make_wsgi_app(registry)
-        self._answers = {"/healthz": ready, "/livez": alive}
+        self._problems = {"/healthz": readiness_problem, "/livez": liveness_problem}
         self._server.set_app(self._app)
         self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
 
     @property
     def port(self) -> int:
-        """That it listens on."""
+        """The port that it listens on."""
         return self._server.server_port
 
     def start(self) -> None:
-        """Begins to answer."""
+        """Starts to answer."""
         self._thread.start()
 
     def close(self) -> None:
-        """Answers no more. Blocks for up to half a second."""
+        """Stops answering. Blocks for up to half a second."""
         if self._thread.is_alive():
             self._server.shutdown()
         self._server.server_close()
@@ -72,10 +81,10 @@ class Probes:
         if path == "/metrics":
             pages: Iterable[bytes] = self._metrics(environ, start_response)
             return pages
-        if (answer := self._answers.get(path)) is None:
-            status, text = "404 Not Found", "there are /metrics, /healthz (may jobs come) and /livez (is it alive)"
-        elif wrong := answer():
-            status, text = "503 Service Unavailable", wrong
+        if (problem := self._problems.get(path)) is None:
+            status, text = "404 Not Found", "the paths are /metrics, /healthz (accepts jobs) and /livez (alive)"
+        elif found := problem():
+            status, text = "503 Service Unavailable", found
         else:
             status, text = "200 OK", "ok"
         start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")])
@@ -83,54 +92,58 @@ class Probes:
 
 
 class _Server(ThreadingWSGIServer):
-    """A thread for each connection, and at most so many: one that takes its time makes room for a new one."""
+    """Runs each connection on a thread, at most `MOST_CONNECTIONS` at a time; a slow one makes room for a new one."""
 
-    def __init__(self, family: socket.AddressFamily, address: Any) -> None:
+    def __init__(
+        self, family: socket.AddressFamily, address: Any, replaceable_after_s: float, request_timeout_s: float
+    ) -> None:
         self.address_family = family
-        self._open: dict[Any, float] = {}  # connections, oldest first, and since when on the monotonic clock
+        self._replaceable_after_s, self._request_timeout_s = replaceable_after_s, request_timeout_s
+        # Open connections, oldest first, and when each was opened, on the monotonic clock.
+        self._open: dict[Any, float] = {}
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Without HTTPServer's question to a name server for this host's name, which may take seconds."""
+        """Skips HTTPServer's look-up of this host's name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread, if there is room."""
+        """Starts a thread, if there is room."""
         now = time.monotonic()
         open_now = list(self._open.items())
         if len(open_now) >= MOST_CONNECTIONS:
-            oldest, since = open_now[0]
-            if now - since < LONG_S:
+            oldest, opened_at = open_now[0]
+            if now - opened_at < self._replaceable_after_s:
                 return self.shutdown_request(request)
             self._end(oldest)
         self._open[request] = now
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The thread; it gives the room back."""
+        """Runs on the thread, and makes room at its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._open.pop(request, None)
 
     def service_actions(self) -> None:
-        """Twice a second: who has had his time is let go. A socket's own timeout is for each byte of those who drip."""
-        overdue_at = time.monotonic() - PATIENCE_S
-        for request, since in list(self._open.items()):
-            if since < overdue_at:
+        """Ends overdue connections, twice a second. A socket's own timeout would start anew with each byte."""
+        overdue_at = time.monotonic() - self._request_timeout_s
+        for request, opened_at in list(self._open.items()):
+            if opened_at < overdue_at:
                 self._end(request)
 
     def _end(self, request: Any) -> None:
         self._open.pop(request, None)
         with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_RDWR)  # its thread reads the end
+            request.shutdown(socket.SHUT_RDWR)  # its thread then reads the end of the stream
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is nobody's error."""
+        """Ignores clients that have disconnected."""
 
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Probes come every few seconds, so nothing is logged."""
+        """Logs nothing, because probes arrive every few seconds."""

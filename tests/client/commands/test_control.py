@@ -175,4 +175,4 @@ def test_an_error_of_the_job_ends_the_keys(gramophone, service, press):
     service.scripts = [[accepted(), refused(server_errors.Diverged(3))]]
     code, _, err = gramophone("control j1")
     assert code == 5
-    assert "stopped being finite at iteration 3" in err[-1]
+    assert "became NaN or infinite at iteration 3" in err[-1]

@@ -159,8 +159,8 @@ async def test_a_job_that_is_there_is_taken_over(client, service):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (server_errors.JobControlled("j1"), "somebody controls job 'j1' already"),
-        (server_errors.TooManyWatchers(8), "8 watchers already"),
+        (server_errors.JobControlled("j1"), "job 'j1' already has a controller"),
+        (server_errors.TooManyWatchers(8), "already has 8 watchers"),
         (server_errors.JobNotFound("j1"), "there is no job 'j1'"),
     ],
 )
