@@ -1,4 +1,4 @@
-"""The `gramophone` command: files in, files out."""
+"""The `gramophone` command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NoRecipe) as error:
         print_errors(str(error))
         return BAD_REQUEST
-    except BrokenPipeError:  # `gramophone info | head -1`
+    except BrokenPipeError:  # as in `gramophone info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
@@ -64,7 +64,7 @@ FLAGS_OF_FIELDS = {
 
 
 def _as_typed(field: str, args: argparse.Namespace) -> str:
-    """The path of a field of the request, in the words of whoever typed the command."""
+    """The flag or file on the command line that sets a field of the request; the field's path if there is none."""
     path = field.removeprefix("spec.")
     if path.startswith("update."):
         return f"--set {path.removeprefix('update.')}"

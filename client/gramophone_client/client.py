@@ -1,4 +1,4 @@
-"""The way to a server, for asyncio; `sync_client` has the same without."""
+"""The client for asyncio; `sync_client` has the one without."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20  # a request with a checkpoint of 64 MiB
 
 
 class GramophoneClient:
-    """A connection to one server, for one event loop: make it where that loop runs.
+    """A connection to one server. It belongs to the event loop that runs when it is made.
 
     async with GramophoneClient("gpu-1:50051") as client:
         stylized = await client.stylize("photo.jpg", "painting.jpg", beta=5)
@@ -47,10 +47,10 @@ class GramophoneClient:
 
     Every call has a deadline: `timeout_s` of the call, else of the client. All methods raise `GramophoneError`s.
 
-    A target may name several servers of which any will do ("ipv4:10.0.0.1:50051,10.0.0.2:50051", or a DNS name with
-    several addresses): the first that answers is taken, and when it is lost the next. One that shuts down keeps its
-    connections until its jobs have ended, and refuses new ones until then: these ask again for `patience_s`, or 30 s, and
-    come to the next address when it has gone.
+    A target may name several equivalent servers ("ipv4:10.0.0.1:50051,10.0.0.2:50051", or a DNS name with several
+    addresses). The client uses the first that answers, and the next one after that is lost. A server that shuts down
+    keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience_s`, or 30
+    s, and reach the next address after the server has exited.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class GramophoneClient:
         credentials: grpc.ChannelCredentials | None = None,
         retries: bool = True,
     ) -> None:
-        """`credentials` from `grpc.ssl_channel_credentials`; None talks in plaintext. Without `retries` a call that the
-        server refuses fails at once, for whoever counts refusals, and no job is sent again."""
-        asyncio.get_running_loop()  # a channel belongs to a loop; without one, gRPC would pick another silently
+        """`credentials` are those of `grpc.ssl_channel_credentials`; None connects in plaintext. Without `retries` a
+        call that the server refuses fails at once, so that refusals can be counted, and no job is sent again."""
+        asyncio.get_running_loop()  # raises without one; gRPC would silently use another loop for the channel
         self.target = target
         self.timeout_s = timeout_s
         self._connection = Connection(
@@ -85,7 +85,7 @@ class GramophoneClient:
         await self.close()
 
     async def close(self) -> None:
-        """Stops what still runs and closes the connection."""
+        """Ends all calls and closes the connection."""
         await self._connection.close()
 
     async def stylize(
@@ -97,31 +97,32 @@ class GramophoneClient:
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Stylized:
-        """Paints `content` in the style of one or several pictures and returns the finished one.
+        """Paints `content` in the style of one or several pictures and returns the finished picture.
 
-        `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and every
-        field of a recipe; see `job_spec`. A server that is busy or away is asked again, up to three times; one that is not
-        ready, shuts down or is lost on the way, for 30 s, in which any server that the target leads to may do the job.
+        `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and
+        every field of a recipe; see `job_spec`. The call is retried up to three times if the server is full or cannot
+        be reached. If the server is not ready, shuts down or is lost during the call, it is retried for 30 s, on any
+        server that the target leads to.
 
-        A call with the `request_id` (a UUID) of a job that is there already finds that job instead of making another.
-        None makes a new id, so that asking again never makes a second job.
+        A call with the `request_id` (a UUID) of an existing job finds that job instead of making another one. None
+        makes a new id, so that retries never make a second job.
         """
         spec = await asyncio.to_thread(job_spec, content, styles, **job)
         request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
-        sent = Recovery(self._connection, timeout_s=self._seconds(timeout_s), grace_s=0.0)
+        recovery = Recovery(self._connection, timeout_s=self._timeout(timeout_s), grace_s=0.0)
 
-        async def ask(left_s: float) -> Any:
-            with self._connection.errors_rebuilt(sent.timeout_s):
+        async def call(left_s: float) -> Any:
+            with self._connection.errors_rebuilt(recovery.timeout_s):
                 return await self._service.Stylize(request, timeout=left_s)
 
-        images = uploaded(content, styles, job.get("start_image"))  # which are `renewing`'s, not the submission's
-        sent.begin(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
+        images = uploaded(content, styles, job.get("start_image"))  # renewed by `with_uploads`, not by `recovery`
+        recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
         while True:
-            sent.start_call()
+            recovery.start_call()
             try:
-                return parsing.stylized(await uploads.renewing(self._connection, images, ask, sent.left_s))
+                return parsing.stylized(await uploads.with_uploads(self._connection, images, call, recovery.left_s))
             except GramophoneError as error:
-                await sent.next_attempt(error)
+                await recovery.next_attempt(error)
 
     def stream(
         self,
@@ -135,33 +136,33 @@ class GramophoneClient:
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncGenerator[Update, None]:
-        """The same job, told while it runs: `Accepted`, then `Progress` and `Frame`s as they come, then `Result`.
+        """The same job with its updates: `Accepted`, then `Progress` and `Frame`s while it runs, then `Result`.
 
-        A slow reader gets the newest frame, never a backlog; `frames=None` asks for none. Leaving the iteration stops
-        the job at the server, or with `detach_grace` leaves it alone for so long: at once with `contextlib.aclosing`,
-        else when Python drops the generator. An error carries the newest frame as `.frame`, the newest checkpoint as
-        `.checkpoint`.
+        A slow reader gets the newest frame, never a backlog; `frames=None` asks for no frames. Leaving the iteration
+        stops the job at the server, or leaves it without a watcher for `detach_grace` seconds: at once with
+        `contextlib.aclosing`, else when Python drops the generator. An error carries the newest frame as `.frame` and
+        the newest checkpoint as `.checkpoint`.
 
         With `detach_grace` a connection that is lost after `Accepted` is made again until that time has passed, and the
-        iteration goes on with the update after the last one.
+        iteration continues with the next update.
 
-        When the job is lost with its server, or that shuts down, it is sent again, to whatever server the target then
-        leads to: from the last checkpoint, or from its beginning where there is none. The updates then go on with
-        another `Accepted`, whose `resumed_at` says where; iterations since that checkpoint are done, and told, again.
-        After `patience_s` without any server the loss is raised; 0 never sends a job again. A job that failed by itself
-        is never sent again, nor one that has lost its servers three times without a newer checkpoint.
+        If the job's server is lost or shuts down, the job is sent again, to any server that the target then leads to:
+        from the newest checkpoint, or from the start if there is none. The updates continue with another `Accepted`,
+        whose `resumed_at` is the iteration of that checkpoint; later iterations are computed, and reported, again.
+        After `patience_s` without any server the loss is raised; with 0 a job is never sent again. A job that failed by
+        itself is never sent again, nor is one that has lost its servers three times without a newer checkpoint.
 
-        Before `Accepted` the same request is sent again for as long, when the server is not ready, shuts down or is lost.
-        If there was no connection to begin with, that is raised at once.
+        Before `Accepted` the same request is sent again for `patience_s` if the server is not ready, shuts down or is
+        lost. If no connection could be made at all, that is raised at once.
         """
 
         return JobStream(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._seconds(timeout_s),
+            timeout_s=self._timeout(timeout_s),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._submission(content, styles, frames, checkpoints, patience_s, request_id, job),
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
         ).updates()
 
     def watch(
@@ -174,17 +175,17 @@ class GramophoneClient:
         timeout_s: float | None = None,
         detach_grace: float = 0.0,
     ) -> AsyncGenerator[Update, None]:
-        """The updates of a job that is there already, as `stream` tells them, also in its errors.
+        """The updates, and errors, of a job that exists already, as of `stream`.
 
-        They begin after the one whose `sequence` is `after_sequence`, as far as the server still knows them; 0 begins
-        with `Accepted`. A lost connection is made again until `detach_grace` seconds have passed; a lost job is not
-        sent again, since its images are not known here.
+        They start after the update whose `sequence` is `after_sequence`, as far as the server still has them; 0 starts
+        with `Accepted`. A lost connection is made again until `detach_grace` seconds have passed. A lost job is not
+        sent again, since the client does not have its images.
         """
         return JobStream(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._seconds(timeout_s),
+            timeout_s=self._timeout(timeout_s),
             grace_s=detach_grace,
             job_id=job_id,
             sequence=after_sequence,
@@ -202,24 +203,24 @@ class GramophoneClient:
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> JobControl:
-        """The same job, with a hand on it while it runs: pause, other weights, a picture now, the end now.
+        """The same job with control of it while it runs: pause it, change weights, get a picture, end it early.
 
         async with client.control("photo.jpg", "painting.jpg") as job:
             async for update in job:
                 if isinstance(update, Progress) and update.iteration == 50:
                     await job.update(beta=8)
 
-        Entering sends the job and raises what the server has against it. When the job is lost with its server, it is sent
-        again as `stream` does it, and goes on with what the commands had changed. See `JobControl`.
+        Entering sends the job, and raises the error if the server refuses it. A job that is lost with its server is
+        sent again as in `stream`, and continues with the changes of all commands. See `JobControl`.
         """
 
         return JobControl(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._seconds(timeout_s),
+            timeout_s=self._timeout(timeout_s),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._submission(content, styles, frames, checkpoints, patience_s, request_id, job),
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
         )
 
     def control_job(
@@ -231,43 +232,43 @@ class GramophoneClient:
         timeout_s: float | None = None,
         detach_grace: float = 0.0,
     ) -> JobControl:
-        """Takes control of a job that is there already. Raises `JobControlled` if somebody else has it.
+        """Takes control of a job that exists already. Raises `JobControlled` if another client controls it.
 
-        A lost connection is made again until `detach_grace` seconds have passed; a lost job is not sent again, since its
-        images are not known here.
+        A lost connection is made again until `detach_grace` seconds have passed. A lost job is not sent again, since
+        the client does not have its images.
         """
         return JobControl(
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._seconds(timeout_s),
+            timeout_s=self._timeout(timeout_s),
             grace_s=detach_grace,
             job_id=job_id,
         )
 
     async def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
-        """Leaves an image with the server, so that any number of jobs can name it instead of carrying it.
+        """Uploads an image once, so that any number of jobs can name it instead of sending it.
 
-        What it returns is good wherever an image is. If the server has lost the image when a job comes, or another
-        server takes the job, it is uploaded again by itself.
+        The returned value can be used in place of any image. It is uploaded again automatically if the server no longer
+        has the image when a job names it, or if another server gets the job.
         """
         data = await asyncio.to_thread(encoded, image)
         return await uploads.upload(self._connection, data, timeout_s)
 
     async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
-        """How the job stands."""
+        """The present status of a job."""
         answer = await self._connection.ask(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
         return parsing.job_status(answer.job)
 
     async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
-        """Stops the job and returns how it stands then; one that has ended stays as it is."""
+        """Stops a job and returns its status. A job that has ended stays as it is."""
         answer = await self._connection.ask(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s)
         return parsing.job_status(answer.job)
 
     async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
-        """The jobs that the server has, newest first. Raises `ListingDisabled` unless its owner allows it.
+        """The jobs of the server, newest first. Raises `ListingDisabled` unless the server's operator allows it.
 
-        `timeout_s` is for each page of 100.
+        `timeout_s` applies to each page of 100 jobs.
         """
         jobs: list[JobStatus] = []
         token = ""
@@ -280,14 +281,14 @@ class GramophoneClient:
                 return jobs
 
     async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
-        """What the server is and takes: version, device, network, layers, limits, presets, load."""
+        """The server's version, device, network, layers, limits, presets and load."""
         answer = await self._connection.ask(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
         return parsing.server_info(answer)
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns as soon as the server's health says SERVING. Raises `NotReady` after `timeout_s`."""
+        """Returns as soon as the server's health status is SERVING. Raises `NotReady` after `timeout_s`."""
         end = time.monotonic() + timeout_s
-        said = "no connection"
+        problem = "no connection"
         while (left_s := end - time.monotonic()) > 0:
             request = health_pb2.HealthCheckRequest(service=SERVICE)
             call = self._connection.health.Watch(request, timeout=left_s, wait_for_ready=True)
@@ -296,19 +297,20 @@ class GramophoneClient:
                     async for response in call:
                         if response.status == health_pb2.HealthCheckResponse.SERVING:
                             return
-                        said = f"its health says {health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)}"
+                        status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+                        problem = f"its health status is {status}"
             except DeadlineExceeded:
                 break
             except ConnectionFailed:
-                said = "the connection was lost"
+                problem = "the connection was lost"
             finally:
                 call.cancel()
-            await asyncio.sleep(0.1)  # a server on its way down ends the watch at once, again and again
+            await asyncio.sleep(0.1)  # a server that shuts down ends every watch at once
         raise NotReady(
-            f"the server at {self.target} is not ready after {timeout_s:g} s: {said}; start it, or wait for longer"
+            f"the server at {self.target} is not ready after {timeout_s:g} s: {problem}; start it, or wait for longer"
         )
 
-    def _submission(
+    def _job_maker(
         self,
         content: ImageInput,
         styles: Styles,
@@ -318,7 +320,7 @@ class GramophoneClient:
         request_id: str | None,
         job: JobOptions,
     ) -> Callable[[], Awaitable[ResendableJob]]:
-        """What makes the job's message, which reads files."""
+        """Returns the function that makes the job's message. It reads files."""
 
         async def prepare() -> ResendableJob:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
@@ -328,13 +330,14 @@ class GramophoneClient:
         return prepare
 
     async def _patience_s(self, asked_s: float) -> float:
-        """None without retries. With patience a job is sent when it is known whether a server is there; see `Recovery`."""
+        """0 if retries are off. Otherwise first waits until the channel is connected or has failed, so that a later
+        loss can be told from a server that was never there; see `Recovery`."""
         if not self._connection.retries:
             return 0.0
         await self._connection.wait_until_connected()
         return asked_s
 
-    def _seconds(self, timeout_s: float | None) -> float:
+    def _timeout(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s
 
 

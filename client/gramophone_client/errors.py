@@ -1,25 +1,25 @@
-"""What can go wrong with a call, rebuilt from what the server sent. Catch `GramophoneError` for all of it.
+"""The errors of a call, rebuilt from the status that the server sent. `GramophoneError` is the base of all of them.
 
 GramophoneError
 ├── InvalidRequest        the request breaks a rule; `violations` lists every field
-├── MessageTooLarge       a request or reply is larger than one side takes
-├── ConnectionFailed      no server there, or the connection was lost
-│   ├── NotReady          still starting; `retry_after_s`
-│   ├── ShuttingDown      takes no new jobs; `retry_after_s`
-│   └── SlowReader        the server dropped this reader; its job may go on
+├── MessageTooLarge       a request or reply is larger than one side accepts
+├── ConnectionFailed      there is no server, or the connection was lost
+│   ├── NotReady          the server is still starting; `retry_after_s`
+│   ├── ShuttingDown      the server accepts no new jobs; `retry_after_s`
+│   └── SlowReader        the server dropped this reader; its job may continue
 ├── Exhausted             the server has no room for this job
 │   ├── QueueFull         too many jobs wait; `retry_after_s`
-│   ├── DeadlineUnattainable  it would not be done in time; `retry_after_s` if that may pass
-│   ├── TooManyWatchers   as many watch the job as may
+│   ├── DeadlineUnattainable  the job would not be done in time; `retry_after_s` if waiting may help
+│   ├── TooManyWatchers   the job has as many watchers as the server allows
 │   └── OutOfDeviceMemory the job does not fit on the device
 ├── DeadlineExceeded      the call's own time limit passed
-├── JobNotFound           no job of this id, or no longer
-├── JobControlled         somebody controls the job already
+├── JobNotFound           the server has no job with this id, or no longer
+├── JobControlled         another client controls the job
 ├── JobEnded              the job ended before a command reached it
-├── ImageNotFound         the server does not keep an uploaded image, or no longer
+├── ImageNotFound         the server does not have an uploaded image, or no longer
 ├── RequestIdTaken        the request_id belongs to a job with another spec
-├── ListingDisabled       this server does not say which jobs it has
-├── Cancelled             somebody stopped the call or the job
+├── ListingDisabled       the server does not list its jobs
+├── Cancelled             the call or the job was stopped
 ├── Diverged              the loss stopped being finite; `frame` is the last good picture
 └── ServerFailed          a defect of the server, or an answer that this client does not understand
 """
@@ -66,7 +66,7 @@ __all__ = [
 
 
 class GramophoneError(Exception):
-    """A call that did not succeed. Its text says what happened and what to do."""
+    """A call that failed. The message states what happened and what to do."""
 
     def __init__(
         self,
@@ -78,36 +78,38 @@ class GramophoneError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.code = code  # of gRPC; None if the call never left this process
-        self.reason = reason  # of the service, as in the proto's ErrorReason without its prefix; "" if it gave none
+        self.code = code  # None if the call never left this process
+        self.reason = reason  # the service's ErrorReason without its prefix; "" if there is none
         self.violations = violations
-        self.retry_after_s = retry_after_s  # when the server said so
+        self.retry_after_s = retry_after_s  # None if the server gave no time
         self.frame: Frame | None = None  # the newest picture that arrived before the error
-        self.checkpoint: Checkpoint | None = None  # the newest state that did: `resume` goes on from it
+        self.checkpoint: Checkpoint | None = (
+            None  # the newest state that arrived before it; `resume` continues from there
+        )
 
 
 class InvalidRequest(GramophoneError):
-    """The request breaks at least one rule; `violations` has a field path and a sentence for each."""
+    """The request breaks at least one rule; `violations` has a field path and a description for each."""
 
 
 class MessageTooLarge(GramophoneError):
-    """A message is larger than this client or the server takes; send a smaller image, or raise that side's limit."""
+    """A message is larger than this client or the server accepts; send a smaller image, or raise that limit."""
 
 
 class ConnectionFailed(GramophoneError):
-    """No server answered at the address, or the connection was lost on the way."""
+    """No server answered at the address, or the connection was lost during the call."""
 
 
 class NotReady(ConnectionFailed):
-    """The server is still starting; or, from `wait_until_ready`, it was not there and serving in time."""
+    """The server is still starting; or, from `wait_until_ready`, it was not serving in time."""
 
 
 class ShuttingDown(ConnectionFailed):
-    """The server takes no new jobs; another one, or the same one later, may."""
+    """The server accepts no new jobs; another server, or the same one later, may."""
 
 
 class SlowReader(ConnectionFailed):
-    """A message was left untaken for too long. The job has lost this watcher only; `watch` finds it while it goes on."""
+    """This reader left a message untaken for too long and was dropped. The job may continue; `watch` it again."""
 
 
 class Exhausted(GramophoneError):
@@ -115,18 +117,18 @@ class Exhausted(GramophoneError):
 
 
 class QueueFull(Exhausted):
-    """As many jobs wait as may wait; come back after `retry_after_s`."""
+    """The queue is full; try again after `retry_after_s`."""
 
 
 class DeadlineUnattainable(Exhausted):
     """By the server's estimate the job would not be done within `timeout_s`: allow more time, or set a `time_budget`.
 
-    `retry_after_s` says when the load may have gone; it is None where the job itself takes too long.
+    `retry_after_s` is the time until the present load may be over; None if the job takes too long by itself.
     """
 
 
 class TooManyWatchers(Exhausted):
-    """As many watch this job as may; `get_job` still tells how it stands."""
+    """The job has as many watchers as the server allows; `get_job` still returns its status."""
 
 
 class OutOfDeviceMemory(Exhausted):
@@ -138,21 +140,21 @@ class DeadlineExceeded(GramophoneError):
 
 
 class JobNotFound(GramophoneError):
-    """The server has no job of this id: it never was, or it ended and was forgotten."""
+    """The server has no job with this id: it never existed, or it ended and has expired."""
 
 
 class JobControlled(GramophoneError):
-    """Somebody else controls the job: `watch` it, or try again when they have left."""
+    """Another client controls the job: `watch` it, or try again after that client has left."""
 
 
 class JobEnded(GramophoneError):
-    """The job ended with its result before the command reached it; iterating, or `result`, tells it."""
+    """The job ended with its result before the command reached it; iterating, or `result`, returns the result."""
 
 
 class ImageNotFound(GramophoneError):
-    """The server keeps no image of this digest: it was not uploaded there, or made room for others; `upload` it again.
+    """The server has no image of this digest: it was not uploaded there, or was evicted; `upload` it again.
 
-    The client does that by itself, once for each request, with the images that its own `upload` returned.
+    The client does that automatically, once per request, with the images that its own `upload` returned.
     """
 
 
@@ -165,11 +167,11 @@ class ListingDisabled(GramophoneError):
 
 
 class Cancelled(GramophoneError):
-    """The call was stopped because this client was closed, or the job by `cancel_job` or for want of a watcher."""
+    """The call was stopped because this client was closed, or the job by `cancel_job` or because it had no watcher."""
 
 
 class Diverged(GramophoneError):
-    """The loss became NaN or infinite; `frame` is the last good picture, if the call streamed."""
+    """The loss became NaN or infinite; `frame` is the last valid picture if the call streamed frames."""
 
 
 class ServerFailed(GramophoneError):
@@ -195,7 +197,7 @@ REASONS: Mapping[str, type[GramophoneError]] = {
     "SLOW_READER": SlowReader,
 }
 
-# For errors that gRPC itself or a proxy made, and for reasons younger than this client.
+# For errors of gRPC itself or of a proxy, and for reasons newer than this client.
 CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
@@ -207,34 +209,35 @@ CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
 
 
 def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> GramophoneError:
-    """The exception that `error` stands for, to be raised from it."""
-    code, said = error.code(), error.details() or ""
+    """The exception for an error of gRPC, to be raised from it."""
+    code, details = error.code(), error.details() or ""
     reason, violations, retry_after_s = _details(error)
     kind = REASONS.get(reason) or CODES.get(code, ServerFailed)
-    message = said or f"the server answered {code.name} and no more"
+    message = details or f"the server returned {code.name} without a message"
     if not reason:
-        # gRPC's own words for these name sockets and C++ files; what to do is not among them.
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
+        # gRPC's own messages for these name sockets and C++ files, and not what to do.
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             kind = MessageTooLarge
-            message = f"a message is too large ({said}); send or ask for a smaller picture, or raise that side's limit"
+            message = f"a message is too large ({details}); send or request a smaller picture, or raise that limit"
         elif code is grpc.StatusCode.UNAVAILABLE:
-            cause = said.rpartition(": ")[2]  # the rest is the way through gRPC's layers
+            cause = details.rpartition(": ")[2]  # before it, the names of gRPC's layers
             message = f"no connection to a gramophone server at {target} ({cause}); is it running there?"
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"not done within {timeout_s:g} s; allow more time, or ask for fewer iterations or a smaller size"
         elif code is grpc.StatusCode.UNIMPLEMENTED:
             message = (
-                f"the server at {target} does not know this call ({said}); is it a gramophone server of this version?"
+                f"the server at {target} does not know this call ({details}); "
+                "is it a gramophone server of this version?"
             )
     return kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
 
 
 def _details(error: grpc.aio.AioRpcError) -> tuple[str, tuple[Violation, ...], float | None]:
-    """(reason, violations, seconds to wait) of the google.rpc details, empty where there are none."""
+    """(reason, violations, seconds to wait) of the google.rpc details; "", () and None without them."""
     reason, violations, retry_after_s = "", [], None
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # a proxy changed the code or the message: the details no longer belong to them
+    except ValueError:  # a proxy changed the code or the message, so that the details no longer match
         status = None
     for detail in status.details if status is not None else ():
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()

@@ -1,4 +1,4 @@
-"""The way to a server, without asyncio: a thin face on `GramophoneClient`."""
+"""The client without asyncio: a thin layer on `GramophoneClient`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class SyncGramophoneClient:
-    """`GramophoneClient` without asyncio: the same calls, made on an event loop in a thread of its own.
+    """`GramophoneClient` without asyncio: the same calls, made on an event loop in a thread of the client.
 
     with SyncGramophoneClient("gpu-1:50051") as client:
         client.stylize("photo.jpg", "painting.jpg", beta=5).save("out.png")
@@ -50,7 +50,7 @@ class SyncGramophoneClient:
         """As of `GramophoneClient`."""
         made: futures.Future[GramophoneClient] = futures.Future()
 
-        async def live() -> None:
+        async def run() -> None:
             self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
             try:
                 client = GramophoneClient(
@@ -63,8 +63,10 @@ class SyncGramophoneClient:
                 await self._closing.wait()
 
         self._closed = False
-        self._gate = threading.RLock()  # no call gets in behind the end; the collector may come by in whoever holds it
-        self._thread = threading.Thread(target=lambda: asyncio.run(live()), name="gramophone-client", daemon=True)
+        # No call starts after `close`. Reentrant: the garbage collector may close a generator in the thread that holds
+        # it.
+        self._lock = threading.RLock()
+        self._thread = threading.Thread(target=lambda: asyncio.run(run()), name="gramophone-client", daemon=True)
         self._thread.start()
         self._client = made.result()
 
@@ -77,8 +79,8 @@ class SyncGramophoneClient:
         self.close()
 
     def close(self) -> None:
-        """Stops what still runs, which then raises `Cancelled`, and closes the connection."""
-        with self._gate:
+        """Ends all calls, which then raise `Cancelled`, and closes the connection."""
+        with self._lock:
             if not self._closed:
                 self._closed = True
                 self._loop.call_soon_threadsafe(self._closing.set)
@@ -168,7 +170,7 @@ class SyncGramophoneClient:
             request_id=request_id,
             **job,
         )
-        return SyncJobControl(controlled, self._run, self._begin)
+        return SyncJobControl(controlled, self._run, self._start)
 
     def control_job(
         self,
@@ -183,7 +185,7 @@ class SyncGramophoneClient:
         controlled = self._client.control_job(
             job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s, detach_grace=detach_grace
         )
-        return SyncJobControl(controlled, self._run, self._begin)
+        return SyncJobControl(controlled, self._run, self._start)
 
     def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
         """As `GramophoneClient.upload`."""
@@ -210,44 +212,45 @@ class SyncGramophoneClient:
         self._run(self._client.wait_until_ready(timeout_s))
 
     def _steps(self, updates: AsyncGenerator[Update, None]) -> Generator[Update, None, None]:
-        # An interrupted step is still on its way out when the generator is closed: one at a time.
-        turn = asyncio.Lock()
+        # An interrupted step may still be unwinding when the generator is closed: one at a time.
+        lock = asyncio.Lock()
 
         async def step() -> Update | None:
-            async with turn:
+            async with lock:
                 return await anext(updates, None)
 
         async def leave() -> None:
-            async with turn:
+            async with lock:
                 await updates.aclose()
 
         try:
             while (update := self._run(step())) is not None:
                 yield update
         finally:
-            self._begin(leave())
+            self._start(leave())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What it returns, when that is there."""
+        """Runs a coroutine on the client's loop and returns its result."""
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError(
-                "a call was made in the client's own thread, where it would wait for itself for ever; "
-                "make it outside of __del__ and of what Python's collector may close"
+                "a call was made in the client's own thread, where it would wait for itself forever; "
+                "do not make it in __del__ or in code that Python's garbage collector may run"
             )
-        future = self._begin(coroutine)
+        future = self._start(coroutine)
         try:
             return future.result()
-        except futures.CancelledError:  # the loop has ended under it
+        except futures.CancelledError:  # the loop ended during the call
             raise Cancelled(CLOSED) from None
         except BaseException:  # Ctrl-C in the caller's thread
             future.cancel()
             raise
 
-    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> futures.Future[T]:
-        """Runs it without waiting. What leaves a job must not wait: Python's collector may close a generator in any
-        thread, this client's own or one with locks that this client's own needs."""
-        with self._gate:
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> futures.Future[T]:
+        """Starts a coroutine without waiting for it. Leaving a job must not wait: Python's garbage collector may close
+        a generator in any thread, including the client's own and one that holds locks which the client's thread
+        needs."""
+        with self._lock:
             if not self._closed:
                 return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         coroutine.close()
@@ -257,8 +260,8 @@ class SyncGramophoneClient:
 
 
 class SyncJobControl:
-    """`JobControl` without asyncio: a context manager and an iterator of updates. Its methods may be called from other
-    threads than the one that iterates.
+    """`JobControl` without asyncio: a context manager and an iterator of updates. Its methods may be called from any
+    thread, also while another one iterates.
 
     with client.control("photo.jpg", "painting.jpg") as job:
         for update in job:
@@ -269,11 +272,11 @@ class SyncJobControl:
         self,
         job: JobControl,
         run: Callable[[Coroutine[Any, Any, Any]], Any],
-        begin: Callable[[Coroutine[Any, Any, Any]], object],
+        start: Callable[[Coroutine[Any, Any, Any]], object],
     ) -> None:
         self._job = job
         self._run = run
-        self._begin = begin
+        self._start = start
 
     def __enter__(self) -> Self:
         self._run(self._job.__aenter__())
@@ -282,7 +285,7 @@ class SyncJobControl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._begin(self._job.__aexit__(kind, error, traceback))
+        self._start(self._job.__aexit__(kind, error, traceback))
 
     def __iter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ from gramophone_client.commands import stylize
 from gramophone_client.console.display import HalfBlocks, LiveDisplay, PlainDisplay
 from gramophone_client.console.recipe_flags import add_recipe_flags, as_flags, flag, recipe_overrides
 from gramophone_client.console.timelapse import Timelapse
-from gramophone_client.streams import recovery
+from gramophone_client.streams import recovery_states
 from gramophone_client.transport.parsing import update
 from gramophone_client.types import picture
 from gramophone_client.types.picture import Picture, write_whole
@@ -242,13 +242,13 @@ def test_a_server_that_is_not_ready_is_an_exit_code(gramophone):
             "argument --seed: must be a whole number from 0 to 2**64-1, got '-1'",
         ),
         ("stylize photo.png painting.png -o out.png --iter 5", "unrecognized arguments: --iter"),
-        ("stylize photo.png painting.png -o out.png --frame-size 99999999999", "the request cannot be said"),
+        ("stylize photo.png painting.png -o out.png --frame-size 99999999999", "a value does not fit into the request"),
         ("recipe missing.png", "missing.png: No such file"),
         ("stylize photo.png painting.png -o out.png --resume no", "no: there is no such file"),
         ("stylize photo.png painting.png -o out.png --checkpoint no/c", "no/c: there is no folder no; make it first"),
         (
             "stylize photo.png painting.png -o out.png --resume photo.png --seed 1 --beta 2 --preset fast",
-            "--preset, --seed, --beta: cannot be given with --resume, which goes on with the checkpoint's",
+            "--preset, --seed, --beta: cannot be given with --resume, which continues with the checkpoint's",
         ),
     ],
 )
@@ -381,7 +381,7 @@ def test_help_tells_every_field_and_default_of_a_recipe(gramophone, monkeypatch)
 
 
 def test_a_detached_job_is_found_again(gramophone, service, here, monkeypatch):
-    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
     whole = numbered(accepted(), frame(1), result())
     service.scripts = [[*whole[:2], bare(grpc.StatusCode.UNAVAILABLE, "gone")], whole[2:]]
     code, out, err = gramophone("stylize photo.png painting.png -o out.png --detach 5")
@@ -504,7 +504,7 @@ def test_a_job_goes_on_from_a_file(gramophone, service, here):
 
 
 def test_a_job_that_moves_says_so(gramophone, service, monkeypatch):
-    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
     lost = bare(grpc.StatusCode.UNAVAILABLE, "gone")
     service.scripts = [
         [accepted(), checkpoint(38), progress(40), lost],
@@ -581,9 +581,9 @@ def test_a_recipe_that_was_changed_on_the_way_is_said_to_be(gramophone, here):
     [
         (encoded(), "has no recipe in it"),
         (b"text", "is not a picture"),
-        (encoded(note="{}"), "is not one that this version knows"),
-        (encoded(note="[1]"), "is not one that this version knows"),
-        (encoded(note=NOTE.replace("beta", "gamma")), "is not one that this version knows"),
+        (encoded(note="{}"), "this version does not know its recipe"),
+        (encoded(note="[1]"), "this version does not know its recipe"),
+        (encoded(note=NOTE.replace("beta", "gamma")), "this version does not know its recipe"),
     ],
 )
 def test_pictures_without_a_recipe_are_told_apart(gramophone, here, data, words):

@@ -21,7 +21,7 @@ import gramophone_client
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Frame, FrameOptions, GramophoneClient, Losses, Style, SyncGramophoneClient, errors
-from gramophone_client.streams import job_stream, recovery
+from gramophone_client.streams import job_stream, recovery_states
 from gramophone_client.transport.connection import channel_options
 from gramophone_client.transport.job_spec import job_spec
 from gramophone_client.types.options import JobOptions
@@ -281,7 +281,7 @@ async def test_unknown_fields_and_presets_never_leave(client, service):
     with pytest.raises(errors.InvalidRequest, match="must be one of fast"):
         await client.stylize(PHOTO, PAINTING, preset="best")
     for values in ({"seed": -1}, {"size": 10**12}, {"result_format": "gif"}):
-        with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+        with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
             await client.stylize(PHOTO, PAINTING, **values)
     with pytest.raises(FileNotFoundError):
         await client.stylize("/no/such/photo.jpg", PAINTING)
@@ -362,7 +362,7 @@ def test_the_channel_is_made_for_images():
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
 
 
 @pytest.mark.parametrize("how", ["unary", "stream"])
@@ -390,7 +390,7 @@ async def test_the_grace_reaches_the_request(client, service):
     await client.stylize(PHOTO, PAINTING)
     graces = [spec.detach_grace.ToMilliseconds() if spec.HasField("detach_grace") else None for spec in service.specs]
     assert graces == [1500, 0, None]
-    with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+    with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
         await client.stylize(PHOTO, PAINTING, detach_grace=float("nan"))
 
 
@@ -405,7 +405,7 @@ async def test_watching_tells_the_same_as_streaming(client, service):
     told = await collected(client.watch("j1", 3, frames=None))
     assert [update.sequence for update in told] == [4, 5]
     assert service.watches[1] == pb.WatchJobRequest(job_id="j1", after_sequence=3)
-    with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+    with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
         await collected(client.watch("j1", -1))
 
 
@@ -449,7 +449,7 @@ async def test_of_what_a_slow_reader_has_not_taken_only_the_newest_waits():
 
     call = Call()
     call.fails = False
-    told = [response.event async for response in job_stream._newest(call)]
+    told = [response.event async for response in job_stream.newest_responses(call)]
     assert [event.WhichOneof("event") for event in told] == [
         "accepted", "waiting", "progress", "checkpoint", "frame", "result",
     ]  # fmt: skip
@@ -458,7 +458,7 @@ async def test_of_what_a_slow_reader_has_not_taken_only_the_newest_waits():
     assert [event.sequence for event in told] == sorted(event.sequence for event in told)
     call.fails, told = True, []
     with pytest.raises(ValueError, match="lost"):
-        async for response in job_stream._newest(call):
+        async for response in job_stream.newest_responses(call):
             told.append(response)
     assert len(told) == 6 and call.cancelled  # nothing is lost before the error
 
@@ -605,7 +605,7 @@ async def test_waiting_ends_when_the_health_says_serving(client, service):
 
 async def test_waiting_says_what_it_waited_for(client, service):
     service.set_health(HealthCheckResponse.NOT_SERVING)
-    with pytest.raises(errors.NotReady, match=r"after 0\.1 s: its health says NOT_SERVING"):
+    with pytest.raises(errors.NotReady, match=r"after 0\.1 s: its health status is NOT_SERVING"):
         await client.wait_until_ready(0.1)
     async with GramophoneClient(NOWHERE) as lonely:
         with pytest.raises(errors.NotReady, match="no connection"):

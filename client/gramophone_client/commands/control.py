@@ -1,4 +1,4 @@
-"""`gramophone control`: a hand on a job that runs, by single keys or by options."""
+"""`gramophone control`: controls a running job by single keys or by options."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["CHANGEABLE", "KEYS_HELP", "change", "control"]
 
 CHANGEABLE = [name.replace("_", "-") for name in Changes.__annotations__]
 KEYS_HELP = "p pause or go on, + - style strength, s save the picture, c checkpoint, f finish, q leave"
-STRONGER = 1.25  # by which + multiplies beta
+BETA_FACTOR = 1.25  # + multiplies beta by it, - divides
 PREVIEW = FrameOptions(min_interval_s=0.2, max_side=360, max_in_flight=2)
 
 
 def change(text: str) -> tuple[str, Any]:
-    """`beta=5` as a change. Raises argparse.ArgumentTypeError in words."""
+    """Parses a change like `beta=5`. Raises argparse.ArgumentTypeError."""
     name, equals, value = text.partition("=")
     if not equals or name.replace("_", "-") not in CHANGEABLE:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a field of {', '.join(CHANGEABLE)}, got {text!r}")
@@ -50,7 +50,7 @@ def control(args: argparse.Namespace) -> None:
             asyncio.run(_by_keys(args, shown))
     else:
         raise UsageError(
-            "standard input is not a terminal with keys to press; say what to do: --pause, --resume, --set, --save, "
+            "standard input is not a terminal, so that no keys can be read; use --pause, --resume, --set, --save, "
             "--checkpoint or --finish"
         )
 
@@ -84,11 +84,11 @@ async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
         frames = PREVIEW if args.preview else None
         async with client.control_job(args.job_id, frames=frames, detach_grace=args.detach) as job:
             with pressed_keys(sys.stdin) as keys:
-                await _Desk(job, shown).run(keys)
+                await _KeyControl(job, shown).run(keys)
 
 
-class _Desk:
-    """Keys on one side, the job on the other."""
+class _KeyControl:
+    """Turns keys into commands for a job, and shows its updates."""
 
     def __init__(self, job: JobControl, shown: Display | None) -> None:
         self._job = job
@@ -98,8 +98,8 @@ class _Desk:
         self._paused = False
 
     async def run(self, keys: asyncio.Queue[str]) -> None:
-        """Returns at the job's end or at "q"."""
-        self._note(KEYS_HELP)
+        """Returns at the end of the job or at "q"."""
+        self._print_line(KEYS_HELP)
         watching = asyncio.create_task(self._watch())
         try:
             while True:
@@ -134,28 +134,28 @@ class _Desk:
                 case "p":
                     await (self._job.resume() if self._paused else self._job.pause())
                 case "+":
-                    await self._job.update(beta=self._beta * STRONGER)
+                    await self._job.update(beta=self._beta * BETA_FACTOR)
                 case "-":
-                    await self._job.update(beta=self._beta / STRONGER)
+                    await self._job.update(beta=self._beta / BETA_FACTOR)
                 case "s":
                     frame = await self._job.picture()
                     path = Path(f"{self._name}-{frame.iteration:04d}.png")
                     frame.picture.save(path)
-                    self._note(f"the picture after iteration {frame.iteration} is kept as {path}")
+                    self._print_line(f"the picture after iteration {frame.iteration} is kept as {path}")
                 case "c":
                     checkpoint = await self._job.checkpoint()
                     path = Path(f"{self._name}-{checkpoint.iteration:04d}.checkpoint")
                     checkpoint.save(path)
-                    self._note(f"the state after iteration {checkpoint.iteration} is kept as {path}")
+                    self._print_line(f"the state after iteration {checkpoint.iteration} is kept as {path}")
                 case "f":
                     await self._job.finish()
                 case _:
-                    self._note(KEYS_HELP)
+                    self._print_line(KEYS_HELP)
         except InvalidRequest as error:
-            self._note(str(error))
+            self._print_line(str(error))
         except JobEnded:
             pass  # `_watch` has the result
 
-    def _note(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         if self._shown is not None:
-            self._shown.note(text)
+            self._shown.print_line(text)

@@ -1,4 +1,4 @@
-"""`gramophone info` and `gramophone recipe`: what a server is, and how a picture was made."""
+"""`gramophone info` and `gramophone recipe`: the properties of a server, and the recipe of a picture."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ def info(args: argparse.Namespace) -> None:
     with SyncGramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
-        told = client.server_info()
-    print(json.dumps(asdict(told), indent=2) if args.json else _described(told))
+        server = client.server_info()
+    print(json.dumps(asdict(server), indent=2) if args.json else _described(server))
 
 
 def recipe(args: argparse.Namespace) -> None:
     """`gramophone recipe`."""
-    note = recipe_of(args.picture)
+    metadata = recipe_of(args.picture)
     if args.json:
-        print(json.dumps(note._asdict() | {"recipe": asdict(note.recipe)}, indent=2))
+        print(json.dumps(metadata._asdict() | {"recipe": asdict(metadata.recipe)}, indent=2))
     else:
-        weights = ",".join(f"{weight:g}" for weight in note.style_weights)
-        print(shlex.join(["--seed", str(note.seed), "--style-weights", weights, *as_flags(note.recipe)]))
-    if note.changed_at:
+        weights = ",".join(f"{weight:g}" for weight in metadata.style_weights)
+        print(shlex.join(["--seed", str(metadata.seed), "--style-weights", weights, *as_flags(metadata.recipe)]))
+    if metadata.changed_at:
         print(
             f"gramophone: the recipe was changed while {args.picture} was made, and is this one from iteration "
-            f"{note.changed_at} on; from the start it makes another picture",
+            f"{metadata.changed_at} on; from the start it makes another picture",
             file=sys.stderr,
         )
 
 
-def _described(told: ServerInfo) -> str:
-    limits = told.limits
+def _described(server: ServerInfo) -> str:
+    limits = server.limits
     rows = {
-        "version": told.version,
-        "device": f"{told.device}, {told.precision}",
-        "network": told.backbone,
-        "weights": told.weights,
-        "layers": " ".join(told.layers),
+        "version": server.version,
+        "device": f"{server.device}, {server.precision}",
+        "network": server.backbone,
+        "weights": server.weights,
+        "layers": " ".join(server.layers),
         "images": f"at most {limits.max_image_bytes / 2**20:g} MiB and {limits.max_image_pixels / 1e6:g} megapixels",
         "results": f"at most {limits.max_size} px, {limits.max_iterations} iterations, {limits.max_styles} styles",
-        "jobs": f"{told.running_jobs} of at most {limits.max_running} running, "
-        f"{told.queued_jobs} of at most {limits.max_queued} waiting, {told.paused_jobs} paused",
-        "wait": "not measured yet" if told.estimated_wait_s is None else f"about {told.estimated_wait_s:.1f} s",
+        "jobs": f"{server.running_jobs} of at most {limits.max_running} running, "
+        f"{server.queued_jobs} of at most {limits.max_queued} waiting, {server.paused_jobs} paused",
+        "wait": "not measured yet" if server.estimated_wait_s is None else f"about {server.estimated_wait_s:.1f} s",
         "watchers": f"at most {limits.max_watchers} of a job; one may pause it, for at most {limits.max_paused_s} s",
         "states": f"checkpoints of at most {limits.max_checkpoint_bytes / 2**20:g} MiB",
-        "styles": _cached(told.style_cache),
-        "uploads": _cached(told.uploads),
-        "presets": ", ".join(told.presets),
+        "styles": _cached(server.style_cache),
+        "uploads": _cached(server.uploads),
+        "presets": ", ".join(server.presets),
     }
     return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
 
 
 def _cached(cache: CacheStats) -> str:
-    asked = cache.hits + cache.misses
-    return f"{cache.bytes / 2**20:.1f} of at most {cache.max_bytes / 2**20:g} MiB kept, {cache.hits} of {asked} found there"
+    size, max_size = cache.bytes / 2**20, cache.max_bytes / 2**20
+    return f"{size:.1f} of at most {max_size:g} MiB kept, {cache.hits} of {cache.hits + cache.misses} found there"

@@ -1,4 +1,4 @@
-"""`gramophone watch`, `cancel` and `jobs`: jobs that are there already."""
+"""`gramophone watch`, `cancel` and `jobs`: commands for existing jobs."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def jobs(args: argparse.Namespace) -> None:
     with SyncGramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
-        told = client.list_jobs()
+        listed = client.list_jobs()
     if args.json:
-        print(json.dumps([asdict(job) for job in told], indent=2, default=datetime.isoformat))
+        print(json.dumps([asdict(job) for job in listed], indent=2, default=datetime.isoformat))
     else:
-        for job in told:
+        for job in listed:
             print(_line(job))
 
 

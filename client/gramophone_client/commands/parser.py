@@ -1,4 +1,4 @@
-"""What can be typed after `gramophone`."""
+"""The command line of `gramophone`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["command_line"]
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run`, which takes the arguments."""
+    """The parser of all commands. Each command sets `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(
         prog="gramophone",
         allow_abbrev=False,
@@ -42,19 +42,19 @@ def command_line() -> argparse.ArgumentParser:
 
     info_parser = commands.add_parser(
         "info",
-        help="what the server is and what it takes",
+        help="show the server's version, limits and load",
         description="Print version, device, network, limits and load of the server.",
     )
     _add_server(info_parser)
-    info_parser.add_argument("--json", action="store_true", help="as JSON, with the layers and presets in full")
+    info_parser.add_argument("--json", action="store_true", help="as JSON, with all layers and presets")
     info_parser.set_defaults(run=info)
 
     recipe_parser = commands.add_parser(
         "recipe",
-        help="how a picture was made",
-        description="Print the flags of `gramophone stylize` that made this picture, from what the server noted in it.",
+        help="show how a picture was made",
+        description="Print the flags of `gramophone stylize` that made this picture, from the metadata in it.",
     )
-    recipe_parser.add_argument("picture", metavar="PICTURE", type=Path, help="a result of `gramophone stylize`")
+    recipe_parser.add_argument("picture", metavar="PICTURE", type=Path, help="result of `gramophone stylize`")
     recipe_parser.add_argument("--json", action="store_true", help="as JSON")
     recipe_parser.set_defaults(run=recipe)
     return parser
@@ -77,35 +77,37 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("content", metavar="CONTENT", type=Path, help="the photo: JPEG, PNG or WebP")
-    parser.add_argument("styles", metavar="STYLE", type=Path, nargs="+", help="one or several pictures to paint like")
+    parser.add_argument("content", metavar="CONTENT", type=Path, help="photo: JPEG, PNG or WebP")
+    parser.add_argument("styles", metavar="STYLE", type=Path, nargs="+", help="one or several style pictures")
     _add_out(parser)
     parser.add_argument("--preset", choices=list(PRESETS), help="a complete recipe (default fast)")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="of the noise, 0 to 2**64-1 (default: a random one)")
-    parser.add_argument("--style-weights", type=_weights, metavar="X,...", help="shares of the STYLEs (default: equal)")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the noise, 0 to 2**64-1 (default: random)")
+    parser.add_argument(
+        "--style-weights", type=_weights, metavar="X,...", help="weights of the STYLEs (default: equal)"
+    )
     parser.add_argument("--start-image", type=Path, metavar="PATH", help="picture to start from")
     parser.add_argument(
-        "--result-quality", type=int, default=95, metavar="N", help="of .jpg and .webp, 1 to 100 (default 95)"
+        "--result-quality", type=int, default=95, metavar="N", help="quality of .jpg and .webp, 1 to 100 (default 95)"
     )
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
-        help="go on from this checkpoint of a job with the same pictures; its recipe and seed are the ones to go on with",
+        help="continue from this checkpoint of a job with the same pictures, with its recipe and seed",
     )
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=f"keep the job's newest state there, every {CHECKPOINT_EVERY_S:g} s, for --resume",
+        help=f"write the job's state to FILE every {CHECKPOINT_EVERY_S:g} s, for --resume",
     )
     add_recipe_flags(parser)
 
     _add_watching(parser)
-    _add_search(
+    _add_detach(
         _add_server(parser),
-        "let the job go on for so long when the connection is lost or this command ends, and look for it again "
-        "until then (default 0)",
+        "how long the job continues after the connection is lost or this command ends, and how long this command "
+        "looks for it (default 0)",
     )
     parser.set_defaults(run=stylize)
 
@@ -113,7 +115,7 @@ def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     watching = commands.add_parser(
         "watch",
-        help="follow a job that is there already",
+        help="follow an existing job",
         allow_abbrev=False,
         description="Follow a job of `gramophone stylize --detach` to its end. Prints the path of the picture.",
         epilog=EXIT_CODES,
@@ -122,11 +124,11 @@ def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     watching.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
     _add_out(watching)
     _add_watching(watching)
-    _add_search(_add_server(watching))
+    _add_detach(_add_server(watching))
     watching.set_defaults(run=watch)
 
     cancelling = commands.add_parser(
-        "cancel", help="stop a job", description="Stop a job, for all who watch it. Prints how it stands then."
+        "cancel", help="stop a job", description="Stop a job, for all of its watchers. Prints its status."
     )
     cancelling.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
     _add_server(cancelling)
@@ -134,10 +136,10 @@ def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
     listing = commands.add_parser(
         "jobs",
-        help="the jobs that the server has",
-        description="Print the jobs that the server has, newest first, if whoever runs it allows that.",
+        help="list the server's jobs",
+        description="Print the server's jobs, newest first, if its operator allows it.",
     )
-    listing.add_argument("--json", action="store_true", help="as JSON, with losses and times in full")
+    listing.add_argument("--json", action="store_true", help="as JSON, with all losses and times")
     _add_server(listing)
     listing.set_defaults(run=jobs)
 
@@ -147,14 +149,14 @@ def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "control",
         help="pause, change or end a job while it runs",
         allow_abbrev=False,
-        description="Take control of a job that runs. With options, they are done in the order of this list and the "
-        f"command ends; without, on a terminal, single keys do it: {KEYS_HELP}. Leaving stops a job that nobody else "
-        "watches, unless it may go on alone (`gramophone stylize --detach`).",
+        description="Take control of a running job. Options are carried out in the order of this list; then the "
+        f"command ends. Without options, on a terminal, single keys control the job: {KEYS_HELP}. Leaving stops a job without "
+        "other watchers, unless it was started with `gramophone stylize --detach`.",
     )
     parser.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
-    standing = parser.add_mutually_exclusive_group()
-    standing.add_argument("--pause", action="store_true", help="let it stand still")
-    standing.add_argument("--resume", action="store_true", help="let it go on")
+    pausing = parser.add_mutually_exclusive_group()
+    pausing.add_argument("--pause", action="store_true", help="pause the job")
+    pausing.add_argument("--resume", action="store_true", help="continue the job")
     parser.add_argument(
         "--set",
         dest="changes",
@@ -164,13 +166,13 @@ def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FIELD=VALUE",
         help=f"change one of {', '.join(CHANGEABLE)}; may be given several times",
     )
-    parser.add_argument("--save", type=_path_with(format_of), metavar="PATH", help="write the picture as it is now")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write its state as it is now")
-    parser.add_argument("--finish", action="store_true", help="end it, with the picture as it is now")
-    silence = parser.add_mutually_exclusive_group()
-    silence.add_argument("--preview", action="store_true", help="with keys: draw the forming picture in the terminal")
-    silence.add_argument("--quiet", action="store_true", help="with keys: no progress, only errors")
-    _add_search(_add_server(parser))
+    parser.add_argument("--save", type=_path_with(format_of), metavar="PATH", help="write the present picture")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the present state")
+    parser.add_argument("--finish", action="store_true", help="end the job with the present picture")
+    display = parser.add_mutually_exclusive_group()
+    display.add_argument("--preview", action="store_true", help="with keys: draw the picture in the terminal")
+    display.add_argument("--quiet", action="store_true", help="with keys: no progress, only errors")
+    _add_detach(_add_server(parser))
     parser.set_defaults(run=control)
 
 
@@ -180,25 +182,29 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=_path_with(format_of),
         required=True,
-        help="the picture to write, replacing what is there: .png, .jpg or .webp",
+        help="picture to write: .png, .jpg or .webp; replaces an existing file",
     )
 
 
 def _add_watching(parser: argparse.ArgumentParser) -> None:
     watching = parser.add_argument_group("watching")
-    watching.add_argument("--frames", type=Path, metavar="DIR", help="write every frame there: frame-0001.jpg, ...")
+    watching.add_argument("--frames", type=Path, metavar="DIR", help="write every frame to DIR: frame-0001.jpg, ...")
     watching.add_argument(
         "--frame-every", type=int, default=0, metavar="N", help="a frame every N iterations (default: by time)"
     )
     watching.add_argument(
-        "--frame-size", type=int, default=0, metavar="N", help="reduce frames to N pixels (default: as they are)"
+        "--frame-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="reduce frames to at most N pixels per side (default: full size)",
     )
     watching.add_argument(
         "--timelapse", type=_path_with(film_format), metavar="PATH", help="film of the frames, .gif or .webp"
     )
-    silence = watching.add_mutually_exclusive_group()
-    silence.add_argument("--preview", action="store_true", help="draw the forming picture in the terminal")
-    silence.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    display = watching.add_mutually_exclusive_group()
+    display.add_argument("--preview", action="store_true", help="draw the picture in the terminal while it forms")
+    display.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
 
 def _add_timeout(server: argparse._ArgumentGroup) -> None:
@@ -211,8 +217,8 @@ def _add_timeout(server: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_search(
-    server: argparse._ArgumentGroup, help: str = "look for the job for so long when the connection is lost (default 0)"
+def _add_detach(
+    server: argparse._ArgumentGroup, help: str = "how long to look for the job after the connection is lost (default 0)"
 ) -> None:
     _add_timeout(server)
     server.add_argument(
@@ -233,13 +239,17 @@ def _add_server(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help=f"(default: $GRAMOPHONE_SERVER, else {DEFAULT_TARGET})",
     )
     group.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to be ready (default 0)"
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait until the server is ready (default 0)",
     )
     return group
 
 
 def _path_with(rule: Callable[[str], object]) -> Callable[[str], Path]:
-    """A path whose suffix obeys the rule."""
+    """Makes an argument type: a path whose name `rule` accepts."""
 
     def path(text: str) -> Path:
         try:

@@ -1,4 +1,4 @@
-"""`gramophone stylize`: one job from files to files."""
+"""`gramophone stylize`: runs one job, from files to files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gramophone_client.types.picture import format_of
 
 __all__ = ["CHECKPOINT_EVERY_S", "stylize"]
 
-CHECKPOINT_EVERY_S = 10.0  # with its optimiser's state a job may have tens of megabytes
+CHECKPOINT_EVERY_S = 10.0  # a checkpoint with the optimiser's state can have tens of megabytes
 
 
 def stylize(args: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def stylize(args: argparse.Namespace) -> None:
 
 
 class _Job(Outputs):
-    """One run of `stylize`: checks everything that can be checked before a server is asked, then keeps what comes."""
+    """One run of `stylize`: checks all that can be checked without a server, then runs the job and writes its files."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
@@ -43,13 +43,15 @@ class _Job(Outputs):
         if args.resume:
             self._check_resumable()
         else:
-            recipes.preset(args.preset or "fast", **self.overrides)  # raises; the server would say the same, but later
+            recipes.preset(
+                args.preset or "fast", **self.overrides
+            )  # raises; the server would refuse it, too, but later
         self.make_frames_folder()
 
     async def run(self, shown: Display | None) -> None:
-        """The job, from the server's first answer to the files on disk."""
+        """Runs the job until its files are written."""
         args = self.args
-        # Without a file for it, a small one is enough to go on from if the server is lost.
+        # Without a file, light checkpoints are enough to continue from after the server is lost.
         checkpoints = (
             CheckpointOptions(every_s=CHECKPOINT_EVERY_S, light=False) if args.checkpoint else CheckpointOptions()
         )
@@ -77,7 +79,9 @@ class _Job(Outputs):
         brought = {"--preset": args.preset, "--seed": args.seed, "--start-image": args.start_image}
         flags = [name for name, value in brought.items() if value is not None] + [flag(name) for name in self.overrides]
         if flags:
-            raise UsageError(f"{', '.join(flags)}: cannot be given with --resume, which goes on with the checkpoint's")
+            raise UsageError(
+                f"{', '.join(flags)}: cannot be given with --resume, which continues with the checkpoint's"
+            )
 
 
 def _styles(args: argparse.Namespace) -> list[Style]:

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees and types: progress, keys, files, exit codes."""
+"""Input and output on a terminal: progress, keys, files, exit codes."""

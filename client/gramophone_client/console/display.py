@@ -1,4 +1,4 @@
-"""How a job looks while it runs: a live line with the picture above it on a terminal, plain lines elsewhere."""
+"""Shows a job while it runs: a live line with the picture above it on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ BAR_COLUMNS = (8, 40)  # fewest, most
 
 
 def print_errors(*lines: str) -> None:
-    """One line of standard error each."""
+    """Prints each line to standard error, after the name of the command."""
     for line in lines:
         print(f"gramophone: {line}", file=sys.stderr)
 
 
 class PlainDisplay:
-    """Whole lines for logs and pipes: the job's start, its progress at most every `every_s` seconds, its end."""
+    """Prints whole lines, for logs and pipes: the job's start and end, and progress at most every `every_s` seconds."""
 
     def __init__(self, stream: TextIO, every_s: float = LINES_EVERY_S) -> None:
         self._stream = stream
         self._every_s = every_s
         self._next_s = 0.0
-        self._iteration: int | None = None  # the last that was told; None before `Accepted`
+        self._iteration: int | None = None  # the last one shown; None before `Accepted`
 
     def __enter__(self) -> Self:
         return self
@@ -51,38 +51,38 @@ class PlainDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing to put back."""
+        """Does nothing: the terminal was not changed."""
 
     def show(self, update: Update) -> None:
-        """Prints the update if it is time."""
+        """Prints the update; progress and waiting only if the last line is `every_s` old."""
         if isinstance(update, Progress):
             self._iteration = update.iteration
         match update:
             case Accepted():
-                self.note(_accepted(update, self._iteration))
+                self.print_line(_accepted(update, self._iteration))
                 self._next_s = time.monotonic() + self._every_s
             case Waiting() if time.monotonic() >= self._next_s:
-                self.note(_waiting(update))
+                self.print_line(_waiting(update))
                 self._next_s = time.monotonic() + self._every_s
             case Progress() if time.monotonic() >= self._next_s:
-                self.note(", ".join(_progress(update)))
+                self.print_line(", ".join(_progress(update)))
                 self._next_s = time.monotonic() + self._every_s
             case Paused() | Resumed() | Changed():
-                self.note(_steered(update))
+                self.print_line(_controlled(update))
             case Result():
-                self.note(_result(update))
+                self.print_line(_result(update))
         if isinstance(update, Accepted):
             self._iteration = update.resumed_at
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Prints a line."""
         print(text, file=self._stream, flush=True)
 
 
 class LiveDisplay:
-    """One line that changes in place, and with `preview` the forming picture above it.
+    """One line that changes in place, and with `preview` the intermediate picture above it.
 
-    Fits the terminal's width and colours, also when they change.
+    It fits the width and the colours of the terminal, also after they change.
     """
 
     def __init__(self, console: Console, *, preview: bool) -> None:
@@ -91,7 +91,7 @@ class LiveDisplay:
         self._picture: HalfBlocks | None = None
         self._status = "waiting for the server"
         self._progress: Progress | None = None
-        self._iteration: int | None = None  # the last that was told; None before `Accepted`
+        self._iteration: int | None = None  # the last one shown; None before `Accepted`
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S)
 
     def __enter__(self) -> Self:
@@ -104,31 +104,31 @@ class LiveDisplay:
         self._live.__exit__(kind, error, traceback)
 
     def show(self, update: Update) -> None:
-        """Takes the update into the picture of the next refresh."""
+        """Shows the update at the next refresh."""
         match update:
             case Accepted():
                 if self._iteration is not None:
-                    self.note(_accepted(update, self._iteration))
-                self.say(_accepted(update, None))
+                    self.print_line(_accepted(update, self._iteration))
+                self.set_status(_accepted(update, None))
                 self._iteration = update.resumed_at
             case Waiting():
                 self._status = _waiting(update)
             case Progress():
                 self._progress, self._iteration = update, update.iteration
             case Paused() | Resumed() | Changed():
-                self.say(_steered(update))
+                self.set_status(_controlled(update))
             case Frame():
                 self._take(update.picture)
             case Result():
                 self._take(update.picture)
-                self.say(_result(update))
+                self.set_status(_result(update))
 
-    def say(self, text: str) -> None:
-        """Puts a text in the place of the progress line."""
+    def set_status(self, text: str) -> None:
+        """Replaces the progress line by a text."""
         self._status, self._progress = text, None
 
-    def note(self, text: str) -> None:
-        """Prints a line that stays, above the one that changes."""
+    def print_line(self, text: str) -> None:
+        """Prints a permanent line above the one that changes."""
         self._console.print(Text(text))
 
     def _take(self, picture: Picture) -> None:
@@ -139,21 +139,22 @@ class LiveDisplay:
         rows = Table.grid()
         if self._picture is not None:
             rows.add_row(self._picture)
-        rows.add_row(_Line(self._progress) if self._progress is not None else Text(self._status, overflow="ellipsis"))
+        rows.add_row(
+            _ProgressLine(self._progress) if self._progress is not None else Text(self._status, overflow="ellipsis")
+        )
         return rows
 
 
-class _Line:
-    """Bar and numbers of a `Progress`, as many as fit."""
+class _ProgressLine:
+    """Bar and numbers of a `Progress`, as many as fit into the width."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         words = list(_progress(self._progress))
-        words[0] = words[0].rjust(
-            2 * len(str(self._progress.iterations)) + 1
-        )  # or the bar would shrink at 10, 100, ...
+        # A constant width: otherwise the bar would shrink at iterations 10, 100, ...
+        words[0] = words[0].rjust(2 * len(str(self._progress.iterations)) + 1)
         while len(words) > 1 and cell_len("  ".join(words)) > options.max_width:
             words.pop()
         text = Text("  ".join(words), no_wrap=True, overflow="ellipsis")
@@ -169,27 +170,30 @@ class _Line:
 
 
 class HalfBlocks:
-    """A picture in character cells, two pixels to a cell, as large as the terminal has room for.
+    """A picture in character cells, two pixels per cell, as large as the terminal allows.
 
-    Without 256 colours (or with NO_COLOR) a cell shows its brightness instead.
+    Without 256 colours, or with NO_COLOR, each cell shows its brightness only.
     """
 
     def __init__(self, picture: Picture) -> None:
         self._picture = picture
-        self._cells: tuple[object, list[Segment]] | None = None  # (what they were drawn for, drawn)
+        self._cells: tuple[object, list[Segment]] | None = None  # (the properties of the terminal, the cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         coloured = console.color_system in ("truecolor", "256") and not console.no_color
-        room = (options.max_width, max(1, console.size.height - 2))  # the progress line, and the cursor's
+        room = (
+            options.max_width,
+            max(1, console.size.height - 2),
+        )  # without the line of the progress and that of the cursor
         drawn_for = (room, coloured, options.encoding)
-        if self._cells is None or self._cells[0] != drawn_for:  # a refresh repaints the same picture many times
+        if self._cells is None or self._cells[0] != drawn_for:  # the live display draws the same picture many times
             image = self._fitted(*room)
             cells = _coloured(image) if coloured else _shaded(image, options.encoding)
             self._cells = drawn_for, list(cells)
         yield from self._cells[1]
 
     def _fitted(self, columns: int, rows: int) -> Image.Image:
-        """At most `columns` x 2 `rows` pixels, an even number of them high."""
+        """The picture with at most `columns` x 2 `rows` pixels and an even height."""
         image = Image.open(io.BytesIO(self._picture.data))
         scale = min(columns / image.width, 2 * rows / image.height)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale / 2)) * 2
@@ -216,15 +220,15 @@ def _shaded(image: Image.Image, encoding: str) -> Iterable[Segment]:
 
 
 def _accepted(accepted: Accepted, lost_at: int | None) -> str:
-    """`lost_at` is the last iteration that was told of the job that this one takes up again, None of a new one."""
-    behind = f", {_wait(accepted.queue_position, accepted.estimated_wait_s)}" if accepted.queue_position else ""
+    """`lost_at` is the last reported iteration of the job that this one continues; None for a new job."""
+    wait = f", {_wait(accepted.queue_position, accepted.estimated_wait_s)}" if accepted.queue_position else ""
     if lost_at is not None:
-        whence = f"from iteration {accepted.resumed_at}" if accepted.resumed_at else "from its beginning"
-        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id} {whence}{behind}"
+        start = f"from iteration {accepted.resumed_at}" if accepted.resumed_at else "from its beginning"
+        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id} {start}{wait}"
     resumed = f", from iteration {accepted.resumed_at}" if accepted.resumed_at else ""
     return (
         f"job {accepted.job_id}: {accepted.width}x{accepted.height}, {accepted.iterations} iterations, "
-        f"seed {accepted.seed}{resumed}{behind}"
+        f"seed {accepted.seed}{resumed}{wait}"
     )
 
 
@@ -237,7 +241,7 @@ def _wait(place: int, seconds: float | None) -> str:
     return f"waits at place {place} of the queue{about}"
 
 
-def _steered(update: Paused | Resumed | Changed) -> str:
+def _controlled(update: Paused | Resumed | Changed) -> str:
     match update:
         case Paused():
             return f"paused after iteration {update.iteration}"
@@ -252,7 +256,7 @@ def _steered(update: Paused | Resumed | Changed) -> str:
 
 
 def _progress(progress: Progress) -> Iterable[str]:
-    """Most important first."""
+    """The parts of a progress line, most important first."""
     yield f"{progress.iteration}/{progress.iterations}"
     yield f"loss {progress.losses.total:.4g}"
     if progress.time_left_s is not None:

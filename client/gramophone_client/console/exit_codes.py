@@ -1,4 +1,4 @@
-"""What the `gramophone` command's exit codes mean."""
+"""The exit codes of the `gramophone` command."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EXIT_CODES = f"""\
 exit codes:
   {DONE:>3}  done
   {BAD_REQUEST:>3}  bad usage, a file that cannot be read or written, or a request that the server refused
-  {NO_SERVER:>3}  no server there, or it is not ready, or the connection was lost
+  {NO_SERVER:>3}  there is no server, or it is not ready, or the connection was lost
   {NO_ROOM:>3}  the server is full, the job does not fit on it, or the time is up
-  {FAILED:>3}  the job failed: the loss diverged, or somebody cancelled it, or the server has a defect
-  {INTERRUPTED:>3}  interrupted (Ctrl-C); the job is stopped at the server, or with --detach goes on for so long
+  {FAILED:>3}  the job failed: the loss diverged, the job was cancelled, or the server has a defect
+  {INTERRUPTED:>3}  interrupted (Ctrl-C); the server stops the job, or continues it for the time of --detach
 
-A job that is lost with its server is sent again, from its last checkpoint, wherever HOST:PORT leads to by then.
-When a job ends early and a frame had arrived, that unfinished picture is kept as OUT, or beside an older OUT.
+A job that is lost with its server is sent again, from its last checkpoint, to any server that HOST:PORT leads to.
+If a job ends early after a frame has arrived, that unfinished picture is written as OUT, or next to an existing OUT.
 """
 
 # First match wins; others are FAILED.
@@ -40,5 +40,5 @@ CODES: Sequence[tuple[type[GramophoneError], int]] = (
 
 
 def exit_code(error: GramophoneError) -> int:
-    """The exit code that stands for the error."""
+    """The exit code for an error."""
     return next((code for kind, code in CODES if isinstance(error, kind)), FAILED)

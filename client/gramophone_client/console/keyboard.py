@@ -1,4 +1,4 @@
-"""Single keys from a terminal, without Enter."""
+"""Reads single keys from a terminal, without Enter."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["pressed_keys"]
 
 @contextmanager
 def pressed_keys(terminal: TextIO) -> Iterator[asyncio.Queue[str]]:
-    """The keys as they are pressed, with "q" at the end of the input; the terminal is put back afterwards.
+    """Puts each key into a queue as it is pressed, and "q" at the end of the input. Restores the terminal afterwards.
 
-    Needs a running loop. Raises OSError where there are no such terminals.
+    Needs a running event loop. Raises OSError on systems without Unix terminals.
     """
     try:
         import termios
@@ -33,7 +33,7 @@ def pressed_keys(terminal: TextIO) -> Iterator[asyncio.Queue[str]]:
             keys.put_nowait(key)
 
     before = termios.tcgetattr(number)
-    tty.setcbreak(number, termios.TCSANOW)  # what was typed already counts
+    tty.setcbreak(number, termios.TCSANOW)  # TCSANOW keeps what was typed before
     try:
         loop.add_reader(number, take)
         yield keys

@@ -1,4 +1,4 @@
-"""The files of `gramophone stylize` and `gramophone watch`, and what they show meanwhile."""
+"""The files and the display of `gramophone stylize` and `gramophone watch`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result,
 
 __all__ = ["Display", "Outputs", "UsageError", "display"]
 
-CALM_INTERVAL_S = 2.0  # between frames that nobody looks at unless the job ends early
-LIVELY_INTERVAL_S = 0.2
+UNSEEN_INTERVAL_S = 2.0  # between frames that are used only if the job ends early
+SHOWN_INTERVAL_S = 0.2  # between frames of a preview or a film
 
 Display = LiveDisplay | PlainDisplay
 
 
 class UsageError(Exception):
-    """The command line, or a file that it names, cannot be used; the text says why."""
+    """The command line, or a file that it names, cannot be used; the message states why."""
 
 
 def display(args: argparse.Namespace) -> AbstractContextManager[Display | None]:
-    """What suits standard error; None with --quiet."""
+    """The display that suits standard error; None with --quiet."""
     if args.quiet:
         return nullcontext()
     console = Console(stderr=True)
@@ -37,7 +37,7 @@ def display(args: argparse.Namespace) -> AbstractContextManager[Display | None]:
 
 
 class Outputs:
-    """The files that one job's updates become: OUT, --frames, --timelapse."""
+    """The files that are written from one job's updates: OUT, --frames, --timelapse, --checkpoint."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -53,23 +53,23 @@ class Outputs:
         self.timelapse: Timelapse | None = None
 
     def make_frames_folder(self) -> None:
-        """To be called last of all checks, since it leaves a folder behind. Raises `UsageError` if it is not empty."""
+        """Makes the folder of --frames. Raises `UsageError` if it is not empty. Call it after all other checks."""
         if self.args.frames:
             self.args.frames.mkdir(parents=True, exist_ok=True)
             if old := next(self.args.frames.glob("frame-*"), None):
                 raise UsageError(f"{old}: frames of another run would be mixed with these; name an empty folder")
 
     def frame_options(self) -> FrameOptions:
-        """The frames that the flags need."""
+        """The frames that the flags require."""
         args = self.args
         if args.frame_every or args.frames:
             interval_s = 0.0
         else:
-            interval_s = LIVELY_INTERVAL_S if args.timelapse or args.preview else CALM_INTERVAL_S
+            interval_s = SHOWN_INTERVAL_S if args.timelapse or args.preview else UNSEEN_INTERVAL_S
         return FrameOptions(every_iterations=args.frame_every, min_interval_s=interval_s, max_side=args.frame_size)
 
     async def follow(self, updates: AsyncGenerator[Update, None], display: Display | None) -> None:
-        """Shows the updates and writes the files, to the end."""
+        """Shows the updates and writes the files until the job ends."""
         args = self.args
         async with aclosing(updates):
             async for update in updates:
@@ -78,20 +78,20 @@ class Outputs:
                 match update:
                     case Accepted():
                         self.accepted = update
-                        if args.timelapse and self.timelapse is None:  # not when the job has moved
+                        if args.timelapse and self.timelapse is None:  # not again after the job was sent again
                             self.timelapse = Timelapse((update.width, update.height))
                     case Frame():
                         self._keep_frame(update)
                     case Checkpoint() if self.checkpoint is not None:
                         await asyncio.to_thread(update.save, self.checkpoint)
                     case Result():
-                        self.frame = None  # nothing is unfinished any more
+                        self.frame = None  # the result replaces it
                         update.save(self.out)
                         if self.timelapse is not None:
                             self.timelapse.save(args.timelapse, last=update.picture)
 
     def keep_unfinished(self) -> None:
-        """Writes the newest frame as OUT, or beside it if an older picture is there, and says so, or why it could not."""
+        """Writes the newest frame as OUT, or next to an OUT that existed before. Prints its path, or the error."""
         if self.frame is None:
             return
         path = self.out.with_stem(f"{self.out.stem}-unfinished") if self.out_is_old else self.out

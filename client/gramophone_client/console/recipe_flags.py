@@ -1,4 +1,4 @@
-"""A recipe as command-line flags, and back: generated from the fields of `Recipe`, so that no field can be forgotten."""
+"""Converts a recipe to command-line flags and back. Generated from the fields of `Recipe`, so that none is missing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def flag(field: str) -> str:
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field; a flag that is not given leaves the field to the preset."""
-    group = parser.add_argument_group("recipe", "Each flag overrides the preset in one point.")
+    """Adds one flag per field; without the flag, the field has the preset's value."""
+    group = parser.add_argument_group("recipe", "Each flag overrides one field of the preset.")
     for field in fields(Recipe):
         kind = TYPES[field.name]
         options: dict[str, Any]
@@ -46,18 +46,18 @@ def recipe_overrides(args: argparse.Namespace) -> RecipeOverrides:
 
 
 def value_of(field: str, text: str) -> Any:
-    """The value of a recipe's field as typed. Raises ValueError or argparse.ArgumentTypeError if it cannot be one."""
+    """Parses the value of a recipe's field. Raises ValueError or argparse.ArgumentTypeError."""
     kind = TYPES[field]
     return kind(text) if isinstance(kind, type) else _layers(text)
 
 
 def as_flags(recipe: Recipe) -> list[str]:
-    """The flags that say this recipe again, every field, whatever the presets are by then."""
+    """The flags for all fields of a recipe, independent of the presets."""
     return [word for field in fields(Recipe) for word in (flag(field.name), _shown(getattr(recipe, field.name)))]
 
 
 def _layers(text: str) -> tuple[LayerWeight, ...]:
-    """`relu1_1:1,relu2_1:0.5`; a weight not said is 1, and no text is no layer."""
+    """Parses `relu1_1:1,relu2_1:0.5`; the default weight is 1, and an empty text has no layers."""
     layers = []
     for word in filter(None, text.split(",")):
         layer, _, weight = word.partition(":")

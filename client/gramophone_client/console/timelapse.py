@@ -1,4 +1,4 @@
-"""A short film of the picture forming, from the frames of a stream."""
+"""A short film made from the frames of a stream."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gramophone_client.types.picture import Picture, write_whole
 
 __all__ = ["Timelapse", "film_format"]
 
-MAX_SIDE = 360  # pixels: 120 frames of it are 47 MB in memory and a GIF of some 10 MB
+MAX_SIDE = 360  # pixels: 120 frames take 47 MB in memory, and about 10 MB as a GIF
 MAX_FRAMES = 120
-FILM_MS = 6000  # before the last picture
-FRAME_MS = (40, 200)  # shortest, longest; many viewers slow GIFs down below 20 ms
+FILM_MS = 6000  # without the last picture
+FRAME_MS = (40, 200)  # shortest, longest; many viewers slow down GIFs with less than 20 ms
 LAST_MS = 2500
 
 
 def film_format(path: str | os.PathLike[str]) -> Literal["gif", "webp"]:
-    """The kind of film that the name's suffix asks for. Raises ValueError if it is neither."""
+    """The format of a film's file name, by its suffix. Raises ValueError for any other suffix."""
     match Path(path).suffix.lower():
         case ".gif":
             return "gif"
@@ -32,9 +32,9 @@ def film_format(path: str | os.PathLike[str]) -> Literal["gif", "webp"]:
 
 
 class Timelapse:
-    """Collects frames in bounded memory: when it is full, every second one goes, and from then on fewer are taken.
+    """Collects frames in bounded memory. When it is full, it drops every second frame, and then takes half as many.
 
-    `size` is the result's (width, height) in pixels; the film has its proportions and at most `max_side`.
+    `size` is the result's (width, height) in pixels. The film has the same proportions, with at most `max_side` pixels.
     """
 
     def __init__(self, size: tuple[int, int], *, max_side: int = MAX_SIDE, max_frames: int = MAX_FRAMES) -> None:
@@ -46,7 +46,7 @@ class Timelapse:
         self._seen = 0
 
     def add(self, picture: Picture) -> None:
-        """Takes the next frame, at whatever size the present scale has."""
+        """Adds the next frame, in the size of any scale."""
         if self._seen % self._every == 0:
             if len(self.frames) == self._max_frames:
                 del self.frames[1::2]
@@ -56,10 +56,10 @@ class Timelapse:
         self._seen += 1
 
     def save(self, path: str | os.PathLike[str], last: Picture) -> None:
-        """Writes the film, whole or not at all; it ends with `last`, held for a while, and starts over."""
+        """Writes the film atomically. It ends with `last`, shown for `LAST_MS`, and repeats."""
         frames = [*self.frames, self._reduced(last)]
         shortest, longest = FRAME_MS
-        each_ms = min(longest, max(shortest, FILM_MS // len(frames) // 10 * 10))  # GIF counts in 10 ms
+        each_ms = min(longest, max(shortest, FILM_MS // len(frames) // 10 * 10))  # GIF has units of 10 ms
         durations = [each_ms] * (len(frames) - 1) + [LAST_MS]
         out = io.BytesIO()
         if film_format(path) == "gif":
@@ -88,9 +88,9 @@ class Timelapse:
 
 
 def _palette(frames: list[Image.Image]) -> Image.Image:
-    """256 colours for the whole film: one palette does not flicker from frame to frame.
+    """256 colours for the whole film, because a palette per frame would flicker.
 
-    Chosen from a sheet of eight frames, half of it the last picture, which is looked at longest.
+    Chosen from a sheet of eight frames. Half of them are the last picture, which is shown longest.
     """
     width, height = (max(1, side // 2) for side in frames[0].size)
     chosen = [frames[i * (len(frames) - 1) // 4] for i in range(4)] + [frames[-1]] * 4

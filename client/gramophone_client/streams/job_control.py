@@ -1,4 +1,4 @@
-"""A hand on a job while it runs: commands and their answers beside its updates."""
+"""Control of a running job: commands and their answers, together with its updates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from gramophone_client.errors import (
     JobEnded,
     ServerFailed,
 )
-from gramophone_client.streams.recovery import Recovery, ResendableJob, is_lost
+from gramophone_client.streams.recovery import Recovery, ResendableJob
+from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import as_invalid_request, watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
 __all__ = ["Changes", "JobControl"]
+
+OUTPUTS = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it
 
 
 class Changes(TypedDict, total=False):
@@ -34,49 +37,51 @@ class Changes(TypedDict, total=False):
     beta: float
     tv_weight: float
     step: float
-    content_layers: Sequence[LayerWeight]  # the job's own layers, all of them, in the order of its recipe
+    content_layers: Sequence[LayerWeight]  # all layers of the job, in the order of its recipe
     style_layers: Sequence[LayerWeight]
-    iterations: int  # at the final size, those done there included
+    iterations: int  # at the final size, including those that are done there
 
 
 @dataclass
 class _Command:
-    """One that is sent until it is answered. `taken` is what it asks for, which comes behind the answer."""
+    """A command, sent again until it is answered. `output` is the picture or state that it asks for, which arrives
+    after the answer."""
 
     request: pb.StylizeInteractiveRequest
-    is_replay: bool = False  # it holds already, and is told to a server that knows an older state of the job
+    is_replay: bool = False  # answered before: sent to a server that continues from an older state of the job
     answer: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    taken: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    output: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def kind(self) -> str:
         return self.request.WhichOneof("command") or ""
 
     def fail(self, error: GramophoneError) -> None:
-        """Raises the error for who waits."""
-        for waited in (self.answer, self.taken):
-            if not waited.done():
-                waited.set_exception(error)
-                waited.exception()  # nobody waits for both, and one that nobody waits for is no news
+        """Raises the error in the caller that waits for the command."""
+        for future in (self.answer, self.output):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # marks it as retrieved; otherwise asyncio logs that of the future without a waiter
 
 
 class JobControl:
     """A job under control, from `GramophoneClient.control` or `control_job`: an asynchronous context manager, and an
     asynchronous iterator of its updates.
 
-    Commands can be given while somebody iterates and while nobody does. Each returns the first iteration for which it
-    holds, the end the one that the result is of, or what it asked for; raises `InvalidRequest` with the fields that are
-    wrong, after which everything goes on; and raises `JobEnded`, or the error that the job ended in, if it came too late.
+    Commands can be given with and without a running iteration. Each returns the first iteration for which it holds
+    (`finish`: the iteration of the result), or what it asked for. It raises `InvalidRequest` with the fields that are
+    wrong, after which the job continues unchanged, and `JobEnded`, or the error that ended the job, if it came too
+    late.
 
-    Updates that nobody takes make room for newer ones of their kind; the result is never lost. Up to
-    `FrameOptions.max_in_flight` frames are on their way at a time. Leaving the context leaves the job as any watcher
-    does, and gives up the control.
+    An update that is not taken is replaced by a newer one of its kind; the result is never lost. Up to
+    `FrameOptions.max_in_flight` frames are in flight at a time. Leaving the context gives up the control, and for the
+    job it counts as the loss of a watcher.
 
-    A lost connection and a lost server are survived as `stream` does it. Commands that were not answered by then, or that
-    are given meanwhile, are sent when the job is there again, which is harmless, since each says how things shall be and not
-    by how much they shall change. A job that went on from a checkpoint is told all that had held once more: what
-    `update` had changed, that it stands still, that it shall end. What is raised if it is given up has the newest `frame`
-    and `checkpoint`.
+    Lost connections and lost servers are recovered from as in `stream`. Commands that have no answer by then, or that
+    are given during the recovery, are sent when the job is found or accepted again. Sending one twice is harmless,
+    since a command sets a state and is not relative to one. A job that continues from a checkpoint gets all earlier
+    commands that still apply once more: changes of `update`, a pause, `finish`. If the recovery fails, the error has
+    the newest `frame` and `checkpoint`.
     """
 
     def __init__(
@@ -90,28 +95,32 @@ class JobControl:
         job_id: str = "",
         prepare: Callable[[], Awaitable[ResendableJob]] | None = None,
     ) -> None:
-        self.accepted: Accepted | None = None  # set on entering, and again when the job was sent again
+        self.accepted: Accepted | None = None  # set on entering, and again after the job was sent again
         self._connection = connection
         self._frames = frames
         self._checkpoints = checkpoints
         self._prepare = prepare
-        self._job = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
+        self._recovery = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
         self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
-        self._obeyed = False  # the present call takes commands
+        self._takes_commands = False  # the present call does
         self._reader: asyncio.Task[None] | None = None
-        self._numbers = itertools.count(1)
-        self._commands: dict[int, _Command] = {}  # not answered yet, oldest first
-        self._taking: dict[type, tuple[int, _Command]] = {}  # answered; what it asked for is of that iteration
-        self._holds: dict[str, pb.StylizeInteractiveRequest] = {}  # what the answered commands come to, by kind
+        self._command_ids = itertools.count(1)
+        self._unanswered: dict[int, _Command] = {}  # by id, oldest first
+        self._awaited_outputs: dict[
+            type, tuple[int, _Command]
+        ] = {}  # of answered commands, with the output's iteration
+        self._in_force: dict[
+            str, pb.StylizeInteractiveRequest
+        ] = {}  # the combined effect of answered commands, by kind
         self._untaken: dict[type, Update] = {}  # the newest of each kind, oldest first
-        self._begun, self._news, self._over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._has_entered, self._has_news, self._has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._error: GramophoneError | None = None
 
     async def __aenter__(self) -> Self:
-        self._job.begin(None if self._prepare is None else await self._prepare())
-        self._reader = asyncio.create_task(self._follow())
+        self._recovery.start(None if self._prepare is None else await self._prepare())
+        self._reader = asyncio.create_task(self._read_updates())
         try:
-            await self._begun.wait()
+            await self._has_entered.wait()
         except asyncio.CancelledError:
             self._reader.cancel()
             raise
@@ -131,28 +140,28 @@ class JobControl:
 
     async def __anext__(self) -> Update:
         while not self._untaken:
-            if self._over.is_set():
+            if self._has_ended.is_set():
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._has_news.clear()
+            await self._has_news.wait()
         return self._untaken.pop(next(iter(self._untaken)))
 
     async def result(self) -> Result:
-        """Waits for the end of the job and returns its result, which iterating tells all the same."""
-        await self._over.wait()
+        """Waits for the end of the job and returns its result. Iterating yields the result as well."""
+        await self._has_ended.wait()
         if self._error is not None:
             raise self._error
-        assert self._job.result is not None  # a call that ends without has an error
-        return self._job.result
+        assert self._recovery.result is not None  # a call that ends without a result has an error
+        return self._recovery.result
 
     async def pause(self) -> int:
-        """Lets the job stand still, until `resume` or the server's limit `max_paused_s`."""
+        """Pauses the job until `resume`, at most for the server's limit `max_paused_s`."""
         return await self._command(pause=pb.PauseCommand()).answer
 
     async def resume(self) -> int:
-        """Lets a paused job go on."""
+        """Continues a paused job."""
         return await self._command(resume=pb.ResumeCommand()).answer
 
     async def update(self, **changes: Unpack[Changes]) -> int:
@@ -176,177 +185,176 @@ class JobControl:
         """The present picture, in its full size and without loss."""
         command = self._command(frame=pb.FrameCommand())
         await command.answer
-        frame: Frame = await command.taken
+        frame: Frame = await command.output
         return frame
 
     async def checkpoint(self, *, light: bool = False) -> Checkpoint:
         """The job's present state; see `CheckpointOptions.light`."""
         command = self._command(checkpoint=pb.CheckpointCommand(light=light))
         await command.answer
-        checkpoint: Checkpoint = await command.taken
+        checkpoint: Checkpoint = await command.output
         return checkpoint
 
     async def finish(self) -> int:
-        """Ends the job with the present picture as its result, which `result` or iterating then tells. Returns the iteration
-        that it is of."""
+        """Ends the job with the present picture as its result, which `result` and iterating then return. Returns the
+        iteration of that picture."""
         return await self._command(finish=pb.FinishCommand()).answer
 
-    async def _follow(self) -> None:
-        """Reads what comes until the job has ended or is given up."""
-        job = self._job
+    async def _read_updates(self) -> None:
+        """Reads the job's events until it has ended or is given up."""
+        recovery = self._recovery
         try:
-            sends = job.submission is not None
-            while job.result is None:
+            sends = recovery.job is not None
+            while recovery.result is None:
                 try:
-                    await self._read(sends)
-                    if job.result is None:
+                    await self._read_call(sends)
+                    if recovery.result is None:
                         raise ServerFailed("the server ended the stream without a result")
                 except GramophoneError as error:
-                    if job.result is not None and is_lost(error):
+                    if recovery.result is not None and is_connection_loss(error):
                         break
-                    sends = await job.next_attempt(error)
+                    sends = await recovery.next_attempt(error)
         except GramophoneError as error:
-            self._error = job.with_partial_result(error)
+            self._error = recovery.with_partial_result(error)
         except asyncio.CancelledError:
             self._error = Cancelled("the control of the job was given up")
             raise
         finally:
-            if job.result is not None and self._error is None:
-                self._untaken[Result] = job.result  # told when the stream has ended, as `stream` does
-            for command in (*self._commands.values(), *(command for _, command in self._taking.values())):
-                self._refuse(command)
-            self._begun.set()
-            self._news.set()
-            self._over.set()
+            if recovery.result is not None and self._error is None:
+                self._untaken[Result] = recovery.result  # after the end of the stream, as in `JobStream`
+            for command in (*self._unanswered.values(), *(command for _, command in self._awaited_outputs.values())):
+                self._fail_as_ended(command)
+            self._has_entered.set()
+            self._has_news.set()
+            self._has_ended.set()
 
-    async def _read(self, sends: bool) -> None:
-        """One call, to its end. It sends the job, or takes control of it where it was."""
-        job, anew = self._job, sends and self.accepted is not None
-        job.start_call()
-        # Not `call.write`: a caller who gives up waiting for one would cancel the whole call.
+    async def _read_call(self, sends: bool) -> None:
+        """Reads one call to its end. It sends the job, or takes control of it where it was."""
+        recovery, is_resend = self._recovery, sends and self.accepted is not None
+        recovery.start_call()
+        # Not `call.write`: a caller that gives up waiting for one would cancel the whole call.
         outgoing = self._outgoing = asyncio.Queue()
-        outgoing.put_nowait(self._first(sends))
+        outgoing.put_nowait(self._first_request(sends))
         call: Any = None
         try:
-            with self._connection.errors_rebuilt(job.timeout_s):
+            with self._connection.errors_rebuilt(recovery.timeout_s):
                 stylize = self._connection.service.StylizeInteractive
-                call = self._connection.sending(stylize, _until_none(outgoing), job.left_s)
-                if not sends and self.accepted is not None:  # a job that stands still has nothing else to tell
-                    self._obey(anew)
+                call = self._connection.sending(stylize, _until_none(outgoing), recovery.left_s)
+                if not sends and self.accepted is not None:  # a paused job may send no event before the next command
+                    self._send_pending(is_resend)
                 async for response in call:
                     if response.HasField("command_result"):
                         self._answer(response.command_result)
-                    elif (arrived := job.take(response.event)) is not None:
+                    elif (arrived := recovery.take(response.event)) is not None:
                         self._take(arrived)
-                    if not self._obeyed:  # the job's images are decoded, before that it takes no commands
-                        self._obey(anew)
-                    self._begun.set()
+                    if (
+                        not self._takes_commands
+                    ):  # from the first event on; while its images are decoded a job takes none
+                        self._send_pending(is_resend)
+                    self._has_entered.set()
         finally:
-            self._obeyed = False
+            self._takes_commands = False
             outgoing.put_nowait(None)
             if call is not None:
                 call.cancel()
 
-    def _first(self, sends: bool) -> pb.StylizeInteractiveRequest:
-        job = self._job
-        if sends and job.submission is not None:
-            start = pb.StartCommand(spec=job.submission.spec, request_id=job.submission.request_id)
+    def _first_request(self, sends: bool) -> pb.StylizeInteractiveRequest:
+        recovery = self._recovery
+        if sends and recovery.job is not None:
+            start = pb.StartCommand(spec=recovery.job.spec, request_id=recovery.job.request_id)
             return pb.StylizeInteractiveRequest(start=start)
-        asked = watch_request(job.job_id, job.sequence, self._frames, self._checkpoints)
-        attach = pb.AttachCommand(job_id=asked.job_id, after_sequence=asked.after_sequence)
+        watch = watch_request(recovery.job_id, recovery.sequence, self._frames, self._checkpoints)
+        attach = pb.AttachCommand(job_id=watch.job_id, after_sequence=watch.after_sequence)
         for name in ("frames", "checkpoints"):
-            if asked.HasField(name):
-                getattr(attach, name).CopyFrom(getattr(asked, name))
+            if watch.HasField(name):
+                getattr(attach, name).CopyFrom(getattr(watch, name))
         return pb.StylizeInteractiveRequest(attach=attach)
 
-    def _obey(self, anew: bool) -> None:
-        """Sends all commands that were not answered, or whose pictures and states have not come; to a job that was sent
-        anew, before them, those that hold."""
-        waiting = [*(command for _, command in self._taking.values()), *self._commands.values()]
-        if anew:
-            waiting = [command for command in waiting if not command.is_replay]
-            waiting[:0] = [_Command(request, is_replay=True) for request in self._holds.values()]
-        self._taking.clear()
-        self._commands.clear()
-        self._obeyed = True
-        for command in waiting:
+    def _send_pending(self, is_resend: bool) -> None:
+        """Sends all commands whose answer or output has not arrived. A job that was sent again gets, before them, the
+        commands that are in force."""
+        pending = [*(command for _, command in self._awaited_outputs.values()), *self._unanswered.values()]
+        if is_resend:
+            pending = [command for command in pending if not command.is_replay]
+            pending[:0] = [_Command(request, is_replay=True) for request in self._in_force.values()]
+        self._awaited_outputs.clear()
+        self._unanswered.clear()
+        self._takes_commands = True
+        for command in pending:
             self._send(command)
 
-    def _answer(self, answered: pb.CommandResult) -> None:
-        command = self._commands.pop(answered.command_id, None)
+    def _answer(self, result: pb.CommandResult) -> None:
+        command = self._unanswered.pop(result.command_id, None)
         if command is None or command.answer.cancelled():  # its caller has given up
             return
-        if answered.field_errors:
-            violations = tuple(Violation(wrong.field, wrong.description) for wrong in answered.field_errors)
-            words = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
-            if command.is_replay and command.kind == "update":  # pauses and ends may come too late without harm
-                raise InvalidRequest(f"the job was sent again, and what had been changed is refused there: {words}")
-            return command.fail(InvalidRequest(words, violations=violations))
+        if result.field_errors:
+            violations = tuple(Violation(wrong.field, wrong.description) for wrong in result.field_errors)
+            text = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
+            if command.is_replay and command.kind == "update":  # a pause or an end that comes too late does no harm
+                raise InvalidRequest(f"the job was sent again, and its earlier changes are refused there: {text}")
+            return command.fail(InvalidRequest(text, violations=violations))
         if not command.answer.done():
-            command.answer.set_result(answered.iteration)
-        if command.kind in TAKEN:
-            self._taking[TAKEN[command.kind]] = answered.iteration, command
+            command.answer.set_result(result.iteration)
+        if command.kind in OUTPUTS:
+            self._awaited_outputs[OUTPUTS[command.kind]] = result.iteration, command
         elif command.kind == "update":
-            held = self._holds.setdefault("update", pb.StylizeInteractiveRequest()).update
+            in_force = self._in_force.setdefault("update", pb.StylizeInteractiveRequest()).update
             for changed, _ in command.request.update.ListFields():
-                held.ClearField(changed.name)  # merging lists would append
-            held.MergeFrom(command.request.update)
+                in_force.ClearField(changed.name)  # merging lists would append
+            in_force.MergeFrom(command.request.update)
         elif command.kind == "finish":
-            self._holds["finish"] = command.request
+            self._in_force["finish"] = command.request
 
     def _take(self, arrived: Update) -> None:
         kind = type(arrived)
-        iteration, command = self._taking.get(kind, (None, None))
+        iteration, command = self._awaited_outputs.get(kind, (None, None))
         if command is not None and isinstance(arrived, Frame | Checkpoint) and arrived.iteration == iteration:
-            del self._taking[kind]
-            if not command.taken.done():
-                command.taken.set_result(arrived)
+            del self._awaited_outputs[kind]
+            if not command.output.done():
+                command.output.set_result(arrived)
             return
         match arrived:
             case Accepted():
                 self.accepted = arrived
             case Paused():
-                self._holds["pause"] = pb.StylizeInteractiveRequest(pause=pb.PauseCommand())
+                self._in_force["pause"] = pb.StylizeInteractiveRequest(pause=pb.PauseCommand())
             case Resumed():
-                self._holds.pop("pause", None)
+                self._in_force.pop("pause", None)
             case Result():
                 return
-        older = self._untaken.pop(kind, None)  # a newer one comes last again
+        older = self._untaken.pop(kind, None)  # removed first, so that the newer one is last in the order
         if isinstance(arrived, Frame):
             if self._frames is not None and self._frames.max_in_flight:
-                # Now, not when it is taken: a caller who comes back after a second would find those that were sent at once.
+                # On arrival, not when it is taken: otherwise a caller that pauses for a second would first take the
+                # frames that were sent at the start of the pause.
                 self._outgoing.put_nowait(pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=arrived.sequence)))
             if isinstance(older, Frame):
                 arrived = replace(arrived, dropped=arrived.dropped + older.dropped + 1)
         self._untaken[kind] = arrived
-        self._news.set()
+        self._has_news.set()
 
-    def _command(self, **asked: Any) -> _Command:
-        """Sends one; `asked` is its field of the request."""
-        command = _Command(pb.StylizeInteractiveRequest(**asked))
-        if self._over.is_set():
-            self._refuse(command)
+    def _command(self, **fields: Any) -> _Command:
+        """Sends a command; `fields` are those of its request."""
+        command = _Command(pb.StylizeInteractiveRequest(**fields))
+        if self._has_ended.is_set():
+            self._fail_as_ended(command)
         else:
             self._send(command)
         return command
 
     def _send(self, command: _Command) -> None:
-        """Now, or when the job is there again."""
-        number = next(self._numbers)
-        self._commands[number] = command
-        if self._obeyed:
+        """Sends a command now, or when the job takes commands again."""
+        number = next(self._command_ids)
+        self._unanswered[number] = command
+        if self._takes_commands:
             numbered = pb.StylizeInteractiveRequest(command_id=number)
             numbered.MergeFrom(command.request)
             self._outgoing.put_nowait(numbered)
 
-    def _refuse(self, command: _Command) -> None:
-        """The job has ended."""
+    def _fail_as_ended(self, command: _Command) -> None:
         command.fail(
             self._error or JobEnded(f"the job ended with its result before it took the command {command.kind!r}")
         )
-
-
-TAKEN = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it
 
 
 async def _until_none(

@@ -1,4 +1,4 @@
-"""The channel to a server, how calls on it fail, and what gRPC repeats by itself."""
+"""The channel to a server, the errors of its calls, and the retries that gRPC makes by itself."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["CLOSED", "SERVICE", "Connection", "channel_options"]
 
 CLOSED = "the call was stopped because its client was closed"
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
-CONNECT_S = (
-    1.0  # before a job is sent; where connecting takes longer, a job that is lost at once counts as never arrived
-)
-UNDER_WAY = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+# Longest wait for a connection before a job is sent. If connecting takes longer, a job that is lost at once counts as
+# never having arrived.
+CONNECT_S = 1.0
+CONNECTING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    """What a channel for pictures needs; messages of at most `max_message_bytes` in both directions."""
-    # Until its first message a job is safe to send again: on UNAVAILABLE, and on RESOURCE_EXHAUSTED, where the server's
-    # grpc-retry-pushback-ms says when (or, negative, never). The throttle ends this for the whole channel after five
-    # failures; ten successes make up for one.
+    """The options of a channel for pictures, with messages of at most `max_message_bytes` in both directions."""
+    # Before its first response a job can safely be sent again: on UNAVAILABLE, and on RESOURCE_EXHAUSTED, for which the
+    # server's grpc-retry-pushback-ms sets the time (negative: never). The throttle stops retries on the whole channel
+    # after five failures; ten successes make up for one failure.
     service_config = {
         "methodConfig": [
             {
@@ -49,23 +49,23 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        # With bandwidth probing the transport hoards 6 to 8 MB of old frames for each stream before the server notices a
+        # With bandwidth probing the transport buffers 6 to 8 MB of old frames per stream before the server notices a
         # slow reader (measured; https://github.com/grpc/grpc/issues/21348).
         ("grpc.http2.bdp_probe", 0),
         ("grpc.service_config", json.dumps(service_config)),
-        # A request larger than this buffer (256 KiB unless told) is never sent twice, and requests carry images.
+        # A request larger than this buffer (by default 256 KiB) is never sent twice, and requests contain images.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
-        # A dead peer is noticed within 50 s although a queued job says nothing for long.
+        # Detects a dead peer within 50 s, even while a queued job sends nothing for a long time.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        # A server that starts while we wait is found within a second, not after gRPC's growing pauses of up to 120 s.
+        # Finds a server that starts during the wait within 1 s; gRPC's own pauses grow to 120 s.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]
 
 
 class Connection:
-    """A channel with the stubs on it. `target` may name several servers; gRPC then takes the first that answers."""
+    """A channel and its stubs. `target` may name several servers; gRPC then uses the first that answers."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Connection:
     ) -> None:
         self.target = target
         self.retries = retries
-        self.timeout_s = timeout_s  # of calls that name none
+        self.timeout_s = timeout_s  # of calls without one of their own
         options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
@@ -88,7 +88,7 @@ class Connection:
         self.health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     async def close(self) -> None:
-        """Stops what still runs."""
+        """Ends all calls."""
         await self._channel.close()
 
     @property
@@ -97,27 +97,27 @@ class Connection:
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     async def wait_until_connected(self) -> None:
-        """Returns when there is a connection, none can be had now, or `CONNECT_S` have passed."""
+        """Returns after the channel has connected or failed to, or after `CONNECT_S`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_S):
-                while (state := self._channel.get_state(try_to_connect=True)) in UNDER_WAY:
+                while (state := self._channel.get_state(try_to_connect=True)) in CONNECTING:
                     await self._channel.wait_for_state_change(state)
 
     async def ask(self, method: Any, request: object, timeout_s: float | None) -> Any:
-        """The answer to one request. Raises `GramophoneError`s."""
+        """The response to one request. Raises `GramophoneError`s."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with self.errors_rebuilt(timeout_s):
             return await method(request, timeout=timeout_s)
 
     def sending(self, method: Any, requests: AsyncGenerator[Any, None], timeout_s: float) -> Any:
-        """A call that sends all of the requests, until it ends; see `send`."""
+        """A call that sends all of the requests unless it ends before; see `send`."""
         call = method(timeout=timeout_s)
         send(call, requests)
         return call
 
     @contextlib.contextmanager
     def errors_rebuilt(self, timeout_s: float) -> Iterator[None]:
-        """Errors of gRPC become `GramophoneError`s; `timeout_s` is what the caller had asked for."""
+        """Raises errors of gRPC as `GramophoneError`s. `timeout_s` is the caller's, for the message."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
@@ -128,5 +128,5 @@ class Connection:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # gRPC raises the same when the channel was closed under the call; that must not look like a cancelled task.
+            # gRPC raises the same error when the channel was closed during the call; the task was not cancelled then.
             raise Cancelled(CLOSED) from None

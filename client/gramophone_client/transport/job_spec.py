@@ -1,4 +1,4 @@
-"""From what a caller has (paths, bytes, PIL images, keyword arguments) to the `JobSpec` of a request."""
+"""Builds the `JobSpec` of a request from what a caller gives: paths, bytes, PIL images, keyword arguments."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def job_spec(
 ) -> pb.JobSpec:
     """The message; reads files, so it may block.
 
-    `preset` is "fast" unless told. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
-    starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. For `detach_grace` seconds
-    the job goes on, or waits, with nobody watching; without, it stops at once. `overrides` are the fields of the recipe
-    that differ from the preset.
+    `preset` is "fast" by default. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
+    starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. A job without a watcher
+    continues, or waits, for `detach_grace` seconds; without `detach_grace` it stops at once. `overrides` are the fields
+    of the recipe that differ from the preset.
 
-    `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, lets that job go on where it
-    stood. It brings the recipe, the seed and the picture to start from, so none of them can be given beside it.
+    `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, continues that job from there.
+    It brings the recipe, the seed and the picture to start from, so none of them can be given with it.
 
-    Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError for
-    a file that cannot be read. Everything else is the server's to judge.
+    Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError
+    for a file that cannot be read. The server checks everything else.
     """
     if resume is not None:
         _check_resumable(preset=preset, seed=seed, start_image=start_image, **overrides)
@@ -74,7 +74,7 @@ def job_spec(
             detach_grace=_duration(detach_grace) if detach_grace is not None else None,
         )
     spec.content.CopyFrom(_source(content))
-    for image, weight in _listed(styles):
+    for image, weight in _as_styles(styles):
         spec.styles.add(image=_source(image), weight=weight)
     if start_image is not None:
         spec.start_image.CopyFrom(_source(start_image))
@@ -84,39 +84,39 @@ def job_spec(
 
 
 def resumed_spec(spec: pb.JobSpec, seed: int, checkpoint: Checkpoint | None) -> pb.JobSpec:
-    """The same job once more: from the checkpoint, or from its beginning with the seed that it had."""
-    again = pb.JobSpec()
-    again.CopyFrom(spec)
+    """The same job again: from the checkpoint, or from its start with the seed that it had."""
+    resumed = pb.JobSpec()
+    resumed.CopyFrom(spec)
     if checkpoint is not None:
         for name in ("recipe", "start_image", "seed"):
-            again.ClearField(name)
-        again.resume = checkpoint.data
-    elif not again.HasField("resume"):
-        again.seed = seed
-    return again
+            resumed.ClearField(name)
+        resumed.resume = checkpoint.data
+    elif not resumed.HasField("resume"):
+        resumed.seed = seed
+    return resumed
 
 
 def uploaded(content: ImageInput, styles: Styles, start_image: ImageInput | None = None) -> tuple[UploadedImage, ...]:
-    """Those of a job's images that it only names."""
-    images = (content, *(style.image for style in _listed(styles)), start_image)
+    """The images of a job that its spec names by digest only."""
+    images = (content, *(style.image for style in _as_styles(styles)), start_image)
     return tuple(image for image in images if isinstance(image, UploadedImage))
 
 
 @contextmanager
 def as_invalid_request() -> Iterator[None]:
-    """Values that a message cannot hold become `InvalidRequest`."""
+    """Raises `InvalidRequest` for values in the block that a message cannot hold."""
     try:
         yield
     except InvalidRecipe as error:
         raise InvalidRequest(str(error), violations=error.violations) from error
-    except (ValueError, OverflowError) as error:  # protobuf, of a number that is too large or an unknown enum name
-        raise InvalidRequest(f"the request cannot be said: {error}") from error
+    except (ValueError, OverflowError) as error:  # protobuf: a number too large, an unknown enum name
+        raise InvalidRequest(f"a value does not fit into the request: {error}") from error
 
 
 def watch_request(
     job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
 ) -> pb.WatchJobRequest:
-    """The message that asks for what happens to a job. Raises `InvalidRequest` for a value that its field cannot hold."""
+    """The message that asks for a job's events. Raises `InvalidRequest` for a value that its field cannot hold."""
     with as_invalid_request():
         return pb.WatchJobRequest(
             job_id=job_id,
@@ -127,7 +127,7 @@ def watch_request(
 
 
 def encoded(image: ImageInput) -> bytes:
-    """The bytes of an image file; reads one, so it may block."""
+    """The bytes of an image file; reads the file, so it may block."""
     if isinstance(image, UploadedImage):
         return image.data
     if isinstance(image, Image.Image):
@@ -136,10 +136,10 @@ def encoded(image: ImageInput) -> bytes:
 
 
 def _check_resumable(**given: object) -> None:
-    """Raises `InvalidRequest` if anything is given that the checkpoint brings."""
+    """Raises `InvalidRequest` if any value is given that the checkpoint brings."""
     names = [name for name, value in given.items() if value is not None]
     if names:
-        because = "cannot be given with resume: the job goes on with the checkpoint's"
+        because = "cannot be given with resume: the job continues with the checkpoint's"
         violations = tuple(Violation(name, because) for name in names)
         raise InvalidRequest("; ".join(f"{name}: {because}" for name in names), violations=violations)
 
@@ -149,8 +149,8 @@ def _state(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
         return resume.data
     data = resume if isinstance(resume, bytes) else Path(resume).read_bytes()
     if not data:
-        where = "the bytes given" if isinstance(resume, bytes) else os.fspath(resume)
-        raise InvalidRequest(f"resume: {where} are not a checkpoint: there is nothing in them")
+        source = "the bytes are" if isinstance(resume, bytes) else f"{os.fspath(resume)} is"
+        raise InvalidRequest(f"resume: {source} empty, and not a checkpoint")
     return data
 
 
@@ -175,7 +175,7 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _listed(styles: Styles) -> list[Style]:
+def _as_styles(styles: Styles) -> list[Style]:
     if isinstance(styles, Style):
         return [styles]
     if isinstance(styles, str | bytes | os.PathLike | Image.Image | UploadedImage):
@@ -191,7 +191,7 @@ def _source(image: ImageInput) -> pb.ImageSource:
 
 def _as_png(image: Image.Image) -> bytes:
     upright = ImageOps.exif_transpose(image)
-    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:  # the others are not PNG's
+    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:  # PNG has no other modes
         upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     out = io.BytesIO()
     upright.save(out, "png", compress_level=1)  # level 6 takes four times as long for a tenth less

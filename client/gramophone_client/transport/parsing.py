@@ -1,4 +1,4 @@
-"""From the server's messages to the values that a caller gets: here and nowhere else."""
+"""Converts the server's messages to the values that a caller gets. No other module does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORMATS: Mapping[str, Format] = {"jpeg": "jpeg", "png": "png", "webp": "webp"}
 
 
 def update(message: pb.JobEvent) -> Update | None:
-    """The event's value; None for a kind of event younger than this client, which may be skipped."""
+    """The update of an event; None for a kind of event newer than this client, which can be skipped."""
     sequence = message.sequence
     match message.WhichOneof("event"):
         case "accepted":
@@ -68,14 +68,14 @@ def update(message: pb.JobEvent) -> Update | None:
 
 
 def stylized(message: pb.StylizeResponse) -> Stylized:
-    """The answer to `Stylize`."""
+    """The value of a response to `Stylize`."""
     accepted = _accepted(message.accepted)
     result = vars(_result(message.result))
     return Stylized(**result, recipe=accepted.recipe, seed=accepted.seed, job_id=accepted.job_id)
 
 
 def job_status(message: pb.Job) -> JobStatus:
-    """The job of `GetJob`, `ListJobs` and `CancelJob`."""
+    """The status of a job from `GetJob`, `ListJobs` or `CancelJob`."""
 
     def time(name: str) -> datetime | None:
         return _time(getattr(message, name)) if message.HasField(name) else None
@@ -98,7 +98,7 @@ def job_status(message: pb.Job) -> JobStatus:
 
 
 def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
-    """The answer to `GetServerInfo`."""
+    """The value of a response to `GetServerInfo`."""
     limits = message.limits
     return ServerInfo(
         version=message.version,
@@ -173,7 +173,7 @@ def _losses(message: pb.Losses) -> Losses:
 def _picture(message: pb.Image) -> Picture:
     name = _name(pb.ImageFormat, message.format, "IMAGE_FORMAT_").lower()
     if name not in FORMATS:
-        raise ServerFailed(f"the server sent a picture of an unknown format ({name}); a newer client may read it")
+        raise ServerFailed(f"the server sent a picture in an unknown format ({name}); update the client")
     return Picture(format=FORMATS[name], width=message.width, height=message.height, data=message.data)
 
 
@@ -181,13 +181,11 @@ def _recipe(message: pb.Recipe) -> Recipe:
     try:
         return recipe_from_message(message)
     except InvalidRecipe as error:
-        raise ServerFailed(
-            f"the server's recipe is not one that this client knows ({error}); update the client"
-        ) from error
+        raise ServerFailed(f"this client does not know the server's recipe ({error}); update the client") from error
 
 
 def _name(numbers: EnumTypeWrapper, number: int, prefix: str) -> str:
-    """The enum value's name without its prefix; its number if it is younger than this client."""
+    """The enum value's name without its prefix; its number if it is newer than this client."""
     return numbers.Name(number).removeprefix(prefix) if number in numbers.values() else str(number)
 
 
@@ -196,7 +194,7 @@ def _seconds(duration: Duration) -> float:
 
 
 def _seconds_of(message: Message, name: str) -> float | None:
-    """Of a field that is a duration; None if it is not set."""
+    """Seconds of a field of type Duration; None if it is not set."""
     return _seconds(getattr(message, name)) if message.HasField(name) else None
 
 

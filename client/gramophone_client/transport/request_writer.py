@@ -1,4 +1,4 @@
-"""What this side writes to a call, without a write that comes too late hiding how the call has ended."""
+"""Writes the requests of a call, such that a write after the end of the call does not hide its status."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["send"]
 
 
 def send(call: Any, requests: AsyncGenerator[Any, None]) -> None:
-    """Writes all of `requests` to a call that was made without any, then closes this side. The end of the call is the end
-    of that; whoever reads from the call hears of it.
+    """Writes all of `requests` to a call that was made without any, in a task, then closes the client's side. The task
+    ends with the call; errors are raised where the call is read.
 
-    gRPC would take the iterator too, but whenever a write fails, it puts INTERNAL "Internal error from Core" in the place
-    of what the server has said, and every write that races the server's end of the call fails
-    (https://github.com/grpc/grpc/issues/36066; of uploads that were refused half-way, one in three to eight).
+    gRPC accepts an iterator of requests itself. But if a write fails, it replaces the server's status by INTERNAL
+    "Internal error from Core", and every write that races the server's end of the call fails
+    (https://github.com/grpc/grpc/issues/36066; one in three to eight of the uploads that were refused half-way).
     """
-    sender = asyncio.create_task(_sent(call, requests))
-    call.add_done_callback(lambda _: sender.cancel())
+    writer = asyncio.create_task(_write_all(call, requests))
+    call.add_done_callback(lambda _: writer.cancel())
 
 
-async def _sent(call: Any, requests: AsyncGenerator[Any, None]) -> None:
+async def _write_all(call: Any, requests: AsyncGenerator[Any, None]) -> None:
     try:
         async with aclosing(requests):
             async for request in requests:
@@ -34,16 +34,16 @@ async def _sent(call: Any, requests: AsyncGenerator[Any, None]) -> None:
                     return
         await _succeeds(call.done_writing())
     except grpc.aio.AioRpcError:
-        pass  # the call had ended before there was a connection to write to; its reader hears of that
+        pass  # the call ended before there was a connection to write to; its reader gets the error
     except Exception:
-        call.cancel()  # or the server would wait for the rest
+        call.cancel()  # otherwise the server would wait for the remaining requests
         raise
 
 
 @types.coroutine
 def _succeeds(operation: Coroutine[Any, Any, None]) -> Generator[Any, Any, bool]:
-    """Awaits an operation of a call. One that fails is left where it stands, at its wait for the transport: what gRPC
-    would do next is to overwrite the status of the call."""
+    """Awaits an operation of a call, and returns whether it succeeded. A failed operation is closed at its wait for the
+    transport: if it continued, gRPC would overwrite the status of the call."""
     step: Callable[[], Any] = partial(operation.send, None)
     while True:
         try:
@@ -55,5 +55,5 @@ def _succeeds(operation: Coroutine[Any, Any, None]) -> Generator[Any, Any, bool]
         except grpc.aio.InternalError:
             operation.close()
             return False
-        except BaseException as error:  # noqa: BLE001 - the operation decides what to do about it
+        except BaseException as error:  # noqa: BLE001 - the operation handles it
             step = partial(operation.throw, error)

@@ -1,1 +1,1 @@
-"""Values that a caller of the client gives and gets."""
+"""Values that a caller of the client passes in and gets back."""

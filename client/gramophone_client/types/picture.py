@@ -1,4 +1,4 @@
-"""Encoded pictures: what the server sends, what it noted in them, and how they reach the disk."""
+"""Encoded pictures, the recipe metadata inside them, and writing them to disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Format", "Picture", "format_of", "metadata_of", "write_whole"]
 Format = Literal["jpeg", "png", "webp"]
 
 SUFFIXES: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
-# The server's note is the PNG text chunk of this key; in JPEG and WebP the EXIF ImageDescription, with this as Software.
+# The metadata is the PNG text chunk with this key; in JPEG and WebP the EXIF ImageDescription, with this as Software.
 METADATA_KEY = "gramophone"
 
 
 def format_of(path: str | os.PathLike[str]) -> Format:
-    """The picture format that the name's suffix asks for. Raises ValueError if it is none of ours."""
+    """The picture format of a file name, by its suffix. Raises ValueError for any other suffix."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(
@@ -46,9 +46,9 @@ class Picture:
         return image
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the picture, whole or not at all, replacing what is there.
+        """Writes the picture atomically, replacing an existing file.
 
-        A suffix of another format than the picture's own encodes it anew (quality 95) and keeps the note.
+        If the suffix is that of another format, the picture is encoded again (quality 95) and keeps its metadata.
         """
         wanted = format_of(path)
         write_whole(path, self.data if wanted == self.format else self._encoded_as(wanted))
@@ -56,25 +56,25 @@ class Picture:
     def _encoded_as(self, wanted: Format) -> bytes:
         out, image = io.BytesIO(), self.image()
         text, exif = PngImagePlugin.PngInfo(), Image.Exif()
-        if note := metadata_of(image):
-            text.add_text(METADATA_KEY, note)
-            exif[ExifTags.Base.ImageDescription] = note
+        if metadata := metadata_of(image):
+            text.add_text(METADATA_KEY, metadata)
+            exif[ExifTags.Base.ImageDescription] = metadata
             exif[ExifTags.Base.Software] = METADATA_KEY
         image.save(out, wanted, quality=95, exif=exif, pnginfo=text)
         return out.getvalue()
 
 
 def metadata_of(image: Image.Image) -> str:
-    """What the server wrote into the picture: how it was made, as JSON; "" if there is nothing."""
+    """The JSON text about its recipe that the server wrote into a picture; "" if there is none."""
     exif = image.getexif()
     in_exif = exif.get(ExifTags.Base.ImageDescription) if exif.get(ExifTags.Base.Software) == METADATA_KEY else ""
     return str(image.info.get(METADATA_KEY) or in_exif or "")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that nobody ever sees half of it: into a neighbour, then renamed over `path`.
+    """Writes a file atomically: into a temporary file in the same folder, which is then renamed to `path`.
 
-    Raises OSError with `path` as its `filename`, which the system leaves out when a disk is full.
+    Raises OSError with `path` as its `filename`, which the system leaves out when the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""How a picture was made, read from what the server noted in it."""
+"""The recipe of a picture, read from the metadata that the server wrote into it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["ImageRecipe", "NoRecipe", "recipe_of"]
 
 
 class NoRecipe(ValueError):
-    """The file is not a picture, or carries no recipe."""
+    """The file is not a picture, or has no recipe in it."""
 
 
 class ImageRecipe(NamedTuple):
-    """What a picture was made with, apart from the images."""
+    """The recipe, seed and style weights that a picture was made with."""
 
     recipe: Recipe
     seed: int
     style_weights: tuple[float, ...]
-    iterations: int | None = None  # that were done, over all scales; None: the server did not say
-    changed_at: int = 0  # the first iteration of this recipe; 0: the job had no other one
+    iterations: int | None = None  # completed, over all scales; None if the picture does not have it
+    changed_at: int = 0  # the first iteration with this recipe; 0: the recipe was never changed
 
 
 def recipe_of(path: str | os.PathLike[str]) -> ImageRecipe:
@@ -42,13 +42,13 @@ def recipe_of(path: str | os.PathLike[str]) -> ImageRecipe:
         fields: dict[str, Any] = dict(metadata["recipe"])
         for name in fields.keys() & {"content_layers", "style_layers"}:
             fields[name] = tuple(LayerWeight(layer, weight) for layer, weight in fields[name])
-        done = metadata.get("iterations")
+        iterations = metadata.get("iterations")
         return ImageRecipe(
             Recipe(**fields),
             int(metadata["seed"]),
             tuple(metadata["style_weights"]),
-            None if done is None else int(done),
+            None if iterations is None else int(iterations),
             int(metadata.get("changed_at", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:  # InvalidRecipe is a ValueError
-        raise NoRecipe(f"{os.fspath(path)}: its recipe is not one that this version knows ({error})") from error
+        raise NoRecipe(f"{os.fspath(path)}: this version does not know its recipe ({error})") from error

@@ -1,4 +1,4 @@
-"""What a server is and takes: frozen values; `messages` builds them."""
+"""The properties and limits of a server, as frozen values; `transport.parsing` builds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["CacheStats", "Limits", "ServerInfo"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes."""
+    """The limits of a server."""
 
     max_image_bytes: int  # encoded
     max_image_pixels: int  # decoded
@@ -21,20 +21,20 @@ class Limits:
     max_iterations: int  # of a job, over all scales
     max_queued: int
     max_detach_s: int  # longest `detach_grace`
-    max_kept_s: int  # for which a job is kept after its end
+    max_kept_s: int  # how long a job is kept after its end
     max_kept: int  # jobs that are kept after their end
-    max_kept_bytes: int  # of their results, counted as 3 per pixel
-    max_blocked_s: int  # for which a reader may leave a message untaken
-    max_running: int  # jobs that are worked on side by side
-    max_paused_s: int  # for which a job may stand paused; then it goes on
+    max_kept_bytes: int  # of the results of kept jobs, counted as 3 per pixel
+    max_blocked_s: int  # how long a reader may leave a message untaken
+    max_running: int  # jobs that run at the same time
+    max_paused_s: int  # how long a job may be paused; then it continues
     max_checkpoint_bytes: int  # in either direction
-    max_uploads_bytes: int  # of uploaded images that are kept
+    max_uploads_bytes: int  # of all uploaded images that are kept
     max_watchers: int  # of one job
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache has done since the server started, and what it holds."""
+    """Counts of a cache since the server started, and its present size."""
 
     hits: int
     misses: int
@@ -44,19 +44,19 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """The server as it was at the moment of the call."""
+    """The server at the time of the call."""
 
     version: str
     device: str
     precision: str
     backbone: str
     weights: str  # source, sha256 and attribution
-    layers: tuple[str, ...]  # from the first to the deepest
+    layers: tuple[str, ...]  # in the order of the network
     limits: Limits
     presets: Mapping[str, Recipe]
     running_jobs: int
     queued_jobs: int
     paused_jobs: int
     style_cache: CacheStats  # Gram matrices of style images, on the device
-    uploads: CacheStats  # images of `upload`; a hit is a job's image that was found
-    estimated_wait_s: float | None  # of a job sent now; None if nothing was measured yet
+    uploads: CacheStats  # images of `upload`; a hit is an image of a job that was found
+    estimated_wait_s: float | None  # of a job sent now; None before the first measurement

@@ -1,4 +1,4 @@
-"""What a job tells its caller: frozen values; `messages` builds them."""
+"""The updates, results and statuses of a job, as frozen values; `transport.parsing` builds them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of the objective, each with its weight in it: total = content + style + tv."""
+    """The terms of the objective, each multiplied by its weight: total = content + style + tv."""
 
     total: float
     content: float
@@ -43,94 +43,94 @@ class Losses:
 
 @dataclass(frozen=True)
 class Numbered:
-    """What all updates have."""
+    """The sequence number that all updates have."""
 
-    # Grows from update to update of a job, for `after_sequence` of `watch`.
+    # Increases with each update of a job; for `after_sequence` of `watch`.
     sequence: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Accepted(Numbered):
-    """The job was admitted. Always the first update; another one says that the job was sent again, and begins anew there.
+    """The job was admitted. Always the first update. Another one means that the job was lost and sent again.
 
-    Iteration numbers then go back to `resumed_at`: what was done since that checkpoint was lost with the server.
+    Iteration numbers then go back to `resumed_at`: later iterations were lost with the server.
     """
 
-    job_id: str  # for `watch`, `get_job` and `cancel_job`, and in the server's log; whoever knows it may use it
+    job_id: str  # for `watch`, `get_job` and `cancel_job`, and in the server's log; any client that knows it may use it
     recipe: Recipe  # complete, the preset's values filled in
     seed: int
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
-    queue_position: int  # place in the queue; 0 begins at once, 1 when a place among those worked on is free
-    attached: bool  # the `request_id` named a job that was there already
-    resumed_at: int = 0  # iterations that the checkpoint had behind it, with `resume`
-    estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
+    queue_position: int  # place in the queue; 0: starts at once, 1: starts when a running job ends
+    attached: bool  # the `request_id` named an existing job
+    resumed_at: int = 0  # with `resume`: completed iterations of the checkpoint
+    estimated_wait_s: float | None = None  # until the job starts; None if the server has no estimate
 
 
 @dataclass(frozen=True)
 class Waiting(Numbered):
-    """The job still waits, and its place in the queue has changed."""
+    """The job still waits in the queue, and its place has changed."""
 
     queue_position: int  # place in the queue, from 1
-    estimated_wait_s: float | None = None  # until it begins; None if the server cannot say
+    estimated_wait_s: float | None = None  # until the job starts; None if the server has no estimate
 
 
 @dataclass(frozen=True)
 class Progress(Numbered):
-    """The job's state after an iteration; a slow reader misses some."""
+    """The job's progress after an iteration; a slow reader misses some."""
 
     iteration: int  # 1 to `iterations`, counted over all scales
     iterations: int
     width: int  # of the present scale, in pixels
     height: int
     losses: Losses  # at the picture before this iteration's step
-    iterations_per_second: float  # over the present scale, from the last pause on; 0 if not measured yet
-    time_left_s: float | None  # estimated; None if the server cannot say
+    iterations_per_second: float  # at the present scale, since the last pause; 0 if not measured yet
+    time_left_s: float | None  # None if the server has no estimate
 
 
 @dataclass(frozen=True)
 class Frame(Numbered):
-    """The picture as it forms; a slow reader misses some and gets the newest."""
+    """The intermediate picture after an iteration; a slow reader misses some and gets the newest."""
 
     iteration: int
     picture: Picture
-    dropped: int  # frames replaced by newer ones since the last that was sent
+    dropped: int  # frames that newer ones have replaced since the last frame
 
 
 @dataclass(frozen=True)
 class Checkpoint(Numbered):
-    """The job's state after an iteration, from which `resume` goes on, on any server."""
+    """The job's state after an iteration, from which `resume` continues on any server."""
 
     iteration: int
-    light: bool  # the picture and the iteration only, so that the optimiser begins anew
+    light: bool  # only the picture and the iteration; the optimiser restarts
     data: bytes = field(repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it, whole or not at all, replacing what is there."""
+        """Writes the state atomically, replacing an existing file."""
         write_whole(path, self.data)
 
 
 @dataclass(frozen=True)
 class Paused(Numbered):
-    """The job stands still after an iteration, as its controller asked."""
+    """The job is paused after an iteration, on a command of its controller."""
 
     iteration: int
 
 
 @dataclass(frozen=True)
 class Resumed(Numbered):
-    """A paused job goes on."""
+    """A paused job continues."""
 
-    iteration: int  # behind which it stood still
+    iteration: int  # the last one completed before the pause
 
 
 @dataclass(frozen=True)
 class Changed(Numbered):
-    """The controller has changed the job."""
+    """The controller has changed the job's recipe."""
 
-    iteration: int  # the first that is done so
-    recipe: Recipe  # complete, as it holds from then on
+    iteration: int  # the first with this recipe
+    recipe: Recipe  # complete, with the changes
     iterations: int  # of the whole job, over all scales
 
 
@@ -141,8 +141,8 @@ class Result(Numbered):
     picture: Picture
     losses: Losses
     iterations: int  # done, over all scales
-    stop_reason: str  # "ITERATIONS_DONE", "TIME_BUDGET", "FINISHED" (its controller wanted that); more may come
-    elapsed_s: float  # from the first iteration to the last: without the wait for the first, with pauses
+    stop_reason: str  # "ITERATIONS_DONE", "TIME_BUDGET", "FINISHED" (by its controller); newer servers may add others
+    elapsed_s: float  # from the start of the first iteration to the end of the last, including pauses
 
     def image(self) -> Image.Image:
         """The decoded picture."""
@@ -158,7 +158,7 @@ Update = Accepted | Waiting | Progress | Frame | Checkpoint | Paused | Resumed |
 
 @dataclass(frozen=True)
 class Stylized(Result):
-    """The finished picture of `stylize`, with what it was made from."""
+    """The finished picture of `stylize`, with its recipe and seed."""
 
     recipe: Recipe
     seed: int
@@ -167,18 +167,18 @@ class Stylized(Result):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """How a job stood at the moment of the call."""
+    """The status of a job at the time of the call."""
 
     job_id: str
-    state: str  # "QUEUED", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"; more may come
-    create_time: datetime  # this and the others in UTC
+    state: str  # "QUEUED", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"; newer servers may add others
+    create_time: datetime  # all times are in UTC
     start_time: datetime | None  # None until it runs
     end_time: datetime | None  # None until it has ended
-    expire_time: datetime | None  # when it is forgotten, or stopped for want of a watcher; None while it is watched
+    expire_time: datetime | None  # when it is removed, or stopped if it has no watcher; None while it has one
     iteration: int  # done, over all scales
     iterations: int
     width: int  # of the result, in pixels; 0 while the images are being decoded
     height: int
     losses: Losses | None  # None before the first iteration
-    stop_reason: str  # as of `Result`; "" unless it has one
-    queue_position: int  # place in the queue while it is queued; 0 is about to begin
+    stop_reason: str  # as of `Result`; "" unless the job succeeded
+    queue_position: int  # place in the queue while it is queued; 0: starts next

@@ -91,7 +91,7 @@ def test_a_bad_value_is_told_as_typed(gramophone, service):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("control j1", "standard input is not a terminal with keys to press; say what to do: --pause, --resume, "),
+        ("control j1", "standard input is not a terminal, so that no keys can be read; use --pause, --resume, "),
         ("control j1 --pause --resume", "argument --resume: not allowed with argument --pause"),
         ("control j1 --set size=3", "expected FIELD=VALUE with a field of alpha, beta, tv-weight, step, "),
         ("control j1 --set beta", "got 'beta'"),

@@ -7,7 +7,7 @@ import pytest
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import FrameOptions, JobControl, SyncGramophoneClient, SyncJobControl, errors
-from gramophone_client.streams import recovery
+from gramophone_client.streams import recovery_states
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import (
     HANG,
@@ -33,7 +33,7 @@ BUSY = bare(grpc.StatusCode.UNAVAILABLE, "still gone", NEVER)
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
 
 
 def kinds(told):
@@ -95,7 +95,7 @@ async def test_what_cannot_be_said_is_not_sent(client, service):
     async with client.control(PHOTO, PAINTING) as job:
         with pytest.raises(errors.InvalidRequest, match="size cannot be changed while a job runs; alpha, beta, "):
             await job.update(size=3)
-        with pytest.raises(errors.InvalidRequest, match="cannot be said"):
+        with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
             await job.update(iterations=2**40)
         await job.pause()
     assert commands(service) == ["start", "pause"]

@@ -10,7 +10,7 @@ import pytest
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Checkpoint, CheckpointOptions, GramophoneClient, Style, SyncGramophoneClient, errors
-from gramophone_client.streams import recovery
+from gramophone_client.streams import recovery, recovery_states
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import job_spec
 from gramophone_server import errors as server_errors
@@ -42,7 +42,7 @@ def other():
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(recovery, "REATTACH_S", (0.01, 0.05))
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
 
 
 async def collected(updates):
@@ -252,12 +252,12 @@ async def test_a_job_that_takes_its_servers_down_does_not_go_round(client, servi
     service.scripts = [[accepted(), progress(1), LOST]]
     with pytest.raises(errors.ConnectionFailed, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + recovery.MOST_MOVES
+    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
     with pytest.raises(errors.ConnectionFailed, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + recovery.MOST_MOVES
+    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(6)] + [[accepted(), result()]]
     await collected(client.stream(PHOTO, PAINTING))  # each of them got on
@@ -325,7 +325,7 @@ async def test_a_job_that_takes_its_servers_down_before_it_is_accepted_does_not_
     service.scripts = [[bare(grpc.StatusCode.UNAVAILABLE, "gone", NEVER)]]
     with pytest.raises(errors.ConnectionFailed, match="gone"):
         await asked(client, how)
-    assert len(service.specs) == 1 + recovery.MOST_MOVES
+    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
 
 
 async def test_servers_that_are_not_there_are_waited_for_between_losses(client, service, monkeypatch):
@@ -374,14 +374,14 @@ async def test_a_checkpoint_is_bytes_a_file_or_an_update(client, service, tmp_pa
     "given", [{"beta": 2.0}, {"seed": 0}, {"start_image": PHOTO}, {"preset": "fast"}, {"alpha": 0.0, "step": 1.0}]
 )
 def test_a_checkpoint_brings_the_recipe(given):
-    with pytest.raises(errors.InvalidRequest, match="cannot be given with resume: the job goes on with") as raised:
+    with pytest.raises(errors.InvalidRequest, match="cannot be given with resume: the job continues with") as raised:
         job_spec(PHOTO, PAINTING, resume=b"state", **given)
     assert [violation.field for violation in raised.value.violations] == list(given)
 
 
 def test_an_empty_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").touch()
-    with pytest.raises(errors.InvalidRequest, match="empty are not a checkpoint: there is nothing in them"):
+    with pytest.raises(errors.InvalidRequest, match="empty is empty, and not a checkpoint"):
         job_spec(PHOTO, PAINTING, resume=tmp_path / "empty")
 
 
