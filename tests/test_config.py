@@ -5,7 +5,7 @@ from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 
 
-def test_defaults_stay_on_this_machine():
+def test_defaults_listen_only_on_this_machine():
     settings, print_only = config.load([], {})
     assert (settings.host, settings.port, settings.device, settings.drain_s) == ("127.0.0.1", 50051, "auto", 30.0)
     assert settings.max_image_bytes == 10 * 2**20
@@ -13,7 +13,7 @@ def test_defaults_stay_on_this_machine():
     assert not print_only
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_default():
+def test_a_flag_overrides_the_environment_and_that_the_default():
     environment = {"GRAMOPHONE_PORT": "1", "GRAMOPHONE_MAX_SIZE": "1024", "GRAMOPHONE_REFLECTION": "yes", "PORT": "9"}
     settings, _ = config.load(["--port", "2"], environment)
     assert (settings.port, settings.max_size, settings.reflection) == (2, 1024, True)
@@ -25,13 +25,13 @@ def test_every_setting_is_a_flag_and_a_variable(name):
     f = Settings.__dataclass_fields__[name]
     allowed, choices = f.metadata["range"], f.metadata["choices"]
     in_range = str(int(allowed.high) - 1) if allowed else "1"
-    said = choices[-1] if choices else in_range
+    text = choices[-1] if choices else in_range
     flag = f"--{name.replace('_', '-')}"
     if name == "max_image_bytes":
-        said = "2048"  # its largest value is more than a gRPC message holds
+        text = "2048"  # its largest value exceeds the largest gRPC message
     needs = {"GRAMOPHONE_ENGINE": "fake"} if name == "iter_ms" else {}
-    by_flag, _ = config.load([flag] if f.default is False else [flag, said], needs)
-    by_variable, _ = config.load([], {f"GRAMOPHONE_{name.upper()}": said} | needs)
+    by_flag, _ = config.load([flag] if f.default is False else [flag, text], needs)
+    by_variable, _ = config.load([], {f"GRAMOPHONE_{name.upper()}": text} | needs)
     assert by_flag == by_variable != config.load([], needs)[0]
 
 
@@ -58,13 +58,13 @@ def test_every_setting_is_a_flag_and_a_variable(name):
         ),
     ],
 )
-def test_a_wrong_value_is_named_with_what_it_must_be(arguments, environment, sentence):
+def test_an_invalid_value_is_reported_with_what_it_must_be(arguments, environment, sentence):
     with pytest.raises(StartupError) as caught:
         config.load(arguments, environment)
     assert str(caught.value).startswith(sentence)
 
 
-def test_limits_make_the_message_sizes():
+def test_message_sizes_follow_from_the_limits():
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=65536)
     assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
     assert limits.response_bytes == 3_000_000 + 2**20
@@ -73,13 +73,13 @@ def test_limits_make_the_message_sizes():
     assert limits.response_bytes == 2**26 + 2**20
 
 
-def test_a_request_has_a_limit_of_memory():
+def test_a_request_takes_bounded_memory():
     limits = Limits(max_image_bytes=2**20, max_styles=2, max_image_pixels=1_000_000, max_checkpoint_bytes=65536)
     assert limits.request_memory_bytes == 3 * 5 * 2**20 + 2 * (2**29 + 24_000_000) + 4 * 3_000_000
     assert Limits().request_memory_bytes < 3.6e9
 
 
-def test_help_says_unit_range_and_default(capsys):
+def test_help_has_unit_range_and_default(capsys):
     with pytest.raises(SystemExit) as caught:
         config.load(["--help"], {})
     assert caught.value.code == 0
@@ -95,6 +95,6 @@ def test_an_unknown_flag_ends_the_process_as_usual(capsys):
     assert "--sise" in capsys.readouterr().err
 
 
-def test_flags_cannot_be_cut_short():
+def test_flags_cannot_be_abbreviated():
     with pytest.raises(SystemExit):
         config.load(["--max-s", "100"], {})

@@ -30,7 +30,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 class Process:
-    """`main.serve` in this process, with the signals and the lines of a real one."""
+    """`main.serve` in this process, with real signals and its lines of standard output."""
 
     def __init__(self, capsys, engine, **settings):
         self.engine = engine
@@ -43,7 +43,7 @@ class Process:
         return self.engine
 
     async def line(self, start):
-        """The rest of the line of standard output that begins with `start`, once it is there."""
+        """The rest of the line of standard output that starts with `start`. Waits for it."""
 
         def seen():
             self.out += self._capsys.readouterr().out
@@ -103,13 +103,13 @@ async def test_sigterm_drains_while_health_is_watched(capsys):
         assert await asyncio.wait_for(p.task, 5) is True
 
 
-async def test_health_and_control_are_there_when_no_job_more_is(capsys):
+async def test_health_and_control_work_when_the_queue_is_full(capsys):
     engine = FakeEngine()
     async with Process(capsys, engine, max_running=1, max_queued=1) as p:
         await p.line("ready in ")
         engine.go.clear()
         streams, ids = [], []
-        for _ in range(2):  # one after the other: calls that begin together arrive in any order
+        for _ in range(2):  # one after the other: calls that start together arrive in any order
             streams.append(p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec())))
             ids.append((await streams[-1].read()).event.accepted.job_id)
         got = await refused(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
@@ -130,7 +130,7 @@ async def test_health_and_control_are_there_when_no_job_more_is(capsys):
         assert last.HasField("result")
 
 
-async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
+async def test_a_job_that_outlasts_the_drain_ends_with_shutting_down(capsys):
     engine = FakeEngine(iteration_s=0.001)
     async with Process(capsys, engine, drain_s=0.05) as p:
         await p.line("ready in ")
@@ -143,38 +143,38 @@ async def test_a_job_that_outlasts_the_drain_time_ends_in_shutting_down(capsys):
         assert engine.iterations < 5000
 
 
-async def test_the_iteration_under_way_is_waited_for_so_that_its_picture_can_be_had(capsys, monkeypatch):
+async def test_a_drain_waits_for_the_running_iteration_and_its_picture(capsys, monkeypatch):
     monkeypatch.setattr(main, "LAST_MESSAGES_S", 0.1)
-    engine, begun, over = FakeEngine(), threading.Event(), threading.Event()
+    engine, started, release = FakeEngine(), threading.Event(), threading.Event()
     advance = FakeBatch.advance
 
-    def second_held(batch, iterations=1):
+    def hold_the_second(batch, iterations=1):
         if engine.iterations == 1:
-            begun.set()
-            assert over.wait(10)
+            started.set()
+            assert release.wait(10)
         return advance(batch, 1)
 
-    monkeypatch.setattr(FakeBatch, "advance", second_held)
+    monkeypatch.setattr(FakeBatch, "advance", hold_the_second)
     async with Process(capsys, engine, drain_s=0.0) as p:
         await p.line("ready in ")
         wanted = spec(iterations=50)
         wanted.frames.SetInParent()
         wanted.checkpoints.SetInParent()
         job = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted))
-        told = [await job.read()]
-        await until(begun.is_set)
+        responses = [await job.read()]
+        await until(started.is_set)
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.sleep(1.0)  # longer than messages are waited for, and calls that are stopped
-        over.set()
+        await asyncio.sleep(1.0)  # longer than the drain waits for messages and cancelled calls
+        release.set()
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
             while True:
-                told.append(await job.read())
-        frames = [event.frame for event in (one.event for one in told) if event.HasField("frame")]
-        assert told[-1].event.checkpoint.iteration == frames[-1].iteration == 2
+                responses.append(await job.read())
+        frames = [event.frame for event in (response.event for response in responses) if event.HasField("frame")]
+        assert responses[-1].event.checkpoint.iteration == frames[-1].iteration == 2
         assert await asyncio.wait_for(p.task, 5) is True
 
 
-async def test_a_server_whose_compute_thread_is_lost_ends(capsys, monkeypatch, caplog):
+async def test_a_server_whose_compute_thread_fails_ends(capsys, monkeypatch, caplog):
     engine = FakeEngine(iteration_s=0.005)
     schedulers = []
     monkeypatch.setattr(main, "Scheduler", lambda *wanted: schedulers.append(Scheduler(*wanted)) or schedulers[-1])
@@ -190,7 +190,8 @@ async def test_a_server_whose_compute_thread_is_lost_ends(capsys, monkeypatch, c
     assert "the server ends, to be replaced by another one" in caplog.text
 
 
-async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys):
+async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys, caplog):
+    caplog.set_level("INFO", "gramophone_server")
     engine = FakeEngine()
     async with Process(capsys, engine, drain_s=3600) as p:
         await p.line("ready in ")
@@ -198,15 +199,15 @@ async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys):
         job = asyncio.ensure_future(p.stub.Stylize(pb.StylizeRequest(spec=spec())))
         await until(engine.under_way.is_set)
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.sleep(0.05)
+        await until(lambda: "draining for up to 3600 s" in caplog.text)
         assert not p.task.done()
         os.kill(os.getpid(), signal.SIGINT)
-        assert await asyncio.wait_for(p.task, 10) is False  # the compute thread could not be ended
+        assert await asyncio.wait_for(p.task, 10) is False  # the compute thread has not ended
         with pytest.raises(grpc.aio.AioRpcError):
             await job
 
 
-async def test_a_signal_while_the_engine_loads_is_obeyed(capsys):
+async def test_a_signal_while_the_engine_loads_ends_the_server(capsys):
     engine = FakeEngine()
     engine.go.clear()
     async with Process(capsys, engine) as p:
@@ -214,7 +215,7 @@ async def test_a_signal_while_the_engine_loads_is_obeyed(capsys):
         assert await asyncio.wait_for(p.task, 5) is False
 
 
-async def test_a_port_in_use_is_one_clear_sentence(capsys):
+async def test_a_port_in_use_is_reported_in_one_sentence(capsys):
     async with Process(capsys, FakeEngine()) as p:
         port = int(p.address.rpartition(":")[2])
         with pytest.raises(StartupError) as caught:
@@ -239,7 +240,7 @@ async def test_an_engine_that_cannot_start_ends_the_server():
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
-async def test_plaintext_beyond_this_machine_is_said_aloud(capsys, caplog, host, warned):
+async def test_plaintext_beyond_this_machine_is_logged_as_a_warning(capsys, caplog, host, warned):
     async with Process(capsys, FakeEngine(), host=host) as p:
         await p.line("ready in ")
     assert (
@@ -247,7 +248,7 @@ async def test_plaintext_beyond_this_machine_is_said_aloud(capsys, caplog, host,
     ) == warned
 
 
-async def test_reflection_is_there_when_asked_for(capsys):
+async def test_reflection_is_served_only_if_enabled(capsys):
     async def services(p):
         stub = reflection_pb2_grpc.ServerReflectionStub(p.channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
@@ -273,7 +274,7 @@ def run_main(monkeypatch, *arguments):
     main.main()
 
 
-def test_print_config_prints_what_the_environment_could_say(monkeypatch, capsys):
+def test_print_config_prints_settings_as_environment_variables(monkeypatch, capsys):
     run_main(monkeypatch, "--print-config", "--max-size", "1000")
     lines = capsys.readouterr().out.splitlines()
     assert "GRAMOPHONE_MAX_SIZE=1000" in lines and "GRAMOPHONE_HOST=127.0.0.1" in lines
@@ -283,7 +284,7 @@ def test_print_config_prints_what_the_environment_could_say(monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_a_wrong_setting_is_exit_code_2(monkeypatch, capsys):
+def test_an_invalid_setting_is_exit_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, "--port", "x")
     assert caught.value.code == 2
@@ -299,12 +300,12 @@ def test_a_port_in_use_is_exit_code_2(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("chosen", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_compute_threads_sleep_while_they_wait_unless_told_otherwise(chosen, used):
+def test_compute_threads_sleep_while_they_wait_unless_configured_otherwise(chosen, used):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
     command = [sys.executable, "-c", "import gramophone_server.main"]
     loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert f"OMP_WAIT_POLICY = '{used}'" in loaded.stderr  # OpenMP itself says so, when it is loaded
+    assert f"OMP_WAIT_POLICY = '{used}'" in loaded.stderr  # printed by OpenMP when it is loaded
 
 
 def page(url):
@@ -337,14 +338,15 @@ async def test_metrics_and_probes_have_a_port_of_their_own(capsys):
         assert 'gramophone_jobs_finished_total{outcome="ITERATIONS_DONE"} 1.0' in text
         assert 'gramophone_jobs{state="running"} 1.0' in text
         os.kill(os.getpid(), signal.SIGTERM)
-        while (await asyncio.to_thread(page, healthz))[1] != "shutting down\n":
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while (await asyncio.to_thread(page, healthz))[1] != "shutting down\n":
+                pass
         engine.go.set()
     with pytest.raises(OSError):
         page(metrics)
 
 
-async def test_a_metrics_port_that_is_taken_is_told(capsys):
+async def test_a_metrics_port_in_use_is_reported(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"cannot serve metrics on 127.0.0.1:{port}: Address already in use"):

@@ -44,7 +44,7 @@ def refused(data, limits=LIMITS):
 
 
 def png(depth, colour_type, pixel_bytes, *chunks, side=16):
-    """A PNG of `side` squared equal pixels, written by hand: Pillow cannot write most of the kinds."""
+    """A PNG of `side` squared equal pixels, written by hand: Pillow cannot write most of these kinds."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -56,7 +56,7 @@ def png(depth, colour_type, pixel_bytes, *chunks, side=16):
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_a_picture_comes_back_pixel_for_pixel(format):
+def test_a_lossless_picture_keeps_its_pixels(format):
     pixels = torch.randint(0, 256, (3, 20, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.frombytes("RGB", (33, 20), bytes(pixels.permute(1, 2, 0).flatten().tolist()))
     picture = decoded(encoded(image, format, lossless=True))
@@ -88,7 +88,7 @@ def test_every_kind_of_png_becomes_8_bit_rgb(data, expected):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white(mode):
+def test_transparency_becomes_white(mode):
     clear, half = Image.new(mode, (16, 16), 0), Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert(mode)
     assert pixel(decoded(encoded(clear))) == WHITE
     assert pixel(decoded(encoded(half))) == (127,) * 3
@@ -106,7 +106,7 @@ def test_every_kind_of_jpeg_becomes_rgb(mode):
 def test_exif_orientation_is_applied(orientation, format):
     upright = Image.new("RGB", (64, 32), "white")
     ImageDraw.Draw(upright).rectangle((0, 0, 15, 15), fill="red")  # top left
-    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # the others undo themselves
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # the others are their own inverse
     stored = upright if orientation == 1 else upright.transpose(codec.TURNS[inverse])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -116,7 +116,7 @@ def test_exif_orientation_is_applied(orientation, format):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_does_not_spoil_a_picture():
+def test_damaged_exif_is_ignored():
     assert decoded(encoded(Image.new("RGB", (32, 16), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")).shape == (
         3,
         16,
@@ -125,7 +125,7 @@ def test_damaged_exif_does_not_spoil_a_picture():
 
 
 def swapped_profile():
-    """A profile whose red primary is sRGB's green and the other way round: rXYZ and gXYZ change places."""
+    """sRGB's profile with the red and green primaries exchanged, by the tags rXYZ and gXYZ."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
 
@@ -142,8 +142,8 @@ def test_an_unusable_profile_is_ignored(profile):
     assert pixel(decoded(encoded(Image.new("L", (16, 16), 77), icc_profile=profile))) == (77,) * 3
 
 
-def test_a_profile_is_not_a_program_to_run():
-    """One of 80 KB took 15 s for 256 pixels."""
+def test_a_program_in_a_profile_is_not_run():
+    """A program of 80 KB took 15 s for 256 pixels."""
     data = encoded(Image.new("RGB", (16, 16), RED), icc_profile=program_profile(10_000))
     began = time.thread_time()
     assert pixel(decoded(data)) == RED
@@ -151,7 +151,7 @@ def test_a_profile_is_not_a_program_to_run():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_far_larger_than_needed_comes_reduced_but_not_below(format):
+def test_a_picture_much_larger_than_needed_is_reduced_but_not_below(format):
     image = Image.new("RGB", (1000, 500), RED)
     for needed, longest in ((1000, {1000}), (501, {1000}), (500, {500}), (100, {100, 125})):
         picture = decoded(encoded(image, format), needed=needed)
@@ -182,7 +182,7 @@ def test_other_formats_are_refused_by_name():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_truncated_is_refused(format, kept):
+def test_a_truncated_picture_is_refused(format, kept):
     noise = Image.effect_noise((64, 64), 80).convert("RGB")
     data = encoded(noise, format)
     assert "truncated or damaged" in refused(data[: int(len(data) * kept)])
@@ -190,7 +190,7 @@ def test_truncated_is_refused(format, kept):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about metadata
 def test_every_flipped_byte_is_decoded_or_refused():
-    """Damage of any kind ends in a sentence or in a picture, never in another exception."""
+    """Any damage results in a violation or in a picture, never in another exception."""
     for format in ("JPEG", "PNG", "WEBP"):
         data = encoded(Image.effect_noise((16, 16), 80), format)
         for at in range(0, len(data), 3):
@@ -207,7 +207,7 @@ def test_animations_are_refused(format):
     assert refused(data) == "is an animation of 3 pictures; send a single picture"
 
 
-def test_a_phone_photo_of_several_pictures_is_its_first():
+def test_of_a_phone_photo_with_several_pictures_the_first_is_decoded():
     frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "green")]
     assert pixel(decoded(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])))[0] > 250
 
@@ -222,7 +222,7 @@ def test_size_is_checked_before_pixels_are_decoded(monkeypatch):
     assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels"
 
 
-def test_a_webp_with_a_huge_canvas_is_refused_before_there_is_room_for_it(monkeypatch):
+def test_a_webp_with_a_huge_canvas_is_refused_before_it_is_allocated(monkeypatch):
     data = bytearray(
         encoded(Image.new("RGB", (32, 32)), "WEBP", save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
     )
@@ -232,8 +232,8 @@ def test_a_webp_with_a_huge_canvas_is_refused_before_there_is_room_for_it(monkey
     assert refused(bytes(data)).startswith("is 16384x16384, 268435456 pixels; at most 32000000 are allowed")
 
 
-def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
-    """Pillow opens a palette's picture without its palette, and stumbles over it later."""
+def test_a_png_with_chunks_in_any_order_is_decoded_or_refused():
+    """Pillow opens a picture without its palette, and fails later."""
     data = encoded(Image.new("RGB", (24, 24)).quantize(16), "PNG", transparency=3)
     bounds = [0, 8]
     while bounds[-1] < len(data):
@@ -246,7 +246,7 @@ def test_a_pngs_chunks_in_any_order_are_a_picture_or_damage():
     assert outcomes == {(3, 24, 24)}
 
 
-def test_bytes_are_checked_first():
+def test_the_number_of_bytes_is_checked_first():
     assert refused(b"x" * 2000, Limits(max_image_bytes=1024)) == (
         "has 2000 bytes; at most 1024 are allowed (server setting GRAMOPHONE_MAX_IMAGE_BYTES); "
         "send a smaller or more compressed image"
@@ -254,7 +254,7 @@ def test_bytes_are_checked_first():
 
 
 @pytest.mark.parametrize("format", list(Format))
-def test_encode_keeps_the_picture_and_says_how_it_was_made(format):
+def test_encode_keeps_the_picture_and_its_metadata(format):
     picture = torch.full((40, 60, 3), 120, dtype=torch.uint8)
     picture[:, :30, 0] = 250
     made = json.dumps({"seed": 2**64 - 1, "recipe": {"beta": 3.0}})

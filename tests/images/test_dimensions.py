@@ -1,4 +1,4 @@
-"""Sizes from the first bytes, against Pillow's whole way."""
+"""Sizes from the first bytes, compared with Pillow's."""
 
 import io
 import random
@@ -31,12 +31,12 @@ def encoded(format, mode="RGB", size=(37, 21), **options):
 )
 def test_the_size_is_pillows(data):
     assert dimensions.size(data) == (37, 21)
-    assert dimensions.size(data[: len(data) // 8]) in (None, (37, 21))  # as much of it as there is
+    assert dimensions.size(data[: len(data) // 8]) in (None, (37, 21))  # None if its size is cut off
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16383, 2), (3, 16383)])
 @pytest.mark.parametrize("options", [{"format": "WEBP"}, {"format": "WEBP", "lossless": True}, {"format": "JPEG"}])
-def test_sides_as_long_as_they_get(size, options):
+def test_the_longest_possible_sides(size, options):
     assert dimensions.size(encoded(size=size, **options)) == size
     assert dimensions.size(encoded("WEBP", "RGBA", size=size)) == size
 
@@ -47,16 +47,16 @@ def test_sides_as_long_as_they_get(size, options):
         b"",
         b"GIF89a" + bytes(100),
         b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8" + b"\xff\xe1\x00\x00" * 100_000,  # segments without end
+        b"\xff\xd8" + b"\xff\xe1\x00\x00" * 100_000,  # very many segments
         b"\xff\xd8" + b"\xff\xe1\xff\xff" + bytes(70_000),
         b"RIFF\0\0\0\0WEBPJUNK" + bytes(100),
     ],
 )
-def test_a_header_that_says_nothing_is_none(data):
+def test_a_header_without_a_size_is_none(data):
     assert dimensions.size(data) is None
 
 
-def test_no_bytes_make_it_fail():
+def test_any_bytes_have_a_size_or_none():
     chance = random.Random(0)
     starts = [
         encoded("PNG")[:8],

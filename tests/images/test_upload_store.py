@@ -1,4 +1,4 @@
-"""The store of uploaded images: what is kept, and what makes room."""
+"""The store of uploaded images: what is kept, and what is evicted."""
 
 import hashlib
 
@@ -9,12 +9,12 @@ from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images.upload_store import Upload, Uploads
 
 
-def test_the_least_recently_used_makes_room():
+def test_the_least_recently_used_image_is_evicted():
     uploads = Uploads(10)
     for name in "abc":
         uploads.keep(name, name.encode() * 3)
     assert uploads.find("a") == b"aaa"
-    uploads.keep("b", b"bbb")  # sent again, so it was used
+    uploads.keep("b", b"bbb")  # uploaded again, which counts as a use
     uploads.keep("d", b"dddd")
     with pytest.raises(
         ImageNotFound, match="this server keeps no image 'c'; upload it with UploadImage, and send the job"
@@ -24,7 +24,7 @@ def test_the_least_recently_used_makes_room():
     assert uploads.counts == (4, 1, 10, 10)
 
 
-def test_an_upload_is_its_pieces():
+def test_an_upload_consists_of_its_chunks():
     upload = Upload(Limits())
     for piece in (b"abc", b"", b"def"):
         upload.add(piece)
@@ -50,7 +50,7 @@ def test_an_upload_is_its_pieces():
         ),
     ],
 )
-def test_what_is_too_large_is_refused_as_it_comes(limits, pieces, words):
+def test_an_upload_that_becomes_too_large_is_refused(limits, pieces, words):
     upload = Upload(limits)
     with pytest.raises(InvalidRequest) as caught:
         for size in pieces:
@@ -59,6 +59,6 @@ def test_what_is_too_large_is_refused_as_it_comes(limits, pieces, words):
     assert violation.field == "chunk" and words in violation.description
 
 
-def test_a_server_that_keeps_nothing_says_so():
+def test_a_server_that_keeps_no_images_refuses_uploads():
     with pytest.raises(InvalidRequest, match=r"GRAMOPHONE_MAX_UPLOADS_BYTES is 0\); send them with the job as `data`"):
         Upload(Limits(max_uploads_bytes=0))

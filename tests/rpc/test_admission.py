@@ -1,4 +1,4 @@
-"""From a request to work: what is refused before anything is decoded, and jobs that go on from a checkpoint."""
+"""From a request to a job: refusals before decoding, and jobs that resume from a checkpoint."""
 
 import gc
 import io
@@ -37,13 +37,13 @@ MOST = 2**26
 RESERVATION = Reservation(1)
 
 
-# What is refused before anything is decoded
-# ----------------------------------------------------------------------------
+# Refusals before decoding ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def admission(monkeypatch):
-    """Admission whose scheduler notes what it was asked, and raises what a test gives them; `decoded` are fields."""
+    """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `decoded` has the
+    fields of decoded images."""
     asked, decoded, raises = [], [], {}
     decode = codec.decode
 
@@ -72,34 +72,34 @@ def admission(monkeypatch):
 LATER = 10.0**9  # s on the monotonic clock
 
 
-async def test_memory_and_time_are_asked_for_before_anything_is_decoded(admission):
+async def test_memory_and_time_are_checked_before_decoding(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
-    work = await admission.prepare(wanted, RESERVATION, LATER)
+    state = await admission.prepare(wanted, RESERVATION, LATER)
     memory, (_, _, pixels, shape, budget, left_s) = admission.asked
     assert memory == ("memory", shape)
-    assert shape == Shape.of(work.recipe, 32, 64)
-    assert pixels == work.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
+    assert shape == Shape.of(state.recipe, 32, 64)
+    assert pixels == state.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
     assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
     assert len(admission.decoded) == 2
     await admission.prepare(wanted, RESERVATION)
-    assert admission.asked[3][-1] == math.inf  # without a deadline there is time enough
+    assert admission.asked[3][-1] == math.inf  # without a deadline
 
 
 @pytest.mark.parametrize(
     ("kind", "error"), [("memory", OutOfDeviceMemory(64, 32)), ("time", DeadlineUnattainable(1, 2, 1.5))]
 )
-async def test_what_is_refused_is_not_decoded(admission, kind, error):
+async def test_a_refused_job_is_not_decoded(admission, kind, error):
     admission.raises[kind] = error
     with pytest.raises(type(error)):
         await admission.prepare(spec(), RESERVATION, LATER)
     assert admission.decoded == []
-    with pytest.raises(InvalidRequest):  # more is wrong than that, so all of it is told
+    with pytest.raises(InvalidRequest):  # other violations are reported first, with those of the images
         await admission.prepare(spec(beta=-1.0), RESERVATION, LATER)
     assert len(admission.decoded) == 2
 
 
 @pytest.mark.parametrize("content", [png(64, 15), png(6000, 6000), png()[:20], b"GIF89a", png(1000, 16)])
-async def test_what_a_header_does_not_say_is_left_to_the_decoder(admission, content):
+async def test_without_a_valid_size_in_the_header_the_decoder_decides(admission, content):
     wanted = spec()
     wanted.content.data = content
     with pytest.raises(InvalidRequest):
@@ -132,7 +132,7 @@ async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s
             assert left == [math.inf]
 
 
-async def test_what_the_device_never_could_hold_is_refused_over_the_wire():
+async def test_a_job_larger_than_the_device_is_refused_over_the_wire():
     engine = FakeEngine(memory_bytes=1000 * 64 * 32 - 1)
     async with serving(engine) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
@@ -144,8 +144,8 @@ async def test_what_the_device_never_could_hold_is_refused_over_the_wire():
 
 
 @pytest.mark.parametrize("refusal", [OutOfDeviceMemory(64, 32), DeadlineUnattainable(1, 2, 1.5)])
-async def test_what_is_refused_is_not_hashed(monkeypatch, refusal):
-    """For a request_id, which a client always sends: two images of 4.8 MB take 5 ms."""
+async def test_a_refused_job_is_not_hashed(monkeypatch, refusal):
+    """The hash is for the request_id, which the client always sends. Two images of 4.8 MB take 5 ms."""
 
     def refuse(*_):
         raise refusal
@@ -157,7 +157,7 @@ async def test_what_is_refused_is_not_hashed(monkeypatch, refusal):
         assert got.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_request_is_known_by_all_that_makes_its_job():
+def test_the_digest_covers_everything_that_determines_the_job():
     def changed(**fields):
         other = pb.JobSpec()
         other.CopyFrom(wanted)
@@ -174,10 +174,10 @@ def test_a_request_is_known_by_all_that_makes_its_job():
     assert len(set(others)) == len(others)
     watched = changed(frames=pb.FrameOptions(quality=50), checkpoints=pb.CheckpointOptions(light=True))
     assert watched == changed() == spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
-    assert wanted == spec()  # it was only looked at
+    assert wanted == spec()  # unchanged
 
 
-async def test_the_images_of_a_job_go_when_it_ends():
+async def test_the_images_of_a_job_are_freed_when_it_ends():
     engine = FakeEngine()
     async with serving(engine) as s:
         await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
@@ -190,35 +190,34 @@ async def test_the_images_of_a_job_go_when_it_ends():
         await until(lambda: not any(picture() is not None for picture in pictures))
 
 
-# Jobs that go on from a checkpoint
-# -------------------------------------------------------------------------------------
+# Jobs that resume from a checkpoint -----------------------------------------------------------------------------------
 
 
-def on_its_way(engine, wanted, iterations):
-    """The work of a request after so many iterations, as the server would do them."""
+def state_after(engine, wanted, iterations):
+    """The state of a request's job after this many iterations."""
     recipe = Recipe(size=64, smallest_size=45, coarse_iterations=4, iterations=6)
     decode = [codec.decode(source.data, "", Limits(), 64) for source in (wanted.content, wanted.styles[0].image)]
-    work = engine.admit(
+    state = engine.admit(
         StyleJob(recipe=recipe, content=decode[0], styles=(decode[1],), style_weights=(1.0,), start=None, seed=5)
     )
-    ahead(engine, work, iterations)
-    return work
+    advance_to(engine, state, iterations)
+    return state
 
 
-def ahead(engine, work, iterations):
-    """Takes work so far that this many iterations are done."""
-    while work.done < iterations:
-        batch = engine.batch(work.shape, 1)
-        slot = batch.join(work)
-        batch.advance(iterations - work.done)
+def advance_to(engine, state, iterations):
+    """Iterates until the job has done this many iterations."""
+    while state.done < iterations:
+        batch = engine.batch(state.shape, 1)
+        slot = batch.join(state)
+        batch.advance(iterations - state.done)
         batch.leave(slot)
         batch.close()
 
 
-def written(work, light=False):
-    # What a fake batch leaves out of an optimiser's state, `write` takes for zero.
-    picture = FakeEngine().picture(work)() if light else None
-    return CHECKPOINTS.write(work, picture=picture, most_bytes=MOST)
+def written(state, light=False):
+    # A fake batch has no state of the optimiser; `write` writes zeros for it.
+    picture = FakeEngine().picture(state)() if light else None
+    return CHECKPOINTS.write(state, picture=picture, most_bytes=MOST)
 
 
 def resumed(data):
@@ -229,14 +228,14 @@ def resumed(data):
 
 
 @pytest.mark.parametrize("light", [False, True])
-async def test_a_job_goes_on_where_its_checkpoint_has_it(light):
+async def test_a_job_resumes_where_its_checkpoint_was_taken(light):
     engine = FakeEngine()
-    work = on_its_way(engine, spec(), 7)
+    state = state_after(engine, spec(), 7)
     async with serving(engine) as s:
-        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(work, light=light))))
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(state, light=light))))
         accepted = response.accepted
         assert (accepted.resumed_at, accepted.iterations, accepted.seed) == (7, 10, 5)
-        assert accepted.recipe == recipe_to_message(work.recipe)
+        assert accepted.recipe == recipe_to_message(state.recipe)
         assert (accepted.width, accepted.height) == (64, 32)
         assert response.result.iterations == 10
         with Image.open(io.BytesIO(response.result.image.data)) as image:
@@ -245,9 +244,9 @@ async def test_a_job_goes_on_where_its_checkpoint_has_it(light):
         assert plain.accepted.resumed_at == 0
 
 
-async def test_a_resumed_job_that_waits_stands_where_its_checkpoint_does():
+async def test_a_queued_resumed_job_has_the_iteration_of_its_checkpoint():
     engine = FakeEngine()
-    data = written(on_its_way(engine, spec(), 7))
+    data = written(state_after(engine, spec(), 7))
     engine.go.clear()
     async with serving(engine) as s:
         call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=resumed(data)))
@@ -257,19 +256,19 @@ async def test_a_resumed_job_that_waits_stands_where_its_checkpoint_does():
         call.cancel()
 
 
-async def test_what_was_tuned_stays_so():
+async def test_updates_of_the_recipe_are_in_the_checkpoint():
     engine = FakeEngine()
-    work = on_its_way(engine, spec(), 7)
-    work.update(beta=9.0, iterations=16)
+    state = state_after(engine, spec(), 7)
+    state.update(beta=9.0, iterations=16)
     async with serving(engine) as s:
-        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(work))))
+        response = await s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(state))))
     assert (response.accepted.recipe.beta, response.accepted.recipe.iterations) == (9.0, 16)
     assert (response.accepted.iterations, response.result.iterations) == (20, 20)
 
 
-async def test_a_checkpoint_that_will_not_do_is_refused_with_the_rest():
+async def test_an_invalid_checkpoint_is_refused_with_all_other_violations():
     engine = FakeEngine()
-    data = written(on_its_way(engine, spec(), 7))
+    data = written(state_after(engine, spec(), 7))
     other_images = resumed(data)
     other_images.content.data = png(64, 33)
     wrong = resumed(b"x")
@@ -277,12 +276,12 @@ async def test_a_checkpoint_that_will_not_do_is_refused_with_the_rest():
     wrong.content.data = b"GIF89a"
     async with serving(engine, Limits(max_size=50, max_iterations=9)) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wrong)))
-        told = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
-        assert [field for field, _ in told] == ["spec.seed", "spec.resume", "spec.content.data"]
-        assert told[1][1] == "is not a checkpoint"
+        reported = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
+        assert [field for field, _ in reported] == ["spec.seed", "spec.resume", "spec.content.data"]
+        assert reported[1][1] == "is not a checkpoint"
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(data))))
-        told = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
-        assert told == [
+        reported = [(violation.field, violation.description) for violation in got.BadRequest.field_violations]
+        assert reported == [
             (
                 "spec.resume",
                 "has a recipe whose size must be at most 50 pixels (server setting GRAMOPHONE_MAX_SIZE), got 64",
@@ -302,25 +301,25 @@ async def test_a_checkpoint_that_will_not_do_is_refused_with_the_rest():
         assert got.message == f"spec.resume: has {len(data)} bytes, at most 65536 are taken"
 
 
-async def test_a_checkpoint_of_a_job_that_is_done_says_so():
+async def test_a_checkpoint_of_a_finished_job_is_refused():
     engine = FakeEngine()
     async with serving(engine) as s:
-        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(on_its_way(engine, spec(), 10))))))
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(written(state_after(engine, spec(), 10))))))
     assert got.message == (
         "spec.resume: is of a job that has done all of its 10 iterations, so there is nothing to resume; "
         "its picture is the result"
     )
 
 
-async def test_time_left_is_estimated_from_where_the_checkpoint_stands(admission):
+async def test_the_remaining_time_is_estimated_from_the_checkpoint(admission):
     engine = FakeEngine()
-    work = on_its_way(engine, spec(), 7)
-    await admission.prepare(resumed(written(work)), RESERVATION, LATER)
-    assert [asked[2] for asked in admission.asked if asked[0] == "time"] == [work.pixels_left] == [3 * 64 * 32]
+    state = state_after(engine, spec(), 7)
+    await admission.prepare(resumed(written(state)), RESERVATION, LATER)
+    assert [asked[2] for asked in admission.asked if asked[0] == "time"] == [state.pixels_left] == [3 * 64 * 32]
 
 
 class Painter(VggEngine):
-    """The real engine, which a test's server can let go of like the fake one."""
+    """The real engine, with the event of the fake one that `serving` sets."""
 
     go = threading.Event()
 
@@ -336,8 +335,10 @@ def encoded(picture):
     ("optimiser", "average", "start"),
     [(Optimiser.LBFGS, 0.0, "content"), (Optimiser.ADAM, 0.9, "noise"), (Optimiser.LBFGS, 0.5, "image")],
 )
-async def test_a_job_that_was_stopped_and_resumed_has_the_same_result(tiny_vgg, optimiser, average, start, at):
-    content, style, begun = (make_picture(seed, *size) for seed, size in ((1, (40, 48)), (2, (36, 36)), (3, (30, 36))))
+async def test_a_stopped_and_resumed_job_has_the_same_result(tiny_vgg, optimiser, average, start, at):
+    content, style, start_image = (
+        make_picture(seed, *size) for seed, size in ((1, (40, 48)), (2, (36, 36)), (3, (30, 36)))
+    )
     recipe = Recipe(
         size=48, smallest_size=34, coarse_iterations=4, iterations=6, optimiser=optimiser, average=average, start=start
     )
@@ -350,18 +351,18 @@ async def test_a_job_that_was_stopped_and_resumed_has_the_same_result(tiny_vgg, 
     whole.recipe.CopyFrom(recipe_to_message(recipe))
     whole.seed = 11
     if start == "image":
-        whole.start_image.data = encoded(begun)
+        whole.start_image.data = encoded(start_image)
     engine = Painter(tiny_vgg, torch.device("cpu"), MODES["fp32"])
     job = StyleJob(
         recipe=recipe,
         content=content,
         styles=(style,),
         style_weights=(1.0,),
-        start=begun if start == "image" else None,
+        start=start_image if start == "image" else None,
         seed=11,
     )
     half = JobState(job)
-    ahead(engine, half, at)
+    advance_to(engine, half, at)
     rest.CopyFrom(wanted)
     rest.resume = written(half)
     async with serving(engine) as s:
@@ -374,7 +375,7 @@ async def test_a_job_that_was_stopped_and_resumed_has_the_same_result(tiny_vgg, 
     assert result.losses == first.result.losses
 
 
-async def test_a_job_goes_on_from_a_checkpoint_that_came_over_the_wire(tiny_vgg):
+async def test_a_job_resumes_from_a_checkpoint_sent_over_the_wire(tiny_vgg):
     images = {"content": encoded(make_picture(1)), "style": encoded(make_picture(2, 36, 36))}
     wanted = pb.JobSpec(
         content=pb.ImageSource(data=images["content"]),

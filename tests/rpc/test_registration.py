@@ -12,7 +12,7 @@ KINDS |= {(True, True): "stream_stream"}
 
 
 def called(channel, method, *messages):
-    """A call with bytes for messages."""
+    """A call that sends and receives bytes instead of messages."""
     open_call = getattr(channel, KINDS[method.client_streaming, method.server_streaming])
     call = open_call(f"/{SERVICE.full_name}/{method.name}", request_serializer=None, response_deserializer=None)
     return call(iter(messages) if method.client_streaming else messages[0])
@@ -22,7 +22,7 @@ def called(channel, method, *messages):
 @pytest.mark.parametrize(
     "data", [b"\xff\xff\xff", b"\x0a\x7fcut", b"\x0b" * 200], ids=["no tag", "cut off", "a tower of groups"]
 )
-async def test_bytes_that_are_no_message_are_an_invalid_request(method, data, caplog):
+async def test_bytes_that_cannot_be_parsed_are_an_invalid_request(method, data, caplog):
     async with serving(FakeEngine(), list_jobs=True) as s:
         got = await refused(called(s.channel, method, data))
     assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
@@ -35,7 +35,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_request(method, data, ca
     assert "Traceback" not in caplog.text
 
 
-async def test_a_command_that_is_no_message_ends_its_stream_and_nobody_elses_job():
+async def test_an_unparsable_command_ends_its_stream_and_no_other_job():
     method = SERVICE.methods_by_name["StylizeInteractive"]
     engine = FakeEngine(iteration_s=0.002)
     async with serving(engine) as s:
@@ -47,7 +47,7 @@ async def test_a_command_that_is_no_message_ends_its_stream_and_nobody_elses_job
         assert response.result.image.data
 
 
-async def test_a_message_with_fields_of_a_later_version_is_taken():
+async def test_a_message_with_fields_of_a_later_version_is_accepted():
     async with serving(FakeEngine()) as s:
         unknown = b"\xfa\x3f\x03new"  # field 1023
         data = pb.StylizeRequest(spec=spec()).SerializeToString() + unknown

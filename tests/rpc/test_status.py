@@ -1,4 +1,4 @@
-"""The gRPC status of each error: code, message, details and when to try again."""
+"""The gRPC status of each error: code, message, details and retry delay."""
 
 import asyncio
 import inspect
@@ -76,7 +76,7 @@ async def test_every_exception_has_its_code_reason_and_details(name):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    # What passes says when, what would be refused again says never, and the rest leaves it to the client's policy.
+    # A delay if a retry may help, -1 if it would be refused again, none if the client's policy decides.
     [
         (
             name,
@@ -91,17 +91,17 @@ async def test_every_exception_has_its_code_reason_and_details(name):
         for name in RAISED
     ],
 )
-def test_a_retry_policy_is_told_when_or_never(name, least):
-    told = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
-    assert told == least if least is None else least <= int(told) <= max(1.25 * least, -1)
+def test_retry_pushback_is_a_delay_or_never(name, least):
+    pushback = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
+    assert pushback == least if least is None else least <= int(pushback) <= max(1.25 * least, -1)
 
 
-def test_those_who_are_refused_together_do_not_come_again_together():
-    told = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
-    assert len(told) > 50 and max(map(int, told)) - min(map(int, told)) > 1000
+def test_clients_refused_together_do_not_retry_together():
+    delays = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
+    assert len(delays) > 50 and max(map(int, delays)) - min(map(int, delays)) > 1000
 
 
-def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
+def test_a_job_that_takes_too_long_by_itself_is_not_retried():
     refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
     assert refusal.message == (
         "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
@@ -109,28 +109,28 @@ def test_a_job_that_takes_too_long_by_itself_is_not_sent_again():
     )
     trailers = dict(refusal.trailers)
     assert trailers["grpc-retry-pushback-ms"] == "-1"
-    said = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in said.details)
+    sent = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in sent.details)
 
 
 def test_every_reason_is_used():
     reasons = [reason for _, reason in status.CODES.values()]
     assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
     shared = [reason for reason in reasons if reasons.count(reason) > 1]
-    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: callers do the same
+    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: the caller reacts alike
 
 
-async def test_an_unforeseen_exception_tells_nothing_but_that(caplog):
+async def test_an_unexpected_exception_is_not_disclosed(caplog):
     async with serving(FakeEngine(fails_at=1, error=ZeroDivisionError("secret"))) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
     assert got.code is grpc.StatusCode.INTERNAL
     assert got.message == "the server failed while working on this job; its log has the details"
     assert not any("secret" in str(value) for value in got.trailers.values())
-    assert "secret" in caplog.text  # the log has it
+    assert "secret" in caplog.text
 
 
 class Unencodable(FakeEngine):
-    """Whoever waits for one of its pictures gets an error."""
+    """An engine whose pictures cannot be read back."""
 
     def batch(self, shape, slots):
         batch = super().batch(shape, slots)
@@ -143,7 +143,7 @@ class Unencodable(FakeEngine):
 
 
 @pytest.mark.parametrize("place", ["decoding", "encoding"])
-async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monkeypatch, caplog):
+async def test_running_out_of_host_memory_has_its_own_reason(place, monkeypatch, caplog):
     async def cannot(self, spec, place, deadline_at):
         raise MemoryError("secret")
 
@@ -157,10 +157,10 @@ async def test_memory_that_ends_away_from_the_device_has_its_reason(place, monke
         got.message
         == "the server ran out of memory while it worked on this; ask for a smaller size, or try again later"
     )
-    assert "secret" in caplog.text  # the log has it
+    assert "secret" in caplog.text
 
 
-async def test_a_cancellation_from_inside_never_hangs_a_client(monkeypatch, caplog):
+async def test_an_internal_cancellation_never_hangs_a_client(monkeypatch, caplog):
     async def cancelled(self, spec, place, deadline_at):
         raise asyncio.CancelledError
 

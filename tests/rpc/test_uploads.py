@@ -1,4 +1,4 @@
-"""UploadImage: what is kept, and what is refused at which byte."""
+"""UploadImage: which images are kept, and which are refused."""
 
 import hashlib
 import io
@@ -33,13 +33,13 @@ def noise(side=64):
     return out.getvalue()
 
 
-async def test_an_image_is_uploaded_once_and_named_in_many_jobs():
+async def test_an_image_is_uploaded_once_and_used_in_many_jobs():
     engine = FakeEngine()
     content, style = png(), noise()
     async with serving(engine) as s:
-        for _ in range(2):  # the second time changes nothing
-            told = await uploaded(s, content)
-            assert told == pb.UploadImageResponse(digest=digest(content), width=64, height=32)
+        for _ in range(2):  # the second upload changes nothing
+            response = await uploaded(s, content)
+            assert response == pb.UploadImageResponse(digest=digest(content), width=64, height=32)
         await uploaded(s, style)
         inline = spec()
         inline.styles[0].image.data = style
@@ -55,16 +55,16 @@ async def test_an_image_is_uploaded_once_and_named_in_many_jobs():
     assert info.uploads == pb.CacheStats(hits=4, misses=0, bytes=kept, max_bytes=128 * 2**20)
 
 
-async def test_a_size_is_told_as_the_image_will_be_turned():
+async def test_the_size_is_that_after_exif_orientation():
     out, exif = io.BytesIO(), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (64, 32)).save(out, "JPEG", exif=exif)
     async with serving(FakeEngine()) as s:
-        told = await uploaded(s, out.getvalue())
-    assert (told.width, told.height) == (32, 64)
+        response = await uploaded(s, out.getvalue())
+    assert (response.width, response.height) == (32, 64)
 
 
-async def test_a_start_image_can_be_named_too():
+async def test_a_start_image_can_be_uploaded_too():
     engine = FakeEngine()
     wanted = spec()
     wanted.recipe.start = pb.START_IMAGE
@@ -75,7 +75,7 @@ async def test_a_start_image_can_be_named_too():
     assert engine.jobs[0].start.shape == (3, 40, 20)
 
 
-async def test_an_image_that_is_not_there_is_not_found_unless_more_is_wrong():
+async def test_a_missing_image_is_not_found_unless_there_are_violations():
     engine = FakeEngine()
     wanted = spec()
     wanted.content.digest = digest(b"never")
@@ -93,7 +93,7 @@ async def test_an_image_that_is_not_there_is_not_found_unless_more_is_wrong():
         assert s.scheduler.queued == 0 and engine.jobs == []
 
 
-async def test_an_image_that_made_room_is_not_found():
+async def test_an_evicted_image_is_not_found():
     first, second = noise(), noise()
     async with serving(FakeEngine(), Limits(max_uploads_bytes=len(first) + 2000)) as s:
         await uploaded(s, first)
@@ -118,7 +118,7 @@ async def test_an_image_that_made_room_is_not_found():
         (png(64, 15), "each side must have at least 16 pixels"),
     ],
 )
-async def test_rubbish_is_refused_when_it_is_uploaded(data, words):
+async def test_data_that_is_no_image_is_refused_when_it_is_uploaded(data, words):
     async with serving(FakeEngine(), Limits(max_image_pixels=70_000)) as s:
         got = await refused(s.stub.UploadImage(iter(chunks(data))))
         info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
@@ -128,9 +128,9 @@ async def test_rubbish_is_refused_when_it_is_uploaded(data, words):
     assert info.uploads.bytes == 0
 
 
-async def test_a_damaged_image_that_was_uploaded_is_named_by_its_digest():
+async def test_a_damaged_uploaded_image_is_reported_by_its_digest():
     data = noise()
-    data = data[: len(data) // 2]  # its header is whole
+    data = data[: len(data) // 2]  # its header is valid
     wanted = spec()
     wanted.content.digest = digest(data)
     async with serving(FakeEngine()) as s:
@@ -140,7 +140,7 @@ async def test_a_damaged_image_that_was_uploaded_is_named_by_its_digest():
     assert violation.field == "spec.content.digest" and "truncated" in violation.description
 
 
-async def test_an_upload_without_end_is_refused_at_once():
+async def test_an_endless_upload_is_refused_at_the_limit():
     async def endless():
         while True:
             yield pb.UploadImageRequest(chunk=bytes(1000))
@@ -152,7 +152,7 @@ async def test_an_upload_without_end_is_refused_at_once():
         await s.servicer.idle()
 
 
-async def test_a_client_that_leaves_within_an_upload_leaves_nothing():
+async def test_a_client_that_leaves_during_an_upload_leaves_nothing():
     async with serving(FakeEngine()) as s:
         call = s.stub.UploadImage()
         await call.write(pb.UploadImageRequest(chunk=png()[:30]))

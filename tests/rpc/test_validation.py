@@ -1,4 +1,4 @@
-"""Which requests are refused, and what the violations say."""
+"""Invalid requests and their violations."""
 
 import grpc
 import pytest
@@ -139,20 +139,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_wrong_field_is_named(case):
+def test_an_invalid_field_is_named(case):
     change, field, words = CASES[case]
     (violation,) = violations(change)
     assert violation.field == field
     assert words in violation.description
 
 
-def test_a_right_request_has_no_violations():
+def test_a_valid_request_has_no_violations():
     assert violations(lambda s: None) == []
     assert violations(set_recipe(alpha=0.0, size=1024, style_scale=1.0)) == []
     assert violations(set_layers(("relu5_1", 0.5))) == []
 
 
-async def test_every_violation_is_told_at_once_those_of_the_images_included():
+async def test_all_violations_are_reported_at_once_also_those_of_images():
     wanted = spec(beta=-1.0)
     wanted.content.data = b"GIF89a"
     wanted.styles[0].image.data = png()[:50]
@@ -162,21 +162,21 @@ async def test_every_violation_is_told_at_once_those_of_the_images_included():
         got = await refused(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=wanted)))
     assert got.code is grpc.StatusCode.INVALID_ARGUMENT
     assert (got.ErrorInfo.reason, got.ErrorInfo.domain) == ("INVALID_REQUEST", "gramophone")
-    told = {v.field: v.description for v in got.BadRequest.field_violations}
-    assert list(told) == [
+    reported = {v.field: v.description for v in got.BadRequest.field_violations}
+    assert list(reported) == [
         "spec.styles[1].weight",
         "spec.recipe.beta",
         "spec.content.data",
         "spec.styles[0].image.data",
         "spec.styles[1].image.data",
     ]
-    assert "a GIF file" in told["spec.content.data"]
-    assert "truncated" in told["spec.styles[0].image.data"]
+    assert "a GIF file" in reported["spec.content.data"]
+    assert "truncated" in reported["spec.styles[0].image.data"]
     assert got.message.startswith("spec.styles[1].weight: must be above 0")
     assert engine.jobs == []
 
 
-def test_a_field_that_breaks_a_rule_of_recipes_does_not_hide_what_the_server_refuses():
+def test_violations_of_recipe_rules_do_not_hide_those_of_server_rules():
     def change(s):
         set_recipe(beta=-1.0, size=4096, start="image")(s)
         set_layers(("relu9_1", 1.0))(s)
@@ -185,7 +185,7 @@ def test_a_field_that_breaks_a_rule_of_recipes_does_not_hide_what_the_server_ref
     assert fields == ["spec.recipe.beta", "spec.recipe.style_layers[0].layer", "spec.recipe.size", "spec.start_image"]
 
 
-async def test_a_result_that_would_be_too_thin_is_refused_with_the_size_that_is_not():
+async def test_a_result_that_is_too_thin_is_refused_with_the_smallest_valid_size():
     wanted = spec(size=64)
     wanted.content.data = png(640, 80)
     async with serving(FakeEngine()) as s:
@@ -198,14 +198,14 @@ async def test_a_result_that_would_be_too_thin_is_refused_with_the_size_that_is_
         assert response.result.image.height == 16
 
 
-async def test_more_violations_than_fit_are_cut_and_counted():
+async def test_violations_that_do_not_fit_are_counted():
     wanted = spec()
     set_layers(*((f"{'x' * 5000}{i}", 1) for i in range(16)))(wanted)
     set_layers(*((f"\N{WHITE SMILING FACE}{i}", 1) for i in range(16)), which="content_layers")(wanted)
     async with serving(FakeEngine()) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
     assert got.code is grpc.StatusCode.INVALID_ARGUMENT
-    told = got.BadRequest.field_violations
-    assert 10 <= len(told) <= 20
-    assert told[-1].description == f"has {32 - len(told) + 1} more violations, which did not fit here"
+    reported = got.BadRequest.field_violations
+    assert 10 <= len(reported) <= 20
+    assert reported[-1].description == f"has {32 - len(reported) + 1} more violations, which did not fit here"
     assert len(got.trailers["grpc-status-details-bin"]) <= 4096

@@ -20,10 +20,10 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("traceparent", "trace"),
     [
         (f"00-{TRACE}-{SPAN}-01", TRACE),
-        (f"01-{TRACE}-{SPAN}-01-more", TRACE),  # of a later version
+        (f"01-{TRACE}-{SPAN}-01-more", TRACE),  # a later version of the format
         (f"ff-{TRACE}-{SPAN}-01", None),
         (f"00-{'0' * 32}-{SPAN}-01", None),
         (f"00-{TRACE}-{'0' * 16}-01", None),
@@ -34,8 +34,8 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
         (b"00-", None),
     ],
 )
-def test_only_a_valid_traceparent_has_a_trace(said, meant):
-    assert trace_id((("user-agent", "x"), ("traceparent", said))) == meant
+def test_only_a_valid_traceparent_has_a_trace(traceparent, trace):
+    assert trace_id((("user-agent", "x"), ("traceparent", traceparent))) == trace
 
 
 def test_no_metadata_has_no_trace():
@@ -46,7 +46,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-async def test_each_call_leaves_a_line(tmp_path):
+async def test_each_call_has_a_line(tmp_path):
     path = tmp_path / "access.log"
     access = AccessLog(str(path))
     async with serving(FakeEngine(), Limits(max_running=1, max_queued=0), access=access) as s:
@@ -96,7 +96,7 @@ async def test_a_client_that_leaves_has_a_line_too(tmp_path):
     ]
 
 
-def test_a_log_that_was_moved_away_is_made_anew(tmp_path):
+def test_a_log_that_was_moved_away_is_created_again(tmp_path):
     path = tmp_path / "access.log"
     access = AccessLog(str(path))
     access.write(method="A")
@@ -106,7 +106,7 @@ def test_a_log_that_was_moved_away_is_made_anew(tmp_path):
     assert [line["method"] for line in lines(path)] == ["B"]
 
 
-async def test_calls_end_whatever_becomes_of_the_log(tmp_path, caplog):
+async def test_calls_end_normally_if_the_log_cannot_be_written(tmp_path, caplog):
     folder = tmp_path / "logs"
     folder.mkdir()
     path = folder / "access.log"
@@ -132,7 +132,7 @@ async def test_calls_end_whatever_becomes_of_the_log(tmp_path, caplog):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_full_disk_is_told_once(caplog, capsys):
+def test_a_full_disk_is_reported_once(caplog, capsys):
     access = AccessLog("/dev/full")
     for _ in range(3):
         access.write(method="A")
@@ -145,15 +145,15 @@ def test_a_full_disk_is_told_once(caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_dash_is_standard_error_and_nobody_elses_log(capsys, caplog):
+def test_a_dash_is_standard_error_and_no_other_log(capsys, caplog):
     caplog.set_level(logging.DEBUG)
     AccessLog("-").write(method="A", code="OK")
-    shown = capsys.readouterr()
-    assert json.loads(shown.err)["method"] == "A" and not shown.out
+    output = capsys.readouterr()
+    assert json.loads(output.err)["method"] == "A" and not output.out
     assert not caplog.records
 
 
-def test_a_log_that_cannot_be_written_is_told_at_the_start(tmp_path):
+def test_a_log_that_cannot_be_opened_is_a_startup_error(tmp_path):
     with pytest.raises(StartupError) as caught:
         AccessLog(str(tmp_path / "missing" / "access.log"))
     assert str(caught.value).startswith("--access-log: cannot write to ")

@@ -1,6 +1,6 @@
+import contextlib
 import http.client
 import socket
-import time
 import urllib.error
 import urllib.request
 
@@ -11,6 +11,7 @@ from gramophone_server.errors import StartupError
 from gramophone_server.telemetry import http_probes
 from gramophone_server.telemetry.http_probes import HttpProbes
 from gramophone_server.telemetry.metrics import Metrics
+from tests.support.clock import ManualClock, until
 
 
 class Problems:
@@ -25,27 +26,25 @@ def problems():
 
 
 @pytest.fixture
-def serve(problems):
-    """Starts probes that report `problems`; keyword arguments are those of HttpProbes. Returns their address."""
-    started = []
-
-    def start(**times):
-        probes = HttpProbes(
-            "127.0.0.1", 0, Metrics().registry, lambda: problems.readiness, lambda: problems.liveness, **times
-        )
-        probes.start()
-        started.append(probes)
-        return f"127.0.0.1:{probes.port}"
-
-    yield start
-    for probes in started:
-        probes.close()
+def clock():
+    return ManualClock()
 
 
 @pytest.fixture
-def served(serve):
-    """The address of probes."""
-    return serve()
+def probes(problems, clock):
+    """Probes that report `problems`."""
+    started = HttpProbes(
+        "127.0.0.1", 0, Metrics().registry, lambda: problems.readiness, lambda: problems.liveness, clock=clock
+    )
+    started.start()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def served(probes):
+    """The address of the probes."""
+    return f"127.0.0.1:{probes.port}"
 
 
 def connect(address):
@@ -84,42 +83,47 @@ def test_an_unknown_path_lists_the_known_ones(served):
     assert status == 404 and "/metrics" in text and "/healthz" in text
 
 
-def test_a_silent_client_is_disconnected_and_blocks_no_other(serve):
-    address = serve(request_timeout_s=0.2)
-    with connect(address) as silent:
-        assert got(address, "/healthz")[0] == 200
-        assert silent.recv(1) == b""  # the end, after the timeout
+async def test_a_silent_client_is_disconnected_and_blocks_no_other(probes, served, clock):
+    with connect(served) as silent:
+        assert got(served, "/healthz")[0] == 200
+        await until(lambda: probes.connections == 1)
+        clock.advance(http_probes.REQUEST_TIMEOUT_S + 0.1)
+        assert silent.recv(1) == b""  # the end of the connection
 
 
-def test_a_client_that_sends_single_bytes_is_disconnected_too(serve):
-    address = serve(request_timeout_s=0.5)
-    with connect(address) as dripping, pytest.raises(OSError):
-        for _ in range(500):
+async def test_a_client_that_sends_single_bytes_is_disconnected_too(probes, served, clock):
+    with connect(served) as dripping:
+        await until(lambda: probes.connections == 1)
+
+        def disconnected():
             dripping.sendall(b"G")
-            time.sleep(0.02)
+            clock.advance(http_probes.REQUEST_TIMEOUT_S / 10)
+            with contextlib.suppress(TimeoutError):
+                return dripping.recv(1) == b""
+
+        dripping.settimeout(0.02)
+        with contextlib.suppress(ConnectionError):
+            await until(disconnected)
 
 
-def test_slow_clients_make_room_for_a_probe(serve):
-    address = serve(replaceable_after_s=0.2)
-    holding = [connect(address) for _ in range(http_probes.MOST_CONNECTIONS)]
+async def test_slow_clients_make_room_for_a_probe(probes, served, clock):
+    holding = [connect(served) for _ in range(http_probes.MOST_CONNECTIONS)]
     try:
-        time.sleep(0.4)
-        assert got(address, "/livez")[0] == 200
+        await until(lambda: probes.connections == http_probes.MOST_CONNECTIONS)
+        clock.advance(http_probes.REPLACEABLE_AFTER_S + 0.1)
+        assert got(served, "/livez")[0] == 200
         assert holding[0].recv(1) == b""  # the oldest one
     finally:
         for one in holding:
             one.close()
 
 
-def test_connections_are_bounded(serve):
-    address = serve(replaceable_after_s=60, request_timeout_s=60)
-    holding = [connect(address) for _ in range(http_probes.MOST_CONNECTIONS)]
+async def test_connections_are_bounded(probes, served):
+    holding = [connect(served) for _ in range(http_probes.MOST_CONNECTIONS)]
     try:
+        await until(lambda: probes.connections == http_probes.MOST_CONNECTIONS)
         with pytest.raises((OSError, http.client.HTTPException)):
-            # The server may not have accepted all of these yet, but one of this many more finds no room.
-            for _ in range(50):
-                got(address, "/healthz")
-                holding.append(connect(address))
+            got(served, "/healthz")
     finally:
         for one in holding:
             one.close()

@@ -18,7 +18,7 @@ KINDS |= {"StylizeInteractive": "bidi_stream"}
 
 
 def rpcs(metrics, name, method, **labels):
-    """The value of a grpc_server_* metric, None if there is no such series."""
+    """The value of a grpc_server_* metric, None without such a series."""
     labels |= {"grpc_type": KINDS[method], "grpc_service": SERVICE, "grpc_method": method}
     return metrics.registry.get_sample_value(f"grpc_server_{name}", labels)
 
@@ -48,11 +48,11 @@ def test_every_reason_and_outcome_is_counted_from_the_start():
 
 
 @pytest.mark.parametrize(
-    ("longest", "told"),
+    ("longest", "expected"),
     [(16, "64"), (64, "64"), (65, "128"), (256, "256"), (257, "512"), (2048, "2048"), (4096, "4096"), (4097, "larger")],
 )
-def test_sizes_are_told_in_classes(longest, told):
-    assert size_class(longest) == told
+def test_sizes_have_classes(longest, expected):
+    assert size_class(longest) == expected
 
 
 async def test_a_call_is_counted_with_its_messages_and_its_job():
@@ -65,7 +65,7 @@ async def test_a_call_is_counted_with_its_messages_and_its_job():
         assert rpcs(metrics, "handling_seconds_count", "Stylize") == 1
         assert value(metrics, "jobs_finished_total", outcome="ITERATIONS_DONE") == 1
         assert value(metrics, "job_seconds_count") == value(metrics, "queue_wait_seconds_count") == 1
-        assert value(metrics, "time_to_first_frame_seconds_count") == 0  # nobody looked on
+        assert value(metrics, "time_to_first_frame_seconds_count") == 0  # the call wants no frames
         assert value(metrics, "iterations_total", size="64") == 5
         slices = value(metrics, "iteration_seconds_count", size="64")
         assert 1 <= slices <= 5
@@ -112,7 +112,7 @@ async def test_every_message_of_a_client_is_counted():
         (1.5, False, "DeadlineExceeded"),
     ],
 )
-async def test_a_stream_that_its_client_leaves_is_counted_by_how_it_left(deadline_s, cancels, code):
+async def test_a_stream_that_its_client_ends_is_counted_by_the_reason(deadline_s, cancels, code):
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
         call = await start_stream(s, engine, timeout=deadline_s)
@@ -133,7 +133,7 @@ async def test_a_job_that_fails_is_counted_by_its_reason():
         assert value(metrics, "admission_rejected_total", reason="DIVERGED") == 0
 
 
-async def test_refusals_are_counted_by_reason_and_are_no_jobs():
+async def test_rejected_jobs_are_counted_by_reason_and_not_as_ended_jobs():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, Limits(max_running=1, max_queued=0), metrics=metrics) as s:
         await refused(s.stub.Stylize(pb.StylizeRequest(spec=pb.JobSpec())))
@@ -145,7 +145,7 @@ async def test_refusals_are_counted_by_reason_and_are_no_jobs():
         running.cancel()
 
 
-async def test_whatever_is_wrong_with_a_request_is_counted_once():
+async def test_each_invalid_request_is_counted_once():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
         streamed = spec()
@@ -163,12 +163,11 @@ async def test_whatever_is_wrong_with_a_request_is_counted_once():
         attach = pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id="none"))
         await refused(s.stub.StylizeInteractive(iter([attach])))
         await until(lambda: value(metrics, "admission_rejected_total", reason="INVALID_REQUEST") == 5)
-        assert (
-            value(metrics, "admission_rejected_total", reason="JOB_NOT_FOUND") == 0
-        )  # they asked for no job of their own
+        # WatchJob and attach do not create a job.
+        assert value(metrics, "admission_rejected_total", reason="JOB_NOT_FOUND") == 0
 
 
-async def test_whatever_callers_choose_the_series_stay_as_many():
+async def test_the_number_of_series_does_not_depend_on_what_callers_choose():
     metrics = Metrics()
     async with serving(FakeEngine(), Limits(max_queued=100), metrics=metrics) as s:
 

@@ -44,13 +44,12 @@ class HttpProbes:
         readiness_problem: Callable[[], str],
         liveness_problem: Callable[[], str],
         *,
-        replaceable_after_s: float = REPLACEABLE_AFTER_S,
-        request_timeout_s: float = REQUEST_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises `StartupError` if the address cannot be listened on. The two times are for tests to replace."""
+        """Raises `StartupError` if the address cannot be listened on. The monotonic `clock` is for tests to replace."""
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._server = _Server(family, address, replaceable_after_s, request_timeout_s)
+            self._server = _Server(family, address, clock)
         except OSError as error:
             raise StartupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror or error}; "
@@ -65,6 +64,11 @@ class HttpProbes:
     def port(self) -> int:
         """The port that it listens on."""
         return self._server.server_port
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return len(self._server.open)
 
     def start(self) -> None:
         """Starts to answer."""
@@ -94,13 +98,10 @@ class HttpProbes:
 class _Server(ThreadingWSGIServer):
     """Runs each connection on a thread, at most `MOST_CONNECTIONS` at a time; a slow one makes room for a new one."""
 
-    def __init__(
-        self, family: socket.AddressFamily, address: Any, replaceable_after_s: float, request_timeout_s: float
-    ) -> None:
+    def __init__(self, family: socket.AddressFamily, address: Any, clock: Callable[[], float]) -> None:
         self.address_family = family
-        self._replaceable_after_s, self._request_timeout_s = replaceable_after_s, request_timeout_s
-        # Open connections, oldest first, and when each was opened, on the monotonic clock.
-        self._open: dict[Any, float] = {}
+        self.open: dict[Any, float] = {}  # open connections, oldest first, and when each was opened
+        self._clock = clock
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -111,14 +112,14 @@ class _Server(ThreadingWSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts a thread, if there is room."""
-        now = time.monotonic()
-        open_now = list(self._open.items())
+        now = self._clock()
+        open_now = list(self.open.items())
         if len(open_now) >= MOST_CONNECTIONS:
             oldest, opened_at = open_now[0]
-            if now - opened_at < self._replaceable_after_s:
+            if now - opened_at < REPLACEABLE_AFTER_S:
                 return self.shutdown_request(request)
             self._end(oldest)
-        self._open[request] = now
+        self.open[request] = now
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -126,17 +127,17 @@ class _Server(ThreadingWSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.pop(request, None)
+            self.open.pop(request, None)
 
     def service_actions(self) -> None:
         """Ends overdue connections, twice a second. A socket's own timeout would start anew with each byte."""
-        overdue_at = time.monotonic() - self._request_timeout_s
-        for request, opened_at in list(self._open.items()):
+        overdue_at = self._clock() - REQUEST_TIMEOUT_S
+        for request, opened_at in list(self.open.items()):
             if opened_at < overdue_at:
                 self._end(request)
 
     def _end(self, request: Any) -> None:
-        self._open.pop(request, None)
+        self.open.pop(request, None)
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_RDWR)  # its thread then reads the end of the stream
 
