@@ -1,1 +1,1 @@
-"""What nobody should send, sent to a server: see `campaign`."""
+"""Sends invalid and malicious requests to a server: see `campaign`."""

@@ -1,8 +1,9 @@
-"""Sends bad inputs to a server and tells what it did wrong.
+"""Sends bad inputs to a server and records the rules that the server violates.
 
-Three parts: what failed once (the corpus), and the bombs, each alone, so that the server's memory is that of one request;
-then damaged messages of all kinds, eight at a time, whose memory together is held to the limit of one. Throughout, the server
-must answer health, log no error, and be able to make a good picture afterwards.
+First the corpus (inputs that failed once) and the bombs are sent, one at a time, so that the server's memory is that of
+one request. Then damaged messages of all kinds are sent, eight at a time; their memory together must not exceed the
+limit for one. All the while the server must answer health checks and must not log an error, and at the end it must run
+an ordinary job.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,25 +22,26 @@ from rich.table import Table
 
 from tests.bad_input import inputs
 from tests.bad_input.inputs import Input, corpus
-from tests.bad_input.sending import AT_ONCE, LIMITS, Target, beside, target
+from tests.bad_input.sending import CONCURRENCY, LIMITS, ServerUnderTest, running_server, watch_health_during
 
 MIB = 2**20
-ENOUGH = 50  # failures, behind which no more damage is sent: the same again, and each may take a minute
+MAX_FAILURES = 50  # ends the campaign; further failures are likely to be the same, and each may take a minute
+MAX_HEALTH_S = 2.0  # longest allowed health check
 
 
 @dataclass
 class Findings:
-    """What a campaign has seen."""
+    """The results of a campaign."""
 
     sent: Counter[str] = field(default_factory=Counter)  # by kind
     codes: dict[str, Counter[str]] = field(default_factory=dict)  # by kind
-    slowest: dict[str, float] = field(default_factory=dict)  # seconds on the clock by kind
-    again: int = 0  # inputs that were slow, and were made again
-    failures: list[tuple[Input | None, str]] = field(default_factory=list)  # of an input, or of the server as a whole
-    most_memory: int = 0  # bytes of one request alone, above what the server held before it
-    most_memory_of: str = ""
-    most_memory_at_once: int = 0  # bytes while others were on their way, above what it held before one of them
-    most_memory_at_once_of: str = ""
+    slowest_s: dict[str, float] = field(default_factory=dict)  # elapsed time by kind
+    repeated: int = 0  # inputs that were slow and therefore sent again
+    failures: list[tuple[Input | None, str]] = field(default_factory=list)  # None: of the server as a whole
+    max_memory: int = 0  # bytes that one request alone took
+    max_memory_input: str = ""
+    max_memory_concurrent: int = 0  # bytes that a request and those beside it took
+    max_memory_concurrent_input: str = ""
     peak: int = 0  # bytes of the server
     slowest_health_s: float = 0.0
 
@@ -49,101 +50,107 @@ class Findings:
         return self.sent.total()
 
 
-async def campaign(
-    count: int, seed: int, paths: Iterable[Path] | None = None, *, bombs: bool = True, loud: bool = False
+async def run_campaign(
+    count: int, seed: int, paths: Iterable[Path] | None = None, *, bombs: bool = True, show_progress: bool = False
 ) -> Findings:
-    """``count`` inputs of this seed behind what is in the files, by default the corpus, and the bombs."""
+    """Sends the inputs in the files (default: the corpus) and the bombs, then ``count`` random inputs of this seed."""
     findings, console = Findings(), Console()
-    inputs.prepare()  # or it would hold up the clock of whatever is on its way
-    alone = [(path.stem, Input.of_file(path)) for path in (corpus() if paths is None else paths)]
+    inputs.prepare()  # now, because it would block the event loop while requests are timed
+    alone = [(path.stem, Input.from_file(path)) for path in (corpus() if paths is None else paths)]
     if bombs:
         alone += [(bomb.kind, bomb) for bomb in inputs.bombs()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, disable=not loud) as progress:
-        async with target(f"{folder}/log") as server:
-            await server.begin()
-            task = progress.add_task("bombs", total=len(alone) + count)
+    disable = not show_progress
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, disable=disable) as progress:
+        async with running_server(f"{folder}/log") as server:
+            await server.run_named_job()
+            task = progress.add_task("corpus and bombs", total=len(alone) + count)
 
-            async def work() -> None:
+            def advance() -> None:
+                progress.advance(task)
+
+            async def send_all() -> None:
                 for name, sent in alone:
-                    await _noted(server, name, sent, findings)
-                    progress.advance(task)
+                    await _send(server, name, sent, findings)
+                    advance()
                 progress.update(task, description="damage")
                 source = itertools.islice(inputs.inputs(seed), count)
-                await asyncio.gather(
-                    *(_sender(server, source, findings, lambda: progress.advance(task)) for _ in range(AT_ONCE))
-                )
+                await asyncio.gather(*(_send_from(server, source, findings, advance) for _ in range(CONCURRENCY)))
 
-            await beside(work(), server)
-            _judge(findings, server, await server.still_paints())
+            await watch_health_during(send_all(), server)
+            _check_server(findings, server, await server.check_ordinary_job())
     return findings
 
 
-async def _sender(server: Target, source: Iterable[Input], findings: Findings, sent: object) -> None:
-    for one in source:
-        if len(findings.failures) >= ENOUGH:
+async def _send_from(
+    server: ServerUnderTest, source: Iterable[Input], findings: Findings, advance: Callable[[], None]
+) -> None:
+    for sent in source:
+        if len(findings.failures) >= MAX_FAILURES:
             return
-        await _noted(server, one.kind, one, findings)
-        sent()  # type: ignore[operator]
+        await _send(server, sent.kind, sent, findings)
+        advance()
 
 
-async def _noted(server: Target, name: str, sent: Input, findings: Findings) -> None:
-    """Sends one input, and holds the server to its rules."""
-    outcome = await server.outcome(sent)
+async def _send(server: ServerUnderTest, name: str, sent: Input, findings: Findings) -> None:
+    """Sends one input and adds the outcome to the findings."""
+    outcome = await server.send(sent)
     kind = sent.kind.split()[0]
     findings.sent[kind] += 1
     findings.codes.setdefault(kind, Counter())[outcome.code] += 1
-    findings.slowest[kind] = max(findings.slowest.get(kind, 0.0), outcome.seconds)
-    findings.again += outcome.again > 0
+    findings.slowest_s[kind] = max(findings.slowest_s.get(kind, 0.0), outcome.seconds)
+    findings.repeated += outcome.repeats > 0
     if outcome.failure:
         findings.failures.append((sent, outcome.failure))
-    took, others = outcome.memory, f" with up to {outcome.beside} others beside" if outcome.beside else ""
-    if outcome.beside and took > findings.most_memory_at_once:
-        findings.most_memory_at_once, findings.most_memory_at_once_of = took, name
-    elif not outcome.beside and took > findings.most_memory:
-        findings.most_memory, findings.most_memory_of = took, name
-    if took > LIMITS.request_memory_bytes:
+    memory = outcome.memory
+    if outcome.others and memory > findings.max_memory_concurrent:
+        findings.max_memory_concurrent, findings.max_memory_concurrent_input = memory, name
+    elif not outcome.others and memory > findings.max_memory:
+        findings.max_memory, findings.max_memory_input = memory, name
+    if memory > LIMITS.request_memory_bytes:
+        others = f" with up to {outcome.others} other requests" if outcome.others else ""
         limit = f"at most {LIMITS.request_memory_bytes / MIB:.0f} are allowed"
-        findings.failures.append((sent, f"took {took / MIB:.0f} MiB{others}, {limit}"))
+        findings.failures.append((sent, f"took {memory / MIB:.0f} MiB{others}, {limit}"))
 
 
-def _judge(findings: Findings, server: Target, picture: str) -> None:
-    """What the server as a whole did wrong."""
+def _check_server(findings: Findings, server: ServerUnderTest, job_failure: str) -> None:
+    """Adds the failures of the server as a whole."""
     findings.slowest_health_s, findings.peak = server.slowest_health_s, server.peak
-    wrong = [*(f"health: {failure}" for failure in sorted(set(server.health_failures))), *server.defects()]
-    if server.slowest_health_s > 2:
-        wrong.append(f"health took {server.slowest_health_s:.1f} s")
-    if picture:
-        wrong.append(f"no good picture afterwards: {picture}")
-    findings.failures.extend((None, failure) for failure in wrong)
+    failures = [*(f"health: {failure}" for failure in sorted(set(server.health_failures))), *server.logged_errors()]
+    if server.slowest_health_s > MAX_HEALTH_S:
+        failures.append(f"a health check took {server.slowest_health_s:.1f} s")
+    if job_failure:
+        failures.append(f"an ordinary job failed afterwards: {job_failure}")
+    findings.failures.extend((None, failure) for failure in failures)
 
 
-def show(findings: Findings, began: float, console: Console) -> None:
-    """The table at the end."""
-    table = Table(
-        "input", "sent", "slowest", "ended in", title=f"{findings.total} bad inputs in {time.monotonic() - began:.0f} s"
-    )
+def print_summary(findings: Findings, seconds: float, console: Console) -> None:
+    """Prints the results of a campaign that took ``seconds``."""
+    table = Table("input", "sent", "slowest", "ended in", title=f"{findings.total} bad inputs in {seconds:.0f} s")
     for kind, sent in sorted(findings.sent.items()):
         codes = ", ".join(f"{code} {n}" for code, n in findings.codes[kind].most_common())
-        table.add_row(kind, str(sent), f"{findings.slowest[kind]:.2f} s", codes)
+        table.add_row(kind, str(sent), f"{findings.slowest_s[kind]:.2f} s", codes)
     console.print(table)
     console.print(
-        f"one request took at most {findings.most_memory / MIB:.0f} MiB ({findings.most_memory_of}), up to {AT_ONCE} at once "
-        f"{findings.most_memory_at_once / MIB:.0f} MiB ({findings.most_memory_at_once_of}), the limit is "
-        f"{LIMITS.request_memory_bytes / MIB:.0f} MiB; {findings.again} inputs were slow and made again; "
-        f"health took at most {findings.slowest_health_s * 1000:.0f} ms"
+        f"memory: one request took at most {findings.max_memory / MIB:.0f} MiB ({findings.max_memory_input}), "
+        f"up to {CONCURRENCY} concurrent requests {findings.max_memory_concurrent / MIB:.0f} MiB "
+        f"({findings.max_memory_concurrent_input}); the limit is {LIMITS.request_memory_bytes / MIB:.0f} MiB"
+    )
+    console.print(
+        f"{findings.repeated} inputs were slow and sent again; "
+        f"a health check took at most {findings.slowest_health_s * 1000:.0f} ms"
     )
 
 
-def keep(findings: Findings, folder: Path) -> list[str]:
-    """Writes each input that failed, and returns what is to be said of every failure."""
-    said = []
+def save_failures(findings: Findings, folder: Path) -> list[str]:
+    """Writes each input that failed to the folder. Returns a message for each failure."""
+    messages = []
     for number, (sent, failure) in enumerate(findings.failures):
         if sent is None:
-            said.append(failure)
+            messages.append(failure)
             continue
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:03}-{sent.kind.replace(' ', '-')}.input"
         path.write_bytes(sent.to_file())
-        said.append(f"{failure}\n    {sent.method}; again with: python -m tests.bad_input {path}")
-    return said
+        messages.append(f"{failure}\n    {sent.method}; repeat with: python -m tests.bad_input {path}")
+    return messages

@@ -1,4 +1,4 @@
-"""Calls that nobody should make, each a function of a seed, and as a file that makes the same call again."""
+"""Invalid calls. Each is a function of a seed, and can be saved to a file to repeat it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.fake import FakeEngine
 from gramophone_server.images import codec
-from tests.bad_input.pictures import BOMBS, damaged, good, in_jpeg, in_png
+from tests.support.bad_pictures import BOMBS, damaged, in_jpeg, in_png, valid_pictures
 
-JOB_ID = "00000000-0000-4000-8000-000000000000"  # in the bytes of an input; a real one takes its place when it is sent
+JOB_ID = "00000000-0000-4000-8000-000000000000"  # in inputs; replaced by the id of an existing job when sent
 RECIPE: dict[str, Any] = {"size": 32, "smallest_size": 0, "iterations": 6}
 REQUESTS = {
     "Stylize": pb.StylizeRequest, "StylizeStream": pb.StylizeStreamRequest,
@@ -36,10 +36,10 @@ REQUESTS = {
 class Input(NamedTuple):
     """One call."""
 
-    kind: str  # what is wrong with it
+    kind: str  # kind of damage
     method: str
     messages: tuple[bytes, ...]
-    images: int = 1  # that are worth decoding: each may take its time
+    images: int = 1  # number of images to decode; scales the time limit
 
     def to_file(self) -> bytes:
         head = json.dumps({
@@ -48,22 +48,23 @@ class Input(NamedTuple):
         return lzma.compress(head.encode() + b"\n" + b"".join(self.messages))
 
     @classmethod
-    def of_file(cls, path: Path) -> Input:
+    def from_file(cls, path: Path) -> Input:
         head, _, body = lzma.decompress(path.read_bytes()).partition(b"\n")
-        told, messages = json.loads(head), []
-        for size in told["sizes"]:
+        fields, messages = json.loads(head), []
+        for size in fields["sizes"]:
             messages.append(body[:size])
             body = body[size:]
-        return cls(told["kind"], told["method"], tuple(messages), told["images"])
+        return cls(fields["kind"], fields["method"], tuple(messages), fields["images"])
 
 
 def corpus() -> list[Path]:
-    """What failed once."""
+    """The files of inputs that failed once."""
     return sorted((Path(__file__).parent / "corpus").glob("*.input"))
 
 
 def bombs() -> Iterator[Input]:
-    """Each picture as the content of a job, and as an upload; and what is much by itself."""
+    """Inputs that are much larger or more expensive than they seem: each bomb of `bad_pictures`, as the content of a
+    job and as an upload, and messages with extreme sizes, counts or nesting."""
     for name, make in BOMBS.items():
         data = make()
         yield Input(f"bomb {name}", "Stylize", (request(content=data),))
@@ -85,7 +86,7 @@ def bombs() -> Iterator[Input]:
     recipe = pb.Recipe(content_layers=layers, style_layers=layers)
     yield Input("bomb layers", "Stylize", (request(recipe=recipe),))
     yield Input("bomb text", "GetJob", (pb.GetJobRequest(job_id="\N{SNOWMAN}" * 2**20).SerializeToString(),))
-    for depth in (50, 200, 100_000):  # groups of an unknown field, one in another
+    for depth in (50, 200, 100_000):  # nested groups of an unknown field
         yield Input("bomb groups", "GetServerInfo", (b"\x7b" * depth + b"\x7c" * depth,))
         yield Input("bomb open groups", "GetJob", (b"\x7b" * depth,))
     yield Input("bomb unknown fields", "GetJob", (b"\x78\x01" * 2_000_000,))
@@ -94,22 +95,22 @@ def bombs() -> Iterator[Input]:
 
 
 def prepare() -> None:
-    """Makes what inputs are made of, which takes a second the first time."""
-    good(), _well_formed(), saved(light=True), saved(light=False)
+    """Fills the caches of this module, which takes a second the first time."""
+    valid_pictures(), _valid_messages(), make_checkpoint(light=True), make_checkpoint(light=False)
 
 
 def inputs(seed: int) -> Iterator[Input]:
-    """Without end; the same for the same seed."""
-    chance = random.Random(seed)
+    """Yields random inputs without end. The same seed yields the same inputs."""
+    rng = random.Random(seed)
     makers: tuple[Callable[[random.Random], Input], ...] = (
         *[_picture] * 6, *[_message] * 3, *[_wire] * 4, *[_checkpoint] * 2, *[_commands] * 2, _foreign,
     )  # fmt: skip
     while True:
-        yield chance.choice(makers)(chance)
+        yield rng.choice(makers)(rng)
 
 
 def job(*, content: bytes | None = None, styles: list[bytes] | None = None, **fields: Any) -> pb.JobSpec:
-    """A good job, but for what is given."""
+    """A valid job with changed fields."""
     recipe = fields.pop("recipe", None)
     if recipe is None and "resume" not in fields:
         recipe = overrides_to_message(RECIPE)
@@ -129,11 +130,11 @@ def _pieces(data: bytes, size: int) -> Iterator[bytes]:
         yield pb.UploadImageRequest(chunk=data[at : at + size]).SerializeToString()
 
 
-def _picture(chance: random.Random) -> Input:
-    data = damaged(chance.choice(good()), chance, chance.choice(good()))
-    match chance.randrange(5):
+def _picture(rng: random.Random) -> Input:
+    data = damaged(rng.choice(valid_pictures()), rng, rng.choice(valid_pictures()))
+    match rng.randrange(5):
         case 0:
-            return Input("picture", "UploadImage", tuple(_pieces(data, chance.choice((1, 7, 100, 10_000)))))
+            return Input("picture", "UploadImage", tuple(_pieces(data, rng.choice((1, 7, 100, 10_000)))))
         case 1:
             return Input("picture", "Stylize", (request(styles=[data, in_png()]),))
         case 2:
@@ -143,48 +144,54 @@ def _picture(chance: random.Random) -> Input:
             return Input("picture", "Stylize", (request(content=data),))
 
 
-def _message(chance: random.Random) -> Input:
-    """Keeps to the types, and to nothing else."""
-    method = chance.choice(list(REQUESTS))
-    count = chance.choice((0, 1, 1, 2, 5)) if method in ("StylizeInteractive", "UploadImage") else 1
-    return Input("message", method, tuple(_any(REQUESTS[method](), chance).SerializeToString() for _ in range(count)))
+def _message(rng: random.Random) -> Input:
+    """A message whose fields have valid types but arbitrary values."""
+    method = rng.choice(list(REQUESTS))
+    count = rng.choice((0, 1, 1, 2, 5)) if method in ("StylizeInteractive", "UploadImage") else 1
+    return Input(
+        "message", method, tuple(_randomize(REQUESTS[method](), rng).SerializeToString() for _ in range(count))
+    )
 
 
-def _any(message: Message, chance: random.Random) -> Message:
-    """Some fields set to anything that they hold. A job's images are good ones as often as not, so that something comes
-    behind them."""
-    if isinstance(message, pb.JobSpec) and chance.random() < 0.7:
+def _randomize(message: Message, rng: random.Random) -> Message:
+    """Sets some fields to arbitrary values. A job's images are often valid, so that the server reaches other fields."""
+    if isinstance(message, pb.JobSpec) and rng.random() < 0.7:
         message.CopyFrom(job())
-    if isinstance(message, pb.ImageSource) and chance.random() < 0.5:
+    if isinstance(message, pb.ImageSource) and rng.random() < 0.5:
         message.data = in_png()
         return message
     for field in message.DESCRIPTOR.fields:
-        if chance.random() < 0.6:
+        if rng.random() < 0.6:
             continue
         if field.message_type is not None:
-            for _ in range(chance.choice((0, 1, 2, 9)) if field.is_repeated else 1):
+            for _ in range(rng.choice((0, 1, 2, 9)) if field.is_repeated else 1):
                 target = getattr(message, field.name)
-                _any(target.add() if field.is_repeated else target, chance)
+                _randomize(target.add() if field.is_repeated else target, rng)
                 if not field.is_repeated:
                     target.SetInParent()
         else:
-            setattr(message, field.name, _value(field, chance))
+            setattr(message, field.name, _value(field, rng))
     return message
 
 
-def _value(field: Any, chance: random.Random) -> Any:
-    most = {field.CPPTYPE_INT32: 2**31 - 1, field.CPPTYPE_INT64: 2**63 - 1, field.CPPTYPE_ENUM: 2**31 - 1,
-            field.CPPTYPE_UINT64: 2**64 - 1, field.CPPTYPE_UINT32: 2**32 - 1}  # fmt: skip
-    if field.cpp_type in most:
-        largest = most[field.cpp_type]
+def _value(field: Any, rng: random.Random) -> Any:
+    largest_values = {
+        field.CPPTYPE_INT32: 2**31 - 1,
+        field.CPPTYPE_INT64: 2**63 - 1,
+        field.CPPTYPE_ENUM: 2**31 - 1,
+        field.CPPTYPE_UINT64: 2**64 - 1,
+        field.CPPTYPE_UINT32: 2**32 - 1,
+    }
+    if field.cpp_type in largest_values:
+        largest = largest_values[field.cpp_type]
         least = 0 if field.cpp_type in (field.CPPTYPE_UINT64, field.CPPTYPE_UINT32) else -largest - 1
-        return chance.choice((0, 1, 2, 7, 64, 4096, largest, least, chance.randint(least, largest)))
+        return rng.choice((0, 1, 2, 7, 64, 4096, largest, least, rng.randint(least, largest)))
     if field.cpp_type in (field.CPPTYPE_DOUBLE, field.CPPTYPE_FLOAT):
-        return chance.choice((0.0, -0.0, 1.0, 0.5, -1.0, 1e-320, 1e15, 1e300, math.nan, math.inf, -math.inf))
+        return rng.choice((0.0, -0.0, 1.0, 0.5, -1.0, 1e-320, 1e15, 1e300, math.nan, math.inf, -math.inf))
     if field.cpp_type == field.CPPTYPE_BOOL:
-        return chance.random() < 0.5
+        return rng.random() < 0.5
     if field.type == field.TYPE_BYTES:
-        return chance.choice((b"", b"x", in_png(), saved(light=True), chance.randbytes(50)))
+        return rng.choice((b"", b"x", in_png(), make_checkpoint(light=True), rng.randbytes(50)))
     texts = (
         "",
         "x",
@@ -198,18 +205,18 @@ def _value(field: Any, chance: random.Random) -> Any:
         "sha256:" + "0" * 64,
         "x" * 9000,
     )
-    return chance.choice(texts)
+    return rng.choice(texts)
 
 
 @cache
-def _well_formed() -> tuple[tuple[str, bytes], ...]:
-    """Good messages, whose bytes are damaged then."""
+def _valid_messages() -> tuple[tuple[str, bytes], ...]:
+    """Valid messages by method, whose bytes can then be damaged."""
     full = job(
         frames=pb.FrameOptions(every_iterations=1, max_side=16, quality=50), seed=7, result_quality=90,
         checkpoints=pb.CheckpointOptions(light=True),
     )  # fmt: skip
     full.detach_grace.seconds = 1
-    made: list[tuple[str, Message]] = [
+    messages: list[tuple[str, Message]] = [
         ("Stylize", pb.StylizeRequest(spec=full, request_id=JOB_ID)),
         ("StylizeStream", pb.StylizeStreamRequest(spec=full)),
         ("StylizeInteractive", pb.StylizeInteractiveRequest(command_id=1, start=pb.StartCommand(spec=full))),
@@ -220,30 +227,30 @@ def _well_formed() -> tuple[tuple[str, bytes], ...]:
         ("ListJobs", pb.ListJobsRequest(page_size=3, page_token="7")),
         ("UploadImage", pb.UploadImageRequest(chunk=in_png())),
     ]
-    return tuple((method, message.SerializeToString()) for method, message in made)
+    return tuple((method, message.SerializeToString()) for method, message in messages)
 
 
-def _wire(chance: random.Random) -> Input:
-    """Wrong lengths, wrong wire types, texts that are not UTF-8, fields of another message."""
-    method, data = chance.choice(_well_formed())
-    other = chance.choice(_well_formed())[1]
-    return Input("wire", method, (damaged(data, chance, other),))
+def _wire(rng: random.Random) -> Input:
+    """A damaged message: wrong lengths or wire types, text that is not UTF-8, fields of another message."""
+    method, data = rng.choice(_valid_messages())
+    other = rng.choice(_valid_messages())[1]
+    return Input("wire", method, (damaged(data, rng, other),))
 
 
-def _foreign(chance: random.Random) -> Input:
-    """The bytes of one request as another one, or noise."""
-    method = chance.choice(list(REQUESTS))
-    data = chance.choice((chance.randbytes(chance.randrange(200)), chance.choice(_well_formed())[1]))
+def _foreign(rng: random.Random) -> Input:
+    """The bytes of a request of another method, or random bytes."""
+    method = rng.choice(list(REQUESTS))
+    data = rng.choice((rng.randbytes(rng.randrange(200)), rng.choice(_valid_messages())[1]))
     return Input("foreign", method, (data,))
 
 
 @cache
-def saved(*, light: bool) -> bytes:
-    """A checkpoint of the good job."""
+def make_checkpoint(*, light: bool) -> bytes:
+    """A checkpoint of the valid job."""
     limits = Limits()
     pictures = [codec.decode(data, "", limits, 32) for data in (in_png(), in_jpeg())]
     engine = FakeEngine(0)
-    work = engine.admit(
+    state = engine.admit(
         StyleJob(
             recipe=Recipe(**RECIPE),
             content=pictures[0],
@@ -253,21 +260,21 @@ def saved(*, light: bool) -> bytes:
             seed=5,
         )
     )
-    batch = engine.batch(work.shape, 1)
-    slot = batch.join(work)
+    batch = engine.batch(state.shape, 1)
+    slot = batch.join(state)
     batch.advance(3)
     picture = batch.snapshot(slot)() if light else None
     return engine.checkpoints.write(batch.leave(slot), picture=picture, most_bytes=limits.max_checkpoint_bytes)
 
 
-def _checkpoint(chance: random.Random) -> Input:
-    light = chance.random() < 0.8
-    data = saved(light=light)
-    if chance.random() < 0.4:
-        return Input("checkpoint", "Stylize", (request(resume=damaged(data, chance, saved(light=not light))),))
+def _checkpoint(rng: random.Random) -> Input:
+    light = rng.random() < 0.8
+    data = make_checkpoint(light=light)
+    if rng.random() < 0.4:
+        return Input("checkpoint", "Stylize", (request(resume=damaged(data, rng, make_checkpoint(light=not light))),))
     length = int.from_bytes(data[8:12], "little")
     head = json.loads(data[12 : 12 + length])
-    at = head["recipe"] if chance.random() < 0.5 else head
+    at = head["recipe"] if rng.random() < 0.5 else head
     anything = (
         0,
         -1,
@@ -286,37 +293,35 @@ def _checkpoint(chance: random.Random) -> Input:
         2**31,
         2**63,
     )
-    for _ in range(chance.choice((1, 1, 2))):
-        key = chance.choice(list(at) or ["x"])
-        if chance.random() < 0.1:
+    for _ in range(rng.choice((1, 1, 2))):
+        key = rng.choice(list(at) or ["x"])
+        if rng.random() < 0.1:
             del at[key]
         else:
-            at[key] = chance.choice(anything)
+            at[key] = rng.choice(anything)
     text = json.dumps(head).encode()
-    made = data[:8] + struct.pack("<I", len(text)) + text + data[12 + length :]
-    return Input("checkpoint", "Stylize", (request(resume=made),))
+    checkpoint = data[:8] + struct.pack("<I", len(text)) + text + data[12 + length :]
+    return Input("checkpoint", "Stylize", (request(resume=checkpoint),))
 
 
-def _commands(chance: random.Random) -> Input:
-    """What a controller sends, in any order, twice, for the wrong job, damaged."""
+def _commands(rng: random.Random) -> Input:
+    """Commands of an interactive call: in any order, repeated, for another job, or damaged."""
     start = pb.StylizeInteractiveRequest(
         start=pb.StartCommand(spec=job(recipe=overrides_to_message({**RECIPE, "iterations": 200})))
     )
     attach = pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id=JOB_ID))
-    messages = [chance.choice((start, start, start, attach))]
-    for _ in range(chance.choice((0, 1, 3, 10, 40))):
-        command = pb.StylizeInteractiveRequest(command_id=chance.randrange(2**64))
-        name = chance.choice(
-            ("start", "attach", "pause", "resume", "update", "frame", "checkpoint", "finish", "ack", "")
-        )
+    messages = [rng.choice((start, start, start, attach))]
+    for _ in range(rng.choice((0, 1, 3, 10, 40))):
+        command = pb.StylizeInteractiveRequest(command_id=rng.randrange(2**64))
+        name = rng.choice(("start", "attach", "pause", "resume", "update", "frame", "checkpoint", "finish", "ack", ""))
         if name:
             getattr(command, name).SetInParent()
-            _any(getattr(command, name), chance)
+            _randomize(getattr(command, name), rng)
         messages.append(command)
-    if chance.random() < 0.1:
-        chance.shuffle(messages)
-    made = [message.SerializeToString() for message in messages]
-    if chance.random() < 0.3:
-        at = chance.randrange(len(made))
-        made[at] = damaged(made[at], chance, start.SerializeToString())
-    return Input("commands", "StylizeInteractive", tuple(made))
+    if rng.random() < 0.1:
+        rng.shuffle(messages)
+    encoded = [message.SerializeToString() for message in messages]
+    if rng.random() < 0.3:
+        at = rng.randrange(len(encoded))
+        encoded[at] = damaged(encoded[at], rng, start.SerializeToString())
+    return Input("commands", "StylizeInteractive", tuple(encoded))

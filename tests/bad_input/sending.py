@@ -1,4 +1,4 @@
-"""A server of its own for bad inputs: how each is sent, and what in its answer is a failure of the server."""
+"""A server for bad inputs: how each input is sent, and what counts as a failure of the server."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gramophone_server.config import Limits
 from gramophone_server.telemetry.metrics import SERVICE
 from tests.bad_input.inputs import JOB_ID, Input, request
 
-SLOW_S = 2.0  # for each image of a call
-MOST_AGAIN = 2  # times that a slow call is made once more
-AT_ONCE = 8  # calls; a slow one is made again alone
-CONTROLLED_S = 0.3
-PATIENCE_S = 20.0  # then a call hangs, whatever the machine is doing besides
+SLOW_S = 2.0  # for each image of a call; a slower call is repeated
+MAX_REPEATS = 2
+CONCURRENCY = 8  # simultaneous calls; a slow one is repeated alone
+CONTROL_TIMEOUT_S = 0.3
+HANG_TIMEOUT_S = 20.0  # a call that takes longer hangs, even if the machine is busy with other work
 SETTINGS = {
     "max_size": 128,
     "max_iterations": 400,
@@ -39,82 +39,91 @@ SETTINGS = {
 LIMITS = Limits(**SETTINGS)
 FLAGS = ("--engine", "fake", "--iter-ms", "0", "--port", "0", "--list-jobs", "--log-level", "warning")
 METHODS = {method.name: method for method in SERVICE.methods}
-REFUSALS = frozenset({
-    grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.ABORTED,
-    grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED,
-})  # fmt: skip
-INSIDES = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # of the server, in what a caller reads
+REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+INTERNALS = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # must not be in a message to a caller
 
 
 class Outcome(NamedTuple):
-    """What became of an input."""
+    """The outcome of an input."""
 
-    code: str  # of the status; LEFT: the client had seen enough
-    seconds: float  # on the clock, the longest time that it was made
-    failure: str = ""  # what the server did wrong
-    again: int = 0  # times that it was made once more
-    memory: int = 0  # bytes to which the server's memory rose, above what it was when it was sent
-    beside: int = 0  # most others that were on their way, to whom that memory may belong
+    code: str  # of the status; LEFT: the client ended the call
+    seconds: float  # elapsed time, the longest of all repeats
+    failure: str = ""  # the rule that the server violated
+    repeats: int = 0
+    memory: int = 0  # bytes by which the server's memory rose during the call
+    others: int = 0  # highest number of other calls at the same time, which may have caused that rise
 
 
-class Rise:
-    """What is known of the server's memory while a call is on its way, in bytes."""
+class MemoryWatch:
+    """The server's memory during a call, in bytes."""
 
     def __init__(self, before: int) -> None:
         self.before = self.peak = before
-        self.beside = 0
+        self.others = 0  # highest number of other calls at the same time
 
 
-class Target:
-    """The server and a client of it. Everything that it is told of its memory is in bytes."""
+class ServerUnderTest:
+    """A server process and its client. Memory is in bytes."""
 
     def __init__(self, address: str, pid: int, log_path: str) -> None:
         self.address, self.pid, self._log_path = address, pid, log_path
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(address, options=options)
-        self._plain = grpc.insecure_channel(address, options=options)
+        self._blocking_channel = grpc.insecure_channel(address, options=options)
         self.health_failures: list[str] = []
         self.slowest_health_s = 0.0
         self.peak = 0
         self._job_id = JOB_ID
-        self._rises: set[Rise] = set()
-        self._places = asyncio.Semaphore(AT_ONCE)
-        self._one_alone = asyncio.Lock()
+        self._memory_watches: set[MemoryWatch] = set()
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._alone_lock = asyncio.Lock()
 
     async def close(self) -> None:
-        self._plain.close()
+        self._blocking_channel.close()
         await self.channel.close()
 
-    async def outcome(self, sent: Input) -> Outcome:
-        """Of one call. A slow one is made again, up to twice, alone and without counting what both sides wait for a
-        processor, as others use this machine, too: what is slow every time is the input's fault or a hang."""
-        most_s = SLOW_S * sent.images
-        async with self._places:
+    async def send(self, sent: Input) -> Outcome:
+        """Sends an input. A slow call is repeated up to twice, alone.
+
+        A repeat is timed without the time that client and server wait for a processor, because the machine may be
+        shared. A call that is slow every time is therefore slow because of the input, or hangs.
+        """
+        max_s = SLOW_S * sent.images
+        async with self._slots:
             outcome = await self._timed(sent)
         took_s = outcome.seconds
-        for again in range(1, MOST_AGAIN + 1):
-            if outcome.failure or took_s < most_s:
+        for repeats in range(1, MAX_REPEATS + 1):
+            if outcome.failure or took_s < max_s:
                 return outcome
             async with self._alone():
-                worked, waited = self._cpu_s(), self._waited_s()
+                cpu_s, waited_s = self._cpu_s(), self._waited_s()
                 repeated = await self._timed(sent)
-                unhindered = repeated.seconds - max(0.0, self._waited_s() - waited)
-                took_s = min(repeated.seconds, max(unhindered, self._cpu_s() - worked))
+                without_waiting_s = repeated.seconds - max(0.0, self._waited_s() - waited_s)
+                took_s = min(repeated.seconds, max(without_waiting_s, self._cpu_s() - cpu_s))
             longest_s, memory = max(outcome.seconds, repeated.seconds), max(outcome.memory, repeated.memory)
-            outcome = repeated._replace(seconds=longest_s, again=again, memory=memory, beside=outcome.beside)
-        if outcome.failure or took_s < most_s:
+            outcome = repeated._replace(seconds=longest_s, repeats=repeats, memory=memory, others=outcome.others)
+        if outcome.failure or took_s < max_s:
             return outcome
-        return outcome._replace(failure=f"took {took_s:.1f} s, again and again, at most {most_s:g} are allowed")
+        return outcome._replace(failure=f"took {took_s:.1f} s in every repeat, at most {max_s:g} are allowed")
 
-    async def begin(self) -> None:
-        """A job that inputs can name, which has its result."""
-        accepted = (await self._good_job()).accepted
+    async def run_named_job(self) -> None:
+        """Runs the job whose id replaces `JOB_ID` in inputs."""
+        accepted = (await self._ordinary_job()).accepted
         self._job_id = accepted.job_id
 
-    async def still_paints(self) -> str:
-        """What is wrong with a picture that it makes now, if something is."""
+    async def check_ordinary_job(self) -> str:
+        """Runs an ordinary job. Returns its failure, or ""."""
         try:
-            response = await self._good_job()
+            response = await self._ordinary_job()
             with Image.open(io.BytesIO(response.result.image.data)) as picture:
                 picture.load()
                 return "" if picture.size == (32, 21) else f"a picture of {picture.size}"
@@ -122,43 +131,43 @@ class Target:
             return repr(error)
 
     async def watch_health(self) -> None:
-        """Asks ten times a second, until it is cancelled."""
+        """Checks health ten times a second until it is cancelled."""
         stub = health_pb2_grpc.HealthStub(self.channel)
         while True:
-            began = time.monotonic()
+            start = time.monotonic()
             try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HANG_TIMEOUT_S)
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
                     self.health_failures.append("NOT_SERVING")
             except grpc.aio.AioRpcError as error:
                 self.health_failures.append(error.code().name)
-            self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - began)
+            self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - start)
             await asyncio.sleep(0.1)
 
     @contextlib.contextmanager
-    def rise(self) -> Iterator[Rise]:
-        """How far memory rises during the block. What rises while several are on their way is held against each of them."""
-        self._note_peak()
-        mine = Rise(self._memory("VmRSS"))
-        self._rises.add(mine)
-        for each in self._rises:
-            each.beside = max(each.beside, len(self._rises) - 1)
+    def watch_memory(self) -> Iterator[MemoryWatch]:
+        """Measures the rise of memory during the block. A rise during several calls counts for each of them."""
+        self._record_peak()
+        watch = MemoryWatch(self._memory("VmRSS"))
+        self._memory_watches.add(watch)
+        for each in self._memory_watches:
+            each.others = max(each.others, len(self._memory_watches) - 1)
         try:
-            yield mine
+            yield watch
         finally:
-            self._note_peak()
-            self._rises.remove(mine)
+            self._record_peak()
+            self._memory_watches.remove(watch)
 
-    def defects(self) -> list[str]:
-        """What it has logged as an error or, outside of its log, printed: a task that failed, a lost exception."""
+    def logged_errors(self) -> list[str]:
+        """Errors in the log, and tracebacks printed outside of it, for example of a task that failed."""
         with open(self._log_path) as file:
             return [line.strip() for line in file if " ERROR " in line or "Traceback" in line or "Fatal" in line]
 
-    def _note_peak(self) -> None:
-        """Tells the peak to whoever is on the way, and begins to measure it anew, from what it is now."""
+    def _record_peak(self) -> None:
+        """Adds the peak of the process to all current watches, and resets it to the current memory."""
         peak = self._memory("VmHWM")
         self.peak = max(self.peak, peak)
-        for each in self._rises:
+        for each in self._memory_watches:
             each.peak = max(each.peak, peak)
         with open(f"/proc/{self.pid}/clear_refs", "w") as file:
             file.write("5")
@@ -172,47 +181,47 @@ class Target:
             user, system = file.read().rsplit(")", 1)[1].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Nothing else is on its way but health checks."""
-        async with self._one_alone, contextlib.AsyncExitStack() as places:
-            for _ in range(AT_ONCE):
-                await places.enter_async_context(self._places)
-            yield
-
-    async def _timed(self, sent: Input) -> Outcome:
-        with self.rise() as rise:
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    code, failure = await self._called(sent)
-            except TimeoutError:
-                code, failure = "HANG", f"no answer within {PATIENCE_S:g} s"
-            seconds = time.monotonic() - began
-        return Outcome(code, seconds, failure, memory=rise.peak - rise.before, beside=rise.beside)
-
     def _waited_s(self) -> float:
-        """How long threads of the server and of this client have waited for a processor; 0 where the kernel does not say."""
+        """How long the threads of server and client have waited for a processor; 0 if the kernel does not report it."""
         waited_ns = 0
         for path in (*glob.glob(f"/proc/{self.pid}/task/*/schedstat"), *glob.glob("/proc/self/task/*/schedstat")):
-            with contextlib.suppress(OSError), open(path) as file:  # of a thread that has ended
+            with contextlib.suppress(OSError), open(path) as file:  # OSError: the thread has ended
                 waited_ns += int(file.read().split()[1])
         return waited_ns / 1e9
 
-    async def _good_job(self) -> pb.StylizeResponse:
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Waits until no other call is running, and delays new ones until the block ends. Health checks continue."""
+        async with self._alone_lock, contextlib.AsyncExitStack() as slots:
+            for _ in range(CONCURRENCY):
+                await slots.enter_async_context(self._slots)
+            yield
+
+    async def _timed(self, sent: Input) -> Outcome:
+        with self.watch_memory() as memory:
+            start = time.monotonic()
+            try:
+                async with asyncio.timeout(HANG_TIMEOUT_S):
+                    code, failure = await self._call(sent)
+            except TimeoutError:
+                code, failure = "HANG", f"no answer within {HANG_TIMEOUT_S:g} s"
+            seconds = time.monotonic() - start
+        return Outcome(code, seconds, failure, memory=memory.peak - memory.before, others=memory.others)
+
+    async def _ordinary_job(self) -> pb.StylizeResponse:
         call = self.channel.unary_unary(
             f"/{SERVICE.full_name}/Stylize", response_deserializer=pb.StylizeResponse.FromString
         )
-        return await call(request(), timeout=PATIENCE_S)
+        return await call(request(), timeout=HANG_TIMEOUT_S)
 
-    async def _called(self, sent: Input) -> tuple[str, str]:
-        """(code, what is wrong with it)."""
+    async def _call(self, sent: Input) -> tuple[str, str]:
+        """Makes the call; returns (status code, failure of the server or "")."""
         method = METHODS[sent.method]
         path = f"/{SERVICE.full_name}/{sent.method}"
         messages = [message.replace(JOB_ID.encode(), self._job_id.encode()) for message in sent.messages]
         try:
             if method.client_streaming:
-                return await asyncio.to_thread(self._streamed, path, messages, method.server_streaming)
+                return await asyncio.to_thread(self._call_streaming, path, messages, method.server_streaming)
             if method.server_streaming:
                 async for _ in self.channel.unary_stream(path)(messages[0]):
                     pass
@@ -220,20 +229,23 @@ class Target:
                 await self.channel.unary_unary(path)(messages[0])
             return "OK", ""
         except grpc.RpcError as error:
-            return error.code().name, _wrong(error)
+            return error.code().name, _failure_of(error)
 
-    def _streamed(self, path: str, messages: list[bytes], controls: bool) -> tuple[str, str]:
-        """On a thread: the client of grpc.aio makes INTERNAL of its own of a call that ends while it writes. A controller
-        leaves after a while, as its job may be paused."""
-        if not controls:
-            self._plain.stream_unary(path)(iter(messages), timeout=PATIENCE_S)
+    def _call_streaming(self, path: str, messages: list[bytes], is_interactive: bool) -> tuple[str, str]:
+        """Makes a client-streaming call; runs on a thread.
+
+        The client of grpc.aio is not used, because it reports INTERNAL for a call that ends while it writes. An
+        interactive call is ended after a while, because its job may be paused.
+        """
+        if not is_interactive:
+            self._blocking_channel.stream_unary(path)(iter(messages), timeout=HANG_TIMEOUT_S)
             return "OK", ""
         try:
-            for data in self._plain.stream_stream(path)(iter(messages), timeout=CONTROLLED_S):
+            for data in self._blocking_channel.stream_stream(path)(iter(messages), timeout=CONTROL_TIMEOUT_S):
                 response = pb.StylizeInteractiveResponse.FromString(data)
-                for told in response.command_result.field_errors:
-                    if INSIDES.search(told.description):
-                        return "OK", f"a command is answered {told.description!r}"
+                for violation in response.command_result.field_errors:
+                    if INTERNALS.search(violation.description):
+                        return "OK", f"a command result exposes internals of the server: {violation.description!r}"
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return "LEFT", ""
@@ -241,11 +253,11 @@ class Target:
         return "OK", ""
 
 
-def _wrong(error: Any) -> str:
-    """What is wrong with a refusal: its code, or that it does not say what is wrong with the input."""
-    said = f"{error.code().name}: {error.details()}"
+def _failure_of(error: Any) -> str:
+    """The failure of the server in a refusal: a wrong code, or details that do not explain it; or ""."""
+    message = f"{error.code().name}: {error.details()}"
     if error.code() not in REFUSALS:
-        return said
+        return message
     status = status_pb2.Status.FromString(dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b""))
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     for detail in status.details:
@@ -253,45 +265,45 @@ def _wrong(error: Any) -> str:
             if detail.Is(kind.DESCRIPTOR):
                 detail.Unpack(kind)
     if not info.reason:
-        return f"{said}, without a reason"
-    if INSIDES.search(said):
-        return f"{said}, which speaks of the server's insides"
+        return f"{message}, without a reason"
+    if INTERNALS.search(message):
+        return f"{message}, which exposes internals of the server"
     if info.reason == "INVALID_REQUEST" and not all(v.field and v.description for v in bad.field_violations or [None]):
-        return f"{said}, without a field"
+        return f"{message}, without a field"
     return ""
 
 
 @contextlib.asynccontextmanager
-async def target(log_path: str) -> AsyncIterator[Target]:
-    """A server for inputs, whose log is in a file."""
+async def running_server(log_path: str) -> AsyncIterator[ServerUnderTest]:
+    """A server that logs to the file."""
     limits = (part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value)))
     command = (sys.executable, "-m", "gramophone_server.main", *FLAGS, *limits)
-    with open(log_path, "w") as log:  # noqa: ASYNC230 - before anything is served
-        server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
-    assert server.stdout is not None
+    with open(log_path, "w") as log:  # noqa: ASYNC230 - the event loop has nothing else to do yet
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
+    assert process.stdout is not None
     try:
-        address = (await server.stdout.readline()).decode().split()[-1]
-        await server.stdout.readline()  # ready
-        made = Target(address, server.pid, log_path)
+        address = (await process.stdout.readline()).decode().split()[-1]
+        await process.stdout.readline()  # "ready"
+        server = ServerUnderTest(address, process.pid, log_path)
         try:
-            yield made
+            yield server
         finally:
-            await made.close()
+            await server.close()
     finally:
-        if server.returncode is None:
-            server.terminate()
+        if process.returncode is None:
+            process.terminate()
         try:
-            await asyncio.wait_for(server.wait(), 60)
+            await asyncio.wait_for(process.wait(), 60)
         except TimeoutError:
-            server.kill()
+            process.kill()
             raise
 
 
-async def beside(work: Awaitable[None], target: Target) -> None:
-    """Does ``work`` while health is watched."""
-    watch = asyncio.create_task(target.watch_health())
+async def watch_health_during(work: Awaitable[None], server: ServerUnderTest) -> None:
+    """Awaits ``work`` while the server's health is watched."""
+    watching = asyncio.create_task(server.watch_health())
     try:
         await work
     finally:
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The bad-input campaign in small, and requests that keep to their types and to nothing else."""
+"""A short bad-input campaign, and random requests whose fields have valid types but arbitrary values."""
 
 import asyncio
 import math
@@ -19,102 +19,102 @@ from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec
 from gramophone_server.rpc.status import refusal
 from gramophone_server.rpc.validation import check_page, check_request_id, check_spec, check_watch
-from tests.bad_input import campaign as campaigns
-from tests.bad_input import inputs, pictures, sending
-from tests.bad_input.campaign import campaign, keep
+from tests.bad_input import campaign, inputs, sending
+from tests.bad_input.campaign import run_campaign, save_failures
 from tests.bad_input.inputs import Input
 from tests.bad_input.sending import LIMITS
+from tests.support import bad_pictures
 
 SEED, COUNT = 20_260, 1200
 
 
-def explained(findings):
+def describe(findings):
     return "\n".join(f"{sent.kind if sent else 'server'}: {failure}" for sent, failure in findings.failures)
 
 
 @pytest.mark.timeout(180)
-async def test_whatever_is_sent_the_server_answers_and_goes_on():
-    findings = await campaign(COUNT, SEED, bombs=False)  # those that ever failed are in the corpus
-    assert not findings.failures, explained(findings)
+async def test_the_server_survives_bad_inputs():
+    findings = await run_campaign(COUNT, SEED, bombs=False)  # the bombs that ever failed are in the corpus
+    assert not findings.failures, describe(findings)
     assert findings.total == COUNT + len(inputs.corpus())
-    assert 0 < findings.most_memory <= LIMITS.request_memory_bytes
-    assert 0 < findings.most_memory_at_once <= LIMITS.request_memory_bytes
+    assert 0 < findings.max_memory <= LIMITS.request_memory_bytes
+    assert 0 < findings.max_memory_concurrent <= LIMITS.request_memory_bytes
 
 
-async def test_the_campaign_tells_what_a_server_does_wrong(tmp_path, monkeypatch):
-    """Taking any memory, or any time, or ending in UNIMPLEMENTED, as a method that is not there does. And a damaged input
-    is held to the limit of memory as well as those that are sent alone."""
+async def test_the_campaign_reports_failures_of_the_server(tmp_path, monkeypatch):
+    """With limits that forbid all use of memory and time, and a method that does not exist. The limit of memory applies
+    to damaged inputs as well as to those that are sent alone."""
     monkeypatch.setitem(sending.METHODS, "Paint", Method("Paint"))
-    monkeypatch.setattr(campaigns, "LIMITS", SimpleNamespace(request_memory_bytes=-1))
+    monkeypatch.setattr(campaign, "LIMITS", SimpleNamespace(request_memory_bytes=-1))
     monkeypatch.setattr(sending, "SLOW_S", 0.0)
     paths = [tmp_path / "absent.input", tmp_path / "slow.input"]
     absent, slow = Input("wire", "Paint", (b"x",)), Input("wire", "GetServerInfo", (b"",))
     for path, sent in zip(paths, (absent, slow), strict=True):
         path.write_bytes(sent.to_file())
     monkeypatch.setattr(inputs, "inputs", lambda seed: iter([slow._replace(kind="damage")] * 16))
-    findings = await campaign(16, 0, paths, bombs=False)
-    told = explained(findings).splitlines()
-    assert told[0] == "wire: UNIMPLEMENTED: Method not found!"
-    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", told[1])
-    assert re.fullmatch(r"wire: took \d\.\d s, again and again, at most 0 are allowed", told[2])
-    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", told[3])
-    memory = re.compile(r"damage: took \d+ MiB( with up to [1-7] others beside)?, at most -0 are allowed")
-    found = [match for one in told[4:] if (match := memory.fullmatch(one))]
-    assert len(found) == 16 and sum(match[1] is not None for match in found) >= sending.AT_ONCE
-    assert len(told) == 4 + 2 * 16 and findings.again == 1 + 16
-    said = keep(findings, tmp_path / "kept")
-    again = tmp_path / "kept" / "000-wire.input"
-    assert said[0].endswith(f"again with: python -m tests.bad_input {again}")
-    assert Input.of_file(again) == absent
+    findings = await run_campaign(16, 0, paths, bombs=False)
+    failures = describe(findings).splitlines()
+    assert failures[0] == "wire: UNIMPLEMENTED: Method not found!"
+    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", failures[1])
+    assert re.fullmatch(r"wire: took \d\.\d s in every repeat, at most 0 are allowed", failures[2])
+    assert re.fullmatch(r"wire: took \d+ MiB, at most -0 are allowed", failures[3])
+    memory = re.compile(r"damage: took \d+ MiB( with up to [1-7] other requests)?, at most -0 are allowed")
+    matches = [match for failure in failures[4:] if (match := memory.fullmatch(failure))]
+    assert len(matches) == 16 and sum(match[1] is not None for match in matches) >= sending.CONCURRENCY
+    assert len(failures) == 4 + 2 * 16 and findings.repeated == 1 + 16
+    messages = save_failures(findings, tmp_path / "saved")
+    path = tmp_path / "saved" / "000-wire.input"
+    assert messages[0].endswith(f"repeat with: python -m tests.bad_input {path}")
+    assert Input.from_file(path) == absent
 
 
-@pytest.mark.parametrize(("calls_that_hang", "is_failure"), [(1, False), (3, True)])
-async def test_a_server_that_sits_on_a_call_without_working_is_found(calls_that_hang, is_failure, monkeypatch):
-    """But not if it was once, which may have been the machine."""
+@pytest.mark.parametrize(("slow_calls", "is_failure"), [(1, False), (3, True)])
+async def test_a_call_that_is_slow_in_every_repeat_is_a_failure(slow_calls, is_failure, monkeypatch):
+    """A single slow call is not, because the machine may have been the cause."""
     monkeypatch.setattr(sending, "SLOW_S", 0.2)
-    server = sending.Target("127.0.0.1:9", os.getpid(), "")
-    left = iter([0.4] * calls_that_hang)
+    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
+    durations_s = iter([0.4] * slow_calls)
 
-    async def called(_):
-        await asyncio.sleep(next(left, 0.0))
+    async def call(_):
+        await asyncio.sleep(next(durations_s, 0.0))
         return "OK", ""
 
-    monkeypatch.setattr(server, "_called", called)
-    outcome = await server.outcome(Input("wire", "GetJob", (b"",)))
+    monkeypatch.setattr(server, "_call", call)
+    outcome = await server.send(Input("wire", "GetJob", (b"",)))
     await server.close()
-    assert outcome.seconds >= 0.4 and outcome.again == min(calls_that_hang, 2)
+    assert outcome.seconds >= 0.4 and outcome.repeats == min(slow_calls, 2)
     assert bool(outcome.failure) == is_failure, outcome
     if is_failure:
-        assert outcome.failure == "took 0.4 s, again and again, at most 0.2 are allowed"
+        assert outcome.failure == "took 0.4 s in every repeat, at most 0.2 are allowed"
 
 
-async def test_what_a_slow_call_waits_for_a_processor_is_not_its_fault(monkeypatch):
+async def test_waiting_for_a_processor_does_not_count_as_slow(monkeypatch):
     monkeypatch.setattr(sending, "SLOW_S", 0.2)
-    server = sending.Target("127.0.0.1:9", os.getpid(), "")
-    waited = iter(range(10))  # seconds more, each time that it is asked
-    monkeypatch.setattr(server, "_waited_s", lambda: next(waited))
+    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
+    waited_s = iter(range(10))  # grows by a second with each reading
+    monkeypatch.setattr(server, "_waited_s", lambda: next(waited_s))
 
-    async def called(_):
+    async def call(_):
         await asyncio.sleep(0.3)
         return "OK", ""
 
-    monkeypatch.setattr(server, "_called", called)
-    outcome = await server.outcome(Input("wire", "GetJob", (b"",)))
+    monkeypatch.setattr(server, "_call", call)
+    outcome = await server.send(Input("wire", "GetJob", (b"",)))
     await server.close()
-    assert outcome.failure == "" and outcome.again == 1 and outcome.seconds >= 0.3
+    assert outcome.failure == "" and outcome.repeats == 1 and outcome.seconds >= 0.3
 
 
-async def test_memory_is_held_against_each_that_was_on_its_way():
-    server = sending.Target("127.0.0.1:9", os.getpid(), "")
-    with server.rise() as first:
-        with server.rise() as second:
-            del (held := [bytearray(b"x" * (64 * 2**20))])[:]  # it was there, and it is gone
-        with server.rise() as third:
+async def test_a_rise_of_memory_counts_for_each_concurrent_call():
+    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
+    with server.watch_memory() as first:
+        with server.watch_memory() as second:
+            del (held := [bytearray(b"x" * (64 * 2**20))])[:]  # allocated and freed
+        with server.watch_memory() as third:
             pass
     await server.close()
-    rises = [rise.peak - rise.before for rise in (first, second, third)]
+    rises = [watch.peak - watch.before for watch in (first, second, third)]
     assert not held and rises[0] > 60 * 2**20 and rises[1] > 60 * 2**20 and rises[2] < 30 * 2**20
-    assert [rise.beside for rise in (first, second, third)] == [1, 1, 1]
+    assert [watch.others for watch in (first, second, third)] == [1, 1, 1]
 
 
 class Method:
@@ -124,7 +124,7 @@ class Method:
         self.name = name
 
 
-def test_inputs_are_a_function_of_their_seed():
+def test_inputs_depend_on_the_seed_alone():
     def first(seed):
         source = inputs.inputs(seed)
         return [next(source) for _ in range(50)]
@@ -132,15 +132,17 @@ def test_inputs_are_a_function_of_their_seed():
     assert first(1) == first(1) != first(2)
 
 
-def test_2000_damaged_pictures_are_pictures_or_refused():
-    """In process, where a decoder that dies takes the test with it."""
-    chance = random.Random(SEED)
+def test_2000_damaged_pictures_are_decoded_or_refused():
+    """In this process, so that a crash of a decoder also ends the test."""
+    rng = random.Random(SEED)
     refused = 0
     for _ in range(2000):
-        data = pictures.damaged(chance.choice(pictures.good()), chance, chance.choice(pictures.good()))
-        for take in (lambda d: codec.size(d, "f", LIMITS), lambda d: codec.decode(d, "f", LIMITS, 64)):
+        data = bad_pictures.damaged(
+            rng.choice(bad_pictures.valid_pictures()), rng, rng.choice(bad_pictures.valid_pictures())
+        )
+        for read in (lambda d: codec.size(d, "f", LIMITS), lambda d: codec.decode(d, "f", LIMITS, 64)):
             try:
-                take(data)
+                read(data)
             except InvalidRequest as error:
                 refused += 1
                 assert [violation.field for violation in error.violations] == ["f"]
@@ -186,7 +188,7 @@ specs = st.fixed_dictionaries({}, optional={
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(spec=specs, watch=st.builds(pb.WatchJobRequest, frames=frames, checkpoints=checkpoints), text=texts, size=whole)
-def test_every_request_is_good_or_has_violations_that_fit_a_status(spec, watch, text, size):
+def test_every_request_is_valid_or_has_violations_that_fit_into_a_status(spec, watch, text, size):
     violations = [
         *check_spec(spec, Limits(), FakeEngine.layers),
         *check_watch(watch),
@@ -204,6 +206,6 @@ def test_the_corpus_can_be_read():
     paths = inputs.corpus()
     assert paths
     for path in paths:
-        sent = Input.of_file(path)
+        sent = Input.from_file(path)
         assert sent.method in inputs.REQUESTS and sent.messages
         assert path.stat().st_size < 64 * 1024, "the corpus is small"

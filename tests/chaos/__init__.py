@@ -1,1 +1,1 @@
-"""Faults played on real servers and clients, on loopback, and the rules that must hold all the while: `make chaos`."""
+"""Injects faults into real servers and clients on the loopback, and checks that all rules hold: `make chaos`."""

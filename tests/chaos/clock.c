@@ -1,6 +1,5 @@
-/* LD_PRELOAD: the wall clock of one process, ahead by the seconds (a double) in the file that CHAOS_CLOCK names.
- *
- * The monotonic clock stays as it is, as it does when somebody sets a machine's clock. */
+/* An LD_PRELOAD library that sets the wall clock of one process ahead. The offset in seconds (a double) is in the file
+ * that CHAOS_CLOCK names. The monotonic clock does not change, as when the clock of a machine is set. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -10,20 +9,20 @@
 #include <sys/time.h>
 #include <time.h>
 
-static volatile const double *ahead_s;
+static volatile const double *offset_s;
 static int (*real)(clockid_t, struct timespec *);
 
 __attribute__((constructor)) static void begin(void) {
   const char *name = getenv("CHAOS_CLOCK");
   int file = name ? open(name, O_RDONLY | O_CLOEXEC) : -1;
   void *page = file >= 0 ? mmap(NULL, sizeof(double), PROT_READ, MAP_SHARED, file, 0) : MAP_FAILED;
-  if (page != MAP_FAILED) ahead_s = page;
+  if (page != MAP_FAILED) offset_s = page;
 }
 
 int clock_gettime(clockid_t id, struct timespec *now) {
   if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
   int failed = real(id, now);
-  if (!failed && ahead_s && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += (time_t)floor(*ahead_s);
+  if (!failed && offset_s && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += (time_t)floor(*offset_s);
   return failed;
 }
 

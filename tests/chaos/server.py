@@ -1,9 +1,9 @@
-"""A server whose engine fails when it is told to: `python -m tests.chaos.server`, with the flags of `gramophone-server`.
+"""A server whose engine fails on request: `python -m tests.chaos.server`, with the flags of `gramophone-server`.
 
-It is told by files in its working folder: one named "advance.exception" makes the next `advance` of a batch raise, and is
-gone when that has happened. The product has no part in this: what is faulty is the engine that it is given.
+A fault is requested by a file in the working folder: a file "advance.exception" makes the next `advance` of a batch
+raise an exception, and is deleted when that happens. The server itself is the product's; only its engine is faulty.
 
-Keepalive is 1 s instead of 60, so that a dead connection is found within seconds.
+Keepalive is 1 s instead of 60 s, so that a dead connection is detected within seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.engine.fake import FakeBatch, FakeEngine
 from gramophone_server.errors import OutOfDeviceMemory
 
-PLACES = ("batch", "join", "advance", "copy", "snapshot", "pixels")  # pixels: the copy that an encoder waits for
 KINDS: Mapping[str, Callable[[Shape], Exception]] = {
     "exception": lambda shape: RuntimeError("injected: the engine has a defect"),
     "memory": lambda shape: OutOfDeviceMemory(shape.width, shape.height),
@@ -36,7 +35,7 @@ KEEPALIVE = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_timeout_ms", 200
 
 
 class FaultyEngine(FakeEngine):
-    """Patterns, and what the folder asks for."""
+    """A fake engine that fails as requested by files in the folder."""
 
     def __init__(self, iteration_s: float, folder: Path) -> None:
         super().__init__(iteration_s)
@@ -47,7 +46,7 @@ class FaultyEngine(FakeEngine):
         return FaultyBatch(self, shape, slots)
 
     def fail_at(self, place: str, shape: Shape) -> None:
-        """Raises what was asked for at this place, once."""
+        """Raises the exception that is requested at this place, once."""
         for kind, error in KINDS.items():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.folder / f"{place}.{kind}")
@@ -55,15 +54,15 @@ class FaultyEngine(FakeEngine):
 
 
 class FaultyBatch(FakeBatch):
-    """One of its batches."""
+    """A batch of the `FaultyEngine`."""
 
     def __init__(self, engine: FaultyEngine, shape: Shape, slots: int) -> None:
         super().__init__(engine, shape, slots)
         self._faults = engine
 
-    def join(self, work: JobState) -> int:
+    def join(self, state: JobState) -> int:
         self._faults.fail_at("join", self.shape)
-        return super().join(work)
+        return super().join(state)
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         self._faults.fail_at("advance", self.shape)
@@ -84,8 +83,8 @@ class FaultyBatch(FakeBatch):
         return wait
 
 
-def impatient_options(limits: Limits) -> list[tuple[str, int]]:
-    """The server's options with another keepalive."""
+def short_keepalive_options(limits: Limits) -> list[tuple[str, int]]:
+    """The server's channel options with a short keepalive."""
     changed = dict(KEEPALIVE)
     return [*((name, value) for name, value in options(limits) if name not in changed), *KEEPALIVE]
 
@@ -95,8 +94,10 @@ options = main.server_options
 if __name__ == "__main__":
     settings, _ = config.load(sys.argv[1:], os.environ)
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr)
-    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)  # which logs clients that leave, as main says
-    main.server_options = impatient_options
+    logging.getLogger("grpc._cython.cygrpc").setLevel(
+        logging.CRITICAL
+    )  # which logs clients that disconnect; as in `main`
+    main.server_options = short_keepalive_options
     if not asyncio.run(main.serve(settings, lambda: FaultyEngine(settings.iter_ms / 1000, Path.cwd()))):
         sys.stdout.flush()
-        os._exit(0)  # as main does
+        os._exit(0)  # as in `main`

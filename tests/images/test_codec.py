@@ -14,7 +14,7 @@ from gramophone_server.config import Limits
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec
 from gramophone_server.images.codec import Format
-from tests.bad_input.pictures import program_profile
+from tests.support.bad_pictures import program_profile
 
 LIMITS = Limits()
 RED, WHITE = (255, 0, 0), (255, 255, 255)

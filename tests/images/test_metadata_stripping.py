@@ -11,8 +11,8 @@ from PIL import Image
 from gramophone_server.config import Limits
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec, metadata_stripping
-from tests.bad_input import pictures
-from tests.bad_input.pictures import LARGE, chunk, encoded, exif_bomb, in_jpeg, in_png, in_webp, segment
+from tests.support import bad_pictures as pictures
+from tests.support.bad_pictures import LARGE, chunk, encoded, exif_bomb, in_jpeg, in_png, in_webp, segment
 
 RED = Image.new("RGB", pictures.SIZE, "red")
 WIDTH, HEIGHT = pictures.SIZE

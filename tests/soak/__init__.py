@@ -1,1 +1,1 @@
-"""Hours of everything at once on one server, and whether its memory grows: `make soak MINUTES=n`."""
+"""Runs a mixed load on one server for a long time, and checks whether its memory grows: `make soak MINUTES=n`."""

@@ -1,4 +1,4 @@
-"""A few seconds of the soak, and that it finds what grows."""
+"""Runs the soak for a few seconds, and tests that it detects growth."""
 
 import json
 import random
@@ -8,20 +8,20 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.chaos import watch
-from tests.chaos.watch import Broken
 from tests.soak import __main__ as soak
-from tests.soak.load import HABITS
-from tests.soak.trend import MOST_POINTS, chart, slope
+from tests.soak.users import ACTIONS
+from tests.support import monitoring
+from tests.support.monitoring import RuleViolation
+from tests.support.trend import MAX_POINTS, chart, slope
 
 
-def test_some_seconds_of_everything_leave_nothing_behind(tmp_path, capsys):
+def test_a_few_seconds_of_mixed_load_leave_nothing_behind(tmp_path, capsys):
     code = soak.main(["--minutes", "0.1", "--engine", "fake", "--seed", "1", "--out", str(tmp_path)])
-    told = capsys.readouterr().out
-    assert code == 0, told
+    output = capsys.readouterr().out
+    assert code == 0, output
     assert re.search(
         r"^\| fake \| 0 \| \d+ \| \d+ \| [+-][\d.]+ \| \d+ / \d+ \| \d+ / \d+ \| \d+ / \d+ \| \d+ \|$",
-        told,
+        output,
         re.MULTILINE,
     )
     saved = json.loads((tmp_path / "soak-fake.json").read_text())
@@ -29,67 +29,68 @@ def test_some_seconds_of_everything_leave_nothing_behind(tmp_path, capsys):
     ElementTree.parse(tmp_path / "soak-fake.svg")
 
 
-def test_every_habit_says_what_it_is():
-    assert all(habit.act.__doc__ for habit in HABITS.values())
+def test_every_action_is_documented():
+    assert all(action.perform.__doc__ for action in ACTIONS.values())
 
 
-def test_a_slope_is_of_the_line_and_not_of_the_outliers():
-    chance = random.Random(1)
-    line = [(x, 3.0 * x + chance.gauss(0, 1)) for x in range(100)]
-    wild = [(x, 1e6 if x % 5 == 0 else y) for x, y in line]
+def test_outliers_do_not_change_the_slope():
+    rng = random.Random(1)
+    line = [(x, 3.0 * x + rng.gauss(0, 1)) for x in range(100)]
+    with_outliers = [(x, 1e6 if x % 5 == 0 else y) for x, y in line]
     assert slope(line) == pytest.approx(3, rel=0.01)
-    assert slope(wild) == pytest.approx(3, rel=0.05)
-    assert slope([(x, -2.0 * x) for x in range(10 * MOST_POINTS)]) == -2
+    assert slope(with_outliers) == pytest.approx(3, rel=0.05)
+    assert slope([(x, -2.0 * x) for x in range(10 * MAX_POINTS)]) == -2
     assert slope([]) == slope([(1, 1)]) == 0
 
 
 @pytest.mark.parametrize(
-    ("mib_per_h", "minutes", "is_broken"),
+    ("mib_per_h", "minutes", "is_growth"),
     [
         *((100, 20, True), (42, 20, True), (30, 20, False), (20, 20, False), (-100, 20, False)),
         *((40, 12, False), (80, 12, True), (1000, 1, False)),
         *((30, 26, True), (18, 26, False), (30, 60, True), (18, 60, False)),
     ],
 )
-def test_memory_that_grows_is_found_in_its_noise(mib_per_h, minutes, is_broken, capsys):
-    """36 MiB an hour can be told in the second ten of 20 minutes, 60 in the second six of 12, and 24 is the rule."""
-    told_per_h = {12: 60, 20: 36, 26: 24, 60: 24}
-    chance, found = random.Random(1), soak.Soak("fake", 1, Console(width=200))
+def test_growth_of_memory_is_detected_in_its_noise(mib_per_h, minutes, is_growth, capsys):
+    """36 MiB/h can be detected in the last ten of 20 minutes, 60 in the last six of 12, and 24 is the limit."""
+    max_mib_per_h = {12: 60, 20: 36, 26: 24, 60: 24}
+    rng, run = random.Random(1), soak.Soak("fake", 1, Console(width=200))
     for second in range(60 * minutes):
         filling = min(second, 15 * minutes) / minutes  # caches, which are full after a quarter of the time
-        resident = 500 + filling + mib_per_h / 3600 * second + chance.gauss(0, 2)
-        found.samples.append(soak.Sample(second, resident, 16, 17, 17, 5))
+        resident = 500 + filling + mib_per_h / 3600 * second + rng.gauss(0, 2)
+        run.samples.append(soak.Sample(second, resident, 16, 17, 17, 5))
     if minutes == 1:
-        found.check_memory()
-        assert capsys.readouterr().out == "too short to judge memory: that takes 5 minutes after the warm-up\n"
+        run.check_memory()
+        assert capsys.readouterr().out == "memory: not judged; this needs 5 minutes after the warm-up\n"
         return
-    limit = rf"at most {told_per_h[minutes]} are allowed{'' if minutes > 20 else ', as so short a time tells no less'}$"
-    if is_broken:
-        with pytest.raises(Broken, match=rf"^memory grows by \+[\d.]+ MiB an hour in the last \d+ minutes; {limit}"):
-            found.check_memory()
+    limit = rf"at most {max_mib_per_h[minutes]} are allowed"
+    limit += "$" if minutes > 20 else ", the least that so short a run can detect$"
+    if is_growth:
+        with pytest.raises(RuleViolation, match=rf"^memory grows by \+[\d.]+ MiB/h in the last \d+ minutes; {limit}"):
+            run.check_memory()
     else:
-        found.check_memory()
-        assert re.search(rf"^memory: [+-][\d.]+ MiB an hour in the last \d+ minutes; {limit}", capsys.readouterr().out)
+        run.check_memory()
+        assert re.search(rf"^memory: [+-][\d.]+ MiB/h in the last \d+ minutes; {limit}", capsys.readouterr().out)
 
 
-def test_a_sample_that_fails_ends_the_run_and_is_told(monkeypatch, tmp_path, capsys):
-    """Or a run without samples would be one that is too short."""
-    scraped, asked = watch.scraped, []
+def test_a_failed_sample_ends_the_run_and_is_reported(monkeypatch, tmp_path, capsys):
+    """Otherwise a run without samples would look like one that is too short."""
+    scrape_metrics, urls = monitoring.scrape_metrics, []
 
-    def soon_gone(url):
-        asked.append(url)
-        if len(asked) > 2:
-            raise Broken(f"{url}: gone")
-        return scraped(url)
+    def fail_at_the_third_scrape(url):
+        urls.append(url)
+        if len(urls) > 2:
+            raise RuleViolation(f"{url}: no metrics")
+        return scrape_metrics(url)
 
-    monkeypatch.setattr(soak, "scraped", soon_gone)
+    monkeypatch.setattr(soak, "scrape_metrics", fail_at_the_third_scrape)
     code = soak.main(["--minutes", "5", "--engine", "fake", "--seed", "1", "--out", str(tmp_path)])
     assert code == 1
-    assert re.search(r"^broken: http://\S+/metrics: gone$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^failed: http://\S+/metrics: no metrics$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_the_chart_is_a_picture_by_itself():
+def test_the_chart_is_a_standalone_svg():
     svg = ElementTree.fromstring(chart([(x / 60, 500.0) for x in range(2000)], "minutes", "MiB"))
     (line,) = [element for element in svg.iter() if element.tag.endswith("polyline")]
-    assert len(line.attrib["points"].split()) <= MOST_POINTS
+    assert len(line.attrib["points"].split()) <= MAX_POINTS
     assert any(element.tag == "{http://www.w3.org/2000/svg}style" for element in svg)

@@ -1,4 +1,4 @@
-"""Encoded pictures that are damaged, that declare what they do not have, or that are far more than they seem."""
+"""Bad image files: damaged ones, ones with false headers, and ones that decode to far more than their size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functools import cache
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SIZE = (24, 16)  # pixels of an ordinary picture here
-LARGE = 10 * 2**20 - 8192  # bytes: just below what a server takes by default
+SIZE = (24, 16)  # pixels of an ordinary picture
+LARGE = 10 * 2**20 - 8192  # bytes; just below the default limit of a server
 
 
 def chunk(name: bytes, data: bytes = b"") -> bytes:
@@ -31,7 +31,7 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *chunks: bytes) -> bytes:
-    """By hand: ``pixels`` are rows with their filter bytes, deflated here."""
+    """Builds a PNG without Pillow. ``pixels`` are the rows with their filter bytes, not yet deflated."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels, 9)) + chunk(b"IEND")
 
@@ -46,7 +46,7 @@ def in_jpeg(*segments: bytes) -> bytes:
 
 
 def in_webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    """With these chunks behind its pixels."""
+    """A WebP with these chunks after its pixels."""
     pixels = encoded(Image.new("RGB", SIZE, "red"), "WEBP")[12:]
     extended = struct.pack("<4sIB3x", b"VP8X", 10, 0x0C) + bytes([SIZE[0] - 1, 0, 0, SIZE[1] - 1, 0, 0])
     parts = (struct.pack("<4sI", name, len(data)) + data + bytes(len(data) % 2) for name, data in chunks)
@@ -55,34 +55,34 @@ def in_webp(*chunks: tuple[bytes, bytes]) -> bytes:
 
 
 @cache
-def good() -> tuple[bytes, ...]:
-    """Small pictures of every kind that Pillow writes, with metadata."""
+def valid_pictures() -> tuple[bytes, ...]:
+    """Small pictures of every format and mode that Pillow writes, with metadata."""
     noise = Image.effect_noise((40, 24), 80)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a picture"
-    made = [
+    result = [
         encoded(noise.convert(mode), format, exif=exif)
         for format, modes in (("JPEG", ("L", "RGB", "CMYK")), ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA")))
         for mode in modes
     ]
-    made += [
+    result += [
         encoded(noise.convert(mode), "WEBP", exif=exif, lossless=l) for mode in ("RGB", "RGBA") for l in (True, False)
     ]
-    made.append(encoded(noise.convert("RGB"), "JPEG", progressive=True, comment=b"x" * 99))
-    made.append(png(16, 16, 16, 6, bytes(129 * 16), chunk(b"tEXt", b"a\0b"), chunk(b"gAMA", bytes(4))))
-    made.append(encoded(noise, "PNG", save_all=True, append_images=[noise.rotate(180)]))
-    made.append(encoded(noise, "GIF"))
-    return tuple(made)
+    result.append(encoded(noise.convert("RGB"), "JPEG", progressive=True, comment=b"x" * 99))
+    result.append(png(16, 16, 16, 6, bytes(129 * 16), chunk(b"tEXt", b"a\0b"), chunk(b"gAMA", bytes(4))))
+    result.append(encoded(noise, "PNG", save_all=True, append_images=[noise.rotate(180)]))
+    result.append(encoded(noise, "GIF"))
+    return tuple(result)
 
 
 def exif_bomb(kind: bytes = b"MM\0*") -> bytes:
-    """A directory of which 400 entries each name nearly all of 10 MiB."""
+    """An EXIF directory with 400 entries that each refer to nearly all of 10 MiB."""
     entries = b"".join(struct.pack(">HHII", 0x8000 + i, 7, LARGE - 9000, 8) for i in range(400))
     return (kind + struct.pack(">IH", 8, 400) + entries).ljust(LARGE - 8500, b"x")
 
 
 def program_profile(steps: int) -> bytes:
-    """A colour profile that is a program of so many steps."""
+    """An ICC colour profile with a program of this number of steps."""
     piece = b"parf" + struct.pack(">4xHH4f", 0, 0, 1.5, 1, 0, 0)
     curve = b"curf" + struct.pack(">4xHHf", 2, 0, 0.5) + piece * 2
     curves = b"cvst" + struct.pack(">4xHH6I", 3, 3, *(36, len(curve)) * 3) + curve
@@ -99,17 +99,19 @@ def many_scans(width: int, height: int, scans: int) -> bytes:
 
 
 def many_codes() -> bytes:
-    """A lossless WebP of a megapixel, of which each of 65,536 blocks has Huffman codes of its own, the most there can be:
-    of 295 KB, libwebp makes 350 MiB of tables. Its bits are written from the lowest on."""
+    """A lossless WebP of one megapixel in which each of 65,536 blocks has its own Huffman codes, which is the maximum.
+
+    From its 295 KB, libwebp makes 350 MiB of tables. Its bits are written from the lowest one up.
+    """
 
     def number(value: int, bits: int) -> str:
         return f"{value:0{bits}b}"[::-1]
 
-    one_symbol = "1000"  # a code of one symbol, 0, which takes no bits
+    one_symbol = "1000"  # a code with the single symbol 0, which takes no bits
 
     def bytes_code(others: int) -> str:
-        """256 symbols of 8 bits each, and so many without a code. The code of the lengths has 0 and 8, of a bit each."""
-        lengths = {2: 1, 11: 1}  # by their places in the order that the format has for them
+        """256 symbols of 8 bits and ``others`` without a code. The code of the lengths is 1 bit each for 0 and 8."""
+        lengths = {2: 1, 11: 1}  # by position in the order that the format defines
         return (
             "0"
             + number(12 - 4, 4)
@@ -120,7 +122,7 @@ def many_codes() -> bytes:
         )
 
     head = number(0x2F, 8) + number(1023, 14) * 2 + "0" + "000"  # 1024 x 1024, no alpha, version 0
-    codes = "0" + "0" + "1" + number(0, 3)  # no transform, no cache, codes by block of 4 x 4
+    codes = "0" + "0" + "1" + number(0, 3)  # no transform, no cache, codes per block of 4 x 4
     image = "0" + bytes_code(24) + bytes_code(0) + one_symbol * 3
     image += "".join(f"{green:08b}{red:08b}" for red in range(256) for green in range(256))
     bits = head + codes + image + one_symbol * 5 * 65_536
@@ -135,15 +137,17 @@ def _flat(format: str, mode: str, side: int, **options: object) -> bytes:
 
 MEGABYTE = zlib.compress(bytes(2**20), 9)
 
-# Each was made to take more time or memory than its size allows for. A server takes at most 32 megapixels by default, so
-# some have just as many.
+# Each takes much more time or memory to decode than its size suggests. Some have 32 megapixels, the default limit of a
+# server.
 BOMBS: Mapping[str, Callable[[], bytes]] = {
     "png-declares-4-gigapixels": lambda: png(65535, 65535, 8, 6, b""),
     "png-declares-2e62-pixels": lambda: png(2**31 - 1, 2**31 - 1, 8, 6, b""),
     "png-of-400-megapixels": lambda: png(20_000, 20_000, 1, 0, bytes(2501 * 20_000)),
     "png-of-32-megapixels": lambda: png(5656, 5656, 8, 6, bytes((5656 * 4 + 1) * 5656)),
     "png-of-32-megapixels-of-16-bits": lambda: png(5656, 5656, 16, 6, bytes((5656 * 8 + 1) * 5656)),
-    "png-of-32-megapixels-with-a-key": lambda: png(5656, 5656, 8, 3, bytes(5657 * 5656), chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(9))),
+    "png-of-32-megapixels-with-a-key": lambda: png(
+        5656, 5656, 8, 3, bytes(5657 * 5656), chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(9))
+    ),
     "png-thin": lambda: png(2_000_000, 16, 8, 6, bytes(8_000_001 * 16)),
     "png-inflates-beyond-its-size": lambda: png(16, 16, 8, 2, bytes(200 * 2**20)),
     "png-texts": lambda: in_png(*[chunk(b"zTXt", b"a\0\0" + MEGABYTE)] * 9000),
@@ -170,7 +174,9 @@ BOMBS: Mapping[str, Callable[[], bytes]] = {
     "webp-codes": many_codes,
     "webp-exif": lambda: in_webp((b"EXIF", exif_bomb())),
     "webp-chunks": lambda: in_webp(*[(b"ABCD", b"")] * (LARGE // 8)),
-    "webp-profile-is-a-program": lambda: encoded(Image.new("RGB", (16, 16)), "WEBP", icc_profile=program_profile(150_000)),
+    "webp-profile-is-a-program": lambda: encoded(
+        Image.new("RGB", (16, 16)), "WEBP", icc_profile=program_profile(150_000)
+    ),
     "webp-animation": lambda: in_webp(*[(b"ANMF", bytes(16))] * 10_000),
     "polyglot-png-jpeg": lambda: in_png() + in_jpeg(),
     "polyglot-jpeg-zip": lambda: in_jpeg(segment(0xFE, b"PK\3\4" + bytes(60_000))) + b"PK\5\6" + bytes(18),
@@ -185,32 +191,31 @@ def _pieces(profile: bytes) -> list[bytes]:
     return [segment(0xE2, b"ICC_PROFILE\0" + bytes([i, len(parts)]) + part) for i, part in enumerate(parts, 1)]
 
 
-def damaged(data: bytes, chance: random.Random, other: bytes = b"") -> bytes:
-    """``data`` with some of the damage that files and messages come to, and some that only malice does; never more than
-    twice as long. ``other`` is what it may be spliced with."""
-    made = bytearray(data)
-    for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
-        at = chance.randrange(len(made) + 1)
-        end = min(len(made), at + chance.choice((1, 2, 4, 16, 64)))
-        match chance.randrange(9):
-            case 0 if at < len(made):
-                made[at] ^= 1 << chance.randrange(8)
-            case 1 if at < len(made):
-                made[at] = chance.choice((0x00, 0x01, 0x7F, 0x80, 0xFE, 0xFF))
+def damaged(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
+    """``data`` with random accidental and malicious damage; at most twice as long. It may be spliced with ``other``."""
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(len(result) + 1)
+        end = min(len(result), at + rng.choice((1, 2, 4, 16, 64)))
+        match rng.randrange(9):
+            case 0 if at < len(result):
+                result[at] ^= 1 << rng.randrange(8)
+            case 1 if at < len(result):
+                result[at] = rng.choice((0x00, 0x01, 0x7F, 0x80, 0xFE, 0xFF))
             case 2:
-                del made[at:]
+                del result[at:]
             case 3:
-                del made[at:end]
+                del result[at:end]
             case 4:
-                made[at:at] = made[at:end]
+                result[at:at] = result[at:end]
             case 5:
-                made[at:end] = chance.randbytes(end - at)
+                result[at:end] = rng.randbytes(end - at)
             case 6:
-                made[at:end] = chance.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0"))
+                result[at:end] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0"))
             case 7 if other:
-                made[at:] = other[chance.randrange(len(other)) :]
-            case 8 if len(made) > 12:  # what a length may be: four bytes in a row, as if they were a number
-                at = chance.randrange(len(made) - 4)
-                value = int.from_bytes(made[at : at + 4]) + chance.choice((-1, 1, 255, 65536))
-                made[at : at + 4] = (value % 2**32).to_bytes(4)
-    return bytes(made[: max(2 * len(data), 64)])
+                result[at:] = other[rng.randrange(len(other)) :]
+            case 8 if len(result) > 12:  # changes four bytes as a number, because they may be a length
+                at = rng.randrange(len(result) - 4)
+                value = int.from_bytes(result[at : at + 4]) + rng.choice((-1, 1, 255, 65536))
+                result[at : at + 4] = (value % 2**32).to_bytes(4)
+    return bytes(result[: max(2 * len(data), 64)])
