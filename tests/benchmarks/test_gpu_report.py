@@ -1,4 +1,4 @@
-"""The report of a GPU check: goals judged rightly, tables of what is there, and its place in RESULTS.md."""
+"""The report of a GPU check: its goals, its tables, and its place in RESULTS.md."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from benchmarks.section import Section
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "RESULTS.md"
 FASTEST = {"section": "iteration", "name": "ours fp16", "batch": 1, "ms_per_job": 1.0}
+CONVOLUTION = {"section": "convolutions", "way": "there", "layer": "1_2", "size": 512}
+STYLE = {"section": "style", "layer": "all five", "size": 512}
 
 
-def made_up() -> dict[str, Any]:
+def make_report() -> dict[str, Any]:
     rows = [
         {"section": "tests", "name": "test_graphs.py", "passed": 12, "skipped": 1, "failed": 0},
         {"section": "sanitizer", "name": "memcheck", "found": 0},
         {"section": "ceilings", "name": "matmul fp16", "unit": "TFLOP/s", "rate": 790.4, "ms": 1.39},
-        {"section": "convolutions", "name": "bare", "way": "there", "layer": "1_2", "size": 512, "ms": 0.031, "ratio_vs_floor": 1.3},
-        {"section": "convolutions", "name": "fused", "way": "there", "layer": "1_2", "size": 512, "ms": 0.028, "ratio_vs_floor": 1.2},
-        {"section": "style", "name": "torch", "layer": "all five", "size": 512, "ms": 0.4, "ratio_vs_eager": 1.0, "ratio_vs_graph": 1.5},
-        {"section": "style", "name": "ours graph", "layer": "all five", "size": 512, "ms": 0.08, "ratio_vs_eager": 0.2, "ratio_vs_graph": 0.3},
+        {**CONVOLUTION, "name": "bare", "ms": 0.031, "ratio_vs_floor": 1.3},
+        {**CONVOLUTION, "name": "fused", "ms": 0.028, "ratio_vs_floor": 1.2},
+        {**STYLE, "name": "torch", "ms": 0.4, "ratio_vs_eager": 1.0, "ratio_vs_graph": 1.5},
+        {**STYLE, "name": "ours graph", "ms": 0.08, "ratio_vs_eager": 0.2, "ratio_vs_graph": 0.3},
         {**FASTEST, "size": 256, "ms": 0.4, "ratio_vs_eager": 0.2, "ratio_vs_eager16": 0.3, "ratio_vs_floor": 3.5},
         {**FASTEST, "size": 512, "ms": 0.97, "ratio_vs_eager": 0.3, "ratio_vs_eager16": 0.5, "ratio_vs_floor": 2.0},
         {**FASTEST, "size": 1024, "ms": 3.4, "ratio_vs_eager": 0.2, "ratio_vs_eager16": 0.5, "ratio_vs_floor": None},
@@ -40,23 +42,23 @@ def made_up() -> dict[str, Any]:
     }
 
 
-def test_goals_are_met_or_missed_by_so_much() -> None:
-    goals = {goal.what: goal for goal in gpu_report.goals(made_up()["rows"])}
+def test_goals_are_met_or_missed_by_a_factor() -> None:
+    goals = {goal.what: goal for goal in gpu_report.goals(make_report()["rows"])}
     assert goals["256 px: ours / eager fp32"].met
     assert goals["256 px: ours / eager 16-bit channels_last"].met  # 0.3 of at most 1/3
-    assert "256 px: ours / FLOP floor" not in goals  # the goal is for 512 px and up
+    assert "256 px: ours / FLOP floor" not in goals  # the goal applies from 512 px up
     missed = goals["512 px: ours / eager fp32"]
     assert not missed.met and missed.missed_by == pytest.approx(1.2)
     assert goals["512 px: ours / FLOP floor"].missed_by == pytest.approx(2 / 1.8)
-    assert "1024 px: ours / FLOP floor" not in goals  # without the ceilings there is none
+    assert "1024 px: ours / FLOP floor" not in goals  # without the ceilings there is no FLOP floor
     assert goals["style op, 512 px: torch / ours"].measured == pytest.approx(5)
     both_graphs = goals["the same, both as graphs"]
     assert not both_graphs.met and both_graphs.missed_by == pytest.approx(1.2)
     assert goals["16 jobs of 256 px: throughput together / in turn"].met
 
 
-def test_the_section_has_what_was_found() -> None:
-    text = gpu_report.section(made_up())
+def test_the_section_has_all_results() -> None:
+    text = gpu_report.section(make_report())
     assert text.startswith("### NVIDIA H200\n\ndriver 580.1, torch 2.11.0, 2026-12-01. `make gpu-check`")
     for line in (
         "| 512 px: ours / eager fp32 | at most 0.25 | 0.3 | **missed** by 1.20 times |",
@@ -72,12 +74,12 @@ def test_the_section_has_what_was_found() -> None:
         assert line in text
 
 
-def test_nothing_found_is_a_section_too() -> None:
+def test_there_is_a_section_without_results() -> None:
     empty = {"machine": {}, "rows": [], "profile": {}, "forms": {}, "failed": [], "left_out": []}
     assert gpu_report.section(empty) == "### no GPU\n\nno date. `make gpu-check`\n"
 
 
-def test_a_section_has_one_place() -> None:
+def test_a_section_replaces_its_older_version() -> None:
     before = f"# Results\n\n## GPU\n\n{gpu_report.NOT_YET}"
     once = gpu_report.placed(before, "A", "one\n")
     assert once == "# Results\n\n## GPU\n\n<!-- gpu:begin A -->\none\n<!-- gpu:end A -->\n"
@@ -87,12 +89,12 @@ def test_a_section_has_one_place() -> None:
     assert r"two \1" in again
 
 
-def test_the_results_say_whether_a_gpu_was_measured() -> None:
+def test_the_results_state_whether_a_gpu_was_measured() -> None:
     text = RESULTS.read_text()
     assert ("<!-- gpu:begin" in text) != (gpu_report.NOT_YET in text)
 
 
-def test_a_part_that_fails_costs_only_itself(tmp_path: Path) -> None:
+def test_a_part_that_fails_does_not_affect_others(tmp_path: Path) -> None:
     log = tmp_path / "found.jsonl"
     log.touch()
     section = Section("style", "cpu", 60.0, [], log, tmp_path)
@@ -105,7 +107,7 @@ def test_a_part_that_fails_costs_only_itself(tmp_path: Path) -> None:
     assert section.attempt("two", lambda: section.fact("profile x", "text"))
     assert not section.attempt("three", lambda: None, seconds=3600)
     with log.open("a") as file:
-        file.write('{"row": {"section": "st')  # ended in the middle of a line
+        file.write('{"row": {"section": "st')  # an incomplete line
     found = gpu_check.read(log)
     assert found["rows"] == [{"section": "style", "name": "half done", "ms": 1.0}]
     assert found["failed"] == [{"section": "style", "what": "one", "why": "RuntimeError: a reason"}]

@@ -1,4 +1,4 @@
-"""The arithmetic of the overload benchmark, on made-up figures."""
+"""The calculations of the overload benchmark, with invented measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAPACITY = 50.0
 
 
 def step(results: list[float], **failures: list[float]) -> Step:
-    """Ten seconds: those to each result and, by status, to each failure."""
+    """A step of 10 s, from the latency of each result and, by status, of each failure."""
     tally = Tally(seconds=10.0, due=len(results) + sum(map(len, failures.values())))
     for status, ended in {OK: results, **failures}.items():
         for ended_s in ended:
@@ -66,7 +66,7 @@ def test_turns_add_up() -> None:
     twice.add(step([0.2], UNAVAILABLE=[0.1]), 1.0, 10.0)
     row = twice.row()
     assert (row["missed"], row["full"], row["too late"], twice.untyped) == (1, 1, 1, 1)
-    assert row["sent per s"] == pytest.approx(7 / 20), "which is not what was to be offered"
+    assert row["sent per s"] == pytest.approx(7 / 20), "not the rate that was offered"
     assert row["done per s"] == pytest.approx(3 / 20)
     assert row["p50 s"] == pytest.approx(0.2, rel=0.01)
     assert row["refusal p50 ms"] == pytest.approx(1, rel=0.01)
@@ -79,7 +79,7 @@ def test_goals_that_are_met() -> None:
     verdicts = judged(curve(), curve())
     assert len(verdicts) == 8 and all(verdict.met for verdict in verdicts.values()), verdicts
     assert verdicts["goodput"].measured == "99%"
-    assert verdicts["a"].measured == "0.80 ms"  # 0.04 s of CPU a second more for 50 refusals a second more
+    assert verdicts["a"].measured == "0.80 ms"  # 0.04 s more CPU per second for 50 more refusals per second
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_a_goal_that_is_missed(goal: str, patient: list[Outcome], hurried: list[
     assert missed == set(goal.split(", "))
 
 
-def test_an_engine_that_takes_the_cpu_is_not_asked_what_a_refusal_costs() -> None:
+def test_the_cost_of_a_refusal_is_not_judged_with_an_engine_that_uses_the_cpu() -> None:
     assert len(overload.judged(CAPACITY, curve(), curve(), sleeps=False)) == 7
 
 
-def test_those_who_hurry_may_make_others_wait_longer_than_the_line_is() -> None:
+def test_jobs_with_short_deadlines_may_delay_others_beyond_the_length_of_the_queue() -> None:
     verdicts = judged(curve(), curve(at_most=1.5 * PLACES / CAPACITY))
     assert all(verdict.met for verdict in verdicts.values()), verdicts
     assert verdicts["p95"].measured == "0.4 s" and verdicts["p95 in a hurry"].measured == "0.6 s"
 
 
-async def test_each_turn_has_arrivals_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_turn_has_its_own_arrivals(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
     async def run_step(*_: Any, seed: int = 0) -> tuple[Step, float, float]:
@@ -124,12 +124,12 @@ async def test_each_turn_has_arrivals_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert seeds == [0, 0, *[0] * one, *[1] * one, *[2] * one]
 
 
-def test_the_curve_is_a_picture_of_its_own() -> None:
+def test_the_curve_is_a_standalone_svg() -> None:
     root = ElementTree.fromstring(overload.drawn("overload & more", CAPACITY, curve()))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    words = [element.text for element in root.iter() if element.text]
-    for word in ("overload & more", "Jobs per second", "refused", "p99", "3x"):
-        assert word in words
+    texts = [element.text for element in root.iter() if element.text]
+    for text in ("overload & more", "Jobs per second", "refused", "p99", "3x"):
+        assert text in texts
     tips = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
     assert "done: 49.5 at 3x" in tips and "refused: 100 at 3x" in tips
-    assert "prefers-color-scheme: dark" in "".join(words)
+    assert "prefers-color-scheme: dark" in "".join(texts)

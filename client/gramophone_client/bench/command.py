@@ -45,15 +45,20 @@ INCOMPLETE = "not all files of the report were written; the table above has the 
 EPILOG = """\
 The bench runs one step for each value of --concurrency (closed loop) and --rate (open loop). A closed loop keeps that
 many jobs at the server. An open loop sends jobs at random times at that rate, however slow the server is, and counts
-latency from those times. A step ends when three consecutive windows agree within 10 %, or when its --duration is over.
-Ctrl-C ends the bench and still prints the report. Jobs are never retried: refusals count as failures.
+latency from those times. Jobs are never retried: refusals count as failures.
+
+A step starts with a warm-up and is then measured in windows of time. It ends when the last three windows agree within
+10 % in latency and throughput, or when its --duration is over. Ctrl-C ends the bench and still prints the report.
+
+The report has throughput in jobs/s and in megapixel-iterations/s (Mpx it/s: the pixels of every iteration, added up),
+and latency to the first frame and to the result as p50/p95/p99/max in seconds.
 
 examples:
   gramophone bench --concurrency 1,2,4,8 --size 256 --html report.html
   gramophone bench --rate 0.5,1,2 --mix mix.toml --json today.json
   gramophone bench --compare yesterday.json today.json --html changes.html
 
-a mix file:
+a mix file (recipe flags on the command line override the fields of all its jobs):
   [[job]]
   name = "thumbnail"
   weight = 3            # three of these jobs for each job of weight 1
