@@ -20,6 +20,7 @@ from gramophone_server import main
 from gramophone_server.config import Limits, Settings
 from gramophone_server.errors import StartupError
 from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from gramophone_server.telemetry.metrics import SERVICE
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
@@ -182,7 +183,7 @@ async def test_a_server_whose_compute_thread_fails_ends(capsys, monkeypatch, cap
         await p.line("ready in ")
         job = p.stub.Stylize(pb.StylizeRequest(spec=spec(iterations=5000)))
         await until(engine.under_way.is_set)
-        monkeypatch.setattr(schedulers[0]._line, "tell", None)
+        monkeypatch.setattr(WaitingQueue, "report_positions", None)
         got = await refused(job)
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         with pytest.raises(RuntimeError, match="the compute thread has ended because of a defect"):

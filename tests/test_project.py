@@ -178,7 +178,7 @@ TESTED_THROUGH = {
     "tests/domain/test_job_state.py": ["gramophone_server.domain.job", "gramophone_server.domain.engine_api"],
     "tests/scheduling/test_worker.py": ["gramophone_server.domain.commands", "gramophone_server.domain.events"],
     "tests/scheduling/test_scheduler.py": ["gramophone_server.scheduling.*"],
-    "tests/jobs/test_jobs.py": ["gramophone_server.jobs.*"],
+    "tests/jobs/test_job.py": ["gramophone_server.jobs.event_log"],
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
     "tests/engine/test_engine.py": ["gramophone_server.engine.losses", "gramophone_server.engine.style_targets"],
     "tests/rpc/test_admission.py": [

@@ -163,7 +163,7 @@ async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
         slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
         job_id = (await slow.read()).event.accepted.job_id
         job = s.servicer.jobs.find(job_id)
-        await until(lambda: not job._watchers)  # it reads nothing
+        await until(lambda: not job.watchers)  # it reads nothing
         assert not job.ended and engine.iterations < 400
         await s.servicer.idle()
         with pytest.raises(grpc.aio.AioRpcError) as caught:

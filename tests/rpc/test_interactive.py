@@ -120,7 +120,7 @@ async def test_a_job_stands_still_and_goes_on_and_everybody_hears_of_it():
         paused = await controller.ask(pause=PAUSE)
         assert not paused.field_errors
         job = s.servicer.jobs.find(controller.job_id)
-        await until(lambda: job.state.name == "PAUSED")
+        await until(lambda: job.phase.name == "PAUSED")
         got = await s.stub.GetJob(pb.GetJobRequest(job_id=controller.job_id))
         assert got.job.state == pb.JOB_STATE_PAUSED
         stood = job.progress.report.iteration
@@ -131,7 +131,7 @@ async def test_a_job_stands_still_and_goes_on_and_everybody_hears_of_it():
         resumed = await controller.ask(resume=RESUME)
         assert (resumed.iteration, list(resumed.field_errors)) == (stood + 1, [])
         await until(lambda: job.progress.report.iteration > stood)
-        assert job.state.name == "RUNNING"
+        assert job.phase.name == "RUNNING"
         await controller.ask(finish=FINISH)
         await controller.rest()
         events = await watcher
@@ -295,7 +295,7 @@ async def test_a_job_that_waits_can_be_changed_and_paused_but_has_no_picture_yet
         controller = Controller(s.stub)
         await controller.send(start=pb.StartCommand(spec=detachable_spec(5)))
         await controller.event("accepted")
-        words = "the job has not begun yet; wait for its first progress"
+        words = "the job has not started yet; wait for its first progress"
         for command in ({"frame": FRAME}, {"checkpoint": pb.CheckpointCommand()}, {"finish": FINISH}):
             assert await controller.errors(**command) == dict.fromkeys(command, words)
         assert (await controller.ask(update=pb.UpdateCommand(beta=9.0))).iteration == 1
@@ -303,7 +303,7 @@ async def test_a_job_that_waits_can_be_changed_and_paused_but_has_no_picture_yet
         await ahead.ask(finish=FINISH)
         await ahead.rest()
         job = s.servicer.jobs.find(controller.job_id)
-        assert (s.scheduler.paused, job.state.name, job.started_at) == (1, "PAUSED", None)
+        assert (s.scheduler.paused, job.phase.name, job.started_at) == (1, "PAUSED", None)
         assert not await controller.errors(resume=RESUME)
         await controller.rest()
     assert controller.of("changed")[0].recipe.beta == 9.0
@@ -412,9 +412,9 @@ async def test_a_job_has_one_controller_and_the_next_one_comes_when_it_has_left(
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_CONTROLLED")
         assert got.message == f"job '{first.job_id}' already has a controller; WatchJob can still watch it"
         job = s.servicer.jobs.find(first.job_id)
-        assert len(job._watchers) == 1
+        assert job.watchers == 1
         first.call.cancel()
-        await until(lambda: not job._watchers)
+        await until(lambda: not job.watchers)
         third = await attached(s, first.job_id, after_sequence=1)
         assert not await third.errors(pause=PAUSE)
         assert not await third.errors(finish=FINISH)
@@ -427,7 +427,7 @@ async def test_a_controller_that_closes_its_side_watches_on():
         first = await started(s)
         await first.call.done_writing()
         job = s.servicer.jobs.find(first.job_id)
-        await until(lambda: job._controller is None)
+        await until(lambda: not job.controlled)
         second = await attached(s, first.job_id)
         await second.ask(finish=FINISH)
         await asyncio.gather(first.rest(), second.rest())
@@ -440,7 +440,7 @@ async def test_the_same_start_finds_its_job_again():
     async with serving(slow()) as s:
         first = await started(s, request_id=start.request_id)
         first.call.cancel()
-        await until(lambda: not s.servicer.jobs.find(first.job_id)._watchers)
+        await until(lambda: not s.servicer.jobs.find(first.job_id).watchers)
         second = Controller(s.stub)
         await second.send(start=start)
         accepted = await second.event("accepted")
@@ -679,8 +679,7 @@ async def test_a_flood_of_commands_waits_at_its_own_door():
         assert not await other.errors(finish=FINISH)
         await asyncio.sleep(0.5)
         (job,) = [job for job in s.servicer.jobs.newest_first() if job.id == controller.job_id]
-        (mailbox,) = job._watchers
-        assert len(engine.snapshot_times) <= 5 and len(mailbox._unread) <= 4
+        assert len(engine.snapshot_times) <= 5 and job.unread <= 4
         assert not await controller.errors(finish=FINISH)
         await controller.rest()
     assert len(controller.of("frame")) == 40
@@ -695,8 +694,8 @@ async def test_a_controller_that_reads_nothing_is_dropped_and_loses_control():
         for _ in range(5):
             await controller.send(frame=FRAME)
         await controller.send(finish=FINISH)
-        await until(lambda: not job._watchers)
-        assert job._controller is None
+        await until(lambda: not job.watchers)
+        assert not job.controlled
         await s.servicer.idle()
         assert not job.ended  # what it said last was never done
         got = await refused(controller.rest())

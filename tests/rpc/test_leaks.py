@@ -91,16 +91,16 @@ async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_be
             await s.servicer.idle()
             await until(lambda: len(jobs) <= 20 and all(job.ended for job in jobs.newest_first()))
             await until(lambda: own_tasks() <= tasks)
-            assert not any(job._watchers for job in jobs.newest_first())
+            assert not any(job.watchers for job in jobs.newest_first())
             assert not s.servicer.preparing and not s.servicer.calls
             assert engine.closed == len(engine.batches)
-            assert s.scheduler._places == 0 and not s.scheduler._orders
+            assert s.scheduler.queued + s.scheduler.running + s.scheduler.paused == s.scheduler.pending_commands == 0
             engine.jobs.clear(), engine.begun.clear(), engine.batches.clear(), engine.slices.clear()
             engine.taken_at.clear()
             engine.closed = 0
             seen.append((threading.active_count(), descriptors(), resident_bytes()))
         jobs.close()
-        assert len(jobs) == 0 and not jobs._requests and not jobs._ended
+        assert len(jobs) == 0 and jobs.request_ids == jobs.ended == 0
         await until(
             lambda: (alive() - before) in ({}, {"RpcCall": 1})
         )  # gRPC's server keeps the context of the last call

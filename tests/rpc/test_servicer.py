@@ -146,7 +146,7 @@ async def test_a_full_queue_says_when_to_come_back_and_decodes_nothing():
     engine.go.clear()
     async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
         calls = [s.stub.Stylize(pb.StylizeRequest(spec=spec())) for _ in range(2)]
-        await until(lambda: engine.under_way.is_set() and len(s.scheduler._line) == 1)  # its images are decoded
+        await until(lambda: engine.under_way.is_set() and s.scheduler.waiting == 1)  # its images are decoded
         junk = spec()
         junk.content.data = b"not an image"
         got = await refused(s.stub.StylizeStream(pb.StylizeStreamRequest(spec=junk)))
@@ -286,7 +286,7 @@ async def test_two_watchers_who_want_the_same_get_one_encoding(monkeypatch):
         first, job_id = await start_detachable(s, engine, detachable_spec(60, every_iterations=5))
         second = watch(s, job_id, every_iterations=5)
         third = watch(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
-        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 3)
+        await until(lambda: s.servicer.jobs.find(job_id).watchers == 3)
         engine.go.set()
         heard = await asyncio.gather(*map(events_of, (first, second, third)))
     frames = [{event.sequence: event.frame.image for event in events if event.HasField("frame")} for events in heard]
@@ -407,7 +407,7 @@ async def test_cancel_job_ends_every_watcher_and_is_idempotent(waits):
         ahead_id = (await start_detachable(s, engine))[1] if waits else ""
         call, job_id = await start_detachable(s, engine)
         other = watch(s, job_id)
-        await until(lambda: len(s.servicer.jobs.find(job_id)._watchers) == 2)
+        await until(lambda: s.servicer.jobs.find(job_id).watchers == 2)
         cancel = pb.CancelJobRequest(job_id=job_id)
         response = await s.stub.CancelJob(cancel)
         assert response.job.state == pb.JOB_STATE_CANCELLED
@@ -512,7 +512,7 @@ async def test_a_job_with_a_grace_goes_on_without_its_client():
     async with serving(engine) as s:
         call, job_id = await start_detachable(s, engine)
         call.cancel()
-        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        await until(lambda: not s.servicer.jobs.find(job_id).watchers)
         response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
         assert response.job.state == pb.JOB_STATE_RUNNING and response.job.HasField("expire_time")
         watcher = watch(s, job_id)
@@ -520,7 +520,7 @@ async def test_a_job_with_a_grace_goes_on_without_its_client():
         response = await s.stub.GetJob(pb.GetJobRequest(job_id=job_id))
         assert not response.job.HasField("expire_time")
         watcher.cancel()
-        await until(lambda: not s.servicer.jobs.find(job_id)._watchers)
+        await until(lambda: not s.servicer.jobs.find(job_id).watchers)
         engine.go.set()
         await until(lambda: s.scheduler.running == 0)
         (*_, last) = await events_of(watch(s, job_id))
@@ -636,7 +636,7 @@ async def test_without_a_grace_a_second_watcher_keeps_the_job():
         second = watch(s, job.id)
         assert (await second.read()).event.HasField("accepted")
         first.cancel()
-        await until(lambda: len(job._watchers) == 1)
+        await until(lambda: job.watchers == 1)
         assert await state(s, job.id) == "RUNNING"
         second.cancel()
         await until(lambda: job.cancelled)

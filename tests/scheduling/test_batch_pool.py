@@ -1,7 +1,8 @@
 import pytest
 
 from gramophone_server.errors import OutOfDeviceMemory
-from gramophone_server.scheduling.batch_pool import BatchPool, Seat, widths
+from gramophone_server.scheduling.batch_pool import BatchPool, widths
+from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from tests.support.engines import FakeEngine
 from tests.support.specs import job_state
@@ -22,162 +23,162 @@ from tests.support.specs import job_state
         (13, 4, [4, 4, 4, 1]),
     ],
 )
-def test_at_most_a_quarter_of_a_lane_stands_empty(jobs, widest, made):
+def test_at_most_a_quarter_of_a_batch_is_empty(jobs, widest, made):
     assert widths(jobs, widest) == made
 
 
 @pytest.mark.parametrize("jobs", range(1, 70))
 @pytest.mark.parametrize("widest", [1, 2, 4, 16])
-def test_widths_are_powers_of_two_that_hold_everybody(jobs, widest):
+def test_widths_are_powers_of_two_with_slots_for_all_jobs(jobs, widest):
     made = widths(jobs, widest)
     assert all(width & (width - 1) == 0 and width <= widest for width in made)
     assert sum(made[:-1]) < jobs <= sum(made)
     assert 4 * (sum(made) - jobs) <= made[-1]
 
 
-def arranged(lanes, seats, rounds=1):
-    """As the worker does: arrange, then one iteration of every lane."""
+def run_rounds(pool, tasks, rounds=1):
+    """As the worker does: assigns the tasks, then runs one iteration of every batch. Returns (width, tasks) of each."""
     for _ in range(rounds):
-        assert lanes.arrange(seats) == {}
-        for lane in list(lanes):
-            lanes.advance(lane, 1)
-    return [(lane.slots, len(lane.seats)) for lane in lanes]
+        assert pool.assign(tasks) == {}
+        for batch in list(pool):
+            pool.advance(batch, 1)
+    return [(batch.slots, len(batch.tasks)) for batch in pool]
 
 
-def seats(jobs, **recipe):
-    return [Seat(job_state(iterations=1000, **recipe)) for _ in range(jobs)]
+def tasks(jobs, **recipe):
+    return [Task(observer=None, state=job_state(iterations=1000, **recipe)) for _ in range(jobs)]
 
 
-def note(pace, shape, slots, seconds):
+def record(throughput, shape, slots, seconds):
     for _ in range(3):
-        pace.note(shape, slots, 1, seconds)
+        throughput.record(shape, slots, 1, seconds)
 
 
 def test_a_batch_grows_while_it_pays():
     """An iteration takes 1 ms whatever its width, so a batch of eight is eight times faster."""
-    lanes = BatchPool(FakeEngine(iteration_s=0.001), ThroughputModel())
-    assert arranged(lanes, seats(8), rounds=24) == [(8, 8)]
+    pool = BatchPool(FakeEngine(iteration_s=0.001), ThroughputModel())
+    assert run_rounds(pool, tasks(8), rounds=24) == [(8, 8)]
 
 
 def test_a_batch_does_not_grow_where_it_does_not_pay():
-    engine, pace = FakeEngine(), ThroughputModel()
-    lanes, eight = BatchPool(engine, pace), seats(8)
-    shape = eight[0].work.shape
-    note(pace, shape, 1, 0.01)
-    note(pace, shape, 2, 0.02)
-    assert lanes.arrange(eight) == {}
-    assert [lane.slots for lane in lanes] == [1] * 8
+    engine, throughput = FakeEngine(), ThroughputModel()
+    pool, eight = BatchPool(engine, throughput), tasks(8)
+    shape = eight[0].state.shape
+    record(throughput, shape, 1, 0.01)
+    record(throughput, shape, 2, 0.02)
+    assert pool.assign(eight) == {}
+    assert [batch.slots for batch in pool] == [1] * 8
 
 
-def test_a_width_that_pays_no_more_is_given_up():
-    engine, pace = FakeEngine(), ThroughputModel()
-    lanes, two = BatchPool(engine, pace), seats(2)
-    shape = two[0].work.shape
-    note(pace, shape, 1, 0.01)
-    lanes.arrange(two)
-    assert [lane.slots for lane in lanes] == [2]  # to see what it is worth
-    note(pace, shape, 2, 0.03)
-    lanes.arrange(two)
-    assert [lane.slots for lane in lanes] == [1, 1]
+def test_a_width_that_is_slower_is_given_up():
+    engine, throughput = FakeEngine(), ThroughputModel()
+    pool, two = BatchPool(engine, throughput), tasks(2)
+    shape = two[0].state.shape
+    record(throughput, shape, 1, 0.01)
+    pool.assign(two)
+    assert [batch.slots for batch in pool] == [2]  # to measure it
+    record(throughput, shape, 2, 0.03)
+    pool.assign(two)
+    assert [batch.slots for batch in pool] == [1, 1]
 
 
-def test_iterations_that_are_long_already_are_not_shared():
-    engine, pace = FakeEngine(), ThroughputModel()
-    lanes, two = BatchPool(engine, pace), seats(2)
-    note(pace, two[0].work.shape, 1, 0.2)
-    lanes.arrange(two)
-    assert [lane.slots for lane in lanes] == [1, 1]
+def test_long_iterations_are_not_shared():
+    engine, throughput = FakeEngine(), ThroughputModel()
+    pool, two = BatchPool(engine, throughput), tasks(2)
+    record(throughput, two[0].state.shape, 1, 0.2)
+    pool.assign(two)
+    assert [batch.slots for batch in pool] == [1, 1]
 
 
-def test_jobs_of_other_shapes_have_other_lanes_and_move_when_their_scale_ends():
-    lanes = BatchPool(FakeEngine(), ThroughputModel())
-    (small,) = seats(1)
-    larger = Seat(job_state(iterations=3, smallest_size=45, coarse_iterations=2))
+def test_jobs_of_different_shapes_have_different_batches_and_move_when_their_scale_ends():
+    pool = BatchPool(FakeEngine(), ThroughputModel())
+    (small,) = tasks(1)
+    larger = Task(observer=None, state=job_state(iterations=3, smallest_size=45, coarse_iterations=2))
     both = [small, larger]
-    lanes.arrange(both)
-    assert small.lane is not larger.lane
-    lanes.advance(larger.lane, 5)
-    assert larger.work.done == 2 and not larger.work.iterations_left
-    lanes.leave(larger)
-    lanes.arrange(both)
-    assert larger.lane.shape == small.lane.shape and larger.work.at == 1
+    pool.assign(both)
+    assert small.batch is not larger.batch
+    pool.advance(larger.batch, 5)
+    assert larger.state.done == 2 and not larger.state.iterations_left
+    pool.detach(larger)
+    pool.assign(both)
+    assert larger.batch.shape == small.batch.shape and larger.state.at == 1
 
 
-def test_a_lane_that_is_half_empty_is_laid_anew():
-    lanes, eight = BatchPool(FakeEngine(iteration_s=0.001), ThroughputModel()), seats(8)
-    arranged(lanes, eight, rounds=24)
-    for seat in eight[:3]:
-        lanes.drop(seat)
+def test_a_batch_that_is_half_empty_is_rebuilt():
+    pool, eight = BatchPool(FakeEngine(iteration_s=0.001), ThroughputModel()), tasks(8)
+    run_rounds(pool, eight, rounds=24)
+    for task in eight[:3]:
+        pool.discard(task)
     left = eight[3:]
-    assert arranged(lanes, left) == [(4, 4), (1, 1)]
-    assert len({seat.work.done for seat in left}) == 1  # nobody has lost or missed an iteration
+    assert run_rounds(pool, left) == [(4, 4), (1, 1)]
+    assert len({task.state.done for task in left}) == 1  # no job has lost or missed an iteration
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nobody():
+def test_out_of_memory_halves_the_batch_and_loses_no_job():
     engine = FakeEngine(iteration_s=0.001, most_pixels=64 * 32 * 3)
-    lanes, eight = BatchPool(engine, ThroughputModel()), seats(8)
-    assert arranged(lanes, eight, rounds=12) == [(2, 2)] * 4
-    assert all(seat.work.done == 12 for seat in eight)
+    pool, eight = BatchPool(engine, ThroughputModel()), tasks(8)
+    assert run_rounds(pool, eight, rounds=12) == [(2, 2)] * 4
+    assert all(task.state.done == 12 for task in eight)
 
 
-def test_out_of_memory_in_the_middle_halves_the_batch_and_loses_nobody():
+def test_out_of_memory_in_a_slice_halves_the_batch_and_loses_no_job():
     engine = FakeEngine(iteration_s=0.001)
-    lanes, four = BatchPool(engine, ThroughputModel()), seats(4)
-    assert arranged(lanes, four, rounds=16) == [(4, 4)]
-    engine.error, engine.fails_at = OutOfDeviceMemory(64, 32), four[0].work.done + 1
-    (lane,) = lanes
-    assert lanes.advance(lane, 1) == {}
+    pool, four = BatchPool(engine, ThroughputModel()), tasks(4)
+    assert run_rounds(pool, four, rounds=16) == [(4, 4)]
+    engine.error, engine.fails_at = OutOfDeviceMemory(64, 32), four[0].state.done + 1
+    (batch,) = pool
+    assert pool.advance(batch, 1) == {}
     engine.error = None
-    assert arranged(lanes, four, rounds=2) == [(2, 2), (2, 2)]
-    assert all(seat.work.done == 18 for seat in four)
+    assert run_rounds(pool, four, rounds=2) == [(2, 2), (2, 2)]
+    assert all(task.state.done == 18 for task in four)
 
 
-def test_who_finds_no_memory_waits_until_somebody_has_gone():
+def test_a_job_without_memory_waits_until_another_has_ended():
     engine = FakeEngine(memory_bytes=1000 * 64 * 32 * 2)
-    lanes, three = BatchPool(engine, ThroughputModel()), seats(3)
-    assert lanes.arrange(three) == {}
-    assert [seat.lane is None for seat in three] == [False, False, True]
-    lanes.drop(three[0])
-    lanes.arrange(three[1:])
-    assert three[2].lane is not None
+    pool, three = BatchPool(engine, ThroughputModel()), tasks(3)
+    assert pool.assign(three) == {}
+    assert [task.batch is None for task in three] == [False, False, True]
+    pool.discard(three[0])
+    pool.assign(three[1:])
+    assert three[2].batch is not None
 
 
-def test_a_job_that_does_not_fit_alone_is_refused_and_nobody_else():
+def test_a_job_that_does_not_fit_alone_fails_alone():
     engine = FakeEngine(most_pixels=64 * 32 - 1)
-    lanes = BatchPool(engine, ThroughputModel())
-    (seat,) = seats(1)
-    assert [type(error) for error in lanes.arrange([seat]).values()] == [OutOfDeviceMemory]
+    pool = BatchPool(engine, ThroughputModel())
+    (task,) = tasks(1)
+    assert [type(error) for error in pool.assign([task]).values()] == [OutOfDeviceMemory]
 
 
-def test_the_device_s_time_is_charged_to_those_who_shared_it():
-    lanes, two = BatchPool(FakeEngine(iteration_s=0.01), ThroughputModel()), seats(2)
-    arranged(lanes, two, rounds=4)
+def test_device_time_is_charged_to_the_jobs_that_shared_it():
+    pool, two = BatchPool(FakeEngine(iteration_s=0.01), ThroughputModel()), tasks(2)
+    run_rounds(pool, two, rounds=4)
     assert two[0].used_s == pytest.approx(two[1].used_s, rel=0.5)
-    assert sum(seat.used_s for seat in two) >= 4 * 0.01
+    assert sum(task.used_s for task in two) >= 4 * 0.01
 
 
-def test_a_lane_is_no_wider_than_the_device_holds_even_alone():
-    engine, pace = FakeEngine(memory_bytes=64 * 32 * 1000), ThroughputModel()
-    lanes, two = BatchPool(engine, pace), seats(2)
-    note(pace, two[0].work.shape, 1, 0.001)  # so that wider ones are to be tried
-    lanes.arrange(two)
-    assert [lane.slots for lane in lanes] == [1] and lanes.short
+def test_a_batch_is_no_wider_than_the_device_s_memory():
+    engine, throughput = FakeEngine(memory_bytes=64 * 32 * 1000), ThroughputModel()
+    pool, two = BatchPool(engine, throughput), tasks(2)
+    record(throughput, two[0].state.shape, 1, 0.001)  # so that a wider one is tried
+    pool.assign(two)
+    assert [batch.slots for batch in pool] == [1] and pool.memory_short
 
 
-def test_what_jobs_hold_that_stand_still_is_reckoned_with():
+def test_the_memory_of_paused_jobs_counts():
     engine = FakeEngine(memory_bytes=2 * 64 * 32 * 1000)
-    lanes, (one,), (other,) = BatchPool(engine, ThroughputModel()), seats(1), seats(1, size=60)
-    assert lanes.arrange([one, other], beside_bytes=64 * 32 * 1000) == {}
-    assert one.lane is not None and other.lane is None and lanes.short
-    assert lanes.bytes == 2 * 64 * 32 * 1000
-    assert lanes.arrange([one, other]) == {}
-    assert other.lane is not None and not lanes.short
+    pool, (one,), (other,) = BatchPool(engine, ThroughputModel()), tasks(1), tasks(1, size=60)
+    assert pool.assign([one, other], paused_bytes=64 * 32 * 1000) == {}
+    assert one.batch is not None and other.batch is None and pool.memory_short
+    assert pool.bytes == 2 * 64 * 32 * 1000
+    assert pool.assign([one, other]) == {}
+    assert other.batch is not None and not pool.memory_short
 
 
-def test_seats_are_given_until_a_time_and_one_at_least():
-    lanes, five = BatchPool(FakeEngine(join_s=0.02), ThroughputModel()), seats(5)
+def test_jobs_are_assigned_until_a_time_and_at_least_one_of_them():
+    pool, five = BatchPool(FakeEngine(join_s=0.02), ThroughputModel()), tasks(5)
     for n in range(1, 6):
-        assert lanes.arrange(five, until=0.0) == {}
-        assert [seat.lane is not None for seat in five] == [True] * n + [False] * (5 - n)
-        assert all(seat.apart is (seat.lane is None) for seat in five)
-    assert not lanes.short
+        assert pool.assign(five, until=0.0) == {}
+        assert [task.batch is not None for task in five] == [True] * n + [False] * (5 - n)
+        assert all(task.newly_arrived is (task.batch is None) for task in five)
+    assert not pool.memory_short

@@ -10,7 +10,7 @@ import torch
 
 from gramophone_server.config import Limits
 from gramophone_server.domain.commands import Pause
-from gramophone_server.domain.events import Accepted, Finished, Frame, Picture, Progress, StopReason, Waiting
+from gramophone_server.domain.events import Accepted, Finished, Frame, Progress, StopReason, Waiting
 from gramophone_server.errors import (
     DeadlineUnattainable,
     Diverged,
@@ -22,17 +22,19 @@ from gramophone_server.errors import (
     StartupError,
 )
 from gramophone_server.images.codec import Encoding, Format
-from gramophone_server.jobs.mailbox import FrameRule, Mailbox
+from gramophone_server.jobs.mailbox import FrameRule
 from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.scheduling.throughput import ThroughputModel
+from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.specs import job_state
 
 
 @contextlib.asynccontextmanager
-async def scheduling(engine, max_running=1, **limits):
-    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits))
+async def scheduling(engine, max_running=1, throughput=None, **limits):
+    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits), throughput=throughput)
     scheduler.start()
     await scheduler.ready()
     try:
@@ -46,14 +48,14 @@ async def scheduling(engine, max_running=1, **limits):
 def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None):
     """A job with one watcher."""
     job, reservation = job or job_state(), reservation or scheduler.reserve()
-    listener = JobRegistry(scheduler, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
-    watcher = listener.watch(frames)
-    assert listener.admit(job)
+    observer = JobRegistry(scheduler.withdraw, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
+    watcher = observer.watch(frames)
+    assert observer.admit(job)
     try:
-        scheduler.submit(reservation, job, listener, deadline_at)
+        scheduler.submit(reservation, job, observer, deadline_at)
     finally:
         scheduler.release(reservation)
-    return types.SimpleNamespace(work=job, events=watcher.events, cancel=listener.cancel, listener=listener)
+    return types.SimpleNamespace(state=job, events=watcher.events, cancel=observer.cancel, observer=observer)
 
 
 async def kinds(job):
@@ -92,7 +94,7 @@ async def test_the_engine_loads_and_runs_on_the_compute_thread():
     scheduler.stop()
 
 
-async def test_a_failed_start_reaches_whoever_waits_for_it():
+async def test_a_failed_start_is_raised_by_ready():
     def load():
         raise StartupError("the weights file is damaged")
 
@@ -119,7 +121,7 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
     engine = FakeEngine()
     engine.go.clear()
     async with scheduling(engine, max_queued=2) as scheduler:
-        jobs = [submit(scheduler) for _ in range(1)]
+        jobs = [submit(scheduler)]
         await until(engine.under_way.is_set)
         jobs += [submit(scheduler) for _ in range(2)]
         assert (scheduler.running, scheduler.queued) == (1, 2)
@@ -129,25 +131,27 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
         positions = [[e.position async for _, e in job.events() if isinstance(e, Accepted)] for job in jobs]
         assert positions == [[0], [1], [2]]
         await until(lambda: scheduler.queued == scheduler.running == 0)
-        assert engine.begun == [job.work for job in jobs]
+        assert engine.begun == [job.state for job in jobs]
 
 
-async def test_those_who_wait_are_told_their_place_whenever_it_changes():
-    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two tellings
+async def test_waiting_jobs_receive_their_positions_when_these_change():
+    engine = FakeEngine(iteration_s=0.05)  # so that jobs take longer than the time between two reports
     engine.go.clear()
     async with scheduling(engine) as scheduler:
         first = submit(scheduler)
         await until(engine.under_way.is_set)
         second, third, fourth = (submit(scheduler) for _ in range(3))
         second.cancel()
-        assert [job.listener.position for job in (third, fourth)] == [1, 2]
-        told = fourth.events()
-        assert [(await anext(told))[1] for _ in range(2)] == [Accepted(3, None), Waiting(2, None)]
+        assert [job.observer.position for job in (third, fourth)] == [1, 2]
+        events = fourth.events()
+        assert [(await anext(events))[1] for _ in range(2)] == [Accepted(3, None), Waiting(2, None)]
         engine.go.set()
         assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
-        (_, moved_up), *rest = [item async for item in told]
+        (_, moved_up), *rest = [item async for item in events]
         assert moved_up.position == 1
-        assert not [event for _, event in rest if isinstance(event, Waiting)]  # its start is no place in the queue
+        assert not [
+            event for _, event in rest if isinstance(event, Waiting)
+        ]  # at its start it has no position in the queue
 
 
 async def test_an_unused_place_is_given_back():
@@ -156,7 +160,7 @@ async def test_an_unused_place_is_given_back():
         with pytest.raises(QueueFull):
             scheduler.reserve()
         scheduler.release(reservation)
-        scheduler.release(reservation)  # twice is once
+        scheduler.release(reservation)  # has no effect
         await kinds(submit(scheduler))
 
 
@@ -185,13 +189,14 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
         job.cancel()
 
 
-async def test_those_whose_images_are_being_decoded_are_reckoned_with():
+async def test_forecasts_include_jobs_whose_images_are_being_decoded():
     engine = FakeEngine()
     engine.go.clear()
     job = job_state(iterations=10)
     asked = job.pixels_left, job.shape, 0.0
-    async with scheduling(engine) as scheduler:
-        scheduler._pace.note(job.shape, 1, 1, 1.0)  # s of an iteration
+    throughput = ThroughputModel()
+    throughput.record(job.shape, 1, 1, 1.0)  # one iteration took 1 s
+    async with scheduling(engine, throughput=throughput) as scheduler:
         first, second = scheduler.reserve(), scheduler.reserve()
         scheduler.require_time(first, *asked, 15)
         with pytest.raises(DeadlineUnattainable) as caught:
@@ -206,7 +211,7 @@ async def test_those_whose_images_are_being_decoded_are_reckoned_with():
 
 
 def require_time(scheduler, *asked):
-    """As a job that comes does, and goes again."""
+    """For a job that is not submitted."""
     reservation = scheduler.reserve()
     try:
         scheduler.require_time(reservation, *asked)
@@ -214,11 +219,11 @@ def require_time(scheduler, *asked):
         scheduler.release(reservation)
 
 
-async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_takes():
+async def test_a_deadline_that_cannot_be_met_is_refused_with_the_times():
     engine, one = FakeEngine(iteration_s=0.01), job_state(1)
     pixels, shape = 64 * 32, one.shape
     async with scheduling(engine) as scheduler:
-        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so nothing is known
+        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so it is accepted
         await kinds(submit(scheduler, job_state(10)))
         require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
         with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
@@ -228,13 +233,13 @@ async def test_a_deadline_that_cannot_be_kept_is_told_with_the_time_that_it_take
 
         long = submit(scheduler, job_state(100_000))
         await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
-        with pytest.raises(DeadlineUnattainable) as behind:  # however short it is itself
+        with pytest.raises(DeadlineUnattainable) as caught:  # however short it is
             require_time(scheduler, pixels, shape, 0.5, 60)
-        assert behind.value.retry_after_s > 500
+        assert caught.value.retry_after_s > 500
         long.cancel()
 
 
-async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
+async def test_a_job_that_does_not_fit_alone_is_refused_and_takes_no_place():
     engine = FakeEngine(memory_bytes=1000 * 64 * 32)
     async with scheduling(engine) as scheduler:
         scheduler.require_memory(job_state().shape)
@@ -243,10 +248,10 @@ async def test_what_does_not_fit_alone_is_told_and_costs_no_place():
         assert scheduler.queued == 0
 
 
-async def test_who_must_be_done_early_begins_before_those_who_came_earlier():
+async def test_a_job_with_an_earlier_deadline_starts_before_jobs_that_came_earlier():
     engine = FakeEngine()
     async with scheduling(engine, max_running=1) as scheduler:
-        await kinds(submit(scheduler))  # so that a speed is known
+        await kinds(submit(scheduler))  # so that a speed is measured
         engine.go.clear()
         engine.under_way.clear()
         running = submit(scheduler)
@@ -256,7 +261,7 @@ async def test_who_must_be_done_early_begins_before_those_who_came_earlier():
         engine.go.set()
         for job in (running, patient, late, early):
             assert (await kinds(job))[-1] == "Finished"
-    assert engine.begun[1:] == [job.work for job in (running, early, late, patient)]
+    assert engine.begun[1:] == [job.state for job in (running, early, late, patient)]
 
 
 async def test_cancel_stops_a_running_job_within_an_iteration():
@@ -280,11 +285,11 @@ async def test_cancel_takes_a_waiting_job_out_of_the_queue():
         await until(engine.under_way.is_set)
         waiting = submit(scheduler)
         waiting.cancel()
-        waiting.cancel()  # twice is once
-        third = submit(scheduler)  # takes the place
+        waiting.cancel()  # has no effect
+        third = submit(scheduler)  # takes its place
         engine.go.set()
         assert (await kinds(running))[-1] == (await kinds(third))[-1] == "Finished"
-        assert engine.begun == [running.work, third.work]
+        assert engine.begun == [running.state, third.state]
         running.cancel()  # after its end: nothing
         assert scheduler.queued == 0
 
@@ -300,7 +305,7 @@ async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
     assert len(engine.taken_at) == 2  # one frame and the result: none was taken that nobody had room for
 
 
-async def test_frames_come_at_their_iterations_and_no_more_often_than_their_interval():
+async def test_frames_come_at_their_iterations_and_not_more_often_than_their_interval():
     engine = FakeEngine(iteration_s=0.002)
     async with scheduling(engine) as scheduler:
         job = submit(scheduler, job_state(iterations=200), FrameRule(every_iterations=7, min_interval_s=0.0))
@@ -319,32 +324,6 @@ async def test_no_frames_unless_asked_for():
     async with scheduling(engine) as scheduler:
         assert "Frame" not in await kinds(submit(scheduler, job_state(iterations=50)))
     assert len(engine.taken_at) == 1
-
-
-async def test_a_mailbox_counts_what_it_drops_and_replaces_what_is_unread():
-    mailbox, now = Mailbox(asyncio.get_running_loop(), FrameRule()), time.monotonic()
-    assert mailbox.wants_frame(1, now)
-    mailbox.put(1, Frame(1, Picture(None)))
-    assert not mailbox.wants_frame(2, now + 0.05)  # not due, so not dropped either
-    for number, at in enumerate((0.2, 0.4, 0.6), 2):
-        assert mailbox.wants_frame(number + 1, now + at)
-        mailbox.put(number, Frame(number + 1, Picture(None)))
-    reader = mailbox.events()
-    number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (4, 5, 3)
-    assert mailbox.wants_frame(6, now + 1.4)
-    mailbox.put(5, Frame(6, Picture(None)))
-    number, frame = await anext(reader)
-    assert (number, frame.iteration, frame.dropped) == (5, 6, 0)
-
-
-async def test_many_events_make_one_wake_up(monkeypatch):
-    loop, calls = asyncio.get_running_loop(), []
-    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: calls.append(call))
-    mailbox = Mailbox(loop)
-    for position in range(100):
-        mailbox.put(position, Accepted(position))
-    assert len(calls) == 1
 
 
 async def test_a_diverged_job_sends_its_last_good_picture_first():
@@ -381,7 +360,7 @@ async def test_a_failure_ends_its_job_only(raised, expected, words):
 
 
 async def test_a_failed_job_frees_what_its_batch_held():
-    """An error that waits for its reader must not keep the batch alive through its traceback."""
+    """An unread error must not keep the batch alive through its traceback."""
     freed = threading.Event()
 
     class Held(FakeEngine):
@@ -404,7 +383,7 @@ async def test_drain_lets_running_and_queued_jobs_end_and_refuses_new_ones():
     engine.go.clear()
     async with scheduling(engine) as scheduler:
         jobs = [submit(scheduler), submit(scheduler)]
-        reserved = scheduler.reserve()  # admitted: its images are still being decoded
+        reserved = scheduler.reserve()  # its images are still being decoded
         drain = asyncio.create_task(scheduler.drain(within_s=5))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="takes no new jobs"):
@@ -434,33 +413,33 @@ async def test_after_the_drain_time_jobs_end_within_an_iteration():
         assert engine.iterations == 1
 
 
-async def test_a_job_that_pauses_holds_up_no_drain():
+async def test_a_drain_does_not_wait_for_a_paused_job():
     async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
         job = submit(scheduler, job_state(iterations=100_000))
-        await until(lambda: job.work.done)
+        await until(lambda: job.state.done)
         draining = asyncio.create_task(scheduler.drain(60))
-        await asyncio.sleep(0.05)
-        await scheduler.command(job.listener, Pause())
+        await asyncio.sleep(0)  # the drain has started
+        await scheduler.command(job.observer, Pause())
         await asyncio.wait_for(draining, 5)
 
 
 async def test_a_pause_does_not_outlast_a_time_budget():
     async with scheduling(FakeEngine(iteration_s=0.005), max_running=2) as scheduler:
         job = submit(scheduler, job_state(iterations=100_000, time_budget=2.0))
-        await until(lambda: job.work.done)
-        await scheduler.command(job.listener, Pause())
-        done, began = job.work.done, time.monotonic()
+        await until(lambda: job.state.done)
+        await scheduler.command(job.observer, Pause())
+        done, started_at = job.state.done, time.monotonic()
         finished = [event async for _, event in job.events()][-1]
-        assert time.monotonic() - began < 20  # and not the pause's 600
+        assert time.monotonic() - started_at < 20  # a pause may last 600 s
         assert (finished.reason, finished.iterations) == (StopReason.TIME_BUDGET, done)
         await until(lambda: scheduler.paused == scheduler.running == scheduler.queued == 0)
 
 
-async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeypatch, caplog):
+async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_logged(monkeypatch, caplog):
     async with scheduling(FakeEngine(iteration_s=0.005)) as scheduler:
         running, queued = submit(scheduler, job_state(iterations=100_000)), submit(scheduler)
-        await until(lambda: running.work.done)
-        monkeypatch.setattr(scheduler._line, "tell", None)
+        await until(lambda: running.state.done)
+        monkeypatch.setattr(WaitingQueue, "report_positions", None)
         await asyncio.wait_for(scheduler.ended(), 5)
         for job in (running, queued):
             with pytest.raises(ShuttingDown):
@@ -470,7 +449,7 @@ async def test_a_defect_on_the_compute_thread_ends_every_job_and_is_told(monkeyp
     assert "the compute thread has ended by a defect" in caplog.text
 
 
-async def test_a_lost_device_ends_everything_and_hands_out_no_more_places(caplog):
+async def test_a_lost_device_ends_all_jobs_and_new_ones_are_refused(caplog):
     engine = FakeEngine(fails_at=5, error=RuntimeError("an illegal memory access was encountered"), iteration_s=0.001)
     async with scheduling(engine, max_running=2) as scheduler:
         other = submit(scheduler, job_state(iterations=4, size=60))
@@ -482,7 +461,7 @@ async def test_a_lost_device_ends_everything_and_hands_out_no_more_places(caplog
         )
         with pytest.raises(EngineFailed):
             await kinds(broken)
-        with contextlib.suppress(ShuttingDown):  # it may have been done before
+        with contextlib.suppress(ShuttingDown):  # it may have finished before
             await kinds(waiting)
         await asyncio.wait_for(scheduler.ended(), 5)
         with pytest.raises(ShuttingDown):
@@ -495,8 +474,8 @@ async def test_drain_of_an_idle_scheduler_is_immediate():
         await scheduler.drain(within_s=30)
 
 
-async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog):
-    """`most_slots` never raises; whatever does where nothing should must not take the compute thread with it."""
+async def test_a_defect_of_ours_ends_the_running_jobs_and_no_later_one(caplog):
+    """`most_slots` never raises. An error where none is expected must not end the compute thread."""
     engine = FakeEngine()
     engine.most_slots = broken = lambda shape: 1 // 0
     async with scheduling(engine, max_running=2) as scheduler:
@@ -509,13 +488,14 @@ async def test_a_defect_of_ours_ends_those_that_run_and_nobody_after_them(caplog
         await until(lambda: scheduler.running == scheduler.queued == 0)
 
 
-async def test_a_job_that_is_cancelled_while_it_is_being_paused_gives_its_place_back(monkeypatch):
-    """Its tensors take a while to be handed over, and it must not stand still for ten minutes with nobody to wake it."""
+async def test_a_job_that_is_cancelled_while_it_is_being_paused_frees_its_place(monkeypatch):
+    """To take its tensors out of the batch takes a while. It must not stay paused for ten minutes, as no client can
+    resume it."""
     engine, loop = FakeEngine(iteration_s=0.001), asyncio.get_running_loop()
     async with scheduling(engine) as scheduler:
         job = submit(scheduler, job_state(iterations=100_000))
         cancelled = threading.Event()
-        hand_over = FakeBatch.leave
+        original_leave = FakeBatch.leave
 
         def cancel():
             job.cancel()
@@ -524,9 +504,9 @@ async def test_a_job_that_is_cancelled_while_it_is_being_paused_gives_its_place_
         def leave(batch, slot):
             loop.call_soon_threadsafe(cancel)
             assert cancelled.wait(5)
-            return hand_over(batch, slot)
+            return original_leave(batch, slot)
 
         monkeypatch.setattr(FakeBatch, "leave", leave)
         await until(engine.under_way.is_set)
-        await scheduler.command(job.listener, Pause())
+        await scheduler.command(job.observer, Pause())
         await until(lambda: scheduler.running + scheduler.paused + scheduler.queued == 0)

@@ -8,118 +8,126 @@ from tests.support.specs import job_state
 SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
 
 
-def test_nothing_is_guessed_before_anything_was_measured():
-    pace = ThroughputModel()
-    assert pace.iteration_s(SMALL, 1) is pace.gain(SMALL, 1) is pace.job_s(SMALL) is None
-    assert pace.left_s(JobState(job_state().job)) is None
+def test_without_measurements_there_are_no_estimates():
+    model = ThroughputModel()
+    assert (
+        model.batch_seconds_per_iteration(SMALL, 1)
+        is model.gain(SMALL, 1)
+        is model.seconds_per_iteration(SMALL)
+        is None
+    )
+    assert model.remaining_seconds(JobState(job_state().job)) is None
 
 
-def test_a_job_costs_its_part_of_the_widest_batch_and_unknown_sizes_cost_their_pixels():
-    pace = ThroughputModel()
-    pace.note(SMALL, 1, 10, 1.0)
-    pace.note(SMALL, 4, 10, 2.0)
-    assert pace.iteration_s(SMALL, 1) == pytest.approx(0.1)
-    assert pace.job_s(SMALL) == pytest.approx(0.05)
-    assert pace.job_s(LARGE) == pytest.approx(0.2)
+def test_a_job_costs_its_share_of_the_widest_batch_and_an_unknown_size_its_pixels():
+    model = ThroughputModel()
+    model.record(SMALL, 1, 10, 1.0)
+    model.record(SMALL, 4, 10, 2.0)
+    assert model.batch_seconds_per_iteration(SMALL, 1) == pytest.approx(0.1)
+    assert model.seconds_per_iteration(SMALL) == pytest.approx(0.05)
+    assert model.seconds_per_iteration(LARGE) == pytest.approx(0.2)
 
 
-def test_the_newest_measurement_counts_for_a_part():
-    pace = ThroughputModel()
-    for seconds, mean in ((9.0, 9.0), (1.0, 1.0), (2.0, 1.3), (2.0, 1.51)):  # the first one is not like the others
-        pace.note(SMALL, 1, 1, seconds)
-        assert pace.iteration_s(SMALL, 1) == pytest.approx(mean)
+def test_the_newest_measurement_has_a_weight():
+    model = ThroughputModel()
+    for seconds, mean in ((9.0, 9.0), (1.0, 1.0), (2.0, 1.3), (2.0, 1.51)):  # the first one includes one-time costs
+        model.record(SMALL, 1, 1, seconds)
+        assert model.batch_seconds_per_iteration(SMALL, 1) == pytest.approx(mean)
 
 
 def test_the_gain_of_twice_the_width():
-    pace = ThroughputModel()
+    model = ThroughputModel()
     for seconds in (1.2, 1.0, 9.0):
-        pace.note(SMALL, 2, 1, seconds)
+        model.record(SMALL, 2, 1, seconds)
     for seconds in (1.6, 2.0):
-        pace.note(SMALL, 4, 1, seconds)
-        assert pace.gain(SMALL, 1) is pace.gain(SMALL, 2) is None  # not enough yet
-    pace.note(SMALL, 4, 1, 7.0)
-    assert pace.gain(SMALL, 2) == pytest.approx(1.25)
+        model.record(SMALL, 4, 1, seconds)
+        assert model.gain(SMALL, 1) is model.gain(SMALL, 2) is None  # not enough yet
+    model.record(SMALL, 4, 1, 7.0)
+    assert model.gain(SMALL, 2) == pytest.approx(1.25)
 
 
-def test_a_width_is_taken_while_it_pays_and_given_up_when_it_does_not():
-    pace = ThroughputModel()
+def test_the_width_grows_while_it_pays_and_shrinks_when_it_does_not():
+    model = ThroughputModel()
 
     def measured(slots, seconds):
         for _ in range(3):
-            pace.note(SMALL, slots, 1, seconds)
+            model.record(SMALL, slots, 1, seconds)
 
-    assert pace.width(SMALL, 64) == 1  # nothing is known
+    assert model.best_width(SMALL, 64) == 1  # nothing was measured
     measured(1, 0.010)
-    assert pace.width(SMALL, 1) == 1 and pace.width(SMALL, 64) == 2
+    assert model.best_width(SMALL, 1) == 1 and model.best_width(SMALL, 64) == 2
     measured(2, 0.012)
-    assert pace.width(SMALL, 64) == 4
+    assert model.best_width(SMALL, 64) == 4
     measured(4, 0.026)  # 26 ms for four, 2 x 12 for twice two
-    assert pace.width(SMALL, 64) == 2
-    assert pace.width(SMALL, 64) == 2
-    measured(2, 0.030)  # the shortest times count, so neighbours change nothing
-    assert pace.width(SMALL, 64) == 2
+    assert model.best_width(SMALL, 64) == 2
+    assert model.best_width(SMALL, 64) == 2
+    measured(2, 0.030)  # the shortest times count, so other processes change nothing
+    assert model.best_width(SMALL, 64) == 2
 
 
-def test_what_takes_long_is_not_shared():
-    pace = ThroughputModel()
+def test_long_iterations_are_not_shared():
+    model = ThroughputModel()
     for _ in range(3):
-        pace.note(LARGE, 1, 1, 0.026)
-    assert pace.width(LARGE, 64) == 1
+        model.record(LARGE, 1, 1, 0.026)
+    assert model.best_width(LARGE, 64) == 1
 
 
-def test_sizes_without_end_take_no_memory_without_end():
-    pace = ThroughputModel()
+def test_the_number_of_kept_shapes_is_bounded():
+    model = ThroughputModel()
     shapes = [Shape.of(Recipe(), 16, width) for width in range(16, 3016)]
     for shape in shapes:
-        pace.note(shape, 1, 1, 0.001)
-        pace.width(shape, 8)
-    assert pace.iteration_s(shapes[-1], 1) is not None and pace.iteration_s(shapes[0], 1) is None
-    assert sum(pace.iteration_s(shape, 1) is not None for shape in shapes) == 256
-    assert len(pace._width) <= 256
+        model.record(shape, 1, 1, 0.001)
+        model.best_width(shape, 8)
+    assert (
+        model.batch_seconds_per_iteration(shapes[-1], 1) is not None
+        and model.batch_seconds_per_iteration(shapes[0], 1) is None
+    )
+    assert sum(model.batch_seconds_per_iteration(shape, 1) is not None for shape in shapes) == 256
+    assert len(model) <= 256
 
 
-def test_what_is_left_is_summed_over_the_scales():
-    pace, job = ThroughputModel(), job_state(iterations=4, smallest_size=45, coarse_iterations=2)
+def test_the_remaining_time_is_summed_over_the_scales():
+    model, job = ThroughputModel(), job_state(iterations=4, smallest_size=45, coarse_iterations=2)
     at_64, at_45 = (Shape.of(job.recipe, height, width) for width, height in ((64, 32), (45, 22)))
-    pace.note(at_64, 1, 1, 0.3)
-    pace.note(at_45, 1, 1, 0.1)
-    assert pace.left_s(job) == pytest.approx(2 * 0.1 + 4 * 0.3)
+    model.record(at_64, 1, 1, 0.3)
+    model.record(at_45, 1, 1, 0.1)
+    assert model.remaining_seconds(job) == pytest.approx(2 * 0.1 + 4 * 0.3)
     job.advanced(3)
-    assert pace.left_s(job) == pytest.approx(3 * 0.3)
+    assert model.remaining_seconds(job) == pytest.approx(3 * 0.3)
 
 
 @pytest.mark.parametrize(
-    ("running", "ahead", "own", "most", "begins", "end"),
+    ("running", "waiting", "own", "max_running", "starts", "end"),
     [
         ([], [], 5, 1, [0], 5),
         ([3], [], 5, 1, [3], 8),
         ([3], [2, 4], 5, 1, [3, 5, 9], 14),
-        ([3], [], 5, 2, [0], 8),  # shares with it for 6 s, then has 2 s alone
+        ([3], [], 5, 2, [0], 8),  # shares the device for 6 s, then has it alone for 2 s
         ([3, 1], [4], 5, 2, [2, 6], 13),
         ([10, 10, 10], [], 1, 4, [0], 4),
     ],
 )
-def test_a_forecast_is_what_even_sharing_comes_to(running, ahead, own, most, begins, end):
-    seen = forecast(running, ahead, own, most)
-    assert list(seen.begins) == pytest.approx(begins)
+def test_a_forecast_is_that_of_even_sharing(running, waiting, own, max_running, starts, end):
+    seen = forecast(running, waiting, own, max_running)
+    assert list(seen.starts) == pytest.approx(starts)
     assert seen.end == pytest.approx(end)
-    slow_begins, slow_end = simulated(running, ahead, own, most)
-    assert slow_begins == pytest.approx(seen.begins, abs=0.02) and slow_end == pytest.approx(seen.end, abs=0.02)
+    slow_starts, slow_end = simulated(running, waiting, own, max_running)
+    assert slow_starts == pytest.approx(seen.starts, abs=0.02) and slow_end == pytest.approx(seen.end, abs=0.02)
 
 
-def simulated(running, ahead, own, most, step=0.001):
-    """The slow way: everybody gets an equal part of every millisecond."""
-    left, waiting, begins, now = dict(enumerate(running)), [*ahead, own], [], 0.0
+def simulated(running, waiting, own, max_running, step=0.001):
+    """The slow way: all running jobs get equal parts of each millisecond."""
+    left, waiting, starts, now = dict(enumerate(running)), [*waiting, own], [], 0.0
     last = None
     while waiting or last in left:
-        while waiting and len(left) < most:
-            last = f"waited {len(begins)}"
+        while waiting and len(left) < max_running:
+            last = f"waited {len(starts)}"
             left[last] = waiting.pop(0)
-            begins.append(now)
+            starts.append(now)
             if waiting:
                 last = None
         for name in left:
             left[name] -= step / len(left)
         left = {name: seconds for name, seconds in left.items() if seconds > 0}
         now += step
-    return begins, now
+    return starts, now

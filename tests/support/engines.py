@@ -1,4 +1,4 @@
-"""An engine that makes no pictures: one grey per iteration, at the pace that a test sets."""
+"""Engines without a network: each iteration is one grey, at the speed that a test sets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ CHECKPOINTS = CheckpointFormat(layout)
 
 
 class FakeEngine:
-    """Runs while `go` is set. Iteration `fails_at` raises `error`, of any job.
+    """Runs while `go` is set. Iteration `fails_at` of any job raises `error`.
 
-    An iteration of a batch takes `iteration_s` and `pixel_s` for each pixel of each slot, taken or not, and to join one takes
-    `join_s`. A batch of more than `most_pixels` (width x height x slots) is out of memory.
+    An iteration of a batch takes `iteration_s`, plus `pixel_s` for each pixel of each slot, taken or not. To join a
+    batch takes `join_s`. A batch of more than `most_pixels` (width x height x slots) runs out of memory. `clock` is
+    used in place of the module `time`.
     """
 
     checkpoints = CHECKPOINTS
@@ -46,26 +47,28 @@ class FakeEngine:
         join_s: float = 0.0,
         most_pixels: int = 2**31,
         memory_bytes: int = 2**40,
+        clock: Any = time,
     ) -> None:
+        self.clock = clock
         self.iteration_s = iteration_s
         self.pixel_s = pixel_s
         self.join_s = join_s
         self.close_error: Exception | None = None  # of batches
         self.device_error: Exception | None = None
         self.most_pixels = most_pixels
-        self.memory_bytes = memory_bytes  # 1000 for each pixel of each slot
+        self.memory_bytes = memory_bytes  # each pixel of each slot takes 1000
         self.fails_at = fails_at
         self.error = error
         self.go = threading.Event()
         self.go.set()
-        self.under_way = threading.Event()  # a job has begun an iteration
-        self.jobs: list[StyleJob] = []  # as they were started
+        self.under_way = threading.Event()  # an iteration has started
+        self.jobs: list[StyleJob] = []  # as they were admitted
         self.iterations = 0  # of all jobs
-        self.taken_at: list[float] = []  # times of the pictures, on the monotonic clock
-        self.thread = ""  # that iterated
-        self.closed = 0  # batches
-        self.batches: list[FakeBatch] = []  # as they were made
-        self.begun: list[JobState] = []  # as they joined their first batch
+        self.taken_at: list[float] = []  # when pictures were taken, on the monotonic clock
+        self.thread = ""  # name of the thread of the last iteration
+        self.closed = 0  # number of closed batches
+        self.batches: list[FakeBatch] = []  # as they were opened
+        self.begun: list[JobState] = []  # in the order in which they joined their first batch
         self.slices: list[tuple[Shape, int, int]] = []  # of each call of `advance`: shape, jobs, iterations
 
     def require_device(self) -> None:
@@ -82,9 +85,9 @@ class FakeEngine:
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         return 1000 * shape.width * shape.height * slots
 
-    def picture(self, work: JobState) -> Callable[[], Tensor]:
-        self.taken_at.append(time.monotonic())
-        picture = _seen(work.tensors["image"])
+    def picture(self, state: JobState) -> Callable[[], Tensor]:
+        self.taken_at.append(self.clock.monotonic())
+        picture = _seen(state.tensors["image"])
         return lambda: picture
 
     def batch(self, shape: Shape, slots: int) -> FakeBatch:
@@ -95,68 +98,70 @@ class FakeEngine:
 
 
 class FakeBatch:
-    """Slots whose pictures are as bright as their jobs' iterations were done."""
+    """The brightness of a slot's picture is the number of iterations that its job has completed."""
 
     def __init__(self, engine: FakeEngine, shape: Shape, slots: int) -> None:
         self.engine, self.shape, self.slots = engine, shape, slots
         self.states: dict[int, JobState] = {}
         self.closed = False
 
-    def join(self, work: JobState) -> int:
-        if work.joined or work.finished or work.shape != self.shape or len(self.states) == self.slots:
+    def join(self, state: JobState) -> int:
+        if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the job does not fit")
-        if work.next_at != work.at:
-            work.at, work.averaged = work.next_at, 0
-        time.sleep(self.engine.join_s)
+        if state.next_at != state.at:
+            state.at, state.averaged = state.next_at, 0
+        self.engine.clock.sleep(self.engine.join_s)
         slot = next(slot for slot in range(self.slots) if slot not in self.states)
-        work.tensors, work.joined = None, True
-        self.states[slot] = work
-        if work not in self.engine.begun:
-            self.engine.begun.append(work)
+        state.tensors, state.joined = None, True
+        self.states[slot] = state
+        if state not in self.engine.begun:
+            self.engine.begun.append(state)
         return slot
 
     def leave(self, slot: int) -> JobState:
-        work = self.states.pop(slot)
-        work.tensors, work.joined = self._tensors(work), False
-        return work
+        state = self.states.pop(slot)
+        state.tensors, state.joined = self._tensors(state), False
+        return state
 
     def drop(self, slot: int) -> None:
         self.states.pop(slot).joined = False
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         engine = self.engine
-        if not self.states or not all(work.iterations_left for work in self.states.values()):
-            raise ValueError("nobody, or somebody who must leave")
-        n = min(iterations, *(work.iterations_left for work in self.states.values()))
+        if not self.states or not all(state.iterations_left for state in self.states.values()):
+            raise ValueError("no job, or a job that has to leave")
+        n = min(iterations, *(state.iterations_left for state in self.states.values()))
         engine.slices.append((self.shape, len(self.states), n))
         engine.thread = threading.current_thread().name
         engine.under_way.set()
-        assert engine.go.wait(10), "the test never let the engine go on"
-        time.sleep(n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots))
+        assert engine.go.wait(10), "the test did not set `go` again"
+        engine.clock.sleep(
+            n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots)
+        )
         reports = {}
-        for slot, work in self.states.items():
-            if engine.error is not None and work.done < engine.fails_at <= work.done + n:
+        for slot, state in self.states.items():
+            if engine.error is not None and state.done < engine.fails_at <= state.done + n:
                 if not isinstance(engine.error, Diverged):
                     raise engine.error
-                work.diverged_at = engine.fails_at
-            work.advanced(n)
+                state.diverged_at = engine.fails_at
+            state.advanced(n)
             engine.iterations += n
-            beta = work.recipe.beta  # so that a test sees when weights changed
-            losses = Losses(content={"relu4_2": 1.0 / work.done}, style={"relu1_1": beta / work.done}, tv=0.5)
-            reports[slot] = work.report(losses)
+            beta = state.recipe.beta  # shows a test when the weights changed
+            losses = Losses(content={"relu4_2": 1.0 / state.done}, style={"relu1_1": beta / state.done}, tv=0.5)
+            reports[slot] = state.report(losses)
         return reports
 
     def iterations_left(self, slot: int) -> int:
         return self.states[slot].iterations_left
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        self.engine.taken_at.append(time.monotonic())
+        self.engine.taken_at.append(self.engine.clock.monotonic())
         picture = _seen(self._tensors(self.states[slot])["image"])
         return lambda: picture
 
     def copy(self, slot: int) -> JobState:
-        work = self.states[slot]
-        return replace(work, joined=False, tensors=self._tensors(work))
+        state = self.states[slot]
+        return replace(state, joined=False, tensors=self._tensors(state))
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
         return self.states[slot].update(**changes)
@@ -167,9 +172,9 @@ class FakeBatch:
         if self.engine.close_error is not None:
             raise self.engine.close_error
 
-    def _tensors(self, work: JobState) -> dict[str, Tensor]:
-        width, height, _ = work.scales[work.at]
-        good = work.diverged_at - 1 if work.diverged_at else work.done
+    def _tensors(self, state: JobState) -> dict[str, Tensor]:
+        width, height, _ = state.scales[state.at]
+        good = state.diverged_at - 1 if state.diverged_at else state.done
         grey = torch.full((3, height, width), min(255, good) / 255)
         return {"image": grey, "last_good": grey}
 
@@ -186,7 +191,7 @@ class NoisyEngine(FakeEngine):
         batch = super().batch(shape, slots)
 
         def snapshot(slot: int) -> Callable[[], Tensor]:
-            self.snapshot_times.setdefault(batch.states[slot].done, time.monotonic())
+            self.snapshot_times.setdefault(batch.states[slot].done, self.clock.monotonic())
             return lambda: self.noise
 
         batch.snapshot = snapshot  # type: ignore[method-assign]

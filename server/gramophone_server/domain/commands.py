@@ -1,4 +1,4 @@
-"""What the controller of a job can have done to it. The scheduler does each between two iterations; see `Scheduler.command`."""
+"""Commands of a job's controller. The compute thread executes each between two iterations; see `Scheduler.command`."""
 
 from __future__ import annotations
 
@@ -8,48 +8,50 @@ from typing import NamedTuple
 from gramophone_server.domain.events import Frame, Saved
 from gramophone_server.domain.job_state import RecipeUpdate
 
-__all__ = ["Command", "Done", "Finish", "Pause", "Resume", "Retune", "TakeCheckpoint", "TakePicture"]
+__all__ = ["Command", "Done", "Finish", "Pause", "Resume", "TakeCheckpoint", "TakePicture", "UpdateRecipe"]
 
 
 @dataclass(frozen=True)
 class Pause:
-    """Stand still; done to a job that is paused already, nothing happens."""
+    """Pauses the job; no effect on a paused one."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on; done to a job that is not paused, nothing happens."""
+    """Ends the pause of the job; no effect on a job that is not paused."""
 
 
 @dataclass(frozen=True)
-class Retune:
-    """Other weights, another step, another number of iterations."""
+class UpdateRecipe:
+    """Changes weights, the step size or the number of iterations."""
 
     changes: RecipeUpdate
 
 
 @dataclass(frozen=True)
 class TakePicture:
-    """The present picture."""
+    """Requests the present picture."""
 
 
 @dataclass(frozen=True)
 class TakeCheckpoint:
-    """The present state."""
+    """Requests the present state; a light one has the picture and no state of the optimiser."""
 
     light: bool
 
 
 @dataclass(frozen=True)
 class Finish:
-    """End with the present picture as the result."""
+    """Ends the job; the present picture is its result."""
 
 
-Command = Pause | Resume | Retune | TakePicture | TakeCheckpoint | Finish
+Command = Pause | Resume | UpdateRecipe | TakePicture | TakeCheckpoint | Finish
 
 
 class Done(NamedTuple):
-    """A command was carried out."""
+    """A command was executed."""
 
-    iteration: int  # the first one for which it holds; of the end and of what was taken, the one that it is of
-    taken: Frame | Saved | None = None  # what was asked for, for whoever asked
+    # The first iteration for which the command holds; of `Finish`, `TakePicture` and `TakeCheckpoint` the last one that
+    # was completed.
+    iteration: int
+    taken: Frame | Saved | None = None  # what the command requested, for the caller alone

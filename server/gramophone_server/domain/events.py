@@ -1,4 +1,4 @@
-"""What happens to a job, as values."""
+"""Events of a job, as values. The scheduler publishes them, watchers receive them."""
 
 from __future__ import annotations
 
@@ -33,40 +33,43 @@ __all__ = [
 
 @dataclass(eq=False)
 class Picture:
-    """One picture for all who want it: a call that waits for uint8 [height, width, 3], and what was encoded of it."""
+    """One picture, shared by all watchers that receive it, and its encodings."""
 
-    wait: Callable[[], Tensor] | None  # None: dropped, because all that anybody will want of it is encoded
+    # Blocks until the copy from the device has ended; returns uint8 [height, width, 3]. None: the pixels were released,
+    # because every encoding that can still be requested exists.
+    wait: Callable[[], Tensor] | None
     encodings: dict[Any, asyncio.Future[Any]] = field(default_factory=dict)  # belongs to the event loop
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The job is at this place in the queue; at 0 it begins at once."""
+    """The job is in the queue, at ``position``; at position 0 it starts at once."""
 
     position: int
-    wait_s: float | None = None  # by the speed measured so far; None: nothing was measured yet
+    wait_s: float | None = None  # estimated from the speed measured so far; None: nothing was measured yet
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """The job still waits, now at this place, from 1."""
+    """The job has another position in the queue, counted from 1."""
 
     position: int
-    wait_s: float | None = None
+    wait_s: float | None = None  # as in `Accepted`
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An iteration was done."""
+    """One or more iterations are done; ``report`` is of the last one."""
 
     report: Report
-    iterations_per_second: float  # over the present scale, from the last pause on
+    iterations_per_second: float  # at the present scale, since its start or the last pause
     time_left_s: float
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The picture after `iteration`. `dropped` frames were due to this watcher since the last one."""
+    """The picture after ``iteration``. ``dropped`` counts the frames that this watcher has missed since the last
+    one."""
 
     iteration: int
     picture: Picture
@@ -75,7 +78,8 @@ class Frame:
 
 @dataclass(eq=False)
 class SavedState:
-    """The job's state for all who want it: a call that makes the bytes of a checkpoint, and these once they are made."""
+    """The state of a job, shared by all watchers that receive it, and the bytes of its checkpoint once they are
+    written."""
 
     light: bool
     write: Callable[[], bytes]
@@ -84,7 +88,7 @@ class SavedState:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """The job as it was after `iteration`, to go on from."""
+    """A checkpoint: the state of the job after ``iteration``, from which it can continue."""
 
     iteration: int
     state: SavedState
@@ -92,25 +96,25 @@ class Saved:
 
 @dataclass(frozen=True)
 class Paused:
-    """The job stands still behind `iteration`."""
+    """The job is paused. ``iteration`` is the last one that was completed."""
 
     iteration: int
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """It goes on."""
+    """The pause has ended, and the job is in the queue again. ``iteration`` is the last one that was completed."""
 
     iteration: int
 
 
 @dataclass(frozen=True)
 class Changed:
-    """From `iteration` on the job has another recipe."""
+    """The job has another recipe, from ``iteration`` on."""
 
     iteration: int
     recipe: Recipe
-    iterations: int  # of the whole job
+    iterations: int  # of the job, over all scales
 
 
 class StopReason(Enum):
@@ -123,12 +127,12 @@ class StopReason(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """The last picture and the losses of the last iteration."""
+    """The job has ended with a result: the last picture, and the losses of the last iteration."""
 
     picture: Picture
     losses: Losses
-    iterations: int  # done
-    elapsed_s: float  # from the first iteration to the last, with pauses
+    iterations: int  # completed
+    elapsed_s: float  # from the first iteration to the last, pauses included
     reason: StopReason = StopReason.ITERATIONS_DONE
 
 
@@ -137,9 +141,9 @@ Event = Accepted | Waiting | Progress | Frame | Saved | Paused | Resumed | Chang
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What became of a command, for the watcher alone who gave it. `taken` is what it asked for."""
+    """The outcome of a command, for the watcher that sent it and for no other. ``taken`` is what it requested."""
 
     command_id: int
     iteration: int = 0  # as in `commands.Done`
-    violations: tuple[Violation, ...] = ()  # why it was not done
+    violations: tuple[Violation, ...] = ()  # why the command was refused
     taken: Frame | Saved | None = None

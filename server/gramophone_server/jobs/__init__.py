@@ -1,1 +1,1 @@
-"""Jobs as their callers know them: identity, phase, event log, watchers. Nothing here computes or knows the wire."""
+"""Jobs as their clients know them: identity, phase, event log, watchers. Nothing here computes or knows the wire."""

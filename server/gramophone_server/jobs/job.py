@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from collections.abc import Set as AbstractSet
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, Self
-
-from torch import Tensor
+from typing import NamedTuple, Self
 
 from gramophone.recipe import Recipe
 from gramophone_server.domain.events import (
@@ -22,33 +20,21 @@ from gramophone_server.domain.events import (
     Finished,
     Frame,
     Paused,
-    Picture,
     Progress,
     Resumed,
-    Saved,
-    SavedState,
     Waiting,
 )
 from gramophone_server.domain.job_state import JobState
-from gramophone_server.errors import (
-    Cancelled,
-    Diverged,
-    GramophoneError,
-    JobControlled,
-    TooManyWatchers,
-)
+from gramophone_server.errors import Cancelled, Diverged, GramophoneError, JobControlled, TooManyWatchers
 from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.event_log import EventLog
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
-
-if TYPE_CHECKING:
-    from gramophone_server.jobs.registry import JobRegistry
 
 __all__ = ["Job", "JobPhase", "JobSummary"]
 
 
 class JobPhase(Enum):
-    """Where a job is on its way; the names are the proto's."""
+    """Where a job is in its life; the names are the proto's."""
 
     QUEUED = 1
     RUNNING = 2
@@ -67,71 +53,109 @@ class JobSummary(NamedTuple):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
-    resumed_at: int  # iterations that its checkpoint had behind it
-    changed_at: int = 0  # the first iteration of the present recipe; 0: there was no other one
+    resumed_at: int  # iterations that its checkpoint had completed
+    changed_at: int = 0  # the first iteration with the present recipe; 0: the recipe was never changed
 
     @classmethod
-    def of(cls, work: JobState) -> Self:
-        """The plan of work that waits to begin, or to go on."""
-        job = work.job
-        return cls(work.recipe, job.style_weights, job.seed, *job.result_size, work.iterations, work.done)
+    def of(cls, state: JobState) -> Self:
+        """The summary of a job that waits for its first iteration in this server."""
+        job = state.job
+        return cls(state.recipe, job.style_weights, job.seed, *job.result_size, state.iterations, state.done)
 
 
 class Job:
-    """One job from its request to when it is forgotten. `JobRegistry.create` makes it; its maker must `watch` it at once.
+    """One job, from its request until it is forgotten. `JobRegistry.create` makes it; the caller must `watch` it at
+    once.
 
-    Other threads may read its attributes, whose changes are whole.
+    Other threads may read its attributes: each changes in one assignment.
+
+    ``max_watchers``: at the same time. ``withdraw`` takes the job out of the scheduler after `cancel`. ``on_end`` is
+    called on ``loop`` after the end. ``clock`` returns seconds of the epoch; it is read once, so that all times of the
+    job stay in order, and true, if the machine's clock is set later.
     """
 
-    def __init__(self, jobs: JobRegistry, ordinal: int, request_id: str, grace_s: float, encoding: Encoding):
-        self.id = str(uuid.uuid4())  # 122 bits from the system's source of randomness: nobody guesses it
-        self.ordinal = ordinal  # of those that this process made
+    def __init__(
+        self,
+        ordinal: int,
+        request_id: str,
+        grace_s: float,
+        encoding: Encoding,
+        *,
+        max_watchers: int,
+        withdraw: Callable[[Job], None],
+        on_end: Callable[[Job], None],
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
+    ) -> None:
+        self.id = str(uuid.uuid4())  # 122 bits from the system's source of randomness, so it cannot be guessed
+        self.ordinal = ordinal  # among the jobs of this process
         self.request_id = request_id
-        self.digest = b""  # of what was asked for; set before it is submitted
-        self.grace_s = grace_s
+        self.digest = b""  # of the request; set before the job is submitted
+        self.grace_s = grace_s  # without watchers, before the job is cancelled
         self.encoding = encoding  # of the result
-        self.admitted: JobSummary | None = None
-        self.plan: JobSummary | None = None  # as it is now
-        self.state = JobPhase.QUEUED
-        self.created_at = jobs.clock()
+        self.admitted_summary: JobSummary | None = None
+        self.summary: JobSummary | None = None  # with the present recipe
+        self.phase = JobPhase.QUEUED
+        self.created_at = clock()
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.expires_at: float | None = None
-        self.position = 0  # in the queue, while it is there; 0 is about to begin
+        self.position = 0  # in the queue, while the job waits there; 0: it starts next
         self.progress: Progress | None = None  # the newest
         self.result: Finished | None = None
         self.error: GramophoneError | None = None
-        # Seconds from its request on. Its other times are counted from these, so that they stay in order, and true, when
-        # somebody sets the machine's clock.
-        self.waited_s: float | None = None  # until it began
-        self.first_frame_s: float | None = None  # until somebody's first picture was taken
-        self.lasted_s: float | None = None  # until it ended
-        self._made_at = jobs.loop.time()
-        self._jobs = jobs
+        # Seconds since the request.
+        self.waited_s: float | None = None  # until the start
+        self.first_frame_s: float | None = None  # until the first picture was taken, for any watcher
+        self.lasted_s: float | None = None  # until the end
+        self._max_watchers = max_watchers
+        self._withdraw = withdraw
+        self._on_end = on_end
+        self._loop = loop
+        self._made_at = loop.time()
         self._lock = threading.Lock()
-        self._history = EventLog()
-        self._watchers: tuple[Mailbox, ...] = ()  # replaced, never changed, so that the compute thread needs no lock
+        self._log = EventLog()
+        self._watchers: tuple[
+            Mailbox, ...
+        ] = ()  # replaced, never changed, so the compute thread reads it without the lock
         self._controller: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
-        """Nothing more will happen to it."""
-        return self.state in (JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED)
+        """No event follows."""
+        return self.phase in (JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED)
 
     @property
     def bytes(self) -> int:
-        """What its picture takes, at most: a PNG of noise is as large as its pixels."""
-        return 3 * self.plan.width * self.plan.height if self.plan is not None and self._history.has_picture else 0
+        """Upper bound of what the job's picture takes: a PNG of noise is as large as its pixels."""
+        if self.summary is None or not self._log.has_picture:
+            return 0
+        return 3 * self.summary.width * self.summary.height
+
+    @property
+    def watchers(self) -> int:
+        """How many watch the job now."""
+        return len(self._watchers)
+
+    @property
+    def controlled(self) -> bool:
+        """One of the watchers controls the job."""
+        return self._controller is not None
+
+    @property
+    def unread(self) -> int:
+        """Events that wait for their readers, over all watchers."""
+        return sum(mailbox.unread for mailbox in self._watchers)
 
     # The event loop's side --------------------------------------------------------------------------------------------
 
     def admit(self, state: JobState) -> bool:
-        """Records what the job will do, before it is submitted. Returns False if the job has ended already, because it was
-        cancelled while its images were decoded: then it must not be submitted."""
+        """Records what the job will do, before it is submitted. Returns False if the job has ended already, because it
+        was cancelled while its images were decoded: then it must not be submitted."""
         if self.ended:
             return False
-        self.admitted = self.plan = JobSummary.of(state)
+        self.admitted_summary = self.summary = JobSummary.of(state)
         return True
 
     def watch(
@@ -142,39 +166,40 @@ class Job:
         *,
         controls: bool = False,
     ) -> Mailbox:
-        """A watcher more, who has the events up to number `after` and gets what it missed, then what comes. One that
-        `controls` the job keeps others from it until it leaves or gives control up.
+        """Adds a watcher, which receives the kept events after number ``after`` and then the new ones. A watcher that
+        ``controls`` the job keeps other controllers out until it leaves or gives up control.
 
         Raises `JobControlled` or `TooManyWatchers`, but neither once the job has ended.
         """
         with self._lock:
-            # A frame that outlived the end is the last good picture, which everybody is told.
+            # A frame that is still in the log after the end is the last good picture, which every watcher receives.
             missed = [
                 (number, event)
-                for number, event in self._history.after(after)
+                for number, event in self._log.after(after)
                 if frames or self.ended or not isinstance(event, Frame)
             ]
-            mailbox = Mailbox(self._jobs.loop, frames, checkpoints, missed)
+            mailbox = Mailbox(self._loop, frames, checkpoints, missed)
             if self.ended:
                 mailbox.end(self.error)
                 return mailbox
             if controls and self._controller is not None:
                 raise JobControlled(self.id)
-            if len(self._watchers) >= self._jobs.limits.max_watchers:
-                raise TooManyWatchers(self._jobs.limits.max_watchers)
+            if len(self._watchers) >= self._max_watchers:
+                raise TooManyWatchers(self._max_watchers)
             self._watchers += (mailbox,)
             if controls:
                 self._controller = mailbox
-        self.expire()
+        self.clear_timer()
         return mailbox
 
     def give_up_control(self, mailbox: Mailbox) -> None:
-        """The controller watches on as any other; from anybody else it is nothing."""
+        """Makes the controller an ordinary watcher. Does nothing for any other watcher."""
         if self._controller is mailbox:
             self._controller = None
 
     def leave(self, mailbox: Mailbox) -> None:
-        """The watcher is gone. The last one to leave stops the job, now or after its grace; twice is once."""
+        """Removes a watcher; no effect the second time. Without watchers the job is cancelled, now or after its
+        grace."""
         self.give_up_control(mailbox)
         with self._lock:
             if mailbox not in self._watchers:
@@ -183,93 +208,77 @@ class Job:
             if self._watchers:
                 return
         if self.grace_s > 0:
-            self.expire(self.grace_s, self.cancel)
+            self.set_timer(self.grace_s, self.cancel)
         else:
             self.cancel()
 
     def answer(self, mailbox: Mailbox, answer: Answer) -> bool:
-        """Tells one watcher what became of its command. False if the job has ended since something was taken for it:
-        nothing comes behind the result."""
+        """Sends the outcome of a command to the watcher that gave it. Returns False, and sends nothing, if the answer
+        has a picture or a state and the job has ended meanwhile: nothing may follow the result."""
         with self._lock:
             if answer.taken is None:
                 mailbox.put(0, answer)
             elif not self.ended:
-                mailbox.put(self._history.next_number(), answer)
+                mailbox.put(self._log.next_number(), answer)
             else:
                 return False
         return True
 
     def cancel(self) -> None:
-        """Ends the job with `Cancelled`, at once for its watchers and within a slice (20 ms, or an iteration) for the engine. Does nothing
-        to one that has ended."""
+        """Ends the job with `Cancelled`: for its watchers at once, for the engine after its present slice (20 ms, or
+        one iteration). Does nothing if the job has ended."""
         self.fail(Cancelled())
-        self._jobs.scheduler.withdraw(self)
+        self._withdraw(self)
 
-    def expire(self, after_s: float = 0.0, then: Callable[[], None] | None = None) -> None:
-        """Sets the job's timer in the place of the last one, or stops it."""
+    def set_timer(self, after_s: float, action: Callable[[], None]) -> None:
+        """Calls ``action`` after ``after_s`` seconds, instead of what the timer was set to."""
+        self.clear_timer()
+        self._timer = self._loop.call_later(after_s, action)
+        self.expires_at = self.created_at + self._age_s + after_s
+
+    def clear_timer(self) -> None:
+        """Stops the job's timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.expires_at = None
-        if then is not None:
-            self._timer = self._jobs.loop.call_later(after_s, then)
-            self.expires_at = self.created_at + self._age_s + after_s
 
-    # The scheduler's side: see `scheduler.JobObserver` ---------------------------------------------------------------------
+    # The scheduler's side: see `task.JobObserver` ---------------------------------------------------------------------
 
     @property
     def cancelled(self) -> bool:
-        """Nobody wants it any more."""
-        return self.state is JobPhase.CANCELLED
+        """The job has ended with `Cancelled`."""
+        return self.phase is JobPhase.CANCELLED
+
+    @property
+    def accepts_light_checkpoint(self) -> bool:
+        """No watcher asks for full checkpoints."""
+        rules = (mailbox.checkpoints for mailbox in self._watchers)
+        return all(rule is None or rule.light for rule in rules)
 
     def iterations_until_next_frame(self, iteration: int) -> int | None:
-        """Iterations until somebody may want the picture."""
+        """Iterations until a frame can be due for any watcher; None: no watcher asks for certain iterations."""
         steps = (mailbox.iterations_until_next_frame(iteration) for mailbox in self._watchers)
         return min((step for step in steps if step is not None), default=None)
 
+    def collect_frame_requests(self, iteration: int, now: float) -> AbstractSet[object]:
+        """The watchers for which a frame of this iteration is due, and that have room for it."""
+        return frozenset(mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now))
+
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> AbstractSet[object]:
+        """The watchers for which a checkpoint of this kind is due."""
+        alike = (m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light)
+        return frozenset(mailbox for mailbox in alike if mailbox.wants_checkpoint(now))
+
     def started(self) -> None:
-        """The engine begins, or goes on with a job that was paused."""
+        """The job has left the queue, for the first time or after a pause."""
         with self._lock:
             if not self.ended:
-                self.state, self.position = JobPhase.RUNNING, 0
+                self.phase, self.position = JobPhase.RUNNING, 0
                 if self.started_at is None:
                     self.started_at, self.waited_s = self.created_at + self._age_s, self._age_s
 
-    def publish(self, event: Event) -> None:
-        """Tells all watchers, those to come included. What comes after the end is left out."""
-        self._publish(event)
-
-    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
-        """Takes the picture once for all watchers that are due one and have room for it; not at all if none is."""
-        now = time.monotonic()
-        wanting = [mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)]
-        if wanting:
-            self._publish(Frame(iteration, Picture(take())), wanting)  # takes milliseconds, so without the lock
-
-    def offer_checkpoint(self, iteration: int, take: Callable[[bool], SavedState]) -> None:
-        """Takes the state for all watchers that are due a checkpoint: once for those who want a light one, once for those
-        who want a full one."""
-        now = time.monotonic()
-        wanting = [mailbox for mailbox in self._watchers if mailbox.wants_checkpoint(now)]
-        for light in (True, False):
-            if alike := [m for m in wanting if m.checkpoints is not None and m.checkpoints.light is light]:
-                self._publish(Saved(iteration, take(light)), alike)
-
-    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], SavedState]) -> None:
-        """Sends the picture and the state to every watcher, whatever it asked for: it has to go on without this server."""
-        self._publish(Frame(iteration, picture))
-        wanted = (mailbox.checkpoints for mailbox in self._watchers)
-        light = all(checkpoints is None or checkpoints.light for checkpoints in wanted)
-        self._publish(Saved(iteration, take(light)))
-
-    def fail(self, error: GramophoneError) -> None:
-        """Ends the job without a result."""
-        with self._lock:
-            if not self.ended:
-                self.error = error
-                self._end(JobPhase.CANCELLED if isinstance(error, Cancelled) else JobPhase.FAILED)
-
-    def _publish(self, event: Event, watchers: Iterable[Mailbox] | None = None) -> None:
-        """Tells the watchers, or all, and those to come."""
+    def publish(self, event: Event, watchers: Collection[object] | None = None) -> None:
+        """Logs an event and sends it to all watchers, or to ``watchers``. Does nothing if the job has ended."""
         with self._lock:
             if self.ended:
                 return
@@ -283,30 +292,38 @@ class Job:
                 case Frame() if self.first_frame_s is None:
                     self.first_frame_s = self._age_s
                 case Paused():
-                    self.state = JobPhase.PAUSED
+                    self.phase = JobPhase.PAUSED
                 case Resumed():
-                    self.state = JobPhase.QUEUED  # others may have taken its place
+                    self.phase = JobPhase.QUEUED  # other jobs may run in its place
                 case Changed(iteration, recipe, iterations):
-                    assert self.plan is not None, "a job has a plan before it has events"
-                    self.plan = self.plan._replace(recipe=recipe, iterations=iterations, changed_at=iteration)
+                    assert self.summary is not None, "a job is admitted before it has events"
+                    self.summary = self.summary._replace(recipe=recipe, iterations=iterations, changed_at=iteration)
                 case Finished():
                     self.result = event
-            item = self._history.add(event)
-            for mailbox in self._watchers if watchers is None else watchers:
-                mailbox.put(*item)
+            item = self._log.add(event)
+            for mailbox in self._watchers:
+                if watchers is None or mailbox in watchers:
+                    mailbox.put(*item)
             if isinstance(event, Finished):
                 self._end(JobPhase.SUCCEEDED)
 
+    def fail(self, error: GramophoneError) -> None:
+        """Ends the job without a result. Does nothing if it has ended."""
+        with self._lock:
+            if not self.ended:
+                self.error = error
+                self._end(JobPhase.CANCELLED if isinstance(error, Cancelled) else JobPhase.FAILED)
+
     @property
     def _age_s(self) -> float:
-        return self._jobs.loop.time() - self._made_at
+        return self._loop.time() - self._made_at
 
-    def _end(self, state: JobPhase) -> None:
-        self.state, self.ended_at, self.lasted_s = state, self.created_at + self._age_s, self._age_s
+    def _end(self, phase: JobPhase) -> None:
+        self.phase, self.ended_at, self.lasted_s = phase, self.created_at + self._age_s, self._age_s
         if not isinstance(self.error, Diverged):
-            self._history.forget_frame()
+            self._log.forget_frame()
         for mailbox in self._watchers:
             mailbox.end(self.error)
         self._watchers, self._controller = (), None
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody looks for it
-            self._jobs.loop.call_soon_threadsafe(self._jobs.keep, self)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no client can look for the job
+            self._loop.call_soon_threadsafe(self._on_end, self)

@@ -1,4 +1,4 @@
-"""What happens to a job, and how it crosses from the compute thread to one watcher on the event loop."""
+"""A watcher's mailbox: events cross in it from the compute thread to the event loop."""
 
 from __future__ import annotations
 
@@ -9,48 +9,41 @@ from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from gramophone_server.domain.events import (
-    Answer,
-    Event,
-    Frame,
-    Progress,
-    Saved,
-    Waiting,
-)
+from gramophone_server.domain.events import Answer, Event, Frame, Progress, Saved, Waiting
 from gramophone_server.errors import GramophoneError
 
 __all__ = ["CheckpointRule", "FrameRule", "Mailbox"]
 
-LEAST_FRAME_INTERVAL_S = 0.1  # ten frames a second: a finer rhythm is not seen, and each costs a copy and an encoding
-LEAST_CHECKPOINT_INTERVAL_S = 1.0  # each costs a copy of the job's state, some MB
+MIN_FRAME_INTERVAL_S = 0.1  # ten frames a second: more are not visible, and each costs a copy and an encoding
+MIN_CHECKPOINT_INTERVAL_S = 1.0  # each costs a copy of the job's state, some MB
 
-
-# Of these only the newest matters to a reader that has fallen behind.
+# Kinds of which an unread event is replaced by a newer one: a slow reader needs only the newest.
 COALESCED = (Waiting, Progress, Frame, Saved)
 
 
 @dataclass(frozen=True)
 class FrameRule:
-    """When a watcher wants to see the picture."""
+    """When a watcher receives frames."""
 
     every_iterations: int = 1
-    min_interval_s: float = LEAST_FRAME_INTERVAL_S
-    max_in_flight: int = 0  # frames that it may not have acknowledged yet; 0: it acknowledges none
+    min_interval_s: float = MIN_FRAME_INTERVAL_S
+    max_in_flight: int = 0  # frames that were read but not acknowledged; 0: the watcher acknowledges none
 
 
 @dataclass(frozen=True)
 class CheckpointRule:
-    """When a watcher wants the job's state."""
+    """When a watcher receives checkpoints."""
 
-    min_interval_s: float = LEAST_CHECKPOINT_INTERVAL_S
+    min_interval_s: float = MIN_CHECKPOINT_INTERVAL_S
     light: bool = False
 
 
 class Mailbox:
-    """Events on their way from the compute thread to one watcher on the event loop, read in the order of their numbers.
+    """Events for one watcher, in the order of their numbers. Any thread puts them in, one reader on the event loop
+    takes them.
 
-    A newer event of the kinds in `COALESCED` replaces one that is unread, and no other is ever lost; nor is any of those
-    that the watcher has missed, but for its frames.
+    A newer event of the kinds in `COALESCED` replaces an unread one. No other event is lost, and none of those that the
+    watcher has missed, except frames.
     """
 
     def __init__(
@@ -63,23 +56,28 @@ class Mailbox:
         self.checkpoints = checkpoints
         self._loop = loop
         self._frames = frames
-        self._frame_due_at = self._checkpoint_due_at = 0.0
+        self._frame_due_at = self._checkpoint_due_at = 0.0  # on the compute thread's clock
         self._lock = threading.Lock()
-        # By kind what can be replaced, and the rest by a key of its own.
+        # Replaceable events by their kind, all others by a key of their own.
         self._unread: dict[Hashable, tuple[int, Event | Answer]] = {
             Frame if isinstance(event, Frame) else object(): (number, event) for number, event in missed
         }
-        self._over = False
+        self._ended = False
         self._error: GramophoneError | None = None
-        self._dropped = 0  # frames, since the last one read
-        self._in_flight: deque[int] = deque()  # numbers of the frames that were read and not acknowledged
+        self._dropped = 0  # frames, since the last one that was read
+        self._in_flight: deque[int] = deque()  # numbers of the frames that were read but not acknowledged
         self._news = asyncio.Event()
         self._wake_is_due = False
 
-    # What the job calls, on any thread; it never waits for the reader ---------------------------------------------------
+    @property
+    def unread(self) -> int:
+        """Events that wait for the reader."""
+        return len(self._unread)
+
+    # The job's side, on any thread; it never waits for the reader -----------------------------------------------------
 
     def put(self, number: int, event: Event | Answer) -> None:
-        """Numbers never decrease from call to call."""
+        """Adds an event. Numbers never decrease from call to call."""
         kind = type(event) if isinstance(event, COALESCED) else object()
         with self._lock:
             replaced = self._unread.pop(kind, None)
@@ -89,63 +87,69 @@ class Mailbox:
         self._wake()
 
     def end(self, error: GramophoneError | None = None) -> None:
-        """Ends the events after those that wait, with an error if there is one."""
+        """Ends the events after the unread ones, with an error if there is one."""
         with self._lock:
-            self._over, self._error = True, error
+            self._ended, self._error = True, error
         self._wake()
 
     def iterations_until_next_frame(self, iteration: int) -> int | None:
-        """Iterations from this one to the next whose picture may be wanted; None: none is wanted, or any will do."""
+        """Iterations until the next one whose frame can be due. None: no frame is wanted, or one of any iteration."""
         every = 1 if self._frames is None else self._frames.every_iterations
         return None if every == 1 else every - iteration % every
 
     def wants_frame(self, iteration: int, now: float) -> bool:
-        """Whether a frame is due and has room. One that is due and has none, because too many are unacknowledged, is counted
-        as dropped; one that is unread makes room, so that a reader that comes back sees what is new."""
+        """Whether a frame of this iteration is due and has room; if it is due, the next one is due an interval later. A
+        frame that is due but has no room, because too many are unacknowledged, counts as dropped. An unread frame takes
+        no room, so that a reader that was slow continues with the newest."""
         rule = self._frames
         if rule is None or iteration % rule.every_iterations or now < self._frame_due_at:
             return False
-        self._frame_due_at = now + max(rule.min_interval_s, LEAST_FRAME_INTERVAL_S)
+        self._frame_due_at = now + max(rule.min_interval_s, MIN_FRAME_INTERVAL_S)
         with self._lock:
-            room = not 0 < rule.max_in_flight <= len(self._in_flight)
-            self._dropped += not room
-        return room
+            has_room = not 0 < rule.max_in_flight <= len(self._in_flight)
+            self._dropped += not has_room
+        return has_room
 
     def wants_checkpoint(self, now: float) -> bool:
-        """Whether a checkpoint is due."""
+        """Whether a checkpoint is due; if it is, the next one is due an interval later."""
         rule = self.checkpoints
         if rule is None or now < self._checkpoint_due_at:
             return False
-        self._checkpoint_due_at = now + max(rule.min_interval_s, LEAST_CHECKPOINT_INTERVAL_S)
+        self._checkpoint_due_at = now + max(rule.min_interval_s, MIN_CHECKPOINT_INTERVAL_S)
         return True
 
-    # The reader's side ------------------------------------------------------------------------------------------------
+    # The reader's side, on the event loop -----------------------------------------------------------------------------
 
     async def events(self) -> AsyncIterator[tuple[int, Event | Answer]]:
-        """(number, event) in increasing order, for one reader; an answer without `taken` has no number of its own. Raises
-        what `end` was given."""
+        """Yields (number, event) in increasing order, for one reader; an answer without ``taken`` has no number of its
+        own. Raises the error that `end` was given."""
         while True:
             with self._lock:
-                item = self._next()
-                over, error = self._over, self._error
+                item = self._take_next()
+                ended, error = self._ended, self._error
                 if item is None:
                     self._news.clear()
             if item is not None:
                 yield item
             elif error is not None:
                 raise error
-            elif over:
+            elif ended:
                 return
             else:
                 await self._news.wait()
 
+    def read_nowait(self) -> tuple[int, Event | Answer] | None:
+        """The next unread (number, event), as `events` would yield it; None if there is none now."""
+        with self._lock:
+            return self._take_next()
+
     def acknowledge(self, number: int) -> None:
-        """The frames up to this one have arrived."""
+        """The frames up to this number have arrived."""
         with self._lock:
             while self._in_flight and self._in_flight[0] <= number:
                 self._in_flight.popleft()
 
-    def _next(self) -> tuple[int, Event | Answer] | None:
+    def _take_next(self) -> tuple[int, Event | Answer] | None:
         if not self._unread:
             return None
         number, event = self._unread.pop(next(iter(self._unread)))
@@ -159,9 +163,9 @@ class Mailbox:
     def _wake(self) -> None:
         with self._lock:
             if self._wake_is_due:
-                return  # one wake-up on its way to the loop is enough for any number of events
+                return  # one scheduled wake-up is enough for any number of events
             self._wake_is_due = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody reads
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
             self._loop.call_soon_threadsafe(self._woken)
 
     def _woken(self) -> None:

@@ -1,9 +1,9 @@
-"""Jobs as their callers know them: found by id or by request, watched by any number, kept for a while after their end.
+"""The jobs of a server: found by id or by request, watched by any number of clients, kept for a while after their end.
 
-Who owns what: the scheduler tells a `Job`, its `JobObserver`, what happens. The job numbers the event, keeps it in its log
-and puts it into the mailbox of each watcher, all under a lock that nobody holds for long. The registry `JobRegistry` and every
-timer belong to the event loop. A job has one timer at most: until it is stopped because nobody watches it, or, when it
-has ended, until it is forgotten.
+The scheduler publishes events to a `Job`, its `JobObserver`. The job numbers each event, adds it to its log and puts it
+into the mailbox of each watcher, all under a lock that is held for microseconds. The `JobRegistry` and all timers
+belong to the event loop. A job has at most one timer: while it runs without watchers, until it is stopped; after its
+end, until it is forgotten.
 """
 
 from __future__ import annotations
@@ -13,92 +13,110 @@ import time
 from collections.abc import Callable, Iterator
 
 from gramophone_server.config import Limits
-from gramophone_server.errors import (
-    JobNotFound,
-)
+from gramophone_server.errors import JobNotFound
 from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.job import Job, JobPhase
-from gramophone_server.scheduling.scheduler import Scheduler
 
 __all__ = ["JobRegistry"]
 
 
 class JobRegistry:
-    """The jobs of one server: those under way, and for a bounded while those that have ended.
+    """The jobs of one server: those that have not ended and, within limits of number, bytes and time, those that have.
 
-    `ended` hears of each job's end, on the event loop. `loop` (its timers) and `clock` (seconds of the epoch) are for tests to
-    replace.
+    ``withdraw`` takes a cancelled job out of the scheduler. ``on_end`` is called on the event loop at each job's end.
+    ``loop`` runs the timers and ``clock`` returns seconds of the epoch; tests replace them.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        withdraw: Callable[[Job], None],
         limits: Limits,
-        ended: Callable[[Job], None] = lambda job: None,
+        on_end: Callable[[Job], None] = lambda job: None,
         loop: asyncio.AbstractEventLoop | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.scheduler = scheduler
-        self.loop = loop or asyncio.get_running_loop()
-        self.clock = clock
-        self.limits = limits
-        self._hear_of_end = ended
+        self._withdraw = withdraw
+        self._limits = limits
+        self._on_end = on_end
+        self._loop = loop or asyncio.get_running_loop()
+        self._clock = clock
         self._created = 0
         self._jobs: dict[str, Job] = {}  # by id, oldest first
-        self._requests: dict[str, Job] = {}  # by request_id
-        self._ended: dict[str, Job] = {}  # by id, the one that ended first first
+        self._by_request: dict[str, Job] = {}  # by request_id
+        self._ended: dict[str, Job] = {}  # by id, in the order of their ends
 
     def __len__(self) -> int:
         return len(self._jobs)
 
+    @property
+    def request_ids(self) -> int:
+        """Request ids whose jobs can be found."""
+        return len(self._by_request)
+
+    @property
+    def ended(self) -> int:
+        """Jobs that have ended and are still kept."""
+        return len(self._ended)
+
     def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
-        """A job that has no work yet; see `Job.submit`."""
+        """Makes a job that does not know its images yet; see `Job.admit`."""
         self._created += 1
-        job = Job(self, self._created, request_id, grace_s, encoding)
+        job = Job(
+            self._created,
+            request_id,
+            grace_s,
+            encoding,
+            max_watchers=self._limits.max_watchers,
+            withdraw=self._withdraw,
+            on_end=self._keep,
+            loop=self._loop,
+            clock=self._clock,
+        )
         self._jobs[job.id] = job
         if request_id:
-            self._requests[request_id] = job
+            self._by_request[request_id] = job
         return job
 
     def find(self, job_id: str) -> Job:
-        """Raises `JobNotFound`."""
+        """The job of this id. Raises `JobNotFound`."""
         try:
             return self._jobs[job_id]
         except KeyError:
             raise JobNotFound(job_id) from None
 
     def of_request(self, request_id: str) -> Job | None:
-        """The job that this request made, unless it failed or was cancelled: then a retry begins anew."""
-        job = self._requests.get(request_id)
-        return None if job is None or job.state in (JobPhase.FAILED, JobPhase.CANCELLED) else job
+        """The job that this request made, unless it failed or was cancelled: then a retry makes a new job."""
+        job = self._by_request.get(request_id)
+        return None if job is None or job.phase in (JobPhase.FAILED, JobPhase.CANCELLED) else job
 
     def newest_first(self, before: int | None = None) -> Iterator[Job]:
-        """All jobs, or those older than the one with this ordinal."""
+        """All jobs, or those older than the job with the ordinal ``before``."""
         return (job for job in reversed(self._jobs.values()) if before is None or job.ordinal < before)
-
-    def keep(self, job: Job) -> None:
-        """Keeps a job that has ended as long as there is room and time for it. One that was refused is not kept."""
-        self._hear_of_end(job)
-        if job.plan is None or job.id not in self._jobs:  # the registry was closed
-            self._forget(job)
-            return
-        self._ended[job.id] = job
-        job.expire(self.limits.max_kept_s, lambda: self._forget(job))
-        held = sum(ended.bytes for ended in self._ended.values())
-        for ended in list(self._ended.values()):
-            if len(self._ended) <= self.limits.max_kept and held <= self.limits.max_kept_bytes:
-                break
-            held -= ended.bytes
-            self._forget(ended)
 
     def close(self) -> None:
         """Forgets every job and stops its timer."""
         for job in list(self._jobs.values()):
             self._forget(job)
 
+    def _keep(self, job: Job) -> None:
+        """Keeps a job that has ended within the limits of number, bytes and time. A job that was refused is not
+        kept."""
+        self._on_end(job)
+        if job.summary is None or job.id not in self._jobs:  # refused, or the registry was closed
+            self._forget(job)
+            return
+        self._ended[job.id] = job
+        job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
+        held = sum(ended.bytes for ended in self._ended.values())
+        for ended in list(self._ended.values()):
+            if len(self._ended) <= self._limits.max_kept and held <= self._limits.max_kept_bytes:
+                break
+            held -= ended.bytes
+            self._forget(ended)
+
     def _forget(self, job: Job) -> None:
-        job.expire()
+        job.clear_timer()
         self._jobs.pop(job.id, None)
         self._ended.pop(job.id, None)
-        if self._requests.get(job.request_id) is job:
-            del self._requests[job.request_id]
+        if self._by_request.get(job.request_id) is job:
+            del self._by_request[job.request_id]

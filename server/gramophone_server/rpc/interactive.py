@@ -11,7 +11,16 @@ from dataclasses import replace
 from gramophone.recipe import InvalidRecipe, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, variable
-from gramophone_server.domain.commands import Command, Done, Finish, Pause, Resume, Retune, TakeCheckpoint, TakePicture
+from gramophone_server.domain.commands import (
+    Command,
+    Done,
+    Finish,
+    Pause,
+    Resume,
+    TakeCheckpoint,
+    TakePicture,
+    UpdateRecipe,
+)
 from gramophone_server.domain.events import Answer, Finished, Saved
 from gramophone_server.domain.job_state import RecipeUpdate
 from gramophone_server.errors import GramophoneError, InvalidRequest
@@ -103,9 +112,9 @@ class Controller:
 
     async def _execute(self, request: pb.StylizeInteractiveRequest) -> Answer:
         try:
-            if self._job.plan is None:
+            if self._job.summary is None:
                 raise InvalidRequest([Violation("", "came too early: the job's images are still being decoded")])
-            command = _command(request, self._job.plan, self._limits)
+            command = _command(request, self._job.summary, self._limits)
             done: Done = await self._scheduler.command(self._job, command)
             if isinstance(done.taken, Saved):
                 await self._events.encoders.write_checkpoint(done.taken.state)  # raises if it is too large
@@ -116,7 +125,7 @@ class Controller:
         return Answer(request.command_id, done.iteration, taken=done.taken)
 
 
-def _command(request: pb.StylizeInteractiveRequest, plan: JobSummary, limits: Limits) -> Command:
+def _command(request: pb.StylizeInteractiveRequest, summary: JobSummary, limits: Limits) -> Command:
     """Raises `InvalidRequest` and `InvalidRecipe` with fields of the command."""
     match request.WhichOneof("command"):
         case "pause":
@@ -124,7 +133,7 @@ def _command(request: pb.StylizeInteractiveRequest, plan: JobSummary, limits: Li
         case "resume":
             return Resume()
         case "update":
-            return Retune(_changes(request.update, plan, limits))
+            return UpdateRecipe(_changes(request.update, summary, limits))
         case "frame":
             return TakePicture()
         case "checkpoint":
@@ -137,7 +146,7 @@ def _command(request: pb.StylizeInteractiveRequest, plan: JobSummary, limits: Li
             raise InvalidRequest([Violation("", "is not known to this server; GetServerInfo reports its version")])
 
 
-def _changes(update: pb.UpdateCommand, plan: JobSummary, limits: Limits) -> RecipeUpdate:
+def _changes(update: pb.UpdateCommand, summary: JobSummary, limits: Limits) -> RecipeUpdate:
     """The fields that an update sets. `JobState.update` checks them against the present state of the job."""
     changes = RecipeUpdate()
     for name in RecipeUpdate.__optional_keys__:
@@ -148,8 +157,8 @@ def _changes(update: pb.UpdateCommand, plan: JobSummary, limits: Limits) -> Reci
             changes[name] = value  # type: ignore[literal-required]
     if not changes:
         raise InvalidRequest([Violation("", "changes nothing; set one of its fields")])
-    recipe = replace(plan.recipe, **changes)
-    iterations = plan.iterations - plan.recipe.iterations + recipe.iterations
+    recipe = replace(summary.recipe, **changes)
+    iterations = summary.iterations - summary.recipe.iterations + recipe.iterations
     if iterations > limits.max_iterations:
         violation = Violation(
             "iterations",

@@ -170,25 +170,25 @@ class JobEventStream:
         return response
 
     def _accepted(self, event: Accepted) -> pb.Accepted:
-        plan = self.job.admitted
-        assert plan is not None, "a job has a plan before it has events"
+        summary = self.job.admitted_summary
+        assert summary is not None, "a job is admitted before it has events"
         return pb.Accepted(
             job_id=self.job.id,
-            recipe=recipe_to_message(plan.recipe),
-            seed=plan.seed,
-            width=plan.width,
-            height=plan.height,
-            iterations=plan.iterations,
+            recipe=recipe_to_message(summary.recipe),
+            seed=summary.seed,
+            width=summary.width,
+            height=summary.height,
+            iterations=summary.iterations,
             queue_position=event.position,
             attached=self._attached,
-            resumed_at=plan.resumed_at,
+            resumed_at=summary.resumed_at,
             estimated_wait=_duration(event.wait_s),
         )
 
     async def _finished(self, event: Finished, result: pb.Result) -> None:
-        plan = self.job.plan
-        assert plan is not None, "a job has a plan before it has events"
-        metadata = _result_metadata(plan, event.iterations, self._weights)
+        summary = self.job.summary
+        assert summary is not None, "a job is admitted before it has events"
+        metadata = _result_metadata(summary, event.iterations, self._weights)
         await self.encoders.encode(result.image, event.picture, self.job.encoding, metadata)
         event.picture.wait = None  # the result has one encoding for all watchers, so the pixels can be freed
         result.losses.CopyFrom(_losses(event.losses))
@@ -201,16 +201,20 @@ def job_message(job: Job) -> pb.Job:
     """The present state of the job."""
     message = pb.Job(
         job_id=job.id,
-        state=f"JOB_STATE_{job.state.name}",
+        state=f"JOB_STATE_{job.phase.name}",
         create_time=_timestamp(job.created_at),
         start_time=_timestamp(job.started_at),
         end_time=_timestamp(job.ended_at),
         expire_time=_timestamp(job.expires_at),
     )
-    if job.plan is not None:
-        message.iterations, message.width, message.height = job.plan.iterations, job.plan.width, job.plan.height
-        message.iteration = job.plan.resumed_at
-    if job.state is JobPhase.QUEUED:
+    if job.summary is not None:
+        message.iterations, message.width, message.height = (
+            job.summary.iterations,
+            job.summary.width,
+            job.summary.height,
+        )
+        message.iteration = job.summary.resumed_at
+    if job.phase is JobPhase.QUEUED:
         message.queue_position = job.position
     if job.progress is not None:
         message.iteration = job.progress.report.iteration
@@ -226,17 +230,17 @@ def _format(value: int, default: codec.Format) -> codec.Format:
     return codec.Format[pb.ImageFormat.Name(known).removeprefix("IMAGE_FORMAT_")] if known else default
 
 
-def _result_metadata(plan: JobSummary, iterations: int, weights: str) -> str:
+def _result_metadata(summary: JobSummary, iterations: int, weights: str) -> str:
     """ASCII JSON for the result's metadata. With the same images it reproduces the picture, unless the recipe was
     changed while the job ran, or the job ended early."""
     metadata = {
         "gramophone": version(),
-        "recipe": dataclasses.asdict(plan.recipe),  # fields by name; layers as [name, weight]
-        "style_weights": plan.style_weights,
-        "seed": plan.seed,
+        "recipe": dataclasses.asdict(summary.recipe),  # fields by name; layers as [name, weight]
+        "style_weights": summary.style_weights,
+        "seed": summary.seed,
         "weights": weights,
         "iterations": iterations,
-        "changed_at": plan.changed_at,
+        "changed_at": summary.changed_at,
     }
     return json.dumps(metadata)
 

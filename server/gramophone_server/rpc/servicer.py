@@ -53,7 +53,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         access: AccessLog | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
-        self.jobs = JobRegistry(scheduler, limits, self._count_ended_job)
+        self.jobs = JobRegistry(scheduler.withdraw, limits, self._count_ended_job)
         self.calls = ActiveCalls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
         self._scheduler = scheduler
         self._limits = limits
@@ -315,7 +315,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     def _count_ended_job(self, job: Job) -> None:
         assert job.lasted_s is not None, "it has ended"
-        if job.plan is None:  # never accepted; if its caller gave it up before that, it was not rejected either
+        if job.summary is None:  # never accepted; if its caller gave it up before that, it was not rejected either
             if job.error is not None and not isinstance(job.error, Cancelled):
                 self._metrics.job_rejected(reason(job.error))
             return

@@ -1,1 +1,1 @@
-"""Which job runs next, in which batch, on the one compute thread. Knows the engine by its protocol alone."""
+"""Which job runs next, and in which batch, on the one compute thread. Knows the engine only by its protocol."""

@@ -1,7 +1,7 @@
-"""Which jobs share a batch: lanes, each a batch of the engine with the tasks in its slots.
+"""Which jobs share a batch.
 
-Jobs of one shape share lanes. A lane is as wide as pays by what was measured, and lanes of a shape are laid anew when
-jobs come and go. Belongs to the compute thread.
+Jobs of one shape share batches. A batch is as wide as the measurements recommend, and the batches of a shape are
+rebuilt when jobs come and go. Belongs to the compute thread.
 """
 
 from __future__ import annotations
@@ -11,261 +11,244 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
-from gramophone_server.domain.engine_api import Batch, BatchEngine
+from gramophone_server.domain.engine_api import BatchEngine
 from gramophone_server.domain.job import Report
-from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.domain.job_state import Shape
 from gramophone_server.errors import OutOfDeviceMemory
+from gramophone_server.scheduling.task import PooledBatch, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 
-__all__ = ["BatchPool", "Iterated", "PooledBatch", "Seat", "widths"]
+__all__ = ["BatchPool", "OnIterations", "widths"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class Seat:
-    """A job among those that are worked on."""
-
-    work: JobState
-    lane: PooledBatch | None = None  # None: it waits for one
-    slot: int = -1
-    used_s: float = 0.0  # of the device: its beginnings, and its part of what its batches took
-    apart: bool = (
-        True  # it has not competed with the others lately, so it has neither an advantage over them nor a debt
-    )
-
-
-@dataclass(eq=False)
-class PooledBatch:
-    """A batch and the jobs in it, by slot."""
-
-    batch: Batch
-    seats: dict[int, Seat] = field(default_factory=dict)
-    stands_since: float = field(default_factory=lambda: time.monotonic())
-
-    @property
-    def shape(self) -> Shape:
-        """Of everybody in it."""
-        return self.batch.shape
-
-    @property
-    def slots(self) -> int:
-        """Its width."""
-        return self.batch.slots
-
-    @property
-    def has_room(self) -> bool:
-        """A slot is free."""
-        return len(self.seats) < self.slots
-
-
 # Reports iterations of a batch: its shape, its width in slots, its jobs, iterations of each job, seconds in total.
-Iterated = Callable[[Shape, int, int, int, float], None]
+OnIterations = Callable[[Shape, int, int, int, float], None]
 
 
 class BatchPool:
-    """The lanes of one engine. `iterated` hears of what was done in them, on the compute thread."""
+    """The open batches of one engine. Calls ``on_iterations`` on the compute thread, after each slice."""
 
-    def __init__(self, engine: BatchEngine, pace: ThroughputModel, iterated: Iterated = lambda *_: None) -> None:
-        self._engine, self._pace, self._hear = engine, pace, iterated
-        self._lanes: list[PooledBatch] = []
-        self._most: dict[Shape, int] = {}  # that memory allowed; forgotten when nobody is left
-        self._full = False  # memory ended in a lane of one: until a lane is closed, none is opened beside others
-        self._failed: dict[Seat, Exception] = {}
-        self._beside = 0  # bytes of jobs that are in no lane
-        self._until = math.inf  # seats are given
-        self.short = False  # somebody waits for memory
+    def __init__(
+        self,
+        engine: BatchEngine,
+        throughput: ThroughputModel,
+        on_iterations: OnIterations = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.memory_short = False  # at least one job waits for device memory
+        self._engine, self._throughput = engine, throughput
+        self._on_iterations = on_iterations
+        self._clock = clock
+        self._batches: list[PooledBatch] = []
+        # The widest batch that memory allowed, until the pool is empty.
+        self._max_slots: dict[Shape, int] = {}
+        # A batch of one slot ran out of memory beside others: until a batch is closed, no second one is opened.
+        self._allocator_full = False
+        self._failed: dict[Task, Exception] = {}  # by the present `assign`, or since the last one
+        self._parked_bytes = 0  # of the tensors of jobs that are in no batch
+        self._assign_until = math.inf
 
     def __iter__(self) -> Iterator[PooledBatch]:
-        return iter(self._lanes)
+        return iter(self._batches)
 
     @property
     def bytes(self) -> int:
-        """That their batches, and jobs between two of them, take on the device, as estimated. For any thread."""
-        return self._beside + sum(self._engine.batch_bytes(lane.shape, lane.slots) for lane in list(self._lanes))
+        """Estimated device memory, in bytes, of all open batches and of jobs waiting to join one. Thread-safe."""
+        return self._parked_bytes + sum(
+            self._engine.batch_bytes(batch.shape, batch.slots) for batch in list(self._batches)
+        )
 
     def fits(self, shape: Shape, slots: int) -> bool:
-        """Whether a lane more has room on the device."""
-        return not self._full and self.bytes + self._engine.batch_bytes(shape, slots) <= self._engine.memory_bytes
+        """Whether the device has memory for one more batch."""
+        if self._allocator_full:
+            return False
+        return self.bytes + self._engine.batch_bytes(shape, slots) <= self._engine.memory_bytes
 
-    def arrange(self, seats: Sequence[Seat], beside_bytes: int = 0, until: float = math.inf) -> dict[Seat, Exception]:
-        """Gives every seat a lane, as long as memory lasts; who has none then waits until somebody has gone, and so does who
-        has none by ``until`` of the monotonic clock, for the next time: taking a seat may take as long as an iteration, or
-        that of its paintings' targets. Somebody always takes one. Returns those whose jobs are lost, and why:
-        `OutOfDeviceMemory` of one that does not even fit alone.
+    def assign(self, tasks: Sequence[Task], paused_bytes: int = 0, until: float = math.inf) -> dict[Task, Exception]:
+        """Assigns each job to a batch. Jobs that do not fit in memory, or are not assigned before ``until``, stay
+        unassigned and are tried again next time: to join a batch can take as long as an iteration, or as the targets of
+        the job's paintings. At least one job is assigned in any case. Returns the jobs that are lost, each with its
+        error: `OutOfDeviceMemory` for a job that does not fit even alone.
 
-        ``beside_bytes``: on the device, of jobs that stand still.
+        ``paused_bytes``: of the tensors that paused jobs hold on the device.
         """
-        self._beside = beside_bytes + sum(seat.work.bytes for seat in seats if seat.lane is None)
-        was_short, self.short = self.short, False
-        self._until = math.inf  # for the first
-        by_shape: dict[Shape, list[Seat]] = defaultdict(list)
-        for seat in seats:
-            by_shape[seat.work.shape if seat.lane is None else seat.lane.shape].append(seat)
-        for shape, those in by_shape.items():
-            self._arrange(shape, those, until)
-        for seat in seats:
-            seat.apart |= seat.lane is None
-        self.short |= was_short and time.monotonic() >= until  # perhaps, nobody has looked
-        if not self._lanes:
-            self._most.clear()
+        self._parked_bytes = paused_bytes + sum(task.state.bytes for task in tasks if task.batch is None)
+        was_short, self.memory_short = self.memory_short, False
+        self._assign_until = math.inf  # for the first one
+        by_shape: dict[Shape, list[Task]] = defaultdict(list)
+        for task in tasks:
+            by_shape[task.state.shape if task.batch is None else task.batch.shape].append(task)
+        for shape, alike in by_shape.items():
+            self._assign(shape, alike, until)
+        for task in tasks:
+            task.newly_arrived |= task.batch is None
+        # If the time ran out, jobs that were short of memory before may not have been tried.
+        self.memory_short |= was_short and self._clock() >= until
+        if not self._batches:
+            self._max_slots.clear()
         failed, self._failed = self._failed, {}
         return failed
 
-    def advance(self, lane: PooledBatch, iterations: int) -> dict[Seat, Report]:
-        """Some iterations of everybody in a lane; see `work.Batch.advance`. Where memory ends there are no reports and nobody
-        is in a lane any more: the next one will be half as wide, or waits for others to go. Any exception loses all who
-        are in the lane; see `lose`."""
-        before, done = time.monotonic(), {slot: seat.work.done for slot, seat in lane.seats.items()}
+    def advance(self, batch: PooledBatch, iterations: int) -> dict[Task, Report]:
+        """Runs some iterations of all jobs in a batch; see `engine_api.Batch.advance`. If memory runs out, there are no
+        reports and the batch is disbanded: the next one is half as wide, or waits until other jobs have ended. After
+        any other exception all jobs in the batch are lost; see `discard_batch`."""
+        started_at, done = self._clock(), {slot: task.state.done for slot, task in batch.tasks.items()}
         try:
-            reports = lane.batch.advance(iterations)
+            reports = batch.engine_batch.advance(iterations)
         except OutOfDeviceMemory as error:
-            if lane.slots > 1:
-                self._most[lane.shape] = lane.slots // 2
-            elif len(self._lanes) == 1:
-                self._failed |= dict.fromkeys(lane.seats.values(), error)
-            alone = lane.slots == 1
-            self._dissolve(lane)
-            self._full = alone
+            is_single = batch.slots == 1
+            if not is_single:
+                self._max_slots[batch.shape] = batch.slots // 2
+            elif len(self._batches) == 1:
+                self._failed |= dict.fromkeys(batch.tasks.values(), error)
+            self._disband(batch)
+            self._allocator_full = is_single
             return {}
-        took_s = time.monotonic() - before
+        took_s = self._clock() - started_at
         slot = next(iter(reports))
-        did = lane.seats[slot].work.done - done[slot]
-        self._pace.note(lane.shape, lane.slots, did, took_s)
-        self._hear(lane.shape, lane.slots, len(lane.seats), did, took_s)
-        lane.stands_since = before + took_s
-        for seat in lane.seats.values():
-            seat.used_s += took_s / len(lane.seats)
-        return {lane.seats[slot]: report for slot, report in reports.items()}
+        completed = batch.tasks[slot].state.done - done[slot]
+        self._throughput.record(batch.shape, batch.slots, completed, took_s)
+        self._on_iterations(batch.shape, batch.slots, len(batch.tasks), completed, took_s)
+        batch.idle_since = started_at + took_s
+        for task in batch.tasks.values():
+            task.used_s += took_s / len(batch.tasks)
+        return {batch.tasks[slot]: report for slot, report in reports.items()}
 
-    def leave(self, seat: Seat) -> None:
-        """The job goes on elsewhere, or later. May raise `OutOfDeviceMemory`; the seat is as it was then."""
-        if seat.lane is not None:
-            seat.lane.batch.leave(seat.slot)
-            self._vacate(seat)
+    def detach(self, task: Task) -> None:
+        """Takes a job out of its batch, with its tensors. May raise `OutOfDeviceMemory`; then the job stays in the
+        batch."""
+        if task.batch is not None:
+            task.batch.engine_batch.leave(task.slot)
+            self._release_slot(task)
 
-    def drop(self, seat: Seat) -> None:
-        """The job is over; what it held is given back."""
-        if seat.lane is not None:
+    def discard(self, task: Task) -> None:
+        """Takes a job that has ended, or is lost, out of its batch, and frees its tensors."""
+        if task.batch is not None:
             try:
-                seat.lane.batch.drop(seat.slot)
+                task.batch.engine_batch.drop(task.slot)
             except Exception:
                 log.exception("a job could not be taken out of its batch")
-            self._vacate(seat)
+            self._release_slot(task)
 
-    def lose(self, lane: PooledBatch) -> None:
-        """Closes a lane whose batch is broken; who was in it has none then."""
-        for seat in lane.seats.values():
-            seat.lane = None
-        lane.seats.clear()
-        self._close(lane)
+    def discard_batch(self, batch: PooledBatch) -> None:
+        """Closes a batch that has failed. The jobs in it are unassigned, and their tensors are lost."""
+        for task in batch.tasks.values():
+            task.batch = None
+        batch.tasks.clear()
+        self._close_batch(batch)
 
-    def _arrange(self, shape: Shape, seats: list[Seat], until: float) -> None:
-        wanted = widths(len(seats), self._widest(shape, len(seats)))
-        lanes = [lane for lane in self._lanes if lane.shape == shape]
-        if all(seat.lane for seat in seats) and sorted((lane.slots for lane in lanes), reverse=True) == wanted:
+    def _assign(self, shape: Shape, tasks: list[Task], until: float) -> None:
+        wanted = widths(len(tasks), self._max_width(shape, len(tasks)))
+        batches = [batch for batch in self._batches if batch.shape == shape]
+        open_widths = sorted((batch.slots for batch in batches), reverse=True)
+        if all(task.batch for task in tasks) and open_widths == wanted:
             return
         missing = Counter(wanted)
-        for lane in sorted(lanes, key=lambda lane: -len(lane.seats)):
-            if missing[lane.slots]:
-                missing[lane.slots] -= 1
+        for batch in sorted(batches, key=lambda batch: -len(batch.tasks)):
+            if missing[batch.slots]:
+                missing[batch.slots] -= 1
             else:
-                self._dissolve(lane)
-        for seat in seats:
-            if seat.lane is not None or seat in self._failed:
+                self._disband(batch)
+        for task in tasks:
+            if task.batch is not None or task in self._failed:
                 continue
-            if time.monotonic() >= self._until:
+            if self._clock() >= self._assign_until:
                 return
             try:
-                self._sit(self._room(shape, missing), seat)
-                self._until = until
+                self._place(self._batch_with_room(shape, missing), task)
+                self._assign_until = until
             except OutOfDeviceMemory as error:
                 if wanted[0] > 1:
-                    self._most[shape] = wanted[0] // 2
-                    self._arrange(shape, seats, until)
-                elif not self._lanes:
-                    self._failed[seat] = error
+                    self._max_slots[shape] = wanted[0] // 2
+                    self._assign(shape, tasks, until)
+                elif not self._batches:
+                    self._failed[task] = error
                 else:
-                    self.short = True
-                    self._full |= not isinstance(error, _NoRoom)
-                return  # who has no lane waits until somebody has gone
-            except Exception as error:  # noqa: BLE001 - of this job alone; whoever asked for the arrangement tells it
-                self._failed[seat] = error
+                    self.memory_short = True
+                    self._allocator_full |= not isinstance(error, _EstimateTooLarge)
+                return  # jobs without a batch wait until another one has ended
+            except Exception as error:  # noqa: BLE001 - it is this job's alone, and the caller of `assign` reports it
+                self._failed[task] = error
 
-    def _widest(self, shape: Shape, jobs: int) -> int:
-        """What pays and can be had; a power of two."""
-        pays, counted = self._pace.width(shape, jobs), self._engine.most_slots(shape)
-        width = min(pays, self._most.get(shape, pays), 1 << (counted.bit_length() - 1))
+    def _max_width(self, shape: Shape, jobs: int) -> int:
+        """The widest batch that is worth its time and fits the device; a power of two."""
+        best, limit = self._throughput.best_width(shape, jobs), self._engine.most_slots(shape)
+        width = min(best, self._max_slots.get(shape, best), 1 << (limit.bit_length() - 1))
         while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:
             width //= 2
         return width
 
-    def _room(self, shape: Shape, missing: Counter[int]) -> PooledBatch:
-        """A lane with a free slot, opened if there is none. Raises `OutOfDeviceMemory`."""
-        lane = next((lane for lane in self._lanes if lane.shape == shape and lane.has_room), None)
-        if lane is not None:
-            return lane
+    def _batch_with_room(self, shape: Shape, missing: Counter[int]) -> PooledBatch:
+        """A batch with a free slot; opens one of the ``missing`` widths if there is none. Raises
+        `OutOfDeviceMemory`."""
+        batch = next((batch for batch in self._batches if batch.shape == shape and batch.has_room), None)
+        if batch is not None:
+            return batch
         slots = max(missing.elements(), default=1)
         missing[slots] -= 1
-        if self._lanes and not self.fits(shape, slots):
-            raise _NoRoom(shape.width, shape.height)
-        lane = PooledBatch(self._engine.batch(shape, slots))
-        self._lanes.append(lane)
-        return lane
+        if self._batches and not self.fits(shape, slots):
+            raise _EstimateTooLarge(shape.width, shape.height)
+        batch = PooledBatch(self._engine.batch(shape, slots), idle_since=self._clock())
+        self._batches.append(batch)
+        return batch
 
-    def _sit(self, lane: PooledBatch, seat: Seat) -> None:
-        before = time.monotonic()
+    def _place(self, batch: PooledBatch, task: Task) -> None:
+        """Puts a job into a batch. The time that this takes counts as the job's use of the device."""
+        started_at = self._clock()
         try:
-            seat.slot = lane.batch.join(seat.work)
+            task.slot = batch.engine_batch.join(task.state)
         except BaseException:
-            if not lane.seats:
-                self._close(lane)
+            if not batch.tasks:
+                self._close_batch(batch)
             raise
-        if seat.apart:
-            competing = [other.used_s for other_lane in self._lanes for other in other_lane.seats.values()]
-            seat.used_s, seat.apart = min(competing, default=seat.used_s), False
-        seat.used_s += time.monotonic() - before
-        seat.lane = lane
-        lane.seats[seat.slot] = seat
+        if task.newly_arrived:
+            competing = [other.used_s for each in self._batches for other in each.tasks.values()]
+            task.used_s, task.newly_arrived = min(competing, default=task.used_s), False
+        task.used_s += self._clock() - started_at
+        task.batch = batch
+        batch.tasks[task.slot] = task
 
-    def _dissolve(self, lane: PooledBatch) -> None:
-        for seat in list(lane.seats.values()):
+    def _disband(self, batch: PooledBatch) -> None:
+        """Detaches all jobs in a batch, which closes it. A job that cannot be detached fails."""
+        for task in list(batch.tasks.values()):
             try:
-                self.leave(seat)
-            except Exception as error:  # noqa: BLE001 - of this job alone
-                self._failed[seat] = error
-                self.drop(seat)
+                self.detach(task)
+            except Exception as error:  # noqa: BLE001 - it is this job's alone, and the caller of `assign` reports it
+                self._failed[task] = error
+                self.discard(task)
 
-    def _vacate(self, seat: Seat) -> None:
-        lane = seat.lane
-        assert lane is not None, "only who has a seat can vacate it"
-        del lane.seats[seat.slot]
-        seat.lane = None
-        if not lane.seats:
-            self._close(lane)
+    def _release_slot(self, task: Task) -> None:
+        batch = task.batch
+        assert batch is not None, "only a job in a batch has a slot"
+        del batch.tasks[task.slot]
+        task.batch = None
+        if not batch.tasks:
+            self._close_batch(batch)
 
-    def _close(self, lane: PooledBatch) -> None:
-        self._full = False
-        self._lanes.remove(lane)
+    def _close_batch(self, batch: PooledBatch) -> None:
+        self._allocator_full = False
+        self._batches.remove(batch)
         try:
-            lane.batch.close()
-        except Exception:  # of a broken device, whose other lanes are to be closed, too
+            batch.engine_batch.close()
+        except Exception:  # the device has failed; its other batches must be closed, too
             log.exception("a batch could not be closed")
 
 
-class _NoRoom(OutOfDeviceMemory):
-    """By the estimate; the device was not asked."""
+class _EstimateTooLarge(OutOfDeviceMemory):
+    """The estimate exceeds the memory; nothing was allocated."""
 
 
 def widths(jobs: int, widest: int) -> list[int]:
-    """Widths of the lanes for so many jobs, widest first: powers of two, of which at most a quarter of the slots is empty."""
-    made = []
+    """Widths of the batches for this many jobs, widest first: powers of two, at most a quarter of whose slots is
+    empty."""
+    result = []
     while jobs > 0:
         width = min(widest, 1 << (jobs - 1).bit_length())
         if 4 * (width - jobs) > width:
             width //= 2
-        made.append(width)
+        result.append(width)
         jobs -= width
-    return made
+    return result

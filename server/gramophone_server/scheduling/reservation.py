@@ -9,6 +9,6 @@ __all__ = ["Reservation"]
 
 @dataclass(frozen=True)
 class Reservation:
-    """A place for one job, held while its images are decoded. See `Scheduler.reserve`, `submit` and `release`."""
+    """A place for one job whose images are not decoded yet. See `Scheduler.reserve`, `submit` and `release`."""
 
     number: int

@@ -1,12 +1,16 @@
-"""Many jobs on one compute thread: who may come, who waits, whose turn it is.
+"""Many jobs on one compute thread: admission, waiting, commands, draining.
 
-The event loop reserves places, submits jobs and sends commands; the compute thread runs the engine and tells each job's
-`JobObserver`. They meet in a lock that neither holds for long.
+The event loop calls the `Scheduler`, and a `ComputeThread` owns the engine; both share a `TaskTable`, which has all
+tasks, reservations and pending commands under one lock that is never held while the engine computes. The event loop
+adds reservations, tasks and commands to the table and withdraws cancelled tasks that do not run. The compute thread
+moves tasks between waiting, running and paused, and removes those that have ended. Up to ``max_running`` jobs run side
+by side, in slices of about 20 ms, and pending commands are executed between two slices (see `worker`). Events go to
+each job's `JobObserver`, and the outcomes of commands to futures of the event loop.
 
-Up to `max_running` jobs are worked on side by side, in slices of about 20 ms (see `worker`). The next slice is for the
-job that has had least of the device's time, together with whoever shares its batch (see `lanes`). That is what deficit
-round robin comes to, without rounds: a job of 2048 px whose iteration takes a second is followed by a second's worth of
-slices for others. Those who wait begin in the order of the time at which they must, to be done by their deadline.
+The next slice is for the job with the least device time, together with the jobs that share its batch (see
+`batch_pool`). This is least-attained-service scheduling, as deficit round robin without fixed rounds: after an
+iteration of a second for a job of 2048 px, the other jobs have slices for a second. Waiting jobs start in the order of
+the latest time at which they must start to meet their deadlines.
 """
 
 from __future__ import annotations
@@ -14,381 +18,223 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
 
-from gramophone.recipe import InvalidRecipe, Violation
 from gramophone_server.config import Limits
-from gramophone_server.domain.commands import Command, Done, Pause, Resume
+from gramophone_server.domain.commands import Command, Done
 from gramophone_server.domain.engine_api import Engine
-from gramophone_server.domain.events import Paused, Resumed
 from gramophone_server.domain.job_state import JobState, Shape
-from gramophone_server.errors import (
-    DeviceLost,
-    EngineFailed,
-    GramophoneError,
-    InvalidRequest,
-    NotReady,
-    OutOfDeviceMemory,
-    QueueFull,
-    ShuttingDown,
-)
-from gramophone_server.scheduling.batch_pool import Iterated
+from gramophone_server.errors import NotReady, OutOfDeviceMemory, QueueFull, ShuttingDown
+from gramophone_server.scheduling.batch_pool import OnIterations
+from gramophone_server.scheduling.compute_thread import ComputeThread
 from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.task import JobObserver, Task
+from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.waiting_queue import WaitingQueue
-from gramophone_server.scheduling.worker import JobObserver, Task, Worker
 
 __all__ = ["Scheduler"]
 
-log = logging.getLogger(__name__)
-
-PATIENCE_S = 600.0  # of a job without a deadline: whoever must be done earlier goes first, for so long
-
-
-class PendingCommand(NamedTuple):
-    """A command on its way to the compute thread."""
-
-    listener: JobObserver
-    command: Command
-    done: asyncio.Future[Done]
+# Deadline of a job without one, for its position in the queue: jobs with earlier deadlines overtake it until then.
+DEFAULT_DEADLINE_S = 600.0
 
 
 class Scheduler:
-    """Runs jobs on a compute thread of its own. Build it inside the event loop that will submit them.
+    """Runs jobs on a compute thread. Build it inside the event loop that submits them; its methods belong to that loop.
 
-    `load` builds and warms up the engine; it runs on the compute thread, because torch's thread pool belongs to the
-    thread that first uses it. `iterated` hears of what it does, on that thread.
+    ``load`` builds and warms up the engine, on the compute thread. ``on_iterations`` is called on that thread after
+    each slice. ``throughput`` is the model that forecasts are made from.
     """
 
-    def __init__(self, load: Callable[[], Engine], limits: Limits, iterated: Iterated = lambda *_: None) -> None:
-        self._load = load
-        self._iterated = iterated
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        limits: Limits,
+        on_iterations: OnIterations = lambda *_: None,
+        *,
+        throughput: ThroughputModel | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._limits = limits
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._loaded: asyncio.Future[Engine] = self._loop.create_future()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._place_freed = asyncio.Event()
-        self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
-        self._pace = ThroughputModel()
-        self._worker: Worker | None = None  # once the engine is there
-        self._turn_began_at: float | None = None  # None: the compute thread waits
-        # Everything below is guarded by the lock of this condition, which says that there is something to do.
-        self._news = threading.Condition()
-        self._line = WaitingQueue(self._pace, limits.max_running)
-        self._paused: list[Task] = []
-        self._running: list[Task] = []
-        self._orders: deque[PendingCommand] = deque()
-        self._places = 0  # reserved, queued, paused and running jobs
-        self._reservations: set[Reservation] = set()  # that are not used yet
-        self._reserved = itertools.count(1)
-        self._draining = False
-        self._stopped = False
+        self._reservation_numbers = itertools.count(1)
+        self._throughput = throughput or ThroughputModel()
+        self._table = TaskTable(limits, self._throughput, self._notify_drain, clock)
+        self._thread = ComputeThread(load, self._table, self._throughput, limits, on_iterations, clock)
 
     def start(self) -> None:
-        """Starts the compute thread, which starts to load the engine."""
+        """Starts the compute thread, which loads the engine first."""
         self._thread.start()
 
     async def ready(self) -> Engine:
-        """The engine, once it is warm. Raises what loading it raised."""
-        return await asyncio.shield(self._loaded)
+        """Returns the engine when it is loaded and warm. Raises the error of loading it."""
+        return await asyncio.shield(self._thread.loaded)
+
+    # What is there ----------------------------------------------------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises `NotReady` while it is being loaded."""
-        if not self._loaded.done() or self._loaded.cancelled() or self._loaded.exception() is not None:
+        """The engine. Raises `NotReady` until it is loaded."""
+        loaded = self._thread.loaded
+        if not loaded.done() or loaded.cancelled() or loaded.exception() is not None:
             raise NotReady
-        return self._loaded.result()
+        return loaded.result()
 
     @property
     def running(self) -> int:
-        """Jobs that are being worked on."""
-        return len(self._running)
+        """Jobs that share the device now. Thread-safe, as the following counts."""
+        return len(self._table.running)
 
     @property
     def paused(self) -> int:
-        """Jobs that stand still."""
-        return len(self._paused)
+        """Jobs that are paused."""
+        return len(self._table.paused)
 
     @property
     def queued(self) -> int:
         """Jobs that wait, or whose images are still being decoded."""
-        return max(0, self._places - self.running - self.paused)
+        return self._table.queued
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait with decoded images."""
+        return len(self._table.waiting)
+
+    @property
+    def pending_commands(self) -> int:
+        """Commands that were not executed yet."""
+        return len(self._table.commands)
 
     @property
     def batch_bytes(self) -> int:
-        """That the batches of those jobs take on the device, as estimated."""
-        return self._worker.batch_bytes if self._worker is not None else 0
+        """Estimated device memory, in bytes, of the batches. Thread-safe."""
+        return self._thread.batch_bytes
 
     @property
-    def turn_s(self) -> float:
-        """Seconds since the compute thread was last seen, 0 while it waits for jobs. A turn is a slice and what was ordered."""
-        began_at = self._turn_began_at
-        return 0.0 if began_at is None else time.monotonic() - began_at
+    def step_s(self) -> float:
+        """Seconds since the compute thread started its present step, of pending commands and one slice; 0 while it
+        waits for work. Thread-safe."""
+        return self._thread.step_s
 
     def estimated_wait_s(self) -> float | None:
-        """Seconds until a job that came now would begin; None while nothing was measured."""
-        with self._news:
-            seen = self._line.forecast(self._running)
-        return None if seen is None else seen.begins[-1]
+        """Seconds until a job that comes now would start; None while nothing was measured."""
+        with self._table.lock:
+            predicted = self._table.waiting.forecast(self._table.running)
+        return None if predicted is None else predicted.starts[-1]
+
+    # One job ----------------------------------------------------------------------------------------------------------
 
     def reserve(self) -> Reservation:
-        """Reserves a place for one job; `submit` uses it, and `release` gives it back if it was not used. Raises
+        """Reserves a place for one job. `submit` uses it, and `release` gives it back if it was not used. Raises
         `ShuttingDown`, `NotReady` or `QueueFull`."""
-        with self._news:
-            if self._draining:
+        table = self._table
+        with table.lock:
+            if table.draining:
                 raise ShuttingDown
             _ = self.engine
-            if self._places >= self._limits.max_running + self._limits.max_queued:
-                retry_s = self._line.next_place_s(self._running)
+            if table.places >= self._limits.max_running + self._limits.max_queued:
+                retry_s = table.waiting.retry_after_s(table.running)
                 raise QueueFull(self.queued, self._limits.max_queued, retry_s, self.paused)
-            self._places += 1
-            reservation = Reservation(next(self._reserved))
-            self._reservations.add(reservation)
+            reservation = Reservation(next(self._reservation_numbers))
+            table.reservations.add(reservation)
         return reservation
 
     def release(self, reservation: Reservation) -> None:
         """Gives the place of a reservation back. Does nothing if it was used or released before."""
-        with self._news:
-            if reservation not in self._reservations:
-                return
-            self._reservations.remove(reservation)
-            self._line.forget(reservation)
-        self._release(1)
-
-    def require_time(
-        self, reservation: Reservation, pixels: int, shape: Shape, time_budget: float, left_s: float
-    ) -> None:
-        """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so far and
-        after all jobs that came before it. Otherwise later forecasts include the job while its images are decoded.
-
-        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe.
-        """
-        with self._news:
-            self._line.expect(reservation, self._running, pixels, shape, time_budget, left_s)
-
-    def submit(
-        self, reservation: Reservation, state: JobState, observer: JobObserver, deadline_at: float | None = None
-    ) -> None:
-        """Queues the job of a reservation, which is used up. ``deadline_at``: when no client wants the result any more, on
-        the monotonic clock. Raises `ShuttingDown` after `stop`."""
-        now = time.monotonic()
-        budget_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
-        left_s = self._pace.left_s(state)
-        end_at = min(math.inf if deadline_at is None else deadline_at, budget_at, now + PATIENCE_S)
-        task = Task(
-            work=state, listener=observer, budget_at=budget_at, must_begin_at=end_at - (left_s or 0.0), left_s=left_s
-        )
-        with self._news:
-            if self._stopped:
-                raise ShuttingDown
-            assert reservation in self._reservations, "a reservation is for one job"
-            self._reservations.remove(reservation)
-            self._line.forget(reservation)
-            self._line.accept(task, self._running)
-            self._news.notify()
+        self._table.release(reservation)
 
     def require_memory(self, shape: Shape) -> None:
-        """Raises `OutOfDeviceMemory` if the device has too little even for this job alone. Blocks for 20 ms when it sees a
-        shape for the first time."""
+        """Raises `OutOfDeviceMemory` if the device has too little memory even for this job alone. Thread-safe. Blocks
+        for 20 ms when it sees a shape for the first time."""
         engine = self.engine
         if engine.batch_bytes(shape, 1) > engine.memory_bytes:
             raise OutOfDeviceMemory(shape.width, shape.height)
 
-    def withdraw(self, listener: JobObserver) -> None:
-        """Takes a cancelled job out of those that wait or stand still. One that runs is left to see that it is cancelled."""
-        with self._news:
-            places: tuple[WaitingQueue | list[Task], ...] = (self._line, self._paused)
-            found = [(tasks, task) for tasks in places for task in tasks if task.listener is listener]
-            for tasks, task in found:
-                tasks.remove(task)
-            self._line.tell(self._running)
-        self._release(len(found))
+    def require_time(
+        self, reservation: Reservation, pixels: int, shape: Shape, time_budget: float, left_s: float
+    ) -> None:
+        """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so
+        far and after all jobs that came before it. Otherwise later forecasts include the job while its images are
+        decoded.
 
-    def command(self, listener: JobObserver, command: Command) -> asyncio.Future[Done]:
-        """Has a command done to a job before its next slice. The future ends in `InvalidRequest` or `InvalidRecipe` if that
-        is impossible, with fields relative to the command, and in `ShuttingDown`."""
+        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe, 0 for none.
+        """
+        with self._table.lock:
+            self._table.waiting.expect(reservation, self._table.running, pixels, shape, time_budget, left_s)
+
+    def submit(
+        self, reservation: Reservation, state: JobState, observer: JobObserver, deadline_at: float | None = None
+    ) -> None:
+        """Queues a job, which takes the place of its reservation. ``deadline_at``: when the result is no longer wanted,
+        on the scheduler's clock. Raises `ShuttingDown` after `stop`."""
+        now = self._clock()
+        budget_ends_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
+        remaining_s = self._throughput.remaining_seconds(state)
+        must_end_at = min(math.inf if deadline_at is None else deadline_at, budget_ends_at, now + DEFAULT_DEADLINE_S)
+        task = Task(
+            state=state,
+            observer=observer,
+            budget_ends_at=budget_ends_at,
+            latest_start_at=must_end_at - (remaining_s or 0.0),
+            remaining_s=remaining_s,
+        )
+        table = self._table
+        with table.lock:
+            if table.stopped:
+                raise ShuttingDown
+            assert reservation in table.reservations, "a reservation is for one job"
+            table.use(reservation)
+            table.waiting.accept(task, table.running)
+            table.lock.notify()
+
+    def withdraw(self, observer: JobObserver) -> None:
+        """Removes a cancelled job that waits or is paused. A running one is removed by the compute thread, at its next
+        step."""
+        self._table.withdraw(observer)
+
+    def command(self, observer: JobObserver, command: Command) -> asyncio.Future[Done]:
+        """Has a command executed before the job's next slice. Its effect is published to the job's watchers. The future
+        raises `InvalidRequest` or `InvalidRecipe` if the command cannot be executed, with fields relative to the
+        command, and `ShuttingDown` after `stop`."""
         done: asyncio.Future[Done] = self._loop.create_future()
-        with self._news:
-            if self._stopped:
+        with self._table.lock:
+            if self._table.stopped:
                 done.set_exception(ShuttingDown())
             else:
-                self._orders.append(PendingCommand(listener, command, done))
-                self._news.notify()
+                self._table.commands.append(PendingCommand(observer, command, done))
+                self._table.lock.notify()
         return done
 
+    # The end ----------------------------------------------------------------------------------------------------------
+
     async def drain(self, within_s: float) -> None:
-        """Takes no new jobs, and returns when all but the paused have ended or the time is over; see `stop`."""
-        with self._news:
-            self._draining = True
+        """Refuses new jobs, and returns when all jobs except the paused ones have ended, or after ``within_s``; see
+        `stop`."""
+        with self._table.lock:
+            self._table.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self._places > self.paused:
+                while self._table.active:
                     self._place_freed.clear()
                     await self._place_freed.wait()
 
     def stop(self) -> None:
-        """Ends every job with `ShuttingDown`, those on their way after the present slice and with their picture and state,
-        and then the thread."""
-        with self._news:
-            self._draining = self._stopped = True
-            self._news.notify()
+        """Ends every job with `ShuttingDown`, then the compute thread. Jobs that have started end after the present
+        slice, and their watchers receive the picture and the state."""
+        self._table.stop()
 
     async def ended(self) -> None:
-        """Returns when the compute thread has ended its work: after `stop`, or by a defect, after which no job can come."""
-        await asyncio.shield(self._ended)
+        """Returns when the compute thread has ended all jobs: after `stop`, or because of a defect."""
+        await asyncio.shield(self._thread.ended)
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the compute thread to end after `stop`; whether it has. Blocks, so not on the event loop."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """Waits for the compute thread to end after `stop`; returns whether it has. Blocks, so it must not be called on
+        the event loop."""
+        return self._thread.join(timeout_s)
 
-    # The queue --------------------------------------------------------------------------------------------------------
-
-    def _release(self, places: int) -> None:
-        with self._news:
-            self._places -= places
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+    def _notify_drain(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no drain waits
             self._loop.call_soon_threadsafe(self._place_freed.set)
-
-    # The compute thread -----------------------------------------------------------------------------------------------
-
-    def _compute(self) -> None:
-        try:
-            engine = self._load()
-        except Exception as error:  # noqa: BLE001 - whoever awaits `ready` gets it
-            self._call(partial(_answer, self._loaded, error))
-            return
-        worker = self._worker = Worker(engine, self._pace, self._limits.max_checkpoint_bytes, self._iterated)
-        self._call(partial(_answer, self._loaded, engine))
-        try:
-            self._work(worker)
-        except Exception:
-            log.critical("the compute thread has ended by a defect", exc_info=True)
-            self.stop()
-        finally:
-            self._end_all(worker)
-            self._call(partial(_answer, self._ended, None))
-
-    def _work(self, worker: Worker) -> None:
-        while not self._stopped:
-            self._turn_began_at = None
-            self._wait(worker)
-            self._turn_began_at = time.monotonic()
-            while self._orders and not self._stopped:
-                self._carry_out(worker, self._orders.popleft())
-            try:
-                worker.turn(self._running, sum(task.work.bytes for task in self._paused))
-            except DeviceLost:
-                raise
-            except Exception as error:  # noqa: BLE001 - a defect; the thread must live on for whoever comes next
-                worker.lose(self._running, error)
-            self._sweep()
-
-    def _wait(self, worker: Worker) -> None:
-        """Until there is something to do."""
-        with self._news:
-            while not self._stopped:
-                now = time.monotonic()
-                for task in [task for task in self._paused if task.stands_until <= now]:
-                    if task.budget_at > now or not worker.end_in_time(task):
-                        self._resume(task)
-                self._sweep()
-                room = self._limits.max_running - len(self._running)
-                for task in list(itertools.islice(filter(worker.may_begin, self._line), room)):
-                    self._line.remove(task)
-                    worker.begin(task)
-                    self._running.append(task)
-                self._line.tell(self._running)
-                if self._orders or self._running:
-                    return
-                until = min((task.stands_until for task in self._paused), default=None)
-                self._news.wait(None if until is None else until - now)
-
-    def _carry_out(self, worker: Worker, order: PendingCommand) -> None:
-        listener, command, answer = order
-        try:
-            with self._news:
-                tasks = (*self._running, *self._line, *self._paused)
-                task = next((task for task in tasks if task.listener is listener and not task.over), None)
-            if task is None:
-                raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
-            match command:
-                case Pause():
-                    done = self._pause(worker, task)
-                case Resume():
-                    with self._news:
-                        if task in self._paused:
-                            self._resume(task)
-                    done = Done(task.work.done + 1)
-                case _:
-                    done = worker.do(task, command)
-            self._call(partial(_answer, answer, done))
-        except Exception as error:
-            told = error if isinstance(error, GramophoneError | InvalidRecipe) else EngineFailed()
-            if told is not error:
-                log.error("a command failed", exc_info=error)
-            self._call(partial(_answer, answer, told))
-        self._sweep()
-
-    def _pause(self, worker: Worker, task: Task) -> Done:
-        done = Done(task.work.done + 1)
-        if task in self._paused:
-            return done
-        worker.leave(task)
-        with self._news:
-            here = self._running if task in self._running else self._line
-            # It may have been withdrawn; and one that was cancelled while it ran ends at the next turn, which those that
-            # stand still do not see.
-            if task in here and not task.listener.cancelled:
-                here.remove(task)
-                task.paused_until = time.monotonic() + self._limits.max_paused_s
-                self._paused.append(task)
-                task.listener.publish(Paused(task.work.done))
-                self._call(self._place_freed.set)  # a drain does not wait for those who stand still
-        return done
-
-    def _resume(self, task: Task) -> None:
-        """Back to those who wait, where it begins before whoever came later. The lock is held."""
-        self._paused.remove(task)
-        self._line.resume(task)
-        task.listener.publish(Resumed(task.work.done))
-
-    def _sweep(self) -> None:
-        """Frees the places of those who are over."""
-        with self._news:
-            over = 0
-            for tasks in (self._running, self._line, self._paused):
-                for task in [task for task in tasks if task.over]:
-                    tasks.remove(task)
-                    over += 1
-        if over:
-            self._release(over)
-
-    def _end_all(self, worker: Worker) -> None:
-        with self._news:
-            tasks = [*self._running, *self._paused, *self._line]
-            orders, self._orders = self._orders, deque()
-        for order in orders:
-            self._call(partial(_answer, order.done, ShuttingDown()))
-        for task in tasks:
-            worker.interrupt(task)
-        self._sweep()
-
-    def _call(self, tell: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-            self._loop.call_soon_threadsafe(tell)
-
-
-def _answer(future: asyncio.Future[Any], answer: object) -> None:
-    if not future.done():  # whoever asked may have gone
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)

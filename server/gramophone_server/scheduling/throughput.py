@@ -1,4 +1,4 @@
-"""How fast iterations go, as measured, and what follows for those who wait."""
+"""Measured speed of batches, and forecasts from it."""
 
 from __future__ import annotations
 
@@ -11,136 +11,160 @@ from gramophone_server.domain.job_state import JobState, Shape
 
 __all__ = ["Forecast", "ThroughputModel", "forecast"]
 
-ENOUGH = 3  # measurements before two widths are compared
-NEWEST = 0.3  # weight of the newest measurement: speeds change when a neighbour comes, and single iterations are noisy
-PAYS, PAYS_NO_MORE = 1.05, 0.97  # gains at which a batch of twice the width is taken, and given up
-# An iteration longer than this holds everybody up, and is so long that nothing is gained by sharing it.
-LONGEST_SHARED_S = 0.05
-MOST_SHAPES = 256  # that are remembered: callers choose sizes as they like, and one that comes again is soon measured
+ENOUGH = 3  # measurements of each of two widths before they are compared
+# Weight of the newest measurement: speeds change when other processes start or stop, and single iterations are noisy.
+NEWEST_WEIGHT = 0.3
+# Gains at which batches of twice the width are tried, and at which they are given up.
+GAIN_TO_WIDEN, GAIN_TO_NARROW = 1.05, 0.97
+# A longer iteration delays all other jobs, and keeps the device so busy that nothing is gained by a shared batch.
+MAX_SHARED_S = 0.05
+MAX_SHAPES = 256  # kept at once: callers choose any size, and a forgotten shape is soon measured again
 
 
 @dataclass
 class Speed:
-    """Of a batch, in seconds per iteration."""
+    """Seconds per iteration of batches of one shape and width."""
 
-    mean_s: float  # the newest counts most, and the first, with all that is made once, only until there is another
-    measured: int = 0
-    best_s: list[float] = field(default_factory=list)  # the shortest few, shortest first
+    # Running mean. The first measurement includes one-time costs, so the second one replaces it.
+    mean_s: float
+    measurements: int = 0
+    best_s: list[float] = field(default_factory=list)  # the shortest `ENOUGH`, shortest first
 
     @property
     def known(self) -> bool:
-        """Enough was measured to judge this width."""
+        """Enough was measured to compare this width with another."""
         return len(self.best_s) == ENOUGH
 
 
+@dataclass
+class ShapeSpeeds:
+    """What is known about the batches of one shape."""
+
+    by_width: dict[int, Speed] = field(default_factory=dict)
+    best_width: int = 1  # as far as it was measured
+
+
 class ThroughputModel:
-    """Seconds per iteration by shape and width of the batch. Written on one thread, read on any."""
+    """Seconds per iteration, by the shape and the width of a batch. One thread writes, any thread reads."""
 
     def __init__(self) -> None:
-        self._speeds: dict[Shape, dict[int, Speed]] = {}  # by width
-        self._width: dict[Shape, int] = {}  # that pays, as far as is known
+        self._shapes: dict[Shape, ShapeSpeeds] = {}
 
-    def note(self, shape: Shape, slots: int, iterations: int, seconds: float) -> None:
-        """A batch of ``slots`` has taken so long for so many iterations."""
+    def __len__(self) -> int:
+        """How many shapes are kept."""
+        return len(self._shapes)
+
+    def record(self, shape: Shape, slots: int, iterations: int, seconds: float) -> None:
+        """Adds a measurement: ``iterations`` of a batch of ``slots`` took ``seconds``."""
         new = seconds / iterations
-        if shape not in self._speeds:
-            while len(self._speeds) >= MOST_SHAPES:
-                oldest = next(iter(self._speeds))
-                del self._speeds[oldest]
-                self._width.pop(oldest, None)
-            self._speeds[shape] = {slots: Speed(new)}
-        speed = self._speeds[shape].setdefault(slots, Speed(new))
-        speed.mean_s = new if speed.measured < 2 else NEWEST * new + (1 - NEWEST) * speed.mean_s
-        speed.measured += 1
+        if shape not in self._shapes:
+            while len(self._shapes) >= MAX_SHAPES:
+                del self._shapes[next(iter(self._shapes))]
+            self._shapes[shape] = ShapeSpeeds({slots: Speed(new)})
+        speed = self._shapes[shape].by_width.setdefault(slots, Speed(new))
+        if speed.measurements < 2:
+            speed.mean_s = new
+        else:
+            speed.mean_s = NEWEST_WEIGHT * new + (1 - NEWEST_WEIGHT) * speed.mean_s
+        speed.measurements += 1
         bisect.insort(speed.best_s, new)
         del speed.best_s[ENOUGH:]
 
-    def iteration_s(self, shape: Shape, slots: int) -> float | None:
-        """Seconds of an iteration of such a batch; None if there was none yet."""
-        speed = self._speeds.get(shape, {}).get(slots)
+    def batch_seconds_per_iteration(self, shape: Shape, slots: int) -> float | None:
+        """Seconds per iteration of a batch of this shape and width; None if it was never measured."""
+        speed = self._speed(shape, slots)
         return None if speed is None else speed.mean_s
 
-    def width(self, shape: Shape, jobs: int) -> int:
-        """Of the batches that so many jobs of a shape are best done in: one step wider than is known to pay, if it is not
-        known not to."""
-        width = self._width.get(shape, 1)
-        gain, narrower = self.gain(shape, width), self.gain(shape, width // 2)
-        speed = self._speeds.get(shape, {}).get(width)
-        if width > 1 and narrower is not None and narrower < PAYS_NO_MORE:
+    def best_width(self, shape: Shape, jobs: int) -> int:
+        """Best batch width for this many jobs. Tries the next power of two until a measurement shows that it is
+        slower."""
+        known = self._shapes.get(shape)
+        width = 1 if known is None else known.best_width
+        gain, gain_of_half = self.gain(shape, width), self.gain(shape, width // 2)
+        speed = self._speed(shape, width)
+        if width > 1 and gain_of_half is not None and gain_of_half < GAIN_TO_NARROW:
             width //= 2
         elif (
             width < jobs
             and speed is not None
             and speed.known
-            and 2 * speed.mean_s <= LONGEST_SHARED_S
-            and (gain is None or gain > PAYS)
+            and 2 * speed.mean_s <= MAX_SHARED_S
+            and (gain is None or gain > GAIN_TO_WIDEN)
         ):
             width *= 2
-        if speed is not None:
-            self._width[shape] = width
+        if known is not None and speed is not None:
+            known.best_width = width
         return width
 
     def gain(self, shape: Shape, slots: int) -> float | None:
-        """How many times faster jobs are done in a batch of twice ``slots``; None until both are known. By the shortest
-        times: what is longer was somebody else's doing."""
-        speeds = self._speeds.get(shape, {})
-        one, two = speeds.get(slots), speeds.get(2 * slots)
+        """How many times faster jobs are done in batches of twice ``slots``; None until both widths are known. Compares
+        the shortest times, because longer ones are due to other processes."""
+        one, two = self._speed(shape, slots), self._speed(shape, 2 * slots)
         if one is None or two is None or not (one.known and two.known):
             return None
         return 2 * one.best_s[0] / two.best_s[0]
 
-    def job_s(self, shape: Shape) -> float | None:
-        """Seconds of the device that an iteration of one job takes, in the widest batch so far; of a shape that never ran,
-        in proportion to its pixels from the one that is nearest in size. None if nothing ever ran."""
-        if (speeds := self._speeds.get(shape)) is not None:
-            return _of_one(speeds)
+    def seconds_per_iteration(self, shape: Shape) -> float | None:
+        """Device seconds per iteration of one job, in the widest batch that was measured. For a shape that never ran,
+        scales the time of the shape nearest in size by the number of pixels. None if nothing ever ran."""
+        if (known := self._shapes.get(shape)) is not None:
+            return _job_share(known)
         pixels = shape.width * shape.height
-        near = min(  # of a copy, because another thread may write
-            list(self._speeds.items()), key=lambda item: _apart(item[0].width * item[0].height, pixels), default=None
+        nearest = min(
+            list(self._shapes.items()),  # a copy, because the other thread may add a shape
+            key=lambda item: _ratio(item[0].width * item[0].height, pixels),
+            default=None,
         )
-        return None if near is None else _of_one(near[1]) * pixels / (near[0].width * near[0].height)
+        if nearest is None:
+            return None
+        return _job_share(nearest[1]) * pixels / (nearest[0].width * nearest[0].height)
 
-    def left_s(self, work: JobState) -> float | None:
-        """Seconds of the device that the rest of a job takes; None if nothing ever ran."""
+    def remaining_seconds(self, state: JobState) -> float | None:
+        """Device seconds for the remaining iterations of a job; None if nothing ever ran."""
         total = 0.0
-        done_before = work.done
-        for width, height, iterations in work.scales:
-            here = max(0, iterations - done_before)
+        done_before = state.done
+        for width, height, iterations in state.scales:
+            left = max(0, iterations - done_before)
             done_before = max(0, done_before - iterations)
-            if here:
-                each = self.job_s(Shape.of(work.recipe, height, width))
+            if left:
+                each = self.seconds_per_iteration(Shape.of(state.recipe, height, width))
                 if each is None:
                     return None
-                total += here * each
+                total += left * each
         return total
+
+    def _speed(self, shape: Shape, slots: int) -> Speed | None:
+        known = self._shapes.get(shape)
+        return None if known is None else known.by_width.get(slots)
 
 
 class Forecast(NamedTuple):
-    """What becomes of jobs that wait, in seconds from now."""
+    """When waiting jobs will start and end, in seconds from now."""
 
-    begins: tuple[float, ...]  # of each that waits, and last of one who comes behind them
+    starts: tuple[float, ...]  # of each waiting job, and last of one that comes after them
     end: float  # of that last one
 
 
-def forecast(running: Iterable[float], ahead: Iterable[float], own: float, most: int) -> Forecast:
-    """When jobs will begin and end if nobody else comes. ``running``, ``ahead`` (in their order) and ``own``, of one who
-    comes behind them, are the seconds of the device that each needs; up to ``most`` share it evenly."""
-    left = sorted(running)
-    now, used, begins = 0.0, 0.0, []  # `used` by each of those that share; `left` counts from when nothing was
-    for seconds in (*ahead, own):
-        while len(left) >= most:
-            first = left.pop(0)
-            now += (first - used) * (len(left) + 1)
+def forecast(running: Iterable[float], waiting: Iterable[float], own: float, max_running: int) -> Forecast:
+    """When jobs will start and end if no other job comes. ``running``, ``waiting`` (in queue order) and ``own``, of a
+    job that comes after them, are the device seconds that each needs; up to ``max_running`` jobs share the device
+    evenly."""
+    ends = sorted(running)  # on a clock that counts the device seconds of one of the jobs that share it
+    now, used, starts = 0.0, 0.0, []  # `used` is the present reading of that clock
+    for seconds in (*waiting, own):
+        while len(ends) >= max_running:
+            first = ends.pop(0)
+            now += (first - used) * (len(ends) + 1)
             used = first
-        begins.append(now)
-        bisect.insort(left, used + seconds)
-    return Forecast(tuple(begins), now + sum(min(other - used, own) for other in left))
+        starts.append(now)
+        bisect.insort(ends, used + seconds)
+    return Forecast(tuple(starts), now + sum(min(other - used, own) for other in ends))
 
 
-def _apart(a: int, b: int) -> float:
+def _ratio(a: int, b: int) -> float:
     return max(a, b) / min(a, b)
 
 
-def _of_one(speeds: dict[int, Speed]) -> float:
-    slots = max(speeds)
-    return speeds[slots].mean_s / slots
+def _job_share(known: ShapeSpeeds) -> float:
+    slots = max(known.by_width)
+    return known.by_width[slots].mean_s / slots

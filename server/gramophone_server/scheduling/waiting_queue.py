@@ -1,38 +1,41 @@
-"""Those who wait to begin: in which order, for how long by what was measured, and what they are told of it."""
+"""The waiting queue: order, estimated wait, and position updates."""
 
 from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.errors import DeadlineUnattainable
 from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import Forecast, ThroughputModel, forecast
-from gramophone_server.scheduling.worker import Task
 
-__all__ = ["WaitingQueue"]
+__all__ = ["REPORT_INTERVAL_S", "WaitingQueue"]
 
-GUESSED_S = 5.0  # until the first iteration of this process has been measured
-TOLD_EVERY_S = 0.1  # nobody reads faster, and a thousand who wait need not hear of each of 300 jobs a second
+DEFAULT_RETRY_S = 5.0  # until the first iteration of this process has been measured
+# No client reads faster, and a thousand waiting jobs need no update for each of 300 jobs that start in a second.
+REPORT_INTERVAL_S = 0.1
 
 
 class WaitingQueue:
-    """Tasks in the order in which they must begin, to be done in time. Belongs to whoever holds the scheduler's lock.
+    """The waiting tasks, in the order of `Task.latest_start_at`; among equals in the order of arrival.
 
-    ``running``, where it is asked for, are those that are worked on; up to ``most_running`` are.
+    Guarded by the lock of the `TaskTable`. The parameter ``running`` of its methods has the running tasks, of which
+    there are at most ``max_running``.
     """
 
-    def __init__(self, pace: ThroughputModel, most_running: int) -> None:
-        self._pace, self._most_running = pace, most_running
+    def __init__(
+        self, throughput: ThroughputModel, max_running: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._throughput, self._max_running, self._clock = throughput, max_running, clock
         self._tasks: list[Task] = []
-        self._coming: dict[
-            Reservation, float
-        ] = {}  # whose images are being decoded: seconds of the device that each will need
-        self._changed = False  # since they were told their places
-        self._told_at = -TOLD_EVERY_S
+        # Device seconds that each job needs whose images are still being decoded.
+        self._expected: dict[Reservation, float] = {}
+        self._positions_changed = False  # since the last report
+        self._next_report_at = 0.0
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks)
@@ -40,38 +43,32 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def add(self, task: Task) -> int:
-        """Puts a task behind all that must begin before it; returns its index."""
-        index = bisect.bisect(self._tasks, task.must_begin_at, key=lambda other: other.must_begin_at)
-        self._tasks.insert(index, task)
-        self._changed |= index + 1 < len(self._tasks)
-        return index
+    def accept(self, task: Task, running: Sequence[Task]) -> None:
+        """Adds a new task and publishes `Accepted` to it."""
+        index = self._insert(task)
+        task.observer.publish(Accepted(*self._outlook(running)[index]))
+        self.report_positions(running)
 
     def resume(self, task: Task) -> None:
-        """Adds one that was here before."""
-        self.add(task)
-        self._changed = True  # it has not heard of its place, as who is accepted has
-
-    def accept(self, task: Task, running: Sequence[Task]) -> None:
-        """Adds one that has just come, and tells it so."""
-        index = self.add(task)
-        task.listener.publish(Accepted(*self._outlook(running)[index]))
-        self.tell(running)
+        """Adds a task whose pause has ended. The next report includes its position."""
+        self._insert(task)
+        self._positions_changed = True
 
     def remove(self, task: Task) -> None:
-        """It waits no longer."""
+        """Removes a task. Raises `ValueError` if it does not wait."""
         self._tasks.remove(task)
-        self._changed = bool(self._tasks)
+        self._positions_changed = bool(self._tasks)
 
-    def tell(self, running: Sequence[Task], now: float | None = None) -> None:
-        """Their places to all who wait, if those have changed and the last time is long enough ago."""
-        now = time.monotonic() if now is None else now
-        if not self._changed or now < self._told_at + TOLD_EVERY_S:
+    def report_positions(self, running: Sequence[Task]) -> None:
+        """Publishes `Waiting` to the waiting tasks, if a position has changed and the last report is
+        `REPORT_INTERVAL_S` ago. A task that will start next receives none."""
+        now = self._clock()
+        if not self._positions_changed or now < self._next_report_at:
             return
-        self._changed, self._told_at = False, now
+        self._positions_changed, self._next_report_at = False, now + REPORT_INTERVAL_S
         for task, (position, wait_s) in zip(self._tasks, self._outlook(running), strict=True):
             if position:
-                task.listener.publish(Waiting(position, wait_s))
+                task.observer.publish(Waiting(position, wait_s))
 
     def expect(
         self,
@@ -82,47 +79,54 @@ class WaitingQueue:
         time_budget: float,
         left_s: float,
     ) -> None:
-        """Includes the job of a reservation in forecasts until `forget`; see `Scheduler.require_time`, whose error it raises."""
-        each_s = self._pace.job_s(shape)
+        """Includes the job of a reservation in forecasts until `forget`. Parameters and error: see
+        `Scheduler.require_time`."""
+        each_s = self._throughput.seconds_per_iteration(shape)
         if each_s is None:
             return
         need_s = run_s = pixels * each_s / (shape.width * shape.height)
-        seen = self.forecast(running, run_s)
-        wait_s, end_s = (0.0, run_s) if seen is None else (seen.begins[-1], seen.end)
+        predicted = self.forecast(running, run_s)
+        wait_s, end_s = (0.0, run_s) if predicted is None else (predicted.starts[-1], predicted.end)
         if time_budget:
             run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
         if end_s > left_s:
             raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
-        self._coming[reservation] = need_s
+        self._expected[reservation] = need_s
 
     def forget(self, reservation: Reservation) -> None:
-        """The job has come, or will not."""
-        self._coming.pop(reservation, None)
+        """The reservation was used or released."""
+        self._expected.pop(reservation, None)
 
     def forecast(self, running: Sequence[Task], own_s: float = 0.0) -> Forecast | None:
-        """For one who comes now and needs ``own_s`` seconds of the device, behind those who wait or are expected; None while
+        """For a job that comes now, after all waiting and expected ones, and needs ``own_s`` device seconds. None while
         nothing was measured."""
-        return self._forecast(running, self._coming.values(), own_s)
+        return self._forecast(running, self._expected.values(), own_s)
 
-    def next_place_s(self, running: Sequence[Task]) -> float:
-        """Seconds until one of them ends, a second at least."""
-        left = [task.left_s for task in running if task.left_s is not None]
-        return max(1.0, min(left) * len(running)) if left else GUESSED_S  # they share the device
+    def retry_after_s(self, running: Sequence[Task]) -> float:
+        """Estimated seconds until a running job ends; at least one second."""
+        left = [task.remaining_s for task in running if task.remaining_s is not None]
+        return max(1.0, min(left) * len(running)) if left else DEFAULT_RETRY_S  # they share the device
 
-    def _forecast(self, running: Sequence[Task], coming: Iterable[float], own_s: float) -> Forecast | None:
+    def _insert(self, task: Task) -> int:
+        index = bisect.bisect(self._tasks, task.latest_start_at, key=lambda other: other.latest_start_at)
+        self._tasks.insert(index, task)
+        self._positions_changed |= index + 1 < len(self._tasks)
+        return index
+
+    def _forecast(self, running: Sequence[Task], expected: Iterable[float], own_s: float) -> Forecast | None:
         for task in (*running, *self._tasks):
-            if task.left_s is None:  # it came before anything was measured
-                task.left_s = self._pace.left_s(task.work)
-        left = [task.left_s for task in running if task.left_s is not None]
-        ahead = [task.left_s for task in self._tasks if task.left_s is not None]
-        if len(left) < len(running) or len(ahead) < len(self._tasks):
+            if task.remaining_s is None:  # it came before anything was measured
+                task.remaining_s = self._throughput.remaining_seconds(task.state)
+        left = [task.remaining_s for task in running if task.remaining_s is not None]
+        waiting = [task.remaining_s for task in self._tasks if task.remaining_s is not None]
+        if len(left) < len(running) or len(waiting) < len(self._tasks):
             return None
-        return forecast(left, (*ahead, *coming), own_s, self._most_running)
+        return forecast(left, (*waiting, *expected), own_s, self._max_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
-        """Of each who waits: the place, 0 for who will begin at once, and seconds until it begins."""
-        room = max(0, self._most_running - len(running))
+        """Of each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
+        room = max(0, self._max_running - len(running))
         positions = [max(0, index + 1 - room) for index in range(len(self._tasks))]
-        seen = self._forecast(running, (), 0.0) if positions else None
-        begins = seen.begins[:-1] if seen is not None else (None,) * len(positions)
-        return list(zip(positions, begins, strict=True))
+        predicted = self._forecast(running, (), 0.0) if positions else None
+        starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
+        return list(zip(positions, starts, strict=True))

@@ -1,4 +1,4 @@
-"""The compute thread's side of the jobs that are worked on: a slice of one lane at a time, and what controllers ask for."""
+"""Runs the jobs on the compute thread, one slice of one batch at a time, and executes commands between slices."""
 
 from __future__ import annotations
 
@@ -6,27 +6,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 from torch import Tensor
 
 from gramophone.recipe import Violation
-from gramophone_server.domain.commands import Command, Done, Finish, Retune, TakeCheckpoint, TakePicture
 from gramophone_server.domain.engine_api import BatchEngine
-from gramophone_server.domain.events import (
-    Changed,
-    Event,
-    Finished,
-    Frame,
-    Picture,
-    Progress,
-    Saved,
-    SavedState,
-    StopReason,
-)
+from gramophone_server.domain.events import Changed, Finished, Frame, Picture, Progress, Saved, SavedState, StopReason
 from gramophone_server.domain.job import Report, ran_out_of_memory
-from gramophone_server.domain.job_state import Shape
+from gramophone_server.domain.job_state import RecipeUpdate, Shape
 from gramophone_server.errors import (
     DeviceLost,
     Diverged,
@@ -36,345 +24,319 @@ from gramophone_server.errors import (
     OutOfDeviceMemory,
     ShuttingDown,
 )
-from gramophone_server.scheduling.batch_pool import BatchPool, Iterated, PooledBatch, Seat
+from gramophone_server.scheduling.batch_pool import BatchPool, OnIterations
+from gramophone_server.scheduling.task import PooledBatch, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 
-__all__ = ["JobObserver", "Task", "Worker"]
+__all__ = ["MEMORY_WAIT_S", "Worker"]
 
 log = logging.getLogger(__name__)
 
-# The longest that the engine is left alone, if an iteration is not longer: cancelling takes no longer, and a wait for the
-# GPU (30 us of 0.4 ms at 256 px) comes once in so long instead of after every iteration. Going from one lane to another
-# costs nothing, so nothing is gained by longer slices.
+# Length of a slice, if an iteration is not longer. To cancel a job takes no longer, and the wait for the GPU (30 us for
+# 0.4 ms at 256 px) comes once in a slice instead of after every iteration. A change of the batch costs nothing, so
+# longer slices gain nothing.
 SLICE_S = 0.02
-# As often as frames come. 256 jobs that tell of every slice are 12,000 messages a second, and a core writes some 5,000.
+# As often as frames. 256 jobs with a message after every slice would send 12,000 a second, and a core writes about
+# 5,000.
 PROGRESS_EVERY_S = 0.1
-LET_BY_S = 10.0  # who waits for memory lets smaller ones begin; then it has those end who are there
-GONE_AFTER_S = 1.0  # a server that interrupts its jobs, so that who looks for it then finds another one
-
-
-class JobObserver(Protocol):
-    """Whom a job is run for; see `jobs.Job`. Called on the compute thread and, for the queue, on the event loop, with
-    the scheduler's lock held at times: it never waits and never calls back."""
-
-    @property
-    def cancelled(self) -> bool:
-        """The job shall stop before its next iteration."""
-
-    def iterations_until_next_frame(self, iteration: int) -> int | None:
-        """Iterations from this one to the next whose picture may be wanted, None if any will do."""
-
-    def started(self) -> None:
-        """The job waits no longer."""
-
-    def publish(self, event: Event) -> None:
-        """`Accepted` first, then `Waiting` and `Progress`, `Finished` last."""
-
-    def offer_frame(self, iteration: int, take: Callable[[], Callable[[], Tensor]]) -> None:
-        """Takes the picture if somebody wants it."""
-
-    def offer_checkpoint(self, iteration: int, take: Callable[[bool], SavedState]) -> None:
-        """Takes the state if somebody wants it; `take` is told whether a light one will do."""
-
-    def interrupted(self, iteration: int, picture: Picture, take: Callable[[bool], SavedState]) -> None:
-        """The server goes away with the job on its way: everybody gets the picture, and the state. `fail` follows."""
-
-    def fail(self, error: GramophoneError) -> None:
-        """The job has ended without a result."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Task(Seat):
-    """A job and whom it is run for. Times are the monotonic clock's seconds."""
-
-    listener: JobObserver
-    budget_at: float = math.inf  # the result shall be there, whatever it is by then
-    must_begin_at: float = math.inf  # to be done in time, by what was estimated when it came
-    left_s: float | None = None  # of the device, to the end; None: nothing was measured yet
-    begun_at: float | None = None
-    paused_until: float = 0.0
-    over: bool = False  # its listener has heard the end
-    report: Report | None = None  # the newest; None: it has no picture of its own yet
-    told: Report | None = None  # the newest that its listener has heard of
-    progress_due_at: float = 0.0
-    scale_began_at: float = 0.0  # the present one, and the iterations done before it
-    scale_began_behind: int = 0
-    scale_at: int = -1
-
-    @property
-    def stands_until(self) -> float:
-        """Of one that is paused: then its pause is over, or its time."""
-        return min(self.paused_until, self.budget_at)
+# A job that waits for memory lets smaller jobs start for so long. After that no job starts, until it has its memory.
+MEMORY_WAIT_S = 10.0
+# How soon a client retries after its job was interrupted: by then this process has ended, and the client finds another
+# server.
+RETRY_INTERRUPTED_S = 1.0
 
 
 class Worker:
-    """Works on tasks in slices. Belongs to the compute thread; who is worked on is the scheduler's business."""
+    """Runs tasks in slices. Belongs to the compute thread; which tasks run is decided by its caller."""
 
     def __init__(
         self,
         engine: BatchEngine,
-        pace: ThroughputModel,
-        most_checkpoint_bytes: int,
-        iterated: Iterated = lambda *_: None,
+        throughput: ThroughputModel,
+        max_checkpoint_bytes: int,
+        on_iterations: OnIterations = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._pace = engine, pace
-        self._lanes = BatchPool(engine, pace, iterated)
-        self._most_checkpoint_bytes = most_checkpoint_bytes
-        self._short_since: float | None = None  # somebody waits for memory
+        self._engine, self._throughput, self._clock = engine, throughput, clock
+        self._pool = BatchPool(engine, throughput, on_iterations, clock)
+        self._max_checkpoint_bytes = max_checkpoint_bytes
+        self._memory_short_since: float | None = None
 
     @property
     def batch_bytes(self) -> int:
-        """That the batches take on the device, as estimated. For any thread."""
-        return self._lanes.bytes
+        """Estimated device memory, in bytes, of the batches and of the jobs waiting to join one. Thread-safe."""
+        return self._pool.bytes
 
     @property
-    def short(self) -> bool:
-        """Somebody waits for memory."""
-        return self._short_since is not None
+    def memory_short(self) -> bool:
+        """At least one job waits for device memory."""
+        return self._memory_short_since is not None
 
-    def may_begin(self, task: Task) -> bool:
-        """Whether there is room for a task more. While somebody waits for memory, only those may begin who fit beside
-        everybody, and not for long, or what it waits for would never be free."""
-        if self._short_since is None:
+    def may_start(self, task: Task) -> bool:
+        """Whether a waiting task may start. While a job waits for device memory, only tasks that fit beside all others
+        may, and only for `MEMORY_WAIT_S`: otherwise its memory would never become free."""
+        if self._memory_short_since is None:
             return True
-        return self._lanes.fits(task.work.shape, 1) and time.monotonic() < self._short_since + LET_BY_S
+        fits = self._pool.fits(task.state.shape, 1)
+        return fits and self._clock() < self._memory_short_since + MEMORY_WAIT_S
 
-    def begin(self, task: Task) -> None:
-        """A task more. It has neither an advantage over the others nor a debt to them."""
-        task.apart = True
-        task.listener.started()
+    def admit(self, task: Task) -> None:
+        """Adds a job. Its fair-share counter starts at the smallest of the running jobs'."""
+        task.newly_arrived = True
+        task.observer.started()
 
-    def leave(self, task: Task) -> None:
-        """A task less, which can begin again. Raises `OutOfDeviceMemory`, and the task is over."""
-        if task.report is not task.told:
-            self._tell(task)
-        task.scale_at = -1  # its speed is measured anew then
+    def detach(self, task: Task) -> None:
+        """Takes a task out of its batch; it can be admitted again. If memory runs out, the job fails, and
+        `OutOfDeviceMemory` is raised."""
+        if task.last_report is not task.last_sent_report:
+            self._send_progress(task)
+        task.scale = -1  # so that its speed is measured anew
         try:
-            self._lanes.leave(task)
+            self._pool.detach(task)
         except OutOfDeviceMemory as error:
             self._fail(task, error)
             raise
 
-    def turn(self, tasks: Sequence[Task], beside_bytes: int = 0) -> None:
-        """One slice, for the task that has had the least of the device and those in its lane. Those that are `over` then
-        have been told. ``beside_bytes``: on the device, of jobs that stand still. Raises `DeviceLost`."""
+    def step(self, tasks: Sequence[Task], paused_bytes: int = 0) -> None:
+        """Runs one slice: of the task with the least device time, and of the tasks that share its batch. Tasks that end
+        in it are marked as `ended`, and their observers are notified.
+
+        ``paused_bytes``: of the tensors that paused jobs hold on the device. Raises `DeviceLost`.
+        """
         for task in tasks:
-            if task.listener.cancelled:
+            if task.observer.cancelled:
                 self._end(task)
-        left = [task for task in tasks if not task.over]
-        now = time.monotonic()
-        failed = self._lanes.arrange(left, beside_bytes, now + SLICE_S)
-        for seat, error in failed.items():
-            self._fail(seat, error)
+        running = [task for task in tasks if not task.ended]
+        now = self._clock()
+        failed = self._pool.assign(running, paused_bytes, now + SLICE_S)
+        for task, error in failed.items():
+            self._fail(task, error)
         if failed:
             self._require_device()
-        if not self._lanes.short:
-            self._short_since = None
-        elif self._short_since is None:
-            self._short_since = now
-        if (lane := self._next(left)) is not None:
-            self._advance(lane)
+        if not self._pool.memory_short:
+            self._memory_short_since = None
+        elif self._memory_short_since is None:
+            self._memory_short_since = now
+        if (batch := self._next_batch(running)) is not None:
+            self._advance(batch)
 
-    def end_in_time(self, task: Task) -> bool:
-        """Ends a task whose time budget is used up with the picture that it has; False if it has none yet."""
-        if task.report is None:
+    def finish_within_budget(self, task: Task) -> bool:
+        """Ends a task whose time budget is used up, with its present picture. Returns False if it has no picture
+        yet."""
+        if task.last_report is None:
             return False
         try:
             self._finish(task, StopReason.TIME_BUDGET)
-        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+        except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
             self._fail(task, error)
         return True
 
-    def lose(self, tasks: Sequence[Task], error: Exception) -> None:
-        """Ends everybody, after an error that is nobody's own. Raises `DeviceLost`."""
-        for lane in list(self._lanes):
-            self._lanes.lose(lane)
-        self._short_since = None  # or nobody would begin, and no turn be had
+    def fail_all(self, tasks: Sequence[Task], error: Exception) -> None:
+        """Ends all tasks, after an error that belongs to none of them, and closes all batches. Raises `DeviceLost`."""
+        for batch in list(self._pool):
+            self._pool.discard_batch(batch)
+        self._memory_short_since = None  # otherwise no task may start, and without a step this would stay so
         for task in tasks:
             self._fail(task, error)
         self._require_device()
 
-    def do(self, task: Task, command: Command) -> Done:
-        """Carries out a command between two slices, for a task that is worked on or not. Raises `InvalidRequest` and
-        `InvalidRecipe`; the task is as it was then."""
-        work = task.work
-        match command:
-            case Retune(changes):
-                lane = task.lane
-                if changes.get("iterations") == work.iterations_at_final_scale and task.report is None:
-                    _must_have_begun(task)  # to end, it needs a picture
-                first = work.update(**changes) if lane is None else lane.batch.update(task.slot, **changes)
-                task.listener.publish(Changed(first, work.recipe, work.iterations))
-                self._count(task)
-                if work.finished:
-                    self._finish(task, StopReason.ITERATIONS_DONE)
-                elif not work.iterations_left:
-                    self._lanes.leave(task)
-                return Done(first)
-            case TakePicture():
-                return Done(work.done, Frame(work.done, Picture(self._picture(task))))
-            case TakeCheckpoint(light):
-                _must_have_begun(task)
-                self._engine.checkpoints.require_room(work, light=light, most_bytes=self._most_checkpoint_bytes)
-                return Done(work.done, Saved(work.done, self._state(task, light)))
-            case Finish():
-                self._finish(task, StopReason.FINISHED)
-                return Done(work.done)
-        raise AssertionError(f"{command} is the scheduler's to do")
-
-    def interrupt(self, task: Task) -> None:
-        """Ends a task with its present picture and state, because the server goes away."""
+    def drain_task(self, task: Task) -> None:
+        """Ends a task because the server stops. Its watchers receive the present picture and state, so that they can
+        continue on another server."""
         try:
-            if task.report is not None:
-                picture = Picture(self._picture(task))
-                task.listener.interrupted(task.work.done, picture, lambda light: self._state(task, light))
+            if task.last_report is not None:
+                done, observer = task.state.done, task.observer
+                observer.publish(Frame(done, Picture(self._picture(task))))
+                observer.publish(Saved(done, self._saved_state(task, light=observer.accepts_light_checkpoint)))
         except Exception:
             log.exception("the picture of an interrupted job could not be taken")
-        task.listener.fail(ShuttingDown(GONE_AFTER_S))
+        task.observer.fail(ShuttingDown(RETRY_INTERRUPTED_S))
         self._end(task)
+
+    # Commands, between two slices, for a task in a batch or not. After `InvalidRequest` and `InvalidRecipe` the task is
+    # unchanged.
+
+    def update(self, task: Task, changes: RecipeUpdate) -> int:
+        """Changes the recipe; returns the first iteration with the new one. If no iteration is left, the job ends with
+        its present picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipe`."""
+        state, batch = task.state, task.batch
+        if changes.get("iterations") == state.iterations_at_final_scale and task.last_report is None:
+            _require_picture(task)
+        first = state.update(**changes) if batch is None else batch.engine_batch.update(task.slot, **changes)
+        task.observer.publish(Changed(first, state.recipe, state.iterations))
+        self._update_remaining(task)
+        if state.finished:
+            self._finish(task, StopReason.ITERATIONS_DONE)
+        elif not state.iterations_left:
+            self._pool.detach(task)
+        return first
+
+    def frame(self, task: Task) -> Frame:
+        """The present picture. Raises `InvalidRequest` if there is none yet."""
+        return Frame(task.state.done, Picture(self._picture(task)))
+
+    def checkpoint(self, task: Task, *, light: bool) -> Saved:
+        """The present state. Raises `InvalidRequest` if there is none yet, or it is larger than the server allows."""
+        _require_picture(task)
+        self._engine.checkpoints.require_room(task.state, light=light, most_bytes=self._max_checkpoint_bytes)
+        return Saved(task.state.done, self._saved_state(task, light=light))
+
+    def finish(self, task: Task) -> None:
+        """Ends the job; the present picture is its result. Raises `InvalidRequest` if there is none yet."""
+        self._finish(task, StopReason.FINISHED)
 
     # One slice --------------------------------------------------------------------------------------------------------
 
-    def _next(self, tasks: Sequence[Task]) -> PooledBatch | None:
-        """The lane of the task that has had the least of the device. If its slice would use up somebody's time budget, that
-        one goes first, as long as the lane has not stood still for longer than its slice takes; else it ends now."""
-        while seated := [(task, task.lane) for task in tasks if task.lane is not None and not task.over]:
-            poorest, lane = min(seated, key=lambda one: one[0].used_s)
-            each_s, now = self._pace.iteration_s(lane.shape, lane.slots) or 0.0, time.monotonic()
-            takes_s = max(each_s, SLICE_S)
-            pressed = [one for one in seated if one[0].budget_at < now + takes_s]
-            elsewhere = [one for one in pressed if one[1] is not lane]
-            if elsewhere and now < lane.stands_since + takes_s:
-                return min(elsewhere, key=lambda one: one[0].budget_at)[1]
-            for task, its_lane in pressed:
-                if its_lane is not lane or task.budget_at < now + each_s:
-                    self.end_in_time(task)
-            if not poorest.over:
-                return lane
+    def _next_batch(self, tasks: Sequence[Task]) -> PooledBatch | None:
+        """The batch of the task with the least device time. If its slice would last beyond the time budget of a task in
+        another batch, that batch goes first, unless this one has been idle for longer than its slice takes. A task
+        whose budget does not last until its next picture ends now."""
+        while assigned := [(task, task.batch) for task in tasks if task.batch is not None and not task.ended]:
+            poorest, batch = min(assigned, key=lambda each: each[0].used_s)
+            each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
+            now = self._clock()
+            slice_s = max(each_s, SLICE_S)
+            urgent = [each for each in assigned if each[0].budget_ends_at < now + slice_s]
+            elsewhere = [each for each in urgent if each[1] is not batch]
+            if elsewhere and now < batch.idle_since + slice_s:
+                return min(elsewhere, key=lambda each: each[0].budget_ends_at)[1]
+            for task, its_batch in urgent:
+                if its_batch is not batch or task.budget_ends_at < now + each_s:
+                    self.finish_within_budget(task)
+            if not poorest.ended:
+                return batch
         return None
 
-    def _advance(self, lane: PooledBatch) -> None:
-        tasks: list[Task] = [seat for seat in lane.seats.values() if isinstance(seat, Task)]
-        now = time.monotonic()
+    def _advance(self, batch: PooledBatch) -> None:
+        """Runs one slice of a batch and reports it."""
+        tasks = list(batch.tasks.values())
+        now = self._clock()
         for task in tasks:
-            if task.begun_at is None:
-                task.begun_at = now
-            if task.scale_at != task.work.at:
-                task.scale_at, task.scale_began_at, task.scale_began_behind = task.work.at, now, task.work.done
-        each_s = self._pace.iteration_s(lane.shape, lane.slots)
+            if task.started_at is None:
+                task.started_at = now
+            if task.scale != task.state.at:
+                task.scale, task.scale_started_at = task.state.at, now
+                task.iterations_before_scale = task.state.done
+        each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots)
         try:
-            reports = self._lanes.advance(lane, _slice(tasks, now, each_s))
-        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
-            self._lanes.lose(lane)
+            reports = self._pool.advance(batch, _slice_iterations(tasks, now, each_s))
+        except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
+            self._pool.discard_batch(batch)
             for task in tasks:
                 self._fail(task, error)
             return self._require_device()
-        each_s = self._pace.iteration_s(lane.shape, lane.slots) or 0.0
+        each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
         for task in tasks:
             if task in reports:
                 try:
-                    self._told(task, reports[task], each_s)
-                except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+                    self._process_report(task, reports[task], each_s)
+                except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
                     self._fail(task, error)
 
     def _require_device(self) -> None:
-        """After a failure: it may have been the device, and then whoever comes would only fail as well."""
+        """Raises `DeviceLost` if a failure was the device's, because then all later jobs would fail, too."""
         try:
             self._engine.require_device()
         except Exception as error:
             raise DeviceLost("the device fails at an addition") from error
 
-    def _told(self, task: Task, report: Report, each_s: float) -> None:
-        work, listener, now = task.work, task.listener, time.monotonic()
-        task.report = report
+    def _process_report(self, task: Task, report: Report, each_s: float) -> None:
+        """After a slice: progress, frame and checkpoint to the watchers that want them, and the end of the job or of
+        its scale."""
+        state, observer, now = task.state, task.observer, self._clock()
+        task.last_report = report
         if report.diverged_at is not None:
-            listener.publish(Frame(report.diverged_at - 1, Picture(self._picture(task))))
+            observer.publish(Frame(report.diverged_at - 1, Picture(self._picture(task))))
             raise Diverged(report.diverged_at)
-        self._count(task)
-        if now >= task.progress_due_at or work.finished:
-            self._tell(task)
-        listener.offer_frame(work.done, lambda: self._picture(task))
-        if work.finished:
+        self._update_remaining(task)
+        if now >= task.progress_due_at or state.finished:
+            self._send_progress(task)
+        if watchers := observer.collect_frame_requests(state.done, now):
+            observer.publish(self.frame(task), watchers)
+        if state.finished:
             self._finish(task, StopReason.ITERATIONS_DONE)
-        elif now + each_s > task.budget_at:
+        elif now + each_s > task.budget_ends_at:
             self._finish(task, StopReason.TIME_BUDGET)
         else:
-            if self._engine.checkpoints.size(work, light=True) <= self._most_checkpoint_bytes:
-                listener.offer_checkpoint(work.done, lambda light: self._state(task, light))
-            if not work.iterations_left:
-                self._lanes.leave(task)
+            if self._engine.checkpoints.size(state, light=True) <= self._max_checkpoint_bytes:
+                for light in (True, False):
+                    if watchers := observer.collect_checkpoint_requests(now, light=light):
+                        observer.publish(Saved(state.done, self._saved_state(task, light=light)), watchers)
+            if not state.iterations_left:
+                self._pool.detach(task)
 
-    def _tell(self, task: Task) -> None:
-        report, now = task.report, time.monotonic()
-        assert report is not None, "a task that has begun has a report"
-        task.told, task.progress_due_at = report, now + PROGRESS_EVERY_S
-        per_s = (task.work.done - task.scale_began_behind) / max(now - task.scale_began_at, 1e-9)
+    def _send_progress(self, task: Task) -> None:
+        report, now = task.last_report, self._clock()
+        assert report is not None, "a task that was in a slice has a report"
+        task.last_sent_report, task.progress_due_at = report, now + PROGRESS_EVERY_S
+        per_s = (task.state.done - task.iterations_before_scale) / max(now - task.scale_started_at, 1e-9)
         left_s = report.pixels_left / (per_s * report.width * report.height)
-        task.listener.publish(Progress(report, per_s, left_s))
+        task.observer.publish(Progress(report, per_s, left_s))
 
     def _finish(self, task: Task, reason: StopReason) -> None:
-        picture, report, begun_at = self._picture(task), task.report, task.begun_at
-        assert report is not None and begun_at is not None, "a task with a picture has begun"
-        elapsed_s = time.monotonic() - begun_at
-        task.listener.publish(Finished(Picture(picture), report.losses, task.work.done, elapsed_s, reason))
+        picture, report, started_at = self._picture(task), task.last_report, task.started_at
+        assert report is not None and started_at is not None, "a task with a picture was in a slice"
+        elapsed_s = self._clock() - started_at
+        task.observer.publish(Finished(Picture(picture), report.losses, task.state.done, elapsed_s, reason))
         self._end(task)
 
-    def _count(self, task: Task) -> None:
-        """What is left, by the newest speed."""
-        width, height, _ = task.work.scales[task.work.at]
-        each_s = self._pace.job_s(Shape.of(task.work.recipe, height, width))
+    def _update_remaining(self, task: Task) -> None:
+        """Estimates the remaining device time by the newest speed."""
+        width, height, _ = task.state.scales[task.state.at]
+        each_s = self._throughput.seconds_per_iteration(Shape.of(task.state.recipe, height, width))
         if each_s is not None:
-            task.left_s = task.work.pixels_left * each_s / (width * height)
+            task.remaining_s = task.state.pixels_left * each_s / (width * height)
 
     def _picture(self, task: Task) -> Callable[[], Tensor]:
-        _must_have_begun(task)
-        if task.lane is not None:
-            return task.lane.batch.snapshot(task.slot)
-        return self._engine.picture(task.work)
+        """A call that returns the present picture. Raises `InvalidRequest` if there is none yet."""
+        _require_picture(task)
+        if task.batch is not None:
+            return task.batch.engine_batch.snapshot(task.slot)
+        return self._engine.picture(task.state)
 
-    def _state(self, task: Task, light: bool) -> SavedState:
-        """A light one where a full one would be too large."""
-        checkpoints, most_bytes = self._engine.checkpoints, self._most_checkpoint_bytes
-        if light or checkpoints.size(task.work) > most_bytes:
-            picture, work = self._picture(task), replace(task.work, tensors=None)
-            return SavedState(True, lambda: checkpoints.write(work, picture=picture(), most_bytes=most_bytes))
-        work = replace(task.work) if task.lane is None else task.lane.batch.copy(task.slot)
-        return SavedState(False, lambda: checkpoints.write(work, most_bytes=most_bytes))
+    def _saved_state(self, task: Task, *, light: bool) -> SavedState:
+        """The present state; a light one if a full one would be too large."""
+        checkpoints, most_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
+        if light or checkpoints.size(task.state) > most_bytes:
+            picture, state = self._picture(task), replace(task.state, tensors=None)
+            return SavedState(True, lambda: checkpoints.write(state, picture=picture(), most_bytes=most_bytes))
+        state = replace(task.state) if task.batch is None else task.batch.engine_batch.copy(task.slot)
+        return SavedState(False, lambda: checkpoints.write(state, most_bytes=most_bytes))
 
-    def _fail(self, seat: Seat, error: Exception) -> None:
-        assert isinstance(seat, Task)
+    def _fail(self, task: Task, error: Exception) -> None:
         if isinstance(error, GramophoneError):
-            seat.listener.fail(_bare(error))
+            task.observer.fail(_without_traceback(error))
         elif ran_out_of_memory(error):
-            seat.listener.fail(OutOfDeviceMemory(*seat.work.job.result_size))
+            task.observer.fail(OutOfDeviceMemory(*task.state.job.result_size))
         else:
             log.error("the engine failed", exc_info=error)
-            seat.listener.fail(EngineFailed())
-        self._end(seat)
+            task.observer.fail(EngineFailed())
+        self._end(task)
 
     def _end(self, task: Task) -> None:
-        self._lanes.drop(task)
-        task.over = True
+        self._pool.discard(task)
+        task.ended = True
 
 
-def _slice(tasks: list[Task], now: float, each_s: float | None) -> int:
-    """Iterations until the next look at everything else."""
+def _slice_iterations(tasks: list[Task], now: float, each_s: float | None) -> int:
+    """Iterations of a slice: about `SLICE_S` long, not beyond the next frame of any task, nor beyond a time budget."""
     if each_s is None:
         return 1
-    most = max(1, int(SLICE_S / each_s))
+    count = max(1, int(SLICE_S / each_s))
     for task in tasks:
-        most = min(most, task.listener.iterations_until_next_frame(task.work.done) or most)
-        if task.budget_at < math.inf:
-            most = min(most, max(1, int((task.budget_at - now) / each_s)))
-    return most
+        count = min(count, task.observer.iterations_until_next_frame(task.state.done) or count)
+        if task.budget_ends_at < math.inf:
+            count = min(count, max(1, int((task.budget_ends_at - now) / each_s)))
+    return count
 
 
-def _must_have_begun(task: Task) -> None:
-    if task.report is None:
-        raise InvalidRequest([Violation("", "the job has not begun yet; wait for its first progress")])
+def _require_picture(task: Task) -> None:
+    if task.last_report is None:
+        raise InvalidRequest([Violation("", "the job has not started yet; wait for its first progress")])
 
 
-def _bare(error: GramophoneError) -> GramophoneError:
-    """The error without its traceback and causes, whose frames would keep a batch's memory until the reader is gone."""
+def _without_traceback(error: GramophoneError) -> GramophoneError:
+    """The error without traceback and causes, whose frames would keep a batch's memory as long as the error is
+    unread."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -37,7 +37,7 @@ class ObservedScheduler(Protocol):
     @property
     def batch_bytes(self) -> int: ...
     @property
-    def turn_s(self) -> float: ...
+    def step_s(self) -> float: ...
     def estimated_wait_s(self) -> float | None: ...
 
 
@@ -87,8 +87,8 @@ class HealthMonitor(Collector):
         lag_s = self._clock() - self._pulse_at - PULSE_S
         if lag_s > LONGEST_LAG_S:
             return f"the event loop has not run for {lag_s:.0f} s"
-        if self._scheduler.turn_s > self._longest_turn_s:
-            return f"the compute thread has been in one iteration for {self._scheduler.turn_s:.0f} s"
+        if self._scheduler.step_s > self._longest_turn_s:
+            return f"the compute thread has been in one iteration for {self._scheduler.step_s:.0f} s"
         return ""
 
     def readiness_problem(self) -> str:
@@ -112,7 +112,7 @@ class HealthMonitor(Collector):
         yield _gauge(
             "gramophone_engine_heartbeat_seconds",
             "duration so far of the compute thread's present turn, 0 while it waits for jobs",
-            scheduler.turn_s,
+            scheduler.step_s,
         )
         yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())
         wait_s = scheduler.estimated_wait_s()

@@ -1,0 +1,224 @@
+"""The compute thread: loads the engine, waits for work, executes commands, runs slices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gramophone.recipe import InvalidRecipe, Violation
+from gramophone_server.config import Limits
+from gramophone_server.domain.commands import (
+    Command,
+    Done,
+    Finish,
+    Pause,
+    Resume,
+    TakeCheckpoint,
+    TakePicture,
+    UpdateRecipe,
+)
+from gramophone_server.domain.engine_api import Engine
+from gramophone_server.domain.events import Paused, Resumed
+from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, InvalidRequest, ShuttingDown
+from gramophone_server.scheduling.batch_pool import OnIterations
+from gramophone_server.scheduling.task import Task
+from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
+from gramophone_server.scheduling.throughput import ThroughputModel
+from gramophone_server.scheduling.worker import Worker
+
+__all__ = ["ComputeThread"]
+
+log = logging.getLogger(__name__)
+
+
+class ComputeThread:
+    """The thread that owns the engine and runs the tasks of a table. Build it inside the event loop that awaits its
+    futures.
+
+    ``load`` builds and warms up the engine. It runs on this thread, because torch's thread pool belongs to the thread
+    that first uses it. ``on_iterations`` is called on this thread after each slice.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        table: TaskTable,
+        throughput: ThroughputModel,
+        limits: Limits,
+        on_iterations: OnIterations = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.loaded: asyncio.Future[Engine] = loop.create_future()  # or the error of ``load``
+        self.ended: asyncio.Future[None] = loop.create_future()  # after all tasks were ended
+        self._load = load
+        self._table = table
+        self._throughput = throughput
+        self._limits = limits
+        self._on_iterations = on_iterations
+        self._clock = clock
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._worker: Worker | None = None  # until the engine is loaded
+        self._step_started_at: float | None = None  # None: the thread waits
+
+    def start(self) -> None:
+        """Starts the thread, which loads the engine first."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Blocks until the thread has ended, or for ``timeout_s``; returns whether it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def batch_bytes(self) -> int:
+        """Estimated device memory, in bytes, of the batches. Thread-safe."""
+        return self._worker.batch_bytes if self._worker is not None else 0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds since the present step started; 0 while the thread waits for work. Thread-safe."""
+        started_at = self._step_started_at
+        return 0.0 if started_at is None else self._clock() - started_at
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+        except Exception as error:  # noqa: BLE001 - for the caller that awaits `loaded`
+            _resolve(self.loaded, error)
+            return
+        worker = self._worker = Worker(
+            engine, self._throughput, self._limits.max_checkpoint_bytes, self._on_iterations, self._clock
+        )
+        _resolve(self.loaded, engine)
+        try:
+            self._run_steps(worker)
+        except Exception:
+            log.critical("the compute thread has ended by a defect", exc_info=True)
+            self._table.stop()
+        finally:
+            self._end_all(worker)
+            _resolve(self.ended, None)
+
+    def _run_steps(self, worker: Worker) -> None:
+        """Until the table is stopped. A step is the pending commands, and one slice."""
+        table = self._table
+        while not table.stopped:
+            self._step_started_at = None
+            self._wait(worker)
+            self._step_started_at = self._clock()
+            while table.commands and not table.stopped:
+                self._execute(worker, table.commands.popleft())
+            with table.lock:
+                paused_bytes = sum(task.state.bytes for task in table.paused)
+            try:
+                worker.step(table.running, paused_bytes)
+            except DeviceLost:
+                raise
+            except Exception as error:  # noqa: BLE001 - a defect, but the thread must serve the jobs that come next
+                worker.fail_all(table.running, error)
+            table.remove_ended()
+
+    def _wait(self, worker: Worker) -> None:
+        """Ends pauses whose time is over, starts waiting tasks, and returns when there is a running task or a
+        command."""
+        table = self._table
+        with table.lock:
+            while not table.stopped:
+                now = self._clock()
+                for task in [task for task in table.paused if task.pause_ends_at <= now]:
+                    if task.budget_ends_at > now or not worker.finish_within_budget(task):
+                        self._resume(task)
+                table.remove_ended()
+                room = self._limits.max_running - len(table.running)
+                for task in list(itertools.islice(filter(worker.may_start, table.waiting), room)):
+                    worker.admit(task)
+                    table.start(task)
+                table.waiting.report_positions(table.running)
+                if table.commands or table.running:
+                    return
+                until = min((task.pause_ends_at for task in table.paused), default=None)
+                table.lock.wait(None if until is None else until - now)
+
+    def _execute(self, worker: Worker, pending: PendingCommand) -> None:
+        """Executes a command and resolves its future."""
+        try:
+            task = self._table.find(pending.observer)
+            if task is None:
+                raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
+            outcome: Done | Exception = self._done(worker, task, pending.command)
+        except (GramophoneError, InvalidRecipe) as error:
+            outcome = error
+        except Exception:
+            log.exception("a command failed")
+            outcome = EngineFailed()
+        _resolve(pending.done, outcome)
+        self._table.remove_ended()
+
+    def _done(self, worker: Worker, task: Task, command: Command) -> Done:
+        """The one place where commands take effect. All watchers see the effect as an event; the caller also gets
+        `Done`."""
+        match command:
+            case Pause():
+                self._pause(worker, task)
+                return Done(task.state.done + 1)
+            case Resume():
+                self._resume(task)
+                return Done(task.state.done + 1)
+            case UpdateRecipe(changes):
+                return Done(worker.update(task, changes))
+            case TakePicture():
+                return Done(task.state.done, worker.frame(task))
+            case TakeCheckpoint(light):
+                return Done(task.state.done, worker.checkpoint(task, light=light))
+            case Finish():
+                worker.finish(task)
+                return Done(task.state.done)
+
+    def _pause(self, worker: Worker, task: Task) -> None:
+        with self._table.lock:
+            if task in self._table.paused:
+                return
+        worker.detach(task)  # copies tensors, so without the lock
+        with self._table.lock:
+            if self._table.pause(task, self._clock() + self._limits.max_paused_s):
+                task.observer.publish(Paused(task.state.done))
+
+    def _resume(self, task: Task) -> None:
+        with self._table.lock:
+            if self._table.resume(task):
+                task.observer.publish(Resumed(task.state.done))
+
+    def _end_all(self, worker: Worker) -> None:
+        """After the last step: no task and no command stays without an end."""
+        table = self._table
+        with table.lock:
+            tasks = [*table.running, *table.paused, *table.waiting]
+            commands = list(table.commands)
+            table.commands.clear()
+        for pending in commands:
+            _resolve(pending.done, ShuttingDown())
+        for task in tasks:
+            worker.drain_task(task)
+        table.remove_ended()
+
+
+def _resolve(future: asyncio.Future[Any], outcome: object) -> None:
+    """Gives a future of the event loop its result, or its exception, from another thread."""
+
+    def resolve() -> None:
+        if future.done():  # cancelled by its caller
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no caller
+        future.get_loop().call_soon_threadsafe(resolve)

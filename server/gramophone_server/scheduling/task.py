@@ -1,0 +1,118 @@
+"""A job in the scheduler, the batch that it is in, and the observer that receives its events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gramophone_server.domain.engine_api import Batch
+from gramophone_server.domain.events import Event
+from gramophone_server.domain.job import Report
+from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.errors import GramophoneError
+
+__all__ = ["JobObserver", "PooledBatch", "Task"]
+
+
+class JobObserver(Protocol):
+    """Receives a job's events; see `jobs.job.Job`. Called on the compute thread and, for the queue, on the event loop,
+    sometimes under the scheduler's lock, so it must neither block nor call the scheduler.
+
+    The worker asks which watchers want a frame (a checkpoint), takes one picture (state) for all of them, and publishes
+    it.
+    """
+
+    @property
+    def cancelled(self) -> bool:
+        """The job must stop before its next iteration."""
+
+    @property
+    def accepts_light_checkpoint(self) -> bool:
+        """A light checkpoint is enough for every watcher."""
+
+    def iterations_until_next_frame(self, iteration: int) -> int | None:
+        """Iterations from this one to the next whose frame may be requested; None: no slice has to end for a frame."""
+
+    def collect_frame_requests(self, iteration: int, now: float) -> AbstractSet[object]:
+        """The watchers that want the frame of this iteration, for `publish`. Each call counts as the answer to their
+        requests: the next frame is due an interval after ``now``."""
+
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> AbstractSet[object]:
+        """The watchers that want a light (full) checkpoint now; otherwise as `collect_frame_requests`."""
+
+    def started(self) -> None:
+        """The job has left the queue."""
+
+    def publish(self, event: Event, watchers: Collection[object] | None = None) -> None:
+        """Sends an event to all watchers, or to ``watchers``. `Accepted` is the first event, and `Finished` the last
+        one."""
+
+    def fail(self, error: GramophoneError) -> None:
+        """The job has ended without a result."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """A job in the scheduler, from `Scheduler.submit` to its end. Times are seconds of the scheduler's clock.
+
+    The compute thread owns it: no other thread changes a field, with one exception. While a thread holds the lock of
+    the `TaskTable`, it may read `observer`, `state`, `latest_start_at` and `remaining_s` of the tasks in the table, and
+    may set `remaining_s` if it is None. The compute thread updates `remaining_s` without the lock, in one assignment.
+    """
+
+    state: JobState
+    observer: JobObserver
+    budget_ends_at: float = math.inf  # a result must be there by then, however many iterations it has
+    latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
+    remaining_s: float | None = None  # estimated device seconds to the end; None: nothing was measured yet
+    # Batch
+    batch: PooledBatch | None = None  # None: not assigned
+    slot: int = -1
+    used_s: float = 0.0  # device seconds: its joins, and its share of its batches' iterations
+    newly_arrived: bool = (
+        True  # on its assignment, its fair-share counter `used_s` starts at the smallest of the others'
+    )
+    # Pause
+    paused_until: float = 0.0
+    # Progress
+    started_at: float | None = None  # when the first slice started
+    last_report: Report | None = None  # None: the job has no picture of this server's making yet
+    last_sent_report: Report | None = None
+    progress_due_at: float = 0.0
+    scale: int = -1  # index of the scale whose speed is measured; -1: none yet
+    scale_started_at: float = 0.0
+    iterations_before_scale: int = 0
+    # End
+    ended: bool = False  # the observer has received the end
+
+    @property
+    def pause_ends_at(self) -> float:
+        """When a paused job must continue: at the end of its pause or of its time budget, whichever is first."""
+        return min(self.paused_until, self.budget_ends_at)
+
+
+@dataclass(eq=False)
+class PooledBatch:
+    """A batch of the engine, and the tasks in it by slot. Belongs to the compute thread."""
+
+    engine_batch: Batch
+    idle_since: float  # the end of its last slice, or when it was opened
+    tasks: dict[int, Task] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        """Of all jobs in it."""
+        return self.engine_batch.shape
+
+    @property
+    def slots(self) -> int:
+        """Its width."""
+        return self.engine_batch.slots
+
+    @property
+    def has_room(self) -> bool:
+        """A slot is free."""
+        return len(self.tasks) < self.slots

@@ -1,0 +1,147 @@
+"""What the event loop and the compute thread share: all tasks, reservations and pending commands, under one lock."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gramophone_server.config import Limits
+from gramophone_server.domain.commands import Command, Done
+from gramophone_server.scheduling.reservation import Reservation
+from gramophone_server.scheduling.task import JobObserver, Task
+from gramophone_server.scheduling.throughput import ThroughputModel
+from gramophone_server.scheduling.waiting_queue import WaitingQueue
+
+__all__ = ["PendingCommand", "TaskTable"]
+
+
+class PendingCommand(NamedTuple):
+    """A command that the compute thread has not executed yet."""
+
+    observer: JobObserver  # of the job
+    command: Command
+    done: asyncio.Future[Done]
+
+
+class TaskTable:
+    """The state of a scheduler. A task is in one of `waiting`, `running` and `paused`.
+
+    Each access holds `lock`, a reentrant condition that is notified when the compute thread has something to do. The
+    exceptions: the compute thread reads `running`, `commands` and `stopped` without it, since only it changes
+    `running`, only it takes commands out, and `stopped` is set once. ``on_place_freed`` is called after a job has left
+    the table or was paused, on any thread, sometimes under the lock.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        throughput: ThroughputModel,
+        on_place_freed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lock = threading.Condition()
+        self.reservations: set[Reservation] = set()  # not used yet
+        self.waiting = WaitingQueue(throughput, limits.max_running, clock)
+        self.running: list[Task] = []
+        self.paused: list[Task] = []
+        self.commands: deque[PendingCommand] = deque()
+        self.draining = False  # no more reservations
+        self.stopped = False  # no more tasks and commands, and the compute thread ends
+        self._on_place_freed = on_place_freed
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait, or whose images are still being decoded."""
+        with self.lock:
+            return len(self.reservations) + len(self.waiting)
+
+    @property
+    def active(self) -> int:
+        """Jobs that a drain waits for: reserved, waiting and running ones."""
+        with self.lock:
+            return self.queued + len(self.running)
+
+    @property
+    def places(self) -> int:
+        """All jobs: active and paused ones."""
+        with self.lock:
+            return self.active + len(self.paused)
+
+    def find(self, observer: JobObserver) -> Task | None:
+        """The task of a job that has not ended."""
+        with self.lock:
+            tasks = (*self.running, *self.waiting, *self.paused)
+            return next((task for task in tasks if task.observer is observer and not task.ended), None)
+
+    def release(self, reservation: Reservation) -> None:
+        """Gives back the place of a reservation, if it was not used or released before."""
+        with self.lock:
+            if reservation not in self.reservations:
+                return
+            self.use(reservation)
+            self._on_place_freed()
+
+    def use(self, reservation: Reservation) -> None:
+        """Removes a reservation; its task, if it has one, takes its place."""
+        with self.lock:
+            self.reservations.remove(reservation)
+            self.waiting.forget(reservation)
+
+    def withdraw(self, observer: JobObserver) -> None:
+        """Removes a job that waits or is paused."""
+        with self.lock:
+            stores = (self.waiting, self.paused)
+            found = [(store, task) for store in stores for task in store if task.observer is observer]
+            for store, task in found:
+                store.remove(task)
+            self.waiting.report_positions(self.running)
+            if found:
+                self._on_place_freed()
+
+    def remove_ended(self) -> None:
+        """Removes all tasks that have ended."""
+        with self.lock:
+            stores = (self.running, self.waiting, self.paused)
+            ended = [(store, task) for store in stores for task in store if task.ended]
+            for store, task in ended:
+                store.remove(task)
+            if ended:
+                self._on_place_freed()
+
+    def start(self, task: Task) -> None:
+        """Moves a waiting task to the running ones."""
+        with self.lock:
+            self.waiting.remove(task)
+            self.running.append(task)
+
+    def pause(self, task: Task, until: float) -> bool:
+        """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn meanwhile, or was
+        cancelled: then it ends at the next step, which does not look at paused tasks."""
+        with self.lock:
+            store = self.running if task in self.running else self.waiting
+            if task not in store or task.observer.cancelled:
+                return False
+            store.remove(task)
+            task.paused_until = until
+            self.paused.append(task)
+            self._on_place_freed()  # a drain does not wait for paused jobs
+            return True
+
+    def resume(self, task: Task) -> bool:
+        """Moves a paused task to the waiting ones, before those that came later. Returns False if it is not paused."""
+        with self.lock:
+            if task not in self.paused:
+                return False
+            self.paused.remove(task)
+            self.waiting.resume(task)
+            return True
+
+    def stop(self) -> None:
+        """Sets `stopped`, and wakes the compute thread."""
+        with self.lock:
+            self.draining = self.stopped = True
+            self.lock.notify()
