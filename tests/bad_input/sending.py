@@ -105,9 +105,9 @@ class ServerUnderTest:
             if outcome.failure or took_s < max_s:
                 return outcome
             async with self._alone():
-                cpu_s, waited_s = self._cpu_s(), self._waited_s()
+                cpu_s, waited_s = self._cpu_s(), self.waited_s()
                 repeated = await self._timed(sent)
-                without_waiting_s = repeated.seconds - max(0.0, self._waited_s() - waited_s)
+                without_waiting_s = repeated.seconds - max(0.0, self.waited_s() - waited_s)
                 took_s = min(repeated.seconds, max(without_waiting_s, self._cpu_s() - cpu_s))
             longest_s, memory = max(outcome.seconds, repeated.seconds), max(outcome.memory, repeated.memory)
             outcome = repeated._replace(seconds=longest_s, repeats=repeats, memory=memory, others=outcome.others)
@@ -181,7 +181,7 @@ class ServerUnderTest:
             user, system = file.read().rsplit(")", 1)[1].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    def _waited_s(self) -> float:
+    def waited_s(self) -> float:
         """How long the threads of server and client have waited for a processor; 0 if the kernel does not report it."""
         waited_ns = 0
         for path in (*glob.glob(f"/proc/{self.pid}/task/*/schedstat"), *glob.glob("/proc/self/task/*/schedstat")):
@@ -202,7 +202,7 @@ class ServerUnderTest:
             start = time.monotonic()
             try:
                 async with asyncio.timeout(HANG_TIMEOUT_S):
-                    code, failure = await self._call(sent)
+                    code, failure = await self.call_once(sent)
             except TimeoutError:
                 code, failure = "HANG", f"no answer within {HANG_TIMEOUT_S:g} s"
             seconds = time.monotonic() - start
@@ -214,7 +214,7 @@ class ServerUnderTest:
         )
         return await call(request(), timeout=HANG_TIMEOUT_S)
 
-    async def _call(self, sent: Input) -> tuple[str, str]:
+    async def call_once(self, sent: Input) -> tuple[str, str]:
         """Makes the call; returns (status code, failure of the server or "")."""
         method = METHODS[sent.method]
         path = f"/{SERVICE.full_name}/{sent.method}"

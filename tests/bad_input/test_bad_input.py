@@ -79,7 +79,7 @@ async def test_a_call_that_is_slow_in_every_repeat_is_a_failure(slow_calls, is_f
         await asyncio.sleep(next(durations_s, 0.0))
         return "OK", ""
 
-    monkeypatch.setattr(server, "_call", call)
+    monkeypatch.setattr(server, "call_once", call)
     outcome = await server.send(Input("wire", "GetJob", (b"",)))
     await server.close()
     assert outcome.seconds >= 0.4 and outcome.repeats == min(slow_calls, 2)
@@ -92,13 +92,13 @@ async def test_waiting_for_a_processor_does_not_count_as_slow(monkeypatch):
     monkeypatch.setattr(sending, "SLOW_S", 0.2)
     server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
     waited_s = iter(range(10))  # grows by a second with each reading
-    monkeypatch.setattr(server, "_waited_s", lambda: next(waited_s))
+    monkeypatch.setattr(server, "waited_s", lambda: next(waited_s))
 
     async def call(_):
         await asyncio.sleep(0.3)
         return "OK", ""
 
-    monkeypatch.setattr(server, "_call", call)
+    monkeypatch.setattr(server, "call_once", call)
     outcome = await server.send(Input("wire", "GetJob", (b"",)))
     await server.close()
     assert outcome.failure == "" and outcome.repeats == 1 and outcome.seconds >= 0.3

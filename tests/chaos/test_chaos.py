@@ -62,7 +62,7 @@ def test_metrics_that_cannot_be_read_are_a_problem(page):
 
         serving = threading.Thread(target=serve_page)
         serving.start()
-        health._guarded(health._check_http)
+        health.guarded(health.check_http)
         serving.join()
     with pytest.raises(RuleViolation, match=rf"^health: {url}: "):
         health.check()

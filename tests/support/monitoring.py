@@ -120,8 +120,8 @@ class HealthProbe:
         self._address, self._metrics_url = address, metrics_url
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._guarded, args=(check,), name="health")
-            for check in (self._check_grpc, self._check_http)
+            threading.Thread(target=self.guarded, args=(check,), name="health")
+            for check in (self.check_grpc, self.check_http)
         ]
 
     def __enter__(self) -> Self:
@@ -141,7 +141,7 @@ class HealthProbe:
         if self.problem:
             raise RuleViolation(f"health: {self.problem}")
 
-    def _guarded(self, check: Callable[[], None]) -> None:
+    def guarded(self, check: Callable[[], None]) -> None:
         """Runs a check. Any exception is a problem, because a thread that ended silently would look healthy."""
         try:
             check()
@@ -149,7 +149,7 @@ class HealthProbe:
             message = str(error) if isinstance(error, RuleViolation) else f"{type(error).__name__}: {error}"
             self.problem = self.problem or message
 
-    def _check_grpc(self) -> None:
+    def check_grpc(self) -> None:
         with grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not self._stop.wait(HEALTH_INTERVAL_S) and not self.problem:
@@ -163,7 +163,7 @@ class HealthProbe:
                     if answer.status != health_pb2.HealthCheckResponse.SERVING:
                         self.problem = f"status {answer.status}"
 
-    def _check_http(self) -> None:
+    def check_http(self) -> None:
         while not self._stop.wait(1.0) and not self.problem:
             scrape_metrics(self._metrics_url)
             with urllib.request.urlopen(urljoin(self._metrics_url, "/healthz"), timeout=ANSWER_TIMEOUT_S):

@@ -107,10 +107,13 @@ def test_the_table_and_other_files_survive_a_file_that_cannot_be_written(gramoph
 
 
 def test_the_files_are_written_if_the_table_cannot_be_printed(gramophone, folder, monkeypatch):
-    def full(write):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class FullDisk(io.StringIO):
+        encoding = "utf-8"
 
-    monkeypatch.setattr(command, "_print", full)
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", FullDisk())
     code, _, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
     assert (code, err) == (2, ["gramophone: [Errno 28] No space left on device"])
     assert {path.name for path in folder.iterdir()} == {"a.json", "a.html"}
