@@ -1,1 +1,1 @@
-"""VGG and its forward and backward pass, in the precision that was asked for."""
+"""VGG and its forward and backward pass in the chosen precision."""

@@ -268,13 +268,13 @@ class _LossTerms:
     ) -> None:
         """``diffs`` and ``contents`` as in `VggFeatures.backward`, ``dtype`` of the gradient."""
         self._diffs, self._contents, self._dtype = diffs, contents, dtype
-        self.content_losses: dict[str, Tensor] = {}  # [B] by layer, as far as the pass has come
+        self.content_losses: dict[str, Tensor] = {}  # [B] by layer, of the layers passed so far
 
     def __contains__(self, layer: str) -> bool:
         return layer in self._diffs or layer in self._contents
 
     def add(self, layer: str, features: Tensor, grad: Tensor | None, *, relu_mask: bool) -> Tensor | None:
-        """Adds the gradients of the layer's terms to ``grad``, in place, and returns it; None stands for zeros.
+        """Adds the gradients of the layer's terms to ``grad``, in place, and returns it; None means zeros.
 
         With ``relu_mask`` the result is 0 where ``features``, the output of a ReLU, are 0. The mask comes after all
         terms, so the op of the last term applies it; without a term it takes an op of its own.
