@@ -175,16 +175,12 @@ OTHER_FOLDERS = {
 # Modules without a test module of their own, by what tests them: values and parts that only matter in what uses them.
 TESTED_THROUGH = {
     "tests/proto/test_recipe.py": ["gramophone.wire"],
-    "tests/domain/test_job_state.py": ["gramophone_server.domain.job", "gramophone_server.domain.engine_api"],
+    "tests/engine/test_engine.py": ["gramophone_server.domain.engine_api"],
     "tests/scheduling/test_worker.py": ["gramophone_server.domain.commands", "gramophone_server.domain.events"],
     "tests/scheduling/test_scheduler.py": ["gramophone_server.scheduling.*"],
     "tests/jobs/test_job.py": ["gramophone_server.jobs.event_log"],
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
-    "tests/engine/test_engine.py": ["gramophone_server.engine.losses", "gramophone_server.engine.style_targets"],
-    "tests/rpc/test_admission.py": [
-        "gramophone_server.domain.checkpoint",
-        "gramophone_server.engine.checkpoint_format",
-    ],
+    "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_servicer.py": ["gramophone_server.rpc.responses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
     "tests/ops": ["gramophone_server.ops.*"],  # by family of ops, as csrc

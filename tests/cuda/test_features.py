@@ -1,5 +1,4 @@
-"""The GPU's form of the chain, with the emulated kernels in place of the real ones, against the CPU's and against
-autograd."""
+"""The network as it runs on a GPU, with the emulated kernels, against the network on a CPU and against autograd."""
 
 from __future__ import annotations
 
@@ -28,13 +27,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def wide_vgg() -> Vgg:
-    """The widths of the real network, which the kernels are made for."""
+    """A network with the widths of the real one, which the kernels need."""
     return make_tiny_vgg(widths=(64, 128, 256, 512, 512))
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The ops of `gramophone_server.ops.functional` are the emulated ones."""
+    """`gramophone_server.ops.functional` calls the emulated ops."""
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
     yield
 
@@ -42,20 +41,21 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def evaluated(
     vgg: Vgg, recipe: Recipe, precision: str, kernel: str, height: int = 21, width: int = 18
 ) -> tuple[Tensor, Tensor]:
-    """(terms [T], gradient) at one picture."""
+    """(terms [T], gradient [1, 3, H, W]) at one picture."""
     image, content, style = (as_image(make_picture(seed, height, width)) for seed in (5, 1, 2))
     features = VggFeatures(vgg, CPU, MODES[precision], kernel=kernel)
     evaluation = objective_of(features, [recipe], content, [[(style, 1.0)]]).evaluate(image)
     return evaluation.terms[:, 0], evaluation.grad
 
 
-# With maxima, another rounding makes another of four pixels the largest here and there.
-APART = {("fp16", Pooling.AVERAGE): 0.01, ("bf16", Pooling.AVERAGE): 0.05, ("fp16", Pooling.MAX): 0.1}
+# Relative errors of the gradient. With maxima they are larger, because rounding changes here and there which of four
+# pixels is the largest.
+TOLERANCES = {("fp16", Pooling.AVERAGE): 0.01, ("bf16", Pooling.AVERAGE): 0.05, ("fp16", Pooling.MAX): 0.1}
 
 
-@pytest.mark.parametrize(("precision", "pooling"), APART)
+@pytest.mark.parametrize(("precision", "pooling"), TOLERANCES)
 @pytest.mark.parametrize("layers", ["default", "conv layers", "one layer twice", "style ends deepest"])
-def test_the_gpu_chain_is_the_cpu_chain(
+def test_the_gradient_on_a_gpu_is_that_on_a_cpu(
     wide_vgg: Vgg, layers: str, precision: str, pooling: Pooling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(pooling=pooling, **LAYERS[layers])
@@ -63,11 +63,11 @@ def test_the_gpu_chain_is_the_cpu_chain(
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
     got_terms, got = evaluated(wide_vgg, recipe, precision, "cudnn")
     torch.testing.assert_close(got_terms, terms, rtol=0.01, atol=1e-4)
-    assert relative_error(got, grad.double()) < APART[precision, pooling]
+    assert relative_error(got, grad.double()) < TOLERANCES[precision, pooling]
 
 
 @pytest.mark.parametrize("pooling", Pooling)
-def test_the_gpu_chain_is_autograd(wide_vgg: Vgg, pooling: Pooling, kernels: None) -> None:
+def test_the_gradient_on_a_gpu_is_that_of_autograd(wide_vgg: Vgg, pooling: Pooling, kernels: None) -> None:
     recipe = Recipe(pooling=pooling)
     terms, grad = evaluated(wide_vgg, recipe, "fp16", "cudnn")
     image, content, style = (as_image(make_picture(seed, 21, 18)) for seed in (5, 1, 2))
@@ -76,7 +76,7 @@ def test_the_gpu_chain_is_autograd(wide_vgg: Vgg, pooling: Pooling, kernels: Non
     assert relative_error(grad, expected) < 0.1
 
 
-def test_pooled_layers_that_nobody_asked_for_leave_codes_behind(wide_vgg: Vgg, kernels: None) -> None:
+def test_only_codes_are_kept_of_layers_that_are_pooled_and_not_requested(wide_vgg: Vgg, kernels: None) -> None:
     features = VggFeatures(wide_vgg, CPU, MODES["fp16"], kernel="cudnn")
     activations = features.forward(as_image(make_picture(1, 32, 32)), {"relu3_1", "relu2_2"}, Pooling.MAX)
     assert list(activations.codes) == ["1_2"]
@@ -84,14 +84,14 @@ def test_pooled_layers_that_nobody_asked_for_leave_codes_behind(wide_vgg: Vgg, k
     assert activations["relu2_2"].shape == (1, 128, 16, 16)
 
 
-def test_the_two_ways_back_agree(wide_vgg: Vgg) -> None:
+def test_the_two_kernels_of_the_backward_pass_agree(wide_vgg: Vgg) -> None:
     kernel = CuDnn(wide_vgg.convolutions[2], CPU, MODES["bf16"], Autotuner())
     grad = torch.randn(2, 128, 9, 7).bfloat16().contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(kernel.flipped(grad), kernel.dgrad(grad), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("jobs", "size"), [(1, 32), (2, 24)])
-def test_the_estimate_of_memory_is_what_the_iteration_takes(
+def test_the_memory_estimate_is_the_peak_of_the_iteration(
     wide_vgg: Vgg, jobs: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = Shape.of(Recipe(size=size), size, size)

@@ -2,7 +2,7 @@
 
     python tests/engine/make_expected.py
 
-Run it only when the mathematics is meant to change, and say in the commit why it did.
+Run it only if the mathematics is meant to change, and give the reason in the commit message.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Batches of the engine: jobs join, leave, change and go from scale to scale, and none notices another."""
+"""Batches of the engine: jobs join, leave, are updated and go from scale to scale without an effect on other jobs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,9 @@ from gramophone.recipe import InvalidRecipe, LayerWeight, Normalisation, Optimis
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.engine.engine import VggEngine
-from gramophone_server.engine.graph_runner import GraphRunner
+from gramophone_server.engine.objective import Evaluation
 from gramophone_server.errors import OutOfDeviceMemory
-from gramophone_server.network.precision import MODES
 from tests.support.engines import CHECKPOINTS
-from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
 
 MakeJob = Callable[..., StyleJob]
@@ -26,8 +25,8 @@ STATEFUL = [Optimiser.ADAM, Optimiser.LBFGS]
 MOST = 2**30
 
 
-def go(engine: VggEngine, state: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
-    """The job alone in batches of a width, for so many iterations or to its end."""
+def run_alone(engine: VggEngine, state: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
+    """Runs up to ``iterations`` of a job alone in batches of ``slots``, and returns the report of each."""
     reports = []
     while iterations and not state.finished:
         batch = engine.batch(state.shape, slots)
@@ -65,16 +64,16 @@ def three(make_job: MakeJob, optimiser: Optimiser) -> list[StyleJob]:
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_jobs_that_come_and_go_are_what_they_are_alone(
+def test_jobs_that_join_and_leave_have_the_results_that_they_have_alone(
     tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
 ) -> None:
     alone = [JobState(job) for job in three(make_job, optimiser)]
-    alone_reports = [go(tiny_engine, state, 3) for state in alone]
-    single = [go(tiny_engine, JobState(job), 1) for job in three(make_job, optimiser)]
+    alone_reports = [run_alone(tiny_engine, state, 3) for state in alone]
+    single = [run_alone(tiny_engine, JobState(job), 1) for job in three(make_job, optimiser)]
 
     first, second, third = works = [tiny_engine.admit(job) for job in three(make_job, optimiser)]
     reports: dict[JobState, list[Report]] = {state: [] for state in works}
-    reports[first] += go(tiny_engine, first, 3, 4)  # its coarse scale
+    reports[first] += run_alone(tiny_engine, first, 3, 4)  # its coarse scale
     batch = tiny_engine.batch(first.shape, 3)
 
     def advance(iterations: int) -> None:
@@ -84,11 +83,11 @@ def test_jobs_that_come_and_go_are_what_they_are_alone(
 
     assert batch.join(second) == 0
     advance(3)
-    assert batch.join(first) == 1  # from the scale before
+    assert batch.join(first) == 1  # after its coarse scale
     advance(4)
     assert batch.join(third) == 2
     advance(2)
-    assert batch.leave(0) is second  # is paused
+    assert batch.leave(0) is second  # as a paused job does
     advance(3)
     assert batch.iterations_left(1) == 0
     batch.leave(1)
@@ -105,7 +104,7 @@ def test_jobs_that_come_and_go_are_what_they_are_alone(
         assert all(torch.equal(mine.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-def test_what_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+def test_a_job_that_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     state = tiny_engine.admit(make_job(iterations=1))
     batch = tiny_engine.batch(state.shape, 1)
     with pytest.raises(ValueError, match="no job is in the batch"):
@@ -127,7 +126,7 @@ def test_what_cannot_join_is_refused(tiny_engine: VggEngine, make_job: MakeJob) 
 
 
 @pytest.mark.parametrize("optimiser", STATEFUL)
-def test_new_weights_act_from_the_iteration_that_is_named(
+def test_an_update_has_effect_from_the_iteration_that_is_returned(
     tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser
 ) -> None:
     changes: dict[str, Any] = {
@@ -144,21 +143,21 @@ def test_new_weights_act_from_the_iteration_that_is_named(
     assert batch.update(0, **changes) == 5
     after = [batch.advance() for _ in range(6)]
 
-    plain = go(tiny_engine, JobState(job), 2)
+    plain = run_alone(tiny_engine, JobState(job), 2)
     assert totals([reports[0] for reports in before]) == totals(plain[:4])
     assert after[0][0].losses.tv == 0 and plain[4].losses.tv > 0
-    # A job with these weights from the start, put where the other one was.
+    # A job with these weights from the start continues from the state of the first one before its update.
     other = replace(kept, job=replace(job, recipe=replace(job.recipe, **changes)), recipe=None)
-    assert totals([reports[0] for reports in after]) == totals(go(tiny_engine, other, 2))
+    assert totals([reports[0] for reports in after]) == totals(run_alone(tiny_engine, other, 2))
     assert torch.equal(image(batch.leave(0)), image(other))
-    assert totals([reports[1] for reports in before + after]) == totals(go(tiny_engine, JobState(mate), 2))
+    assert totals([reports[1] for reports in before + after]) == totals(run_alone(tiny_engine, JobState(mate), 2))
 
 
-def test_what_cannot_be_changed_on_the_way_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+def test_an_update_of_fixed_fields_or_with_invalid_values_is_refused(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     state = tiny_engine.admit(make_job())
     batch = tiny_engine.batch(state.shape, 1)
     batch.join(state)
-    for changes, words in (
+    for changes, message in (
         ({"optimiser": Optimiser.LBFGS}, "optimiser: cannot change after the job is accepted"),
         ({"beta": -1.0}, "beta: must be between 0 and 1e[+]15, got -1"),
         (
@@ -166,22 +165,22 @@ def test_what_cannot_be_changed_on_the_way_is_refused(tiny_engine: VggEngine, ma
             "content_layers: must name the job's layers, relu4_2, got relu3_1",
         ),
     ):
-        with pytest.raises(InvalidRecipe, match=words):
+        with pytest.raises(InvalidRecipe, match=message):
             batch.update(0, **changes)  # type: ignore[arg-type]
     assert state.recipe == state.job.recipe
 
 
-@pytest.mark.parametrize("at", [2, 4, 6])  # in the coarse scale, at its end, in the fine one
+@pytest.mark.parametrize("done", [2, 4, 6])  # iterations: in the coarse scale, at its end, in the final one
 @pytest.mark.parametrize("average", [0.0, 0.9])
 @pytest.mark.parametrize("optimiser", STATEFUL)
-def test_a_full_checkpoint_goes_on_bit_for_bit(
-    tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser, average: float, at: int
+def test_a_job_continues_from_a_full_checkpoint_bit_for_bit(
+    tiny_engine: VggEngine, make_job: MakeJob, optimiser: Optimiser, average: float, done: int
 ) -> None:
     job = make_job(optimiser=optimiser, average=average, smallest_size=34, coarse_iterations=4, iterations=6)
     straight = JobState(job)
-    expected = go(tiny_engine, straight, 1)
+    expected = run_alone(tiny_engine, straight, 1)
     stopped = JobState(job)
-    go(tiny_engine, stopped, 1, at)
+    run_alone(tiny_engine, stopped, 1, done)
     data = CHECKPOINTS.write(stopped, most_bytes=MOST)
     read = CHECKPOINTS.read(data, most_bytes=MOST)
     assert read.recipe == job.recipe
@@ -189,12 +188,12 @@ def test_a_full_checkpoint_goes_on_bit_for_bit(
         make_job(optimiser=optimiser, average=average, smallest_size=34, coarse_iterations=4, iterations=6)
     )
     assert CHECKPOINTS.write(resumed, most_bytes=MOST) == data
-    reports = go(tiny_engine, resumed, 1)
-    assert reports == expected[at:]
+    reports = run_alone(tiny_engine, resumed, 1)
+    assert reports == expected[done:]
     assert torch.equal(image(resumed), image(straight))
 
 
-def test_a_light_checkpoint_goes_on_from_the_picture(tiny_engine: VggEngine, make_job: MakeJob) -> None:
+def test_a_job_continues_from_the_picture_of_a_light_checkpoint(tiny_engine: VggEngine, make_job: MakeJob) -> None:
     job = make_job(average=0.5, iterations=30)
     state = tiny_engine.admit(job)
     batch = tiny_engine.batch(state.shape, 1)
@@ -208,16 +207,16 @@ def test_a_light_checkpoint_goes_on_from_the_picture(tiny_engine: VggEngine, mak
     assert torch.equal(again.picture(0), batch.picture(0))
     reports = [again.advance()[0] for _ in range(10)]
     assert reports[-1].iteration == 30 and resumed.finished
-    # Adam's first steps are as long as its step allows whatever the slope, so a settled picture is shaken at first.
+    # The first steps of Adam have the full length for any gradient, so they move a converged picture away at first.
     assert batch.advance(10)[0].losses.total < reports[-1].losses.total < reports[1].losses.total
 
 
-def test_a_job_that_breaks_behind_a_light_checkpoint_names_its_iteration(
+def test_a_job_that_diverges_after_a_light_checkpoint_reports_the_iteration_of_the_job(
     tiny_engine: VggEngine, make_job: MakeJob
 ) -> None:
     job = make_job()
     state = JobState(job)
-    go(tiny_engine, state, 1, 6)
+    run_alone(tiny_engine, state, 1, 6)
     data = CHECKPOINTS.write(state, picture=tiny_engine.picture(state)(), most_bytes=MOST)
     resumed, healthy = CHECKPOINTS.read(data, most_bytes=MOST).restore(job), JobState(make_job(content=3))
     batch = tiny_engine.batch(resumed.shape, 2)
@@ -229,28 +228,28 @@ def test_a_job_that_breaks_behind_a_light_checkpoint_names_its_iteration(
     assert [report.diverged_at for report in batch.advance(2).values()] == [8, None]
     left = batch.leave(0)
     assert left.diverged_at == 8 and image(left).isfinite().all()
-    batch.join(left)  # it stays what it is
+    batch.join(left)  # it stays diverged
     batch.advance()
     assert torch.equal(batch.leave(0).tensors["image"], image(left))  # type: ignore[index]
-    assert totals(go(tiny_engine, batch.leave(1), 2)) == totals(go(tiny_engine, JobState(make_job(content=3)), 2)[4:])
+    expected = run_alone(tiny_engine, JobState(make_job(content=3)), 2)
+    assert totals(run_alone(tiny_engine, batch.leave(1), 2)) == totals(expected[4:])
 
 
-def test_out_of_memory_leaves_everybody_where_they_were(
+def test_out_of_memory_leaves_all_jobs_at_their_last_whole_iteration(
     tiny_engine: VggEngine, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = totals(go(tiny_engine, JobState(make_job()), 2))
+    expected = totals(run_alone(tiny_engine, JobState(make_job()), 2))
     state, late = tiny_engine.admit(make_job()), tiny_engine.admit(make_job(content=3))
     batch = tiny_engine.batch(state.shape, 2)
     batch.join(state)
     reports = [batch.advance()[0] for _ in range(3)]
-    iterate, evaluated = GraphRunner._iterate, []
+    evaluate, evaluations = batch.runner.objective.evaluate, itertools.count(1)
 
     def too_much(*_: Any, **__: Any) -> Tensor:
         return torch.empty(2**50)
 
-    def third_fails(runner: GraphRunner) -> None:
-        evaluated.append(runner)
-        (too_much if len(evaluated) == 3 else iterate)(runner)
+    def evaluate_twice(pictures: Tensor) -> Evaluation:
+        return evaluate(pictures) if next(evaluations) < 3 else too_much()  # type: ignore[return-value]
 
     with monkeypatch.context() as patch:
         patch.setattr(tiny_engine.features, "forward", too_much)
@@ -258,33 +257,15 @@ def test_out_of_memory_leaves_everybody_where_they_were(
             batch.join(late)
         assert not late.joined and late.tensors is None and list(batch.states) == [0]
     with monkeypatch.context() as patch:
-        patch.setattr(GraphRunner, "_iterate", third_fails)
+        patch.setattr(batch.runner.objective, "evaluate", evaluate_twice)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):
             batch.advance(5)
     assert state.done == 5
-    take = GraphRunner.take
-    monkeypatch.setattr(GraphRunner, "take", lambda *a, to_cpu=False: take(*a, to_cpu=True) if to_cpu else too_much())
-    left = batch.leave(0)
-    monkeypatch.undo()
-    reports += go(tiny_engine, left, 2)
+    take = batch.runner.take
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            batch.runner, "take", lambda slot, to_cpu=False: take(slot, to_cpu=True) if to_cpu else too_much()
+        )
+        left = batch.leave(0)
+    reports += run_alone(tiny_engine, left, 2)
     assert totals(reports) == expected[:3] + expected[5:]
-
-
-def test_styles_are_looked_at_once(tiny_engine: VggEngine, make_job: MakeJob) -> None:
-    def engine(most: int) -> VggEngine:
-        return VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"], style_cache_bytes=most)
-
-    with_cache, without, small = engine(2**20), engine(0), engine(3000)
-    job = replace(make_job(iterations=3), styles=(make_picture(6), make_picture(7)), style_weights=(1.0, 2.0))
-    again = replace(job, styles=tuple(style.clone() for style in job.styles), style_weights=(5.0, 1.0), seed=3)
-    results = [[totals(go(e, JobState(j), 1)) for j in (job, again, job)] for e in (with_cache, without, small)]
-    assert results[0] == results[1] == results[2]
-    assert results[0][0] == results[0][2] != results[0][1]
-    one = sum(c * c for c in (4, 6, 8, 8, 8)) * 4  # bytes of a style
-    assert with_cache.style_cache == (4, 2, 2 * one, 2**20)
-    assert without.style_cache == (0, 6, 0, 0)
-    assert small.style_cache.bytes == 2 * one <= 3000
-    other = make_job(iterations=1, pooling="average")
-    go(with_cache, JobState(other), 1)
-    go(with_cache, JobState(make_job(iterations=1, size=40)), 1)
-    assert with_cache.style_cache.misses == 4

@@ -1,4 +1,4 @@
-"""Slots of a stage: what is put into one is what is taken out of it, and the others never notice."""
+"""Slots of a graph runner: a slot returns the tensors that were put into it, and does not affect the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEIGHT, WIDTH, SLOTS = 24, 28, 3
 
 
 @pytest.fixture
-def stage_of(tiny_engine: VggEngine) -> Callable[..., GraphRunner]:
+def runner_of(tiny_engine: VggEngine) -> Callable[..., GraphRunner]:
     def make(average: float = 0.5, optimiser: Optimiser = Optimiser.LBFGS) -> GraphRunner:
         shape = Shape.of(Recipe(optimiser=optimiser, average=average), HEIGHT, WIDTH)
         return GraphRunner(tiny_engine.features, shape, SLOTS)
@@ -36,7 +36,7 @@ def fill(runner: GraphRunner, slot: int, seed: int, recipe: Recipe | None = None
 
 
 def everything(runner: GraphRunner, slot: int) -> list[Tensor]:
-    """All that belongs to a slot."""
+    """Copies of all tensors of a slot."""
     objective, canvas = runner.objective, runner.canvas
     targets = [target[slot] for target in (*objective.content_targets, *objective.style_targets)]
     weights = [objective.content_weights[:, slot], objective.style_weights[:, slot], objective.tv_weights[slot]]
@@ -49,8 +49,10 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_putting_taking_and_clearing_touch_one_slot(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
-    runner = stage_of(optimiser=optimiser)
+def test_putting_taking_and_clearing_touch_one_slot(
+    runner_of: Callable[..., GraphRunner], optimiser: Optimiser
+) -> None:
+    runner = runner_of(optimiser=optimiser)
     for slot in range(SLOTS):
         fill(runner, slot, slot)
     runner.iterate(3)
@@ -66,11 +68,11 @@ def test_putting_taking_and_clearing_touch_one_slot(stage_of: Callable[..., Grap
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_slots_do_not_see_each_other(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
-    """The same job between others, alone, and next to one that breaks: bit for bit."""
+def test_slots_do_not_see_each_other(runner_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
+    """A job gives the same results alone, between two others, and next to one that diverges, bit for bit."""
     results = []
-    for company in ((), (0, 2), (0,)):
-        runner = stage_of(optimiser=optimiser)
+    for company in ((), (0, 2), (0,)):  # slots of the other jobs
+        runner = runner_of(optimiser=optimiser)
         fill(runner, 1, 1)
         for slot in company:
             fill(runner, slot, slot)
@@ -88,13 +90,13 @@ def test_slots_do_not_see_each_other(stage_of: Callable[..., GraphRunner], optim
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_empty_slots_stay_black_and_finite(stage_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
-    runner = stage_of(optimiser=optimiser)
+def test_empty_slots_stay_black_and_finite(runner_of: Callable[..., GraphRunner], optimiser: Optimiser) -> None:
+    runner = runner_of(optimiser=optimiser)
     fill(runner, 0, 3)
     fill(runner, 1, 4)
     runner.iterate(2)
     with torch.inference_mode():
-        runner.canvas.image[1].fill_(torch.nan)  # it leaves as it breaks
+        runner.canvas.image[1].fill_(torch.nan)  # its slot is cleared before it is found to have diverged
     runner.clear(1)
     runner.iterate(12)
     for slot in (1, 2):
@@ -105,7 +107,7 @@ def test_empty_slots_stay_black_and_finite(stage_of: Callable[..., GraphRunner],
     assert runner.canvas.alive[0]
 
 
-def test_bytes_are_those_of_the_buffers(stage_of: Callable[..., GraphRunner]) -> None:
+def test_its_bytes_are_the_size_of_its_buffers(runner_of: Callable[..., GraphRunner]) -> None:
     pictures = SLOTS * 3 * HEIGHT * WIDTH * 4
-    adam, lbfgs = (stage_of(0.0, optimiser).bytes for optimiser in (Optimiser.ADAM, Optimiser.LBFGS))
+    adam, lbfgs = (runner_of(0.0, optimiser).bytes for optimiser in (Optimiser.ADAM, Optimiser.LBFGS))
     assert 19 * pictures <= lbfgs - adam < 20 * pictures  # 21 pictures for 2, and products

@@ -1,4 +1,4 @@
-"""What a batch takes, counted on the meta device."""
+"""Estimates of the memory of a batch, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def needed(vgg: Vgg, size: int = 512, jobs: int = 1, precision: str = "fp16", ke
     return bytes_needed(vgg, shape, jobs, MODES[precision], kernel)
 
 
-def test_alive_counts_what_is_in_use() -> None:
+def test_tensors_in_use_are_counted() -> None:
     with Alive() as alive:
         a = torch.zeros(1024, device="meta")
         b = a + 1
         view = b[:10]
         assert (alive.now, alive.peak) == (8192, 8192)
         del a, b
-        assert alive.now == 4096  # the view keeps what it looks at
+        assert alive.now == 4096  # the view keeps its storage
         del view
         c = torch.zeros(3, device="meta").add_(1)
         assert (alive.now, alive.peak) == (512, 8192)
@@ -40,10 +40,10 @@ def test_alive_counts_what_is_in_use() -> None:
     assert alive.now == 0
 
 
-def test_an_iteration_at_512_px_takes_what_its_largest_layers_take(wide_vgg: Vgg) -> None:
-    """By hand: at conv1_2's way back there are relu1_1 and two gradients of its size, 64 channels of 2 bytes each, and
-    the codes of the pooling, 16 bytes a pixel; and the buffers of the picture, its last good one and Adam's two
-    moments."""
+def test_an_iteration_at_512_px_takes_as_much_as_its_largest_layers(wide_vgg: Vgg) -> None:
+    """Counted by hand: in conv1_2's backward pass there are relu1_1 and two gradients of its size, 64 channels of 2
+    bytes each; the codes of the pooling, 16 bytes per pixel; and the buffers of the picture, its last good one and
+    Adam's two moments."""
     pixels = 512 * 512
     largest = (3 * 64 * 2 + 16) * pixels
     buffers = (4 * 12 + 16) * pixels  # and relu4_2's target, 512 channels of 2 bytes on a 64th of the pixels
@@ -51,20 +51,22 @@ def test_an_iteration_at_512_px_takes_what_its_largest_layers_take(wide_vgg: Vgg
     assert largest + buffers <= got <= 1.15 * (largest + buffers)
 
 
-def test_it_grows_with_pixels_jobs_type_and_history(wide_vgg: Vgg) -> None:
+def test_the_estimate_grows_with_pixels_jobs_type_and_history(wide_vgg: Vgg) -> None:
     one = needed(wide_vgg, optimiser=Optimiser.ADAM) - WORKSPACES
     assert needed(wide_vgg, size=1024, optimiser=Optimiser.ADAM) - WORKSPACES == pytest.approx(4 * one, rel=0.05)
     assert needed(wide_vgg, jobs=4, optimiser=Optimiser.ADAM) - WORKSPACES == pytest.approx(4 * one, rel=0.02)
     assert needed(wide_vgg, precision="fp32", kernel="library", optimiser=Optimiser.ADAM) > 1.8 * one
     history = needed(wide_vgg, optimiser=Optimiser.LBFGS) - WORKSPACES - one
-    assert history == pytest.approx(20 * 12 * 512 * 512, rel=0.1)  # ten pairs of float32 pictures, and Adam's gone
+    assert history == pytest.approx(
+        20 * 12 * 512 * 512, rel=0.1
+    )  # ten pairs of float32 pictures, without Adam's moments
 
 
-def test_nothing_is_allocated_and_nothing_computed(wide_vgg: Vgg) -> None:
+def test_an_estimate_allocates_and_computes_nothing(wide_vgg: Vgg) -> None:
     assert needed(wide_vgg, size=16384, jobs=8) > 500 * 2**30
 
 
-def test_it_is_estimated_once(wide_vgg: Vgg) -> None:
+def test_an_estimate_is_cached(wide_vgg: Vgg) -> None:
     first = needed(wide_vgg, size=128)
     asked = bytes_needed.cache_info()
     assert needed(wide_vgg, size=128) == first

@@ -1,6 +1,6 @@
-"""What `--precision auto` is chosen by: with the real network, a GPU's modes against fp32, emulated on the CPU.
+"""The measurements behind `--precision auto`: with the real network, a GPU's modes against fp32, emulated on the CPU.
 
-One example pair at 72 px; `python -m benchmarks.precision` is the long form, with the figures in benchmarks/RESULTS.md.
+One example pair at 72 px; `python -m benchmarks.precision` measures more, and benchmarks/RESULTS.md has its numbers.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ def test_rounding_to_tf32_keeps_ten_bits() -> None:
 
 
 @pytest.mark.parametrize("when", ["start", "end"])
-def test_fp16_has_the_gradient_of_tf32_and_bf16_has_not(found: Mapping[str, Row], when: str) -> None:
+def test_the_gradient_of_fp16_is_as_exact_as_that_of_tf32_and_that_of_bf16_is_not(
+    found: Mapping[str, Row], when: str
+) -> None:
     errors = {name: row[f"gradient error, {when}"] for name, row in found.items()}
     assert errors["fp16"] < 1.5 * errors["tf32"]
     assert errors["bf16"] > 2 * errors["fp16"]
 
 
-def test_fp16_gets_as_far_as_fp32(found: Mapping[str, Row]) -> None:
+def test_fp16_reaches_the_loss_of_fp32(found: Mapping[str, Row]) -> None:
     assert found["fp16"]["last loss / fp32"] == pytest.approx(1.0, abs=0.03)
 
 
-def test_in_fp16_the_real_network_stays_far_from_the_end_of_its_range(vgg: Vgg) -> None:
+def test_in_fp16_the_activations_of_the_real_network_are_far_below_the_largest_number(vgg: Vgg) -> None:
     features = VggFeatures(vgg, torch.device("cpu"), MODES["fp16"], kernel="library")
     exact = VggFeatures(vgg, torch.device("cpu"), MODES["fp32"], kernel="library")
     image = probe_images(torch.device("cpu"))[:1, :, :96, :96].contiguous()
@@ -55,6 +57,6 @@ def test_in_fp16_the_real_network_stays_far_from_the_end_of_its_range(vgg: Vgg) 
         gain = features.gain(layer)
         assert gain in (1, 2, 4, 8, 16, 32)
         assert float(kept[layer].max()) <= LARGEST_FP16
-        apart = (kept[layer].float() * gain - true[layer]).norm() / true[layer].norm()
-        assert apart < 3e-3
-    assert features.gain("relu4_2") > 1  # where the largest are
+        error = (kept[layer].float() * gain - true[layer]).norm() / true[layer].norm()
+        assert error < 3e-3
+    assert features.gain("relu4_2") > 1  # the layer with the largest activations

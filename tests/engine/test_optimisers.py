@@ -1,4 +1,4 @@
-"""Optimisers: what each does over several steps, per job and in place. The formulas of one step: test_step.py."""
+"""Optimisers over several steps, per job and in place. tests/ops/test_optimisers.py has the formulas of one step."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def new_canvas(image: Tensor, *step: float, average: float = 0.0) -> Canvas:
 
 
 def grey(seed: int, *shape: int, spread: float = 0.1) -> Tensor:
-    """Around the middle of what can be shown, so that nothing is clamped."""
+    """Values around 0.5, so that no step is clamped to [0, 1]."""
     return 0.5 + spread * random(seed, *shape).clamp(-3, 3)
 
 
 def step(canvas: Canvas, stepper: Stepper, grad: Tensor) -> Tensor:
-    """One step as the engine makes it; returns how far the image moved."""
+    """One step as the engine makes it; returns the change of the image."""
     before = canvas.image.clone()
     ops.check_finite_(torch.zeros(1, grad.shape[0]), grad, canvas.alive, canvas.diverged_at, canvas.count)
     stepper.step_(grad)
@@ -55,7 +55,7 @@ def step(canvas: Canvas, stepper: Stepper, grad: Tensor) -> Tensor:
 
 
 def carry(optimiser: Optimiser, coarser: Stepper, finer: Stepper) -> None:
-    """Both jobs to 8x10 px."""
+    """Carries the state of both jobs over to 8 x 10 px."""
     for index in range(2):
         state: SlotTensors = carried(optimiser, coarser.slot(index), 8, 10)
         for name, tensor in state.items():
@@ -63,7 +63,7 @@ def carry(optimiser: Optimiser, coarser: Stepper, finer: Stepper) -> None:
 
 
 def stretched() -> Tensor:
-    """Positive definite, condition 1000."""
+    """A positive definite matrix with condition number 1000."""
     n = 60
     q, _ = torch.linalg.qr(random(3, n, n))
     return (q * torch.logspace(0, 3, n)) @ q.T
@@ -74,20 +74,20 @@ def slope(canvas: Canvas, hessian: Tensor) -> Tensor:
     return torch.matmul((canvas.image - 0.5).flatten(1), hessian).view(canvas.image.shape)
 
 
-def test_gradient_descent_is_the_textbooks() -> None:
+def test_gradient_descent_is_that_of_the_textbook() -> None:
     canvas, grad = new_canvas(grey(1), 0.01, 0.1), random(2)
     moved = step(canvas, Descent(canvas, normalised=False), grad)
     torch.testing.assert_close(moved, torch.stack([-0.01 * grad[0], -0.1 * grad[1]]), rtol=1e-4, atol=1e-7)
 
 
-def test_normalised_descent_moves_by_its_step_whatever_the_gradients_size() -> None:
+def test_normalised_descent_moves_by_its_step_for_a_gradient_of_any_size() -> None:
     canvas, grad = new_canvas(grey(1), 0.01, 0.03), random(2) * torch.tensor([1e-12, 1e30]).view(2, 1, 1, 1)
     moved = step(canvas, Descent(canvas, normalised=True), grad)
     torch.testing.assert_close(moved.square().mean((1, 2, 3)).sqrt(), canvas.step, rtol=1e-4, atol=0)
     torch.testing.assert_close(moved[0] / moved[0].norm(), -grad[0] / grad[0].norm(), rtol=1e-3, atol=1e-6)
 
 
-def test_adam_is_torchs() -> None:
+def test_adam_equals_that_of_torch() -> None:
     canvas = new_canvas(grey(1, spread=0.01), 0.01)
     leaf = canvas.image.clone().requires_grad_()
     expected = torch.optim.Adam([leaf], lr=0.01, betas=Adam.BETAS, eps=Adam.EPSILON)
@@ -106,7 +106,7 @@ def test_adam_does_not_stall_on_gradients_of_means() -> None:
 
 
 def test_lbfgs_takes_the_direction_that_its_matrix_defines() -> None:
-    """The two loops over products against the inverse Hessian built up as a matrix by BFGS updates."""
+    """The two-loop recursion over products against the inverse Hessian as a matrix, built by BFGS updates."""
     hessian = stretched()
     canvas = new_canvas(grey(1, 1, 3, 4, 5), 1e-3)
     stepper = LBFGS(canvas)
@@ -149,7 +149,7 @@ def test_lbfgs_leaves_out_a_pair_of_negative_curvature_for_that_job_alone() -> N
     step(canvas, stepper, bent)
     assert [float(x) > 0 for x in stepper.inverse[:, 0]] == [True, False]
     assert [float(x) > 0 for x in stepper.scale] == [True, False]
-    moved = step(canvas, stepper, bent)  # the second job knows no curvature: the bare gradient, as long as a step
+    moved = step(canvas, stepper, bent)  # the second job has no pair: it moves along the gradient, by the full step
     torch.testing.assert_close(moved[1], -0.01 * bent[1] / bent[1].square().mean().sqrt(), rtol=1e-3, atol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_lbfgs_is_never_longer_than_its_step() -> None:
 
 @pytest.mark.parametrize("optimiser", Optimiser)
 def test_a_zero_gradient_moves_nothing(optimiser: Optimiser) -> None:
-    canvas = new_canvas(grey(1), 30.0)  # over the smallest float this is infinite
+    canvas = new_canvas(grey(1), 30.0)  # divided by the smallest float this is infinite
     stepper = make_stepper(optimiser, canvas)
     for _ in range(3):
         assert torch.equal(step(canvas, stepper, ZERO), ZERO)
@@ -177,7 +177,7 @@ def test_a_jobs_picture_does_not_depend_on_its_batch(optimiser: Optimiser) -> No
     for i in range(13):
         noise = random(i, *shape)
         if i == 5:
-            noise[0] = torch.nan  # nor on that it ends
+            noise[0] = torch.nan  # the other job diverges
         step(both, steppers[0], both.image + 0.1 * noise)
         step(alone, steppers[1], alone.image + 0.1 * noise[1:])
         assert torch.equal(both.image[1:], alone.image)
@@ -186,7 +186,9 @@ def test_a_jobs_picture_does_not_depend_on_its_batch(optimiser: Optimiser) -> No
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_a_job_that_diverges_shows_its_last_good_picture_and_is_not_poisoned(optimiser: Optimiser, bad: float) -> None:
+def test_a_job_that_diverges_shows_its_last_good_picture_and_all_its_state_stays_finite(
+    optimiser: Optimiser, bad: float
+) -> None:
     canvas = new_canvas(grey(1), 0.01, average=0.9)
     stepper = make_stepper(optimiser, canvas)
     step(canvas, stepper, random(2))
@@ -205,7 +207,7 @@ def test_a_job_that_diverges_shows_its_last_good_picture_and_is_not_poisoned(opt
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_a_stepper_of_zeros_is_as_new(optimiser: Optimiser) -> None:
+def test_a_stepper_whose_state_is_zero_is_like_a_new_one(optimiser: Optimiser) -> None:
     canvas = new_canvas(grey(1), 0.01)
     stepper = make_stepper(optimiser, canvas)
     pictures = []
@@ -221,7 +223,7 @@ def test_a_stepper_of_zeros_is_as_new(optimiser: Optimiser) -> None:
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)
-def test_state_goes_on_at_the_next_scale(optimiser: Optimiser) -> None:
+def test_state_is_carried_over_to_the_next_scale(optimiser: Optimiser) -> None:
     canvas = new_canvas(grey(1), 0.1)
     stepper = make_stepper(optimiser, canvas)
     for i in range(4):
@@ -249,7 +251,7 @@ def test_adam_keeps_the_ratio_of_its_moments_when_gradients_shrink_with_the_numb
     torch.testing.assert_close(moved, torch.full((2, 3, 8, 10), -0.1), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("iterations", [4, 14])  # a ring that is not full, one that has come round
+@pytest.mark.parametrize("iterations", [4, 14])  # a ring that is not full, and one that has wrapped around
 def test_lbfgs_carries_its_pairs_to_the_next_scale(iterations: int) -> None:
     canvas = new_canvas(grey(1), 0.01)
     stepper = LBFGS(canvas)
@@ -270,6 +272,6 @@ def test_lbfgs_carries_its_pairs_to_the_next_scale(iterations: int) -> None:
     torch.testing.assert_close(larger.inverse[good], 1 / sy[good])
     newest_good = [newest, (newest - 1) % LBFGS.PAIRS]
     torch.testing.assert_close(larger.scale, (sy / yy)[[0, 1], newest_good])
-    # The products that are carried are those that a step would have found.
+    # The products equal those that a step would have computed.
     rows = torch.cat([s, y]).flatten(2).transpose(0, 1)
     torch.testing.assert_close(larger.products[:, :-1, :-1], rows @ rows.mT)

@@ -1,4 +1,4 @@
-"""The forms of a convolution are one convolution, and the fastest is asked for once."""
+"""All kernels compute the same convolution, and the autotuner measures each once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVOLUTION = make_tiny_vgg().convolutions[3]
 
 
 @pytest.mark.parametrize("kernel", ["library", "onednn"])
-def test_a_form_is_the_convolution_and_its_gradient(kernel: str) -> None:
+def test_a_kernel_computes_the_convolution_and_its_gradient(kernel: str) -> None:
     mode = MODES["fp32"]
     ours = Library(CONVOLUTION, CPU, mode) if kernel == "library" else OneDnn(CONVOLUTION, mode)
     x = torch.randn(2, 6, 9, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -32,15 +32,15 @@ def test_a_form_is_the_convolution_and_its_gradient(kernel: str) -> None:
         assert ours.forward_pooled(x.detach()) is None
 
 
-class Stopwatch(Autotuner):
-    """Knows how long everything takes."""
+class FakeAutotuner(Autotuner):
+    """Has given times instead of measured ones."""
 
     def __init__(self, **times: float) -> None:
         super().__init__()
-        self.times, self.asked = times, 0
+        self.times, self.measurements = times, 0
 
     def measure(self, kernel: object, x: Tensor) -> float:
-        self.asked += 1
+        self.measurements += 1
         return self.times[kernel.__name__]  # type: ignore[attr-defined]
 
 
@@ -52,36 +52,36 @@ def quick(x: Tensor) -> Tensor:
     return x + 2
 
 
-WAYS = {"slow": slow, "quick": quick}
+KERNELS = {"slow": slow, "quick": quick}
 
 
-def test_the_fastest_way_is_measured_once_per_question() -> None:
-    fastest, x = Stopwatch(slow=2.0, quick=1.0), torch.zeros(1)
-    fastest.measuring = True
-    assert float(fastest("a", WAYS, x)) == float(fastest("a", WAYS, x)) == 2
-    assert fastest.asked == 2
-    fastest("b", WAYS, x)
-    assert fastest.asked == 4
-    fastest.measuring = False
-    assert float(fastest("a", WAYS, x)) == 2
-    assert fastest.milliseconds["a"] == {"slow": 2.0, "quick": 1.0}
+def test_each_kernel_is_measured_once_per_key() -> None:
+    autotuner, x = FakeAutotuner(slow=2.0, quick=1.0), torch.zeros(1)
+    autotuner.measuring = True
+    assert float(autotuner("a", KERNELS, x)) == float(autotuner("a", KERNELS, x)) == 2
+    assert autotuner.measurements == 2
+    autotuner("b", KERNELS, x)
+    assert autotuner.measurements == 4
+    autotuner.measuring = False
+    assert float(autotuner("a", KERNELS, x)) == 2
+    assert autotuner.milliseconds["a"] == {"slow": 2.0, "quick": 1.0}
 
 
-def test_what_was_not_compared_goes_the_first_way() -> None:
-    fastest = Stopwatch()
-    assert float(fastest("a", WAYS, torch.zeros(1))) == 1
-    assert not fastest.asked
+def test_without_a_measurement_the_first_kernel_runs() -> None:
+    autotuner = FakeAutotuner()
+    assert float(autotuner("a", KERNELS, torch.zeros(1))) == 1
+    assert not autotuner.measurements
 
 
-def test_a_form_that_the_library_lacks_is_never_chosen() -> None:
-    fastest = Stopwatch(slow=2.0, quick=math.inf)
-    fastest.measuring = True
-    assert float(fastest("a", WAYS, torch.zeros(1))) == 1
-    fastest.times = {"slow": math.inf, "quick": math.inf}
+def test_a_kernel_that_the_library_lacks_is_never_chosen() -> None:
+    autotuner = FakeAutotuner(slow=2.0, quick=math.inf)
+    autotuner.measuring = True
+    assert float(autotuner("a", KERNELS, torch.zeros(1))) == 1
+    autotuner.times = {"slow": math.inf, "quick": math.inf}
     with pytest.raises(RuntimeError, match="none of the kernels slow, quick for b"):
-        fastest("b", WAYS, torch.zeros(1))
+        autotuner("b", KERNELS, torch.zeros(1))
 
 
-def test_this_machine_packs_what_torch_can_pack() -> None:
+def test_weights_can_be_packed_where_torch_has_onednn() -> None:
     assert can_pack(CPU) is torch.backends.mkldnn.is_available()
     assert can_pack(torch.device("meta")) is False

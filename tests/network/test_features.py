@@ -1,4 +1,4 @@
-"""The hand-written way there and back against float64 autograd."""
+"""The hand-written forward and backward pass against autograd in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ TOLERANCES = {"fp32": 2e-5, "bf16": 0.03, "fp16": 0.012}
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("layers", LAYERS)
-def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, precision: str, pooling: Pooling, kernel: str) -> None:
+def test_the_gradient_is_that_of_autograd(
+    tiny_vgg: Vgg, layers: str, precision: str, pooling: Pooling, kernel: str
+) -> None:
     recipe = Recipe(pooling=pooling, **LAYERS[layers])
     if (precision, kernel) == ("fp16", "onednn"):
         pytest.skip("oneDNN packs float16 on few CPUs, and the server does not offer it")
@@ -38,7 +40,7 @@ def test_gradient_is_autograds(tiny_vgg: Vgg, layers: str, precision: str, pooli
 
 
 @pytest.mark.parametrize("normalisation", Normalisation)
-def test_every_normalisation_with_two_styles_of_other_sizes(tiny_vgg: Vgg, normalisation: Normalisation) -> None:
+def test_every_normalisation_with_two_styles_of_different_sizes(tiny_vgg: Vgg, normalisation: Normalisation) -> None:
     recipe = Recipe(normalisation=normalisation, alpha=0.7, beta=5.0, tv_weight=2.0)
     image, content = as_image(make_picture(5)), as_image(make_picture(1))
     styles = [(as_image(make_picture(2, 33, 64)), 1.0), (as_image(make_picture(3, 70, 20)), 3.0)]
@@ -48,7 +50,7 @@ def test_every_normalisation_with_two_styles_of_other_sizes(tiny_vgg: Vgg, norma
     assert relative_error(got.grad, grad) < 1e-4
 
 
-def test_jobs_of_a_batch_are_what_they_are_alone(tiny_vgg: Vgg) -> None:
+def test_jobs_of_a_batch_have_the_gradients_that_they_have_alone(tiny_vgg: Vgg) -> None:
     recipes = [Recipe(beta=1.0), Recipe(beta=50.0, alpha=0.1, tv_weight=0.0)]
     contents = torch.cat([as_image(make_picture(seed)) for seed in (1, 2)])
     images = torch.cat([as_image(make_picture(seed)) for seed in (3, 4)])
@@ -63,7 +65,7 @@ def test_jobs_of_a_batch_are_what_they_are_alone(tiny_vgg: Vgg) -> None:
         torch.testing.assert_close(together.grad[i : i + 1], alone.grad, rtol=1e-4, atol=1e-9)
 
 
-def test_the_way_there_stops_at_the_deepest_layer_asked_for(tiny_vgg: Vgg) -> None:
+def test_the_forward_pass_stops_at_the_deepest_requested_layer(tiny_vgg: Vgg) -> None:
     features = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
     activations = features.forward(as_image(make_picture(1)), {"relu2_1", "conv1_2"}, Pooling.MAX)
     assert list(activations.relu) == ["1_1", "1_2", "2_1"]
@@ -73,7 +75,7 @@ def test_the_way_there_stops_at_the_deepest_layer_asked_for(tiny_vgg: Vgg) -> No
         torch.testing.assert_close(activations[layer].double(), layers[layer], rtol=1e-4, atol=1e-5)
 
 
-def test_smallest_picture(tiny_vgg: Vgg) -> None:
+def test_the_smallest_picture_has_one_activation_at_relu5_1(tiny_vgg: Vgg) -> None:
     features = VggFeatures(tiny_vgg, CPU, MODES["fp32"])
     image = as_image(make_picture(1, 16, 16))
     assert features.forward(image, {"relu5_1"}, Pooling.MAX)["relu5_1"].shape == (1, 8, 1, 1)

@@ -1,4 +1,4 @@
-"""Networks and their weights: the real ones load, and whatever is wrong with a file is one sentence."""
+"""Networks and their weights: the real ones load, and a file that is wrong is refused with one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gramophone_server.network.vgg import BACKBONES, CHANNELS, EMBEDDED_SHA256, 
 
 
 def torchvision_state(backbone: str) -> dict[str, Tensor]:
-    """Zeros in the shapes and names of torchvision's models, counted out as torchvision counts modules."""
+    """Zeros with the shapes and names of torchvision's models."""
     state, index, channels = {}, 0, 3
     for block, count in enumerate(BACKBONES[backbone]):
         for _ in range(count):
@@ -37,7 +37,7 @@ def test_embedded_weights_are_the_oxford_vgg19() -> None:
     assert vgg.convolutions[0].weight.shape == (64, 3, 3, 3) and vgg.convolutions[-1].weight.shape == (512, 512, 3, 3)
     assert "University of Oxford (CC BY 4.0)" in vgg.source and EMBEDDED_SHA256 in vgg.source
     assert vgg.preprocessing.channels == (2, 1, 0) and vgg.preprocessing.mean == (103.939, 116.779, 123.68)
-    # A colour edge must excite the first layer: weights in another channel order would not.
+    # The weights are not all zero.
     assert vgg.convolutions[0].weight.abs().sum() > 1
 
 
@@ -45,7 +45,7 @@ def test_embedded_weights_are_the_oxford_vgg19() -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_torchvision_state_dict_loads(tmp_path: Path, backbone: str, suffix: str) -> None:
     state = torchvision_state(backbone)
-    state["classifier.0.weight"] = torch.zeros(1)  # what a full model has besides
+    state["classifier.0.weight"] = torch.zeros(1)  # a full model has these, too
     path = tmp_path / f"weights{suffix}"
     torch.save(state, path) if suffix == ".pth" else save_file(state, path)
     vgg = load_vgg(str(path), backbone)
@@ -54,7 +54,7 @@ def test_a_torchvision_state_dict_loads(tmp_path: Path, backbone: str, suffix: s
     assert path.name in vgg.source
 
 
-def test_counting_of_modules_is_torchvisions() -> None:
+def test_the_names_are_those_of_torchvision() -> None:
     from torchvision.models import vgg16
 
     with torch.device("meta"):
@@ -89,7 +89,7 @@ def unsafe(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (damaged, "is not a weights file that can be read safely, or it is damaged"),
         (cut_off, "is not a weights file that can be read safely, or it is damaged"),
@@ -103,10 +103,10 @@ def unsafe(path: Path) -> None:
         (lambda path: None, "no weights file at .*; give a path, or --weights embedded or imagenet"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
+def test_a_wrong_file_is_refused_with_the_reason(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     path = tmp_path / "weights.pth"
     make(path)
-    with pytest.raises(StartupError, match=words):
+    with pytest.raises(StartupError, match=message):
         load_vgg(str(path))
 
 
@@ -116,13 +116,13 @@ def test_vgg19_weights_as_vgg16_are_refused(tmp_path: Path) -> None:
         load_vgg(str(tmp_path / "weights.pth"), "vgg16")
 
 
-def test_damaged_safetensors(tmp_path: Path) -> None:
+def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(StartupError, match="is not a safetensors file, or it is damaged"):
         load_vgg(str(tmp_path / "w.safetensors"))
 
 
-def test_embedded_weights_damaged_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_weights_that_are_damaged_or_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vgg_module, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(StartupError, match=r"the embedded weights are damaged: sha256 .* expected 0{64}; install"):
         load_vgg("embedded")
@@ -131,7 +131,7 @@ def test_embedded_weights_damaged_or_missing(monkeypatch: pytest.MonkeyPatch) ->
         load_vgg("embedded")
 
 
-def test_names_that_do_not_exist() -> None:
+def test_unknown_backbones_are_refused() -> None:
     with pytest.raises(StartupError, match="backbone must be one of vgg16, vgg19, got 'resnet'"):
         load_vgg("embedded", "resnet")
     with pytest.raises(StartupError, match="the embedded weights are of vgg19; for vgg16 give"):

@@ -58,9 +58,10 @@ class FakeEngine:
     memory_bytes = MEMORY_BYTES
     checkpoints = CheckpointFormat(_layout)
 
-    def __init__(self, iteration_s: float) -> None:
-        """``iteration_s``: seconds that an iteration of a batch takes, 0 or more."""
+    def __init__(self, iteration_s: float, *, sleep: Callable[[float], object] = time.sleep) -> None:
+        """``iteration_s``: seconds that an iteration of a batch takes, 0 or more. ``sleep``: waits for some seconds."""
         self.iteration_s = iteration_s
+        self.sleep = sleep
 
     def admit(self, job: StyleJob) -> JobState:
         """See `engine_api.BatchEngine`."""
@@ -124,7 +125,7 @@ class FakeBatch:
             raise ValueError("a batch needs jobs, and each an iteration to do here")
         n = min(iterations, left)
         if self._engine.iteration_s:
-            time.sleep(n * self._engine.iteration_s)
+            self._engine.sleep(n * self._engine.iteration_s)
         for state in self.states.values():
             state.advanced(n)
         return {slot: state.report(_losses(state)) for slot, state in self.states.items()}
