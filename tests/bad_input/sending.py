@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 
 import grpc
@@ -74,8 +74,8 @@ class MemoryWatch:
 class ServerUnderTest:
     """A server process and its client. Memory is in bytes."""
 
-    def __init__(self, address: str, pid: int, log_path: str) -> None:
-        self.address, self.pid, self._log_path = address, pid, log_path
+    def __init__(self, address: str, pid: int, log_path: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.address, self.pid, self._log_path, self._clock = address, pid, log_path, clock
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(address, options=options)
         self._blocking_channel = grpc.insecure_channel(address, options=options)
@@ -199,13 +199,13 @@ class ServerUnderTest:
 
     async def _timed(self, sent: Input) -> Outcome:
         with self.watch_memory() as memory:
-            start = time.monotonic()
+            start = self._clock()
             try:
                 async with asyncio.timeout(HANG_TIMEOUT_S):
                     code, failure = await self.call_once(sent)
             except TimeoutError:
                 code, failure = "HANG", f"no answer within {HANG_TIMEOUT_S:g} s"
-            seconds = time.monotonic() - start
+            seconds = self._clock() - start
         return Outcome(code, seconds, failure, memory=memory.peak - memory.before, others=memory.others)
 
     async def _ordinary_job(self) -> pb.StylizeResponse:

@@ -1,6 +1,5 @@
 """A short bad-input campaign, and random requests whose fields have valid types but arbitrary values."""
 
-import asyncio
 import math
 import os
 import random
@@ -24,6 +23,7 @@ from tests.bad_input.campaign import run_campaign, save_failures
 from tests.bad_input.inputs import Input
 from tests.bad_input.sending import LIMITS
 from tests.support import bad_pictures
+from tests.support.clock import ManualClock
 
 SEED, COUNT = 20_260, 1200
 
@@ -72,11 +72,12 @@ async def test_the_campaign_reports_failures_of_the_server(tmp_path, monkeypatch
 async def test_a_call_that_is_slow_in_every_repeat_is_a_failure(slow_calls, is_failure, monkeypatch):
     """A single slow call is not, because the machine may have been the cause."""
     monkeypatch.setattr(sending, "SLOW_S", 0.2)
-    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
+    clock = ManualClock()
+    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "", clock)
     durations_s = iter([0.4] * slow_calls)
 
     async def call(_):
-        await asyncio.sleep(next(durations_s, 0.0))
+        clock.advance(next(durations_s, 0.0))
         return "OK", ""
 
     monkeypatch.setattr(server, "call_once", call)
@@ -90,12 +91,13 @@ async def test_a_call_that_is_slow_in_every_repeat_is_a_failure(slow_calls, is_f
 
 async def test_waiting_for_a_processor_does_not_count_as_slow(monkeypatch):
     monkeypatch.setattr(sending, "SLOW_S", 0.2)
-    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "")
+    clock = ManualClock()
+    server = sending.ServerUnderTest("127.0.0.1:9", os.getpid(), "", clock)
     waited_s = iter(range(10))  # grows by a second with each reading
     monkeypatch.setattr(server, "waited_s", lambda: next(waited_s))
 
     async def call(_):
-        await asyncio.sleep(0.3)
+        clock.advance(0.3)
         return "OK", ""
 
     monkeypatch.setattr(server, "call_once", call)

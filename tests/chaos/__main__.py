@@ -68,7 +68,7 @@ class Campaign:
         """Raises `RuleViolation` if the server's memory grew. Prints the verdict, or that there were too few rounds."""
         rounds = [(float(number), usage.resident_mib) for number, usage in enumerate(self.usages)]
         if len(rounds) < MIN_ROUNDS:
-            self.console.print(f"memory: not judged after {len(rounds)} rounds, which needs {MIN_ROUNDS}")
+            self.console.print(f"memory: not judged, because {MIN_ROUNDS} rounds are needed and {len(rounds)} were run")
             return
         growth = slope(rounds) * len(rounds)
         if growth > MAX_GROWTH_MIB:

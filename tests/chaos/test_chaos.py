@@ -22,7 +22,7 @@ def test_every_fault_once_leaves_nothing_behind(capsys):
     output = capsys.readouterr().out
     assert code == 0, output
     assert "failed" not in output
-    assert "memory: not judged after 1 rounds, which needs 4\n" in output
+    assert "memory: not judged, because 4 rounds are needed and 1 were run\n" in output
     for name, fault in FAULTS.items():
         assert re.search(rf"^  .*\b{name}\b.*: [0-9.]+ s, \d+ result", output, re.MULTILINE), "it was injected"
         assert fault.inject.__doc__, "the docstring of a fault states what must hold"
@@ -31,7 +31,7 @@ def test_every_fault_once_leaves_nothing_behind(capsys):
 @pytest.mark.parametrize(("by_round", "message"), [
     ([500, 506, 511, 516], "grew by 21 MiB in 4 rounds"),
     ([500, 503, 501, 502], "memory: +2 MiB in 4 rounds (slope of a line); at most 16 are allowed\n"),
-    ([500, 600, 700], "memory: not judged after 3 rounds, which needs 4\n"),
+    ([500, 600, 700], "memory: not judged, because 4 rounds are needed and 3 were run\n"),
 ])  # fmt: skip
 def test_growth_of_memory_is_judged_after_4_rounds(by_round, message, capsys):
     finished = campaign.Campaign([], 1, Console(width=200))

@@ -55,15 +55,19 @@ class Bench:
     """A bench and its progress. Its attributes may be read while it runs."""
 
     plan: Plan
+    clock: Callable[[], float] = time.monotonic  # in seconds
     server: ServerInfo | None = None  # as of the start of the bench
     steps: list[Step] = field(default_factory=list)  # the completed steps
     load: LoadProfile | None = None  # of the current step
     recorder: Recorder | None = None  # of the current step
     is_interrupted: bool = False
     _client: GramophoneClient = field(init=False)
-    _start_s: float = field(default_factory=time.monotonic)
+    _start_s: float = field(init=False)
     _step_start_s: float = 0.0
     _jobs: int = 0
+
+    def __post_init__(self) -> None:
+        self._start_s = self.clock()
 
     async def run(self, client: GramophoneClient) -> None:
         """Runs all steps. If this task is cancelled, the current step becomes the last one; this is not an error.
@@ -85,12 +89,12 @@ class Bench:
     @property
     def step_s(self) -> float:
         """Seconds since the start of the current step."""
-        return time.monotonic() - self._step_start_s
+        return self.clock() - self._step_start_s
 
     async def _step(self, load: LoadProfile, before: tuple[int, int] | None) -> None:
         plan, stable = self.plan, asyncio.Event()
         recorder = Recorder(load, warm_up_s=plan.warm_up_s, window_s=plan.window_s, kinds=len(plan.workload))
-        cpu_s, self._step_start_s = time.process_time(), time.monotonic()
+        cpu_s, self._step_start_s = time.process_time(), self.clock()
         self.load, self.recorder = load, recorder
         sending = asyncio.create_task(self._send(load, recorder, stable))
         waiting = asyncio.create_task(stable.wait())
@@ -232,9 +236,9 @@ class Bench:
 
     async def _settled(self, idle: tuple[int, int]) -> tuple[int, int] | None:
         """Waits until the server's load is back to `idle` or less; returns its load, or None if it does not answer."""
-        end = time.monotonic() + SETTLE_TIMEOUT_S
+        end = self.clock() + SETTLE_TIMEOUT_S
         try:
-            while (load := await self._server_load()) > idle and time.monotonic() < end:
+            while (load := await self._server_load()) > idle and self.clock() < end:
                 await asyncio.sleep(0.1)
         except DeadlineExceeded:  # the step will measure how jobs fare at such a server
             return None

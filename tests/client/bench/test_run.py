@@ -32,9 +32,9 @@ def make_plan(*loads, workload=(FAST,), **fields) -> Plan:
     return Plan(loads=loads, workload=workload, pictures=lambda _: PICTURES, **defaults | fields)
 
 
-async def run_plan(service, plan: Plan) -> list[Step]:
+async def run_plan(service, plan: Plan, clock=time.monotonic) -> list[Step]:
     async with GramophoneClient(service.target, retries=False) as client:
-        bench = Bench(plan)
+        bench = Bench(plan, clock=clock)
         await bench.run(client)
         return bench.steps
 
@@ -43,7 +43,7 @@ async def run_plan(service, plan: Plan) -> list[Step]:
 def run_step(service, monkeypatch):
     """Runs the first step of a plan and interrupts it after a number of jobs, regardless of the time they take."""
 
-    def run(plan: Plan, jobs: int = 6) -> Step:
+    def run(plan: Plan, jobs: int = 6, clock=time.monotonic) -> Step:
         async def interrupted() -> list[Step]:
             record_end, task = Recorder.record_end, asyncio.current_task()
 
@@ -53,7 +53,7 @@ def run_step(service, monkeypatch):
                     task.cancel()
 
             monkeypatch.setattr(Recorder, "record_end", counting)
-            return await run_plan(service, plan)
+            return await run_plan(service, plan, clock)
 
         (step,) = asyncio.run(interrupted())
         assert step.ending == "interrupted" and step.tally.ended >= jobs
@@ -150,16 +150,14 @@ def test_a_job_that_will_be_cancelled_is_streamed_even_without_frames(service, r
 
 
 def test_an_open_loop_counts_from_the_schedule(service, run_step, monkeypatch):
-    stream, blocked = GramophoneClient.stream, []
+    stream, blocked_s = GramophoneClient.stream, [0.0]
 
     def blocking(self, *args, **kwargs):
-        if not blocked:
-            blocked.append(True)
-            time.sleep(0.3)  # so that the next jobs, due every few milliseconds, cannot be sent
+        blocked_s[0] = 0.3  # the first job blocks the sender while more jobs become due, every few milliseconds
         return stream(self, *args, **kwargs)
 
     monkeypatch.setattr(GramophoneClient, "stream", blocking)
-    step = run_step(make_plan(OpenLoop(100.0)))
+    step = run_step(make_plan(OpenLoop(100.0)), clock=lambda: time.monotonic() + blocked_s[0])
     assert step.late_s > 0.1
     assert step.tally.result_s.max_s > 0.1  # although each job took only a few milliseconds after it was sent
 
