@@ -184,7 +184,7 @@ async def test_the_images_of_a_job_are_freed_when_it_ends():
         (job,) = engine.jobs
         pictures = [weakref.ref(picture) for picture in (job.content, *job.styles)]
         del job
-        for noted in (engine.jobs, engine.begun, engine.batches):
+        for noted in (engine.jobs, engine.joined, engine.batches):
             noted.clear()
         gc.collect()
         await until(lambda: not any(picture() is not None for picture in pictures))

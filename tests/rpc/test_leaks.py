@@ -95,7 +95,7 @@ async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_be
             assert not s.servicer.preparing and not s.servicer.calls
             assert engine.closed == len(engine.batches)
             assert s.scheduler.queued + s.scheduler.running + s.scheduler.paused == s.scheduler.pending_commands == 0
-            engine.jobs.clear(), engine.begun.clear(), engine.batches.clear(), engine.slices.clear()
+            engine.jobs.clear(), engine.joined.clear(), engine.batches.clear(), engine.slices.clear()
             engine.taken_at.clear()
             engine.closed = 0
             seen.append((threading.active_count(), descriptors(), resident_bytes()))

@@ -131,7 +131,7 @@ async def test_jobs_wait_in_order_and_the_queue_is_bounded():
         positions = [[e.position async for _, e in job.events() if isinstance(e, Accepted)] for job in jobs]
         assert positions == [[0], [1], [2]]
         await until(lambda: scheduler.queued == scheduler.running == 0)
-        assert engine.begun == [job.state for job in jobs]
+        assert engine.joined == [job.state for job in jobs]
 
 
 async def test_waiting_jobs_receive_their_positions_when_these_change():
@@ -261,7 +261,7 @@ async def test_a_job_with_an_earlier_deadline_starts_before_jobs_that_came_earli
         engine.go.set()
         for job in (running, patient, late, early):
             assert (await kinds(job))[-1] == "Finished"
-    assert engine.begun[1:] == [job.state for job in (running, early, late, patient)]
+    assert engine.joined[1:] == [job.state for job in (running, early, late, patient)]
 
 
 async def test_cancel_stops_a_running_job_within_an_iteration():
@@ -289,7 +289,7 @@ async def test_cancel_takes_a_waiting_job_out_of_the_queue():
         third = submit(scheduler)  # takes its place
         engine.go.set()
         assert (await kinds(running))[-1] == (await kinds(third))[-1] == "Finished"
-        assert engine.begun == [running.state, third.state]
+        assert engine.joined == [running.state, third.state]
         running.cancel()  # after its end: nothing
         assert scheduler.queued == 0
 
@@ -302,7 +302,7 @@ async def test_a_slow_reader_gets_the_newest_and_never_slows_the_engine():
         events = [event async for _, event in job.events()]
     assert [type(e) for e in events] == [Accepted, Frame, Progress, Finished]
     assert events[2].report.iteration == 500
-    assert len(engine.taken_at) == 2  # one frame and the result: none was taken that nobody had room for
+    assert len(engine.taken_at) == 2  # one frame and the result: no frame was taken without room for it
 
 
 async def test_frames_come_at_their_iterations_and_not_more_often_than_their_interval():
@@ -489,8 +489,7 @@ async def test_a_defect_of_ours_ends_the_running_jobs_and_no_later_one(caplog):
 
 
 async def test_a_job_that_is_cancelled_while_it_is_being_paused_frees_its_place(monkeypatch):
-    """To take its tensors out of the batch takes a while. It must not stay paused for ten minutes, as no client can
-    resume it."""
+    """Its tensors take a while to copy. It must not stay paused for ten minutes, since no client can resume it."""
     engine, loop = FakeEngine(iteration_s=0.001), asyncio.get_running_loop()
     async with scheduling(engine) as scheduler:
         job = submit(scheduler, job_state(iterations=100_000))

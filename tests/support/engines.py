@@ -68,7 +68,7 @@ class FakeEngine:
         self.thread = ""  # name of the thread of the last iteration
         self.closed = 0  # number of closed batches
         self.batches: list[FakeBatch] = []  # as they were opened
-        self.begun: list[JobState] = []  # in the order in which they joined their first batch
+        self.joined: list[JobState] = []  # in the order in which they joined their first batch
         self.slices: list[tuple[Shape, int, int]] = []  # of each call of `advance`: shape, jobs, iterations
 
     def require_device(self) -> None:
@@ -114,8 +114,8 @@ class FakeBatch:
         slot = next(slot for slot in range(self.slots) if slot not in self.states)
         state.tensors, state.joined = None, True
         self.states[slot] = state
-        if state not in self.engine.begun:
-            self.engine.begun.append(state)
+        if state not in self.engine.joined:
+            self.engine.joined.append(state)
         return slot
 
     def leave(self, slot: int) -> JobState:

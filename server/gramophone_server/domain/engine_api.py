@@ -1,4 +1,4 @@
-"""The engine as the scheduler knows it: protocols, so that neither it nor its tests need kernels."""
+"""The engine as the scheduler knows it: protocols, so that the scheduler and its tests need no kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine"]
 
 
 class CacheCounts(NamedTuple):
-    """What a cache has done since the start, and what it holds now."""
+    """Counters of a cache since the start, and its present and largest size."""
 
     hits: int
     misses: int
@@ -24,73 +24,77 @@ class CacheCounts(NamedTuple):
 
 
 class Batch(Protocol):
-    """So many slots for jobs of one shape, which join and leave between iterations. Belongs to one thread.
+    """A fixed number of slots for jobs of one shape, which join and leave between iterations. Belongs to one thread.
 
-    A job's result does not depend on who is in the other slots, and no slot is touched when a job joins or leaves
-    another. An empty slot costs as much time as a taken one.
+    The result of a job does not depend on the jobs in other slots, and when a job joins or leaves a slot, no other slot
+    is touched. An empty slot takes as much time as a used one.
 
-    Every method may raise `errors.OutOfDeviceMemory`. Nothing is lost then: whoever was to join is as it was before, and
-    the jobs in the batch stand at their last whole iteration and can leave. After any other exception they are lost.
+    Every method may raise `errors.OutOfDeviceMemory`. Then nothing is lost: a job that could not join is unchanged, and
+    the jobs in the batch have completed their last whole iteration and can leave. After any other exception they are
+    lost.
     """
 
     @property
     def shape(self) -> Shape:
-        """Of every job in it."""
+        """Of all jobs in it."""
 
     @property
     def slots(self) -> int:
-        """Its width."""
+        """Its width: the number of slots."""
 
     @property
     def states(self) -> Mapping[int, JobState]:
-        """The jobs in it by slot. They count on while they are in it, but have no tensors."""
+        """The jobs in it by slot. Their counts are up to date, but they have no tensors while they are in the batch."""
 
-    def join(self, work: JobState) -> int:
-        """Takes a job into the lowest free slot, which is returned. Raises `ValueError` where there is none, the shape is
-        another, no iteration is left or the job is in a batch."""
+    def join(self, state: JobState) -> int:
+        """Puts a job into the lowest free slot, which is returned. Raises `ValueError` if no slot is free, or the job
+        has another shape, no iterations left, or is in a batch."""
 
     def leave(self, slot: int) -> JobState:
-        """Hands the job back with its tensors, and empties the slot."""
+        """Empties the slot; returns its job, with its tensors."""
 
     def drop(self, slot: int) -> None:
-        """Empties the slot; its job is over, or lost."""
+        """Empties the slot of a job that has ended or is lost; its tensors are freed."""
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
-        """Does so many iterations of every job, but none beyond the scale of any, and reports each as of the last, by
-        slot. The device is waited for once, at the end. Raises `ValueError` if a job has none left here."""
+        """Runs ``iterations`` of every job, or fewer, so that no job goes beyond its scale. Returns the report of each
+        job's last iteration, by slot. Waits for the device once, at the end. Raises `ValueError` if a job has no
+        iterations left at its scale."""
 
     def iterations_left(self, slot: int) -> int:
-        """Of the job at this scale."""
+        """Iterations that the job in this slot has left at its scale."""
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        """The present picture of a job, as `job.Run.snapshot`: uint8 [height, width, 3], waited for by the call."""
+        """Starts a copy of a job's present picture. The returned call waits for it: uint8 [height, width, 3]."""
 
     def copy(self, slot: int) -> JobState:
-        """The job as it is now, on the CPU and in no batch: for a checkpoint. The job itself goes on."""
+        """A copy of the present state of a job, on the CPU and in no batch, for a checkpoint. The job itself
+        continues."""
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
-        """Changes weights or the step of a job from the next iteration on, which is returned. Nothing is captured anew.
-        Raises `InvalidRecipe`."""
+        """Changes the weights or the step size of a job, from the next iteration on, which is returned. No graph is
+        captured anew. Raises `InvalidRecipe`."""
 
     def close(self) -> None:
-        """Gives back what the batch holds. Jobs that have not left are lost."""
+        """Frees the memory of the batch. Jobs that have not left are lost."""
 
 
 class Checkpoints(Protocol):
-    """How an engine writes a job's state as bytes and reads it again, see `engine.checkpoint_format`. For any thread."""
+    """Writes the state of a job as bytes, and reads it; see `engine.checkpoint_format`. Thread-safe."""
 
     def size(self, state: JobState, *, light: bool = False) -> int:
-        """Bytes of a checkpoint of the job; a light one has the picture and no state of the optimiser."""
+        """Size in bytes of a checkpoint of the job; a light one has the picture and no state of the optimiser."""
 
     def require_room(self, state: JobState, *, light: bool = False, most_bytes: int) -> None:
         """Raises `errors.InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
 
     def write(self, state: JobState, *, picture: Tensor | None = None, most_bytes: int) -> bytes:
-        """The bytes of a job that is in no batch; with ``picture``, uint8 [height, width, 3], a light checkpoint. Raises
-        `errors.InvalidRequest` if they are more than ``most_bytes``, and `ValueError` if the job has no state to write."""
+        """The checkpoint of a job that is in no batch; a light one if ``picture``, uint8 [height, width, 3], is given.
+        Raises `errors.InvalidRequest` if it is larger than ``most_bytes``, and `ValueError` if the job has no state to
+        write."""
 
     def read(self, data: bytes, *, most_bytes: int) -> Checkpoint:
-        """What `write` wrote. Raises `errors.InvalidRequest`."""
+        """Reads what `write` has written. Raises `errors.InvalidRequest`."""
 
 
 class BatchEngine(Protocol):
@@ -98,34 +102,35 @@ class BatchEngine(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """That batches may take on the device, all together."""
+        """Device memory for all batches together, in bytes."""
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The format of this engine's checkpoints."""
+        """Reads and writes this engine's checkpoints."""
 
     def require_device(self) -> None:
-        """Raises whatever the device raises if it is of no use any more. Costs an addition on it."""
+        """Raises the device's error if the device no longer works. Costs one addition on it."""
 
     def admit(self, job: StyleJob) -> JobState:
-        """A job that has not begun; takes nothing on the device. Raises `errors.InvalidRequest` if it never could."""
+        """The initial state of a job; takes no device memory. Raises `errors.InvalidRequest` if the job can never
+        run."""
 
-    def picture(self, work: JobState) -> Callable[[], Tensor]:
-        """`Batch.snapshot` of a job that has begun and is in no batch."""
+    def picture(self, state: JobState) -> Callable[[], Tensor]:
+        """As `Batch.snapshot`, of a job that has started and is in no batch."""
 
     def batch(self, shape: Shape, slots: int) -> Batch:
-        """An empty batch. Raises `ValueError` above `most_slots`, and `errors.OutOfDeviceMemory`."""
+        """Opens an empty batch. Raises `errors.OutOfDeviceMemory`, and `ValueError` for more than `most_slots`."""
 
     def most_slots(self, shape: Shape) -> int:
-        """How many slots the device's libraries can count, whatever the memory."""
+        """The widest batch that the device's libraries can index, whatever the memory."""
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
-        """Bytes on the device that a batch takes, without the network; an estimate, exact to some percent. Costs
-        milliseconds the first time, nothing after that."""
+        """Estimated device memory of a batch, in bytes, without the network; accurate to some percent. Takes
+        milliseconds for the first batch of a shape."""
 
 
 class Engine(BatchEngine, Protocol):
-    """A `BatchEngine` engine, and what the server says about it."""
+    """A `BatchEngine`, and what the server reports about it."""
 
     @property
     def device_name(self) -> str: ...

@@ -68,8 +68,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The picture after ``iteration``. ``dropped`` counts the frames that this watcher has missed since the last
-    one."""
+    """The picture after ``iteration``. ``dropped``: frames that this watcher has missed since the last one."""
 
     iteration: int
     picture: Picture
@@ -78,8 +77,7 @@ class Frame:
 
 @dataclass(eq=False)
 class SavedState:
-    """The state of a job, shared by all watchers that receive it, and the bytes of its checkpoint once they are
-    written."""
+    """The state of a job, shared by all watchers that receive it, and its checkpoint once that is written."""
 
     light: bool
     write: Callable[[], bytes]

@@ -198,8 +198,7 @@ class Job:
             self._controller = None
 
     def leave(self, mailbox: Mailbox) -> None:
-        """Removes a watcher; no effect the second time. Without watchers the job is cancelled, now or after its
-        grace."""
+        """Removes a watcher, once. A job without watchers is cancelled, now or after its grace."""
         self.give_up_control(mailbox)
         with self._lock:
             if mailbox not in self._watchers:

@@ -99,8 +99,7 @@ class JobRegistry:
             self._forget(job)
 
     def _keep(self, job: Job) -> None:
-        """Keeps a job that has ended within the limits of number, bytes and time. A job that was refused is not
-        kept."""
+        """Keeps a job that has ended, within the limits of number, bytes and time. A refused job is not kept."""
         self._on_end(job)
         if job.summary is None or job.id not in self._jobs:  # refused, or the registry was closed
             self._forget(job)

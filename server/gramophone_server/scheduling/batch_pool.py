@@ -118,8 +118,7 @@ class BatchPool:
         return {batch.tasks[slot]: report for slot, report in reports.items()}
 
     def detach(self, task: Task) -> None:
-        """Takes a job out of its batch, with its tensors. May raise `OutOfDeviceMemory`; then the job stays in the
-        batch."""
+        """Takes a job out of its batch, with its tensors. If this raises `OutOfDeviceMemory`, the job stays there."""
         if task.batch is not None:
             task.batch.engine_batch.leave(task.slot)
             self._release_slot(task)
@@ -242,8 +241,7 @@ class _EstimateTooLarge(OutOfDeviceMemory):
 
 
 def widths(jobs: int, widest: int) -> list[int]:
-    """Widths of the batches for this many jobs, widest first: powers of two, at most a quarter of whose slots is
-    empty."""
+    """Widths of the batches for this many jobs, widest first: powers of two, with at most a quarter of slots empty."""
     result = []
     while jobs > 0:
         width = min(widest, 1 << (jobs - 1).bit_length())

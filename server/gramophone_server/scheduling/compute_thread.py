@@ -126,8 +126,7 @@ class ComputeThread:
             table.remove_ended()
 
     def _wait(self, worker: Worker) -> None:
-        """Ends pauses whose time is over, starts waiting tasks, and returns when there is a running task or a
-        command."""
+        """Ends pauses that are over, starts waiting tasks, and returns when there is a running task or a command."""
         table = self._table
         with table.lock:
             while not table.stopped:
@@ -162,8 +161,7 @@ class ComputeThread:
         self._table.remove_ended()
 
     def _done(self, worker: Worker, task: Task, command: Command) -> Done:
-        """The one place where commands take effect. All watchers see the effect as an event; the caller also gets
-        `Done`."""
+        """The one place where commands take effect. All watchers receive an event, the caller also gets `Done`."""
         match command:
             case Pause():
                 self._pause(worker, task)

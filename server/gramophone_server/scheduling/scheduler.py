@@ -1,7 +1,7 @@
 """Many jobs on one compute thread: admission, waiting, commands, draining.
 
 The event loop calls the `Scheduler`, and a `ComputeThread` owns the engine; both share a `TaskTable`, which has all
-tasks, reservations and pending commands under one lock that is never held while the engine computes. The event loop
+tasks, reservations and pending commands under one lock that is never held while a slice runs. The event loop
 adds reservations, tasks and commands to the table and withdraws cancelled tasks that do not run. The compute thread
 moves tasks between waiting, running and paused, and removes those that have ended. Up to ``max_running`` jobs run side
 by side, in slices of about 20 ms, and pending commands are executed between two slices (see `worker`). Events go to
@@ -191,8 +191,7 @@ class Scheduler:
             table.lock.notify()
 
     def withdraw(self, observer: JobObserver) -> None:
-        """Removes a cancelled job that waits or is paused. A running one is removed by the compute thread, at its next
-        step."""
+        """Removes a cancelled job that waits or is paused. The compute thread removes a running one before a step."""
         self._table.withdraw(observer)
 
     def command(self, observer: JobObserver, command: Command) -> asyncio.Future[Done]:
@@ -211,8 +210,7 @@ class Scheduler:
     # The end ----------------------------------------------------------------------------------------------------------
 
     async def drain(self, within_s: float) -> None:
-        """Refuses new jobs, and returns when all jobs except the paused ones have ended, or after ``within_s``; see
-        `stop`."""
+        """Refuses new jobs; returns when all but the paused jobs have ended, or after ``within_s``. See `stop`."""
         with self._table.lock:
             self._table.draining = True
         with contextlib.suppress(TimeoutError):

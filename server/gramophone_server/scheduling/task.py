@@ -47,8 +47,7 @@ class JobObserver(Protocol):
         """The job has left the queue."""
 
     def publish(self, event: Event, watchers: Collection[object] | None = None) -> None:
-        """Sends an event to all watchers, or to ``watchers``. `Accepted` is the first event, and `Finished` the last
-        one."""
+        """Sends an event to all watchers, or to ``watchers``. `Accepted` is the first event, `Finished` the last."""
 
     def fail(self, error: GramophoneError) -> None:
         """The job has ended without a result."""
@@ -69,7 +68,7 @@ class Task:
     latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
     remaining_s: float | None = None  # estimated device seconds to the end; None: nothing was measured yet
     # Batch
-    batch: PooledBatch | None = None  # None: not assigned
+    batch: PooledBatch | None = None  # None: in no batch
     slot: int = -1
     used_s: float = 0.0  # device seconds: its joins, and its share of its batches' iterations
     newly_arrived: bool = (
@@ -109,7 +108,7 @@ class PooledBatch:
 
     @property
     def slots(self) -> int:
-        """Its width."""
+        """Its width: the number of slots."""
         return self.engine_batch.slots
 
     @property

@@ -32,8 +32,8 @@ class TaskTable:
 
     Each access holds `lock`, a reentrant condition that is notified when the compute thread has something to do. The
     exceptions: the compute thread reads `running`, `commands` and `stopped` without it, since only it changes
-    `running`, only it takes commands out, and `stopped` is set once. ``on_place_freed`` is called after a job has left
-    the table or was paused, on any thread, sometimes under the lock.
+    `running`, only it takes commands out, and `stopped` is set once; and any thread may read a length.
+    ``on_place_freed`` is called on any thread, under the lock, after a job has left the table or was paused.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class TaskTable:
             self.running.append(task)
 
     def pause(self, task: Task, until: float) -> bool:
-        """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn meanwhile, or was
-        cancelled: then it ends at the next step, which does not look at paused tasks."""
+        """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn, or was cancelled:
+        then it has to end at the next step, which does not look at paused tasks."""
         with self.lock:
             store = self.running if task in self.running else self.waiting
             if task not in store or task.observer.cancelled:
@@ -132,7 +132,7 @@ class TaskTable:
             return True
 
     def resume(self, task: Task) -> bool:
-        """Moves a paused task to the waiting ones, before those that came later. Returns False if it is not paused."""
+        """Moves a paused task back to the waiting ones. Returns False if it is not paused."""
         with self.lock:
             if task not in self.paused:
                 return False

@@ -76,8 +76,7 @@ class ThroughputModel:
         return None if speed is None else speed.mean_s
 
     def best_width(self, shape: Shape, jobs: int) -> int:
-        """Best batch width for this many jobs. Tries the next power of two until a measurement shows that it is
-        slower."""
+        """Best batch width for this many jobs. Tries the next power of two until a measurement shows it is slower."""
         known = self._shapes.get(shape)
         width = 1 if known is None else known.best_width
         gain, gain_of_half = self.gain(shape, width), self.gain(shape, width // 2)
@@ -141,14 +140,13 @@ class ThroughputModel:
 class Forecast(NamedTuple):
     """When waiting jobs will start and end, in seconds from now."""
 
-    starts: tuple[float, ...]  # of each waiting job, and last of one that comes after them
+    starts: tuple[float, ...]  # of each waiting job, and last of one that arrives now
     end: float  # of that last one
 
 
 def forecast(running: Iterable[float], waiting: Iterable[float], own: float, max_running: int) -> Forecast:
-    """When jobs will start and end if no other job comes. ``running``, ``waiting`` (in queue order) and ``own``, of a
-    job that comes after them, are the device seconds that each needs; up to ``max_running`` jobs share the device
-    evenly."""
+    """When jobs will start and end if no more jobs arrive. ``running``, ``waiting`` (in queue order) and ``own``, of a
+    job that arrives now, are the device seconds that each needs. Up to ``max_running`` jobs share the device evenly."""
     ends = sorted(running)  # on a clock that counts the device seconds of one of the jobs that share it
     now, used, starts = 0.0, 0.0, []  # `used` is the present reading of that clock
     for seconds in (*waiting, own):

@@ -36,13 +36,11 @@ log = logging.getLogger(__name__)
 # 0.4 ms at 256 px) comes once in a slice instead of after every iteration. A change of the batch costs nothing, so
 # longer slices gain nothing.
 SLICE_S = 0.02
-# As often as frames. 256 jobs with a message after every slice would send 12,000 a second, and a core writes about
-# 5,000.
+# As often as frames. 256 jobs with a message after every slice would send 12,000 a second; a core writes about 5,000.
 PROGRESS_EVERY_S = 0.1
 # A job that waits for memory lets smaller jobs start for so long. After that no job starts, until it has its memory.
 MEMORY_WAIT_S = 10.0
-# How soon a client retries after its job was interrupted: by then this process has ended, and the client finds another
-# server.
+# When a client retries after its job was interrupted: this process has ended by then, and another server takes the job.
 RETRY_INTERRUPTED_S = 1.0
 
 
@@ -121,8 +119,7 @@ class Worker:
             self._advance(batch)
 
     def finish_within_budget(self, task: Task) -> bool:
-        """Ends a task whose time budget is used up, with its present picture. Returns False if it has no picture
-        yet."""
+        """Ends a task whose time budget is used up, with its present picture. Returns False if it has none yet."""
         if task.last_report is None:
             return False
         try:
@@ -153,8 +150,8 @@ class Worker:
         task.observer.fail(ShuttingDown(RETRY_INTERRUPTED_S))
         self._end(task)
 
-    # Commands, between two slices, for a task in a batch or not. After `InvalidRequest` and `InvalidRecipe` the task is
-    # unchanged.
+    # Commands, between two slices, for a task in a batch or not. A command that raises `InvalidRequest` or
+    # `InvalidRecipe` has not changed the task.
 
     def update(self, task: Task, changes: RecipeUpdate) -> int:
         """Changes the recipe; returns the first iteration with the new one. If no iteration is left, the job ends with
@@ -241,8 +238,7 @@ class Worker:
             raise DeviceLost("the device fails at an addition") from error
 
     def _process_report(self, task: Task, report: Report, each_s: float) -> None:
-        """After a slice: progress, frame and checkpoint to the watchers that want them, and the end of the job or of
-        its scale."""
+        """After a slice: sends progress, frame and checkpoint, and ends the job or its scale."""
         state, observer, now = task.state, task.observer, self._clock()
         task.last_report = report
         if report.diverged_at is not None:
@@ -336,7 +332,6 @@ def _require_picture(task: Task) -> None:
 
 
 def _without_traceback(error: GramophoneError) -> GramophoneError:
-    """The error without traceback and causes, whose frames would keep a batch's memory as long as the error is
-    unread."""
+    """The error without traceback and causes. Their frames would keep a batch's memory until the error is read."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
