@@ -113,7 +113,7 @@ def test_jobs_that_do_not_fit_are_refused(fast):
 
 
 async def test_a_server_with_it_logs_a_warning_and_serves_jobs(caplog):
-    engine = main._load_engine(Settings(engine="fake", iter_ms=0.5))
+    engine = main.load_engine(Settings(engine="fake", iter_ms=0.5))
     assert isinstance(engine, FakeEngine) and engine.iteration_s == 0.0005
     assert "every picture is a pattern, and an iteration takes 0.5 ms" in caplog.text
     engine.go = type("Always", (), {"set": staticmethod(lambda: None)})
@@ -127,7 +127,7 @@ async def test_a_server_with_it_logs_a_warning_and_serves_jobs(caplog):
 def test_objects_from_before_the_server_was_ready_are_not_garbage_collected_again():
     before = gc.get_freeze_count()
     try:
-        assert isinstance(main._load_frozen(Settings(engine="fake")), FakeEngine)
+        assert isinstance(main.load_and_freeze(Settings(engine="fake")), FakeEngine)
         assert gc.get_freeze_count() > before + 10_000  # torch alone has more
     finally:
         gc.unfreeze()

@@ -27,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_auto_on_a_cpu_is_bf16_if_it_multiplies_bf16(
     multiplies: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: multiplies)
     assert choose("auto", CPU) is MODES[expected]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from gramophone_server.errors import StartupError
 
-__all__ = ["MODES", "Precision", "choose"]
+__all__ = ["MODES", "Precision", "choose", "cpu_multiplies_bf16"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def choose(name: str, device: torch.device) -> Precision:
     on_gpu = device.type == "cuda"
     capable = on_gpu and torch.cuda.get_device_capability(device) >= MATRIX_UNITS
     if name == "auto":
-        name = ("fp16" if capable else "fp32") if on_gpu else "bf16" if _cpu_multiplies_bf16() else "fp32"
+        name = ("fp16" if capable else "fp32") if on_gpu else "bf16" if cpu_multiplies_bf16() else "fp32"
     possible = tuple(MODES) if on_gpu else ON_CPU
     if name not in possible:
         raise StartupError(f"precision on {device.type} must be auto, {' or '.join(possible)}, got {name!r}")
@@ -67,6 +67,6 @@ def choose(name: str, device: torch.device) -> Precision:
     return MODES[name]
 
 
-def _cpu_multiplies_bf16() -> bool:
+def cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16; without either bf16 is slower than fp32."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
