@@ -181,7 +181,6 @@ TESTED_THROUGH = {
     "tests/jobs/test_job.py": ["gramophone_server.jobs.event_log"],
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
-    "tests/rpc/test_servicer.py": ["gramophone_server.rpc.responses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
     "tests/ops": ["gramophone_server.ops.*"],  # by family of ops, as csrc
     "tests/client/test_cli.py": ["gramophone_client.commands.*", "gramophone_client.console.*"],

@@ -65,5 +65,5 @@ def test_any_bytes_have_a_size_or_none():
     ]
     for start in starts:
         for length in range(60):
-            said = dimensions.size(start + chance.randbytes(length))
-            assert said is None or min(said) >= 0
+            size = dimensions.size(start + chance.randbytes(length))
+            assert size is None or min(size) >= 0

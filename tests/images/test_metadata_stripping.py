@@ -56,7 +56,7 @@ def test_chunks_of_odd_sizes_are_kept_with_their_padding():
         encoded(RED, "PNG") + b"secret",
         encoded(RED, "WEBP") + b"secret",
     ],
-    ids=["PNG", "JPEG", "WEBP", "behind a JPEG", "behind a PNG", "behind a WebP"],
+    ids=["PNG", "JPEG", "WEBP", "after a JPEG", "after a PNG", "after a WebP"],
 )
 def test_everything_but_the_picture_is_removed(data):
     assert b"secret" in data and b"secret" not in metadata_stripping.picture(data).data

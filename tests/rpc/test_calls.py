@@ -1,4 +1,4 @@
-"""Calls of clients that leave, and of clients that do not read."""
+"""Clients that leave, and clients that do not read."""
 
 import asyncio
 import contextlib
@@ -36,15 +36,12 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
     engine = FakeEngine()
     async with serving(engine) as s:
         call = await start_stream(s, engine, timeout=0.2 if how == "deadline" else None)
-        gone = asyncio.Event()
-        (on_server,) = s.servicer.calls
-        on_server._context.add_done_callback(lambda _: gone.set())
         if how == "cancel":
             call.cancel()
         elif how == "disconnect":
             await s.channel.close()
         async with asyncio.timeout(5):
-            await gone.wait()
+            await s.servicer.idle()  # the end of the call is noticed during the iteration
         await stops_within_an_iteration(s, engine)
     wanted = "DEADLINE_EXCEEDED" if how == "deadline" else "CANCELLED"
     assert f"code={wanted}" in caplog.text
@@ -52,7 +49,7 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
 
 
 def context_of(notices, left_s=None):
-    """What gRPC gives a handler, with a list for those who want to hear of the end."""
+    """A context like those of gRPC, with a list of the callbacks for its end."""
     return types.SimpleNamespace(
         add_done_callback=notices.append,
         time_remaining=lambda: left_s,
@@ -62,7 +59,7 @@ def context_of(notices, left_s=None):
 
 
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
-    """gRPC's notice can come between the last image and the queue, where nothing is awaited that it could cancel."""
+    """gRPC may report the end between the last image and the queue, while the handler awaits nothing to cancel."""
     notices, left = [], []
     context = context_of(notices)
     call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
@@ -72,8 +69,8 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job()
     assert left == ["a mailbox"]
 
 
-async def test_a_clock_that_is_set_makes_no_call_late(caplog):
-    """gRPC's context tells what is left of a deadline by the wall clock."""
+async def test_setting_the_wall_clock_makes_no_call_late(caplog):
+    """gRPC computes the time until a deadline from the wall clock."""
     caplog.set_level("INFO", "gramophone_server")
     notices = []
     context = context_of(notices, left_s=60.0)
@@ -86,7 +83,7 @@ async def test_a_clock_that_is_set_makes_no_call_late(caplog):
     assert "code=CANCELLED" in caplog.text
 
 
-async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
+async def test_a_client_that_leaves_while_its_job_is_queued_frees_its_place():
     engine = FakeEngine()
     async with serving(engine, Limits(max_running=1, max_queued=1)) as s:
         running = await start_stream(s, engine)
@@ -99,7 +96,7 @@ async def test_a_client_that_leaves_while_it_waits_gives_its_place_back():
 
 @contextlib.asynccontextmanager
 async def unread_stream(s, iterations):
-    """A stream of which only the first message was read, on a channel that takes no more than 64 KiB unread."""
+    """A stream whose first message was read, on a channel that buffers at most 64 KiB of unread messages."""
     wanted = spec(iterations=iterations)
     wanted.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
     async with grpc.aio.insecure_channel(s.address, options=SMALL_WINDOW) as channel:
@@ -108,7 +105,7 @@ async def unread_stream(s, iterations):
         yield call
 
 
-async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
+async def test_a_slow_reader_gets_the_newest_events_and_delays_no_job():
     engine = NoisyEngine(512, iteration_s=0.001)
     async with serving(engine) as s, unread_stream(s, iterations=500) as call:
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
@@ -120,7 +117,7 @@ async def test_a_slow_reader_gets_the_newest_and_slows_nobody():
     assert events[-1].HasField("result")
 
 
-async def test_readers_that_stop_hold_up_nobody_on_their_connection():
+async def test_readers_that_stop_do_not_delay_others_on_their_connection():
     engine = NoisyEngine(512, iteration_s=0.001)
     request = pb.StylizeStreamRequest(spec=spec(iterations=5000))
     request.spec.frames.format = pb.IMAGE_FORMAT_PNG  # 800 KB each
@@ -130,19 +127,19 @@ async def test_readers_that_stop_hold_up_nobody_on_their_connection():
         stuck = [stub.StylizeStream(request) for _ in range(4)]
         for call in stuck:
             assert (await call.read()).event.HasField("accepted")
-        live, frames = stub.StylizeStream(request), 0
+        reading, frames = stub.StylizeStream(request), 0
         while frames < 8:
             async with asyncio.timeout(2):
-                frames += (await live.read()).event.HasField("frame")
+                frames += (await reading.read()).event.HasField("frame")
                 await stub.GetServerInfo(pb.GetServerInfoRequest())
         sent = sorted(call.frames for call in s.servicer.calls)
         assert sent[-2] <= 2 and sent[-1] >= 8
-        for call in (*stuck, live):
+        for call in (*stuck, reading):
             call.cancel()
 
 
 async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
-    """In this state the handler gets no CancelledError: it stays where it is."""
+    """gRPC does not cancel the handler then."""
     engine = NoisyEngine(512, iteration_s=0.001)
     async with serving(engine) as s, unread_stream(s, iterations=5000) as call:
         await until(lambda: engine.iterations > 200)
@@ -153,7 +150,7 @@ async def test_a_client_that_leaves_while_a_frame_is_written_stops_its_job():
         gc.collect()
 
 
-async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
+async def test_a_call_that_is_not_read_is_ended_and_its_job_continues():
     engine = NoisyEngine(512, iteration_s=0.005)
     wanted = detachable_spec(400, format=pb.IMAGE_FORMAT_PNG)  # 800 KB each
     async with (
@@ -163,7 +160,7 @@ async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
         slow = pb_grpc.StyleTransferServiceStub(channel).StylizeStream(pb.StylizeStreamRequest(spec=wanted))
         job_id = (await slow.read()).event.accepted.job_id
         job = s.servicer.jobs.find(job_id)
-        await until(lambda: not job.watchers)  # it reads nothing
+        await until(lambda: not job.watchers)  # the client reads nothing
         assert not job.ended and engine.iterations < 400
         await s.servicer.idle()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -174,7 +171,7 @@ async def test_a_slow_reader_is_dropped_and_its_job_goes_on():
         assert last.result.iterations == 400
 
 
-async def test_a_slow_reader_without_a_grace_takes_its_job_along():
+async def test_without_a_grace_the_job_of_an_unread_call_is_cancelled():
     engine = NoisyEngine(512, iteration_s=0.005)
     async with serving(engine, Limits(max_blocked_s=1)) as s, unread_stream(s, iterations=5000):
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)

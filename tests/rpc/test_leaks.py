@@ -1,4 +1,4 @@
-"""What is left when jobs are made, left, cancelled and forgotten in great numbers: nothing."""
+"""Large numbers of finished, abandoned, cancelled and forgotten jobs leave nothing."""
 
 import asyncio
 import gc
@@ -26,8 +26,8 @@ MIB = 2**20
 
 
 @pytest.fixture
-def nothing_of_before():
-    """What earlier tests have left is not looked at: `gc.get_objects` does not list what is frozen."""
+def earlier_objects_ignored():
+    """Ignores objects of earlier tests: `gc.get_objects` does not list frozen objects."""
     gc.collect()
     gc.freeze()
     yield
@@ -35,10 +35,10 @@ def nothing_of_before():
 
 
 def alive():
-    """Objects that a job is made of, by kind."""
+    """The numbers of objects of a job, by class."""
     gc.collect()
     kinds = (Job, Mailbox, Task, JobState, RpcCall)
-    # `isinstance` would wake lazy modules.
+    # `isinstance` would load lazy modules.
     return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in kinds)
 
 
@@ -52,8 +52,8 @@ def resident_bytes():
 
 
 async def one(s, number, chance):
-    """A job. An odd number runs to its end; one that 3 divides is cancelled, another one left, at some moment or other:
-    a multiple of 4 before its end, however slow the machine is, and the rest maybe behind it."""
+    """Runs a job. Odd numbers run to their end. Of the even ones, multiples of 3 are cancelled and the others are left,
+    at a random time: multiples of 4 before their end on any machine, the rest before or after it."""
     leaves, cancels = number % 2 == 0, number % 6 == 0
     iterations = 5000 if number % 4 == 0 else 10
     wanted = detachable_spec(iterations, grace=SHORT_GRACE) if number % 3 else spec(iterations)
@@ -73,11 +73,11 @@ async def one(s, number, chance):
         call.cancel()
 
 
-async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_before):
+async def test_1000_jobs_half_of_them_cancelled_leave_nothing(earlier_objects_ignored):
     chance = random.Random(1)
     engine = FakeEngine(iteration_s=0.002)
     limits = Limits(max_queued=200, max_kept=20)
-    before = alive()  # what a failed test, or an error among another test's parameters, holds with its traceback
+    before = alive()  # a failed test, or an error among another test's parameters, keeps objects in its traceback
     async with serving(engine, limits) as s:
         jobs, tasks = s.servicer.jobs, own_tasks()
         seen = []
@@ -101,11 +101,9 @@ async def test_of_1000_jobs_half_of_them_cancelled_nothing_is_left(nothing_of_be
             seen.append((threading.active_count(), descriptors(), resident_bytes()))
         jobs.close()
         assert len(jobs) == 0 and jobs.request_ids == jobs.ended == 0
-        await until(
-            lambda: (alive() - before) in ({}, {"RpcCall": 1})
-        )  # gRPC's server keeps the context of the last call
+        # gRPC's server keeps the context of the last call.
+        await until(lambda: (alive() - before) in ({}, {"RpcCall": 1}))
     threads, files, resident = zip(*seen, strict=True)
     assert threads[-1] <= threads[0] and files[-1] <= files[0]
-    # The first wave fills the allocators; after it 800 jobs, whose images alone are 12 MiB, may leave a little
-    # scattered.
+    # The first wave fills the allocators. After that, 800 jobs, whose images take 12 MiB, may leave some fragmentation.
     assert resident[-1] - resident[0] < 8 * MIB, [size / MIB for size in resident]
