@@ -17,9 +17,9 @@ from gramophone_server.telemetry.metrics import Metrics
 __all__ = ["HealthMonitor"]
 
 PULSE_S = 0.25
-# A turn of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
+# A step of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
 # at 2048 px on two cores these take two minutes.
-LONGEST_TURN_S = 300.0
+LONGEST_STEP_S = 300.0
 LONGEST_LAG_S = 30.0
 
 
@@ -51,7 +51,7 @@ class ObservedCache(Protocol):
 class HealthMonitor(Collector):
     """Reads the state of other parts when it is asked. All but `watch` is thread-safe.
 
-    `longest_turn_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
+    `longest_step_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class HealthMonitor(Collector):
         metrics: Metrics,
         version: str,
         *,
-        longest_turn_s: float = LONGEST_TURN_S,
+        longest_step_s: float = LONGEST_STEP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
         self._scheduler, self._uploads, self._metrics = scheduler, uploads, metrics
         self._version = version
-        self._longest_turn_s = longest_turn_s
+        self._longest_step_s = longest_step_s
         self._clock = clock
         self._tasks = 0
         self._pulse_at = clock()
@@ -87,7 +87,7 @@ class HealthMonitor(Collector):
         lag_s = self._clock() - self._pulse_at - PULSE_S
         if lag_s > LONGEST_LAG_S:
             return f"the event loop has not run for {lag_s:.0f} s"
-        if self._scheduler.step_s > self._longest_turn_s:
+        if self._scheduler.step_s > self._longest_step_s:
             return f"the compute thread has been in one iteration for {self._scheduler.step_s:.0f} s"
         return ""
 
@@ -111,7 +111,7 @@ class HealthMonitor(Collector):
         yield _gauge("gramophone_event_loop_tasks", "tasks of the event loop", self._tasks)
         yield _gauge(
             "gramophone_engine_heartbeat_seconds",
-            "duration so far of the compute thread's present turn, 0 while it waits for jobs",
+            "duration so far of the compute thread's present step, 0 while it waits for jobs",
             scheduler.step_s,
         )
         yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())
