@@ -1,13 +1,15 @@
-"""Fixtures for the tests of the client: a fake service, and a client that is connected to it."""
+"""Fixtures for the tests of the client: a fake service, a client that is connected to it, and its command line."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from gramophone_client import GramophoneClient
-from tests.support.fake_service import FakeService, serving
+from gramophone_client import GramophoneClient, cli
+from gramophone_client.streams import recovery_states
+from tests.support.fake_service import PAINTING, PHOTO, FakeService, serving
 
 
 @pytest.fixture
@@ -22,3 +24,37 @@ async def client(service: FakeService) -> AsyncIterator[GramophoneClient]:
     """A client of the fake service."""
     async with GramophoneClient(service.target, timeout_s=10) as connected:
         yield connected
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries after a loss come quickly."""
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with two pictures."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.png").write_bytes(PHOTO)
+    (tmp_path / "painting.png").write_bytes(PAINTING)
+    return tmp_path
+
+
+@pytest.fixture
+def gramophone(
+    service: FakeService, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, list[str]]]:
+    """Runs a command against the fake service; returns (exit code, standard output, lines of standard error)."""
+    monkeypatch.setenv("GRAMOPHONE_SERVER", service.target)
+
+    def run(command: str) -> tuple[int, str, list[str]]:
+        try:
+            code = cli.main(command.split())
+        except SystemExit as error:  # raised by argparse
+            assert isinstance(error.code, int)
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run

@@ -1,4 +1,4 @@
-"""A service that plays scripts instead of painting: real stubs, real port, no network to compute."""
+"""A service that plays scripts instead of running jobs: real stubs and a real port, but no engine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from gramophone.wire import recipe_to_message
 from gramophone_server.errors import GramophoneError, ImageNotFound, InvalidRequest, JobNotFound
 from gramophone_server.rpc.status import refusal
 
-HANG = object()  # a step that lasts until the call is over
+HANG = object()  # a step that lasts until the call has ended
+NOWHERE = "127.0.0.1:1"  # a port without a listener
 
 
-class Take(NamedTuple):
+class Answer(NamedTuple):
     """A step that waits for the next message of a controller and answers it, unless it is an acknowledgement."""
 
-    iteration: int = 1  # of the answer
-    wrong: str = ""  # what is wrong with the command's only field
-    taken: pb.JobEvent | None = None  # follows the answer
+    iteration: int = 1
+    error: str = ""  # the description of an error in the field `beta` of the command
+    output: pb.JobEvent | None = None  # sent after the answer
 
 
 SIZE = (24, 18)
@@ -47,8 +48,8 @@ def encoded(colour: str = "red", format: str = "PNG", size: tuple[int, int] = SI
 
 
 def accepted(**fields) -> pb.JobEvent:
-    told = {"job_id": "j1", "recipe": recipe_to_message(Recipe()), "seed": 7, "width": 24, "height": 18}
-    return pb.JobEvent(accepted=pb.Accepted(**told | {"iterations": 300} | fields))
+    defaults = {"job_id": "j1", "recipe": recipe_to_message(Recipe()), "seed": 7, "width": 24, "height": 18}
+    return pb.JobEvent(accepted=pb.Accepted(**defaults | {"iterations": 300} | fields))
 
 
 def progress(iteration: int) -> pb.JobEvent:
@@ -85,7 +86,7 @@ def waiting(queue_position: int, wait_s: int | None = None) -> pb.JobEvent:
 
 
 def picture(iteration: int) -> pb.JobEvent:
-    """A frame as a controller asks for it."""
+    """A frame in answer to a controller's command."""
     image = pb.Image(format=pb.IMAGE_FORMAT_PNG, width=SIZE[0], height=SIZE[1], data=encoded("purple"))
     return pb.JobEvent(frame=pb.Frame(iteration=iteration, image=image))
 
@@ -102,7 +103,7 @@ def changed(iteration: int, **fields) -> pb.JobEvent:
 
 
 def numbered(*steps) -> list:
-    """The steps with the sequence numbers of a job's events."""
+    """The steps, with sequence numbers from 1 on."""
     for number, step in enumerate(steps, 1):
         if isinstance(step, pb.JobEvent):
             step.sequence = number
@@ -110,25 +111,30 @@ def numbered(*steps) -> list:
 
 
 def job(**fields) -> pb.Job:
-    told = {"job_id": "j1", "state": pb.JOB_STATE_RUNNING, "create_time": Timestamp(seconds=1_750_000_000)}
-    return pb.Job(**told | {"iteration": 10, "iterations": 300, "width": 24, "height": 18} | fields)
+    defaults = {"job_id": "j1", "state": pb.JOB_STATE_RUNNING, "create_time": Timestamp(seconds=1_750_000_000)}
+    return pb.Job(**defaults | {"iteration": 10, "iterations": 300, "width": 24, "height": 18} | fields)
 
 
 def refused(error: GramophoneError) -> grpc.Status:
     """The status that the real server sends for this error."""
     code, message, trailers = refusal(error)
-    return bare(code, message, trailers)
+    return rpc_status(code, message, trailers)
 
 
-def bare(code: grpc.StatusCode, message: str = "", trailers: tuple = ()) -> grpc.Status:
+def rpc_status(code: grpc.StatusCode, message: str = "", trailers: tuple = ()) -> grpc.Status:
     """A status as gRPC itself or a proxy makes it."""
     status = grpc.Status()
     status.code, status.details, status.trailing_metadata = code, message, trailers
     return status
 
 
+PHOTO, PAINTING = encoded("red"), encoded("yellow")
+LOST = rpc_status(grpc.StatusCode.UNAVAILABLE, "gone")
+NO_RETRIES = (("grpc-retry-pushback-ms", "-1"),)  # trailers that stop gRPC's own retries, which take time
+
+
 class FakeService(pb_grpc.StyleTransferServiceServicer):
-    """Plays `scripts` one after the other, and the last one again and again; keeps what it was asked."""
+    """Plays one of `scripts` per call, in their order, and the last one for all further calls. Records the requests."""
 
     def __init__(self) -> None:
         self.scripts: list[list] = [[accepted(), progress(10), frame(10), progress(20), frame(20), result()]]
@@ -138,15 +144,20 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
         self.images: dict[str, bytes] = {}  # uploaded, by digest
         self.uploads = 0
-        self.most_bytes = 2**30  # of an upload, which is refused at the first byte too many
+        self.max_upload_bytes = 2**30  # an upload is refused as soon as it has more
         self.jobs = [job()]
         self.target = ""
-        self.stop = lambda: None  # at once, with all calls
-        self.hanging = threading.Event()  # a call has come to its HANG
-        self.uploading = threading.Event()  # a piece of an image has come
-        self.over = threading.Event()  # a call has ended, at its end or before
-        self.cancelled = False  # the last call that was over had not come to its end
+        self.stop = lambda: None  # ends all calls and the server
+        self.hanging = threading.Event()  # a call is at its HANG
+        self.uploading = threading.Event()  # the first chunk of an image has arrived
+        self.call_ended = threading.Event()  # a call has ended, by its script or before
+        self.cancelled = False  # whether the last call ended before the end of its script
         self.health = health.HealthServicer()
+
+    @property
+    def commands(self) -> list[str]:
+        """The kinds of the controllers' messages."""
+        return [message.WhichOneof("command") for message in self.messages]
 
     def Stylize(self, request, context):
         self.request_ids.append(request.request_id)
@@ -172,32 +183,32 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.messages.append(first)
         spec = first.start.spec if first.HasField("start") else None
         for step in self._play(spec, context):
-            if isinstance(step, Take):
-                yield from self._answered(step, next(requests))
+            if isinstance(step, Answer):
+                yield from self._answer(step, next(requests))
             else:
                 yield pb.StylizeInteractiveResponse(event=step)
 
-    def _answered(self, take, request):
+    def _answer(self, step, request):
         self.messages.append(request)
         kind = request.WhichOneof("command")
         if kind == "ack":
             return
-        told = pb.CommandResult(command_id=request.command_id, iteration=take.iteration)
-        if take.wrong:
-            told.field_errors.add(field=f"{kind}.beta", description=take.wrong)
-        yield pb.StylizeInteractiveResponse(command_result=told)
-        if take.taken is not None:
-            yield pb.StylizeInteractiveResponse(event=take.taken)
+        answer = pb.CommandResult(command_id=request.command_id, iteration=step.iteration)
+        if step.error:
+            answer.field_errors.add(field=f"{kind}.beta", description=step.error)
+        yield pb.StylizeInteractiveResponse(command_result=answer)
+        if step.output is not None:
+            yield pb.StylizeInteractiveResponse(event=step.output)
 
     def UploadImage(self, requests, context):
-        self.over.clear()
-        if not context.add_callback(self.over.set):
-            self.over.set()
+        self.call_ended.clear()
+        if not context.add_callback(self.call_ended.set):
+            self.call_ended.set()
         data = b""
         for request in requests:
             data += request.chunk
             self.uploading.set()
-            if len(data) > self.most_bytes:
+            if len(data) > self.max_upload_bytes:
                 context.abort_with_status(refused(InvalidRequest([Violation("chunk", f"is {len(data)} bytes")])))
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.images[digest] = data
@@ -260,24 +271,24 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             for image in (spec.content, *(style.image for style in spec.styles)):
                 if image.digest and image.digest not in self.images:
                     context.abort_with_status(refused(ImageNotFound(image.digest)))
-        done, ended = False, threading.Event()
-        self.over.clear()
+        is_complete, ended = False, threading.Event()
+        self.call_ended.clear()
 
-        def is_over() -> None:
-            self.cancelled = not done
+        def end() -> None:
+            self.cancelled = not is_complete
             ended.set()
-            self.over.set()
+            self.call_ended.set()
 
-        context.add_callback(is_over)
+        context.add_callback(end)
         for step in self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]:
             if step is HANG:
                 self.hanging.set()
                 ended.wait(10)
                 return
             if isinstance(step, grpc.Status):
-                done = True
+                is_complete = True
                 context.abort_with_status(step)
-            done = not isinstance(step, Take) and step.HasField("result")
+            is_complete = not isinstance(step, Answer) and step.HasField("result")
             yield step
 
 
@@ -285,8 +296,8 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
 def serving() -> Iterator[FakeService]:
     """A fake service on a free port of the loopback."""
     service = FakeService()
-    # Not grpc.aio: the client under test may run its own loop in another thread, and loops in two threads disturb each
-    # other's polling.
+    # Not grpc.aio: the client under test may have an event loop in another thread, and grpc.aio does not poll reliably
+    # for two loops.
     with futures.ThreadPoolExecutor(8) as threads:
         server = grpc.server(threads, options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_StyleTransferServiceServicer_to_server(service, server)

@@ -1,7 +1,7 @@
-"""Programs of this checkout as processes of their own: what they say, signals, and an end for each of them.
+"""Programs of this checkout in processes: their output, signals to them, and their end.
 
-Nothing here sleeps for a guessed time: every wait is for a line of output or for a process to end, and has a limit that
-only a broken program or a very busy machine reaches.
+There are no sleeps: each wait is for a line of output or for the end of a process. Its limit is reached only by a
+broken program or on a very busy machine.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parent.parent.parent
-WITHIN_S = 60.0  # for anything that is waited for; a server is ready after 2 s, a small job takes less
+WITHIN_S = 60.0  # the limit of each wait; a server is ready after 2 s, and a small job takes less
 
 
 class Process:
-    """A Python program of this checkout, and what it says on both of its outputs. It does not outlive its block."""
+    """A Python program of this checkout, with both of its outputs. It is killed at the end of the block."""
 
     def __init__(self, *command: str | Path, cwd: Path, **settings: str) -> None:
-        # Whoever runs the tests may have settings of their own, and may not have installed this checkout.
+        # The environment may have settings of a server, and this checkout need not be installed.
         env = {name: value for name, value in os.environ.items() if not name.startswith("GRAMOPHONE_")}
         env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client", "."))
         env |= settings
@@ -64,15 +64,15 @@ class Process:
         os.killpg(self._process.pid, number)
 
     def line(self, start: str) -> str:
-        """The rest of the next line that begins with `start`, as soon as it is said."""
+        """Waits for a line that starts with `start` and returns the rest of it."""
         end = time.monotonic() + WITHIN_S
         while (line := self._next(end)) is not None:
             if line.startswith(start):
                 return line.removeprefix(start).strip()
-        raise AssertionError(f"{self.command} never said {start!r}, but:\n{self.output}")
+        raise AssertionError(f"{self.command} did not print {start!r}, but:\n{self.output}")
 
     def code(self) -> int:
-        """The exit code, as soon as the process has ended and everything that it said has been read."""
+        """Waits until the process has ended and its output is read. Returns the exit code."""
         end = time.monotonic() + WITHIN_S
         while self._next(end) is not None:
             pass
@@ -82,7 +82,9 @@ class Process:
         try:
             line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
-            raise AssertionError(f"{self.command} took more than {WITHIN_S:g} s; it said:\n{self.output}") from None
+            raise AssertionError(
+                f"{self.command} took more than {WITHIN_S:g} s; its output is:\n{self.output}"
+            ) from None
         self.output += line or ""
         return line
 
@@ -95,7 +97,7 @@ class Process:
 
 
 class Server(Process):
-    """A server with the real weights, or what another `module` makes of it, on a free port; `address` once it listens."""
+    """A server on a free port, which listens at `address`: one with the real weights, or as `module` starts it."""
 
     def __init__(self, *flags: str, cwd: Path, module: str = "gramophone_server.main", **settings: str) -> None:
         super().__init__("-m", module, "--port", "0", *flags, cwd=cwd, **settings)
@@ -106,5 +108,5 @@ class Server(Process):
             raise
 
     def client(self, *words: str | Path, cwd: Path) -> Process:
-        """`gramophone`, talking to this server."""
+        """A `gramophone` command for this server."""
         return Process("-m", "gramophone_client.cli", *words, "--server", self.address, cwd=cwd)

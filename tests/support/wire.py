@@ -1,4 +1,4 @@
-"""A connection that breaks as networks break."""
+"""A TCP proxy whose connections can hang or be cut, as those of a network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Wire:
-    """An address that leads to `target`, while the block lasts."""
+    """A proxy for the address `target`, as long as the block runs."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -28,11 +28,11 @@ class Wire:
         self.cut()
 
     def fall_silent(self) -> None:
-        """Forwards nothing more and closes nothing, as when a cable is pulled."""
+        """Stops forwarding without closing a connection, as when a cable is unplugged."""
         self._flows.clear()
 
     def cut(self) -> None:
-        """Ends every connection without a goodbye; new ones lead to the target again."""
+        """Aborts all connections; new ones reach the target again."""
         for writer in self._writers:
             writer.transport.abort()
         self._flows.set()

@@ -92,7 +92,7 @@ class LiveDisplay:
         self._status = "waiting for the server"
         self._progress: Progress | None = None
         self._iteration: int | None = None  # the last one shown; None before `Accepted`
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S)
+        self._live = Live(console=console, get_renderable=self.renderable, refresh_per_second=REFRESHES_PER_S)
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -131,11 +131,8 @@ class LiveDisplay:
         """Prints a permanent line above the one that changes."""
         self._console.print(Text(text))
 
-    def _take(self, picture: Picture) -> None:
-        if self._preview:
-            self._picture = HalfBlocks(picture)
-
-    def _render(self) -> RenderableType:
+    def renderable(self) -> RenderableType:
+        """What the display shows at the next refresh."""
         rows = Table.grid()
         if self._picture is not None:
             rows.add_row(self._picture)
@@ -143,6 +140,10 @@ class LiveDisplay:
             _ProgressLine(self._progress) if self._progress is not None else Text(self._status, overflow="ellipsis")
         )
         return rows
+
+    def _take(self, picture: Picture) -> None:
+        if self._preview:
+            self._picture = HalfBlocks(picture)
 
 
 class _ProgressLine:

@@ -202,7 +202,7 @@ class JobControl:
 
     async def _read_updates(self) -> None:
         """Reads the job's events until it has ended or is given up."""
-        recovery = self._recovery
+        recovery, reader = self._recovery, asyncio.current_task()
         try:
             sends = recovery.job is not None
             while recovery.result is None:
@@ -213,6 +213,9 @@ class JobControl:
                 except GramophoneError as error:
                     if recovery.result is not None and is_connection_loss(error):
                         break
+                    if reader is not None and reader.cancelling():
+                        # gRPC raises the status of a call that has just ended in place of the cancellation.
+                        raise asyncio.CancelledError from error
                     sends = await recovery.next_attempt(error)
         except GramophoneError as error:
             self._error = recovery.with_partial_result(error)

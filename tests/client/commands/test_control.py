@@ -1,18 +1,18 @@
+"""`gramophone control`."""
+
 import os
 import sys
-import threading
 
-import grpc
 import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import cli
+from gramophone_client.console.display import PlainDisplay
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import (
     HANG,
-    Take,
+    LOST,
+    Answer,
     accepted,
-    bare,
     changed,
     checkpoint,
     encoded,
@@ -25,39 +25,28 @@ from tests.support.fake_service import (
 
 
 @pytest.fixture
-def gramophone(service, tmp_path, monkeypatch, capsys):
-    """Runs a command against the fake service: (exit code, lines of standard output, lines of standard error)."""
-    monkeypatch.setenv("GRAMOPHONE_SERVER", service.target)
-    monkeypatch.chdir(tmp_path)
+def control(gramophone):
+    """Runs a command; returns (exit code, lines of standard output, lines of standard error)."""
 
     def run(command: str):
-        try:
-            code = cli.main(command.split())
-        except SystemExit as left:  # argparse
-            code = left.code
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err.splitlines()
+        code, out, err = gramophone(command)
+        return code, out.splitlines(), err
 
     return run
 
 
-def commands(service):
-    return [message.WhichOneof("command") for message in service.messages]
-
-
-def test_a_lost_connection_is_made_again(gramophone, service):
-    lost = bare(grpc.StatusCode.UNAVAILABLE, "gone")
-    service.scripts = [[*numbered(accepted()), lost], [Take(5), Take(6), *numbered(accepted(), result())]]
-    code, out, err = gramophone("control j1 --pause --finish --detach 5")
+def test_a_lost_connection_is_made_again(control, service):
+    service.scripts = [[*numbered(accepted()), LOST], [Answer(5), Answer(6), *numbered(accepted(), result())]]
+    code, out, err = control("control j1 --pause --finish --detach 5")
     assert (code, err) == (0, [])
     assert out == ["paused before iteration 5", "finished after 300 iterations"]
-    assert commands(service) == ["attach", "attach", "pause", "finish"]
+    assert service.commands == ["attach", "attach", "pause", "finish"]
 
 
-def test_options_are_commands_in_their_order(gramophone, service, tmp_path):
-    taken = [Take(7, taken=picture(7)), Take(8, taken=checkpoint(8, light=False))]
-    service.scripts = [[accepted(), Take(5), Take(6), *taken, Take(9), result()]]
-    code, out, err = gramophone(
+def test_options_are_commands_in_their_order(control, service, tmp_path):
+    taken = [Answer(7, output=picture(7)), Answer(8, output=checkpoint(8, light=False))]
+    service.scripts = [[accepted(), Answer(5), Answer(6), *taken, Answer(9), result()]]
+    code, out, err = control(
         "control j1 --finish --resume --set beta=5 --set tv-weight=0.5 --set style-layers=relu1_1:1,relu2_1:0.5 "
         "--set iterations=40 --save now.jpg --checkpoint job.checkpoint"
     )
@@ -69,7 +58,7 @@ def test_options_are_commands_in_their_order(gramophone, service, tmp_path):
         "job.checkpoint",
         "finished after 300 iterations",
     ]
-    assert commands(service) == ["attach", "resume", "update", "frame", "checkpoint", "finish"]
+    assert service.commands == ["attach", "resume", "update", "frame", "checkpoint", "finish"]
     update = service.messages[2].update
     assert (update.beta, update.tv_weight, update.iterations) == (5, 0.5, 40)
     assert [(one.layer, one.weight) for one in update.style_layers.layers] == [("relu1_1", 1), ("relu2_1", 0.5)]
@@ -77,14 +66,14 @@ def test_options_are_commands_in_their_order(gramophone, service, tmp_path):
     assert (tmp_path / "now.jpg").read_bytes().startswith(b"\xff\xd8")
 
 
-def test_a_pause_says_where(gramophone, service):
-    service.scripts = [[accepted(), Take(12), HANG]]
-    assert gramophone("control j1 --pause") == (0, ["paused before iteration 12"], [])
+def test_a_pause_reports_its_iteration(control, service):
+    service.scripts = [[accepted(), Answer(12), HANG]]
+    assert control("control j1 --pause") == (0, ["paused before iteration 12"], [])
 
 
-def test_a_bad_value_is_told_as_typed(gramophone, service):
-    service.scripts = [[accepted(), Take(wrong="must be between 0 and 1e+15, got -1"), HANG]]
-    code, out, err = gramophone("control j1 --set beta=-1")
+def test_a_bad_value_is_reported_as_typed(control, service):
+    service.scripts = [[accepted(), Answer(error="must be between 0 and 1e+15, got -1"), HANG]]
+    code, out, err = control("control j1 --set beta=-1")
     assert (code, out, err) == (2, [], ["gramophone: --set beta: must be between 0 and 1e+15, got -1"])
 
 
@@ -101,8 +90,8 @@ def test_a_bad_value_is_told_as_typed(gramophone, service):
         ("control j1 --save no/now.png", "no/now.png: there is no folder no; make it first"),
     ],
 )
-def test_bad_usage_is_refused_in_words(gramophone, service, command, words):
-    code, out, err = gramophone(command)
+def test_bad_usage_is_explained(control, service, command, words):
+    code, out, err = control(command)
     assert (code, out, service.messages) == (2, [], [])
     assert words in err[-1]
 
@@ -110,14 +99,14 @@ def test_bad_usage_is_refused_in_words(gramophone, service, command, words):
 @pytest.mark.parametrize(
     ("error", "code"), [(server_errors.JobControlled("j1"), 2), (server_errors.TooManyWatchers(8), 4)]
 )
-def test_refusals_are_exit_codes(gramophone, service, error, code):
+def test_refusals_are_exit_codes(control, service, error, code):
     service.scripts = [[refused(error)]]
-    assert gramophone("control j1 --pause") == (code, [], [f"gramophone: {error}"])
+    assert control("control j1 --pause") == (code, [], [f"gramophone: {error}"])
 
 
 @pytest.fixture
 def press(monkeypatch):
-    """A terminal as standard input, and what types on it."""
+    """Makes standard input a terminal; types keys on it."""
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "r") as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
@@ -125,30 +114,38 @@ def press(monkeypatch):
     os.close(ours)
 
 
-def test_keys_are_commands(gramophone, service, press, tmp_path):
+def test_keys_are_commands(control, service, press, tmp_path, monkeypatch):
     paused, resumed = pb.JobEvent(paused=pb.Paused(iteration=3)), pb.JobEvent(resumed=pb.Resumed(iteration=3))
     service.scripts = [
         [
             accepted(),
             progress(3),
-            *(Take(4), paused, Take(3, taken=picture(3)), Take(4), resumed),
-            *(Take(5), changed(5, beta=3.75), Take(5, wrong="must be less"), Take(6, taken=checkpoint(6))),
-            *(Take(7), result()),
+            *(Answer(4), paused, Answer(3, output=picture(3)), Answer(4), resumed),
+            *(Answer(5), changed(5, beta=3.75), Answer(5, error="must be less"), Answer(6, output=checkpoint(6))),
+            *(Answer(7), result()),
         ]
     ]
-    typing = iter(["s", "p", "+", "-", "c", "?f"])
-    played = service._answered
+    # Each key is pressed at the line that reports the effect of the one before.
+    keys = {
+        "p pause or go on": "p",
+        "paused after": "s",
+        "the picture after": "p",
+        "goes on after": "+",
+        "changed from": "-",
+        "update.beta": "c",
+        "the state after": "?f",
+    }
+    print_line = PlainDisplay.print_line
 
-    def answered(take, request):  # the next key when the one before was seen to
-        yield from played(take, request)
-        if key := next(typing, ""):
-            threading.Timer(0.2, press, [key]).start()
+    def print_and_press(display, text):
+        print_line(display, text)
+        press("".join(keys.pop(start) for start in list(keys) if text.startswith(start)))
 
-    service._answered = answered
-    press("p")
-    code, out, err = gramophone("control j1")
+    monkeypatch.setattr(PlainDisplay, "print_line", print_and_press)
+    code, out, err = control("control j1")
+    assert keys == {}
     assert (code, out) == (0, [])
-    assert commands(service) == ["attach", "pause", "frame", "resume", "update", "update", "checkpoint", "finish"]
+    assert service.commands == ["attach", "pause", "frame", "resume", "update", "update", "checkpoint", "finish"]
     assert (tmp_path / "j1-0003.png").read_bytes() == encoded("purple")
     assert (tmp_path / "j1-0006.checkpoint").read_bytes() == b"state after 6"
     assert [message.update.beta for message in service.messages[4:6]] == [3.75, 3.0]
@@ -164,15 +161,15 @@ def test_keys_are_commands(gramophone, service, press, tmp_path):
         assert words in err
 
 
-def test_leaving_leaves_the_job(gramophone, service, press):
+def test_leaving_leaves_the_job(control, service, press):
     service.scripts = [[accepted(), HANG]]
     press("q")
-    assert gramophone("control j1 --quiet") == (0, [], [])
-    assert service.over.wait(5)
+    assert control("control j1 --quiet") == (0, [], [])
+    assert service.call_ended.wait(5)
 
 
-def test_an_error_of_the_job_ends_the_keys(gramophone, service, press):
+def test_an_error_of_the_job_ends_the_keys(control, service, press):
     service.scripts = [[accepted(), refused(server_errors.Diverged(3))]]
-    code, _, err = gramophone("control j1")
+    code, _, err = control("control j1")
     assert code == 5
     assert "became NaN or infinite at iteration 3" in err[-1]

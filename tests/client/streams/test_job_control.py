@@ -1,53 +1,54 @@
 import asyncio
-import threading
 
 import grpc
 import pytest
 
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import FrameOptions, JobControl, SyncGramophoneClient, SyncJobControl, errors
-from gramophone_client.streams import recovery_states
+from gramophone_client import FrameOptions, errors
 from gramophone_server import errors as server_errors
+from tests.support.clock import until
 from tests.support.fake_service import (
     HANG,
-    Take,
+    LOST,
+    NO_RETRIES,
+    PAINTING,
+    PHOTO,
+    Answer,
     accepted,
-    bare,
     changed,
     checkpoint,
-    encoded,
     frame,
     numbered,
     picture,
     progress,
     refused,
     result,
+    rpc_status,
 )
+from tests.support.updates import collected, kinds
 
-PHOTO, PAINTING = encoded("red"), encoded("yellow")
-NEVER = (("grpc-retry-pushback-ms", "-1"),)  # no retries by gRPC itself, for the sake of time
-LOST = bare(grpc.StatusCode.UNAVAILABLE, "gone")
-BUSY = bare(grpc.StatusCode.UNAVAILABLE, "still gone", NEVER)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch):
-    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.01, 0.05))
+STILL_LOST = rpc_status(grpc.StatusCode.UNAVAILABLE, "still gone", NO_RETRIES)
 
 
-def kinds(told):
-    return [type(update).__name__ for update in told]
-
-
-def commands(service):
-    return [message.WhichOneof("command") for message in service.messages]
-
-
-async def test_a_job_is_controlled_while_nobody_iterates(client, service):
+async def test_a_job_is_controlled_without_an_iteration(client, service):
     paused, resumed = pb.JobEvent(paused=pb.Paused(iteration=3)), pb.JobEvent(resumed=pb.Resumed(iteration=3))
     service.scripts = [
-        [accepted(), progress(3), Take(4), paused, Take(4), changed(4, beta=9.0), Take(4), resumed, Take(5), result()]
+        [
+            accepted(),
+            progress(3),
+            Answer(4),
+            paused,
+            Answer(4),
+            changed(4, beta=9.0),
+            Answer(4),
+            resumed,
+            Answer(5),
+            result(),
+        ]
     ]
     async with client.control(PHOTO, PAINTING, frames=None, beta=2.0) as job:
         assert job.accepted.job_id == "j1"
@@ -56,10 +57,10 @@ async def test_a_job_is_controlled_while_nobody_iterates(client, service):
         assert await job.resume() == 4
         assert await job.finish() == 5
         assert (await job.result()).iterations == 300
-        told = [update async for update in job]
-    assert kinds(told) == ["Accepted", "Progress", "Paused", "Changed", "Resumed", "Result"]
-    assert (told[2].iteration, told[3].recipe.beta, told[4].iteration) == (3, 9.0, 3)
-    assert commands(service) == ["start", "pause", "update", "resume", "finish"]
+        updates = await collected(job)
+    assert kinds(updates) == ["Accepted", "Progress", "Paused", "Changed", "Resumed", "Result"]
+    assert (updates[2].iteration, updates[3].recipe.beta, updates[4].iteration) == (3, 9.0, 3)
+    assert service.commands == ["start", "pause", "update", "resume", "finish"]
     start, _, update, *_ = service.messages
     assert (start.start.spec.recipe.beta, len(start.start.request_id)) == (2.0, 36)
     assert start.start.spec.checkpoints.light and not start.start.spec.HasField("frames")
@@ -69,19 +70,19 @@ async def test_a_job_is_controlled_while_nobody_iterates(client, service):
     assert len({message.command_id for message in service.messages[1:]}) == 4
 
 
-async def test_a_job_is_controlled_while_somebody_iterates(client, service):
-    service.scripts = [[accepted(), progress(1), Take(2), changed(2, beta=5.0), progress(2), result()]]
-    told = []
+async def test_a_job_is_controlled_during_an_iteration(client, service):
+    service.scripts = [[accepted(), progress(1), Answer(2), changed(2, beta=5.0), progress(2), result()]]
+    updates = []
     async with client.control(PHOTO, PAINTING) as job:
         async for update in job:
-            told.append(update)
-            if kinds(told[-1:]) == ["Progress"] and update.iteration == 1:
+            updates.append(update)
+            if kinds(updates[-1:]) == ["Progress"] and update.iteration == 1:
                 assert await job.update(beta=5) == 2
-    assert kinds(told) == ["Accepted", "Progress", "Changed", "Progress", "Result"]
+    assert kinds(updates) == ["Accepted", "Progress", "Changed", "Progress", "Result"]
 
 
-async def test_a_bad_command_tells_its_fields_and_ends_nothing(client, service):
-    service.scripts = [[accepted(), Take(wrong="must be between 0 and 1e+15, got -1"), Take(3), result()]]
+async def test_a_bad_command_names_its_fields_and_ends_nothing(client, service):
+    service.scripts = [[accepted(), Answer(error="must be between 0 and 1e+15, got -1"), Answer(3), result()]]
     async with client.control(PHOTO, PAINTING) as job:
         with pytest.raises(errors.InvalidRequest, match=r"update\.beta: must be between 0 and") as raised:
             await job.update(beta=-1)
@@ -90,24 +91,24 @@ async def test_a_bad_command_tells_its_fields_and_ends_nothing(client, service):
         assert (await job.result()).stop_reason == "ITERATIONS_DONE"
 
 
-async def test_what_cannot_be_said_is_not_sent(client, service):
-    service.scripts = [[accepted(), Take(2), result()]]
+async def test_values_that_do_not_fit_are_not_sent(client, service):
+    service.scripts = [[accepted(), Answer(2), result()]]
     async with client.control(PHOTO, PAINTING) as job:
         with pytest.raises(errors.InvalidRequest, match="size cannot be changed while a job runs; alpha, beta, "):
             await job.update(size=3)
         with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
             await job.update(iterations=2**40)
         await job.pause()
-    assert commands(service) == ["start", "pause"]
+    assert service.commands == ["start", "pause"]
 
 
-async def test_a_picture_and_a_state_come_to_who_asked(client, service):
+async def test_pictures_and_states_are_returned_to_their_caller(client, service):
     service.scripts = [
         [
             *numbered(accepted(), frame(8)),
-            Take(9, taken=picture(9)),
+            Answer(9, output=picture(9)),
             checkpoint(9),
-            Take(10, taken=checkpoint(10, light=False)),
+            Answer(10, output=checkpoint(10, light=False)),
             result(),
         ]
     ]
@@ -116,44 +117,48 @@ async def test_a_picture_and_a_state_come_to_who_asked(client, service):
         assert (taken.iteration, taken.picture.format, taken.picture.width) == (9, "png", 24)
         state = await job.checkpoint()
         assert (state.iteration, state.light, state.data) == (10, False, b"state after 10")
-        told = [update async for update in job]
-    assert kinds(told) == ["Accepted", "Frame", "Checkpoint", "Result"]  # the job's own, not those that were asked for
-    assert (told[1].iteration, told[2].iteration) == (8, 9)
-    assert commands(service) == ["start", "frame", "checkpoint"]
+        updates = await collected(job)
+    assert kinds(updates) == [
+        "Accepted",
+        "Frame",
+        "Checkpoint",
+        "Result",
+    ]  # the job's own, without those that commands asked for
+    assert (updates[1].iteration, updates[2].iteration) == (8, 9)
+    assert service.commands == ["start", "frame", "checkpoint"]
 
 
 async def test_frames_are_acknowledged_as_they_arrive_and_only_the_newest_waits(client, service):
-    service.scripts = [[*numbered(accepted(), frame(1), frame(2)), Take(), Take(), *numbered(result())]]
+    service.scripts = [[*numbered(accepted(), frame(1), frame(2)), Answer(), Answer(), *numbered(result())]]
     async with client.control(PHOTO, PAINTING) as job:
-        while len(service.messages) < 3:  # though nobody takes one
-            await asyncio.sleep(0.005)
-        told = [update async for update in job]
-    assert kinds(told) == ["Accepted", "Frame", "Result"]
-    assert (told[1].iteration, told[1].dropped) == (2, 5)  # two each in front of them, and the older one
+        await until(lambda: len(service.messages) == 3)  # without an iteration that takes them
+        updates = await collected(job)
+    assert kinds(updates) == ["Accepted", "Frame", "Result"]
+    assert (updates[1].iteration, updates[1].dropped) == (2, 5)  # two per frame by the server, and the older frame
     assert service.messages[0].start.spec.frames.max_in_flight == 2
     assert [message.ack.sequence for message in service.messages[1:]] == [2, 3]
 
 
-async def test_updates_that_nobody_takes_make_room(client, service):
+async def test_updates_that_are_not_taken_are_replaced(client, service):
     service.scripts = [
-        [accepted(), *(progress(i) for i in range(1, 200)), checkpoint(3), checkpoint(7), Take(), result()]
+        [accepted(), *(progress(i) for i in range(1, 200)), checkpoint(3), checkpoint(7), Answer(), result()]
     ]
     async with client.control(PHOTO, PAINTING) as job:
         await job.pause()
-        told = [update async for update in job]
-    assert kinds(told) == ["Accepted", "Progress", "Checkpoint", "Result"]
-    assert (told[1].iteration, told[2].iteration) == (199, 7)
+        updates = await collected(job)
+    assert kinds(updates) == ["Accepted", "Progress", "Checkpoint", "Result"]
+    assert (updates[1].iteration, updates[2].iteration) == (199, 7)
 
 
-async def test_a_job_that_is_there_is_taken_over(client, service):
-    service.scripts = [[accepted(attached=True), Take(8), HANG]]
+async def test_an_existing_job_is_controlled(client, service):
+    service.scripts = [[accepted(attached=True), Answer(8), HANG]]
     async with client.control_job("j1", frames=FrameOptions(max_side=64, max_in_flight=3)) as job:
         assert await job.pause() == 8
     attach = service.messages[0].attach
     assert (attach.job_id, attach.frames.max_side, attach.frames.max_in_flight) == ("j1", 64, 3)
     assert not attach.HasField("checkpoints")
-    assert await asyncio.to_thread(service.over.wait, 5)
-    assert service.cancelled  # leaving gives the job up
+    assert await asyncio.to_thread(service.call_ended.wait, 5)
+    assert service.cancelled  # leaving ends the call
 
 
 @pytest.mark.parametrize(
@@ -164,17 +169,17 @@ async def test_a_job_that_is_there_is_taken_over(client, service):
         (server_errors.JobNotFound("j1"), "there is no job 'j1'"),
     ],
 )
-async def test_entering_raises_what_the_server_has_against_it(client, service, error, words):
+async def test_entering_raises_the_servers_refusal(client, service, error, words):
     status = refused(error)
     service.scripts = [[status]]
     with pytest.raises(errors.GramophoneError, match=words) as raised:
         async with client.control_job("j1"):
-            pytest.fail("came in")
+            pytest.fail("the block was entered")
     assert type(raised.value).__name__ == type(error).__name__
 
 
 async def test_an_error_of_the_job_ends_iteration_and_commands(client, service):
-    service.scripts = [[accepted(), frame(4), checkpoint(4), Take(5), refused(server_errors.Diverged(5))]]
+    service.scripts = [[accepted(), frame(4), checkpoint(4), Answer(5), refused(server_errors.Diverged(5))]]
     async with client.control(PHOTO, PAINTING) as job:
         await job.pause()
         with pytest.raises(errors.Diverged, match="iteration 5") as raised:
@@ -183,14 +188,14 @@ async def test_an_error_of_the_job_ends_iteration_and_commands(client, service):
         for command in (job.resume, job.picture, job.finish):
             with pytest.raises(errors.Diverged):
                 await command()
-        told = []
+        updates = []
         with pytest.raises(errors.Diverged):
             async for update in job:
-                told.append(update)
-        assert kinds(told) == ["Accepted", "Frame", "Checkpoint"]
+                updates.append(update)
+        assert kinds(updates) == ["Accepted", "Frame", "Checkpoint"]
 
 
-async def test_a_command_after_the_result_is_told_so(client, service):
+async def test_a_command_after_the_result_is_an_error(client, service):
     service.scripts = [[accepted(), result()]]
     async with client.control(PHOTO, PAINTING) as job:
         await job.result()
@@ -199,7 +204,7 @@ async def test_a_command_after_the_result_is_told_so(client, service):
                 await command()
 
 
-async def test_a_command_under_way_gets_the_jobs_error(client, service):
+async def test_a_pending_command_raises_the_jobs_error(client, service):
     service.scripts = [[accepted(), HANG]]
     async with client.control(PHOTO, PAINTING, timeout_s=0.5) as job:
         with pytest.raises(errors.DeadlineExceeded, match=r"0\.5 s"):
@@ -207,7 +212,7 @@ async def test_a_command_under_way_gets_the_jobs_error(client, service):
 
 
 async def test_a_lost_connection_is_an_error_with_the_last_state(client, service):
-    service.scripts = [[accepted(), checkpoint(6), Take(6), bare(grpc.StatusCode.UNAVAILABLE, "gone")]]
+    service.scripts = [[accepted(), checkpoint(6), Answer(6), LOST]]
     async with client.control(PHOTO, PAINTING, patience_s=0) as job:
         await job.pause()
         with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
@@ -220,7 +225,7 @@ async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
     async with client.control(PHOTO, PAINTING) as job:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(job.pause(), 0.1)
-        assert not service.over.is_set()
+        assert not service.call_ended.is_set()
 
 
 @pytest.mark.parametrize(
@@ -229,23 +234,23 @@ async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
     ids=["cancelled", "diverged"],
 )
 async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, kind):
-    # gRPC would forget the status when a write races it, which these do more often than not.
+    # Most of these writes race the end of the call, and with gRPC's own way to send would replace its status.
     for _ in range(10):
-        service.scripts = [[*numbered(accepted(), frame(2)), Take(), end], [end]]
+        service.scripts = [[*numbered(accepted(), frame(2)), Answer(), end], [end]]
         async with client.control(PHOTO, PAINTING) as job:
-            told = await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
+            outcomes = await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
             with pytest.raises(kind) as raised:
                 await job.result()
-        assert told[0] == 1
-        assert {type(one) for one in told[1:]} == {kind}
+        assert outcomes[0] == 1
+        assert {type(outcome) for outcome in outcomes[1:]} == {kind}
         assert raised.value.frame.iteration == 2
-    assert service.watches == []  # nobody had to ask again
+    assert service.watches == []  # no second call was needed
 
 
-async def test_a_result_that_commands_race_is_there(client, service):
+async def test_commands_that_race_the_result_do_not_hide_it(client, service):
     for _ in range(10):
-        told = numbered(accepted(), result())
-        service.scripts = [[told[0], Take(), told[1]], [told[1]]]
+        first, last = numbered(accepted(), result())
+        service.scripts = [[first, Answer(), last], [last]]
         async with client.control(PHOTO, PAINTING) as job:
             await asyncio.gather(*(job.update(beta=float(i)) for i in range(30)), return_exceptions=True)
             assert (await job.result()).iterations == 300
@@ -254,12 +259,12 @@ async def test_a_result_that_commands_race_is_there(client, service):
 # --- a lost server, a lost connection
 
 
-async def test_a_lost_job_goes_on_with_what_its_commands_had_changed(client, service):
+async def test_a_lost_job_continues_with_the_changes_of_its_commands(client, service):
     paused, resumed = pb.JobEvent(paused=pb.Paused(iteration=9)), pb.JobEvent(resumed=pb.Resumed(iteration=9))
     layers = [LayerWeight("relu1_1", 2), LayerWeight("relu2_1", 3)]
     service.scripts = [
-        [accepted(), checkpoint(5), *(Take(6) for _ in range(5)), resumed, paused, LOST],
-        [accepted(job_id="j2", resumed_at=5), Take(7), Take(7), Take(8), result()],
+        [accepted(), checkpoint(5), *(Answer(6) for _ in range(5)), resumed, paused, LOST],
+        [accepted(job_id="j2", resumed_at=5), Answer(7), Answer(7), Answer(8), result()],
     ]
     async with client.control(PHOTO, PAINTING, frames=None) as job:
         await job.update(beta=9.0, alpha=2.0, style_layers=layers)
@@ -267,12 +272,11 @@ async def test_a_lost_job_goes_on_with_what_its_commands_had_changed(client, ser
         await job.pause()
         await job.resume()
         await job.pause()
-        while job.accepted.job_id == "j1":
-            await asyncio.sleep(0.01)
+        await until(lambda: job.accepted.job_id == "j2")
         assert await job.resume() == 8
         assert (await job.result()).iterations == 300
-        told = [update async for update in job]
-    assert (told[-2].job_id, told[-2].resumed_at) == ("j2", 5) and kinds(told[-1:]) == ["Result"]
+        updates = await collected(job)
+    assert (updates[-2].job_id, updates[-2].resumed_at) == ("j2", 5) and kinds(updates[-1:]) == ["Result"]
     assert [message.WhichOneof("command") for message in service.messages[6:]] == ["start", "update", "pause", "resume"]
     again, update = service.messages[6:8]
     assert again.start.spec.resume == b"state after 5" and not again.start.spec.HasField("recipe")
@@ -281,34 +285,44 @@ async def test_a_lost_job_goes_on_with_what_its_commands_had_changed(client, ser
     assert update.update == pb.UpdateCommand(alpha=2, beta=4, style_layers=pb.LayerWeights(layers=reweighted))
 
 
-async def test_commands_given_meanwhile_wait_for_the_job(client, service):
+async def test_commands_given_during_the_recovery_wait_for_the_job(client, service):
     service.scripts = [
-        [accepted(), checkpoint(5), Take(6, taken=None), LOST],  # the picture was promised and has not come
-        [BUSY],
-        [accepted(job_id="j2", resumed_at=5), Take(7, taken=picture(7)), Take(8), Take(9, wrong="is wrong"), result()],
+        [
+            accepted(),
+            checkpoint(5),
+            Answer(6, output=None),
+            LOST,
+        ],  # the command is answered, but the picture has not arrived
+        [STILL_LOST],
+        [
+            accepted(job_id="j2", resumed_at=5),
+            Answer(7, output=picture(7)),
+            Answer(8),
+            Answer(9, error="is wrong"),
+            result(),
+        ],
     ]
     async with client.control(PHOTO, PAINTING, frames=None) as job:
         taking = asyncio.create_task(job.picture())
-        while len(service.specs) < 2:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(service.specs) == 2)
         changing = asyncio.create_task(job.update(beta=3.0))
         assert (await taking).iteration == 7
         assert await changing == 8
         with pytest.raises(errors.InvalidRequest, match=r"pause\.beta: is wrong"):
             await job.pause()
         await job.result()
-    assert commands(service) == ["start", "frame", "start", "start", "frame", "update", "pause"]
+    assert service.commands == ["start", "frame", "start", "start", "frame", "update", "pause"]
 
 
-async def test_what_had_been_changed_and_is_refused_after_a_loss_ends_the_control(client, service):
+async def test_changes_that_are_refused_after_a_loss_end_the_control(client, service):
     service.scripts = [
-        [accepted(), checkpoint(5), Take(6), LOST],
-        [accepted(job_id="j2", resumed_at=5), Take(7, wrong="must be between 0 and 5"), HANG],
+        [accepted(), checkpoint(5), Answer(6), LOST],
+        [accepted(job_id="j2", resumed_at=5), Answer(7, error="must be between 0 and 5"), HANG],
     ]
     async with client.control(PHOTO, PAINTING, frames=None) as job:
         await job.update(beta=9.0)
         with pytest.raises(
-            errors.InvalidRequest, match=r"sent again, and .* refused there: update\.beta: must"
+            errors.InvalidRequest, match=r"sent again, and its earlier changes are refused there: update\.beta: must"
         ) as raised:
             await job.result()
     assert raised.value.checkpoint.iteration == 5
@@ -320,23 +334,25 @@ async def test_what_had_been_changed_and_is_refused_after_a_loss_ends_the_contro
 async def test_a_lost_connection_is_made_again_during_the_grace(client, service, refusal):
     first, second, *rest = numbered(accepted(), progress(1), progress(2), result())
     service.scripts = [
-        [first, second, Take(3), LOST],
+        [first, second, Answer(3), LOST],
         *([[refused(refusal)]] if refusal is not None else []),
-        [Take(3), *rest],
+        [Answer(3), *rest],
     ]
     async with client.control(PHOTO, PAINTING, frames=None, detach_grace=5) as job:
         assert await job.pause() == 3
-        while not any(message.HasField("attach") for message in service.messages):
-            await asyncio.sleep(0.005)
+        await until(lambda: any(message.HasField("attach") for message in service.messages))
         assert await job.resume() == 3
-        told = [update async for update in job]
-    assert [update.sequence for update in told] in ([1, 3, 4], [1, 2, 3, 4])  # progress may make room
+        updates = await collected(job)
+    assert [update.sequence for update in updates] in (
+        [1, 3, 4],
+        [1, 2, 3, 4],
+    )  # the first progress may have been replaced
     attach = service.messages[2].attach
     assert (attach.job_id, attach.after_sequence, attach.checkpoints.light) == ("j1", 2, True)
     assert len(service.specs) == 1
 
 
-async def test_a_job_that_somebody_else_has_taken_over_is_not_sent_again(client, service):
+async def test_a_job_that_another_client_controls_is_not_sent_again(client, service):
     service.scripts = [[accepted(), checkpoint(5), LOST], [refused(server_errors.JobControlled("j1"))]]
     async with client.control(PHOTO, PAINTING, detach_grace=0.3) as job:
         with pytest.raises(errors.ConnectionFailed, match="gone"):
@@ -345,20 +361,18 @@ async def test_a_job_that_somebody_else_has_taken_over_is_not_sent_again(client,
 
 
 async def test_leaving_during_the_search_ends_it(client, service):
-    service.scripts = [[accepted(), LOST], [BUSY]]
+    service.scripts = [[accepted(), LOST], [STILL_LOST]]
+    tasks_before = asyncio.all_tasks()
     async with client.control(PHOTO, PAINTING) as job:
-        while len(service.specs) < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(service.specs) >= 3)
         pausing = asyncio.create_task(job.pause())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the task starts
     with pytest.raises(errors.Cancelled, match="the control of the job was given up"):
         await pausing
-    asked = len(service.specs)
-    await asyncio.sleep(0.1)
-    assert len(service.specs) == asked
+    await until(lambda: asyncio.all_tasks() <= tasks_before)  # no task is left that could send the job
 
 
-async def test_a_job_that_was_taken_over_is_found_again_but_never_sent(client, service):
+async def test_an_existing_job_is_found_again_but_never_sent(client, service):
     service.scripts = [[*numbered(accepted(attached=True)), LOST], numbered(accepted(), result())]
     async with client.control_job("j1", detach_grace=5) as job:
         await job.result()
@@ -367,24 +381,3 @@ async def test_a_job_that_was_taken_over_is_found_again_but_never_sent(client, s
     async with client.control_job("j1") as job:
         with pytest.raises(errors.ConnectionFailed, match="gone"):
             await job.result()
-
-
-def test_the_synchronous_face_controls_too(service):
-    service.scripts = [[accepted(), Take(4), Take(4, taken=picture(4)), Take(5), result()]]
-    with SyncGramophoneClient(service.target) as client, client.control(PHOTO, PAINTING) as job:
-        assert job.accepted.job_id == "j1"
-        told = []
-        watching = threading.Thread(target=lambda: told.extend(job))
-        watching.start()
-        assert job.update(beta=3.0) == 4
-        assert job.picture().iteration == 4
-        assert job.finish() == 5
-        assert job.result().picture.width == 24
-        watching.join(5)
-    assert kinds(told) == ["Accepted", "Result"]
-
-
-def test_the_synchronous_control_has_every_method():
-    public = [name for name in vars(JobControl) if not name.startswith("_")]
-    assert len(public) >= 7
-    assert all(hasattr(SyncJobControl, name) for name in public)

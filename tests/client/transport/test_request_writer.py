@@ -1,4 +1,4 @@
-"""The client's side of a stream: all of it arrives, and a call that ends under it tells how."""
+"""The requests of a call: all of them arrive, and the status of a call that ends before them is kept."""
 
 import asyncio
 import gc
@@ -10,9 +10,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client import GramophoneClient, errors
 from gramophone_client.transport.request_writer import send
-from tests.support.fake_service import HANG, accepted
-
-NOWHERE = "127.0.0.1:1"  # a port that nobody listens on
+from tests.support.fake_service import HANG, NOWHERE, accepted
 
 
 @pytest.fixture
@@ -21,21 +19,21 @@ async def stub(service):
         yield pb_grpc.StyleTransferServiceStub(channel)
 
 
-async def pieces(*sizes):
+async def chunks(*sizes):
     for size in sizes:
         yield pb.UploadImageRequest(chunk=bytes(size))
 
 
 async def test_all_requests_arrive_and_the_side_is_closed(stub, service):
     call = stub.UploadImage(timeout=10)
-    send(call, pieces(10, 0, 1000, 2**20))
+    send(call, chunks(10, 0, 1000, 2**20))
     answer = await call
     assert len(service.images[answer.digest]) == 10 + 1000 + 2**20
 
 
-async def test_an_upload_that_is_refused_half_way_says_why(client, service):
-    # gRPC's own way to send loses the status of one in three to eight of these.
-    service.most_bytes = 2**20
+async def test_an_upload_that_is_refused_half_way_raises_the_refusal(client, service):
+    # With gRPC's own way to send, one in three to eight of these lost its status.
+    service.max_upload_bytes = 2**20
     for _ in range(30):
         with pytest.raises(errors.InvalidRequest, match=r"chunk: is \d+ bytes") as raised:
             await client.upload(bytes(8 * 2**20))
@@ -43,7 +41,7 @@ async def test_an_upload_that_is_refused_half_way_says_why(client, service):
         assert [violation.field for violation in raised.value.violations] == ["chunk"]
 
 
-async def test_an_upload_to_nowhere_and_one_that_takes_too_long_say_so(client, service):
+async def test_uploads_without_a_server_or_in_too_little_time_raise_their_errors(client, service):
     async with GramophoneClient(NOWHERE, retries=False) as lost:
         with pytest.raises(errors.ConnectionFailed, match="no connection to a gramophone server at 127"):
             await lost.upload(bytes(2**20))
@@ -51,7 +49,7 @@ async def test_an_upload_to_nowhere_and_one_that_takes_too_long_say_so(client, s
         await client.upload(bytes(64 * 2**20), timeout_s=0.001)
 
 
-async def test_who_leaves_an_upload_ends_it_at_the_server(stub, service):
+async def test_cancelling_an_upload_ends_it_at_the_server(stub, service):
     async def endless():
         try:
             while True:
@@ -66,29 +64,29 @@ async def test_who_leaves_an_upload_ends_it_at_the_server(stub, service):
     answer = asyncio.ensure_future(call)
     assert await asyncio.to_thread(service.uploading.wait, 5)
     answer.cancel()
-    assert await asyncio.to_thread(service.over.wait, 5)
+    assert await asyncio.to_thread(service.call_ended.wait, 5)
     async with asyncio.timeout(5):
         await left.wait()
 
 
-async def test_requests_that_cannot_be_made_end_the_call_and_are_told(stub, service):
+async def test_an_error_in_making_requests_ends_the_call_and_is_logged(stub, service):
     async def broken():
         yield pb.UploadImageRequest(chunk=b"-")
         assert await asyncio.to_thread(service.uploading.wait, 5)
         raise ZeroDivisionError
 
-    told = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    failures = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
     call = stub.UploadImage(timeout=10)
     send(call, broken())
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert await asyncio.to_thread(service.over.wait, 5)
-    gc.collect()  # a task that failed is told of when it is dropped
-    assert [type(error) for error in told] == [ZeroDivisionError]
+    assert await asyncio.to_thread(service.call_ended.wait, 5)
+    gc.collect()  # asyncio reports a failed task when it is destroyed
+    assert [type(error) for error in failures] == [ZeroDivisionError]
 
 
-async def test_requests_wait_for_no_longer_than_the_call(stub, service):
+async def test_waiting_for_requests_ends_with_the_call(stub, service):
     async def silent():
         yield pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=pb.JobSpec()))
         try:

@@ -1,0 +1,138 @@
+import re
+import time
+
+import grpc
+import pytest
+
+from gramophone.recipe import Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client import FrameOptions, errors
+from gramophone_client.streams.job_stream import newest_responses
+from gramophone_server import errors as server_errors
+from tests.support.fake_service import (
+    LOST,
+    NO_RETRIES,
+    PAINTING,
+    PHOTO,
+    accepted,
+    checkpoint,
+    frame,
+    numbered,
+    progress,
+    refused,
+    result,
+    rpc_status,
+    waiting,
+)
+from tests.support.updates import collected
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+async def test_a_diverged_stream_has_its_last_good_picture(client, service):
+    service.scripts = [[accepted(), frame(10, "red"), frame(12, "blue"), refused(server_errors.Diverged(13))]]
+    with pytest.raises(errors.Diverged, match="iteration 13") as raised:
+        await collected(client.stream(PHOTO, PAINTING))
+    assert raised.value.frame.iteration == 12
+    assert raised.value.frame.picture.image().size == (12, 9)
+
+
+async def test_a_stream_without_a_result_is_an_error(client, service):
+    service.scripts = [[accepted()]]
+    with pytest.raises(errors.ServerFailed, match="without a result"):
+        await collected(client.stream(PHOTO, PAINTING))
+
+
+async def test_a_slow_reader_gets_only_the_newest_of_each_kind():
+    class Call:
+        cancelled = False
+
+        async def __aiter__(self):
+            for event in numbered(
+                accepted(), frame(1), progress(2), waiting(1), frame(3), progress(4), checkpoint(4), frame(5), result()
+            ):
+                yield pb.StylizeStreamResponse(event=event)
+            if self.fails:
+                raise ValueError("lost")
+
+        def cancel(self):
+            self.cancelled = True
+
+    call = Call()
+    call.fails = False
+    events = [response.event async for response in newest_responses(call)]
+    assert [event.WhichOneof("event") for event in events] == [
+        "accepted", "waiting", "progress", "checkpoint", "frame", "result",
+    ]  # fmt: skip
+    assert (events[2].progress.iteration, events[4].frame.iteration) == (4, 5)
+    assert events[4].frame.dropped == 3 * 2 + 2  # two per frame by the server, and the two that were replaced here
+    assert [event.sequence for event in events] == sorted(event.sequence for event in events)
+    call.fails, responses = True, []
+    with pytest.raises(ValueError, match="lost"):
+        async for response in newest_responses(call):
+            responses.append(response)
+    assert len(responses) == 6 and call.cancelled  # nothing is lost before the error
+
+
+# --- lost connections
+
+
+@pytest.mark.parametrize("status", [LOST, rpc_status(grpc.StatusCode.INTERNAL, "RST_STREAM")], ids=repr)
+async def test_a_lost_stream_continues_where_it_was(client, service, status):
+    whole = numbered(accepted(), progress(1), frame(1), progress(2), frame(2), result())
+    service.scripts = [
+        [*whole[:3], status],
+        [rpc_status(grpc.StatusCode.UNAVAILABLE, "still gone", NO_RETRIES)],
+        [*whole[2:4], refused(server_errors.SlowReader(60))],  # the third event once more
+        whole[4:],
+    ]
+    options = FrameOptions(max_side=64)
+    updates = await collected(client.stream(PHOTO, PAINTING, frames=options, detach_grace=5))
+    assert [update.sequence for update in updates] == [1, 2, 3, 4, 5, 6]
+    assert [(watch.job_id, watch.after_sequence) for watch in service.watches] == [("j1", 3), ("j1", 3), ("j1", 4)]
+    assert all(watch.frames.max_side == 64 for watch in service.watches)
+    assert len(service.specs) == 1
+
+
+async def test_a_connection_lost_after_the_result_loses_nothing(client, service):
+    service.scripts = [[*numbered(accepted(), result()), LOST]]
+    assert len(await collected(client.stream(PHOTO, PAINTING))) == 2
+    assert service.watches == []
+
+
+async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service):
+    service.scripts = [
+        [*numbered(accepted(), frame(1)), LOST],
+        [rpc_status(grpc.StatusCode.UNAVAILABLE, "", NO_RETRIES)],
+    ]
+    started = time.monotonic()
+    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3, patience_s=0))
+    assert 0.3 <= time.monotonic() - started < 3
+    assert raised.value.frame.iteration == 1
+    assert len(service.watches) > 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        server_errors.EngineFailed(),
+        server_errors.Cancelled(),
+        server_errors.Diverged(3),
+        server_errors.OutOfDeviceMemory(9, 9),
+        server_errors.InvalidRequest([Violation("spec.seed", "must be y")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_errors_of_the_service_itself_are_final(client, service, error):
+    service.scripts = [[accepted(), refused(error)]]
+    with pytest.raises(errors.GramophoneError, match=re.escape(str(error))):
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
+    assert (service.watches, len(service.specs)) == ([], 1)
+
+
+async def test_a_job_that_expired_during_the_search_is_an_error(client, service):
+    lost = [accepted(), LOST]
+    service.scripts = [lost, [refused(server_errors.JobNotFound("j1"))]]
+    with pytest.raises(errors.JobNotFound, match="j1"):
+        await collected(client.watch("j1", detach_grace=5))

@@ -1,0 +1,227 @@
+"""The states of recovery, without calls and without a clock."""
+
+import grpc
+import pytest
+
+from gramophone_client import errors
+from gramophone_client.streams.recovery_states import (
+    MAX_RESENDS,
+    RETRY_PAUSE_S,
+    NextCall,
+    RecoveryState,
+    RecoveryStates,
+    is_connection_loss,
+)
+
+SENDING, FOLLOWING = RecoveryState.SENDING, RecoveryState.FOLLOWING
+SEARCHING, RESENDING = RecoveryState.SEARCHING, RecoveryState.RESENDING
+ATTACH, REPEAT, RESEND = NextCall.ATTACH, NextCall.REPEAT, NextCall.RESEND
+
+GRACE_S, PATIENCE_S = 5.0, 30.0
+
+
+class Machine(RecoveryStates):
+    """A machine in `state`, at a time that moves by hand."""
+
+    def __init__(self, state: RecoveryState, *, grace_s: float = GRACE_S, patience_s: float = PATIENCE_S) -> None:
+        super().__init__(is_accepted=state is not SENDING, grace_s=grace_s, patience_s=patience_s)
+        self.now_s = 100.0
+        self.left_s = 900.0
+        if state is SEARCHING:
+            self.fail(LOST)
+        elif state is RESENDING:
+            self.fail(DOWN)
+        assert self.state is state
+
+    def fail(self, error: errors.GramophoneError, *, was_connected: bool = True) -> tuple[NextCall, float]:
+        retry = self.call_failed(error, now_s=self.now_s, left_s=self.left_s, was_connected=was_connected)
+        return retry.call, retry.pause_s
+
+
+def lost() -> errors.ConnectionFailed:
+    return errors.ConnectionFailed("gone", code=grpc.StatusCode.UNAVAILABLE)
+
+
+LOST = lost()
+DOWN = errors.ShuttingDown("down", code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+NOT_READY = errors.NotReady("starting", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
+SLOW = errors.SlowReader("slow", code=grpc.StatusCode.ABORTED, reason="SLOW_READER")
+FULL = errors.QueueFull("full")
+CONTROLLED = errors.JobControlled("controlled")
+MISSING = errors.JobNotFound("missing")
+LATE = errors.DeadlineExceeded("late")
+INVALID = errors.InvalidRequest("invalid")
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "next_state", "call"),
+    [
+        (SENDING, LOST, SENDING, RESEND),
+        (SENDING, DOWN, SENDING, RESEND),
+        (SENDING, NOT_READY, SENDING, RESEND),
+        (FOLLOWING, LOST, SEARCHING, ATTACH),
+        (FOLLOWING, SLOW, SEARCHING, ATTACH),
+        (FOLLOWING, DOWN, RESENDING, RESEND),
+        (SEARCHING, LOST, SEARCHING, ATTACH),
+        (SEARCHING, DOWN, SEARCHING, ATTACH),
+        (SEARCHING, FULL, SEARCHING, ATTACH),
+        (SEARCHING, CONTROLLED, SEARCHING, ATTACH),
+        (SEARCHING, MISSING, RESENDING, RESEND),
+        (RESENDING, LOST, RESENDING, REPEAT),
+        (RESENDING, DOWN, RESENDING, REPEAT),
+        (RESENDING, NOT_READY, RESENDING, REPEAT),
+        (RESENDING, FULL, RESENDING, REPEAT),
+        (RESENDING, MISSING, RESENDING, REPEAT),
+    ],
+    ids=lambda value: getattr(value, "name", type(value).__name__),
+)
+def test_transitions(state, error, next_state, call):
+    machine = Machine(state)
+    assert machine.fail(error)[0] is call
+    assert machine.state is next_state
+
+
+@pytest.mark.parametrize("error", [INVALID, LATE, FULL, MISSING, CONTROLLED], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("state", [SENDING, FOLLOWING], ids=lambda state: state.name)
+def test_a_first_error_that_is_no_loss_is_final(state, error):
+    machine = Machine(state)
+    with pytest.raises(type(error)) as raised:
+        machine.fail(error)
+    assert raised.value is error and machine.state is state
+
+
+@pytest.mark.parametrize("state", [SEARCHING, RESENDING], ids=lambda state: state.name)
+def test_other_errors_during_a_recovery_are_final(state):
+    with pytest.raises(errors.InvalidRequest):
+        Machine(state).fail(INVALID)
+
+
+@pytest.mark.parametrize("state", [SEARCHING, RESENDING], ids=lambda state: state.name)
+def test_a_deadline_during_a_recovery_raises_the_loss(state):
+    with pytest.raises(errors.ConnectionFailed, match=r"gone|down") as raised:
+        Machine(state).fail(LATE)
+    assert raised.value.__cause__ is LATE
+
+
+def test_a_server_that_was_never_there_is_not_waited_for():
+    machine = Machine(SENDING)
+    with pytest.raises(errors.ConnectionFailed):
+        machine.fail(LOST, was_connected=False)
+    machine.fail(DOWN)
+    assert machine.fail(LOST, was_connected=False)[0] is REPEAT  # after a first refusal a server may come
+
+
+def test_an_event_ends_a_search_and_acceptance_ends_a_resend():
+    machine = Machine(SEARCHING)
+    machine.event_received()
+    assert machine.state is FOLLOWING
+    machine = Machine(RESENDING)
+    machine.event_received()
+    assert machine.state is RESENDING
+    machine.accepted()
+    assert machine.state is FOLLOWING
+    with pytest.raises(errors.QueueFull):
+        machine.fail(FULL)  # the loss is over
+
+
+def test_the_search_lasts_for_the_grace_then_the_job_is_sent_again():
+    machine = Machine(SEARCHING)
+    machine.now_s += GRACE_S - 0.001
+    assert machine.fail(lost())[0] is ATTACH
+    machine.now_s += 0.001
+    assert machine.fail(lost())[0] is RESEND
+    machine.now_s += PATIENCE_S - GRACE_S - 0.001
+    assert machine.fail(lost())[0] is REPEAT
+    machine.now_s += 0.001
+    with pytest.raises(errors.ConnectionFailed) as raised:
+        machine.fail(FULL)
+    assert raised.value is LOST and raised.value.__cause__ is FULL
+
+
+def test_without_grace_the_job_is_sent_again_at_once():
+    machine = Machine(FOLLOWING, grace_s=0.0)
+    assert machine.fail(LOST)[0] is RESEND
+    assert machine.state is RESENDING
+
+
+def test_without_patience_a_job_is_searched_for_but_never_sent_again():
+    with pytest.raises(errors.ShuttingDown):
+        Machine(FOLLOWING, patience_s=0.0).fail(DOWN)
+    machine = Machine(SEARCHING, patience_s=0.0)
+    with pytest.raises(errors.JobNotFound):
+        machine.fail(MISSING)
+    machine.now_s += GRACE_S
+    error = lost()
+    with pytest.raises(errors.ConnectionFailed) as raised:
+        machine.fail(error)
+    assert raised.value is LOST and raised.value.__cause__ is error
+
+
+def test_a_slow_readers_job_is_never_sent_again():
+    machine = Machine(FOLLOWING)
+    machine.fail(SLOW)
+    with pytest.raises(errors.JobNotFound):
+        machine.fail(MISSING)
+    machine.now_s += GRACE_S
+    with pytest.raises(errors.SlowReader):
+        machine.fail(lost())
+
+
+def test_a_controlled_job_is_not_sent_again():
+    machine = Machine(SEARCHING)
+    machine.now_s += GRACE_S
+    with pytest.raises(errors.ConnectionFailed) as raised:
+        machine.fail(CONTROLLED)
+    assert raised.value is LOST
+
+
+def test_resends_without_a_newer_checkpoint_are_limited():
+    machine = Machine(FOLLOWING, grace_s=0.0)
+    for _ in range(MAX_RESENDS):
+        assert machine.fail(lost())[0] is RESEND
+        assert machine.fail(lost())[0] is REPEAT  # no server has accepted it: the job did not crash this one
+        machine.accepted()
+    machine.checkpoint_advanced()
+    for _ in range(MAX_RESENDS):
+        assert machine.fail(lost())[0] is RESEND
+        machine.accepted()
+    error = lost()
+    with pytest.raises(errors.ConnectionFailed) as raised:
+        machine.fail(error)
+    assert raised.value is error
+
+
+def test_before_acceptance_only_lost_connections_count_as_resends():
+    machine = Machine(SENDING)
+    assert machine.fail(DOWN)[0] is RESEND
+    for _ in range(2 * MAX_RESENDS):
+        assert machine.fail(DOWN)[0] is REPEAT
+        assert machine.fail(lost(), was_connected=False)[0] is REPEAT
+    for _ in range(MAX_RESENDS - 1):
+        assert machine.fail(lost())[0] is RESEND
+    with pytest.raises(errors.ShuttingDown):
+        machine.fail(lost())
+
+
+def test_pauses_double_up_to_the_longest_and_are_at_least_the_servers():
+    machine = Machine(RESENDING)
+    shortest, longest = RETRY_PAUSE_S
+    pauses = [machine.fail(lost())[1] for _ in range(6)]
+    assert pauses == [min(shortest * 2**n, longest) for n in range(1, 7)]
+    assert machine.fail(errors.QueueFull("full", retry_after_s=7.5))[1] == 7.5
+
+
+def test_pauses_end_with_the_time_that_is_left():
+    machine = Machine(RESENDING)
+    machine.left_s = 0.1
+    assert machine.fail(lost())[1] == 0.1
+    machine.left_s = 0.0
+    with pytest.raises(errors.ShuttingDown):
+        machine.fail(lost())
+
+
+def test_only_errors_without_a_reason_are_lost_connections():
+    assert is_connection_loss(LOST) and is_connection_loss(SLOW)
+    assert is_connection_loss(errors.ServerFailed("reset", code=grpc.StatusCode.INTERNAL))
+    assert not is_connection_loss(errors.ServerFailed("defect", code=grpc.StatusCode.INTERNAL, reason="INTERNAL"))
+    assert not is_connection_loss(DOWN) and not is_connection_loss(FULL)

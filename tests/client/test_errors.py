@@ -1,0 +1,87 @@
+"""The errors of a call: each status of the server as the right exception."""
+
+import grpc
+import pytest
+
+from gramophone.recipe import Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client import GramophoneClient, errors
+from gramophone_server import errors as server_errors
+from gramophone_server.rpc.status import CODES as SERVER_CODES
+from tests.support.fake_service import PAINTING, PHOTO, refused, rpc_status
+from tests.support.updates import collected
+
+DOMAIN_ERRORS = {
+    server_errors.InvalidRequest: [Violation("spec.recipe.beta", "must be x"), Violation("spec.seed", "must be y")],
+    server_errors.QueueFull: (4, 4, 12.5),
+    server_errors.Diverged: (17,),
+    server_errors.OutOfDeviceMemory: (4096, 4096),
+    server_errors.JobNotFound: ("j1",),
+    server_errors.RequestIdTaken: ("r1",),
+    server_errors.ImageNotFound: ("sha256:0",),
+    server_errors.JobControlled: ("j1",),
+    server_errors.TooManyWatchers: (8,),
+    server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
+    server_errors.SlowReader: (60.0,),
+}
+
+
+CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory"}
+
+
+def server_error(kind):
+    given = DOMAIN_ERRORS.get(kind, ())
+    return kind(given) if isinstance(given, list) else kind(*given)
+
+
+@pytest.mark.parametrize("kind", SERVER_CODES, ids=lambda kind: kind.__name__)
+async def test_every_error_of_the_server_is_rebuilt(service, kind):
+    error = server_error(kind)
+    service.scripts = [[refused(error)]]
+    async with GramophoneClient(service.target, timeout_s=10, retries=False) as client:
+        for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
+            with pytest.raises(errors.GramophoneError) as raised:
+                await call
+            assert type(raised.value).__name__ == CLIENT_NAMES.get(kind.__name__, kind.__name__)
+            assert str(raised.value) == str(error)
+            assert raised.value.code is SERVER_CODES[kind].code
+            assert raised.value.violations == getattr(error, "violations", ())
+            told_s = getattr(error, "retry_after_s", None)
+            assert raised.value.retry_after_s == (told_s if told_s is None else pytest.approx(told_s, rel=0.26))
+
+
+def test_every_reason_of_the_proto_has_its_exception():
+    reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()}  # noqa: SIM118
+    assert errors.REASONS.keys() == reasons - {"UNSPECIFIED"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "no", errors.InvalidRequest),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", errors.Exhausted),
+        (grpc.StatusCode.UNAVAILABLE, "gone", errors.ConnectionFailed),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "late", errors.DeadlineExceeded),
+        (grpc.StatusCode.CANCELLED, "stopped", errors.Cancelled),
+        (grpc.StatusCode.UNIMPLEMENTED, "what?", errors.ServerFailed),
+        (grpc.StatusCode.UNKNOWN, "", errors.ServerFailed),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", errors.ServerFailed),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+async def test_errors_without_a_reason_depend_on_the_code(service, code, message, kind):
+    service.scripts = [[rpc_status(code, message)]]
+    async with GramophoneClient(service.target, retries=False) as client:
+        with pytest.raises(errors.GramophoneError) as raised:
+            await client.stylize(PHOTO, PAINTING)
+    assert type(raised.value) is kind
+    assert str(raised.value)
+
+
+def test_the_docstring_draws_the_class_tree():
+    drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
+    kinds = [line.split("── ")[1].split()[0] for line in drawn]
+    assert sorted([*kinds, "GramophoneError", "from_rpc"]) == errors.__all__
+    for line, name in zip(drawn, kinds, strict=True):
+        depth = line.index("──") // 4 + 1
+        assert len(getattr(errors, name).__mro__) == depth + len(errors.GramophoneError.__mro__)

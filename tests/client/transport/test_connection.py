@@ -1,0 +1,61 @@
+"""The channel's options, and what gRPC retries by itself."""
+
+import json
+import time
+
+import grpc
+import pytest
+
+from gramophone.recipe import Violation
+from gramophone_client import errors
+from gramophone_client.transport.connection import channel_options
+from gramophone_server import errors as server_errors
+from tests.support.fake_service import PAINTING, PHOTO, accepted, encoded, refused, rpc_status
+from tests.support.updates import collected
+
+
+@pytest.mark.parametrize("how", ["unary", "stream"])
+async def test_a_job_that_was_not_accepted_is_sent_again(client, service, how):
+    # Larger than gRPC's own retry buffer of 256 KiB, above which it would not be sent twice.
+    photo = encoded() + bytes(300_000)
+    service.scripts = [
+        [rpc_status(grpc.StatusCode.UNAVAILABLE)],
+        [refused(server_errors.QueueFull(4, 4, 0.05))],
+        service.scripts[0],
+    ]
+    if how == "unary":
+        await client.stylize(photo, PAINTING)
+    else:
+        await collected(client.stream(photo, PAINTING))
+    assert [len(spec.content.data) for spec in service.specs] == [len(photo)] * 3
+
+
+async def test_retries_wait_as_long_as_the_server_requests(client, service):
+    service.scripts = [[refused(server_errors.QueueFull(4, 4, 0.4))], service.scripts[0]]
+    started = time.monotonic()
+    await client.stylize(PHOTO, PAINTING)
+    assert time.monotonic() - started >= 0.4
+
+
+async def test_without_patience_nothing_is_sent_again_after_the_first_message(client, service):
+    service.scripts = [[accepted(), rpc_status(grpc.StatusCode.UNAVAILABLE, "going down")], service.scripts[0]]
+    with pytest.raises(errors.ConnectionFailed, match="going down"):
+        await collected(client.stream(PHOTO, PAINTING, patience_s=0))
+    assert len(service.specs) == 1
+
+
+async def test_a_bad_request_is_not_sent_again(client, service):
+    service.scripts = [
+        [refused(server_errors.InvalidRequest([Violation("spec.seed", "must be y")]))],
+        service.scripts[0],
+    ]
+    with pytest.raises(errors.InvalidRequest):
+        await client.stylize(PHOTO, PAINTING)
+    assert len(service.specs) == 1
+
+
+def test_the_channel_suits_images():
+    options = dict(channel_options(1000))
+    assert options["grpc.max_send_message_length"] == options["grpc.max_receive_message_length"] == 1000
+    assert options["grpc.http2.bdp_probe"] == 0
+    assert json.loads(options["grpc.service_config"])["retryThrottling"]

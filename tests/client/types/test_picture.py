@@ -1,0 +1,36 @@
+import os
+
+import pytest
+from PIL import Image
+
+from gramophone_client.types import picture
+from gramophone_client.types.picture import write_whole
+from tests.support.fake_service import PAINTING, PHOTO, accepted, encoded, result
+
+
+async def test_saving_as_another_format_keeps_the_metadata(client, service, tmp_path):
+    service.scripts = [[accepted(), result(encoded(note='{"seed": 7}'))]]
+    stylized = await client.stylize(PHOTO, PAINTING)
+    for name, format in (("out.jpg", "JPEG"), ("out.webp", "WEBP")):
+        stylized.save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == format
+            assert image.getexif()[0x010E] == '{"seed": 7}'
+    with pytest.raises(ValueError, match=r"out\.gif: the name must end in .*got '\.gif'"):
+        stylized.save(tmp_path / "out.gif")
+
+
+def test_files_are_written_atomically(folder, monkeypatch):
+    path = folder / "out.png"
+    write_whole(path, b"old")
+    assert path.stat().st_mode == (folder / "photo.png").stat().st_mode
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(picture.Path, "replace", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        write_whole(path, b"new")
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert sorted(os.listdir(folder)) == ["out.png", "painting.png", "photo.png"]
