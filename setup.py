@@ -1,8 +1,11 @@
-"""The one place that maps folders to packages and builds the extension. Metadata and tools: pyproject.toml.
+"""Maps folders to packages and builds the extension. Metadata and the configuration of tools are in pyproject.toml.
 
-GRAMOPHONE_BUILD=client installs the client alone: no compiler, no torch.
-GRAMOPHONE_CUDA=1 compiles the CUDA kernels, or fails; 0 does not; auto, the default, does if a toolkit fits torch.
-TORCH_CUDA_ARCH_LIST says for which devices. Else it is those that this machine has, or all targets if it has none.
+Environment variables:
+GRAMOPHONE_BUILD=client installs only the client, without a compiler and torch.
+GRAMOPHONE_CUDA=1 compiles the CUDA kernels or fails; 0 builds for the CPU alone; auto, the default, compiles the CUDA
+kernels if a CUDA toolkit matches torch.
+TORCH_CUDA_ARCH_LIST lists the architectures to compile for. The default: those of this machine's GPUs, or all of
+TARGETS if it has none.
 """
 
 import glob
@@ -22,7 +25,7 @@ CONTRACT = {"gramophone": "proto/gramophone", "gramophone.v1": "proto/gramophone
 
 
 def packages(folder: str, package: str) -> dict[str, str]:
-    """A package and those inside it, each with its folder."""
+    """Maps the names of a package and its subpackages to their folders."""
     inits = sorted((ROOT / folder / package).rglob("__init__.py"))
     paths = [init.parent.relative_to(ROOT / folder) for init in inits]
     return {".".join(path.parts): f"{folder}/{path.as_posix()}" for path in paths}
@@ -32,12 +35,12 @@ CLIENT = packages("client", "gramophone_client")
 SERVER = packages("server", "gramophone_server")
 PACKAGES = CONTRACT | CLIENT | ({} if CLIENT_ONLY else SERVER)
 COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.main:main"]
-# Turing to Hopper; whatever is newer compiles the last one's PTX when it first loads it. CUDA 13 knows nothing older.
+# Turing to Hopper. Newer GPUs compile the last target's PTX when they first load it. CUDA 13 supports no older ones.
 TARGETS = ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: its folder, its version, and the architectures that its compiler knows."""
+    """A CUDA toolkit: its folder, its version, and the architectures that its compiler supports, such as "9.0"."""
 
     home: str
     version: str
@@ -45,7 +48,7 @@ class Toolkit(NamedTuple):
 
 
 def version() -> str:
-    """The version on top of the change log, which is where it is written down."""
+    """The version: the first release in CHANGELOG.md."""
     found = re.search(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     if not found:
         raise SystemExit("setup.py: CHANGELOG.md has no released version heading such as '## [0.1.0]'")
@@ -60,37 +63,37 @@ def cuda_toolkit() -> Toolkit | None:
     if not nvcc:
         return None
 
-    def told(flag: str, pattern: str) -> list[str]:
-        answer = subprocess.run([nvcc, flag, "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
-        return re.findall(pattern, answer.stdout + answer.stderr)
+    def query(flag: str, pattern: str) -> list[str]:
+        run = subprocess.run([nvcc, flag, "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+        return re.findall(pattern, run.stdout + run.stderr)
 
-    # nvcc itself is asked where it lives, because the one on the PATH may be a script or a link to it.
+    # The folder is what nvcc itself reports, because the nvcc on the PATH may be a script or a link.
     return Toolkit(
-        os.path.realpath(told("--dryrun", r"TOP=(\S+)")[0]),
-        told("--version", r"release (\d+\.\d+)")[0],
-        {f"{major}.{minor}" for major, minor in told("--list-gpu-arch", r"compute_(\d+)(\d)\b")},
+        os.path.realpath(query("--dryrun", r"TOP=(\S+)")[0]),
+        query("--version", r"release (\d+\.\d+)")[0],
+        {f"{major}.{minor}" for major, minor in query("--list-gpu-arch", r"compute_(\d+)(\d)\b")},
     )
 
 
 def cuda() -> Toolkit | None:
-    """The toolkit to compile the CUDA kernels with, as GRAMOPHONE_CUDA asks; None for the CPU alone."""
+    """The toolkit for the CUDA kernels according to GRAMOPHONE_CUDA, or None to build for the CPU alone."""
     asked = os.environ.get("GRAMOPHONE_CUDA", "auto")
     if asked not in ("auto", "0", "1"):
-        raise SystemExit(f"setup.py: GRAMOPHONE_CUDA is auto, 0 or 1, not {asked!r}")
+        raise SystemExit(f"setup.py: GRAMOPHONE_CUDA must be auto, 0 or 1, got {asked!r}")
     if asked == "0":
         return None
     toolkit = cuda_toolkit()
     if not toolkit:
-        missing = "there is no nvcc; install the CUDA toolkit, or set CUDA_HOME to where it is"
+        missing = "there is no nvcc; install the CUDA toolkit, or set CUDA_HOME to its folder"
     else:
         import torch
 
-        of_torch = torch.version.cuda
-        if not of_torch:
-            missing = f"torch {torch.__version__} is not a CUDA build; install one that is"
-        elif of_torch.split(".")[0] != toolkit.version.split(".")[0]:
+        torch_cuda = torch.version.cuda
+        if not torch_cuda:
+            missing = f"torch {torch.__version__} is not a CUDA build; install a CUDA build of torch"
+        elif torch_cuda.split(".")[0] != toolkit.version.split(".")[0]:
             missing = (
-                f"nvcc is of CUDA {toolkit.version} and torch of CUDA {of_torch}; make the major versions the same"
+                f"nvcc is of CUDA {toolkit.version} and torch of CUDA {torch_cuda}; make the major versions the same"
             )
         else:
             return toolkit
@@ -101,67 +104,72 @@ def cuda() -> Toolkit | None:
 
 
 def cuda_architectures(known: set[str]) -> list[str]:
-    """What the kernels are compiled for, of what the compiler knows, in the words of TORCH_CUDA_ARCH_LIST."""
+    """The architectures to compile the kernels for, in the syntax of TORCH_CUDA_ARCH_LIST; `known` to the compiler."""
     import torch
 
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
     if asked != "native":
         return asked.replace(";", " ").split()
-    here = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    return sorted(here & known) or [target for target in TARGETS if target.removesuffix("+PTX") in known]
+    own = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
+    return sorted(own & known) or [target for target in TARGETS if target.removesuffix("+PTX") in known]
 
 
 def extension() -> dict[str, object]:
-    """The C++ and CUDA ops, compiled against the torch that is installed here."""
+    """The arguments of setup() for the C++ and CUDA ops, compiled against the installed torch."""
     try:
         toolkit = cuda()
-        if toolkit:  # before torch's helper looks for it
+        if toolkit:  # torch.utils.cpp_extension reads it when it is imported
             os.environ["CUDA_HOME"] = toolkit.home
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         raise SystemExit(
-            "setup.py: building the server needs torch; install it first and build with --no-build-isolation "
-            "(`make install` does), or set GRAMOPHONE_BUILD=client to install the client alone"
+            "setup.py: building the server needs torch; install torch first and build with --no-build-isolation "
+            "(as `make install` does), or set GRAMOPHONE_BUILD=client to install only the client"
         ) from None
-    sources = ["csrc/module.cpp", "csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    # -fopenmp is what makes at::parallel_for parallel outside torch; its libgomp is the one that torch has loaded already.
+    sources = ["csrc/module.cpp", "csrc/schemas.cpp", *sorted(glob.glob("csrc/cpu/**/*.cpp", recursive=True))]
+    # Without -fopenmp at::parallel_for is serial outside torch. The libgomp is the one that torch has already loaded.
     flags = {"cxx": ["-O3", "-fno-math-errno", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
-    options = {"depends": glob.glob("csrc/**/*.*h", recursive=True), "extra_link_args": ["-fopenmp"]}
+    options = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "depends": sorted(glob.glob("csrc/**/*.*h", recursive=True)),
+        "extra_link_args": ["-fopenmp"],
+    }
     if not toolkit:
         ops = CppExtension("gramophone_server._C", sources, extra_compile_args=flags, **options)
     else:
         architectures = cuda_architectures(toolkit.architectures)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)  # unset and without a GPU, torch's helper dies
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)  # without it torch.utils.cpp_extension needs a GPU
         built_for = [f"-DGRAMOPHONE_CUDA_VERSION={toolkit.version}"]
         built_for += [f"-DGRAMOPHONE_CUDA_ARCHITECTURES={','.join(architectures)}"]
         flags = {"cxx": flags["cxx"] + built_for, "nvcc": ["-O3", "-lineinfo"]}
         ops = CUDAExtension(
             "gramophone_server._C",
-            sources + sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu")),
+            sources
+            + sorted(path for end in ("cpp", "cu") for path in glob.glob(f"csrc/cuda/**/*.{end}", recursive=True)),
             extra_compile_args=flags,
-            include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")],
             **options,
         )
-        # The last place to look, for the headers of cuBLAS and cuSPARSE, which torch's own include and a toolkit may lack.
+        # Last in the search order: the headers of cuBLAS and cuSPARSE. torch's headers include them; a toolkit may not
+        # have them.
         major = toolkit.version.split(".")[0]
         ops.include_dirs += [str(path) for path in Path(torch.__file__).parent.parent.glob(f"nvidia/cu{major}/include")]
 
     class BuildOps(BuildExtension):
-        """Keeps the objects of every way to build in one place, so that ninja compiles what has changed and no more."""
+        """Keeps the objects in one folder for every kind of build, so that ninja compiles only what has changed."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = "build/ops"  # an editable install resets what the `options` of setup() say
+            self.build_temp = "build/ops"  # set here because an editable install overrides the `options` of setup()
 
     return {"ext_modules": [ops], "cmdclass": {"build_ext": BuildOps}}
 
 
 class OpsAlone(Distribution):
-    """For `setup.py build_ext`: it needs nothing of pyproject.toml, whose licence a setuptools below 77 cannot read."""
+    """Ignores pyproject.toml: `setup.py build_ext` does not need it, and setuptools < 77 cannot read its license."""
 
     def parse_config_files(self, *_: object, **__: object) -> None:
-        """Reads none."""
+        """Reads no configuration file."""
 
 
 setup(

@@ -75,7 +75,7 @@ def tests(section: Section) -> None:
     """The tests of the kernels and of the engine, on the GPU, a process per file."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     if section.device == "cuda":  # tests/cuda/test_features.py emulates what tests/gpu has for real
-        families = ("style", "layers", "optimisers")
+        families = ("style", "layers", "terms", "optimisers")
         files = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in families] + files
     if importlib.util.find_spec("pytest") is None:
         section.left_out("tests", "the package pytest is not here")

@@ -1,5 +1,5 @@
-// The Python face of the compiled module: what was built, with what, for what. No torch headers here, so that this file
-// compiles in a second; the ops register themselves (ops.cpp) when the module is loaded.
+// The Python module `_C`. It has one function, build_info; the ops register themselves with torch when the module is
+// loaded (schemas.cpp, cpu/, cuda/). This file includes no torch headers, so that it compiles in a second.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-// setup.py defines these two as bare words, such as 13.0 and 8.0,9.0+PTX, which need no quotes on their way here.
+// setup.py defines GRAMOPHONE_CUDA_VERSION and GRAMOPHONE_CUDA_ARCHITECTURES without quotes, such as 13.0 and
+// 8.0,9.0+PTX. These macros turn them into strings.
 #define GRAMOPHONE_TEXT(...) #__VA_ARGS__
 #define GRAMOPHONE_TEXT_OF(...) GRAMOPHONE_TEXT(__VA_ARGS__)
 
@@ -23,7 +24,7 @@ std::string compiler() {
 #endif
 }
 
-// The instruction sets that the ops or torch's kernels choose by, of the machine that runs this.
+// The instruction sets of this machine that decide which loops the ops and torch's kernels use.
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,4 +1,4 @@
-"""Slow, obvious twins in float64 of what the server computes fast. No kernels of ours, no batches, no tricks."""
+"""Slow and simple float64 versions of what the server computes. They use no kernels of the project and no batches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gramophone_server.network.vgg import Vgg
 
 
 def gram(features: Tensor, scale: float) -> Tensor:
-    """scale * F F^T of each job, entry by entry of the definition."""
+    """scale * F F^T of each job, by the definition."""
     matrix = features.double().reshape(features.shape[0], features.shape[1], -1)
     return torch.einsum("bip,bjp->bij", matrix, matrix) * scale
 
 
 def style_bwd(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> Tensor:
-    """(grad + D F), 0 where a ReLU was shut."""
+    """grad + D F, and 0 where F <= 0 if ``relu_mask``."""
     total = grad.double()
     if diff is not None:
         total = total + torch.einsum("bij,bjhw->bihw", diff.double(), features.double())
@@ -51,7 +51,7 @@ def terms(
     recipe: Recipe,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """Each term of J at ``image``, written down as in the papers. Styles may have another size than the image."""
+    """Each term of J at ``image``, as in the papers. The styles may differ from the image in size."""
 
     def layers(x: Tensor) -> Mapping[str, Tensor]:
         return {name: f.double() for name, f in activations(vgg, x, recipe.pooling, dtype).items()}
@@ -75,7 +75,7 @@ def terms(
         target = torch.zeros(n, n).double()
         for style, share in styles:
             f = layers(style)[layer][0].reshape(n, -1)
-            target += share / total_weight * (f @ f.T) * (m / f.shape[1])  # as if the style had m pixels
+            target += share / total_weight * (f @ f.T) * (m / f.shape[1])  # scaled to m pixels
         f = made[layer][0].reshape(n, m)
         squares = (f @ f.T - target).square().sum()
         match recipe.normalisation:

@@ -29,7 +29,7 @@ from google.protobuf import descriptor_pb2
 import gramophone
 import gramophone_client
 import gramophone_server
-from gate import TARGETS
+from check_spills import TARGETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, variable
 
@@ -354,7 +354,7 @@ def configure(tmp_path: Path) -> Configure:
 @pytest.mark.parametrize(
     ("toolkit", "settings", "reason"),
     [
-        (True, {"GRAMOPHONE_CUDA": "yes"}, "GRAMOPHONE_CUDA is auto, 0 or 1, not 'yes'"),
+        (True, {"GRAMOPHONE_CUDA": "yes"}, "GRAMOPHONE_CUDA must be auto, 0 or 1, got 'yes'"),
         (False, {"GRAMOPHONE_CUDA": "1", "OF_TORCH": "13.0"}, "there is no nvcc; install"),
         (True, {"GRAMOPHONE_CUDA": "1"}, "torch 2.99 is not a CUDA build; install"),
         (True, {"GRAMOPHONE_CUDA": "1", "OF_TORCH": "12.8"}, "nvcc is of CUDA 13.0 and torch of CUDA 12.8; make"),
@@ -403,7 +403,7 @@ def test_cuda_is_built_for_the_devices_of_this_machine_or_for_all_supported(
     assert ran.stdout.splitlines()[0] == f"cuda {architectures} /opt/cuda 2", ran.stderr
 
 
-def test_the_gate_compiles_for_the_same_targets(configure: Configure) -> None:
+def test_check_spills_compiles_for_the_same_targets(configure: Configure) -> None:
     _, architectures, *_ = configure(True, OF_TORCH="13.0").stdout.split()
     assert re.sub(r"\.|\+PTX", "", architectures).split(";") == list(TARGETS)
 

@@ -1,23 +1,25 @@
-// content_, tv_: a term of the objective and its gradient in one pass over the maps.
+// content_, tv_: a term of the objective and its gradient, in one pass over the maps.
 //
-// Every run of values or rows has a sum of its own, and these are added up in order, in float64: the result does not
-// depend on the number of threads.
+// Every run of values, or every row, has its own sum, and these sums are added in order in float64. So the result does
+// not depend on the number of threads.
+#include "checks/terms.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
-#include "../checks.h"
+#include "cpu/vectorise.h"
 #include "layout.h"
-#include "vectorise.h"
 
 namespace gramophone {
 namespace {
 
 constexpr int64_t kRun = 4096;  // values of the content term between two additions in float64
-constexpr int64_t kLanes = 16;  // sums side by side, one register of AVX-512: a compiler may not reorder one sum
+constexpr int64_t kLanes = 16;  // independent sums, one AVX-512 register: a compiler may not reorder a single sum
 
 template <typename G, typename T, typename S>
 GRAMOPHONE_INLINE double content_run(G* __restrict grad, const T* __restrict features, const T* __restrict target,
@@ -27,7 +29,7 @@ GRAMOPHONE_INLINE double content_run(G* __restrict grad, const T* __restrict fea
     const S value = load(features[i]), difference = value - load(target[i]);
     sums[lane] += difference * difference;
     const S updated = load(grad[i]) + twice * difference;
-    store(mask && value <= 0 ? 0 : updated, grad[i]);  // "not <= 0", so that a NaN is not hidden
+    store(mask && value <= 0 ? 0 : updated, grad[i]);  // "not <= 0", so that the mask does not hide a NaN
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -36,8 +38,9 @@ GRAMOPHONE_INLINE double content_run(G* __restrict grad, const T* __restrict fea
   return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
-// A row of one colour: `up` and `down` are its neighbours, or the row itself where there is none. Returns the row's
-// sums of squared differences to the right and down, times per_x and per_y.
+// Adds the gradient of one row of one colour to `grad`. `up` and `down` are the rows above and below, or the row itself
+// at the border. Returns per_x times the row's sum of squared differences to the right plus per_y times the sum
+// downwards.
 template <typename T>
 GRAMOPHONE_INLINE double tv_row(T* __restrict grad, const T* row, const T* up, const T* down, int64_t n, T twice,
                                 T per_x, T per_y) {
@@ -77,7 +80,7 @@ GRAMOPHONE_TV(float)
 GRAMOPHONE_TV(double)
 #undef GRAMOPHONE_TV
 
-// weight[b] * the sum of job b's partials, in the type of the weights.
+// Loss [B]: weight[b] * the sum of job b's partials, in the type of `like`, the tensor of weights.
 at::Tensor loss_of(const std::vector<double>& partials, const std::vector<double>& weights, const at::Tensor& like) {
   const auto of_job = static_cast<int64_t>(partials.size() / weights.size());
   at::Tensor loss = at::empty_like(like, at::kDouble, at::MemoryFormat::Contiguous);
@@ -113,13 +116,13 @@ at::Tensor add_content(const at::Tensor& grad, const at::Tensor& features, const
   return loss_of(partials, weights, weight);
 }
 
-at::Tensor content_(const at::Tensor& any_grad, const at::Tensor& any, const at::Tensor& any_target,
+at::Tensor content_(const at::Tensor& grad_in, const at::Tensor& features_in, const at::Tensor& target_in,
                     const at::Tensor& weight, bool relu_mask) {
-  check_content(any_grad, any, any_target, weight);
-  const at::Tensor features = dense(any);
+  check_content(grad_in, features_in, target_in, weight);
+  const at::Tensor features = dense(features_in);
   const Layout layout = layout_of(features);
-  const at::Tensor target = dense_as(any_target, layout);
-  const at::Tensor grad = dense_as(any_grad, layout);  // any_grad itself when both have one layout, as in the engine
+  const at::Tensor target = dense_as(target_in, layout);
+  const at::Tensor grad = dense_as(grad_in, layout);  // grad_in itself when both have one layout, as in the engine
   at::Tensor loss;
   if (features.scalar_type() == at::kFloat) {
     loss = add_content<float, float, float>(grad, features, target, weight, relu_mask);
@@ -132,7 +135,7 @@ at::Tensor content_(const at::Tensor& any_grad, const at::Tensor& any, const at:
   } else {
     loss = add_content<at::BFloat16, at::Half, float>(grad, features, target, weight, relu_mask);
   }
-  if (!grad.is_same(any_grad)) any_grad.copy_(grad);
+  if (!grad.is_same(grad_in)) grad_in.copy_(grad);
   return loss;
 }
 

@@ -1,19 +1,24 @@
-// A tile of a job's features as an operand of a product: as it lies in memory, or turned, in the type that the product
+// A tile of a job's features as an operand of a matrix product: as stored or transposed, in the type that the product
 // is computed in.
 //
-// bfloat16 features are multiplied as they are where the CPU has AMX; everywhere else the tile is widened to float32
-// first: on a Zen 4 core torch's float32 JIT kernel does 115 GFLOP/s, the bf16 product that it can call 85 to 100.
+// On CPUs with AMX bfloat16 features are multiplied as they are. On all others the tile is converted to float32 first:
+// on a Zen 4 core torch's float32 JIT kernel does 115 GFLOP/s, the bf16 product that it can call 85 to 100.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
+
+#include "cpu/vectorise.h"
 #include "layout.h"
-#include "vectorise.h"
 
 namespace gramophone {
 
+// Pixels of a tile. With C = 512 in float32 a tile and its transposed copy take 1 MB, the L2 cache of one core.
+constexpr int64_t kTilePixels = 256;
+
 inline bool has_amx() {
-  static const bool found = at::native::cpublas::could_pack(at::kBFloat16);  // what torch itself asks before AMX
+  static const bool found = at::native::cpublas::could_pack(at::kBFloat16);  // torch's own test before it uses AMX
   return found;
 }
 
@@ -30,9 +35,9 @@ struct Operand {
   int64_t ld;
 };
 
-// The [rows, columns] matrix at `from` as it is, through `scratch` only if the type changes.
+// The [rows, columns] matrix at `from` as stored. It is copied to `scratch` only if the type changes.
 template <typename T, typename P>
-Operand<P> as_is(const T* from, int64_t ld, int64_t rows, int64_t columns, P* scratch) {
+Operand<P> as_stored(const T* from, int64_t ld, int64_t rows, int64_t columns, P* scratch) {
   if constexpr (std::is_same_v<T, P>) {
     return {from, ld};
   } else {
@@ -41,9 +46,10 @@ Operand<P> as_is(const T* from, int64_t ld, int64_t rows, int64_t columns, P* sc
   }
 }
 
-// The same matrix turned, [columns, rows], in 16x16 blocks so that both sides stay within a few cache lines.
+// The same matrix transposed, [columns, rows], in `scratch`. It is copied in 16x16 blocks, so that reads and writes
+// stay within a few cache lines.
 template <typename T, typename P>
-Operand<P> turned(const T* from, int64_t ld, int64_t rows, int64_t columns, P* scratch) {
+Operand<P> transposed(const T* from, int64_t ld, int64_t rows, int64_t columns, P* scratch) {
   constexpr int64_t kBlock = 16;
   for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
     const int64_t r1 = std::min(rows, r0 + kBlock);
@@ -62,14 +68,14 @@ Operand<P> turned(const T* from, int64_t ld, int64_t rows, int64_t columns, P* s
   return {scratch, rows};
 }
 
-// c [m, n] (+)= a [m, k] b [k, n], on the calling core. is_vnni false: plain row-major operands.
+// c [m, n] = a [m, k] b [k, n], or += with `add`, on the calling thread. is_vnni false: plain row-major operands.
 template <typename P>
 void multiply(int64_t m, int64_t n, int64_t k, Operand<P> a, Operand<P> b, float* c, int64_t ld_c, bool add) {
   at::native::cpublas::brgemm(m, n, k, a.ld, b.ld, ld_c, add, a.data, b.data, c, /*is_vnni=*/false);
 }
 
-// Gives back what `multiply` keeps per thread; call it at the end of a parallel region.
-inline void multiplied() {
+// Releases the resources that `multiply` keeps per thread. Call it at the end of a parallel region.
+inline void release_multiply() {
   at::native::cpublas::brgemm_release(/*is_vnni=*/false);
 }
 

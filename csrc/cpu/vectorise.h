@@ -1,5 +1,6 @@
-// Element loops compiled for three generations of x86-64 and chosen at load time, so that one build runs everywhere and
-// the loops still use AVX-512 where it is: without this they would be SSE2. Compilers and CPUs without it get one copy.
+// Element loops are compiled for three levels of x86-64, and the loader chooses one. So one build runs on every x86-64
+// CPU and uses AVX-512 where the CPU has it; without this the loops would be SSE2. Other compilers and CPUs get one
+// copy.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -20,7 +21,7 @@
 
 namespace gramophone {
 
-// Conversions as plain integer arithmetic, which compilers turn into vector code; c10's own go through branches.
+// Conversions in plain integer arithmetic, which compilers vectorise. c10's own conversions have branches.
 GRAMOPHONE_INLINE float load(float x) {
   return x;
 }

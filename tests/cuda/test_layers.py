@@ -1,4 +1,4 @@
-"""The GPU's kernels of the network's line and of two terms, run by the emulator, against float64 and their CPU twins."""
+"""The kernels of csrc/cuda/layers, in the emulator, against float64 and the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone_server import ops
-from tests import reference
 from tests.support import emulated
 
 LAST = torch.channels_last
@@ -56,7 +55,7 @@ def weights(dtype: torch.dtype) -> Tensor:
 
 
 def kernels(weight: Tensor) -> Tensor:
-    """[64, 3, 3, 3] in float64 of what `first_layer` takes."""
+    """The kernels [64, 3, 3, 3] in float64, from the weight that `first_layer` takes."""
     return weight[:, :27].double().view(64, 3, 3, 3).permute(0, 3, 1, 2)
 
 
@@ -66,10 +65,12 @@ def kernels(weight: Tensor) -> Tensor:
 @types
 @layouts
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 7, 5), (1, 16, 6, 2), (3, 8, 9, 35), (1, 264, 5, 3)], ids=str)
-def test_max_pool_is_the_cpus(
+def test_max_pool_matches_the_cpu(
     gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str
 ) -> None:
-    features = normal(*shape).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])  # many zeros: many ties
+    features = (
+        normal(*shape).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    )  # many zeros, so many equal maxima
     pooled = gpu.max_pool(features)
     assert pooled.is_contiguous(memory_format=LAYOUTS[layout])
     assert same(pooled, ops.max_pool(features)) and torch.equal(pooled, F.max_pool2d(features, 2))
@@ -81,7 +82,7 @@ def test_max_pool_is_the_cpus(
 
 
 @layouts
-def test_max_pool_of_nan_is_the_cpus(gpu: Any, layout: str) -> None:
+def test_max_pool_of_nan_matches_the_cpu(gpu: Any, layout: str) -> None:
     features = normal(1, 8, 6, 6).to(torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
     features[0, 2, 3, 3] = features[0, 2, 2, 3] = features[0, 5, 0, 0] = float("nan")
     pooled = gpu.max_pool(features)
@@ -90,9 +91,9 @@ def test_max_pool_of_nan_is_the_cpus(gpu: Any, layout: str) -> None:
     assert same(gpu.max_pool_bwd(grad, features, pooled, True), ops.max_pool_bwd(grad, features, pooled, True))
 
 
-def test_max_pool_of_a_view_that_starts_anywhere(gpu: Any) -> None:
+def test_max_pool_of_an_unaligned_view(gpu: Any) -> None:
     memory = normal(8 * 4 * 4 + 1).to(torch.float16)
-    features = memory[1:].view(1, 4, 4, 8).permute(0, 3, 1, 2)  # dense, and not at a multiple of 16 bytes
+    features = memory[1:].view(1, 4, 4, 8).permute(0, 3, 1, 2)  # dense, but not at a multiple of 16 bytes
     assert torch.equal(gpu.max_pool(features), F.max_pool2d(features, 2))
 
 
@@ -119,7 +120,7 @@ def test_pooling_by_codes_is_pooling_of_the_map(
     gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype
 ) -> None:
     features, bias = biased_case(shape, dtype)
-    features = (features * 2).round() / 2  # many ties above 0, too
+    features = (features * 2).round() / 2  # many equal maxima above 0, too
     bias = (bias * 2).round() / 2
     pooled, codes = gpu.bias_relu_pool(features, bias)
     gpu.bias_relu_(features, bias)
@@ -147,7 +148,7 @@ def test_biased_pooling_does_not_hide_nan(gpu: Any, dtype: torch.dtype) -> None:
 
 
 @sixteen
-def test_a_sum_that_rounds_to_zero_is_not_alive(gpu: Any, dtype: torch.dtype) -> None:
+def test_a_sum_that_rounds_to_zero_is_masked(gpu: Any, dtype: torch.dtype) -> None:
     features, bias = torch.zeros(1, 8, 2, 2, dtype=dtype).contiguous(memory_format=LAST), torch.full((8,), 1e-42)
     pooled, codes = gpu.bias_relu_pool(features, bias)
     assert not pooled.any() and not codes.any()
@@ -155,9 +156,9 @@ def test_a_sum_that_rounds_to_zero_is_not_alive(gpu: Any, dtype: torch.dtype) ->
 
 # The first layer ------------------------------------------------------------------------------------------------------
 
-# Smaller than a tile of 8 or 16 by 32, of its size, and one more; one row, one column; more tiles than blocks at once.
-PICTURES = [(1, 1, 1), (2, 5, 33), (1, 8, 32), (3, 17, 31), (1, 1, 70), (1, 40, 1), (1, 49, 65)]
-pictures = pytest.mark.parametrize("size", PICTURES, ids=str)
+# Smaller than a tile of 8 or 16 by 32, as large, and larger by one; one row; one column; more tiles than blocks.
+SIZES = [(1, 1, 1), (2, 5, 33), (1, 8, 32), (3, 17, 31), (1, 1, 70), (1, 40, 1), (1, 49, 65)]
+sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 def first_case(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +168,7 @@ def first_case(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 @sixteen
-@pictures
+@sizes
 def test_first_layer_is_the_convolution(gpu: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     image, weight, bias = first_case(size, dtype)
     got = gpu.first_layer(image, weight, bias, SCALE, SHIFT, ORDER)
@@ -178,7 +179,7 @@ def test_first_layer_is_the_convolution(gpu: Any, size: tuple[int, ...], dtype: 
 
 
 @sixteen
-@pictures
+@sizes
 def test_first_layer_bwd_is_its_gradient(gpu: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, height, width = size
     grad, weight = normal(batch, 64, height, width).to(dtype).contiguous(memory_format=LAST), weights(dtype)
@@ -204,62 +205,6 @@ def test_first_layer_does_not_hide_or_spread_nan(gpu: Any, dtype: torch.dtype) -
     assert torch.equal(back.isnan().all(1), alive) and torch.equal(back.isnan().any(1), alive)
 
 
-# The terms ------------------------------------------------------------------------------------------------------------
-
-
-def content_case(shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str) -> tuple[Tensor, ...]:
-    maps = [normal(*shape, seed=1).to(of_grad), *(normal(*shape, seed=s).relu().to(dtype) for s in (2, 3))]
-    weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(4))
-    return *(m.contiguous(memory_format=LAYOUTS[layout]) for m in maps), weight
-
-
-# One value; ragged; groups of 16 bytes; several blocks of 8192 values and a rest.
-@types
-@layouts
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 13), (3, 16, 8, 5), (2, 40, 24, 31)], ids=str)
-def test_content_matches_the_definition(
-    gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str
-) -> None:
-    for mask in (False, True):
-        grad, features, target, weight = content_case(shape, dtype, of_grad, layout)
-        w, difference = weight.double(), features.double() - target.double()
-        expected = grad.double() + 2 * w.view(-1, 1, 1, 1) * difference
-        expected = torch.where(features <= 0, 0.0, expected) if mask else expected
-        loss = gpu.content_(grad, features, target, weight, mask)
-        assert loss.dtype == torch.float32
-        assert error(loss, w * difference.square().sum((1, 2, 3))) < ROUNDING[torch.float32]
-        assert error(grad, expected) < ROUNDING[of_grad]
-
-
-def test_content_takes_layouts_apart(gpu: Any) -> None:
-    grad, features, target, weight = content_case((2, 8, 5, 6), torch.float16, torch.bfloat16, "channels_last")
-    expected, apart = grad.clone(), grad.contiguous()
-    loss = gpu.content_(expected, features, target, weight, True)
-    assert torch.equal(gpu.content_(apart, features, target.contiguous(), weight, True), loss)
-    assert torch.equal(apart, expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 2, 2), (2, 3, 5, 2), (1, 3, 2, 19), (3, 3, 33, 70)], ids=str)
-def test_tv_matches_the_definition(gpu: Any, shape: tuple[int, ...]) -> None:
-    image, grad = normal(*shape).float(), normal(*shape, seed=1).float()
-    weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(2))
-    loss, by_image = reference.total_variation(image, weight)
-    expected = grad.double() + by_image
-    assert error(gpu.tv_(grad, image, weight), loss) < ROUNDING[torch.float32]
-    assert error(grad, expected) < ROUNDING[torch.float32]
-
-
-def test_terms_do_not_hide_nan(gpu: Any) -> None:
-    grad, features, target, weight = content_case((2, 8, 6, 6), torch.float16, torch.bfloat16, "channels_last")
-    features[0, 2, 3, 3] = float("nan")
-    assert gpu.content_(grad, features, target, weight, True).isnan().tolist() == [True, False]
-    assert grad[0, 2, 3, 3].isnan() and grad.isnan().sum() == 1
-    image, grad = torch.zeros(2, 3, 6, 6), torch.zeros(2, 3, 6, 6)
-    image[1, 0, 2, 2] = float("nan")
-    assert gpu.tv_(grad, image, torch.ones(2)).isnan().tolist() == [False, True]
-    assert grad.isnan().sum() == 5
-
-
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,9 +213,7 @@ def all_results(gpu: Any, jobs: slice) -> dict[str, Tensor]:
     image = torch.rand(3, 3, 19, 37, generator=torch.Generator().manual_seed(5))[jobs]
     features, bias = biased_case((3, 64, 19, 37), torch.float16)
     features = features[jobs]
-    grad, _, target, weight = (
-        t[jobs] for t in content_case((3, 64, 19, 37), torch.float16, torch.bfloat16, "channels_last")
-    )
+    grad = normal(3, 64, 19, 37, seed=1).bfloat16().contiguous(memory_format=LAST)[jobs]
     out = {"layer": gpu.first_layer(image, weights(torch.float16), bias, SCALE, SHIFT, ORDER)}
     out["image"] = gpu.first_layer_bwd(grad, weights(torch.bfloat16), SCALE, ORDER)
     out["pooled"], out["codes"] = gpu.bias_relu_pool(features, bias)
@@ -280,10 +223,6 @@ def all_results(gpu: Any, jobs: slice) -> dict[str, Tensor]:
     gpu.bias_relu_(out["relu"], bias)
     out["pool"] = gpu.max_pool(out["relu"])
     out["unpooled"] = gpu.max_pool_bwd(back, out["relu"], out["pool"], True)
-    out["grad"] = grad.clone()
-    out["content"] = gpu.content_(out["grad"], features, target, weight, True)
-    out["tv grad"] = torch.zeros_like(image)
-    out["tv"] = gpu.tv_(out["tv grad"], image, weight)
     return out
 
 
@@ -309,7 +248,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pool of one row": (lambda gpu: gpu.max_pool(IMAGE[:, :, :1]), r"max_pool: features must be at least 2x2 pixels"),
     "grad of a pool": (
         lambda gpu: gpu.max_pool_bwd(half(2, 3, 2, 2), IMAGE, torch.ones(2, 3, 2, 2), True),
-        r"max_pool_bwd: grad must be Float .* like pooled, or BFloat16 where that is Half, got Half",
+        r"max_pool_bwd: grad must be Float .* like pooled, or BFloat16 if pooled is Half, got Half",
     ),
     "float32": (
         lambda gpu: gpu.bias_relu_(H8.float(), B8),
@@ -322,7 +261,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "channels": (lambda gpu: gpu.bias_relu_pool(half(2, 12, 4, 4), B8), r"bias_relu_pool: .*C a multiple of 8, got"),
     "alignment": (
         lambda gpu: gpu.bias_relu_(half(1, 1, 1, 9).flatten()[1:].view(1, 8, 1, 1), B8),
-        r"bias_relu_: tensors must start at a multiple of 16 bytes, got one of \[1, 8, 1, 1\] at an offset of 1",
+        r"bias_relu_: tensors must start at a multiple of 16 bytes, got one of \[1, 8, 1, 1\] at a storage offset of 1",
     ),
     "bias": (lambda gpu: gpu.bias_relu_(H8, B8.half()), r"bias_relu_: bias must be float32 \[8\], got Half \[8\]"),
     "one column": (lambda gpu: gpu.bias_relu_pool(half(2, 8, 4, 1), B8), r"bias_relu_pool: .*at least 2x2 pixels"),
@@ -332,7 +271,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "height": (
         lambda gpu: gpu.pool_codes_bwd(H8, codes(2, 8, 4, 4), 10, 8),
-        r"pool_codes_bwd: grad must be of half 10x8 pixels, got \[2, 8, 4, 4\]",
+        r"pool_codes_bwd: grad must have half of 10x8 pixels, rounded down, got \[2, 8, 4, 4\]",
     ),
     "image type": (
         lambda gpu: gpu.first_layer(IMAGE.half(), W64, torch.ones(64), *COLOURS),
@@ -344,7 +283,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "order": (
         lambda gpu: gpu.first_layer(IMAGE, W64, torch.ones(64), [1.0] * 3, [0.0] * 3, [0, 1, 1]),
-        r"first_layer: order must hold 0, 1 and 2, got \[0, 1, 1\]",
+        r"first_layer: order must be a permutation of 0, 1 and 2, got \[0, 1, 1\]",
     ),
     "scale": (
         lambda gpu: gpu.first_layer_bwd(half(2, 64, 4, 4), W64, [1.0], [0, 1, 2]),
@@ -354,21 +293,13 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda gpu: gpu.first_layer_bwd(half(2, 64, 4, 4), W64.bfloat16(), [1.0] * 3, [0, 1, 2]),
         r"first_layer_bwd: grad must be BFloat16 \[B, 64, H, W\] like weight, got Half",
     ),
-    "content's target": (
-        lambda gpu: gpu.content_(IMAGE.clone(), IMAGE, IMAGE[:1], torch.ones(2), True),
-        r"content_: target must be Float \[2, 3, 4, 4\] like features",
-    ),
-    "tv in float64": (
-        lambda gpu: gpu.tv_(IMAGE.double(), IMAGE.double(), torch.ones(2)),
-        r"tv_: image must be float32 on a GPU, got Double",
-    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal_says_what_was_expected_and_what_came(gpu: Any, case: str) -> None:
+def test_wrong_arguments_are_refused(gpu: Any, case: str) -> None:
     if emulated.ON_GPU and case == "alignment":
         pytest.skip("the copy on the GPU is aligned")
-    call, words = REFUSALS[case]
-    with pytest.raises(RuntimeError, match=words):
+    call, message = REFUSALS[case]
+    with pytest.raises(RuntimeError, match=message):
         call(gpu)

@@ -1,4 +1,4 @@
-"""The style kernels of csrc/cuda, emulated, against their float64 twins, and how their work is cut."""
+"""The style kernels of csrc/cuda/style, in the emulator, against float64, and how `schedule` divides their work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests import reference
 from tests.support import emulated
 
 SUM_ERROR = 1e-5
-ROUNDING = 2.0**-8  # of bfloat16: differences, gradients, and float16 features where they meet a difference
-MULTIPROCESSORS = 6  # of the emulated device (csrc/cuda/context.h)
+ROUNDING = 2.0**-8  # of bfloat16: of differences, gradients, and float16 features that are multiplied with a difference
+MULTIPROCESSORS = 6  # of the emulated device (csrc/cuda/common/device_context.h)
 ORDERS = (0, 1, 7)  # of blocks and warps
 
 LAST = torch.channels_last
 types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
-# Every unit of work: one stage and less, stages and a rest, several slices of 512, 256 and 128 pixels. Channels without a
-# kernel go through torch's library.
+# Every unit of work: less than one stage, stages and a rest, several slices of 512, 256 and 128 pixels. Features with
+# other numbers of channels have no kernel and are computed with torch's library.
 SHAPES = [
     (1, 64, 1, 1),
     (2, 64, 37, 29),
@@ -45,8 +45,8 @@ def ops() -> Any:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """What nobody writes is NaN: results, workspaces and, by the emulator, shared memory."""
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    """Uninitialised memory is NaN: results, workspaces and, in the emulator, shared memory."""
+    torch.use_deterministic_algorithms(True)  # makes torch.empty fill its result
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -86,7 +86,7 @@ def test_gram(ops: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
 def test_every_pixel_and_every_pair_of_channels_counts_once(ops: Any, channels: int) -> None:
-    # Small integers, whose sums are exact in float32 in any order; each channel has a pattern of its own.
+    # Small integers, whose sums are exact in float32 in any order. Each channel has a different pattern.
     pixels, c = torch.arange(701)[:, None], torch.arange(channels)[None]
     values = ((pixels * (2 * c + 1) + c * c // 7) % 5 - 2).to(torch.bfloat16)
     features = values.T.reshape(1, channels, 701, 1).contiguous(memory_format=LAST)
@@ -95,7 +95,7 @@ def test_every_pixel_and_every_pair_of_channels_counts_once(ops: Any, channels: 
 
 @types
 def test_style_fwd_of_many_layers_at_once(ops: Any, dtype: torch.dtype) -> None:
-    # Nine layers with kernels take two launches; two go through the library; one needs a copy in channels_last first.
+    # Nine layers have kernels and take two launches, two are computed with the library, one is copied to channels_last.
     sizes = [(64, 23, 31), (128, 9, 17), (512, 3, 7), (96, 5, 5), (256, 4, 9), (64, 4, 4), (64, 1, 2)]
     sizes += [(128, 2, 3), (3, 6, 6), (64, 3, 3), (64, 5, 2), (64, 2, 2)]
     features = [relu_features((2, *size), dtype, seed=l) for l, size in enumerate(sizes)]
@@ -169,7 +169,7 @@ def test_jobs_of_a_batch_do_not_mix(ops: Any, channels: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_style_bwd(ops: Any, shape: tuple[int, ...], dtype: torch.dtype, relu_mask: bool, size: float) -> None:
     features = relu_features(shape, dtype)
-    before = noise(shape) * size  # bfloat16 holds a gradient of 1e-9 as well as any
+    before = noise(shape) * size  # bfloat16 represents a gradient of 1e-9 as precisely as one of 1
     diff = (symmetric(shape[0], shape[1]) * size).bfloat16()
     expected = reference.style_bwd(before, features, diff, relu_mask)
     results = []
@@ -246,7 +246,7 @@ def test_gradients_for_autograd(ops: Any, dtype: torch.dtype, channels: int) -> 
     assert got.dtype == dtype and got.stride() == features.stride() and error(got, product) < ROUNDING
 
 
-def test_what_breaks_the_contract_is_refused(ops: Any) -> None:
+def test_wrong_arguments_are_refused(ops: Any) -> None:
     features = relu_features((2, 64, 3, 3), torch.float16)
     with pytest.raises(RuntimeError, match=r"style_bwd_: diff must be BFloat16 for features of Half, got Float"):
         ops.style_bwd_(noise(features.shape), features, symmetric(2, 64), True)
@@ -254,11 +254,11 @@ def test_what_breaks_the_contract_is_refused(ops: Any) -> None:
         ops.style_bwd_(features.float(), features, None, True)
 
 
-# How the work is cut
+# How the work is divided
 # ----------------------------------------------------------------------------------------------------------------
 
 SCHEDULE = """
-#include "style.h"
+#include "cuda/style/style.h"
 extern "C" void schedule(int count, int jobs, const int64_t* pixels, const int* channels, int multiprocessors,
                          int64_t* cut) {
   gramophone::StyleLaunch launch;
@@ -278,10 +278,10 @@ extern "C" void schedule(int count, int jobs, const int64_t* pixels, const int* 
 
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """style.h's schedule: (layers as (pixels, channels), jobs, multiprocessors) -> per layer five numbers, and totals."""
+    """`schedule` of style.h: ((pixels, channels) per layer, jobs, multiprocessors) -> 5 numbers per layer, totals."""
     folder = tmp_path_factory.mktemp("schedule")
     (folder / "schedule.cpp").write_text(SCHEDULE)
-    includes = [f"-I{emulated.ROOT / path}" for path in ("csrc/cuda", "tests/emulator")]
+    includes = [f"-I{emulated.ROOT / path}" for path in ("csrc", "tests/emulator")]
     command = ["c++", "-std=c++17", "-shared", "-fPIC", "-DGRAMOPHONE_EMULATED", "-Wno-unknown-pragmas", *includes]
     subprocess.run([*command, "schedule.cpp", "-o", "schedule.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "schedule.so"))
@@ -308,7 +308,7 @@ def test_every_pixel_is_in_one_slice(schedule: Any, layers: list[tuple[int, int]
     least = 0
     for (pixels, channels), (slice_pixels, slices, first_item, first_band, first_tile) in zip(layers, cut, strict=True):
         units, side = 4 if channels == 512 else 1, channels // 64
-        assert (slices - 1) * slice_pixels < pixels <= slices * slice_pixels  # none is empty, none is missing
+        assert (slices - 1) * slice_pixels < pixels <= slices * slice_pixels  # no slice is empty or missing
         assert slice_pixels <= 16384 and slice_pixels % max(32, 8192 // channels) == 0
         assert (first_item, first_band, first_tile) == (next_item, next_band, next_tile)
         next_item += slices * units
@@ -316,8 +316,8 @@ def test_every_pixel_is_in_one_slice(schedule: Any, layers: list[tuple[int, int]
         next_tile += slices * side * (side + 1) // 2
         least += -(-pixels // 16384) * units
     assert (items, bands, tiles) == (next_item, next_band, next_tile)
-    assert items <= -(-least // multiprocessors) * multiprocessors  # the last round of blocks is full or missing
-    # Items cost about the same: none takes more than half as much again as a fair share.
+    assert items <= -(-least // multiprocessors) * multiprocessors  # no additional round of blocks
+    # Items cost about the same: none more than 1.5 times the mean.
     work = [min(channels, 256) * slice_pixels for (_, channels), (slice_pixels, *_) in zip(layers, cut, strict=True)]
     total = sum(
         w * slices * (4 if c == 512 else 1) for w, (_, c), (_, slices, *_) in zip(work, layers, cut, strict=True)
@@ -325,7 +325,7 @@ def test_every_pixel_is_in_one_slice(schedule: Any, layers: list[tuple[int, int]
     assert max(work) <= max(1.5 * total / min(items, multiprocessors), 65536)
 
 
-def test_a_batch_does_not_change_how_a_job_is_cut(schedule: Any) -> None:
+def test_a_batch_does_not_change_the_slices_of_a_job(schedule: Any) -> None:
     layers = vgg_layers(512)
     one, (items, bands, tiles) = schedule(layers, 1, 132)
     five, totals = schedule(layers, 5, 132)

@@ -16,7 +16,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kMostShared = 227 * 1024;  // of a block on sm_90; the smallest target, sm_86, has 99 KB
+constexpr size_t kMaxShared = 227 * 1024;  // per block on sm_90; the smallest target, sm_86, has 99 KB
 
 struct Copy {
   void* to;
@@ -52,7 +52,7 @@ const std::function<void()>* body = nullptr;
 std::string failure;
 jmp_buf scheduler;
 
-// Back to the scheduler, which comes back here when the fiber may go on.
+// Returns to the scheduler, which resumes the fiber here when it may continue.
 void yield() {
   if (!_setjmp(fibers[running].resume)) _longjmp(scheduler, 1);
 }
@@ -111,7 +111,7 @@ void run_block(int threads, uint64_t salt) {
     fibers[i].open.clear();
   }
   for (Warp& warp : warps) warp.arrived = 0;
-  std::memset(shared_base, 0xff, shared_size);  // NaN in every float type
+  std::memset(shared_base, 0xff, shared_size);  // NaN in every floating-point type
   const size_t n = (threads + kLanes - 1) / kLanes;
   for (uint64_t round = 0;; ++round) {
     for (size_t warp : ordered(n, salt * 7919 + round)) {
@@ -121,7 +121,7 @@ void run_block(int threads, uint64_t salt) {
     bool done = true;
     for (int i = 0; i < threads; ++i) {
       if (fibers[i].state == State::kAtWarp) {
-        failure = "thread " + std::to_string(i) + " waits for lanes of its warp that went another way";
+        failure = "thread " + std::to_string(i) + " waits for lanes of its warp that took another branch";
         return;
       }
       done &= fibers[i].state == State::kDone;
@@ -194,12 +194,12 @@ void wait(int groups_left) {
 
 void run(const dim3& grid, int threads, size_t shared, const std::function<void()>& what) {
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
-  if (threads % kLanes) throw std::runtime_error("emulated blocks are made of whole warps");
-  if (shared > kMostShared) throw std::runtime_error("more shared memory than any block has");
+  if (threads % kLanes) throw std::runtime_error("the threads of an emulated block must be whole warps");
+  if (shared > kMaxShared) throw std::runtime_error("more shared memory than a block can have");
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) throw std::runtime_error("grid out of range");
   while (fibers.size() < static_cast<size_t>(threads)) fibers.emplace_back();
   warps.resize((threads + kLanes - 1) / kLanes);
-  shared_pool.resize(kMostShared + 1024);
+  shared_pool.resize(kMaxShared + 1024);
   shared_base = shared_pool.data() + (1024 - reinterpret_cast<uintptr_t>(shared_pool.data()) % 1024);
   shared_size = shared;
   blockDim = dim3(threads);

@@ -1,11 +1,11 @@
-// A GPU on one CPU thread, so that the kernels' own source runs, and is checked, where there is no GPU.
+// Emulates a GPU on one CPU thread, so that the kernels' own source runs and is tested on machines without a GPU.
 //
-// csrc/cuda/device.cuh includes this in place of CUDA's headers when GRAMOPHONE_EMULATED is defined. Every thread of a
-// block is a fiber; a fiber runs until it meets a barrier, a warp-wide instruction or its end. What that shows: wrong
-// indices, fragments, swizzles, sums, orders of arrival; and of missing barriers those that some order of warps brings
-// out (`order`). Shared memory starts as NaN, reaching beyond it through the functions below is an error, and
-// asynchronous copies land only when they are waited for. What it does not show: races between blocks at run time,
-// registers, speed.
+// csrc/cuda/common/launch_types.h includes this file in place of CUDA's headers if GRAMOPHONE_EMULATED is defined.
+// Every thread of a block is a fiber, which runs until a barrier, a warp-wide instruction or its end. The emulator
+// finds wrong indices, fragments, swizzles, sums and dependence on the order of blocks. It finds those missing barriers
+// that matter in some order of warps (`order`). Shared memory starts as NaN, an access beyond it through the functions
+// below is an error, and asynchronous copies arrive only when they are waited for. The emulator does not find races
+// between running blocks, and says nothing about registers and speed.
 #pragma once
 
 #include <cmath>
@@ -53,7 +53,7 @@ using cudaStream_t = void*;
 #define __shared__ static  // blocks run one after another
 #define __ldg(pointer) (*(pointer))
 
-// Of the running fiber.
+// The indices of the running fiber.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -61,16 +61,18 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 
-// Runs `body` once per thread of every block. Throws std::runtime_error if a fiber called `fail` or if all are stuck.
+// Runs `body` once per thread of every block. Throws std::runtime_error if a fiber calls `fail` or all of them are
+// blocked.
 void run(const dim3& grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 
-// 0: blocks and warps in order; 1: in reverse; any other number seeds a shuffle of both.
+// 0 runs blocks and warps in order, 1 in reverse; any other number is the seed of a shuffle of both.
 void order(uint64_t seed);
 
 unsigned char* shared_memory();
 size_t shared_bytes();
-void barrier();                                                   // __syncthreads
-void warp(void (*together)(void* (&lanes)[kLanes]), void* mine);  // waits for the warp; the last lane does it for all
+void barrier();  // __syncthreads
+// Waits for all lanes of the warp. The last lane calls `together` for all of them, with the `mine` of each.
+void warp(void (*together)(void* (&lanes)[kLanes]), void* mine);
 [[noreturn]] void fail(const std::string& why);
 void copy_async(void* shared, const void* global, int bytes);
 void commit();
@@ -79,7 +81,7 @@ void wait(int groups_left);
 inline void require_shared(const void* p, size_t bytes) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < shared_memory() || at + bytes > shared_memory() + shared_bytes())
-    fail("an address outside of dynamic shared memory");
+    fail("an address outside dynamic shared memory");
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("a misaligned address in shared memory");
 }
 
@@ -133,7 +135,7 @@ inline int __any_sync(unsigned, int predicate) {
   return lane.any;
 }
 
-// Of one thread after another, so plain code is atomic.
+// Threads run one after another, so plain code is atomic.
 template <typename T>
 T atomicAdd(T* at, T by) {
   const T before = *at;

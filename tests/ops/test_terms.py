@@ -1,4 +1,4 @@
-"""The content and the TV term on a CPU against float64 on the same, already rounded, inputs."""
+"""content_ and tv_ on the CPU against float64 on the same, already rounded, inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def content(grad: Tensor, features: Tensor, target: Tensor, weight: Tensor, mask: bool) -> tuple[Tensor, Tensor]:
-    """The definition in float64: loss and new gradient."""
+    """The loss and the new gradient by the definition, in float64."""
     w, difference = weight.double(), features.double() - target.double()
     updated = grad.double() + 2 * w.view(-1, 1, 1, 1) * difference
     return w * difference.square().sum((1, 2, 3)), torch.where(features <= 0, 0.0, updated) if mask else updated
@@ -62,7 +62,7 @@ def test_content_matches_the_definition(
     assert error(grad, expected) < ROUNDING[of_grad]
 
 
-def test_content_takes_layouts_apart() -> None:
+def test_content_takes_arguments_of_different_layouts() -> None:
     grad, features, target, weight = content_case((2, 5, 6, 7), torch.float32, torch.float32, "channels_last")
     grad, target = grad.contiguous(), normal(2, 5, 6, 14, seed=3).float()[..., ::2]
     loss, expected = content(grad, features, target, weight, True)
@@ -83,7 +83,7 @@ def test_tv_matches_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -
     assert error(grad, expected) < ROUNDING[dtype]
 
 
-def test_tv_is_its_own_gradient() -> None:
+def test_the_gradient_of_tv_is_the_derivative_of_its_loss() -> None:
     image, weight = normal(2, 3, 4, 5), torch.tensor([0.7, 1.3], dtype=torch.float64)
     grad = torch.zeros_like(image)
     ops.tv_(grad, image, weight)
@@ -143,7 +143,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "grad type": (
         lambda: ops.content_(F4.bfloat16(), F4, F4, W2, True),
-        r"content_: grad must be Float .* like features, or BFloat16 where they are Half, got BFloat16",
+        r"content_: grad must be Float .* like features, or BFloat16 if they are Half, got BFloat16",
     ),
     "grad shape": (
         lambda: ops.content_(F4[:1], F4, F4, W2, True),
@@ -171,7 +171,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal_says_what_was_expected_and_what_came(case: str) -> None:
-    call, words = REFUSALS[case]
-    with pytest.raises(RuntimeError, match=words):
+def test_wrong_arguments_are_refused(case: str) -> None:
+    call, message = REFUSALS[case]
+    with pytest.raises(RuntimeError, match=message):
         call()

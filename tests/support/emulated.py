@@ -1,10 +1,10 @@
 """The CUDA kernels and their bindings, compiled for the CPU and registered as torch.ops.gramophone_emulated.*
 
-Same sources as the real ones, csrc/cuda/*; tests/emulator stands in for the GPU. Compiled once into build/emulated, in half
-a minute, and again when a source changes. Tensors are CPU tensors.
+The sources are those of csrc/cuda; tests/emulator replaces the GPU. They are compiled into build/emulated, in half a
+minute, on first use and when a source has changed. Tensors are CPU tensors.
 
-With GRAMOPHONE_TEST_ON=cuda the same tests run on the GPU instead: `library` then stands for torch.ops.gramophone, and
-copies the tensors there and back.
+With GRAMOPHONE_TEST_ON=cuda the same tests run on the GPU: `library` is then torch.ops.gramophone, with copies of the
+tensors to the GPU and back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ON_GPU = os.environ.get("GRAMOPHONE_TEST_ON") == "cuda"
 FLAGS = [
     "-DGRAMOPHONE_EMULATED",
     "-DGRAMOPHONE_LIBRARY=gramophone_emulated",
-    "-U_FORTIFY_SOURCE",  # it takes a jump between fibers for a mistake
+    "-U_FORTIFY_SOURCE",  # its check of longjmp rejects jumps between fibers
     "-O2",
     "-fopenmp",
     "-Wno-unknown-pragmas",
@@ -37,15 +37,17 @@ FLAGS = [
 
 @functools.cache
 def library() -> Any:
-    """`torch.ops.gramophone_emulated`, built if need be; or the real kernels."""
+    """`torch.ops.gramophone_emulated`, compiled if necessary, or the real kernels with GRAMOPHONE_TEST_ON=cuda."""
     if ON_GPU:
         return OnGpu()
-    sources = [ROOT / "csrc" / "ops.cpp", ROOT / "tests" / "emulator" / "emulator.cpp"]
-    sources += sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+    sources = [ROOT / "csrc" / "schemas.cpp", ROOT / "tests" / "emulator" / "emulator.cpp"]
     BUILD.mkdir(parents=True, exist_ok=True)
-    for kernels in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        wrapped = BUILD / f"{kernels.stem}_cu.cpp"  # the compiler goes by the name
-        text = f'#include "{kernels}"\n'
+    cuda = ROOT / "csrc" / "cuda"
+    for source in sorted([*cuda.rglob("*.cpp"), *cuda.rglob("*.cu")]):
+        # A file that includes the source, because `load` names objects by their stems alone (each family has a
+        # bindings.cpp), and the compiler knows C++ by the suffix.
+        wrapped = BUILD / ("_".join(source.relative_to(cuda).with_suffix("").parts) + ".cpp")
+        text = f'#include "{source}"\n'
         if not wrapped.exists() or wrapped.read_text() != text:
             wrapped.write_text(text)
         sources.append(wrapped)
@@ -54,7 +56,7 @@ def library() -> Any:
         [str(source) for source in sources],
         extra_cflags=FLAGS,
         extra_ldflags=["-fopenmp"],
-        extra_include_paths=[str(ROOT / "tests" / "emulator"), str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")],
+        extra_include_paths=[str(ROOT / "tests" / "emulator"), str(ROOT / "csrc")],
         build_directory=str(BUILD),
         is_python_module=False,
         with_cuda=False,
@@ -64,18 +66,18 @@ def library() -> Any:
 
 
 def order(seed: int) -> None:
-    """The order in which blocks and warps run: 0 as numbered, 1 backwards, any other number shuffled by it."""
+    """Sets the order in which blocks and warps run: 0 ascending, 1 descending, any other seeds a shuffle."""
     library()
     if ON_GPU:
-        return  # it has an order of its own, another one each time
+        return  # a GPU has its own order, which differs from run to run
     ctypes.CDLL(str(BUILD / "gramophone_emulated.so")).gramophone_emulator_order(ctypes.c_uint64(seed))
 
 
 class OnGpu:
-    """torch.ops.gramophone for tensors on the CPU: a copy goes to the GPU, and what an op writes comes back."""
+    """torch.ops.gramophone for CPU tensors: arguments are copied to the GPU, and results and changed arguments back."""
 
     def __getattr__(self, name: str) -> Any:
-        import gramophone_server.ops.functional  # noqa: F401 - registers them
+        import gramophone_server.ops.functional  # noqa: F401 - registers the ops
 
         op = getattr(torch.ops.gramophone, name).default
 

@@ -1,4 +1,4 @@
-"""The project's torch operators, as functions; see `functional` for their contracts."""
+"""The project's torch operators; `functional` documents them."""
 
 from gramophone_server.ops.functional import (
     adam_,

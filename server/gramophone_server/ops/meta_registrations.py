@@ -1,7 +1,7 @@
-"""What torch has to know of the ops besides their kernels: the shapes of their results, and their gradients.
+"""Registers the ops' meta kernels and gradients with torch. `functional` imports it.
 
-Importing it tells torch; `ops` does. The shapes are what torch.compile and the meta device go by (`memory.py`), the gradients
-are those of the ops that a user may want under autograd. The engine needs none of them.
+A meta kernel computes the shape, type and layout of an op's results, for torch.compile and the meta device
+(`engine.memory_estimate`). The ops that are useful with autograd have gradients; the engine does not use them.
 """
 
 from typing import Any
@@ -134,7 +134,7 @@ def _(grad: Tensor, features: Tensor, pooled: Tensor, relu_mask: bool) -> Tensor
     return torch.empty_like(features, dtype=grad.dtype)
 
 
-def _keep_gram(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_gram(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     features, ctx.scale = inputs
     ctx.save_for_backward(features)
 
@@ -144,7 +144,7 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.gramophone.gram_bwd.default(grad, features, ctx.scale), None
 
 
-def _keep_style_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_style_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, diff = output
     ctx.mark_non_differentiable(diff)
     ctx.save_for_backward(inputs[0], diff)
@@ -155,7 +155,7 @@ def _style_loss_backward(ctx: Any, grad_loss: Tensor, grad_diff: Tensor) -> tupl
     return torch.ops.gramophone.style_bwd.default(features, diff, grad_loss.contiguous()), None, None, None
 
 
-def _keep_style_fwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_style_fwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     features, *_ = inputs
     _, diffs = output
     ctx.layers = len(features)
@@ -176,11 +176,11 @@ def _max_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.gramophone.max_pool_bwd.default(grad, features, pooled, False)
 
 
-def _keep_max_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_max_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[0], output)
 
 
-torch.library.register_autograd("gramophone::gram", _gram_backward, setup_context=_keep_gram)
-torch.library.register_autograd("gramophone::style_loss", _style_loss_backward, setup_context=_keep_style_loss)
-torch.library.register_autograd("gramophone::style_fwd", _style_fwd_backward, setup_context=_keep_style_fwd)
-torch.library.register_autograd("gramophone::max_pool", _max_pool_backward, setup_context=_keep_max_pool)
+torch.library.register_autograd("gramophone::gram", _gram_backward, setup_context=_save_gram)
+torch.library.register_autograd("gramophone::style_loss", _style_loss_backward, setup_context=_save_style_loss)
+torch.library.register_autograd("gramophone::style_fwd", _style_fwd_backward, setup_context=_save_style_fwd)
+torch.library.register_autograd("gramophone::max_pool", _max_pool_backward, setup_context=_save_max_pool)

@@ -1,24 +1,25 @@
-// first_layer, first_layer_bwd: conv1_1 with all that surrounds it, between the picture and a map of 64 channels.
+// first_layer, first_layer_bwd: conv1_1 with the normalisation before it and the bias and ReLU after it, from the image
+// to a map of 64 channels, and its gradient.
 //
-// Three channels fill no tensor core in a library's convolution, and the passes around it cost as much as the map does.
-// Here each byte of the map moves once (134 MB at 1024 x 1024: 31 us on an H200), 16 bytes per thread, without a stop
-// in shared memory: the order of an mma's columns, or of its summands, is free, so it is chosen such that what one
-// thread holds of a pixel lies together in memory.
-#include "device.cuh"
-#include "line.h"
+// In a library's convolution three channels do not fill a tensor core, and the separate passes before and after it cost
+// as much as the map does. These kernels move each byte of the map once (134 MB at 1024 x 1024: 31 us on an H200), 16
+// bytes per thread, without a copy through shared memory: the order of an mma's columns, and of its summands, is free,
+// so it is chosen such that the values of a pixel that one thread holds are adjacent in memory.
+#include "cuda/common/device.cuh"
+#include "cuda/layers/layers.h"
 
 namespace gramophone {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kMaps = 64;     // channels of the layer
-constexpr int kWeights = 32;  // of each: 9 taps of 3 colours, 5 zeros
+constexpr int kWeights = 32;  // per channel: 9 taps of 3 colours, 5 zeros
 constexpr int kTaps = 9, kColours = 3;
 constexpr int kWeightBytes = kMaps * kWeights * 2;
-constexpr int kColumns = 32;  // of pixels in a tile
+constexpr int kColumns = 32;  // pixels per row of a tile
 
-// A pixel's channels in the order of the fragments: lane t of a quad holds channels 8t to 8t + 7 of each half of the
-// 64, as eight pairs i. Row r of the 8 x 8 tile of weights that is multiplied with pairs i is this channel's.
+// The channel of row r of the 8 x 8 tile of weights that is multiplied with pairs i. Lane t of a quad holds channels 8t
+// to 8t + 7 of each half of the 64 channels, as eight pairs i.
 GRAMOPHONE_DEVICE int channel(int i, int r) {
   return kMaps / 2 * (i / 4) + 8 * (r / 2) + 2 * (i % 4) + r % 2;
 }
@@ -45,23 +46,24 @@ Tiles tiles_of(int64_t batch, int height, int width, int rows) {
   return {batch * down * across, across, down, height, width};
 }
 
-// The way there
-// ------------------------------------------------------------------------------------------------------
+// Forward
 //
-// A row of the product is a pixel, its 32 summands are 16 pairs that each lie in one word of shared memory: in one
-// plane a pixel's first two colours, in the other its third and its right neighbour's third. Pairs 0 to 8 are the taps
-// of the first plane; 9 to 14, two per row, those of the second: taps 0 and 1, then 1 (not again: its weight is 0)
-// and 2. All are of the pixel's own 3 x 3, so that no NaN comes from elsewhere.
+// A row of the product is a pixel. Its 32 summands are 16 pairs, each in one word of shared memory. The words of the
+// first plane hold a pixel's first two colours, those of the second plane its third colour and the third colour of the
+// pixel to the right. Pairs 0 to 8 are the nine taps in the first plane. Pairs 9 to 14 are the taps in the second
+// plane, two per row: taps 0 and 1, then 1 again, with weight 0, and 2. All of them are in the pixel's own 3 x 3, so a
+// NaN elsewhere has no effect.
 
-constexpr int kRows = kWarps;  // of a tile, one per warp
+constexpr int kRows = kWarps;  // per tile, one per warp
 constexpr int kHaloRows = kRows + 2, kHaloColumns = kColumns + 2;
-// In words. A warp reads 8 pixels of 4 pairs at once: rows 10 banks apart, planes 0, so that no two words collide.
+// In words. A warp reads 8 pixels of 4 pairs at once: rows are 10 banks apart, planes 0, so there are no bank
+// conflicts.
 constexpr int kPitch = 42, kPlane = 448;
 static_assert(kPitch >= kHaloColumns && kPitch % 32 == 10 && kPlane >= kPitch * kHaloRows && kPlane % 32 == 0);
 
 struct Pair {
-  int first, second;  // weights
-  int word;           // from the upper left pixel of the 3 x 3
+  int first, second;  // indices of its weights
+  int word;           // offset from the word of the upper left pixel of the 3 x 3
 };
 
 GRAMOPHONE_DEVICE Pair pair_of(int q) {
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     reinterpret_cast<uint4*>(ordered)[threadIdx.x] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   __syncthreads();
-  uint32_t b[8][4];  // fragments of 8 channels and of all summands, 8 in each
+  uint32_t b[8][4];  // fragments [8 channels, 8 summands], for all channels and summands
 #pragma unroll
   for (int j = 0; j < 8; ++j) ldmatrix(b[j], ordered + channel(j, lane % 8) * kWeights + 8 * (lane / 8));
   float add[8][2];
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     const Corner at = corner<kRows>(tiles, tile);
-    __syncthreads();  // the tile before has been read
+    __syncthreads();  // the previous tile has been read
     for (int i = threadIdx.x; i < kHaloRows * kHaloColumns; i += kThreads) {
       const int row = i / kHaloColumns, column = i % kHaloColumns, y = at.y + row - 1, x = at.x + column - 1;
       T value[kColours] = {};
@@ -156,12 +158,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The way back
-// -------------------------------------------------------------------------------------------------------
+// Backward
 //
-// Of every pixel of the gradient the products with all 27 columns of the weights, in one mma chain of 64 summands; then
-// a pixel of the picture adds up nine of them, one of each neighbour. With the taps among the summands instead, as in a
-// transposed convolution, 3 of 8 columns of the mma would be used and each pixel read nine times from shared memory.
+// First every pixel of the gradient is multiplied with all 27 columns of the weights, in mma chains of 64 summands.
+// Then every pixel of the image gradient adds nine of these products, one from each pixel of its 3 x 3. If the taps
+// were summands instead, as in a transposed convolution, only 3 of the 8 columns of the mma would be used, and each
+// pixel would be read nine times from shared memory.
 
 constexpr int kBackRows = 16;
 constexpr int kBackHalo = (kBackRows + 2) * kHaloColumns;  // pixels
@@ -177,8 +179,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const Corner at = corner<kBackRows>(tiles, blockIdx.x);
 
-  // 16 pixels from `first` on: rows g and g + 8 of an mma, the halves of their channels. Read one step ahead, so that a
-  // warp has 2 KB on their way while it multiplies.
+  // Reads 16 pixels starting at `first`: rows g and g + 8 of an mma, both halves of their channels. They are read one
+  // step ahead, so that a warp has 2 KB in flight while it multiplies.
   const auto read = [&](int first, uint4(&pixels)[2][2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   static_assert(kWeightBytes == 16 * kThreads);
   reinterpret_cast<uint4*>(weights)[threadIdx.x] = reinterpret_cast<const uint4*>(weight)[threadIdx.x];
   __syncthreads();
-  uint32_t b[4][2][4];  // fragments of 8 columns and of the pairs of a half
+  uint32_t b[4][2][4];  // fragments of 8 columns, for the channels of each half
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -234,9 +236,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
       float sum = 0;
+      // Tap (dy, dx) of an output reads the image at an offset of (dy - 1, dx - 1).
 #pragma unroll
-      for (int tap = 0; tap < kTaps;
-           ++tap)  // the tap (dy, dx) of an output reads the picture at (dy - 1, dx - 1) from it
+      for (int tap = 0; tap < kTaps; ++tap)
         sum += from[(3 * tap + c) * kBackHalo + (2 - tap / 3) * kHaloColumns + 2 - tap % 3];
       const int64_t to = ((at.job * kColours + colours.order[c]) * tiles.height + y) * tiles.width + x;
       image_grad[to] = colours.scale[c] * sum;
@@ -250,7 +252,7 @@ template <typename T>
 void launch_first_layer(const float* image, const T* weight, const float* bias, const Colours& colours, int64_t batch,
                         int height, int width, int multiprocessors, T* out, cudaStream_t stream) {
   const Tiles tiles = tiles_of(batch, height, width, kRows);
-  const int64_t at_once = 2 * multiprocessors;  // a block keeps the weights for all its tiles
+  const int64_t at_once = 2 * multiprocessors;  // a block loads the weights once for all its tiles
   launch("first_layer", first_layer_kernel<T>,
          dim3(static_cast<unsigned>(tiles.count < at_once ? tiles.count : at_once)), kThreads,
          kWeightBytes + 2 * kPlane * sizeof(uint32_t), stream, image, weight, bias, colours, tiles, out);

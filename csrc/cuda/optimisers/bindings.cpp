@@ -1,32 +1,23 @@
-// check_finite_, descent_, adam_, lbfgs_ on CUDA: contracts checked, scratch allocated, kernels launched (step.cu).
+// check_finite_, descent_, adam_, lbfgs_ on CUDA: argument checks, scratch memory, kernel launches.
 #include <ATen/ops/empty.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 
-#include "../checks.h"
-#include "context.h"
-#include "step_kernels.h"
+#include "checks/optimisers.h"
+#include "cuda/common/device_context.h"
+#include "cuda/optimisers/optimisers.h"
+#include "image_batch.h"
 
 namespace gramophone {
 namespace {
 
+// Whether every job's values start at a multiple of 16 bytes. A null pointer counts as aligned.
 bool aligned(int64_t values, std::initializer_list<const void*> pointers) {
   uintptr_t bits = static_cast<uintptr_t>(values) * sizeof(float);
   for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
   return bits % 16 == 0;
-}
-
-Canvas canvas_of(const at::Tensor& image, const at::Tensor& last_good, const std::optional<at::Tensor>& mean,
-                 const at::Tensor& step, const at::Tensor& alive, double average) {
-  return {image.mutable_data_ptr<float>(),
-          last_good.mutable_data_ptr<float>(),
-          mean ? mean->mutable_data_ptr<float>() : nullptr,
-          step.const_data_ptr<float>(),
-          alive.const_data_ptr<bool>(),
-          static_cast<float>(average),
-          image.size(0),
-          image.numel() / image.size(0)};
 }
 
 at::Tensor scratch(int64_t bytes, const at::Tensor& image) {
@@ -49,12 +40,12 @@ void descent_(const at::Tensor& image, const at::Tensor& last_good, const std::o
               bool normalised) {
   check_step("descent_", image, last_good, mean, grad, step, alive);
   const OnDeviceOf device(image);
-  const Canvas canvas = canvas_of(image, last_good, mean, step, alive, average);
+  const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
   const float* g = grad.const_data_ptr<float>();
   at::Tensor squares;
-  if (normalised) squares = scratch(canvas.batch * parts_of(canvas.values).count * sizeof(double), image);
-  launch_descent(canvas, g, normalised ? reinterpret_cast<double*>(squares.mutable_data_ptr()) : nullptr,
-                 aligned(canvas.values, {canvas.image, canvas.last_good, canvas.mean, g}), device.stream());
+  if (normalised) squares = scratch(images.jobs * sum_parts(images.values).count * sizeof(double), image);
+  launch_descent(images, g, normalised ? reinterpret_cast<double*>(squares.mutable_data_ptr()) : nullptr,
+                 aligned(images.values, {images.image, images.last_good, images.mean, g}), device.stream());
 }
 
 void adam_(const at::Tensor& image, const at::Tensor& last_good, const std::optional<at::Tensor>& mean,
@@ -63,11 +54,11 @@ void adam_(const at::Tensor& image, const at::Tensor& last_good, const std::opti
   check_step("adam_", image, last_good, mean, grad, step, alive);
   check_adam(image, first, second, count);
   const OnDeviceOf device(image);
-  const Canvas canvas = canvas_of(image, last_good, mean, step, alive, average);
+  const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
   float *m = first.mutable_data_ptr<float>(), *v = second.mutable_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
-  launch_adam(canvas, m, v, g, count.const_data_ptr<int64_t>(),
-              aligned(canvas.values, {canvas.image, canvas.last_good, canvas.mean, m, v, g}), device.stream());
+  launch_adam(images, m, v, g, count.const_data_ptr<int64_t>(),
+              aligned(images.values, {images.image, images.last_good, images.mean, m, v, g}), device.stream());
 }
 
 void lbfgs_(const at::Tensor& image, const at::Tensor& last_good, const std::optional<at::Tensor>& mean,
@@ -77,16 +68,16 @@ void lbfgs_(const at::Tensor& image, const at::Tensor& last_good, const std::opt
   check_step("lbfgs_", image, last_good, mean, grad, step, alive);
   check_lbfgs(image, history, before, products, inverse, scale, seen, kPairs);
   const OnDeviceOf device(image);
-  const Canvas canvas = canvas_of(image, last_good, mean, step, alive, average);
-  const Memory memory = {history.mutable_data_ptr<float>(),   before.mutable_data_ptr<float>(),
-                         products.mutable_data_ptr<double>(), inverse.mutable_data_ptr<double>(),
-                         scale.mutable_data_ptr<double>(),    seen.mutable_data_ptr<int64_t>()};
+  const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
+  const LbfgsState state = {history.mutable_data_ptr<float>(),   before.mutable_data_ptr<float>(),
+                            products.mutable_data_ptr<double>(), inverse.mutable_data_ptr<double>(),
+                            scale.mutable_data_ptr<double>(),    seen.mutable_data_ptr<int64_t>()};
   const float* g = grad.const_data_ptr<float>();
-  const at::Tensor sums = scratch(canvas.batch * kSums * parts_of(canvas.values).count * sizeof(double), image);
-  const at::Tensor plans = scratch(canvas.batch * sizeof(Plan), image);
-  launch_lbfgs(canvas, memory, g, reinterpret_cast<double*>(sums.mutable_data_ptr()),
-               reinterpret_cast<Plan*>(plans.mutable_data_ptr()),
-               aligned(canvas.values, {canvas.image, canvas.last_good, canvas.mean, memory.history, memory.before, g}),
+  const at::Tensor sums = scratch(images.jobs * kSums * sum_parts(images.values).count * sizeof(double), image);
+  const at::Tensor plans = scratch(images.jobs * sizeof(StepPlan), image);
+  launch_lbfgs(images, state, g, reinterpret_cast<double*>(sums.mutable_data_ptr()),
+               reinterpret_cast<StepPlan*>(plans.mutable_data_ptr()),
+               aligned(images.values, {images.image, images.last_good, images.mean, state.history, state.before, g}),
                device.stream());
 }
 

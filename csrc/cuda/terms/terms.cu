@@ -1,10 +1,10 @@
-// content_, tv_: a term of the objective and its gradient in one pass over the maps.
+// content_, tv_: a term of the objective and its gradient, in one pass over the maps.
 //
-// Sums do not depend on the run, the batch or the device: a job is cut into blocks by its size alone, each block writes
-// its sum, and a second, small kernel adds them up by index. That is as many launches as one kernel in which the last
-// block adds up, whose counters would have to be cleared before each run, and needs no fence.
-#include "device.cuh"
-#include "line.h"
+// The sums do not depend on the run, the batch or the device: a job is divided into blocks by its size alone, each
+// block writes its sum, and a second, small kernel adds the sums by index. A single kernel in which the last block adds
+// the sums would need as many launches, because its counters must be cleared before each run, and a fence.
+#include "cuda/common/device.cuh"
+#include "cuda/terms/terms.h"
 
 namespace gramophone {
 namespace {
@@ -19,7 +19,7 @@ struct alignas(sizeof(T) * kValues) Values {
   T at[kValues];
 };
 
-// As in device.cuh, with float64 left as it is, for checks of gradients.
+// Conversions as in device.cuh, and none for float64, which gradient checks use.
 template <typename S, typename T>
 GRAMOPHONE_DEVICE S number(T x) {
   return to_float(x);
@@ -36,7 +36,7 @@ GRAMOPHONE_DEVICE void put(double& to, double x) {
   to = x;
 }
 
-// The sum over the block, for thread 0.
+// The sum over the block, valid in thread 0.
 template <typename S>
 GRAMOPHONE_DEVICE S total(S x) {
   __shared__ S of_warps[kThreads / kWarp];
@@ -50,7 +50,7 @@ GRAMOPHONE_DEVICE S total(S x) {
   return sum;
 }
 
-// Job of this block, and which of the job's blocks it is.
+// The job of this thread block, and the block's number within the job.
 struct Place {
   int64_t job, block;
 };
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     content_kernel(Values<G, kValues>* __restrict__ grad, const Values<T, kValues>* __restrict__ features,
                    const Values<T, kValues>* __restrict__ target, const S* __restrict__ weight, int64_t groups,
                    int64_t blocks, bool mask, S* __restrict__ partials) {
-  constexpr int kGroups = kContentBlock / kValues;  // of a block
+  constexpr int kGroups = kContentBlock / kValues;  // per block
   const Place at = place(blocks);
   const int64_t start = at.job * groups, first = at.block * kGroups;
   const int count = static_cast<int>(groups - first < kGroups ? groups - first : kGroups);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
         const S value = number<S>(f[k].at[j]), difference = value - number<S>(t[k].at[j]);
         sum += difference * difference;
         const S updated = number<S>(g[k].at[j]) + twice * difference;
-        put(g[k].at[j], mask && value <= 0 ? S(0) : updated);  // "not <= 0", so that a NaN is not hidden
+        put(g[k].at[j], mask && value <= 0 ? S(0) : updated);  // "not <= 0", so that the mask does not hide a NaN
       }
       grad[i] = g[k];
     }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// A thread per pixel and colour; what its neighbours share with it comes from the cache.
+// Each thread takes one pixel of one colour at a time; the values that adjacent threads also read come from the cache.
 __global__ void __launch_bounds__(kThreads)
     tv_kernel(float* __restrict__ grad, const float* __restrict__ image, const float* __restrict__ weight, int height,
               int width, int64_t blocks, float* __restrict__ partials) {
@@ -121,10 +121,11 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// loss[b] = weight[b] * the sum of the job's partials; a block per job.
+// loss[b] = weight[b] * the sum of the job's partials, with one block per job.
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
-    loss_kernel(const S* __restrict__ partials, const S* __restrict__ weight, int64_t blocks, S* __restrict__ loss) {
+    term_loss_kernel(const S* __restrict__ partials, const S* __restrict__ weight, int64_t blocks,
+                     S* __restrict__ loss) {
   S sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
   sum = total(sum);
@@ -143,7 +144,8 @@ void content(G* grad, const T* features, const T* target, const S* weight, int64
 template <typename S>
 void sum_up(const char* name, const S* partials, const S* weight, int64_t batch, int64_t blocks, S* loss,
             cudaStream_t stream) {
-  launch(name, loss_kernel<S>, dim3(static_cast<unsigned>(batch)), kThreads, 0, stream, partials, weight, blocks, loss);
+  launch(name, term_loss_kernel<S>, dim3(static_cast<unsigned>(batch)), kThreads, 0, stream, partials, weight, blocks,
+         loss);
 }
 
 }  // namespace

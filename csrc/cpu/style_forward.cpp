@@ -1,12 +1,14 @@
-// gram, style_loss, style_fwd: Gram matrices G = scale * F F^T and what follows from them.
+// gram, gram_bwd, style_loss, style_fwd: Gram matrices G = scale * F F^T and the style terms.
 //
-// F is long and thin (C = 64 to 512, up to a million pixels), so the work is cut over pixels: each slice sums its own
-// C x C partial, tile by tile, and the partials are added in slice order. Slices depend on the shape alone, so the sums
-// do not depend on the number of threads. Only block rows up to the diagonal are multiplied; the rest is mirrored.
+// F is long and thin (C = 64 to 512, up to a million pixels), so the work is divided over pixels. Each slice of pixels
+// sums its own C x C partial, tile by tile, and the partials are added in slice order. The slices depend on the shape
+// alone, so the sums do not depend on the number of threads. Only block rows up to the diagonal are multiplied; the
+// rest is mirrored.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
@@ -14,25 +16,27 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "tile.h"
+#include "checks/style.h"
+#include "cpu/tile.h"
+#include "layout.h"
 
 namespace gramophone {
 namespace {
 
 constexpr int64_t kSlicePixels = 4096;  // 16 tiles: enough work to hide the C x C reduction of a slice
-constexpr int64_t kMostSlices = 16;     // at C = 512 the partials of a job then take 16 MB
+constexpr int64_t kMaxSlices = 16;      // at C = 512 the partials of a job then take 16 MB
 constexpr int64_t kBlockRows = 64;
 
-// Adds rows of F F^T up to the diagonal, over `pixels` pixels from `features`, into partial [C, C].
+// Adds F F^T over `pixels` pixels from `features` to `partial` [C, C], or stores it if `first`. Only the block rows up
+// to the diagonal are computed.
 template <typename T, typename P>
 void add_tile(const T* features, const Layout& layout, int64_t pixels, P* scratch, float* partial, bool first) {
   const int64_t c = layout.channels;
   P* other = scratch + c * kTilePixels;
-  const Operand<P> rows = layout.channels_last ? turned(features, c, pixels, c, scratch)  // [C, pixels]
-                                               : as_is(features, layout.pixels, c, pixels, scratch);
-  const Operand<P> columns = layout.channels_last ? as_is(features, c, pixels, c, other)  // [pixels, C]
-                                                  : turned(features, layout.pixels, c, pixels, other);
+  const Operand<P> rows = layout.channels_last ? transposed(features, c, pixels, c, scratch)  // [C, pixels]
+                                               : as_stored(features, layout.pixels, c, pixels, scratch);
+  const Operand<P> columns = layout.channels_last ? as_stored(features, c, pixels, c, other)  // [pixels, C]
+                                                  : transposed(features, layout.pixels, c, pixels, other);
   for (int64_t r = 0; r < c; r += kBlockRows) {
     const int64_t height = std::min(kBlockRows, c - r), width = r + height;
     multiply<P>(height, width, pixels, {rows.data + r * rows.ld, rows.ld}, columns, partial + r * c, c, !first);
@@ -43,7 +47,7 @@ template <typename T, typename P>
 void gram_into(const at::Tensor& features, float scale, float* out) {
   const Layout layout = layout_of(features);
   const int64_t c = layout.channels;
-  const int64_t slices = std::clamp<int64_t>(layout.pixels / kSlicePixels, 1, kMostSlices);
+  const int64_t slices = std::clamp<int64_t>(layout.pixels / kSlicePixels, 1, kMaxSlices);
   const int64_t tiles = (layout.pixels + kTilePixels - 1) / kTilePixels;
   const at::Tensor partials = at::empty({layout.batch * slices, c, c}, features.options().dtype(at::kFloat));
   const T* data = features.const_data_ptr<T>();
@@ -60,7 +64,7 @@ void gram_into(const at::Tensor& features, float scale, float* out) {
                  tile == first);
       }
     }
-    multiplied();
+    release_multiply();
   });
 
   at::parallel_for(0, layout.batch * c, 16, [&](int64_t begin, int64_t end) {
@@ -75,13 +79,15 @@ void gram_into(const at::Tensor& features, float scale, float* out) {
   });
 }
 
+// [B, C, pixels]
 at::Tensor matrix_of(const at::Tensor& features) {
   return features.flatten(2);
-}  // [B, C, pixels]
+}
 
-at::Tensor gram_unchecked(const at::Tensor& any, double scale) {
-  if (any.scalar_type() == at::kDouble) return at::bmm(matrix_of(any), matrix_of(any).mT()).mul_(scale);
-  const at::Tensor features = dense(any);
+at::Tensor gram_unchecked(const at::Tensor& features_in, double scale) {
+  if (features_in.scalar_type() == at::kDouble)
+    return at::bmm(matrix_of(features_in), matrix_of(features_in).mT()).mul_(scale);
+  const at::Tensor features = dense(features_in);
   at::Tensor out =
       at::empty({features.size(0), features.size(1), features.size(1)}, features.options().dtype(at::kFloat));
   float* data = out.mutable_data_ptr<float>();
@@ -103,16 +109,17 @@ at::Tensor gram(const at::Tensor& features, double scale) {
   return gram_unchecked(features, scale);
 }
 
-// G = scale * F F^T  =>  dF = scale * (dG + dG^T) F
+// G = scale * F F^T  =>  dF = scale * (dG + dG^T) F, in the layout of F. Used by autograd.
 at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double scale) {
   check_features("gram_bwd", features);
   check_square("gram_bwd", "grad", grad, features);
   const at::Tensor both = (grad + grad.mT()).mul_(scale);
-  return at::bmm(both, matrix_of(features).to(both.scalar_type())).view(features.sizes()).to(features.options());
+  const at::Tensor product = at::bmm(both, matrix_of(features).to(both.scalar_type()));
+  return at::empty_like(features).copy_(product.view(features.sizes()));
 }
 
-// loss[b] = w[b] * sum (G - A)^2 and the difference that style_bwd takes: dloss/dF = diff F with diff =
-// 4 w scale (G - A).
+// loss[b] = w[b] * sum (G - A)^2, and the difference that style_bwd takes: dloss/dF = diff F with
+// diff = 4 w scale (G - A).
 std::tuple<at::Tensor, at::Tensor> compare(const at::Tensor& features, const at::Tensor& target,
                                            const at::Tensor& weight, double scale) {
   at::Tensor difference = gram_unchecked(features, scale).sub_(target);

@@ -1,23 +1,23 @@
-// max_pool, max_pool_bwd, and what surrounds them in 16 bits: bias_relu_, bias_relu_pool, pool_codes_bwd.
+// max_pool, max_pool_bwd, and their fused forms for 16-bit maps: bias_relu_, bias_relu_pool, pool_codes_bwd.
 //
-// All of it is limited by memory: a thread takes one window of up to 16 bytes of channels, so that a warp moves whole
-// lines, and has its four pixels in flight at once. That is 64 KB per SM at half its threads; 23 KB hide the latency of
-// an H200's 4.3 TB/s (700 ns, 132 SMs).
-#include "device.cuh"
-#include "line.h"
+// All of these kernels are bound by memory. A thread takes one window of up to 16 bytes of channels, so that a warp
+// reads and writes whole cache lines, and it has the window's four pixels in flight at once. That is 64 KB per SM with
+// half of its threads; 23 KB hide the latency at an H200's 4.3 TB/s (700 ns, 132 SMs).
+#include "cuda/common/device.cuh"
+#include "cuda/layers/layers.h"
 
 namespace gramophone {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostBlocks = 65535;  // of a grid along y and z
+constexpr int kMaxBlocks = 65535;  // limit of a grid in y and z
 
 template <typename T, int kValues>
 struct alignas(sizeof(T) * kValues) Values {
   T at[kValues];
 };
 
-// 16 bytes at once where every pixel has a multiple of that, else one value.
+// Values per access: 16 bytes, for maps whose pixels are multiples of 16 bytes. Other maps are accessed value by value.
 template <typename T>
 constexpr int kWide = 16 / sizeof(T);
 
@@ -29,8 +29,8 @@ GRAMOPHONE_DEVICE double comparable(double x) {
   return x;
 }
 
-// Calls visit(plane, y, x, c) for the windows of this thread, of `rows` by `columns` in every plane, and c the channel
-// or the group of channels that make a value.
+// Calls visit(plane, y, x, c) for each window of this thread. Every plane has `rows` by `columns` windows; c is the
+// channel or the group of channels that one access takes.
 template <typename Visit>
 GRAMOPHONE_DEVICE void for_each_window(const Map& map, int rows, int columns, const Visit& visit) {
   const unsigned i = blockIdx.x * kThreads + threadIdx.x;
@@ -41,12 +41,13 @@ GRAMOPHONE_DEVICE void for_each_window(const Map& map, int rows, int columns, co
 }
 
 dim3 grid_of(const Map& map, int rows, int columns) {
-  const auto at_most = [](int64_t n) { return static_cast<unsigned>(n < kMostBlocks ? n : kMostBlocks); };
+  const auto at_most = [](int64_t n) { return static_cast<unsigned>(n < kMaxBlocks ? n : kMaxBlocks); };
   return dim3(static_cast<unsigned>(ceil_div(static_cast<int64_t>(columns) * map.channels, kThreads)), at_most(rows),
               at_most(map.planes));
 }
 
-// Where the window's first pixel lies; the others are map.channels to the right and map.width * map.channels below.
+// The index of a window's first pixel. Its other pixels are at + map.channels (right) and + map.width * map.channels
+// (below).
 GRAMOPHONE_DEVICE int64_t window(const Map& map, int64_t plane, int y, int x, int c) {
   return ((plane * map.height + 2 * y) * map.width + 2 * x) * map.channels + c;
 }
@@ -54,7 +55,7 @@ GRAMOPHONE_DEVICE int64_t pooled_value(const Map& map, int64_t plane, int y, int
   return ((plane * (map.height / 2) + y) * (map.width / 2) + x) * map.channels + c;
 }
 
-// Writes the four values of a window, or those that an odd row or column has.
+// Writes the four values of a window, or only those inside the map in a last odd row or column.
 template <typename V>
 GRAMOPHONE_DEVICE void write_window(const Map& map, int64_t at, int y, int x, const V (&values)[4], V* out) {
   const int64_t down = static_cast<int64_t>(map.width) * map.channels;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const auto value = comparable(pixels[j].at[i]);
-        if (value > comparable(best.at[i]) || value != value) best.at[i] = pixels[j].at[i];  // a NaN comes out
+        if (value > comparable(best.at[i]) || value != value) best.at[i] = pixels[j].at[i];  // NaN wins
       }
     pooled[pooled_value(map, plane, y, x, c)] = best;
   });
@@ -106,14 +107,14 @@ __global__ void __launch_bounds__(kThreads)
             shares[j].at[i] = value.at[i];
             left = false;
           }
-        if (left) shares[3].at[i] = value.at[i];  // the last takes what no other is equal to, as on a CPU
+        if (left) shares[3].at[i] = value.at[i];  // the last pixel if no other is equal, as on a CPU
       }
     }
     write_window(map, at, y, x, shares, out);
   });
 }
 
-// Eight values and what is added to them, rounded before anything is compared: what relu(x + b) in 16 bits gives.
+// The biases of eight channels. A sum is rounded to 16 bits before it is compared, as in a separate relu(x + b).
 struct Bias {
   float at[8];
 };
@@ -125,10 +126,10 @@ GRAMOPHONE_DEVICE Bias read_bias(const float* bias, int group) {
 template <typename T>
 GRAMOPHONE_DEVICE T biased_relu(T x, float bias) {
   const T sum = from_float<T>(to_float(x) + bias);
-  return to_float(sum) <= 0 ? T{} : sum;  // "not <= 0", so that a NaN stays
+  return to_float(sum) <= 0 ? T{} : sum;  // NaN stays NaN
 }
 
-constexpr int kAtOnce = 4;  // independent loads of a thread
+constexpr int kAtOnce = 4;  // independent loads per thread
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr uint32_t kAlive = 4;  // in a code; below it the number of the pixel
+constexpr uint32_t kAlive = 4;  // bit of a code that is set if the maximum is not masked; the lower bits are its pixel
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

@@ -1,33 +1,27 @@
-// What the kernels are made of: 16-bit floats, tensor-core tiles, asynchronous copies, sums, launches.
+// Building blocks of the kernels: 16-bit floats, tensor-core tiles, asynchronous copies, sums, launches.
 //
-// Plain CUDA, no torch. With GRAMOPHONE_EMULATED the same kernels are compiled for the CPU, for tests (tests/emulator).
+// Plain CUDA without torch. With GRAMOPHONE_EMULATED the same kernels are compiled for the CPU, for tests
+// (tests/emulator).
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
-#ifdef GRAMOPHONE_EMULATED
-#include "emulator.h"
-#else
+#ifndef GRAMOPHONE_EMULATED
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
+#include "cuda/common/launch_types.h"
+
 #define GRAMOPHONE_DEVICE __device__ __forceinline__
 
 namespace gramophone {
 
-// 16-bit floats as they lie in memory, with torch's layouts. Arithmetic happens in float.
-struct Fp16 {
-  uint16_t bits;
-};
-struct Bf16 {
-  uint16_t bits;
-};
-
-// Eight of them: what one thread reads or writes at once.
+// Eight 16-bit floats: what one thread reads or writes at once.
 template <typename T>
 struct alignas(16) Eight {
   T at[8];
@@ -36,8 +30,7 @@ struct alignas(16) Eight {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Conversions, to nearest even
-// ------------------------------------------------------------------------------------------
+// Conversions, rounded to nearest even
 
 #ifdef GRAMOPHONE_EMULATED
 inline float to_float(float x) {
@@ -100,7 +93,7 @@ GRAMOPHONE_DEVICE Bf16 from_float<Bf16>(float x) {
 }
 #endif
 
-// Two neighbours in one register, the first in the low half.
+// Two adjacent values in one register, the first in the low half.
 template <typename T>
 GRAMOPHONE_DEVICE uint32_t pair(T low, T high) {
   return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
@@ -114,7 +107,7 @@ GRAMOPHONE_DEVICE T high(uint32_t both) {
   return {static_cast<uint16_t>(both >> 16)};
 }
 
-// Two of one type as two of another; a register of an mma fragment whose partner has the other type.
+// A register of two values converted to another type, for an mma whose other operand has that type.
 template <typename To, typename From>
 GRAMOPHONE_DEVICE uint32_t converted(uint32_t both) {
   return pair(from_float<To>(to_float(low<From>(both))), from_float<To>(to_float(high<From>(both))));
@@ -129,30 +122,30 @@ GRAMOPHONE_DEVICE uint32_t converted<Fp16, Fp16>(uint32_t both) {
 }
 
 // Tensor cores: sum += A B with A 16x16 (rows x k), B 16x8 (k x columns), sum 16x8 in float
-// ------------------------------
 //
-// Of lane l with g = l / 4 and t = l % 4 (PTX ISA, mma.m16n8k16, 16-bit):
+// Lane l with g = l / 4 and t = l % 4 holds (PTX ISA, mma.m16n8k16, 16-bit):
 //   a[0] = A[g][2t, 2t+1]      a[1] = A[g+8][2t, 2t+1]    a[2] = A[g][2t+8, 2t+9]    a[3] = A[g+8][2t+8, 2t+9]
 //   b0 = B[2t, 2t+1][g]        b1 = B[2t+8, 2t+9][g]
 //   sum[0, 1] = S[g][2t, 2t+1] sum[2, 3] = S[g+8][2t, 2t+1]
-// So with X of 16 rows, the fragment of B = X[8h..8h+7]^T is {a[h], a[2 + h]} of the fragment of A = X: in F F^T one
+// So if X has 16 rows, the fragment of B = X[8h..8h+7]^T is {a[h], a[2 + h]} of the fragment of A = X: in F F^T one
 // load serves both operands.
 
 template <typename T>
 GRAMOPHONE_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-// Four 8x8 tiles of 16-bit values from dynamic shared memory: lane l gives the address of row l % 8 of tile l / 8, 16
-// bytes; r[i] of lane l is row l / 4, columns 2(l % 4) and one more, of tile i; `transposed`: column for row.
+// Loads four 8x8 tiles of 16-bit values from dynamic shared memory. Lane l passes the address of row l % 8 of tile l /
+// 8, 16 bytes; r[i] of lane l receives row l / 4, columns 2(l % 4) and 2(l % 4) + 1, of tile i. In the transposed
+// version rows and columns are exchanged.
 GRAMOPHONE_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row);
 GRAMOPHONE_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row);
 
-// 16 bytes from global to dynamic shared memory, in the background; groups complete in order.
+// Copies 16 bytes from global to dynamic shared memory asynchronously. Groups of copies complete in order.
 GRAMOPHONE_DEVICE void copy_async(void* shared, const void* global);
 GRAMOPHONE_DEVICE void copy_commit();
 template <int kGroupsLeft>
 GRAMOPHONE_DEVICE void copy_wait();
 
-// Dynamic shared memory of the block, aligned to 1024 bytes.
+// The block's dynamic shared memory, aligned to 1024 bytes.
 GRAMOPHONE_DEVICE unsigned char* shared_memory();
 
 #ifdef GRAMOPHONE_EMULATED
@@ -232,8 +225,8 @@ inline unsigned char* shared_memory() {
   return emulator::shared_memory();
 }
 #else
-// Below sm_80 there is no mma of this shape and no asynchronous copy; the kernels that use them are never launched
-// there (context.h), but every file is compiled for every target.
+// Devices before sm_80 have no mma of this shape and no asynchronous copy. The kernels that use them are never launched
+// there (has_tensor_cores in device_context.h), but every file is compiled for every target.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define GRAMOPHONE_ASM(...) __trap()
 #else
@@ -247,15 +240,15 @@ GRAMOPHONE_DEVICE uint32_t shared_address(const void* p) {
 template <>
 GRAMOPHONE_DEVICE void mma<Fp16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   GRAMOPHONE_ASM(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(
-          sum[0]),
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(sum[0]),
       "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 GRAMOPHONE_DEVICE void mma<Bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   GRAMOPHONE_ASM(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+"
-                                                                                                                    "f"(sum[0]),
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(sum[0]),
       "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 GRAMOPHONE_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
@@ -283,8 +276,7 @@ GRAMOPHONE_DEVICE unsigned char* shared_memory() {
 }
 #endif
 
-// Sums in a fixed order, so that two runs agree to the last bit
-// ----------------------------------------------------------
+// Sums in a fixed order, so that two runs have the same bits
 
 GRAMOPHONE_DEVICE float warp_sum(float x) {
 #pragma unroll
@@ -292,8 +284,8 @@ GRAMOPHONE_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// The sum over the block, for all its threads (a multiple of 32). `scratch` is shared, one float per warp; it may be
-// used again after the call.
+// The sum over the block's threads (a multiple of 32), returned to all of them. `scratch` is shared memory, one float
+// per warp; it can be reused after the call.
 GRAMOPHONE_DEVICE float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
@@ -305,10 +297,9 @@ GRAMOPHONE_DEVICE float block_sum(float x, float* scratch) {
 }
 
 // Launches
-// --------------------------------------------------------------------------------------------------------------
 
-// Launches `kernel` with so many blocks, threads per block and bytes of dynamic shared memory. Throws
-// std::runtime_error with the kernel's name if the device refuses.
+// Launches `kernel` with this many blocks, threads per block and bytes of dynamic shared memory. Throws
+// std::runtime_error, with `name` in the message, if the device refuses the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
@@ -317,7 +308,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // beyond this a kernel has to be allowed; a cheap call, the same every time
+  if (shared_bytes > 48 * 1024)  // more than this must be requested by an attribute; the call is cheap
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
@@ -328,10 +319,6 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
     throw std::runtime_error(std::string("gramophone: the device refused the kernel ") + name + ": " +
                              cudaGetErrorString(error));
 #endif
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
 }
 
 }  // namespace gramophone

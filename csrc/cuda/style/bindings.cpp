@@ -1,18 +1,20 @@
-// gram, gram_bwd, style_loss, style_fwd, style_bwd, style_bwd_ on CUDA: kernels for 16-bit features of 64, 128, 256 or
-// 512 channels in channels_last on sm_80 and later, torch's library for everything else.
+// gram, gram_bwd, style_loss, style_fwd, style_bwd, style_bwd_ on CUDA. The kernels take 16-bit channels_last features
+// of 64, 128, 256 or 512 channels on sm_80 and later. Everything else is computed with torch's ops.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "context.h"
-#include "style.h"
+#include "checks/style.h"
+#include "cuda/common/device_context.h"
+#include "cuda/common/dispatch.h"
+#include "cuda/style/style.h"
 
 namespace gramophone {
 namespace {
@@ -22,11 +24,7 @@ bool has_kernel(const OnDeviceOf& device, const at::Tensor& features) {
   return is_16_bit(features) && (c == 64 || c == 128 || c == 256 || c == 512) && device.has_tensor_cores();
 }
 
-bool is_aligned(const at::Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
-// As the kernels read them: the tensor itself or a copy.
+// The tensor itself if the kernels can read it, else a copy that they can read.
 at::Tensor aligned(const at::Tensor& t) {
   return is_aligned(t) ? t : t.clone();
 }
@@ -38,7 +36,7 @@ at::Tensor new_square(const at::Tensor& features, at::ScalarType type) {
   return at::empty({features.size(0), features.size(1), features.size(1)}, features.options().dtype(type));
 }
 
-// The matrices [B, C, pixels] in the type of their sums.
+// The features as matrices [B, C, pixels], in the type of their sums.
 at::Tensor summable(const at::Tensor& features) {
   return features.flatten(2).to(sum_type(features));
 }
@@ -48,7 +46,7 @@ at::Tensor gram_by_library(const at::Tensor& features, double scale) {
   return at::bmm(matrices, matrices.mT()).mul_(scale);
 }
 
-// One layer of a call. Without a target `out` is the Gram matrix.
+// One layer of a call. Without a target `out` receives the Gram matrix.
 struct Term {
   at::Tensor features, target, weight, out, loss;
   double scale;
@@ -56,12 +54,12 @@ struct Term {
 
 template <typename T>
 void launch_terms(const OnDeviceOf& device, const Term* terms, size_t count) {
-  StyleLaunch work;
-  work.count = static_cast<int>(count);
-  work.jobs = static_cast<int>(terms[0].features.size(0));
+  StyleLaunch launch;
+  launch.count = static_cast<int>(count);
+  launch.jobs = static_cast<int>(terms[0].features.size(0));
   for (const auto l : c10::irange(count)) {
     const Term& term = terms[l];
-    StyleLayer& layer = work.layers[l];
+    StyleLayer& layer = launch.layers[l];
     layer.features = term.features.const_data_ptr();
     layer.pixels = term.features.size(2) * term.features.size(3);
     layer.channels = static_cast<int>(term.features.size(1));
@@ -72,19 +70,20 @@ void launch_terms(const OnDeviceOf& device, const Term* terms, size_t count) {
     layer.weight = term.weight.const_data_ptr<float>();
     layer.loss = term.loss.mutable_data_ptr<float>();
   }
-  schedule(work, device.multiprocessors());
-  // Freed on return, reused after the kernels: torch's allocator follows the stream.
+  schedule(launch, device.multiprocessors());
+  // These tensors are freed on return, before the kernels end. That is safe: torch's allocator reuses memory in the
+  // order of the stream.
   const auto options = terms[0].features.options();
-  const at::Tensor partials = at::empty({work.tiles, kTile, kTile}, options.dtype(at::kFloat));
-  const at::Tensor band_sums = at::empty({work.bands}, options.dtype(at::kFloat));
-  const at::Tensor arrived = at::empty({work.count, work.jobs}, options.dtype(at::kInt));
-  work.partials = partials.mutable_data_ptr<float>();
-  work.band_sums = band_sums.mutable_data_ptr<float>();
-  work.arrived = reinterpret_cast<unsigned*>(arrived.mutable_data_ptr<int>());
-  style_forward<T>(work, device.stream());
+  const at::Tensor partials = at::empty({launch.tiles, kTileChannels, kTileChannels}, options.dtype(at::kFloat));
+  const at::Tensor band_sums = at::empty({launch.bands}, options.dtype(at::kFloat));
+  const at::Tensor arrived = at::empty({launch.count, launch.jobs}, options.dtype(at::kInt));
+  launch.partials = partials.mutable_data_ptr<float>();
+  launch.band_sums = band_sums.mutable_data_ptr<float>();
+  launch.arrived = reinterpret_cast<unsigned*>(arrived.mutable_data_ptr<int>());
+  launch_style_fwd<T>(launch, device.stream());
 }
 
-// As few launches as there can be: a launch takes layers of one type, and no more than kLayersPerLaunch.
+// Computes all terms with as few launches as possible: a launch takes up to kLayersPerLaunch layers of one type.
 void run(const OnDeviceOf& device, const std::vector<Term>& terms) {
   for (const auto type : {at::kHalf, at::kBFloat16}) {
     std::vector<Term> of_type;
@@ -106,7 +105,7 @@ at::Tensor gram(const at::Tensor& features, double scale) {
   return out;
 }
 
-// G = scale * F F^T  =>  dF = scale * (dG + dG^T) F
+// G = scale * F F^T  =>  dF = scale * (dG + dG^T) F, in the layout of F. Used by autograd.
 at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double scale) {
   check_features("gram_bwd", features);
   check_square("gram_bwd", "grad", grad, features);
@@ -115,12 +114,11 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
   return at::empty_like(features).copy_(at::bmm(both, summable(features)).view(features.sizes()));
 }
 
-// Arguments are checked. The terms without a kernel are computed at once, the others together.
+// Of checked arguments. Terms without a kernel are computed one by one, the others together.
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_terms(at::TensorList features, at::TensorList targets,
-                                                            const at::Tensor& any_weights,
-                                                            at::ArrayRef<double> scales) {
+                                                            const at::Tensor& weights_in, at::ArrayRef<double> scales) {
   const OnDeviceOf device(features[0]);
-  const at::Tensor weights = any_weights.contiguous(), losses = at::empty_like(weights);
+  const at::Tensor weights = weights_in.contiguous(), losses = at::empty_like(weights);
   std::vector<at::Tensor> diffs;
   std::vector<Term> terms;
   for (const auto l : c10::irange(features.size())) {
@@ -161,10 +159,11 @@ void update(const OnDeviceOf& device, const at::Tensor& grad, const at::Tensor& 
   auto* const g = static_cast<Bf16*>(grad.mutable_data_ptr());
   const auto* const f = static_cast<const T*>(features.const_data_ptr());
   if (diff) {
-    style_backward(g, f, static_cast<const Bf16*>(diff->const_data_ptr()), features.size(0),
-                   features.size(2) * features.size(3), static_cast<int>(features.size(1)), relu_mask, device.stream());
+    launch_style_bwd(g, f, static_cast<const Bf16*>(diff->const_data_ptr()), features.size(0),
+                     features.size(2) * features.size(3), static_cast<int>(features.size(1)), relu_mask,
+                     device.stream());
   } else {
-    mask_backward(g, f, features.numel(), device.stream());
+    launch_style_bwd_mask(g, f, features.numel(), device.stream());
   }
 }
 
@@ -176,22 +175,22 @@ void style_bwd_(const at::Tensor& grad, const at::Tensor& features, const std::o
   const auto run = features.scalar_type() == at::kHalf ? update<Fp16> : update<Bf16>;
   const bool in_16_bits = is_16_bit(features) && grad.scalar_type() == at::kBFloat16;
   if (diff && in_16_bits && has_kernel(device, features)) {
-    const at::Tensor work = channels_last(grad);  // grad itself when it is channels_last, as in the engine
-    run(device, work, channels_last(features), aligned(diff->contiguous()), relu_mask);
-    if (!work.is_same(grad)) grad.copy_(work);
+    const at::Tensor dense_grad = channels_last(grad);  // grad itself when it is channels_last, as in the engine
+    run(device, dense_grad, channels_last(features), aligned(diff->contiguous()), relu_mask);
+    if (!dense_grad.is_same(grad)) grad.copy_(dense_grad);
   } else if (diff) {
     at::Tensor sum = at::bmm(diff->to(sum_type(features)), summable(features)).view(features.sizes()).add_(grad);
     if (relu_mask) sum.masked_fill_(features <= 0, 0);
     grad.copy_(sum);
   } else if (in_16_bits && grad.strides() == features.strides() && grad.is_non_overlapping_and_dense() &&
-             is_aligned(grad) && is_aligned(features)) {  // value by value, in whatever order they lie
+             is_aligned(grad) && is_aligned(features)) {  // value by value, in any layout
     run(device, grad, features, diff, relu_mask);
   } else {
     grad.masked_fill_(features <= 0, 0);
   }
 }
 
-// dF = grad_loss[b] * D F, in the type and layout of F. For autograd; the kernel writes bfloat16 only.
+// dF = grad_loss[b] * D F, in the type and layout of F. Used by autograd; no kernel, because it writes only bfloat16.
 at::Tensor style_bwd(const at::Tensor& features, const at::Tensor& diff, const std::optional<at::Tensor>& grad_loss) {
   check_style_bwd(features, diff, grad_loss);
   const OnDeviceOf device(features);

@@ -1,29 +1,30 @@
-// max_pool, max_pool_bwd: 2x2, stride 2, a last odd row or column left out.
+// max_pool, max_pool_bwd: 2x2 windows, stride 2; a last odd row or column belongs to no window.
 //
-// torch's own pooling writes int64 indices, four times the bytes of the pooled map in 16-bit, and its backward first
-// clears the gradient and then scatters; here the backward finds the maximum again and writes each value once, with the
-// ReLU mask of the layer below in the same pass. Ties go to the first of the four, as in torch.
+// torch's own pooling writes int64 indices, four times the bytes of a pooled 16-bit map, and its backward first clears
+// the gradient and then scatters. This backward finds the maximum again and writes each value once, with the ReLU mask
+// of the layer below in the same pass. Of equal values the first of the four is the maximum, as in torch.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "../checks.h"
+#include <algorithm>
+
+#include "checks/layers.h"
+#include "cpu/vectorise.h"
 #include "layout.h"
-#include "vectorise.h"
 
 namespace gramophone {
 namespace {
 
-// The four pixels of a window are a, b (first row) and c, d (second row); `step` walks along the row: with
-// channels_last the n values are the channels of one window, otherwise the windows of one row of one channel, two
-// values apart.
+// The four pixels of a window are a, b (first row) and c, d (second row). `step` is the distance of the n values: with
+// channels_last they are the channels of one window, otherwise the windows of one row of one channel, two values apart.
 template <typename T>
 GRAMOPHONE_INLINE void pool_row(const T* top, const T* bottom, int64_t right, int64_t step, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     const auto a = load(top[i * step]), b = load(top[i * step + right]);
     const auto c = load(bottom[i * step]), d = load(bottom[i * step + right]);
-    auto best = b > a || b != b ? b : a;  // a NaN anywhere comes out
+    auto best = b > a || b != b ? b : a;  // a NaN in any pixel is the result
     best = c > best || c != c ? c : best;
     best = d > best || d != d ? d : best;
     store(best, out[i]);
@@ -37,7 +38,7 @@ GRAMOPHONE_INLINE void spread_row(const G* __restrict grad, const T* __restrict 
   for (int64_t i = 0; i < n; ++i) {
     const auto best = load(pooled[i]);
     const auto value = mask && best <= 0 ? 0 : load(grad[i]);  // the maximum of a ReLU's output is 0: all are masked
-    auto left = value;                                         // what no pixel has taken yet; the last takes the rest
+    auto left = value;                                         // until a pixel takes it; the last pixel takes the rest
     const auto give = [&](auto pixel) GRAMOPHONE_INLINE_LAMBDA {
       const auto share = pixel == best ? left : 0;
       left = pixel == best ? 0 : left;
@@ -50,7 +51,7 @@ GRAMOPHONE_INLINE void spread_row(const G* __restrict grad, const T* __restrict 
   }
 }
 
-// Two calls each with a constant step, so that the channels_last loop has unit stride for the compiler.
+// Each has two calls with a constant step, so that the compiler sees unit stride in the channels_last loop.
 #define GRAMOPHONE_POOL(T)                                                                                      \
   GRAMOPHONE_VECTORISED void pool(const T* top, const T* bottom, int64_t right, bool last, int64_t n, T* out) { \
     last ? pool_row(top, bottom, right, 1, n, out) : pool_row(top, bottom, 1, 2, n, out);                       \
@@ -84,8 +85,8 @@ Windows windows_of(const at::Tensor& features) {
           last ? features.size(1) : 1, last};
 }
 
-// Calls visit(offset of a window row in features, offset of the same in pooled, number of values) for every row of
-// windows; with channels_last one call per window.
+// Calls visit(offset in features, offset in pooled, number of values) for every row of windows, or for every window
+// with channels_last.
 template <typename Visit>
 void for_each_row(const Windows& w, const Visit& visit) {
   const int64_t rows = w.height / 2, columns = w.width / 2;
@@ -128,10 +129,6 @@ void spread_all(const at::Tensor& grad, const at::Tensor& features, const at::Te
   });
 }
 
-at::MemoryFormat format_of(const at::Tensor& dense) {
-  return is_channels_last(dense) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 #define GRAMOPHONE_DISPATCH(type, call) \
   switch (type) {                       \
     case at::kFloat:                    \
@@ -147,9 +144,9 @@ at::MemoryFormat format_of(const at::Tensor& dense) {
       call(at::BFloat16);               \
   }
 
-at::Tensor max_pool(const at::Tensor& any) {
-  check_max_pool(any);
-  const at::Tensor features = dense(any);
+at::Tensor max_pool(const at::Tensor& features_in) {
+  check_max_pool(features_in);
+  const at::Tensor features = dense(features_in);
   at::Tensor pooled = at::empty({features.size(0), features.size(1), features.size(2) / 2, features.size(3) / 2},
                                 features.options(), format_of(features));
 #define CALL(T) pool_all<T>(features, pooled)
@@ -158,12 +155,12 @@ at::Tensor max_pool(const at::Tensor& any) {
   return pooled;
 }
 
-at::Tensor max_pool_bwd(const at::Tensor& any_grad, const at::Tensor& any, const at::Tensor& any_pooled,
+at::Tensor max_pool_bwd(const at::Tensor& grad_in, const at::Tensor& features_in, const at::Tensor& pooled_in,
                         bool relu_mask) {
-  check_max_pool_bwd(any_grad, any, any_pooled);
-  const at::Tensor features = dense(any);
+  check_max_pool_bwd(grad_in, features_in, pooled_in);
+  const at::Tensor features = dense(features_in);
   const Layout layout = layout_of(features);
-  const at::Tensor grad = dense_as(any_grad, layout), pooled = dense_as(any_pooled, layout);
+  const at::Tensor grad = dense_as(grad_in, layout), pooled = dense_as(pooled_in, layout);
   at::Tensor out = at::empty_like(features, grad.scalar_type());
   if (features.size(2) % 2 || features.size(3) % 2) out.zero_();  // the odd row or column is in no window
   if (grad.scalar_type() != features.scalar_type()) {

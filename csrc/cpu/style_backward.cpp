@@ -1,7 +1,7 @@
-// style_bwd, style_bwd_: grad <- (grad + D F) where F > 0, one pass over the feature map.
+// style_bwd, style_bwd_: grad <- (grad + D F) where F > 0, in one pass over the feature map.
 //
-// The product of a tile stays in the core's cache and is added and masked from there, so the map is read once and the
-// gradient is read and written once, which is what the ReLU's own backward would have cost.
+// The product of a tile stays in the core's cache, where it is added and masked. So the map is read once and the
+// gradient is read and written once, as much as the ReLU's own backward would cost.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
@@ -12,13 +12,14 @@
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
-#include "tile.h"
+#include "checks/style.h"
+#include "cpu/tile.h"
+#include "layout.h"
 
 namespace gramophone {
 namespace {
 
-// "not <= 0" instead of "> 0", so that NaN in F is not hidden by the mask.
+// The condition is "not <= 0" instead of "> 0", so that the mask does not hide a NaN in F.
 template <typename G, typename T>
 GRAMOPHONE_INLINE void add_and_mask(G* grad, const T* features, const float* product, int64_t n, bool mask) {
   if (mask) {
@@ -46,7 +47,7 @@ GRAMOPHONE_LOOPS(at::BFloat16, at::Half)
 GRAMOPHONE_LOOPS(at::BFloat16, at::BFloat16)
 #undef GRAMOPHONE_LOOPS
 
-// G, T and P: the types of the gradient, of the features and of what is multiplied.
+// G, T and P: the types of the gradient, of the features and of the product's operands.
 template <typename G, typename T, typename P>
 void add_style(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& diff, bool mask) {
   const Layout layout = layout_of(features);
@@ -67,16 +68,16 @@ void add_style(const at::Tensor& grad, const at::Tensor& features, const at::Ten
       G* g = g_data + at;
       const Operand<P> matrix{d_data + job * c * c, c};
       if (layout.channels_last) {  // [pixels, C] = F [pixels, C] D [C, C]; D is symmetric
-        multiply<P>(pixels, c, c, as_is(f, c, pixels, c, scratch.data()), matrix, product.data(), c, false);
+        multiply<P>(pixels, c, c, as_stored(f, c, pixels, c, scratch.data()), matrix, product.data(), c, false);
         add_rows(g, f, product.data(), pixels * c, mask);
       } else {  // [C, pixels] = D [C, C] F [C, pixels]
-        multiply<P>(c, pixels, c, matrix, as_is(f, layout.pixels, c, pixels, scratch.data()), product.data(), pixels,
-                    false);
+        multiply<P>(c, pixels, c, matrix, as_stored(f, layout.pixels, c, pixels, scratch.data()), product.data(),
+                    pixels, false);
         for (int64_t row = 0; row < c; ++row)
           add_rows(g + row * layout.pixels, f + row * layout.pixels, product.data() + row * pixels, pixels, mask);
       }
     }
-    multiplied();
+    release_multiply();
   });
 }
 
@@ -97,31 +98,32 @@ void update(const at::Tensor& grad, const at::Tensor& features, const std::optio
   }
 }
 
-void style_bwd_(const at::Tensor& grad, const at::Tensor& any, const std::optional<at::Tensor>& diff, bool relu_mask) {
-  check_style_bwd_(grad, any, diff);
-  if (any.scalar_type() == at::kDouble) {  // checks of gradients only
-    const at::Tensor sum = diff ? grad + at::bmm(*diff, any.flatten(2)).view(any.sizes()) : grad;
-    grad.copy_(relu_mask ? at::where(any <= 0, at::zeros_like(sum), sum) : sum);
+void style_bwd_(const at::Tensor& grad, const at::Tensor& features_in, const std::optional<at::Tensor>& diff,
+                bool relu_mask) {
+  check_style_bwd_(grad, features_in, diff);
+  if (features_in.scalar_type() == at::kDouble) {  // for gradient checks only
+    const at::Tensor sum = diff ? grad + at::bmm(*diff, features_in.flatten(2)).view(features_in.sizes()) : grad;
+    grad.copy_(relu_mask ? at::where(features_in <= 0, at::zeros_like(sum), sum) : sum);
     return;
   }
-  const at::Tensor features = dense(any);
+  const at::Tensor features = dense(features_in);
   const Layout layout = layout_of(features);
-  const at::Tensor work = dense_as(grad, layout);  // grad itself when both have one layout, as in the engine
+  const at::Tensor dense_grad = dense_as(grad, layout);  // grad itself when both have one layout, as in the engine
   if (features.scalar_type() == at::kFloat) {
-    update<float, float, float>(work, features, diff, relu_mask);
+    update<float, float, float>(dense_grad, features, diff, relu_mask);
   } else if (grad.scalar_type() == at::kHalf) {
-    update<at::Half, at::Half, float>(work, features, diff, relu_mask);
+    update<at::Half, at::Half, float>(dense_grad, features, diff, relu_mask);
   } else if (features.scalar_type() == at::kHalf) {
-    update<at::BFloat16, at::Half, float>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::Half, float>(dense_grad, features, diff, relu_mask);
   } else if (has_amx()) {
-    update<at::BFloat16, at::BFloat16, at::BFloat16>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::BFloat16, at::BFloat16>(dense_grad, features, diff, relu_mask);
   } else {
-    update<at::BFloat16, at::BFloat16, float>(work, features, diff, relu_mask);
+    update<at::BFloat16, at::BFloat16, float>(dense_grad, features, diff, relu_mask);
   }
-  if (!work.is_same(grad)) grad.copy_(work);
+  if (!dense_grad.is_same(grad)) grad.copy_(dense_grad);
 }
 
-// dF = grad_loss[b] * D F, in the layout of F. For autograd.
+// dF = grad_loss[b] * D F, in the layout of F. Used by autograd.
 at::Tensor style_bwd(const at::Tensor& features, const at::Tensor& diff, const std::optional<at::Tensor>& grad_loss) {
   check_style_bwd(features, diff, grad_loss);
   at::Tensor grad = at::zeros_like(features);

@@ -1,7 +1,9 @@
-// Every op of the project, by schema. Contracts: checks.h. Kernels: cpu/, cuda/. Fakes, gradients, docstrings: ops.py.
+// The schema of every op. Argument checks are in checks/, kernels in cpu/ and cuda/. The Python side is in
+// server/gramophone_server/ops: functional.py documents the ops, meta_registrations.py has their meta kernels and
+// gradients.
 #include <torch/library.h>
 
-// The tests build the CUDA kernels for the CPU (tests/emulator) and register them under a library name of their own.
+// The tests compile the CUDA kernels for the CPU (tests/emulator) and register them under another library name.
 #ifndef GRAMOPHONE_LIBRARY
 #define GRAMOPHONE_LIBRARY gramophone
 #endif
@@ -10,7 +12,7 @@
 GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   const auto tags = std::vector<at::Tag>{at::Tag::pt2_compliant_tag};
 
-  // Gram matrices and the style term
+  // style
   m.def("gram(Tensor features, float scale) -> Tensor", tags);
   m.def("gram_bwd(Tensor grad, Tensor features, float scale) -> Tensor", tags);
   m.def("style_loss(Tensor features, Tensor target, float weight, float scale) -> (Tensor loss, Tensor diff)", tags);
@@ -21,11 +23,11 @@ GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   m.def("style_bwd(Tensor features, Tensor diff, Tensor? grad_loss) -> Tensor", tags);
   m.def("style_bwd_(Tensor(a!) grad, Tensor features, Tensor? diff, bool relu_mask) -> ()", tags);
 
-  // The other terms
+  // terms
   m.def("content_(Tensor(a!) grad, Tensor features, Tensor target, Tensor weight, bool relu_mask) -> Tensor", tags);
   m.def("tv_(Tensor(a!) grad, Tensor image, Tensor weight) -> Tensor", tags);
 
-  // The network's line, where no library has it in one pass
+  // layers: those of the network that no library computes in one pass
   m.def("max_pool(Tensor features) -> Tensor", tags);
   m.def("max_pool_bwd(Tensor grad, Tensor features, Tensor pooled, bool relu_mask) -> Tensor", tags);
   m.def("first_layer(Tensor image, Tensor weight, Tensor bias, float[] scale, float[] shift, int[] order) -> Tensor",
@@ -35,7 +37,7 @@ GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   m.def("bias_relu_pool(Tensor features, Tensor bias) -> (Tensor pooled, Tensor codes)", tags);
   m.def("pool_codes_bwd(Tensor grad, Tensor codes, int height, int width) -> Tensor", tags);
 
-  // The step
+  // optimisers
   m.def("check_finite_(Tensor terms, Tensor grad, Tensor(a!) alive, Tensor(b!) diverged_at, Tensor(c!) count) -> ()",
         tags);
   m.def(

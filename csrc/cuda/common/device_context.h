@@ -1,5 +1,5 @@
-// Where a kernel runs: device guard, stream, and what the device can do. The one place of the bindings that differs in
-// the emulator (tests/emulator), where the same bindings are registered for CPU tensors under a name of their own.
+// The device of a kernel launch: guard, stream and properties. Only this part of the bindings differs in the emulator
+// (tests/emulator), which registers the same bindings for CPU tensors under another library name.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,14 +31,14 @@ struct OnDeviceOf {
 
 namespace gramophone {
 
-// Makes the tensor's device the current one while it lives.
+// Makes the tensor's device the current device for the lifetime of this object.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const at::Tensor& tensor) : guard_(tensor.device()), device_(tensor.get_device()) {}
 
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_).stream(); }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // sm_80 and later multiply bfloat16 and copy in the background; on older devices the ops go through torch's library.
+  // sm_80 and later have bfloat16 tensor cores and asynchronous copies; on older devices the ops use torch's library.
   bool has_tensor_cores() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
  private:

@@ -1,0 +1,62 @@
+// content_ and tv_ on CUDA: argument checks, result tensors, kernel launches.
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "checks/terms.h"
+#include "cuda/common/device_context.h"
+#include "cuda/common/dispatch.h"
+#include "cuda/terms/terms.h"
+#include "layout.h"
+
+namespace gramophone {
+namespace {
+
+at::Tensor content_(const at::Tensor& grad_in, const at::Tensor& features_in, const at::Tensor& target_in,
+                    const at::Tensor& weight_in, bool relu_mask) {
+  check_content(grad_in, features_in, target_in, weight_in);
+  const OnDeviceOf here(features_in);
+  const at::Tensor features = dense(features_in);
+  const Layout layout = layout_of(features);
+  const at::Tensor target = dense_as(target_in, layout);
+  const at::Tensor grad = dense_as(grad_in, layout);  // grad_in itself when both have one layout, as in the engine
+  const at::Tensor weight = weight_in.to(sum_type(features)).contiguous();
+  const int64_t batch = features.size(0), elements = features.numel() / batch;
+  const at::Tensor partials = at::empty({batch * content_blocks(elements)}, weight.options());
+  const at::Tensor loss = at::empty({batch}, weight.options());
+  for_gradient(grad.scalar_type(), features.scalar_type(), [&](auto of_grad, auto type) {
+    using G = Of<decltype(of_grad)>;
+    using T = Of<decltype(type)>;
+    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    launch_content(write<G>(grad), read<T>(features), read<T>(target), read<S>(weight), batch, elements, relu_mask,
+                   write<S>(partials), write<S>(loss), here.stream());
+  });
+  if (!grad.is_same(grad_in)) grad_in.copy_(grad);
+  return loss.to(weight_in.scalar_type());
+}
+
+at::Tensor tv_(const at::Tensor& grad, const at::Tensor& image, const at::Tensor& weight_in) {
+  check_tv(grad, image, weight_in);
+  TORCH_CHECK(image.scalar_type() == at::kFloat, "tv_: image must be float32 on a GPU, got ", image.scalar_type());
+  const int64_t batch = image.size(0);
+  TORCH_CHECK(image.numel() / batch <= std::numeric_limits<int>::max(),
+              "tv_: an image must have fewer than 2^31 values, got ", image.sizes());
+  const OnDeviceOf here(image);
+  const at::Tensor weight = weight_in.contiguous();
+  const int height = static_cast<int>(image.size(2)), width = static_cast<int>(image.size(3));
+  const at::Tensor partials = at::empty({batch * tv_blocks(height, width)}, weight.options());
+  at::Tensor loss = at::empty({batch}, weight.options());
+  launch_tv(write<float>(grad), read<float>(image), read<float>(weight), batch, height, width, write<float>(partials),
+            write<float>(loss), here.stream());
+  return loss;
+}
+
+}  // namespace
+}  // namespace gramophone
+
+GRAMOPHONE_CUDA_KERNELS(m) {
+  m.impl("content_", &gramophone::content_);
+  m.impl("tv_", &gramophone::tv_);
+}
