@@ -1,6 +1,6 @@
-"""Every op of ours on small shapes, for compute-sanitizer: python tests/gpu/small_shapes.py cuda
+"""Calls every op with small shapes, for compute-sanitizer: python tests/gpu/small_shapes.py cuda
 
-Sides that no tile divides, all types, several jobs, one pixel. Ends with "all small shapes ran".
+Sides that are no multiples of a tile, all types, several jobs, one pixel. Prints "all small shapes ran" at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIDES = ((1, 1), (2, 2), (5, 3), (17, 31))
 
 
 def back_type(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Of the gradient; on a CPU nothing computes in float16, so there the two types never meet."""
+    """The type of a gradient. The CPU tests have no bfloat16 gradients of float16 features."""
     return torch.bfloat16 if dtype == torch.float16 and device == "cuda" else dtype
 
 
@@ -37,21 +37,21 @@ def style(device: str) -> None:
         ops.style_bwd_(grad, features, None, True)
         ops.content_(grad, features, features.flip(0).contiguous(memory_format=layout), weights[0], True)
         ops.style_loss(features, target, 1.0, 1.0)
-    layers = [torch.rand(2, c, s, s, device=device).to(HALVES[0]).contiguous(memory_format=LAST) for c, s in SEVERAL]
-    targets = [ops.gram(f, 1.0) for f in layers]
-    ops.style_fwd(layers, targets, torch.ones(len(layers), 2, device=device), [1.0] * len(layers))
+    features = [torch.rand(2, c, s, s, device=device).to(HALVES[0]).contiguous(memory_format=LAST) for c, s in SEVERAL]
+    targets = [ops.gram(f, 1.0) for f in features]
+    ops.style_fwd(features, targets, torch.ones(len(features), 2, device=device), [1.0] * len(features))
 
 
 SEVERAL = ((64, 40), (128, 20), (256, 10), (512, 5), (512, 2))
 
 
-def line(device: str) -> None:
+def layers(device: str) -> None:
     for dtype, (h, w), c in itertools.product((*HALVES, torch.float32), SIDES[1:], (3, 8, 64)):
         features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
         pooled = ops.max_pool(features)
         ops.max_pool_bwd(pooled.to(back_type(dtype, device)), features, pooled, True)
     if device != "cuda":
-        return  # these have no kernel there
+        return  # the CPU has no kernels for the rest
     for dtype, (h, w), c in itertools.product(HALVES, SIDES[1:], (8, 64, 512)):
         features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
         bias = torch.rand(c, device=device)
@@ -66,7 +66,7 @@ def line(device: str) -> None:
         ops.first_layer_bwd(grad, weight.bfloat16(), [1.0, 2.0, 3.0], [2, 1, 0])
 
 
-def step(device: str) -> None:
+def optimisers(device: str) -> None:
     for h, w in (*SIDES[1:], (16, 65)):
         image, last, mean, grad = (torch.rand(3, 3, h, w, device=device) for _ in range(4))
         ops.tv_(grad, image, torch.ones(3, device=device))
@@ -94,8 +94,8 @@ def step(device: str) -> None:
 
 
 if __name__ == "__main__":
-    for part in (style, line, step):
-        part(sys.argv[1])
+    for family in (style, layers, optimisers):
+        family(sys.argv[1])
     if sys.argv[1] == "cuda":
         torch.cuda.synchronize()
     print("all small shapes ran")

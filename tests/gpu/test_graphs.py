@@ -1,4 +1,4 @@
-"""Captured iterations: as good as launched ones, and what changes in the buffers changes in the replay."""
+"""Captured iterations give the results of launched ones, and a replay uses the present contents of its buffers."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from torch import Tensor
 
 from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.graph_runner import GraphRunner, GraphRunnerPool
-from tests.gpu.stand import engine, finish, fresh_engine, job, totals
+from tests.support.gpu_engines import engine, finish, fresh_engine, job, totals
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 NETWORKS = ("tiny", "vgg")
 
 
-def stage_of(run: BatchRun) -> GraphRunner:
+def runner_of(run: BatchRun) -> GraphRunner:
     return run.batch.runner
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """On average, of 255: Adam turns the rounding of tiny gradients into steps, so single pixels may be far apart. Two
-    precisions are 5 apart after these few steps."""
+    """Whether pictures differ by less than 0.5 of 255 on average.
+
+    Adam turns the rounding of tiny gradients into steps, so single pixels may differ more. Two precisions differ by 5
+    after these few steps.
+    """
     return float((a.int() - b.int()).abs().float().mean()) < 0.5
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_replayed_run_is_a_launched_one(name: str) -> None:
+def test_a_replayed_run_matches_a_launched_one(name: str) -> None:
     replayed, launched = (engine(name, "fp16", graphs=graphs).run_batch([job()]) for graphs in (True, False))
     mine, theirs = (totals(finish(run)) for run in (replayed, launched))
-    assert stage_of(replayed).graphs and not stage_of(launched).graphs
-    # Not bitwise: cuDNN may plan a convolution in a capture otherwise than outside.
+    assert runner_of(replayed).graphs and not runner_of(launched).graphs
+    # Not bitwise: in a capture cuDNN may choose another plan for a convolution.
     assert mine[:4] == pytest.approx(theirs[:4], rel=2e-3)
     assert mine == pytest.approx(theirs, rel=2e-2)
     assert close(replayed.picture(0), launched.picture(0))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_same_stage_with_and_without_its_graphs(name: str) -> None:
+def test_the_same_runner_with_and_without_its_graphs(name: str) -> None:
     one = engine(name, "fp16")
     replayed = one.run_batch([job()])
-    wanted = totals(finish(replayed))
+    expected = totals(finish(replayed))
     picture = replayed.picture(0)
     replayed.close()
     launched = one.run_batch([job()])
     first = launched.advance()
-    graphs, stage = dict(stage_of(launched).graphs), stage_of(launched)
-    stage.graphs.clear()
+    graphs, runner = dict(runner_of(launched).graphs), runner_of(launched)
+    runner.graphs.clear()
     try:
         found = [first[0].losses.total, *totals(finish(launched))]
     finally:
-        stage.graphs.update(graphs)
-    assert found == pytest.approx(wanted, rel=1e-3)
+        runner.graphs.update(graphs)
+    assert found == pytest.approx(expected, rel=1e-3)
     assert close(launched.picture(0), picture)
     launched.close()
 
@@ -61,17 +64,17 @@ def test_the_same_stage_with_and_without_its_graphs(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_run_twice_is_bitwise_equal(name: str, precision: str) -> None:
-    one, told, pictures = engine(name, precision), [], []
+    one, losses, pictures = engine(name, precision), [], []
     for _ in range(2):
         run = one.run_batch([job()])
-        told.append(totals(finish(run)))
+        losses.append(totals(finish(run)))
         pictures.append(run.picture(0))
         run.close()
-    assert told[0] == told[1]
+    assert losses[0] == losses[1]
     assert torch.equal(pictures[0], pictures[1])
 
 
-def test_many_iterations_at_once_are_the_same_as_one_by_one() -> None:
+def test_many_iterations_at_once_match_single_ones() -> None:
     one = engine("vgg", "fp16")
     runs = [one.run_batch([job(iterations=23)]) for _ in range(2)]
     at_once, in_turn = finish(runs[0], 50), finish(runs[1], 1)
@@ -86,71 +89,71 @@ def test_many_iterations_at_once_are_the_same_as_one_by_one() -> None:
 def test_weights_and_step_act_on_the_next_replay(name: str) -> None:
     run = engine(name, "fp16").run_batch([job(iterations=20)])
     run.advance(5)
-    stage = stage_of(run)
-    graphs = {size: id(graph) for size, graph in stage.graphs.items()}
+    runner = runner_of(run)
+    graphs = {size: id(graph) for size, graph in runner.graphs.items()}
     with torch.inference_mode():
-        stage.canvas.step.zero_()
-    run.advance(1)  # its losses are at the picture before its step, which is the last that moved
+        runner.canvas.step.zero_()
+    run.advance(1)  # its losses are those of the image before its step, the last image that differs
     before = run.picture(0)
     (still,) = run.advance(1)
     assert torch.equal(run.picture(0), before)
     with torch.inference_mode():
-        stage.objective.style_weights.mul_(2)
+        runner.objective.style_weights.mul_(2)
     (doubled,) = run.advance(1)
     for layer, loss in still.losses.style.items():
         assert doubled.losses.style[layer] == pytest.approx(2 * loss, rel=1e-3)
     assert doubled.losses.tv == pytest.approx(still.losses.tv)
     with torch.inference_mode():
-        stage.canvas.step.fill_(0.02)
+        runner.canvas.step.fill_(0.02)
     run.advance(1)
     assert not torch.equal(run.picture(0), before)
-    assert {size: id(graph) for size, graph in stage.graphs.items()} == graphs
+    assert {size: id(graph) for size, graph in runner.graphs.items()} == graphs
     with torch.inference_mode():
-        stage.objective.style_weights.div_(2)
+        runner.objective.style_weights.div_(2)
     run.close()
 
 
-def test_a_diverging_job_stands_still_and_the_others_go_on() -> None:
+def test_a_diverged_job_keeps_its_last_good_picture_and_the_others_continue() -> None:
     jobs = [job(content=1), job(content=3), job(content=4)]
     one = engine("vgg", "fp16")
-    calm, troubled = one.run_batch(jobs), one.run_batch(jobs)
-    for run in (calm, troubled):
+    finite, diverging = one.run_batch(jobs), one.run_batch(jobs)
+    for run in (finite, diverging):
         run.advance(2)
-    kept = troubled.picture(1)  # the third evaluation is of this one, and the last that is finite
-    for run in (calm, troubled):
+    kept = diverging.picture(1)  # the image of the third evaluation, the last one that is finite
+    for run in (finite, diverging):
         run.advance(1)
     with torch.inference_mode():
-        stage_of(troubled).objective.style_weights[:, 1] = torch.nan
-    wanted, found = finish(calm), finish(troubled)
+        runner_of(diverging).objective.style_weights[:, 1] = torch.nan
+    expected, found = finish(finite), finish(diverging)
     assert [report.diverged_at for report in found[-1]] == [None, 4, None]
-    assert torch.equal(troubled.picture(1), kept)
+    assert torch.equal(diverging.picture(1), kept)
     for index in (0, 2):
-        assert totals(found, index) == totals(wanted, index)
-        assert torch.equal(troubled.picture(index), calm.picture(index))
+        assert totals(found, index) == totals(expected, index)
+        assert torch.equal(diverging.picture(index), finite.picture(index))
 
 
-def test_a_stage_is_used_again_and_leaves_nothing_behind() -> None:
+def test_a_runner_is_reused_and_keeps_nothing_of_its_last_run() -> None:
     one = engine("vgg", "fp16")
     first = one.run_batch([job(content=5, style=6, beta=9.0)])
     finish(first)
-    stage = stage_of(first)
+    runner = runner_of(first)
     first.close()
     second = one.run_batch([job()])
     again = totals(finish(second))
-    assert stage_of(second) is stage
+    assert runner_of(second) is runner
     fresh = fresh_engine("vgg", "fp16").run_batch([job()])
     assert again == pytest.approx(totals(finish(fresh)), rel=2e-2)
     assert close(second.picture(0), fresh.picture(0))
 
 
-def test_only_so_many_stages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limited_number_of_runners_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphRunnerPool, "MOST", 2)
     one = fresh_engine("tiny", "fp16")
     for side in (32, 40, 48, 56):
         run = one.run_batch([job(side=side, iterations=1)])
         finish(run)
         run.close()
-    assert [stage.shape.width for stage in one.graph_runners.idle.values()] == [48, 56]
+    assert [runner.shape.width for runner in one.graph_runners.idle.values()] == [48, 56]
 
 
 def test_a_capture_survives_another_thread_on_the_gpu() -> None:
@@ -163,7 +166,9 @@ def test_a_capture_survives_another_thread_on_the_gpu() -> None:
                 turn = 0
                 while not stop.is_set():
                     turn += 1
-                    x = torch.ones(1000 + 997 * (turn % 50), 64, device="cuda")  # a new size: the allocator must work
+                    x = torch.ones(
+                        1000 + 997 * (turn % 50), 64, device="cuda"
+                    )  # a new size, so that the allocator has work
                     x.sum().item()
                     x.cpu()
         except RuntimeError as error:
@@ -173,10 +178,10 @@ def test_a_capture_survives_another_thread_on_the_gpu() -> None:
     thread.start()
     try:
         run = fresh_engine("tiny", "fp16").run_batch([job(side=52)])
-        told = totals(finish(run))
+        disturbed = totals(finish(run))
     finally:
         stop.set()
         thread.join(30)
     assert not failures
     quiet = fresh_engine("tiny", "fp16").run_batch([job(side=52)])
-    assert told == pytest.approx(totals(finish(quiet)), rel=2e-2)
+    assert disturbed == pytest.approx(totals(finish(quiet)), rel=2e-2)

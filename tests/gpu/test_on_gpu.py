@@ -1,4 +1,4 @@
-"""The engine on a GPU: as on a CPU, in every mode, within its memory, and never waiting where it need not."""
+"""The engine on a GPU: it matches the CPU in every precision, keeps to its memory and does not wait unnecessarily."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gramophone_server import ops
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory
 from gramophone_server.network.precision import choose
-from tests.gpu.stand import CUDA, engine, finish, fresh_engine, job, totals
+from tests.support.gpu_engines import CUDA, engine, finish, fresh_engine, job, totals
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 NETWORKS = ("tiny", "vgg")
 
 
 @pytest.fixture
 def switches() -> Iterator[None]:
-    """For a test that loads a mode of its own."""
+    """Resets the process to fp32 after a test that changes the precision."""
     yield
     choose("fp32", CUDA)
 
@@ -47,7 +47,7 @@ def test_fp32_follows_the_cpu(name: str, optimiser: Optimiser) -> None:
 
 
 @pytest.mark.parametrize("pooling", Pooling)
-def test_pooling_of_either_kind_follows_the_cpu(pooling: Pooling) -> None:
+def test_both_kinds_of_pooling_follow_the_cpu(pooling: Pooling) -> None:
     one = job(side=50, pooling=pooling, iterations=3, average=0.5)
     on_gpu, on_cpu = (engine("tiny", "fp32", device=device).run_batch([one]) for device in ("cuda", "cpu"))
     assert totals(finish(on_gpu)) == pytest.approx(totals(finish(on_cpu)), rel=2e-3)
@@ -58,16 +58,16 @@ def test_pooling_of_either_kind_follows_the_cpu(pooling: Pooling) -> None:
     ("precision", "first", "last"), [("tf32", 5e-3, 3e-2), ("fp16", 5e-3, 3e-2), ("bf16", 6e-2, 6e-2)]
 )
 @pytest.mark.parametrize("name", NETWORKS)
-def test_other_modes_follow_fp32(name: str, precision: str, first: float, last: float, switches: None) -> None:
-    wanted = totals(finish(engine(name, "fp32").run_batch([job()])))
+def test_other_precisions_follow_fp32(name: str, precision: str, first: float, last: float, switches: None) -> None:
+    expected = totals(finish(engine(name, "fp32").run_batch([job()])))
     found = totals(finish(fresh_engine(name, precision).run_batch([job()])))
-    assert found[0] == pytest.approx(wanted[0], rel=first)
-    if name == "vgg":  # with 4 to 8 channels a rounding is a third of the loss after five steps, on a CPU too
-        assert found == pytest.approx(wanted, rel=last)
+    assert found[0] == pytest.approx(expected[0], rel=first)
+    if name == "vgg":  # with 4 to 8 channels rounding changes a third of the loss after five steps, on a CPU, too
+        assert found == pytest.approx(expected, rel=last)
 
 
 @pytest.mark.parametrize(("name", "precision"), [("tiny", "fp32"), ("vgg", "fp16")])
-def test_jobs_of_a_batch_are_what_they_are_alone(name: str, precision: str) -> None:
+def test_jobs_of_a_batch_match_single_jobs(name: str, precision: str) -> None:
     one = engine(name, precision)
     jobs = [job(content=1, beta=1.0), job(content=3, style=4, beta=9.0, step=0.01)]
     together = one.run_batch(jobs)
@@ -75,40 +75,40 @@ def test_jobs_of_a_batch_are_what_they_are_alone(name: str, precision: str) -> N
     for index, single in enumerate(jobs):
         alone = one.run_batch([single])
         mine = totals(finish(alone))
-        # Not bitwise: cuDNN may take other kernels for two pictures than for one.
+        # Not bitwise: cuDNN may choose other kernels for two pictures than for one.
         assert totals(both, index)[:3] == pytest.approx(mine[:3], rel=5e-3)
         assert totals(both, index) == pytest.approx(mine, rel=3e-2)
         alone.close()
 
 
-def test_a_batch_mate_changes_nothing_bit_for_bit() -> None:
-    one, told = engine("vgg", "fp16"), []
+def test_another_job_of_the_batch_does_not_change_a_bit() -> None:
+    one, results = engine("vgg", "fp16"), []
     for mate in (3, 4):
         run = one.run_batch([job(content=1), job(content=mate, beta=float(mate))])
-        told.append((totals(finish(run)), run.picture(0)))
+        results.append((totals(finish(run)), run.picture(0)))
         run.close()
-    assert told[0][0] == told[1][0]
-    assert torch.equal(told[0][1], told[1][1])
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("optimiser", [Optimiser.ADAM, Optimiser.LBFGS])
 def test_a_run_goes_through_its_scales(optimiser: Optimiser) -> None:
-    one, told = engine("vgg", "fp16"), []
+    one, results = engine("vgg", "fp16"), []
     for _ in range(2):
         run = one.run_batch([job(smallest_size=32, optimiser=optimiser)])
         reports = finish(run, 4)
-        told.append((totals(reports), run.picture(0)))
+        results.append((totals(reports), run.picture(0)))
         run.close()
     assert list(dict.fromkeys(report.width for (report,) in reports)) == [32, 45, 64]
     assert (reports[-1][0].iteration, reports[-1][0].pixels_left) == (22, 0)
-    assert told[0][0] == told[1][0] and torch.equal(told[0][1], told[1][1])
-    assert told[0][1].shape == (64, 64, 3)
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert results[0][1].shape == (64, 64, 3)
 
 
-def test_a_snapshot_is_the_picture_and_waits_for_nobody() -> None:
+def test_a_snapshot_is_the_picture_and_does_not_wait_for_the_device() -> None:
     run = engine("tiny", "fp16").run_batch([job()])
     run.advance(2)
-    picture = run.picture(0)  # also: the allocators have what a snapshot takes
+    picture = run.picture(0)  # so that the allocators already have the memory for a snapshot
     assert torch.equal(run.snapshot(0)(), picture)
     busy = torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)  # cycles: about a second
@@ -118,11 +118,11 @@ def test_a_snapshot_is_the_picture_and_waits_for_nobody() -> None:
     assert torch.equal(snapshot(), picture)
     assert busy.query()
     later = run.snapshot(0)
-    run.advance(3)  # the image moves on; the snapshot stays
+    run.advance(3)  # changes the image but not the snapshot
     assert torch.equal(later(), picture)
 
 
-def test_the_end_of_memory_is_said_and_survived() -> None:
+def test_the_engine_survives_running_out_of_memory() -> None:
     one = fresh_engine("vgg", "fp16")
     small = one.run_batch([job()])
     small.advance()
@@ -140,7 +140,7 @@ def test_the_end_of_memory_is_said_and_survived() -> None:
     assert len(finish(again)) == 12
 
 
-def test_a_picture_that_the_libraries_cannot_count_is_refused() -> None:
+def test_a_picture_beyond_the_limits_of_the_libraries_is_refused() -> None:
     one = engine("vgg", "fp16")
     with pytest.raises(InvalidRequest, match=r"spec\.recipe\.size"):
         one.run_batch([job(size=5800)])
@@ -164,7 +164,7 @@ def test_memory_does_not_grow(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "fp16", "bf16"])
-def test_it_loads_in_every_mode(precision: str, tmp_path: Path, switches: None) -> None:
+def test_the_engine_loads_in_every_precision(precision: str, tmp_path: Path, switches: None) -> None:
     state, index = {}, 0
     for convolution in random_vgg().convolutions:
         index += convolution.pooled
@@ -179,15 +179,15 @@ def test_it_loads_in_every_mode(precision: str, tmp_path: Path, switches: None) 
     one.warm_up()
 
 
-def test_what_lay_in_memory_before_does_not_matter() -> None:
+def test_uninitialised_memory_does_not_matter() -> None:
     one = engine("vgg", "fp16", graphs=False)
     clean, poisoned = one.run_batch([job(iterations=3)]), one.run_batch([job(iterations=3)])
-    wanted = totals(finish(clean))
+    expected = totals(finish(clean))
     found = []
     while not poisoned.finished:
-        torch.full((64 * 2**20,), torch.nan, device="cuda")  # 256 MB that the next tensors come from
-        for size in (2**12, 2**16, 2**18):  # and the allocator's pool of small ones
+        torch.full((64 * 2**20,), torch.nan, device="cuda")  # 256 MB that the next tensors reuse
+        for size in (2**12, 2**16, 2**18):  # and in the allocator's pool of small blocks
             [torch.full((size,), torch.nan, device="cuda") for _ in range(8)]
         found.append(poisoned.advance()[0].losses.total)
-    assert found == wanted
+    assert found == expected
     assert torch.equal(poisoned.picture(0), clean.picture(0))

@@ -1,4 +1,4 @@
-"""The kernels give the same bits every time, whatever lay in memory: sums have a fixed order."""
+"""The kernels compute the same bits every time, also in uninitialised memory, because sums have a fixed order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramophone_server import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and none is visible here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 RUNS = 100
 LAYERS = ((64, 250), (128, 125), (256, 62), (512, 31), (512, 15))  # channels and side, for a 250 px picture
@@ -23,7 +23,7 @@ def features(dtype: torch.dtype) -> list[Tensor]:
 
 
 def poison() -> None:
-    """NaN into memory that the next tensors come from."""
+    """Writes NaN to memory that the next tensors reuse."""
     torch.full((32 * 2**20,), torch.nan, device="cuda")
     for size in (2**10, 2**14, 2**18):
         [torch.full((size,), torch.nan, device="cuda") for _ in range(16)]
@@ -48,11 +48,11 @@ def test_the_style_op_has_the_same_bits_every_time(dtype: torch.dtype, before: C
             ops.style_bwd_(grad, f, diff, True)
         return [losses, *diffs, *grads]
 
-    wanted = once()
-    assert all(bool(x.isfinite().all()) for x in wanted)
+    expected = once()
+    assert all(bool(x.isfinite().all()) for x in expected)
     for turn in range(RUNS):
         before()
-        for mine, first in zip(once(), wanted, strict=True):
+        for mine, first in zip(once(), expected, strict=True):
             assert torch.equal(mine, first), f"run {turn} differs"
 
 
@@ -66,7 +66,7 @@ def test_the_other_sums_have_the_same_bits_every_time() -> None:
         content = ops.content_(grad, f, f * 0.5, weight, True)
         return [content, grad, ops.tv_(image_grad, image, weight), image_grad]
 
-    wanted = once()
+    expected = once()
     for _ in range(RUNS):
         poison()
-        assert all(torch.equal(mine, first) for mine, first in zip(once(), wanted, strict=True))
+        assert all(torch.equal(mine, first) for mine, first in zip(once(), expected, strict=True))

@@ -117,7 +117,7 @@ class Adam:
 
     The second beta is 0.99 instead of 0.999, because runs have a hundred steps, not millions. epsilon is 1e-16, because
     gradients of losses that are means over pixels are 1e-6 and less, where the usual 1e-8 would damp the steps. The
-    kernels have the same constants from csrc/step.h.
+    kernels have the same constants from csrc/optimiser_math.h.
     """
 
     BETAS = (0.9, 0.99)
@@ -153,7 +153,7 @@ class LBFGS:
 
     A pair without positive curvature is left out of its job's history, and a step is never longer than ``step`` (root
     mean square over the pixels): together these do the work of a line search, at one gradient per iteration. The
-    attributes are the arguments of `ops.lbfgs_`; the kernels have the same constants from csrc/step.h.
+    attributes are the arguments of `ops.lbfgs_`; the kernels have the same constants from csrc/optimiser_math.h.
     """
 
     PAIRS = 10  # 20 image-sized tensors, 240 MB for a 1024 px square

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: networks, engines and jobs of theirs."""
+"""Networks, engines and jobs for the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -20,32 +20,38 @@ from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
 
 CUDA = torch.device("cuda")
-FORMS: dict[tuple[str, str], dict[Hashable, dict[str, float]]] = {}  # by network and precision
+# Measured times of the convolutions' kernels, by network and precision.
+MILLISECONDS: dict[tuple[str, str], dict[Hashable, dict[str, float]]] = {}
 
 
 @functools.cache
 def network(name: str) -> Vgg:
-    """ "tiny" takes the library's convolutions, "vgg" the ones that a user gets: cuDNN with our kernels around it."""
+    """ "tiny" uses the library's convolutions. "vgg" runs as for users: cuDNN and the project's kernels."""
     if name == "tiny":
         return make_tiny_vgg()
     vgg = random_vgg()
-    # Pictures of 0 to 255 in the real one; random weights keep that size in every layer.
+    # The real network takes values of 0 to 255. With random weights the activations of every layer have such a range.
     return replace(vgg, preprocessing=replace(vgg.preprocessing, scale=2.0, mean=(0.8, 0.9, 1.0)))
 
 
 @functools.cache
 def engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
-    """One for all tests of a file: capturing is what takes time here. Not for tf32, whose switches are the
-    process's."""
+    """The engine that all tests of a file share, because capturing graphs takes long.
+
+    Not for tf32, which sets switches of the whole process.
+    """
     return fresh_engine(name, precision, graphs=graphs, device=device)
 
 
 def fresh_engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
-    where = torch.device(device)
-    made = VggEngine(network(name), where, choose(precision, where), graphs=graphs and device == "cuda")
-    # Which form of a convolution is faster is decided by a hair and rounds differently; here all engines take the same.
-    made.features.autotuner.milliseconds = FORMS.setdefault((name, precision), made.features.autotuner.milliseconds)
-    return made
+    """An engine of its own for a test."""
+    target = torch.device(device)
+    new = VggEngine(network(name), target, choose(precision, target), graphs=graphs and device == "cuda")
+    # The kernels of a convolution are about equally fast but round differently. All engines share the measured times,
+    # so that they choose the same kernels.
+    autotuner = new.features.autotuner
+    autotuner.milliseconds = MILLISECONDS.setdefault((name, precision), autotuner.milliseconds)
+    return new
 
 
 def job(*, side: int = 64, content: int = 1, style: int = 2, seed: int = 0, **recipe: Any) -> StyleJob:
@@ -61,7 +67,7 @@ def job(*, side: int = 64, content: int = 1, style: int = 2, seed: int = 0, **re
 
 
 def finish(run: BatchRun, at_once: int = 1, then: Callable[[], object] = lambda: None) -> list[tuple[Report, ...]]:
-    """The reports of the whole run; ``then`` is called after each."""
+    """Finishes the run and returns its reports. Calls ``then`` after each of them."""
     reports = []
     while not run.finished:
         reports.append(run.advance(at_once))
@@ -70,4 +76,5 @@ def finish(run: BatchRun, at_once: int = 1, then: Callable[[], object] = lambda:
 
 
 def totals(reports: list[tuple[Report, ...]], index: int = 0) -> list[float]:
+    """The total losses of the job at ``index``."""
     return [report[index].losses.total for report in reports]
