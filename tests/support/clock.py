@@ -1,7 +1,7 @@
-"""Time in tests: a clock and an event loop's timers that a test moves by hand, and a wait for a condition.
+"""Time in tests: a clock and an event loop whose time a test moves by hand, and a wait for a condition.
 
-No test sleeps for a guessed duration. Code that reads a clock gets a ManualClock, code that sets timers a ManualLoop; what
-happens on a real thread or a real event loop is waited for with `until`.
+No test sleeps for a guessed duration. Code that reads a clock gets a ManualClock, code that sets timers a ManualLoop. For
+what happens on a real thread or event loop, tests wait with `until`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ async def until(condition: Callable[[], object]) -> None:
 class ManualClock:
     """A clock that moves only when the test calls `advance`, or the code under test calls `sleep`.
 
-    Call it, or use it in place of the module `time`. Each reading of the monotonic clock also takes `reading_s`, so that
-    loops with a deadline end.
+    Calling it returns the monotonic time; `monotonic`, `time` and `sleep` are those of the module `time`. Each reading
+    of the monotonic time takes `reading_s`, so that loops with a deadline end.
     """
 
     def __init__(self, now: float = 0.0, *, epoch_s: float = 0.0, reading_s: float = 0.0) -> None:
         self.now = now  # the monotonic clock, s
-        self.epoch_s = epoch_s  # what the wall clock is ahead of it
+        self.epoch_s = epoch_s  # the wall clock is ahead of it by this
         self.reading_s = reading_s
 
     def __call__(self) -> float:
@@ -40,7 +40,7 @@ class ManualClock:
         return self.now
 
     def time(self) -> float:
-        """The wall clock: seconds of the epoch."""
+        """The wall clock, in seconds since the epoch."""
         return self.epoch_s + self.now
 
     def advance(self, seconds: float) -> None:

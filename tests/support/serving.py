@@ -1,4 +1,4 @@
-"""A server of a fake engine in the test's own process and event loop, and calls of it."""
+"""A server with a fake engine in the test's own process and event loop, and calls to it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def watch(s: types.SimpleNamespace, job_id: str, after: int = 0, **frames: Any) 
 
 
 async def remaining_events(call: Any) -> AsyncIterator[pb.JobEvent]:
-    """The events that a call has still to give. gRPC allows no iteration over a call after `read`."""
+    """The events that a call has not returned yet. gRPC allows no iteration over a call after `read`."""
     while (response := await call.read()) is not grpc.aio.EOF:
         yield response.event
 
