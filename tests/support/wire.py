@@ -11,6 +11,7 @@ class Wire:
     """A proxy for the address `target`, as long as the block runs."""
 
     def __init__(self, target: str) -> None:
+        self.connections = 0  # accepted so far
         self._target = target
         self._flows = asyncio.Event()
         self._flows.set()
@@ -38,6 +39,7 @@ class Wire:
         self._flows.set()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         host, port = self._target.split(":")
         far_reader, far_writer = await asyncio.open_connection(host, int(port))
         both = {writer, far_writer}
