@@ -1,4 +1,4 @@
-"""What the pictures are painted with: pixel coordinates, palettes, noise, light, and a brush."""
+"""The tools that the pictures are painted with: pixel coordinates, palettes, noise, light, and a brush."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from PIL import Image
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Random = np.random.Generator
-HEIGHT = 0.78  # of every picture, in widths
+HEIGHT = 0.78  # of each picture, in widths
 
 
 def canvas(width: int) -> tuple[Array, Array]:
@@ -53,20 +53,20 @@ def softened(field: Array, passes: int) -> Array:
 
 
 def inside(field: Array) -> Array:
-    """How much of each pixel lies where the field is positive: an edge without stairs."""
+    """The part of each pixel where the field is positive: a mask with smooth edges."""
     down, right = np.gradient(field)
     return np.asarray((0.5 + field / (np.hypot(down, right) + 1e-9)).clip(0, 1))
 
 
 def lit(colour: Array, relief: Array, gloss: float) -> Array:
-    """A surface in the light from the upper left."""
+    """A surface with light from the upper left."""
     down, right = np.gradient(relief)
     slope = np.expand_dims(right + down, -1)
     return np.asarray(colour * (1 + slope.clip(-0.5, 0.4)) + gloss * (slope - 0.12).clip(0, 0.5))
 
 
 def rolled(x: Array, y: Array, curls: Sequence[tuple[float, float, float, float]]) -> tuple[Array, Array]:
-    """The coordinates after a turn around each curl's x and y that fades beyond its radius."""
+    """The coordinates, turned around each curl's (x, y, radius, angle); the turn fades beyond the radius."""
     for cx, cy, radius, turn in curls:
         u, v = x - cx, y - cy
         a = turn * np.exp(-(u**2 + v**2) / radius**2)
@@ -80,34 +80,34 @@ class Coat(NamedTuple):
     strokes: int
     breadth: float
     length: float
-    lift: float  # of the tone
-    least: float = -9  # tone of the places that are painted
+    lift: float  # added to the tone
+    least: float = -9  # smallest tone of the places that are painted
 
 
 def apply_coat(random: Random, colour: Array, relief: Array, guide: Array, ramps: Array, coat: Coat) -> None:
-    """Paint strokes into colour and relief, each a ribbon of bristles that carries two tones.
+    """Paints strokes into `colour` and `relief`. Each is a ribbon of bristles with two tones.
 
-    The guide tells, for each pixel: whose paint (a ramp), the angle of the stroke, the tone, a guest's paint, and how
-    often the guest's is taken.
+    `guide` has five values per pixel: the index of its ramp of colours, the angle of a stroke, the tone, the index of a
+    second ramp, and the share of strokes in colours of that one.
     """
     (rows, width), points, batch = relief.shape, 33, 40
     along, across = round(1.5 * coat.length * width), round(1.6 * coat.breadth * width) + 2
     s, t = np.linspace(-1, 1, along)[:, None], np.linspace(-1, 1, across)
 
-    def told(xy: Array) -> Array:
+    def guide_at(xy: Array) -> Array:
         column, row = xy.astype(int).T
         return guide[:, row.clip(0, rows - 1), column.clip(0, width - 1)]
 
     for _ in range(coat.strokes // batch):
         start = random.uniform(-0.03, [1.03, HEIGHT + 0.03], (batch, 2)) * width
-        size, (home, _, tone, guest, chance) = random.uniform(0.65, 1.15, batch), told(start)
+        size, (home, _, tone, guest, chance) = random.uniform(0.65, 1.15, batch), guide_at(start)
         paint = np.where(random.random(batch) < chance, guest, home)
         path, reach = np.empty((batch, points, 2)), np.zeros((2, batch))
-        for way in (-1, 1):  # from the middle to both ends, or to where another thing begins
+        for way in (-1, 1):  # from the middle to both ends, or to the edge of another ramp's area
             xy, going = start, np.full(batch, True)
             for k in range(points // 2 + 1):
                 path[:, points // 2 + way * k] = xy
-                there, angle = told(xy)[:2]
+                there, angle = guide_at(xy)[:2]
                 going &= there == home
                 reach[max(way, 0)] += going / (points // 2)
                 step = way * size * coat.length * width / points

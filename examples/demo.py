@@ -1,8 +1,8 @@
-"""The demonstration: starts a server, sends a photo and a painting, and leaves a picture and a timelapse.
+"""The demonstration: starts a server, sends a photo and a painting, and writes a picture and a timelapse.
 
     python examples/demo.py            # or `make demo`
 
-Everything it starts it also stops, after Ctrl-C and after a failure too.
+It stops everything that it has started, also after Ctrl-C or a failure.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent
 OUT = Path("out")
-STOP_WITHIN_S = 40  # the server's drain time and some
+STOP_WITHIN_S = 40  # longer than the server's drain time
 
 
 @contextlib.contextmanager
 def server() -> Iterator[str]:
-    """A server of its own on a free loopback port; yields its address once it listens."""
+    """Starts a server on a free port of the loopback; yields its address when it listens."""
     OUT.mkdir(exist_ok=True)
     log_path = OUT / "server.log"
     with log_path.open("w") as log:
-        # A session of its own: Ctrl-C reaches the client alone, which tells the server by cancelling its call.
+        # In its own session, so that Ctrl-C reaches only the client, which then cancels its call.
         process = subprocess.Popen(
             [sys.executable, "-m", "gramophone_server.main", "--port", "0"],
             stdout=subprocess.PIPE,
@@ -38,7 +38,7 @@ def server() -> Iterator[str]:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line.startswith("listening on "):
-                raise SystemExit(f"the server did not start; {log_path} says why:\n{log_path.read_text()[-2000:]}")
+                raise SystemExit(f"the server did not start; the end of {log_path}:\n{log_path.read_text()[-2000:]}")
             yield line.split()[-1]
         finally:
             process.terminate()
@@ -49,8 +49,8 @@ def server() -> Iterator[str]:
 
 
 def main() -> int:
-    """Exit code of the client."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is stopped then, too
+    """Runs the demonstration and returns the exit code of the client."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the server, too
     picture, timelapse = OUT / "demo.png", OUT / "demo.gif"
     try:
         with server() as address:
@@ -63,7 +63,7 @@ def main() -> int:
             client = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             try:
                 code = client.wait()
-            except KeyboardInterrupt:  # the client has had it too: it stops its job and keeps what has arrived
+            except KeyboardInterrupt:  # the client gets it, too: it stops its job and writes what has arrived
                 client.wait(STOP_WITHIN_S)
                 raise
     except KeyboardInterrupt:

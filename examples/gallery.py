@@ -1,10 +1,10 @@
-"""The contact sheet: every preset on every pair of example pictures, so that a change of a default can be seen.
+"""The contact sheet: every preset on every pair of example pictures, to see the effect of a changed default.
 
     python examples/gallery.py                       # or `make gallery`; writes examples/gallery.jpg
     python examples/gallery.py --size 256 --output /tmp/sheet.png --beta 1 --beta 5
 
-Runs the engine in this process. Each preset is a row, each pair of photo and painting a column; with --beta, each
-strength of the preset `fast` is a row instead.
+Runs the engine in this process. Each preset is a row, each pair of photo and painting a column. With --beta, each row
+is the preset `fast` with one of the strengths.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> None:
     """Paints and writes the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=320, help="longest side of each picture in pixels")
-    parser.add_argument("--beta", type=float, action="append", help="a strength of the preset fast; can be repeated")
+    parser.add_argument(
+        "--beta", type=float, action="append", help="strength of the preset fast; may be given several times"
+    )
     parser.add_argument("--output", type=Path, default=EXAMPLES / "gallery.jpg")
     arguments = parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""Paint the three style pictures of the examples: a valley in brush strokes, a stained-glass window, a woodcut sea.
+"""Paints the three style pictures of the examples: a valley in brush strokes, a stained-glass window, a woodcut sea.
 
-    python examples/paint_styles.py                                      # rewrites examples/styles, bit for bit
+    python examples/paint_styles.py                                      # writes examples/styles again, bit for bit
     python examples/paint_styles.py --only woodcut --size 2048 --output /tmp
 
-Positions and lengths are in widths of the picture, so that it keeps its composition at every size. Each picture has a
-fixed seed, is painted at twice its size and then reduced.
+Positions and lengths are in widths of the picture, so that the composition is the same at every size. Each picture has
+a fixed seed, is painted at twice its size, and is then reduced.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def brushwork(random: Random, width: int) -> Array:
     down, right = np.gradient(stream)
     tone = 0.40 + 0.20 * np.sin(34 * stream + 0.5 * wobble) + 0.26 * arms + 0.05 * wobble
     dusk = np.interp(y + 0.03 * wobble + 0.03 * np.sin(7 * x), [0.29, 0.48], [0.08, 1])
-    # For each pixel: whose paint, the way of the stroke, the tone, a guest's paint, and how often the guest's is taken.
+    # The five values per pixel of `apply_coat`.
     guide = np.stack(np.broadcast_arrays(NIGHT, np.arctan2(-right, down) + turn, tone, DUSK, dusk))
 
     def lay(where: Flags, *layer: float | Array) -> None:
@@ -74,7 +74,7 @@ def brushwork(random: Random, width: int) -> Array:
         rings = 0.10 * np.cos(4.4 * np.pi * distance)
         lay(distance < 2.2 + 0.2 * wobble, NIGHT, around, 0.92 - 0.26 * distance + rings, LAMP, 1.5 - 0.7 * distance)
         lay(distance < 1, LAMP, around, 1.06 - 0.62 * distance + 1.3 * rings, LAMP, 0)
-    # Land: two ridges, trees with the light on one shoulder, a field whose rows meet beyond the horizon.
+    # Land: two ridges, trees with light on one side, a field with rows that meet beyond the horizon.
     far = 0.50 + 0.035 * np.sin(6.3 * x + 0.6) + 0.018 * np.sin(15 * x)
     near = 0.575 + 0.045 * np.sin(4.4 * x + 3.6) + 0.010 * np.sin(19 * x)
     for edge, paint, guest in ((far, HILL, DUSK), (near, TREE, HILL)):
@@ -118,7 +118,7 @@ FLOWERS += [(0.815, 0.600, 0.070, 8, RUBY), (0.965, 0.705, 0.050, 6, VIOLET)]
 
 
 def panes(random: Random) -> Array:
-    """Of each pane: its middle, its glass, and the thing that it is part of."""
+    """For each pane: x and y of its centre, its kind of glass, and the number of its object."""
     made: list[tuple[float, float, int, int]] = [(*SUN, GOLD, 0)]
 
     def ring(x: float, y: float, radius: float, count: int, phase: float) -> list[tuple[float, float]]:
@@ -173,7 +173,7 @@ def stained_glass(random: Random, width: int) -> Array:
     tone = random.normal(0.43, 0.14, len(pane))[own] + 3.2 * u - 0.06 * (first / 0.03) ** 2 + 0.075 * streak
     tone += 0.32 * np.exp(-6 * np.hypot(x - SUN[0], y - SUN[1])) - 0.36 * np.exp((half - border) / 0.005)
     light = lit(mixed(GLASS, pane[own, 2], tone), noise(random, x.shape, 90, 115, 2) * width / 3700, 0.5)
-    # Lead: a dark rounded bar that catches a little light, and a halo of coloured light over it.
+    # Lead: a dark rounded bar with a little light, and a halo of coloured light over it.
     rounded = softened(np.sqrt(1 - (border / half).clip(0, 1) ** 2), 3)
     lead, cover = lit(np.full(light.shape, [0.06, 0.055, 0.07]), 5 * rounded, 0.5), inside(border - half)[..., None]
     light = light * cover
@@ -206,7 +206,7 @@ def woodcut(random: Random, width: int) -> Array:
     red = inside(sun) * (1 - carved(y * 46 + 0.3 * slow, 0.05 + 6 * (y - 0.21))) + rays * inside(0.10 + sun)
     tint = carved(wind, 0.56 - 0.5 * py + 0.12 * slow + 0.10 * noise(random, x.shape, 8, 10)) * (1 - red)
     tint, ink = tint * inside(-0.012 - sun), 0 * x
-    for base, rise, apart in WAVES:  # towards the viewer; each row hides what is behind it
+    for base, rise, apart in WAVES:  # towards the viewer; each row covers the ones before
         crests = np.arange(-1, 1.4 / apart) * apart + random.uniform(0, apart)
         crests += 0.10 * apart * random.standard_normal(len(crests))
         heights = rise * random.uniform(0.8, 1.15, len(crests))

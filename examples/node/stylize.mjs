@@ -1,11 +1,11 @@
 #!/usr/bin/env node
-// Paints a photo in the manner of a painting, with nothing but the proto of a Gramophone server.
+// Paints a photo in the style of a painting. Needs only the proto of a Gramophone server.
 //
 //   node stylize.mjs photo.jpg painting.jpg -o out.png [--target 127.0.0.1:50051] [--preset fast] [--size 512]
 //                    [--iterations 100] [--frames FOLDER] [--timeout 600]
 //   node stylize.mjs --info
 //
-// Exit codes are those of the command `gramophone`: 0 done, 2 bad request, 3 no server, 4 no room or no time, 5 failed,
+// The exit codes are those of the command `gramophone`: 0 done, 2 bad request, 3 no server, 4 no room or no time, 5 failed,
 // 130 interrupted.
 
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
@@ -20,7 +20,7 @@ import protobuf from 'protobufjs';
 
 const HERE = path.dirname(fileURLToPath(import.meta.url));
 const PROTOS = path.join(HERE, '..', '..', 'proto');
-const LARGEST_MESSAGE = 2 ** 26; // bytes; gRPC's own limit is 4 MiB, and a PNG of 2048 px is larger
+const LARGEST_MESSAGE = 2 ** 26; // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
 const EXIT = { done: 0, badRequest: 2, noServer: 3, noRoom: 4, failed: 5, interrupted: 130 };
 const EXIT_OF = {
   [grpc.status.INVALID_ARGUMENT]: EXIT.badRequest,
@@ -33,15 +33,15 @@ const EXIT_OF = {
   [grpc.status.CANCELLED]: EXIT.interrupted,
 };
 
-/** A mistake of whoever typed the command: a sentence, no stack. */
+/** An error in the command line: printed without a stack trace. */
 class Usage extends Error {}
 
-/** The proto, read at run time: no code was generated. */
+/** The service, from the proto at run time. */
 const api = grpc.loadPackageDefinition(
   protoLoader.loadSync('gramophone/v1/style_transfer.proto', {
     includeDirs: [PROTOS],
     enums: String,
-    longs: Number, // sequences, which stay far below 2^53
+    longs: Number, // sequence numbers, which are far below 2^53
     defaults: true,
     oneofs: true,
   }),
@@ -51,45 +51,45 @@ function connected(target) {
   return new api.StyleTransferService(target, grpc.credentials.createInsecure(), {
     'grpc.max_receive_message_length': LARGEST_MESSAGE,
     'grpc.max_send_message_length': LARGEST_MESSAGE,
-    'grpc.keepalive_time_ms': 20_000, // the server allows a ping every 10 s
+    'grpc.keepalive_time_ms': 20_000, // the server allows one ping per 10 s
   });
 }
 
 /**
- * What an error's trailers say beside its message.
+ * The details in an error's trailers.
  * @param {grpc.ServiceError} error
  * @returns {{reason: string, violations: {field: string, description: string}[], retryS: number | undefined}}
  */
 function details(error) {
-  const told = { reason: '', violations: [], retryS: undefined };
+  const parsed = { reason: '', violations: [], retryS: undefined };
   const [bytes] = error.metadata?.get('grpc-status-details-bin') ?? [];
-  if (!bytes) return told;
+  if (!bytes) return parsed;
   const root = protobuf.loadSync(path.join(HERE, 'rpc_errors.proto'));
   for (const { typeUrl, value } of root.lookupType('google.rpc.Status').decode(bytes).details) {
     const name = typeUrl.split('/').at(-1);
-    if (name === 'google.rpc.ErrorInfo') told.reason = root.lookupType(name).decode(value).reason;
-    if (name === 'google.rpc.BadRequest') told.violations = root.lookupType(name).decode(value).fieldViolations;
+    if (name === 'google.rpc.ErrorInfo') parsed.reason = root.lookupType(name).decode(value).reason;
+    if (name === 'google.rpc.BadRequest') parsed.violations = root.lookupType(name).decode(value).fieldViolations;
     if (name === 'google.rpc.RetryInfo') {
       const { seconds, nanos } = root.lookupType(name).decode(value).retryDelay;
-      told.retryS = Number(seconds) + nanos / 1e9;
+      parsed.retryS = Number(seconds) + nanos / 1e9;
     }
   }
-  return told;
+  return parsed;
 }
 
-/** One line that is written over on a terminal, and nothing where nobody looks. */
-function say(line) {
+/** Replaces the status line on a terminal; prints nothing if standard error is none. */
+function showStatus(line) {
   if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns ?? 80) - 1)}`);
 }
 
-/** @returns {Promise<Buffer>} an image file, or the usage error that names it */
+/** @returns {Promise<Buffer>} the bytes of an image file; rejects with a usage error that names it */
 async function image(file) {
   return readFile(file).catch((error) => {
     throw new Usage(`${file}: cannot be read (${error.code})`);
   });
 }
 
-/** Streams one job; resolves with its Result, rejects with a ServiceError. */
+/** Streams one job; resolves with its Result or rejects with a ServiceError. */
 async function stylize(client, [photo, painting], options) {
   const recipe = { preset: preset(options.preset) };
   for (const name of ['size', 'iterations']) {
@@ -107,13 +107,13 @@ async function stylize(client, [photo, painting], options) {
   for await (const { event } of call) {
     switch (event.event) {
       case 'accepted':
-        say(`accepted: ${event.accepted.width} x ${event.accepted.height} px`);
+        showStatus(`accepted: ${event.accepted.width} x ${event.accepted.height} px`);
         break;
       case 'waiting':
-        say(`waiting, place ${event.waiting.queuePosition}`);
+        showStatus(`waiting, place ${event.waiting.queuePosition}`);
         break;
       case 'progress':
-        say(`iteration ${event.progress.iteration} of ${event.progress.iterations}, loss ${event.progress.losses.total.toPrecision(4)}`);
+        showStatus(`iteration ${event.progress.iteration} of ${event.progress.iterations}, loss ${event.progress.losses.total.toPrecision(4)}`);
         break;
       case 'frame': {
         const name = `${String(event.frame.iteration).padStart(6, '0')}.jpg`;
@@ -123,18 +123,18 @@ async function stylize(client, [photo, painting], options) {
       case 'result':
         result = event.result;
         break;
-      default: // an event that newer servers send
+      default: // an event of a newer server
     }
   }
-  say('');
+  showStatus('');
   return result;
 }
 
-/** The enum's name of a preset; a name that is not in the enum would be sent as 0, which means the default. */
+/** The enum name of a preset. The loader would send an unknown name as 0, the default. */
 function preset(name) {
   const known = api.Preset.type.value.map((value) => value.name).filter((value) => !value.endsWith('UNSPECIFIED'));
-  const wanted = `PRESET_${name.toUpperCase()}`;
-  if (known.includes(wanted)) return wanted;
+  const enumName = `PRESET_${name.toUpperCase()}`;
+  if (known.includes(enumName)) return enumName;
   const names = known.map((value) => value.replace('PRESET_', '').toLowerCase());
   throw new Usage(`--preset must be one of ${names.join(', ')}, got ${name}`);
 }
@@ -184,7 +184,7 @@ async function main() {
 }
 
 main().catch((error) => {
-  say('');
+  showStatus('');
   if (error instanceof Usage || error.code?.startsWith?.('ERR_PARSE_ARGS') || error.syscall) {
     console.error(`stylize: ${error.message}`);
     process.exitCode = EXIT.badRequest;
@@ -194,6 +194,6 @@ main().catch((error) => {
   const { reason, violations, retryS } = details(error);
   console.error(`stylize: ${error.details} (${[grpc.status[error.code], reason].filter(Boolean).join(', ')})`);
   if (violations.length > 1) for (const { field, description } of violations) console.error(`  ${field} ${description}`);
-  if (retryS !== undefined) console.error(`  come back in ${retryS.toFixed(1)} s`);
+  if (retryS !== undefined) console.error(`  retry in ${retryS.toFixed(1)} s`);
   process.exitCode = EXIT_OF[error.code] ?? EXIT.failed;
 });

@@ -11,7 +11,7 @@ from gramophone_server.rpc.status import CODES as SERVER_CODES
 from tests.support.fake_service import PAINTING, PHOTO, refused, rpc_status
 from tests.support.updates import collected
 
-DOMAIN_ERRORS = {
+ERROR_ARGUMENTS = {
     server_errors.InvalidRequest: [Violation("spec.recipe.beta", "must be x"), Violation("spec.seed", "must be y")],
     server_errors.QueueFull: (4, 4, 12.5),
     server_errors.Diverged: (17,),
@@ -24,14 +24,12 @@ DOMAIN_ERRORS = {
     server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
     server_errors.SlowReader: (60.0,),
 }
-
-
 CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory"}
 
 
 def server_error(kind):
-    given = DOMAIN_ERRORS.get(kind, ())
-    return kind(given) if isinstance(given, list) else kind(*given)
+    arguments = ERROR_ARGUMENTS.get(kind, ())
+    return kind(arguments) if isinstance(arguments, list) else kind(*arguments)
 
 
 @pytest.mark.parametrize("kind", SERVER_CODES, ids=lambda kind: kind.__name__)

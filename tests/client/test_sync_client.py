@@ -112,7 +112,7 @@ def test_an_interrupt_cancels_a_synchronous_call(service, monkeypatch):
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        # As if Ctrl-C came while the caller waits for the next update.
+        # As with Ctrl-C while the caller waits for the next update.
         monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(updates)

@@ -1,6 +1,6 @@
-"""The whole thing as its users have it: real processes, the real network, small pictures.
+"""The whole system: real processes, the real network, small pictures.
 
-Nothing here sleeps for a guessed time: every wait is for a line of output or for a process to end.
+There are no sleeps of a guessed duration: each wait is for a line of output or for the end of a process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from PIL import Image, ImageSequence
 
 from gramophone.recipe import PRESETS, RecipeOverrides
 from gramophone_client import Accepted, Result, SyncGramophoneClient
-from tests.support.processes import ROOT, WITHIN_S, Process, Server
-
-PHOTO = ROOT / "examples" / "photos" / "cat.jpg"  # 768 x 511
-PAINTING = ROOT / "examples" / "styles" / "woodcut.jpg"
+from tests.support.processes import PAINTING, PHOTO, ROOT, WITHIN_S, Process, Server
 
 SMALL = ("--size", "96", "--iterations", "4", "--coarse-iterations", "2", "--smallest-size", "64")
 LONG = ("--size", "512", "--iterations", "5000", "--smallest-size", "0", "--timeout", "86400")  # minutes
@@ -37,28 +34,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def run(server: Server, *words: str | Path, cwd: Path) -> str:
-    """What `gramophone` says, which must succeed."""
-    with server.client(*words, cwd=cwd) as client:
-        code = client.code()
-    assert code == 0, client.output
-    return client.output
-
-
 def stylize(server: Server, out: str, *flags: str, cwd: Path) -> str:
-    return run(server, "stylize", PHOTO, PAINTING, "-o", out, *flags, cwd=cwd)
+    return server.run_client("stylize", PHOTO, PAINTING, "-o", out, *flags, cwd=cwd)
 
 
 def recipe_flags(out: str, *, cwd: Path) -> Sequence[str]:
-    """What `gramophone recipe` says of a picture; it asks no server."""
+    """The output of `gramophone recipe`, which needs no server."""
     with Process("-m", "gramophone_client.cli", "recipe", out, cwd=cwd) as client:
         assert client.code() == 0, client.output
     return client.output.split()
 
 
 def info(server: Server, *, cwd: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(run(server, "info", "--json", cwd=cwd))
-    return told
+    parsed: dict[str, Any] = json.loads(server.run_client("info", "--json", cwd=cwd))
+    return parsed
 
 
 # One job --------------------------------------------------------------------------------------------------------------
@@ -66,20 +55,20 @@ def info(server: Server, *, cwd: Path) -> dict[str, Any]:
 
 def test_a_photo_becomes_a_painting_and_can_be_made_again(server: Server, tmp_path: Path) -> None:
     watched = ("--frames", "frames", "--frame-every", "1", "--timelapse", "film.gif")
-    output = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
-    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", output[0])  # 2 at 68 px and 4 at 96
-    assert re.match(r"96x64, 6 iterations in .* s, loss ", output[-2])
-    assert output[-1] == "out.png"
+    lines = stylize(server, "out.png", *SMALL, "--seed", "7", *watched, cwd=tmp_path).splitlines()
+    assert re.fullmatch(r"job [\w-]+: 96x64, 6 iterations, seed 7", lines[0])  # 2 at 68 px and 4 at 96
+    assert re.match(r"96x64, 6 iterations in .* s, loss ", lines[-2])
+    assert lines[-1] == "out.png"
     with Image.open(tmp_path / "out.png") as out:
         out.load()
         assert (out.format, out.mode, out.size) == ("PNG", "RGB", (96, 64))
-        note = json.loads(out.info["gramophone"])
-    assert (note["seed"], note["recipe"]["size"], note["gramophone"]) == (7, 96, version("gramophone"))
-    assert "Oxford" in note["weights"]
+        metadata = json.loads(out.info["gramophone"])
+    assert (metadata["seed"], metadata["recipe"]["size"], metadata["gramophone"]) == (7, 96, version("gramophone"))
+    assert "Oxford" in metadata["weights"]
 
     frames = sorted((tmp_path / "frames").iterdir())
     assert [frame.name for frame in frames] == [f"frame-{i + 1:04d}.jpg" for i in range(len(frames))]
-    assert frames  # ten a second at most: how many there are is a matter of the machine
+    assert frames  # at most ten per second; their number depends on the machine
     for frame in frames:
         with Image.open(frame) as picture:
             assert (picture.format, picture.size in ((68, 45), (96, 64))) == ("JPEG", True)
@@ -89,11 +78,11 @@ def test_a_photo_becomes_a_painting_and_can_be_made_again(server: Server, tmp_pa
 
     stylize(server, "again.png", "--preset", "quality", *recipe_flags("out.png", cwd=tmp_path), cwd=tmp_path)
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
-    assert not list(tmp_path.glob(".*"))  # nothing half-written
+    assert not list(tmp_path.glob(".*"))  # no temporary files
 
 
-def test_noise_is_the_seeds(server: Server, tmp_path: Path) -> None:
-    # Every format says how it was made, and the same seed makes the same noise.
+def test_the_seed_determines_the_noise(server: Server, tmp_path: Path) -> None:
+    # Every format contains its recipe, and the same seed makes the same noise.
     noisy = (*SMALL, "--start", "noise", "--quiet", "--result-quality", "100")
     pictures = {}
     for out, seed in (("seven.png", "7"), ("seven.jpg", "7"), ("eight.webp", "8")):
@@ -104,31 +93,31 @@ def test_noise_is_the_seeds(server: Server, tmp_path: Path) -> None:
         with Image.open(tmp_path / out) as picture:
             pictures[out] = picture.convert("L").resize((12, 8), Image.Resampling.BOX).tobytes()
 
-    def apart(one: str, other: str) -> float:
+    def difference(one: str, other: str) -> float:
         return sum(abs(a - b) for a, b in zip(pictures[one], pictures[other], strict=True)) / len(pictures[one])
 
-    assert apart("seven.png", "seven.jpg") < 1 < apart("seven.png", "eight.webp")
+    assert difference("seven.png", "seven.jpg") < 1 < difference("seven.png", "eight.webp")
 
 
-def test_info_tells_what_the_server_is(server: Server, tmp_path: Path) -> None:
-    told = info(server, cwd=tmp_path)
-    assert told["version"] == version("gramophone")
-    assert told["backbone"] == "vgg19"
-    assert "CC BY 4.0" in told["weights"]  # the licence asks for it
-    assert told["layers"][:3] == ["conv1_1", "relu1_1", "conv1_2"]
-    assert told["limits"]["max_size"] == 2048
-    assert told["presets"].keys() == PRESETS.keys()
-    assert (told["running_jobs"], told["queued_jobs"]) == (0, 0)
+def test_info_describes_the_server(server: Server, tmp_path: Path) -> None:
+    printed = info(server, cwd=tmp_path)
+    assert printed["version"] == version("gramophone")
+    assert printed["backbone"] == "vgg19"
+    assert "CC BY 4.0" in printed["weights"]  # which the licence requires
+    assert printed["layers"][:3] == ["conv1_1", "relu1_1", "conv1_2"]
+    assert printed["limits"]["max_size"] == 2048
+    assert printed["presets"].keys() == PRESETS.keys()
+    assert (printed["running_jobs"], printed["queued_jobs"]) == (0, 0)
 
 
-def test_the_images_health_check_tells_a_server_from_none(server: Server, tmp_path: Path) -> None:
+def test_the_health_check_of_the_container_image(server: Server, tmp_path: Path) -> None:
     for port, code in ((server.address.rpartition(":")[2], 0), ("1", 1)):
         with Process(ROOT / "deploy" / "health.py", cwd=tmp_path, GRAMOPHONE_PORT=port) as check:
             assert check.code() == code, check.output
     assert check.output == "127.0.0.1:1: UNAVAILABLE\n"
 
 
-def test_bad_input_is_exit_code_2_and_a_sentence_that_helps(server: Server, tmp_path: Path) -> None:
+def test_bad_input_is_exit_code_2_and_a_helpful_message(server: Server, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("this is not a picture, however it is named")
     cases: dict[tuple[str | Path, ...], str] = {
         ("text.png", PAINTING): "text.png: must be a JPEG, PNG or WebP image, got 42 bytes of something else",
@@ -136,7 +125,7 @@ def test_bad_input_is_exit_code_2_and_a_sentence_that_helps(server: Server, tmp_
         (PHOTO, PAINTING, "--alpha", "0", "--beta", "0"): "--beta: must be above 0 when alpha is 0",
         (PHOTO, PAINTING, "--size", "4096"): "--size: must be at most 2048 pixels (server setting GRAMOPHONE_MAX_SIZE)",
     }
-    with ExitStack() as stack:  # all at once, for the sake of time
+    with ExitStack() as stack:  # at the same time, to save time
         clients = [
             stack.enter_context(server.client("stylize", *words, "-o", "out.png", cwd=tmp_path)) for words in cases
         ]
@@ -159,7 +148,7 @@ def test_two_clients_at_once_both_finish(server: Server) -> None:
         second = other.stream(PAINTING, PHOTO, **short, timeout_s=WITHIN_S)
         accepted = next(second)
         assert isinstance(accepted, Accepted)
-        assert accepted.queue_position == 0  # beside the first, which is still at work
+        assert accepted.queue_position == 0  # runs together with the first job
         results = [list(second)[-1], list(first)[-1]]
     for result, shape in zip(results, ((96, 75), (96, 64)), strict=True):
         assert isinstance(result, Result)
@@ -172,8 +161,8 @@ def test_a_client_that_is_killed_gives_its_slot_back(server: Server, tmp_path: P
         client.signal(signal.SIGKILL)
         assert client.code() == -signal.SIGKILL
     assert stylize(server, "next.png", *SMALL, "--quiet", cwd=tmp_path) == "next.png\n"
-    told = info(server, cwd=tmp_path)
-    assert (told["running_jobs"], told["queued_jobs"]) == (0, 0)
+    printed = info(server, cwd=tmp_path)
+    assert (printed["running_jobs"], printed["queued_jobs"]) == (0, 0)
     assert os.listdir(tmp_path) == ["next.png"]
 
 
@@ -193,53 +182,53 @@ def test_sigterm_lets_the_job_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (("--port", "{port}"), "cannot listen on 127.0.0.1:{port}: Address already in use; choose another address"),
         (("--port", "0", "--weights", "missing.pth"), "no weights file at missing.pth; give a path, or --weights"),
     ],
     ids=["port", "weights"],
 )
-def test_a_server_that_cannot_start_says_why_in_one_sentence(
-    server: Server, tmp_path: Path, flags: tuple[str, ...], sentence: str
+def test_a_server_that_cannot_start_reports_why_in_one_line(
+    server: Server, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     port = server.address.rpartition(":")[2]
     with Process("-m", "gramophone_server.main", *(flag.format(port=port) for flag in flags), cwd=tmp_path) as failed:
         assert failed.code() == 2, failed.output
     *before, last = failed.output.splitlines()
-    assert last.startswith(f"gramophone-server: {sentence.format(port=port)}")
+    assert last.startswith(f"gramophone-server: {message.format(port=port)}")
     assert all(line.startswith("listening on ") or " INFO " in line for line in before), failed.output
 
 
-@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="asks /proc which processes are left")
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds remaining processes in /proc")
 @pytest.mark.parametrize("when", ["listening", "painting"])
-def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, when: str) -> None:
+def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, when: str) -> None:
     log = tmp_path / "out" / "server.log"
     with Process(ROOT / "examples" / "demo.py", cwd=tmp_path) as demo:
         if when == "painting":
             demo.line("job ")
-        else:  # the server tells only the demo; but what it logs first, it logs when it listens
+        else:  # the server prints its address only to the demo, but writes its first log line at the same time
             end = time.monotonic() + WITHIN_S
             while not (log.exists() and " version " in log.read_text()):
                 assert time.monotonic() < end, demo.output
                 time.sleep(0.01)
-        demo.signal(signal.SIGINT)  # to the whole group; the server has one of its own
+        demo.signal(signal.SIGINT)  # to the whole group; the server has its own
         assert demo.code() == 130, demo.output
     assert (
         "demo.py" not in demo.output
     )  # no traceback of its own; the client's is possible while Python still imports it
-    assert " stopped\n" in log.read_text()  # the thread that still loads may have said something behind it
+    assert " stopped\n" in log.read_text()  # not always last: a thread that still loads may log after it
     assert _processes_in(tmp_path) == []
 
 
 def _processes_in(folder: Path) -> list[int]:
-    """The processes that work in a folder, which is how those of one test are known."""
+    """The processes with this working folder: each test has its own."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink() == folder:
                 found.append(int(process.name))
-        except OSError:  # ended meanwhile, or somebody else's
+        except OSError:  # has ended, or belongs to another user
             continue
     return found
 

@@ -1,4 +1,4 @@
-"""Real servers that are killed in the middle of a job, and a real job under control of the command line."""
+"""Real servers that are killed while a job runs, and a real job that is controlled from the command line."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from pathlib import Path
 from PIL import Image
 
 from gramophone_client import Accepted, Changed, Checkpoint, CheckpointOptions, Result, SyncGramophoneClient, Update
-from tests.end_to_end.test_end_to_end import PAINTING, PHOTO, run
-from tests.support.processes import WITHIN_S, Server
+from tests.support.processes import PAINTING, PHOTO, WITHIN_S, Server
 
 
-def test_a_killed_server_costs_a_pause_and_nothing_of_the_picture(tmp_path: Path) -> None:
+def test_a_job_of_a_killed_server_has_the_same_result(tmp_path: Path) -> None:
     with Server(cwd=tmp_path) as first, Server(cwd=tmp_path) as second:
         for server in (first, second):
             server.line("ready in ")
-        told = []
+        updates = []
         with SyncGramophoneClient(f"ipv4:{first.address},{second.address}", timeout_s=WITHIN_S) as client:
-            painting = client.upload(PAINTING)  # the second server has never seen it
+            painting = client.upload(PAINTING)  # not to the second server
             checkpoints = CheckpointOptions(every_s=1, light=False)
             for update in client.stream(
                 PHOTO, painting, size=96, smallest_size=0, iterations=60, seed=1, checkpoints=checkpoints
             ):
-                told.append(update)
+                updates.append(update)
                 if isinstance(update, Checkpoint):
                     first.signal(signal.SIGKILL)
-        moved = next(i for i, update in enumerate(told) if i and isinstance(update, Accepted))
-        state = [update for update in told[:moved] if isinstance(update, Checkpoint)][-1]
-        again, result = told[moved], told[-1]
+        resent = next(i for i, update in enumerate(updates) if i and isinstance(update, Accepted))
+        state = [update for update in updates[:resent] if isinstance(update, Checkpoint)][-1]
+        again, result = updates[resent], updates[-1]
         assert isinstance(again, Accepted) and isinstance(result, Result)
         assert again.resumed_at == state.iteration >= 1
         assert not state.light and result.iterations == 60
@@ -37,26 +36,26 @@ def test_a_killed_server_costs_a_pause_and_nothing_of_the_picture(tmp_path: Path
     assert result.image().tobytes() == whole.image().tobytes()
 
 
-def test_a_killed_server_costs_a_controller_nothing_that_it_had_changed(tmp_path: Path) -> None:
+def test_a_job_of_a_killed_server_keeps_the_changes_of_its_controller(tmp_path: Path) -> None:
     with Server(cwd=tmp_path) as first, Server(cwd=tmp_path) as second:
         for server in (first, second):
             server.line("ready in ")
-        told: list[Update] = []
+        updates: list[Update] = []
         killed = False
         with (
             SyncGramophoneClient(f"ipv4:{first.address},{second.address}", timeout_s=WITHIN_S) as client,
             client.control(PHOTO, PAINTING, size=96, smallest_size=0, iterations=900, seed=1) as job,
         ):
             for update in job:
-                told.append(update)
+                updates.append(update)
                 if isinstance(update, Checkpoint) and not killed:
                     job.update(beta=9.0, iterations=100)
                     first.signal(signal.SIGKILL)
                     killed = True
-    jobs = [i for i, update in enumerate(told) if isinstance(update, Accepted)]
-    result = told[-1]
+    jobs = [i for i, update in enumerate(updates) if isinstance(update, Accepted)]
+    result = updates[-1]
     assert len(jobs) == 2 and isinstance(result, Result) and result.iterations == 100
-    changed = [update for update in told[jobs[1] :] if isinstance(update, Changed)]
+    changed = [update for update in updates[jobs[1] :] if isinstance(update, Changed)]
     assert [(update.recipe.beta, update.recipe.iterations) for update in changed] == [(9, 100)]
 
 
@@ -66,10 +65,12 @@ def test_a_job_is_controlled_from_the_command_line(tmp_path: Path) -> None:
         server.line("ready in ")
         with server.client("stylize", PHOTO, PAINTING, "-o", "out.png", *long, cwd=tmp_path) as client:
             job = client.line("job ").split(":")[0]
-            output = run(server, "control", job, "--pause", "--save", "now.png", "--checkpoint", "state", cwd=tmp_path)
+            output = server.run_client(
+                "control", job, "--pause", "--save", "now.png", "--checkpoint", "state", cwd=tmp_path
+            )
             paused, *files = output.splitlines()
             assert paused.startswith("paused before iteration ") and files == ["now.png", "state"]
-            output = run(server, "control", job, "--resume", "--set", "beta=9", "--finish", cwd=tmp_path)
+            output = server.run_client("control", job, "--resume", "--set", "beta=9", "--finish", cwd=tmp_path)
             assert output.splitlines()[-1].startswith("finished after ")
             assert client.code() == 0, client.output
             assert "beta 9" in client.output

@@ -1,4 +1,7 @@
-"""Clients that share no code with ours, against a real server: Node.js, and k6. They need `make other-clients`."""
+"""Clients that share no code with the Python client, against a real server: Node.js and k6.
+
+They need `make other-clients`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,12 @@ import pytest
 from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from tests.support.processes import Server
+from tests.support.processes import PHOTO, ROOT, Server
 
-ROOT = Path(__file__).parent.parent.parent
 NODE_CLIENT = ROOT / "examples" / "node" / "stylize.mjs"
 K6_SCRIPT = ROOT / "benchmarks" / "k6" / "stylize_stream.js"
 K6 = shutil.which("k6") or shutil.which("k6", path=str(Path(sys.executable).parent))
-PHOTO, PAINTING = ROOT / "examples" / "photos" / "cat.jpg", ROOT / "examples" / "styles" / "brushwork.jpg"
+PAINTING = ROOT / "examples" / "styles" / "brushwork.jpg"
 
 needs_node = pytest.mark.skipif(
     not (shutil.which("node") and (NODE_CLIENT.parent / "node_modules").exists()),
@@ -48,40 +50,42 @@ def node(*arguments: object) -> tuple[int, str, str]:
 @needs_node
 def test_node_paints_a_picture_and_keeps_its_frames(server: Server, tmp_path: Path) -> None:
     out, frames = tmp_path / "out.png", tmp_path / "frames"
-    code, told, _ = node(
+    code, printed, _ = node(
         *(PHOTO, PAINTING, "-o", out, "--size", 64, "--iterations", 8, "--frames", frames, "--target", server.address)
     )
-    assert code == 0 and told.startswith(f"{out}: 64 x 43 px") and "STOP_REASON_ITERATIONS_DONE" in told
+    assert code == 0 and printed.startswith(f"{out}: 64 x 43 px") and "STOP_REASON_ITERATIONS_DONE" in printed
     with Image.open(out) as picture:
         assert picture.size == (64, 43) and "gramophone" in picture.info
     assert list(frames.glob("*.jpg"))
 
 
 @needs_node
-def test_node_reads_what_is_wrong_with_each_field(server: Server, tmp_path: Path) -> None:
-    code, _, said = node(PHOTO, NODE_CLIENT, "-o", tmp_path / "out.png", "--iterations", 0, "--target", server.address)
-    assert code == 2 and "(INVALID_ARGUMENT, INVALID_REQUEST)" in said
-    assert "  spec.recipe.iterations must be between 1 and 100000, got 0" in said.splitlines()
-    assert any(line.startswith("  spec.styles[0].image.data must be a JPEG") for line in said.splitlines())
+def test_node_prints_the_error_of_each_field(server: Server, tmp_path: Path) -> None:
+    code, _, errors = node(
+        PHOTO, NODE_CLIENT, "-o", tmp_path / "out.png", "--iterations", 0, "--target", server.address
+    )
+    assert code == 2 and "(INVALID_ARGUMENT, INVALID_REQUEST)" in errors
+    assert "  spec.recipe.iterations must be between 1 and 100000, got 0" in errors.splitlines()
+    assert any(line.startswith("  spec.styles[0].image.data must be a JPEG") for line in errors.splitlines())
 
 
-def wait_for_running_jobs(server: Server, wanted: int) -> None:
+def wait_for_running_jobs(server: Server, expected: int) -> None:
     for _ in range(100):
-        seen = json.loads(node("--info", "--target", server.address)[1])["runningJobs"]
-        if seen == wanted:
+        running = json.loads(node("--info", "--target", server.address)[1])["runningJobs"]
+        if running == expected:
             return
         time.sleep(0.1)
-    raise AssertionError(f"{seen} jobs run, and not {wanted}")
+    raise AssertionError(f"{running} jobs run, expected {expected}")
 
 
 @needs_node
-def test_node_is_told_to_come_back_and_interrupts_its_job(server: Server, tmp_path: Path) -> None:
+def test_node_prints_when_to_retry_and_interrupts_its_job(server: Server, tmp_path: Path) -> None:
     job = [PHOTO, PAINTING, "-o", tmp_path / "out.png", "--size", 128, "--iterations", 2000, "--target", server.address]
     long = subprocess.Popen(["node", NODE_CLIENT, *map(str, job)], stderr=subprocess.PIPE, text=True)
     try:
-        wait_for_running_jobs(server, 1)  # or the next one takes its place, and it is the one that is refused
-        code, _, said = node(*job[:4], "--size", 32, "--iterations", 1, "--target", server.address)
-        assert code == 4 and "(RESOURCE_EXHAUSTED, QUEUE_FULL)" in said and "come back in" in said
+        wait_for_running_jobs(server, 1)  # otherwise the next job could take the only place
+        code, _, errors = node(*job[:4], "--size", 32, "--iterations", 1, "--target", server.address)
+        assert code == 4 and "(RESOURCE_EXHAUSTED, QUEUE_FULL)" in errors and "retry in" in errors
         long.send_signal(signal.SIGINT)
         assert long.wait(20) == 130
         assert long.stderr is not None and "CANCELLED" in long.stderr.read()
@@ -103,9 +107,9 @@ def test_node_is_told_to_come_back_and_interrupts_its_job(server: Server, tmp_pa
         (["--unknown"], 2, "--unknown"),
     ],
 )
-def test_node_says_what_is_wrong_in_one_line(arguments: list[object], code: int, words: str) -> None:
-    got, _, said = node(*arguments)
-    assert got == code and words in said and len(said.splitlines()) == 1
+def test_node_prints_errors_in_one_line(arguments: list[object], code: int, words: str) -> None:
+    got, _, errors = node(*arguments)
+    assert got == code and words in errors and len(errors.splitlines()) == 1
 
 
 @needs_k6
@@ -117,11 +121,11 @@ def test_k6_counts_jobs_frames_and_refusals(server: Server, tmp_path: Path) -> N
     command = [K6, "run", "--quiet", "--no-usage-report", *flags, str(K6_SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "summary.json").read_text())["metrics"]
-    assert told["jobs_done"]["values"]["count"] >= 1
-    assert told["jobs_refused"]["values"]["count"] >= 1  # two callers, and room for one
-    assert told["frames"]["values"]["count"] >= 1
-    assert told["time_to_accepted"]["values"]["max"] <= told["time_to_result"]["values"]["max"]
+    metrics = json.loads((tmp_path / "summary.json").read_text())["metrics"]
+    assert metrics["jobs_done"]["values"]["count"] >= 1
+    assert metrics["jobs_refused"]["values"]["count"] >= 1  # two callers, but only one place
+    assert metrics["frames"]["values"]["count"] >= 1
+    assert metrics["time_to_accepted"]["values"]["max"] <= metrics["time_to_result"]["values"]["max"]
     assert "jobs done in" in done.stdout and "to the first frame" in done.stdout
 
 
@@ -146,10 +150,10 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("script", FIELDS, ids=lambda path: path.name)
-def test_the_scripts_use_the_protos_names(script: Path) -> None:
-    """A name that the proto does not have is ignored by both loaders, so a change of it must not pass unseen."""
+def test_the_scripts_use_names_of_the_proto(script: Path) -> None:
+    """Both loaders ignore unknown names, so that a renamed field would not be noticed."""
     text = script.read_text()
     for message, names in FIELDS[script].items():
         for name in names.split():
-            assert re.search(rf"\b{name}\b", text), f"{script.name} uses {name} no more; leave it out here"
+            assert re.search(rf"\b{name}\b", text), f"{script.name} does not use {name} any more; remove it here"
             assert name in {field.json_name for field in message.DESCRIPTOR.fields}, (message.DESCRIPTOR.name, name)

@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parent.parent.parent
+PHOTO = ROOT / "examples" / "photos" / "cat.jpg"  # 768 x 511
+PAINTING = ROOT / "examples" / "styles" / "woodcut.jpg"
 WITHIN_S = 60.0  # the limit of each wait; a server is ready after 2 s, and a small job takes less
 
 
@@ -110,3 +112,10 @@ class Server(Process):
     def client(self, *words: str | Path, cwd: Path) -> Process:
         """A `gramophone` command for this server."""
         return Process("-m", "gramophone_client.cli", *words, "--server", self.address, cwd=cwd)
+
+    def run_client(self, *words: str | Path, cwd: Path) -> str:
+        """Runs a `gramophone` command to its end and returns its output. The command must succeed."""
+        with self.client(*words, cwd=cwd) as client:
+            code = client.code()
+        assert code == 0, client.output
+        return client.output

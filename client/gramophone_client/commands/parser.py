@@ -150,8 +150,8 @@ def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="pause, change or end a job while it runs",
         allow_abbrev=False,
         description="Take control of a running job. Options are carried out in the order of this list; then the "
-        f"command ends. Without options, on a terminal, single keys control the job: {KEYS_HELP}. Leaving stops a job without "
-        "other watchers, unless it was started with `gramophone stylize --detach`.",
+        f"command ends. Without options, on a terminal, single keys control the job: {KEYS_HELP}. Leaving stops a job "
+        "without other watchers, unless it was started with `gramophone stylize --detach`.",
     )
     parser.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
     pausing = parser.add_mutually_exclusive_group()

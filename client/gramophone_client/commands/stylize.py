@@ -43,9 +43,7 @@ class _Job(Outputs):
         if args.resume:
             self._check_resumable()
         else:
-            recipes.preset(
-                args.preset or "fast", **self.overrides
-            )  # raises; the server would refuse it, too, but later
+            recipes.preset(args.preset or "fast", **self.overrides)  # raises, before the server would refuse it
         self.make_frames_folder()
 
     async def run(self, shown: Display | None) -> None:

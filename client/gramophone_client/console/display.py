@@ -182,10 +182,7 @@ class HalfBlocks:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         coloured = console.color_system in ("truecolor", "256") and not console.no_color
-        room = (
-            options.max_width,
-            max(1, console.size.height - 2),
-        )  # without the line of the progress and that of the cursor
+        room = (options.max_width, max(1, console.size.height - 2))  # two lines for the progress and the cursor
         drawn_for = (room, coloured, options.encoding)
         if self._cells is None or self._cells[0] != drawn_for:  # the live display draws the same picture many times
             image = self._fitted(*room)

@@ -33,7 +33,7 @@ def pressed_keys(terminal: TextIO) -> Iterator[asyncio.Queue[str]]:
             keys.put_nowait(key)
 
     before = termios.tcgetattr(number)
-    tty.setcbreak(number, termios.TCSANOW)  # TCSANOW keeps what was typed before
+    tty.setcbreak(number, termios.TCSANOW)  # keeps what was typed before
     try:
         loop.add_reader(number, take)
         yield keys

@@ -293,7 +293,7 @@ class JobControl:
         if result.field_errors:
             violations = tuple(Violation(wrong.field, wrong.description) for wrong in result.field_errors)
             text = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
-            if command.is_replay and command.kind == "update":  # a pause or an end that comes too late does no harm
+            if command.is_replay and command.kind == "update":  # a late pause or end does no harm
                 raise InvalidRequest(f"the job was sent again, and its earlier changes are refused there: {text}")
             return command.fail(InvalidRequest(text, violations=violations))
         if not command.answer.done():

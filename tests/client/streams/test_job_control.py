@@ -118,12 +118,8 @@ async def test_pictures_and_states_are_returned_to_their_caller(client, service)
         state = await job.checkpoint()
         assert (state.iteration, state.light, state.data) == (10, False, b"state after 10")
         updates = await collected(job)
-    assert kinds(updates) == [
-        "Accepted",
-        "Frame",
-        "Checkpoint",
-        "Result",
-    ]  # the job's own, without those that commands asked for
+    # Without the outputs of commands.
+    assert kinds(updates) == ["Accepted", "Frame", "Checkpoint", "Result"]
     assert (updates[1].iteration, updates[2].iteration) == (8, 9)
     assert service.commands == ["start", "frame", "checkpoint"]
 
@@ -287,12 +283,7 @@ async def test_a_lost_job_continues_with_the_changes_of_its_commands(client, ser
 
 async def test_commands_given_during_the_recovery_wait_for_the_job(client, service):
     service.scripts = [
-        [
-            accepted(),
-            checkpoint(5),
-            Answer(6, output=None),
-            LOST,
-        ],  # the command is answered, but the picture has not arrived
+        [accepted(), checkpoint(5), Answer(6, output=None), LOST],  # answered, but without the picture
         [STILL_LOST],
         [
             accepted(job_id="j2", resumed_at=5),
@@ -343,10 +334,8 @@ async def test_a_lost_connection_is_made_again_during_the_grace(client, service,
         await until(lambda: any(message.HasField("attach") for message in service.messages))
         assert await job.resume() == 3
         updates = await collected(job)
-    assert [update.sequence for update in updates] in (
-        [1, 3, 4],
-        [1, 2, 3, 4],
-    )  # the first progress may have been replaced
+    # The first progress may have been replaced by the second.
+    assert [update.sequence for update in updates] in ([1, 3, 4], [1, 2, 3, 4])
     attach = service.messages[2].attach
     assert (attach.job_id, attach.after_sequence, attach.checkpoints.light) == ("j1", 2, True)
     assert len(service.specs) == 1

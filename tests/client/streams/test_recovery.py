@@ -17,6 +17,7 @@ from tests.support.fake_service import (
     HANG,
     LOST,
     NO_RETRIES,
+    NOWHERE,
     PAINTING,
     PHOTO,
     accepted,
@@ -332,7 +333,7 @@ async def test_a_job_that_crashes_its_servers_before_it_is_accepted_is_given_up(
 
 
 async def test_missing_servers_are_waited_for_between_losses(client, service, monkeypatch):
-    # Of the calls that fail, only those that had a connection may have taken a server down.
+    # A failed call can only have crashed a server if it had a connection.
     connected = iter([True, *[False] * 9])
     monkeypatch.setattr(Connection, "is_connected", property(lambda _: next(connected)))
     service.scripts = [*[[rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]] * 8, [accepted(), result()]]
@@ -343,14 +344,14 @@ async def test_missing_servers_are_waited_for_between_losses(client, service, mo
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_missing_server_is_not_waited_for(how):
     started = time.monotonic()
-    async with GramophoneClient("127.0.0.1:1", timeout_s=60) as client:
+    async with GramophoneClient(NOWHERE, timeout_s=60) as client:
         with pytest.raises(errors.ConnectionFailed, match="is it running there"):
             await run_job(client, how)
     assert time.monotonic() - started < recovery.PATIENCE_S / 2
 
 
 async def test_endless_connecting_does_not_use_up_the_callers_time():
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # which takes connections and never says a word
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and sends nothing
         host, port = silent.getsockname()
         started = time.monotonic()
         async with GramophoneClient(f"{host}:{port}", timeout_s=0.5) as client:
