@@ -1,1 +1,1 @@
-"""Measurements. Ratios from one interleaved run, medians, with the machine and the command beside them."""
+"""Measurements: medians and ratios from interleaved runs, each with the machine and the command it was made with."""

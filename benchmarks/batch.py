@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch --device cpu --sizes 64,128,256 --slots 1,2,4 --json FILE
 
-Square pictures, the recipe `fast` at one scale, and the engine's own batches with every slot taken. `ratio` is the time per
-job against that of one slot: below 1 a batch pays, at 1 it only shares. `leave`, `join` and
-`join_new_style` are what handing a job back and taking it in cost, in iterations of one slot; the last where its style is not
+Square pictures, the recipe `fast` at one scale, and the engine's own batches with all slots taken. `ratio` is the time
+per job divided by that of one slot: a batch pays below 1, and gains nothing at 1. `leave`, `join` and `join_new_style`
+are the costs of returning a job and of taking it in, in iterations of one slot; the last one with a style that is not
 in the cache.
 """
 
@@ -26,7 +26,7 @@ from gramophone_server.domain.engine_api import Batch, BatchEngine
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
 
-ITERATIONS = 100_000  # more than are made
+ITERATIONS = 100_000  # more than a measurement makes
 
 
 def noise(size: int, count: int) -> Tensor:
@@ -36,10 +36,10 @@ def noise(size: int, count: int) -> Tensor:
 
 
 def rows_of(engine: VggEngine, size: int, optimiser: Optimiser, slots: list[int], repeats: int) -> list[Row]:
-    """All widths of one size, in turn."""
+    """The rows of one size: all widths, interleaved."""
     recipe = Recipe(size=size, smallest_size=0, iterations=ITERATIONS, optimiser=optimiser)
-    work = jobs(noise(size, max(slots)), noise(size, max(slots)).flip(0), recipe)
-    batches = {width: filled(engine, work[:width]) for width in slots}
+    all_jobs = jobs(noise(size, max(slots)), noise(size, max(slots)).flip(0), recipe)
+    batches = {width: filled(engine, all_jobs[:width]) for width in slots}
     variants: dict[str, Callable[[], object]] = {
         str(width): partial(batch.advance, 2) for width, batch in batches.items()
     }
@@ -51,35 +51,36 @@ def rows_of(engine: VggEngine, size: int, optimiser: Optimiser, slots: list[int]
          "ratio": ms / width / alone}
         for width, ms in times.items()
     ]  # fmt: skip
-    rows[-1] |= {name: ms / alone for name, ms in _moves(engine, batches[max(slots)]).items()}
+    rows[-1] |= {name: ms / alone for name, ms in _leave_and_join_ms(engine, batches[max(slots)]).items()}
     for batch in batches.values():
         batch.close()
     return rows
 
 
-def filled(engine: BatchEngine, work: list[StyleJob]) -> Batch:
+def filled(engine: BatchEngine, all_jobs: list[StyleJob]) -> Batch:
     """A batch with a slot for each of the jobs."""
-    batch = engine.batch(engine.admit(work[0]).shape, len(work))
-    for job in work:
-        batch.join(engine.admit(job))
+    states = [engine.admit(job) for job in all_jobs]
+    batch = engine.batch(states[0].shape, len(states))
+    for state in states:
+        batch.join(state)
     return batch
 
 
-def _moves(engine: VggEngine, batch: Batch) -> dict[str, float]:
-    """Milliseconds to leave a batch and to join it again, the style known and not."""
+def _leave_and_join_ms(engine: VggEngine, batch: Batch) -> dict[str, float]:
+    """Milliseconds to leave a batch and to join it again, with the style in the cache and without."""
 
     def timed(call: Callable[[], object]) -> float:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call()
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begin) * 1e3
+        return (time.perf_counter() - start) * 1e3
 
-    work = batch.states[0]
-    moves = {"leave": timed(partial(batch.leave, 0)), "join": timed(partial(batch.join, work))}
+    state = batch.states[0]
+    times = {"leave": timed(partial(batch.leave, 0)), "join": timed(partial(batch.join, state))}
     batch.leave(0)
     engine.style_targets.clear()
-    return moves | {"join_new_style": timed(partial(batch.join, work))}
+    return times | {"join_new_style": timed(partial(batch.join, state))}
 
 
 def main() -> None:
@@ -88,9 +89,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--sizes", default="64,128,256", help="sides in pixels, with commas")
-    parser.add_argument("--slots", default="1,2,4", help="widths of the batches, the first is compared with")
+    parser.add_argument(
+        "--slots", default="1,2,4", help="numbers of slots, with commas; the ratio is against the least"
+    )
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     engine = VggEngine.load(
         device=arguments.device, precision=arguments.precision, weights="embedded", backbone="vgg19", threads=0

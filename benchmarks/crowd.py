@@ -1,11 +1,11 @@
-"""Equal jobs at once against one after another, through the server: what sharing batches and slices comes to.
+"""Equal jobs at the same time against one after another, through the server: the gain of sharing batches and slices.
 
     python -m benchmarks.crowd --sizes 64,128 --jobs 16 --json FILE
 
-The cat in brushwork with the Oxford VGG-19 at one scale, on the CPU. `alone_s` is the time of all jobs when each is sent
-after the one before has its result, `together_s` when all are sent at once, each the shortest of so many repeats in turn;
-`gain` is how many times faster that is. `first_s` is when the first of those sent at once has its
-result, in the fastest repeat.
+The cat in brushwork with the Oxford VGG-19 at one scale, on the CPU. `alone_s` is the time of all jobs if each is sent
+after the result of the one before; `together_s` if all are sent at the same time. Each is the shortest of the
+interleaved repeats, and `gain` is their ratio. `first_s` is the time of the first result of the jobs sent together, in
+the fastest repeat.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ async def sizes_measured(address: str, sizes: list[int], jobs: int, iterations: 
             return time.perf_counter()
 
         async def alone(size: int) -> float:
-            begin = time.perf_counter()
-            return [await job(size) for _ in range(jobs)][-1] - begin
+            start = time.perf_counter()
+            return [await job(size) for _ in range(jobs)][-1] - start
 
         async def together(size: int) -> list[float]:
-            begin = time.perf_counter()
-            return sorted(end - begin for end in await asyncio.gather(*(job(size) for _ in range(jobs))))
+            start = time.perf_counter()
+            return sorted(end - start for end in await asyncio.gather(*(job(size) for _ in range(jobs))))
 
         for size in sizes:
-            await together(size)  # until the server knows which widths pay
+            await together(size)  # the server measures which batch widths pay
             each, all_of_them = [], []
             for i in range(repeats):
                 print(f"{size} px, repeat {i + 1} of {repeats}", file=sys.stderr, flush=True)
@@ -59,10 +59,10 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="64,128", help="longest sides in pixels, with commas")
-    parser.add_argument("--jobs", type=int, default=16, help="as many as the server works on side by side")
+    parser.add_argument("--jobs", type=int, default=16, help="at most as many as the server runs at the same time")
     parser.add_argument("--iterations", type=int, default=30, help="of each job")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
     command = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--device", "cpu", "--log-level", "error"]

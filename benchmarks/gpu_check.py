@@ -1,12 +1,12 @@
-"""The GPU check: what is here, whether it is right, and how fast it is.
+"""The GPU check: the machine, the correctness of the kernels, and their speed.
 
     make gpu-check
     python -m benchmarks.gpu_check --only ceilings,iteration
     python -m benchmarks.gpu_check --device cpu --minutes 3    # a dry run of all of it on small pictures
 
-Sections run one after another, each in a process of its own and with a share of the time; what one leaves goes to the next.
-Writes benchmarks/results/GPU.json, the generated part of benchmarks/RESULTS.md and the logs in build/gpu-check, and ends
-with 1 if anything failed.
+Sections run one after another, each in a process of its own and with a share of the time; time that one leaves goes to
+the next. Writes benchmarks/results/GPU.json, the generated part of benchmarks/RESULTS.md and the logs in
+build/gpu-check. The exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_engine, gpu_here, gpu_kernels, gpu_report
+from benchmarks import gpu_correctness, gpu_engine, gpu_kernels, gpu_report
 from benchmarks.measure import Row
 from benchmarks.section import Section
 
@@ -36,13 +36,13 @@ class Step(NamedTuple):
     """A section of the check."""
 
     run: Callable[[Section], None]
-    share: float  # of the time, in seconds of eight minutes
+    share: float  # of the time, in seconds out of eight minutes
 
 
 STEPS: Mapping[str, Step] = {
-    "here": Step(gpu_here.here, 12),
-    "tests": Step(gpu_here.tests, 90),
-    "sanitizer": Step(gpu_here.sanitizer, 48),
+    "machine": Step(gpu_correctness.machine, 12),
+    "tests": Step(gpu_correctness.tests, 90),
+    "sanitizer": Step(gpu_correctness.sanitizer, 48),
     "ceilings": Step(gpu_kernels.ceilings, 20),
     "convolutions": Step(gpu_kernels.convolutions, 45),
     "style": Step(gpu_kernels.style_op, 35),
@@ -52,18 +52,20 @@ STEPS: Mapping[str, Step] = {
     "profile": Step(gpu_engine.profile, 20),
     "compile": Step(gpu_engine.compiled, 35),
 }
-GRACE = 8.0  # seconds that a section may run past its time before it is ended
+GRACE = 8.0  # seconds after its time until a section is killed
 
 
 def main() -> int:
     """Runs the sections and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0, help="at most, all sections together")
-    parser.add_argument("--skip-tests", action="store_true", help="measure only")
-    parser.add_argument("--only", default="", help=f"of the sections, with commas: {', '.join(STEPS)}")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run, nothing is kept")
-    parser.add_argument("--out", type=Path, help="a folder for copies of the results, and for the logs")
-    parser.add_argument("--section", help=argparse.SUPPRESS)  # this process is a section of another one
+    parser.add_argument("--minutes", type=float, default=7.0, help="time limit of all sections together")
+    parser.add_argument("--skip-tests", action="store_true", help="only measure")
+    parser.add_argument("--only", default="", help=f"sections to run, with commas: {', '.join(STEPS)}")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run that keeps no results"
+    )
+    parser.add_argument("--out", type=Path, help="folder for copies of the results and for the logs")
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # in the process of a section
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.section:
@@ -90,31 +92,34 @@ def main() -> int:
     results = read(found)
     for _ in run_all(names, arguments.device, arguments.minutes * 60, found):
         results = read(found)
-        keep(results, arguments.out, not arguments.only)  # each time: the next may be the last
+        keep(
+            results, arguments.out, not arguments.only
+        )  # after each section, as the check may be killed in the next one
     print(gpu_report.section(results))
     for one in results["failed"]:
         print(f"FAILED {one['section']}, {one['what']}: {one['why']}")
     for goal in gpu_report.goals(results["rows"]):
-        told = "met" if goal.met else f"MISSED by {goal.missed_by:.2f} times"
-        print(f"{told}: {goal.what} is {goal.measured:.3g}, {goal.bound} {goal.wanted:.3g}")
+        verdict = "met" if goal.met else f"MISSED by {goal.missed_by:.2f} times"
+        print(f"{verdict}: {goal.what} is {goal.measured:.3g}, {goal.bound} {goal.wanted:.3g}")
     print(f"{len(results['rows'])} rows, {len(results['failed'])} failed, {len(results['left_out'])} left out")
     return 1 if results["failed"] else 0
 
 
 def run_all(names: list[str], device: str, seconds: float, found: Path) -> Iterator[str]:
-    """Every section in its process, and its name when it is done. It ends when the shares up to it are used up."""
-    whole, begin, due = sum(STEPS[name].share for name in names), time.monotonic(), 0.0
+    """Runs every section in a process, until the shares up to and including its own are used up, and yields its name
+    after its end."""
+    whole, start, due = sum(STEPS[name].share for name in names), time.monotonic(), 0.0
     for name in names:
         due += STEPS[name].share / whole * seconds
-        left = due - (time.monotonic() - begin)
-        print(f"== {name}: at {time.monotonic() - begin:.0f} s, until {due:.0f} s", flush=True)
+        left = due - (time.monotonic() - start)
+        print(f"== {name}: at {time.monotonic() - start:.0f} s, until {due:.0f} s", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu_check", "--section", name, "--device", device]
         command += ["--minutes", str(max(left, 1.0) / 60), "--found", str(found)]
         try:
             code = subprocess.run(command, check=False, timeout=max(left, 1.0) + GRACE).returncode
             why = f"its process ended with {code}" if code else ""
         except subprocess.TimeoutExpired:
-            why = "it ran past its time and was ended"
+            why = "it exceeded its time and was killed"
         if why:
             print(f"  FAILED, {why}", flush=True)
             with found.open("a") as file:
@@ -123,7 +128,7 @@ def run_all(names: list[str], device: str, seconds: float, found: Path) -> Itera
 
 
 def read(found: Path) -> dict[str, Any]:
-    """What the sections have written so far."""
+    """The results that the sections have written so far."""
     machine: Row = {}
     rows: list[Row] = []
     failed: list[Row] = []
@@ -131,7 +136,7 @@ def read(found: Path) -> dict[str, Any]:
     for line in found.read_text().splitlines():
         try:
             ((kind, value),) = json.loads(line).items()
-        except ValueError:  # a section was ended in the middle of a line
+        except ValueError:  # a section was killed within a line
             continue
         if kind == "fact":
             machine |= value
@@ -150,7 +155,8 @@ def read(found: Path) -> dict[str, Any]:
 
 
 def keep(results: Mapping[str, Any], out: Path | None, whole: bool) -> None:
-    """The results as JSON, and as a part of RESULTS.md if they are ``whole``; nothing but in ``out`` without a GPU."""
+    """Writes the results to ``out`` and, if they were measured on a GPU and are ``whole``, to the results folder and to
+    RESULTS.md."""
     name = str(results["machine"].get("gpu", "no-gpu")).replace(" ", "-")
     text = json.dumps(results, indent=1) + "\n"
     section = gpu_report.section(results)

@@ -1,4 +1,5 @@
-"""The GPU check's engine: whole iterations against the textbook loop, whole jobs, memory, and where the time goes."""
+"""The engine in the GPU check: iterations against the textbook loop, whole jobs, memory, and a profile of the
+kernels."""
 
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ __all__ = ["compiled", "iteration", "job", "memory", "profile"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 SEARCHING = Switches(benchmark=True, conv_tf32=True, matmul_tf32=False)  # the best that a few lines can do
-Steps = dict[str, tuple[Callable[[], object], int]]  # a call and the iterations in it
+Steps = dict[str, tuple[Callable[[], object], int]]  # by name: a call, and the number of iterations in it
 
-# Side and batch, the ones that the goals name first.
+# Side in pixels and batch; first those with a goal.
 SIZES = ((512, 1), (1024, 1), (256, 1), (2048, 1), (256, 16), (512, 4), (256, 4), (512, 16), (1024, 4))
 
 
 def _pictures(side: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Content and style, of values that 8 bits can hold."""
+    """Content and style, float32 [batch, 3, side, side] in [0, 1], in steps of 1/255."""
     content, style = (((smooth(side, seed, batch) * 255).round() / 255).to(device) for seed in (1, 2))
     return content, style
 
@@ -47,7 +48,7 @@ def _pictures(side: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def iteration(section: Section) -> None:
-    """Ours and the textbook's, in every mode."""
+    """Times iterations of our engine and of the textbook loop, in every mode."""
     vgg, _ = network()
     engines: dict[tuple[str, bool, bool], VggEngine] = {}  # by mode, graphs and search
     for size, batch in SIZES:
@@ -57,8 +58,8 @@ def iteration(section: Section) -> None:
     for (mode, graphs, search), engine in engines.items():
         if graphs and engine.features.autotuner.milliseconds:
             forms = {
-                str(question): {way: ms if math.isfinite(ms) else None for way, ms in ways.items()}
-                for question, ways in engine.features.autotuner.milliseconds.items()
+                str(key): {kernel: ms if math.isfinite(ms) else None for kernel, ms in times.items()}
+                for key, times in engine.features.autotuner.milliseconds.items()
             }
             section.fact(f"forms, {mode}{', searching' * search}", forms)
 
@@ -69,10 +70,10 @@ def _iteration(
     content, style = _pictures(side, batch, section.device)
     with TORCHS_OWN:
         plain = textbook_step(textbook_loss(vgg, content, style, torch.float32, FIRST), content)
-        wanted = float(plain())
+        expected = float(plain())
     steps: Steps = {"eager fp32": (TORCHS_OWN.around(plain), 1)}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        with SEARCHING:  # from the first call on: cuDNN's plan for a shape stays what it was first
+        with SEARCHING:  # from the first call on, because cuDNN keeps its first plan for a shape
             loss = textbook_loss(vgg, content, style, dtype, LAST)
         half = SEARCHING.around(textbook_step(loss, content))
         values = [half() for _ in range(3)]
@@ -84,8 +85,8 @@ def _iteration(
     many = _at_once(section, side, batch)
 
     def prepare(name: str, mode: str, graphs: bool, optimiser: Optimiser, search: bool) -> None:
-        # cuDNN's plans are kept by shape, type and the switch for tf32, which changes nothing in 16 bits: with it, the search
-        # does not meet what was planned without one.
+        # cuDNN keeps its plans by shape, type and the switch for tf32, which changes nothing in 16 bits. With the
+        # switch on, the search does not find the plans that were made without a search.
         tf32 = mode == "tf32"
         switches = Switches(benchmark=search, conv_tf32=tf32 or search, matmul_tf32=tf32)
         recipe = Recipe(size=side, smallest_size=0, iterations=100_000, optimiser=optimiser)
@@ -95,7 +96,7 @@ def _iteration(
                 engines[key] = VggEngine(vgg, content.device, MODES[mode], graphs=graphs and section.device == "cuda")
             run = engines[key].run_batch(jobs(content, style, recipe))
             runs.append(run)
-            _same_objective(run, wanted, mode)
+            _require_same_objective(run, expected, mode)
         steps[name] = switches.around(functools.partial(run.advance, many)), many
 
     for name, variant in _variants(section.device, size, batch).items():
@@ -108,8 +109,9 @@ def _iteration(
 
 
 def _variants(device: str, size: int, batch: int) -> Mapping[str, tuple[str, bool, Optimiser, bool]]:
-    """Ours: mode, graphs or not, optimiser, and whether cuDNN searches for its fastest kernels, which the engine leaves
-    off. What tells nothing new at other sizes is measured at one."""
+    """Our variants by name: mode, whether iterations are captured as graphs, optimiser, and whether cuDNN searches for
+    its fastest kernels, which the engine does not let it do. Variants that show nothing new at other sizes are measured
+    at one."""
     adam = Optimiser.ADAM
     if device == "cpu":
         return {
@@ -133,18 +135,18 @@ def _variants(device: str, size: int, batch: int) -> Mapping[str, tuple[str, boo
 
 
 def _at_once(section: Section, side: int, batch: int) -> int:
-    """Iterations per call of `advance`, so that reading the losses, once per call, hardly counts."""
+    """Iterations per call of `advance`; so many that the one readback of the losses hardly counts."""
     if section.device == "cpu":
         return 2
     return 50 if side * side * batch <= 512 * 512 else 10
 
 
-def _same_objective(run: BatchRun, wanted: float, mode: str) -> None:
-    """The first loss is the textbook's, so both loops do the same work."""
+def _require_same_objective(run: BatchRun, expected: float, mode: str) -> None:
+    """Raises `RuntimeError` unless the first loss is that of the textbook loop, so that both loops do the same work."""
     first = sum(report.losses.total for report in run.advance(1))
-    far = abs(first / wanted - 1)
-    if not far < (3e-2 if mode == "bf16" else 1e-2):
-        raise RuntimeError(f"its first loss {first:.5g} is {far:.1e} from the textbook's {wanted:.5g}; not timed")
+    error = abs(first / expected - 1)
+    if not error < (3e-2 if mode == "bf16" else 1e-2):
+        raise RuntimeError(f"its first loss {first:.5g} is {error:.1e} from the textbook's {expected:.5g}; not timed")
 
 
 def _report(section: Section, steps: Steps, side: int, batch: int) -> None:
@@ -165,7 +167,7 @@ def _report(section: Section, steps: Steps, side: int, batch: int) -> None:
 
 
 def compiled(section: Section) -> None:
-    """torch.compile of the 16-bit textbook loop, which takes its time to compile."""
+    """Times torch.compile of the 16-bit textbook loop, whose compilation takes long."""
     vgg, _ = network()
     for size, mode in ((512, "default"), (1024, "default"), (512, "reduce-overhead")):
         side = section.px(size)
@@ -177,7 +179,7 @@ def _compiled(section: Section, vgg: Vgg, side: int, mode: str) -> None:
     content, style = _pictures(side, 1, section.device)
     with SEARCHING:
         loss = textbook_loss(vgg, content, style, torch.bfloat16, LAST)
-    # A dry run need not wait for a compiler.
+    # A dry run does not wait for a compiler.
     fast = torch.compile(loss, mode=mode) if section.device == "cuda" else torch.compile(loss, backend="eager")
     steps: Steps = {
         "eager fp32": (textbook(vgg, content, style, torch.float32, FIRST), 1),
@@ -191,11 +193,11 @@ def _compiled(section: Section, vgg: Vgg, side: int, mode: str) -> None:
 
 FRAMES_PER_S = 10.0
 QUALITY = 85
-CHUNK = 10  # iterations between two looks at the clock
+CHUNK = 10  # iterations between two checks of the clock
 
 
 def job(section: Section) -> None:
-    """The preset `fast` at 512 px with its frames, and 16 jobs as one batch against one after another."""
+    """Times the preset `fast` at 512 px with its frames, and 16 jobs as one batch against one after another."""
     vgg, _ = network()
     engine = _engine(vgg, section.device)
     side = section.px(512)
@@ -204,7 +206,7 @@ def job(section: Section) -> None:
         decode((EXAMPLES / name).read_bytes(), name, Settings(), side)
         for name in ("photos/cat.jpg", "styles/brushwork.jpg")
     )
-    square = min(content.shape[1:])  # so that the sizes are those of the other rows
+    square = min(content.shape[1:])  # square, as the pictures of the other rows
     content = content[:, :square, :square].contiguous()
     one = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
     for turn in ("cold", "second", "warm"):
@@ -220,17 +222,17 @@ def _engine(vgg: Vgg, device: str, graphs: bool = True) -> VggEngine:
 
 
 def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:
-    begin = time.perf_counter()
+    start = time.perf_counter()
 
     def frame(picture: Callable[[], Tensor]) -> float:
-        """Encodes, and says when it was ready."""
+        """Encodes the picture, and returns the time when it was ready."""
         encode(picture(), Format.JPEG, QUALITY)
         return time.perf_counter()
 
     with ThreadPoolExecutor(1) as encoder:
         run = engine.run_batch([one])
         frames: list[Future[float]] = []
-        due = begin
+        due = start
         while not run.finished:
             run.advance(CHUNK)
             if time.perf_counter() >= due:
@@ -245,8 +247,8 @@ def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:
         batch=1,
         iterations=sum(n for _, _, n in one.scales),
         frames=len(frames),
-        ms=(ended[-1] - begin) * 1e3,
-        first_frame_ms=(ended[0] - begin) * 1e3,
+        ms=(ended[-1] - start) * 1e3,
+        first_frame_ms=(ended[0] - start) * 1e3,
     )
 
 
@@ -280,7 +282,7 @@ def _sixteen(section: Section, engine: VggEngine, one: StyleJob) -> None:
 
 
 def memory(section: Section) -> None:
-    """The estimate of what a batch takes against what the allocator has seen."""
+    """Compares the memory estimate of a batch with the peak of the allocator."""
     vgg, _ = network()
     engine = _engine(vgg, section.device)
     for size, batch in ((512, 1), (1024, 1), (2048, 1), (512, 4), (1024, 4), (2048, 4)):
@@ -291,18 +293,18 @@ def memory(section: Section) -> None:
 
 def _memory(section: Section, engine: VggEngine, side: int, batch: int) -> None:
     content, style = _pictures(side, batch, section.device)
-    work = jobs(content, style, Recipe(size=side, smallest_size=0, iterations=100))
+    all_jobs = jobs(content, style, Recipe(size=side, smallest_size=0, iterations=100))
     del content, style
-    needed = engine.batch_bytes(engine.admit(work[0]).shape, batch)
+    needed = engine.batch_bytes(engine.admit(all_jobs[0]).shape, batch)
     row = {"name": "memory", "size": side, "batch": batch, "needed_mb": needed / 1e6}
     if section.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
-        run = engine.run_batch(work)
+        run = engine.run_batch(all_jobs)
         run.advance(1)
-        starting = torch.cuda.max_memory_allocated() - before  # with the capture
+        starting = torch.cuda.max_memory_allocated() - before  # including the capture
         torch.cuda.reset_peak_memory_stats()
         run.advance(20)
         iterating = torch.cuda.max_memory_allocated() - before
@@ -310,21 +312,21 @@ def _memory(section: Section, engine: VggEngine, side: int, batch: int) -> None:
             "starting_mb": starting / 1e6,
             "iterating_mb": iterating / 1e6,
             "reserved_mb": (torch.cuda.memory_reserved() - reserved) / 1e6,
-            "ratio": starting / needed,  # above 1: more than was told
+            "ratio": starting / needed,  # above 1: more than estimated
         }
         run.close()
         engine.graph_runners.clear()
     section.row(**row)
 
 
-# Where the time goes --------------------------------------------------------------------------------------------------
+# A profile --------------------------------------------------------------------------------------------------
 
 PROFILED = 20  # iterations
-KERNELS = 20  # of the list
+KERNELS = 20  # kernels in the list
 
 
 def profile(section: Section) -> None:
-    """The kernels of an iteration, each launched by itself, and what they take."""
+    """The kernels of an iteration, each launched by itself, with their times."""
     vgg, _ = network()
     for size in (512, 1024):
         side = section.px(size)
@@ -350,7 +352,7 @@ def _profile(section: Section, vgg: Vgg, side: int) -> None:
         kernels = [(e.key, e.self_cpu_time_total, e.count) for e in events]
     total = sum(us for _, us, _ in kernels)
     if not total:
-        raise RuntimeError("the profiler saw no kernel (CUPTI may not be allowed here)")
+        raise RuntimeError("the profiler recorded no kernel (CUPTI may not be permitted on this machine)")
     kernels.sort(key=lambda kernel: -kernel[1])
     lines = [f"{total / iterations:9.1f} us per iteration in {len(kernels)} kernels"]
     for key, us, count in kernels[:KERNELS]:

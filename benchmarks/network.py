@@ -1,4 +1,4 @@
-"""What the GPU's measurements run on: the network, its arithmetic, and pictures."""
+"""The network, its number of operations, and pictures, for measurements on a GPU."""
 
 from __future__ import annotations
 
@@ -28,46 +28,48 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of one way: 2 * 9 * in * out per pixel. The way back to the input has as many."""
+        """Floating-point operations of the forward pass: 2 * 9 * in * out per pixel. The backward pass to the input has
+        as many."""
         return 18 * self.channels_in * self.channels_out * self.height * self.width
 
 
 def shapes(height: int, width: int) -> Iterator[Shape]:
     """The convolutions of VGG-19 up to relu5_1."""
-    below = 3
+    channels = 3
     for block, count in enumerate(BACKBONES["vgg19"], 1):
         for number in range(1, count + 1):
             out = CHANNELS[block - 1]
-            yield Shape(f"{block}_{number}", below, out, height >> (block - 1), width >> (block - 1))
-            below = out
+            yield Shape(f"{block}_{number}", channels, out, height >> (block - 1), width >> (block - 1))
+            channels = out
             if f"{block}_{number}" == DEEPEST:
                 return
 
 
 def flops(side: int, batch: int = 1) -> int:
-    """Of the convolutions of one iteration on square pictures, there and back; the Gram matrices are 7 % more."""
+    """Operations of the convolutions of one iteration on square pictures, forward and backward. The Gram matrices are 7
+    % more."""
     return 2 * batch * sum(shape.flops for shape in shapes(side, side))
 
 
 def random_vgg(seed: int = 0) -> Vgg:
-    """VGG-19 with He-initialised weights: the same work for the GPU as with the real ones."""
+    """VGG-19 with He-initialised weights, which take as much time as the real ones."""
     generator = torch.Generator().manual_seed(seed)
-    convolutions, below = [], 3
+    convolutions, channels = [], 3
     for block, count in enumerate(BACKBONES["vgg19"], 1):
         for number in range(1, count + 1):
             out = CHANNELS[block - 1]
-            weight = torch.randn(out, below, 3, 3, generator=generator) * (2 / (9 * below)) ** 0.5
+            weight = torch.randn(out, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
             convolutions.append(Convolution(f"{block}_{number}", weight, torch.zeros(out), block > 1 and number == 1))
-            below = out
+            channels = out
     return Vgg("vgg19", tuple(convolutions), OXFORD, "random, He-initialised")
 
 
 def network() -> tuple[Vgg, str]:
-    """The embedded weights, or random ones where their package is missing, and what they are, for people."""
+    """The network with the embedded weights, or with random ones if their package is missing, and a description."""
     try:
         return load_vgg("embedded"), "the Oxford VGG-19"
     except StartupError:
-        return random_vgg(), "VGG-19 with random weights, because the package with the real ones is not here"
+        return random_vgg(), "VGG-19 with random weights, because the package with the real ones is not installed"
 
 
 def smooth(side: int, seed: int, batch: int = 1) -> Tensor:

@@ -1,10 +1,10 @@
-"""The style op per layer: ours against torch, forward and backward, at a 512 px picture.
+"""The style op by layer: ours against torch, forward and backward, at a 512 px picture.
 
     python -m benchmarks.ops --device cpu --json FILE
 
 `torch` is what the textbook loop does for a style layer: reshape, matmul, subtract, square, sum, autograd, and then the
-ReLU's own backward; `ours` is style_fwd and style_bwd_, which has that backward in it. The float32 rows are the baseline
-of both ratios. Both are checked against each other before they are timed.
+backward pass of the ReLU. `ours` is style_fwd and style_bwd_, which includes that of the ReLU. Both ratios are against
+the float32 row. The two are checked against each other before they are timed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHT = 1e-3
 
 
 def ours(features: Tensor, target: Tensor, upstream: Tensor, scale: float) -> Callable[[], Tensor]:
-    """style_fwd, then style_bwd_ with the ReLU mask; returns the gradient."""
+    """A function that calls style_fwd, then style_bwd_ with the ReLU mask, and returns the gradient."""
     weights, grad = torch.full((1, 1), WEIGHT, device=features.device), torch.empty_like(features)
 
     def call() -> Tensor:
@@ -36,7 +36,7 @@ def ours(features: Tensor, target: Tensor, upstream: Tensor, scale: float) -> Ca
 
 
 def eager(features: Tensor, target: Tensor, upstream: Tensor, scale: float) -> Callable[[], Tensor]:
-    """The same by autograd."""
+    """A function that does the same with autograd."""
     leaf = features.clone().requires_grad_()
 
     def call() -> Tensor:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
 
     rows: list[Row] = []
@@ -71,9 +71,9 @@ def main() -> None:
             f = features.to(dtype).contiguous(memory_format=torch.channels_last)
             up = upstream.to(dtype).contiguous(memory_format=torch.channels_last)
             mine, theirs = ours(f, target, up, scale), eager(f.contiguous(), target, up.contiguous(), scale)
-            apart = float((mine().float() - theirs().float()).norm() / theirs().float().norm())
-            if apart > (1e-4 if dtype is torch.float32 else 2e-2):
-                raise SystemExit(f"{layer} {name}: ours and torch differ by {apart:.1e}; nothing was timed")
+            error = float((mine().float() - theirs().float()).norm() / theirs().float().norm())
+            if error > (1e-4 if dtype is torch.float32 else 2e-2):
+                raise SystemExit(f"{layer} {name}: ours and torch differ by {error:.1e}; nothing was timed")
             variants |= {f"ours_{name}": mine, f"eager_{name}": theirs}
         times = interleaved(variants, arguments.repeats, device, 5.0 if device == "cuda" else 0.0)
         rows += [

@@ -1,11 +1,11 @@
-"""What the precisions cost in exactness, with the real network: gradients and finished pictures against fp32.
+"""The exactness of the precisions with the real network: gradients and finished pictures against fp32.
 
     python -m benchmarks.precision --size 192 --json FILE
 
-Runs on the CPU and computes what a GPU would: operands and activations are rounded to the mode's types, sums are float32.
+Runs on the CPU and computes as a GPU would: operands and activations are rounded to the mode's types, sums are float32.
 The gradient is compared at the photo, where the preset `fast` starts, and at the picture where it ends in fp32. The
-picture is that of a whole `fast` job. `fp32 again` is the same job by other kernels of float32: how far two runs drift apart
-for no reason but the order of sums.
+picture is that of a whole `fast` job. `fp32 again` is the same job with other float32 kernels: how far two runs drift
+apart only because of the order of sums.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAIRS = (("photos/cat.jpg", "styles/brushwork.jpg"), ("photos/coffee.jpg", "styl
 
 
 class Rounded:
-    """A convolution as the GPU's matrix units compute it: rounded operands, float32 sums, a rounded result.
+    """A kernel that computes as the GPU's matrix units do: rounded operands, float32 sums, a rounded result.
 
     The result of tf32 stays float32; its operands lose all but 10 bits of mantissa.
     """
@@ -65,7 +65,7 @@ class Rounded:
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """To 10 bits of mantissa, nearest even, as the matrix units take float32."""
+    """Rounds to 10 bits of mantissa, ties to even, as the matrix units do with float32."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
@@ -87,9 +87,9 @@ def rounded(vgg: Vgg, mode: str) -> VggEngine:
     return engine
 
 
-def gradient(engine: VggEngine, job: StyleJob, at: Tensor) -> Tensor:
-    """dJ/dimage of a job at ``at``, uint8 [height, width, 3]; one scale."""
-    start = at.permute(2, 0, 1).contiguous()
+def gradient(engine: VggEngine, job: StyleJob, picture: Tensor) -> Tensor:
+    """The gradient of a job's objective at ``picture``, uint8 [height, width, 3], at one scale."""
+    start = picture.permute(2, 0, 1).contiguous()
     one = Recipe(size=job.recipe.size, start=Start.IMAGE, smallest_size=0, iterations=1)
     run = engine.run_batch(
         [StyleJob(recipe=one, content=job.content, styles=job.styles, style_weights=(1.0,), start=start, seed=0)]
@@ -99,7 +99,7 @@ def gradient(engine: VggEngine, job: StyleJob, at: Tensor) -> Tensor:
 
 
 def painted(engine: VggEngine, job: StyleJob) -> tuple[Tensor, float]:
-    """The finished picture, and the last loss."""
+    """The finished picture and the last loss."""
     run = engine.run_batch([job])
     while not run.finished:
         (report,) = run.advance()
@@ -107,20 +107,20 @@ def painted(engine: VggEngine, job: StyleJob) -> tuple[Tensor, float]:
 
 
 def compared(vgg: Vgg, job: StyleJob, modes: tuple[str, ...]) -> Mapping[str, Row]:
-    """Per mode, relative errors of the gradient and of the last loss, and the picture's difference."""
+    """By mode, the relative errors of the gradient and of the last loss, and the difference of the picture."""
     exact = rounded(vgg, "fp32")
-    start = _photo(job)
-    end, loss = painted(exact, job)
+    start_picture = _photo(job)
+    end_picture, loss = painted(exact, job)
     rows: dict[str, Row] = {}
     for name in modes:
         engine = VggEngine(vgg, CPU, MODES["fp32"]) if name == "fp32 again" else rounded(vgg, name)
         row: Row = {"name": name, "size": job.recipe.size}
-        for when, at in (("start", start), ("end", end)):
-            expected, got = gradient(exact, job, at), gradient(engine, job, at)
+        for when, compared_at in (("start", start_picture), ("end", end_picture)):
+            expected, got = gradient(exact, job, compared_at), gradient(engine, job, compared_at)
             row[f"gradient error, {when}"] = float((got - expected).norm() / expected.norm())
         picture, last = painted(engine, job)
         row["last loss / fp32"] = last / loss
-        row["picture rms of 255"] = float((picture.float() - end.float()).square().mean().sqrt())
+        row["picture rms of 255"] = float((picture.float() - end_picture.float()).square().mean().sqrt())
         rows[name] = row
     return rows
 
@@ -142,7 +142,7 @@ def main() -> None:
     """Runs the comparison and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=192, help="longest side in pixels")
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
 
     vgg = load_vgg("embedded")

@@ -1,9 +1,9 @@
-"""How far a gradient evaluation gets: recipes against each other, by the objective of `fast` at their final pictures.
+"""The objective that recipes reach: the objective of `fast` at their final pictures, by number of gradient evaluations.
 
     python -m benchmarks.recipe --size 256 --json FILE
     python -m benchmarks.recipe --pair photo.jpg painting.jpg
 
-Evaluations count each scale by its pixels, in units of the final size, so they are what a recipe costs.
+An evaluation counts by its pixels, in units of the final size, so the number of evaluations is the cost of a recipe.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="longest side in pixels")
     parser.add_argument("--pair", nargs=2, action="append", metavar=("PHOTO", "PAINTING"), help="can be repeated")
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     size: int = arguments.size
     pairs = arguments.pair or [(EXAMPLES / photo, EXAMPLES / painting) for photo, painting in PAIRS]

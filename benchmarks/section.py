@@ -1,7 +1,7 @@
-"""One section of the GPU check: what it is given, and how what it finds outlives whatever happens to it.
+"""One section of the GPU check: its inputs, and how its results survive a failure.
 
-Every section runs in a process of its own, so that a kernel that breaks the GPU's context breaks one section. Findings go
-to a file line by line, so that a section that is killed loses only what it was doing.
+Every section runs in a process of its own, so that a kernel that breaks the GPU's context breaks one section. Results
+go to a file line by line, so that a section that is killed loses only the measurement in progress.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from benchmarks.measure import Row, interleaved
 
 __all__ = ["Section"]
 
-MARGIN = 2.0  # seconds that a section keeps for its own end
-SHRUNK = 16  # a dry run on a CPU has pictures so many times smaller
+MARGIN = 2.0  # seconds that a section reserves for its end
+SHRUNK = 16  # pictures of a dry run on a CPU are smaller by this factor
 
 
 class Section:
-    """Where a section's rows, failures and facts go, and how long it may take."""
+    """The results of a section, and the time that it may take."""
 
     def __init__(self, name: str, device: str, seconds: float, so_far: list[Row], log: Path, folder: Path) -> None:
-        """``so_far``: the rows of the sections before. ``folder``: where long texts go."""
+        """``seconds``: the time limit. ``so_far``: the rows of the sections before. ``log``: the file for results.
+        ``folder``: for logs."""
         self.name, self.device, self.so_far, self.folder = name, device, so_far, folder
         self._ends = time.monotonic() + seconds - MARGIN
         self._log = log
 
     def px(self, side: int) -> int:
-        """The side of a picture in pixels: as it is on a GPU, small in a dry run."""
+        """The side of a picture in pixels: ``side`` on a GPU, smaller in a dry run."""
         return side if self.device == "cuda" else max(16, side // SHRUNK)
 
     @property
@@ -40,38 +41,38 @@ class Section:
         return self._ends - time.monotonic()
 
     def row(self, **values: Any) -> None:
-        """One result."""
+        """Writes one result."""
         self._write("row", {"section": self.name, **values})
 
     def fact(self, key: str, value: Any) -> None:
-        """Something about the machine, or a text."""
+        """Writes a property of the machine, or a text."""
         self._write("fact", {key: value})
 
     def left_out(self, what: str, why: str) -> None:
-        """Something that was not measured for a reason that is no failure."""
+        """Writes that something was not measured, for a reason that is no failure."""
         print(f"  {what}: left out, {why}", flush=True)
         self._write("left_out", {"section": self.name, "what": what, "why": why})
 
     def failed(self, what: str, why: str) -> None:
-        """Something that went wrong; `attempt` calls it."""
+        """Writes a failure; `attempt` calls it."""
         print(f"  {what}: FAILED, {why}", flush=True)
         self._write("failed", {"section": self.name, "what": what, "why": why})
 
     def attempt(self, what: str, call: Callable[[], object], seconds: float = 0.0) -> bool:
-        """A part of the section: left out if fewer than ``seconds`` are left, and a failure stays within it. Whether it is
-        done."""
+        """Runs a part of the section, unless fewer than ``seconds`` are left, and records its failure. Returns whether
+        it succeeded."""
         if self.seconds_left < seconds:
             self.left_out(what, f"{max(self.seconds_left, 0):.0f} s were left and it takes about {seconds:.0f}")
             return False
-        begin, done = time.monotonic(), False
+        start, done = time.monotonic(), False
         try:
             call()
             done = True
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other parts go on
+        except Exception as error:  # noqa: BLE001 - after any failure the other parts still run
             lines = str(error).strip().splitlines() or ["no message"]
             self.failed(what, f"{type(error).__name__}: {lines[0][:300]}")
         if done:
-            print(f"  {what}: {time.monotonic() - begin:.1f} s", flush=True)
+            print(f"  {what}: {time.monotonic() - start:.1f} s", flush=True)
         if self.device == "cuda":
             try:
                 torch.cuda.empty_cache()
@@ -82,18 +83,19 @@ class Section:
     def timed(
         self, ways: Mapping[str, Callable[[], object]], repeats: int = 7, least_ms: float = 5.0
     ) -> dict[str, float]:
-        """`interleaved` on the section's device; in a dry run, where the times mean nothing, the least of it."""
+        """`interleaved` on the section's device; in a dry run, whose times mean nothing, with one repeat."""
         if self.device == "cuda":
             return interleaved(ways, repeats, "cuda", least_ms)
         return interleaved(ways, 1)
 
     def rate(self, name: str) -> float | None:
-        """TFLOP/s or GB/s of a ceiling that was measured before."""
+        """TFLOP/s or GB/s of a ceiling, None if it was not measured."""
         found = (row["rate"] for row in self.so_far if row["section"] == "ceilings" and row["name"] == name)
         return next(found, None)
 
     def ratio_vs_floor(self, ms: float, floor_flops: float) -> float | None:
-        """Time over the least that so many FLOP take at the measured 16-bit matrix rate."""
+        """The ratio of ``ms`` to the time of ``floor_flops`` operations at the measured fp16 matrix rate, None without
+        it."""
         rate = self.rate("matmul fp16")
         return ms / (floor_flops / rate / 1e9) if rate else None
 

