@@ -1,5 +1,4 @@
-"""The content of a checkpoint, and how to restore a job from it. `engine.checkpoint_format` reads and writes the
-bytes."""
+"""The content of a checkpoint, and how to restore a job from it; `engine.checkpoint_format` has the bytes."""
 
 from __future__ import annotations
 
@@ -71,8 +70,10 @@ class Checkpoint:
 
 
 def resume_refused(description: str) -> InvalidRequest:
-    """The error for a checkpoint that cannot be used. ``description`` continues a sentence that starts with the field's
-    name."""
+    """The error for a checkpoint that cannot be used.
+
+    ``description`` continues a sentence that starts with the field's name.
+    """
     return InvalidRequest([Violation(FIELD, description)])
 
 

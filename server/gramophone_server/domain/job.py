@@ -59,8 +59,11 @@ class StyleJob:
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """The scales, coarsest first; the last is the result's. Coarse scales whose shorter side would be less than
-        `SMALLEST_SIDE` are left out, so a thin picture can have fewer scales than its recipe."""
+        """The scales, coarsest first; the last is the result's.
+
+        Coarse scales whose shorter side would be less than `SMALLEST_SIDE` are left out, so a thin picture can have
+        fewer scales than its recipe.
+        """
         _, height, width = self.content.shape
         *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
         kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= SMALLEST_SIDE]
@@ -109,8 +112,10 @@ MEMORY_ENDED = ("DefaultCPUAllocator", "unable to find an engine to execute")
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether Python, the device's or the CPU's allocator, or cuDNN ran out of memory, and that caused the
-    exception."""
+    """Whether the exception was caused by running out of memory.
+
+    It may be Python, the device's or the CPU's allocator, or cuDNN that got no memory.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(

@@ -25,8 +25,10 @@ SlotTensors = dict[str, Tensor]  # the tensors of one job in a slot, by name, wi
 
 
 class Shape(NamedTuple):
-    """The properties that jobs of one batch have in common, because a captured iteration depends on them; everything
-    else is data of a slot."""
+    """The properties that all jobs of a batch share, because a captured iteration depends on them.
+
+    Everything else is data of a slot.
+    """
 
     height: int  # of the current scale, in pixels
     width: int
@@ -91,8 +93,10 @@ class JobState:
 
     @property
     def iterations_left(self) -> int:
-        """Iterations left at the scale of the picture. At 0 the job must leave its batch, and continues at the next
-        scale."""
+        """Iterations left at the scale of the picture.
+
+        At 0 the job must leave its batch, and continues at the next scale.
+        """
         return sum(scale.iterations for scale in self.scales[: self.at + 1]) - self.done
 
     @property

@@ -170,8 +170,7 @@ class EngineBatch:
 
     @torch.inference_mode()
     def _read(self) -> list[tuple[Losses, int]]:
-        """For each slot, the losses of the last iteration and the number of the gradient that was not finite, 0 for
-        none.
+        """For each slot, the last losses and the number of the gradient that was not finite, 0 for none.
 
         This is the only place that waits for the device, and it does so once.
         """
@@ -190,16 +189,17 @@ class EngineBatch:
         ]
 
     def _catch_up(self) -> None:
-        """After running out of memory, reads back how many iterations completed: the device increments its counter only
-        after a successful evaluation, which is what takes the memory."""
+        """Reads back how many iterations completed before the device ran out of memory.
+
+        The device increments its counter only after a successful evaluation, which is what takes the memory.
+        """
         counts = self.runner.canvas.count.tolist()
         for slot, state in self._states.items():
             state.advanced(counts[slot] - state.gradients)
 
     @contextlib.contextmanager
     def _within_memory(self, width: int, height: int) -> Iterator[None]:
-        """Turns running out of memory into `OutOfDeviceMemory` for a picture of this size, and empties the engine's
-        caches."""
+        """Turns running out of memory into `OutOfDeviceMemory` for this size, and empties the engine's caches."""
         try:
             yield
         except Exception as error:

@@ -1,5 +1,4 @@
-"""Jobs that go through all their scales together as one batch, without a scheduler: for warm-up, benchmarks and
-tests."""
+"""Runs of jobs through all their scales as one batch, without a scheduler: warm-up, benchmarks and tests use them."""
 
 from __future__ import annotations
 
@@ -35,8 +34,10 @@ class BatchRun:
     """
 
     def __init__(self, new_batch: Callable[[Shape, int], EngineBatch], states: Sequence[JobState]) -> None:
-        """``new_batch``: makes an empty batch of a shape and a number of slots. Raises `ValueError` if the jobs differ
-        in more than a run allows."""
+        """``new_batch``: makes an empty batch of a shape and a number of slots.
+
+        Raises `ValueError` if the jobs differ in more than a run allows.
+        """
         for state in states[1:]:
             _require_shared(states[0].job, state.job)
         self._new_batch = new_batch
@@ -50,8 +51,11 @@ class BatchRun:
         return self._closed or self._states[0].finished
 
     def advance(self, iterations: int = 1) -> tuple[Report, ...]:
-        """Runs up to ``iterations`` iterations of every job, but none beyond the current scale, and returns each job's
-        report of the last one, in the order of the jobs. Waits for the device once, at the end."""
+        """Runs up to ``iterations`` iterations of every job, but none beyond the current scale.
+
+        Returns each job's report of the last iteration, in the order of the jobs. Waits for the device once, at the
+        end.
+        """
         try:
             if not self._states[0].iterations_left:
                 self._next_scale()
@@ -76,8 +80,7 @@ class BatchRun:
 
     @property
     def batch(self) -> EngineBatch:
-        """The batch of the current scale; before the first iteration, a batch of the first scale that the jobs have
-        joined."""
+        """The batch of the current scale, which all jobs have joined."""
         assert not self._closed, "the run is closed"
         return self._batch or self._next_scale()
 

@@ -41,8 +41,7 @@ class CheckpointFormat:
     """Writes and reads checkpoints; implements `engine_api.Checkpoints`."""
 
     def __init__(self, layout: Callable[[Recipe, int, int], SlotTensors]) -> None:
-        """``layout``: returns the tensors that a slot holds for a job of a recipe at a height and a width, on the meta
-        device."""
+        """``layout``: returns the tensors of a slot for a recipe, a height and a width, on the meta device."""
         self._layout = layout
 
     def size(self, state: JobState, *, light: bool = False) -> int:
@@ -83,8 +82,10 @@ class CheckpointFormat:
         return b"".join(parts)
 
     def read(self, data: bytes, *, most_bytes: int) -> Checkpoint:
-        """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``. Raises
-        `InvalidRequest` if the bytes are more than ``most_bytes``, or are not a whole checkpoint."""
+        """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``.
+
+        Raises `InvalidRequest` if the bytes are more than ``most_bytes``, or are not a whole checkpoint.
+        """
         if len(data) > most_bytes:
             raise resume_refused(f"has {len(data)} bytes, at most {most_bytes} are taken")
         if data[: len(MAGIC) - 1] != MAGIC[:-1]:
@@ -198,7 +199,6 @@ def _bytes(tensors: SlotTensors) -> int:
 
 
 def _to_bytes(tensor: Tensor) -> bytes:
-    """The tensor's memory, without numpy, which torch does not need. Little endian, as all machines that torch runs
-    on."""
+    """The tensor's memory, little endian as on all machines that torch runs on. numpy is not needed."""
     tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

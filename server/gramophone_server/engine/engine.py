@@ -67,9 +67,11 @@ class VggEngine:
         note: str = "",
         style_cache_bytes: int = STYLE_CACHE_BYTES,
     ) -> None:
-        """``graphs``: replay captured iterations; None: on a GPU, and only there. ``note``: text after the device's
-        name, such as why the device is not a GPU. ``style_cache_bytes``: device memory for Gram matrices of style
-        images; 0 keeps none."""
+        """``graphs``: replay captured iterations; None: on a GPU, and only there.
+
+        ``note``: text after the device's name, such as why the device is not a GPU. ``style_cache_bytes``: device
+        memory for Gram matrices of style images; 0 keeps none.
+        """
         ops.require_kernels(device.type)
         self.device = device
         self.precision = precision.name
@@ -167,8 +169,7 @@ class VggEngine:
         return MOST_ELEMENTS_CUDA // self._widest
 
     def warm_up(self) -> None:
-        """Runs two iterations of a small job, so that the first request does not wait for compiled kernels and mapped
-        memory."""
+        """Runs two iterations of a small job, so that the first request does not wait for kernels and memory."""
         noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         recipe = Recipe(size=64, smallest_size=0, iterations=2)
         run = self.run_batch(

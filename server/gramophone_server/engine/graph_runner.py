@@ -1,5 +1,4 @@
-"""A batch at one scale in fixed buffers: the data that an iteration reads and writes, and on a GPU the graph that
-replays it.
+"""A batch at one scale in fixed buffers, its iteration, and on a GPU the graphs that replay it.
 
 The host decides nothing within an iteration: weights, step sizes, counts and which jobs have diverged are tensors. So
 an iteration can be captured once as a CUDA graph and replayed for all jobs of the same shape; a job only fills its slot

@@ -30,8 +30,7 @@ def gram_scale(pixels: int) -> float:
 
 
 def style_factor(normalisation: Normalisation, target: Tensor, pixels: int) -> Tensor:
-    """The factor of sum (G - A)^2, float32 [B], for ``target`` A [B, N, N] and a layer of ``pixels`` M of the
-    picture."""
+    """The factor of sum (G - A)^2, float32 [B], for ``target`` A [B, N, N] and a layer of ``pixels`` M."""
     channels = target.shape[1]
     match normalisation:
         case Normalisation.NONE:
@@ -45,8 +44,10 @@ def style_factor(normalisation: Normalisation, target: Tensor, pixels: int) -> T
 
 
 def content_factor(normalisation: Normalisation, target: Tensor, gain: float) -> Tensor:
-    """The factor of sum (F - T)^2, float32 [B], for ``target`` T [B, N, H, W], where F and T are kept ``gain`` times
-    smaller than they are (`VggFeatures.gain`)."""
+    """The factor of sum (F - T)^2, float32 [B], for ``target`` T [B, N, H, W].
+
+    F and T are kept ``gain`` times smaller than they are; see `VggFeatures.gain`.
+    """
     jobs, elements = target.shape[0], target[0].numel()
     match normalisation:
         case Normalisation.NONE | Normalisation.GATYS:

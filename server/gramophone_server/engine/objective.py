@@ -95,8 +95,10 @@ class Objective:
 
     @torch.inference_mode()
     def evaluate(self, image: Tensor) -> Evaluation:
-        """The terms of J and its gradient at ``image``, float32 [B, 3, H, W] in [0, 1]. Does not wait for the
-        device."""
+        """The terms of J and its gradient at ``image``, float32 [B, 3, H, W] in [0, 1].
+
+        Does not wait for the device.
+        """
         activations = self.features.forward(image, self.layers, self.pooling)
         terms, diffs = [], {}
         if self.style_layers:

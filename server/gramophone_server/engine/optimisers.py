@@ -22,8 +22,7 @@ __all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "carried", "layout",
 
 @dataclass(eq=False)
 class Canvas:
-    """The pictures of a batch at one scale, and the tensors that control their steps: fixed buffers, changed in
-    place."""
+    """The pictures of a batch at one scale, and the tensors that control their steps, in fixed buffers."""
 
     image: Tensor  # float32 [B, 3, H, W], contiguous
     last_good: Tensor  # like image: the picture before the step, which a job that diverged shows
@@ -79,8 +78,7 @@ def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
 
 
 def carried(optimiser: Optimiser, state: SlotTensors, height: int, width: int) -> SlotTensors:
-    """Carries the state of one job over to a scale of ``height`` x ``width`` px. Tensors that it leaves out start at
-    zero."""
+    """The state of one job at a scale of ``height`` x ``width`` px. Tensors that it leaves out start at zero."""
     match optimiser:
         case Optimiser.ADAM:
             return Adam.carried(state, height, width)
@@ -96,8 +94,10 @@ def layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
 
 
 class Descent:
-    """Gradient descent: X <- X - step * dJ/dX; ``normalised``: the gradient is first divided by its root mean
-    square."""
+    """Gradient descent: X <- X - step * dJ/dX.
+
+    If ``normalised``, the gradient is first divided by its root mean square.
+    """
 
     def __init__(self, canvas: Canvas, normalised: bool) -> None:
         self.canvas, self.normalised = canvas, normalised
@@ -188,8 +188,10 @@ class LBFGS:
 
     @classmethod
     def carried(cls, state: SlotTensors, height: int, width: int) -> SlotTensors:
-        """Resamples the pairs to a scale of ``height`` x ``width`` px, and computes their products anew. The next
-        gradient forms no pair, because it is the first at this scale."""
+        """Resamples the pairs to a scale of ``height`` x ``width`` px, and computes their products anew.
+
+        The next gradient forms no pair, because it is the first at this scale.
+        """
         shrink = state["before"].numel() / (3 * height * width)  # of gradients, and so of y, as in Adam
         history = torch.stack([_resampled(pairs, height, width) for pairs in state["history"]])
         history *= history.new_tensor([1.0, shrink]).view(2, 1, 1, 1, 1)

@@ -38,9 +38,11 @@ def prepared(state: JobState, content: Tensor) -> SlotTensors:
 
 @torch.inference_mode()
 def shown(pictures: SlotTensors, average: float, averaged: int, alive: bool) -> Tensor:
-    """The picture that a job shows, float32 [3, H, W]: the average of ``averaged`` iterates if its recipe has one
-    (``average`` > 0), else the last iterate. A job that diverged (not ``alive``) shows its last good iterate, which is
-    in "image" then."""
+    """The picture that a job shows, float32 [3, H, W].
+
+    It is the average of ``averaged`` iterates if the recipe has one (``average`` > 0), else the last iterate. A job
+    that diverged (not ``alive``) shows its last good iterate, which is in "image" then.
+    """
     if not average or not averaged or not alive:
         return pictures["image"]
     return (pictures["mean"] / (1 - average**averaged)).clamp_(0, 1)  # corrects for the zeros at the start
@@ -58,15 +60,19 @@ def resize(image: Tensor, width: int, height: int) -> Tensor:
 
 
 def style_size(style: Tensor, longest: int, scale: float) -> tuple[int, int]:
-    """(width, height) in pixels at which the network sees a style image, for a picture with ``longest`` px as its
-    longest side and the recipe's ``style_scale``."""
+    """(width, height) in pixels at which the network sees a style image.
+
+    ``longest``: longest side of the picture in pixels. ``scale``: the recipe's ``style_scale``.
+    """
     width, height = fit(style.shape[2], style.shape[1], round(longest * scale))
     return max(width, SMALLEST_SIDE), max(height, SMALLEST_SIDE)
 
 
 def _start(job: StyleJob, content: Tensor, width: int, height: int) -> Tensor:
-    """The first picture, [1, 3, height, width]. Noise is drawn on the CPU, so that a seed gives the same on every
-    device."""
+    """The first picture, [1, 3, height, width].
+
+    Noise is drawn on the CPU, so that a seed gives the same on every device.
+    """
     match job.recipe.start:
         case Start.CONTENT:
             return content

@@ -26,8 +26,10 @@ STYLE_CACHE_BYTES = 256 * 2**20  # about 100 entries: the five layers of a style
 
 
 class StyleTargets:
-    """A cache of Gram matrices by image, size, layers and pooling, on the device; the least recently used are dropped
-    first."""
+    """A cache of Gram matrices by image, size, layers and pooling, on the device.
+
+    The least recently used entries are dropped first.
+    """
 
     def __init__(self, features: VggFeatures, most_bytes: int = STYLE_CACHE_BYTES) -> None:
         self._features, self._most_bytes = features, most_bytes
@@ -65,8 +67,10 @@ class StyleTargets:
 
 @torch.inference_mode()
 def style_grams(features: VggFeatures, image: Tensor, layers: Sequence[str], pooling: Pooling) -> tuple[Tensor, ...]:
-    """The Gram matrices of ``image``, float32 [1, 3, h, w] in [0, 1]: for each layer float32 [C, C], divided by the
-    layer's pixels."""
+    """The Gram matrices of ``image``, float32 [1, 3, h, w] in [0, 1].
+
+    There is one for each layer, float32 [C, C], divided by the layer's pixels.
+    """
     if not layers:
         return ()
     activations = features.forward(image, layers, pooling)

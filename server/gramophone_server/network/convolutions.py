@@ -69,8 +69,10 @@ class Library:
 
 
 class OneDnn:
-    """For a CPU: weights in oneDNN's own order, and the ReLU in the convolution's pass. 1.2 times as fast as
-    `Library`."""
+    """For a CPU: weights in oneDNN's own order, and the ReLU in the convolution's pass.
+
+    1.2 times as fast as `Library`.
+    """
 
     def __init__(self, convolution: Convolution, precision: Precision) -> None:
         self.weight = _pack(convolution.weight.to(precision.forward).contiguous(memory_format=LAST))
@@ -189,8 +191,10 @@ class Autotuner:
         self.milliseconds: dict[Hashable, dict[str, float]] = {}  # by key and kernel
 
     def __call__(self, key: Hashable, kernels: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """The result of the fastest of ``kernels`` for ``x``. Raises `RuntimeError` if, while measuring, none can
-        run."""
+        """The result of the fastest of ``kernels`` for ``x``.
+
+        Raises `RuntimeError` if, while measuring, none can run.
+        """
         times = self.milliseconds.get(key)
         if times is None and self.measuring:
             times = self.milliseconds[key] = {name: self.measure(kernel, x) for name, kernel in kernels.items()}

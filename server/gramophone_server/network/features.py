@@ -39,8 +39,11 @@ LARGEST_FP16 = 4096.0
 
 @dataclass(eq=False)
 class Activations:
-    """The results of one forward pass that the backward pass needs: tensors [B, C, H, W], channels_last, in the
-    precision's forward type, by the name of their convolution ("3_1")."""
+    """The results of one forward pass that the backward pass needs.
+
+    They are tensors [B, C, H, W], channels_last, in the precision's forward type, by the name of their convolution
+    ("3_1").
+    """
 
     pooling: Pooling
     relu: dict[str, Tensor] = field(default_factory=dict)  # the layer's output, unless it is in `codes`
@@ -158,11 +161,11 @@ class VggFeatures:
     def backward(
         self, activations: Activations, diffs: Mapping[str, Tensor], contents: Mapping[str, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image's gradient, float32 [B, 3, H, W], of the sum of the layers' loss terms, and the content losses [B]
-        by layer. Uses the activations up.
+        """Returns the image's gradient from the layers' loss terms, and the content losses [B] by layer.
 
         ``diffs``: by layer [B, C, C], for which the gradient of the style term is diff F, as in `ops.style_bwd_`.
-        ``contents``: by layer its target and weight, as in `ops.content_`. A layer can have both terms.
+        ``contents``: by layer its target and weight, as in `ops.content_`. A layer can have both terms. The gradient is
+        float32 [B, 3, H, W]. Uses the activations up.
         """
         terms = _LossTerms(diffs, contents, self.precision.backward)
         grad: Tensor | None = None  # None until the deepest layer with a term is reached
@@ -202,10 +205,9 @@ class VggFeatures:
     def _through_pooling(
         self, grad: Tensor, index: int, activations: Activations, terms: _LossTerms
     ) -> tuple[Tensor, bool]:
-        """The gradient of a pooling's input from that of its output, and whether the mask of the ReLU before it is
-        applied.
+        """The gradient of a pooling's input from that of its output, and whether the ReLU before it is masked.
 
-        The kernel of maxima can apply the mask as well. It must not where the layer before has a term: the term is
+        The kernel for maxima can apply the ReLU's mask as well. It must not if the layer before has a term, which is
         added to the gradient before the mask.
         """
         name, before = self._layers[index].name, self._layers[index - 1].name
@@ -329,8 +331,10 @@ class _FirstLayer:
 
 
 def probe_images(device: torch.device) -> Tensor:
-    """Images that drive the layers to their largest values, float32 [3, 3, 256, 256] in [0, 1]: black and white noise
-    in blocks of 1 px and of 8 px, and rings."""
+    """Images that drive the layers to their largest values, float32 [3, 3, 256, 256] in [0, 1].
+
+    They are black and white noise in blocks of 1 px and of 8 px, and rings.
+    """
     generator = torch.Generator().manual_seed(0)
     noise, blocks = ((torch.rand(3, 256 // n, 256 // n, generator=generator) > 0.5).float() for n in (1, 8))
     blocks = F.interpolate(blocks[None], scale_factor=8)[0]

@@ -1,5 +1,7 @@
-"""The numeric types of the network. A mode has one type for the forward pass and one for the backward pass; Gram
-matrices, losses and the picture itself are float32 in every mode.
+"""The numeric types of the network.
+
+A mode has one type for the forward pass and one for the backward pass. Gram matrices, losses and the picture itself are
+float32 in every mode.
 
     mode   forward    backward   relative error of the gradient against fp32 (192 px, benchmarks/RESULTS.md)
     fp32   float32    float32    -

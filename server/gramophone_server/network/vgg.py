@@ -39,8 +39,7 @@ EMBEDDED_SOURCE = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From RGB in [0, 1] to the values that the weights were trained on: channel order, then (x * scale - mean) /
-    std."""
+    """From RGB in [0, 1] to the network's input: channel order, then (x * scale - mean) / std."""
 
     channels: tuple[int, int, int]  # (0, 1, 2) for RGB, (2, 1, 0) for BGR
     scale: float
@@ -78,11 +77,11 @@ class Vgg:
 
 
 def load_vgg(weights: str, backbone: str = "vgg19") -> Vgg:
-    """Loads a network with ``weights`` "embedded", "imagenet" (torchvision's, which it downloads once), or the path of
-    a file.
+    """Loads a network with ``weights`` "embedded", "imagenet", or the path of a file.
 
-    The file is a state dict with torchvision's names: `.safetensors`, or any file that torch.load reads with
-    weights_only=True. Raises `StartupError` with one sentence if it cannot be read or does not fit ``backbone``.
+    "imagenet" are those of torchvision, which downloads them once. A file is a state dict with torchvision's names:
+    `.safetensors`, or any file that torch.load reads with weights_only=True. Raises `StartupError` with one sentence if
+    it cannot be read or does not fit ``backbone``.
     """
     if backbone not in BACKBONES:
         raise StartupError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
