@@ -191,6 +191,13 @@ TESTED_THROUGH = {
     "tests/client/test_client.py": ["gramophone_client.types.server_info", "gramophone_client.types.updates"],
     "tests/client/bench": ["gramophone_client.bench.*"],
 }
+NOT_PRIVATE = {
+    "_asdict",
+    "_exit",
+    "_fields",
+    "_replace",
+    "_sleep",
+}  # public names of named tuples, `os` and `torch.cuda`
 
 
 def _own_test(module: str) -> Path:
@@ -216,6 +223,42 @@ def test_tests_are_in_the_wing_of_what_they_test() -> None:
     wings = {folder.name for folder in (ROOT / "server" / "gramophone_server").iterdir() if any(folder.glob("*.py"))}
     folders = {path.relative_to(ROOT / "tests").parts[0] for path in TEST_FILES if path.parent != ROOT / "tests"}
     assert folders - OTHER_FOLDERS <= wings | {"client", "proto"}
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(ROOT / "tests").as_posix())
+def test_tests_use_no_private_names_and_no_other_tests(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not list(_private_names(tree)), "use or add a public name"
+    imported = [name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in _names(node)]
+    imported += [
+        f"{node.module}.{name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in _names(node)
+    ]
+    shared = [name for name in imported if re.search(r"(^|\.)test_", name)]
+    assert not shared, "move what tests share to tests/support"
+
+
+def _names(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [alias.name for alias in node.names]
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    """Private names of other objects and modules, with their lines.
+
+    These are attributes, except those of `self`, `cls` and `super()`, imports, and strings for `setattr` and the like.
+    """
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            if ast.unparse(node.value) not in ("self", "cls", "super()"):
+                names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = _names(node)
+        elif isinstance(node, ast.Call) and re.search(r"(^|\.)(set|get|del|has)attr$", ast.unparse(node.func)):
+            values = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            names = [value.rpartition(".")[2] for value in values if isinstance(value, str)]
+        for name in names:
+            if re.match(r"_(?!_)", name) and name not in NOT_PRIVATE:
+                yield f"line {node.lineno}: {name}"
 
 
 def test_the_tests_of_the_kernels_need_no_grpc() -> None:

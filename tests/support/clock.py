@@ -1,7 +1,7 @@
 """Time in tests: a clock and an event loop whose time a test moves by hand, and a wait for a condition.
 
-No test sleeps for a guessed duration. Code that reads a clock gets a ManualClock, code that sets timers a ManualLoop. For
-what happens on a real thread or event loop, tests wait with `until`.
+No test sleeps for a guessed duration. Code that reads a clock gets a ManualClock, code that sets timers a ManualLoop.
+For what happens on a real thread or event loop, tests wait with `until`.
 """
 
 from __future__ import annotations
