@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 STEPS: Mapping[str, Step] = {
-    "machine": Step(gpu_correctness.machine, 12),
+    "here": Step(gpu_correctness.machine, 12),
     "tests": Step(gpu_correctness.tests, 90),
     "sanitizer": Step(gpu_correctness.sanitizer, 48),
     "ceilings": Step(gpu_kernels.ceilings, 20),
