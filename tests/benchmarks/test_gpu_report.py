@@ -38,7 +38,7 @@ def make_report() -> dict[str, Any]:
         "profile": {"profile 512 px": "970.0 us per iteration in 60 kernels\n 100.0 us  10%  conv"},
         "forms": {},
         "failed": [{"section": "compile", "what": "512 px", "why": "no compiler"}],
-        "left_out": [{"section": "here", "what": "tables", "why": "the package rich is not installed"}],
+        "left_out": [{"section": "machine", "what": "tables", "why": "the package rich is not installed"}],
     }
 
 
