@@ -1,1 +1,1 @@
-"""Plain values and protocols that every other room shares: jobs, job states, events, commands, the engine's protocol."""
+"""Plain values and protocols that all rooms share: jobs, job states, events, commands, the protocol of an engine."""
