@@ -83,9 +83,8 @@ class GramophoneError(Exception):
         self.violations = violations
         self.retry_after_s = retry_after_s  # None if the server gave no time
         self.frame: Frame | None = None  # the newest picture that arrived before the error
-        self.checkpoint: Checkpoint | None = (
-            None  # the newest state that arrived before it; `resume` continues from there
-        )
+        # The newest state that arrived before it; `resume` continues from there.
+        self.checkpoint: Checkpoint | None = None
 
 
 class InvalidRequest(GramophoneError):

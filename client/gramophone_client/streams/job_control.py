@@ -106,12 +106,10 @@ class JobControl:
         self._reader: asyncio.Task[None] | None = None
         self._command_ids = itertools.count(1)
         self._unanswered: dict[int, _Command] = {}  # by id, oldest first
-        self._awaited_outputs: dict[
-            type, tuple[int, _Command]
-        ] = {}  # of answered commands, with the output's iteration
-        self._in_force: dict[
-            str, pb.StylizeInteractiveRequest
-        ] = {}  # the combined effect of answered commands, by kind
+        # Of answered commands, with the iteration of the output.
+        self._awaited_outputs: dict[type, tuple[int, _Command]] = {}
+        # The combined effect of answered commands, by kind.
+        self._in_force: dict[str, pb.StylizeInteractiveRequest] = {}
         self._untaken: dict[type, Update] = {}  # the newest of each kind, oldest first
         self._has_entered, self._has_news, self._has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._error: GramophoneError | None = None

@@ -151,9 +151,8 @@ class GraphRunnerPool:
     """
 
     MOST = 64  # idle runners; a job of the default recipe has five scales, and pictures have a handful of proportions
-    MOST_OF_MEMORY = (
-        0.1  # of the device's, in idle buffers: a runner has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS
-    )
+    # Of the device's, in idle buffers: a runner has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS.
+    MOST_OF_MEMORY = 0.1
 
     def __init__(self, features: VggFeatures, *, graphs: bool) -> None:
         self._features = features

@@ -115,9 +115,8 @@ class Job:
         self._made_at = loop.time()
         self._lock = threading.Lock()
         self._log = EventLog()
-        self._watchers: tuple[
-            Mailbox, ...
-        ] = ()  # replaced, never changed, so the compute thread reads it without the lock
+        # Replaced, never changed, so that the compute thread reads it without the lock.
+        self._watchers: tuple[Mailbox, ...] = ()
         self._controller: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
 

@@ -71,9 +71,8 @@ class Task:
     batch: PooledBatch | None = None  # None: in no batch
     slot: int = -1
     used_s: float = 0.0  # device seconds: its joins, and its share of its batches' iterations
-    newly_arrived: bool = (
-        True  # on its assignment, its fair-share counter `used_s` starts at the smallest of the others'
-    )
+    # On its assignment, its fair-share counter `used_s` starts at the smallest of the others'.
+    newly_arrived: bool = True
     # Pause
     paused_until: float = 0.0
     # Progress
