@@ -245,6 +245,15 @@ def test_one_state_is_taken_for_each_kind_of_checkpoint_that_is_wanted():
     assert light.iteration == full.iteration == one.state.done
 
 
+def test_no_checkpoint_is_sent_that_would_be_too_large():
+    one = task(100)
+    worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state, light=True) // 2, clock=clock)
+    worker.admit(one)
+    one.observer.checkpoint_watchers = {True: {"light"}, False: {"full"}}
+    worker.step([one])
+    assert [type(event) for event in one.observer.events] == [Progress]
+
+
 def test_a_full_checkpoint_that_would_be_too_large_is_a_light_one():
     one = task(100)
     worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state, light=True) + 1, clock=clock)

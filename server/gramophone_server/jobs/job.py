@@ -7,7 +7,6 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Collection
-from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import NamedTuple, Self
 
@@ -258,14 +257,14 @@ class Job:
         steps = (mailbox.iterations_until_next_frame(iteration) for mailbox in self._watchers)
         return min((step for step in steps if step is not None), default=None)
 
-    def collect_frame_requests(self, iteration: int, now: float) -> AbstractSet[object]:
+    def collect_frame_requests(self, iteration: int, now: float) -> Collection[object]:
         """The watchers for which a frame of this iteration is due, and that have room for it."""
-        return frozenset(mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now))
+        return [mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)]
 
-    def collect_checkpoint_requests(self, now: float, *, light: bool) -> AbstractSet[object]:
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> Collection[object]:
         """The watchers for which a checkpoint of this kind is due."""
-        alike = (m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light)
-        return frozenset(mailbox for mailbox in alike if mailbox.wants_checkpoint(now))
+        alike = [m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light]
+        return [mailbox for mailbox in alike if mailbox.wants_checkpoint(now)]
 
     def started(self) -> None:
         """The job has left the queue, for the first time or after a pause."""

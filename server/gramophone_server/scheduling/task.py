@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,11 +35,11 @@ class JobObserver(Protocol):
     def iterations_until_next_frame(self, iteration: int) -> int | None:
         """Iterations from this one to the next whose frame may be requested; None: no slice has to end for a frame."""
 
-    def collect_frame_requests(self, iteration: int, now: float) -> AbstractSet[object]:
+    def collect_frame_requests(self, iteration: int, now: float) -> Collection[object]:
         """The watchers that want the frame of this iteration, for `publish`. Each call counts as the answer to their
         requests: the next frame is due an interval after ``now``."""
 
-    def collect_checkpoint_requests(self, now: float, *, light: bool) -> AbstractSet[object]:
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> Collection[object]:
         """The watchers that want a light (full) checkpoint now; otherwise as `collect_frame_requests`."""
 
     def started(self) -> None:

@@ -63,13 +63,13 @@ class TaskTable:
     def active(self) -> int:
         """Jobs that a drain waits for: reserved, waiting and running ones."""
         with self.lock:
-            return self.queued + len(self.running)
+            return len(self.reservations) + len(self.waiting) + len(self.running)
 
     @property
     def places(self) -> int:
         """All jobs: active and paused ones."""
         with self.lock:
-            return self.active + len(self.paused)
+            return len(self.reservations) + len(self.waiting) + len(self.running) + len(self.paused)
 
     def find(self, observer: JobObserver) -> Task | None:
         """The task of a job that has not ended."""

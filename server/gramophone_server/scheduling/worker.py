@@ -254,10 +254,10 @@ class Worker:
         elif now + each_s > task.budget_ends_at:
             self._finish(task, StopReason.TIME_BUDGET)
         else:
-            if self._engine.checkpoints.size(state, light=True) <= self._max_checkpoint_bytes:
-                for light in (True, False):
-                    if watchers := observer.collect_checkpoint_requests(now, light=light):
-                        observer.publish(Saved(state.done, self._saved_state(task, light=light)), watchers)
+            for light in (True, False):
+                watchers = observer.collect_checkpoint_requests(now, light=light)
+                if watchers and self._engine.checkpoints.size(state, light=True) <= self._max_checkpoint_bytes:
+                    observer.publish(Saved(state.done, self._saved_state(task, light=light)), watchers)
             if not state.iterations_left:
                 self._pool.detach(task)
 
