@@ -109,11 +109,11 @@ def test_beside_a_large_job_a_small_one_has_its_first_picture_within_four_slices
 def test_of_16_equal_jobs_the_first_and_the_last_finish_almost_together(speed):
     """500 iterations each, of a millisecond; the ends differ by less than a tenth of the total time."""
     tasks = [task(500) for _ in range(16)]
-    began = clock.monotonic()
+    start = clock.monotonic()
     run_to_end(worker_of(fake_engine(**speed), *tasks), tasks)
     ends = sorted(one.observer.at[-1] for one in tasks)
     assert all(one.observer.end.reason is StopReason.ITERATIONS_DONE for one in tasks)
-    assert ends[-1] - ends[0] < 0.1 * (ends[-1] - began)
+    assert ends[-1] - ends[0] < 0.1 * (ends[-1] - start)
 
 
 def test_a_late_job_has_neither_debt_nor_advantage():
@@ -127,10 +127,10 @@ def test_a_late_job_has_neither_debt_nor_advantage():
     had = old.used_s
     worker.step([old, new])  # both share a batch
     assert new.used_s == pytest.approx(old.used_s, abs=1e-4) and old.used_s > had > 0
-    had, began = old.used_s, new.used_s
+    had, start = old.used_s, new.used_s
     for _ in range(20):
         worker.step([old, new])
-    assert new.used_s - began == pytest.approx(old.used_s - had, rel=0.3)
+    assert new.used_s - start == pytest.approx(old.used_s - had, rel=0.3)
 
 
 def test_after_a_pause_a_job_owes_nothing_for_its_earlier_slices():
@@ -171,13 +171,13 @@ def test_joining_a_batch_counts_as_device_time():
     worker = worker_of(engine, old)
     for _ in range(10):
         worker.step([old])
-    engine.join_s, began, had, short = 0.5, clock.monotonic(), old.used_s, None
-    while clock.monotonic() < began + 10:
+    engine.join_s, start, had, short = 0.5, clock.monotonic(), old.used_s, None
+    while clock.monotonic() < start + 10:
         if short is None or short.ended:
             short = task(1, size=60)
             worker.admit(short)
         worker.step([old, short])
-    assert old.used_s - had > 0.4 * (clock.monotonic() - began)
+    assert old.used_s - had > 0.4 * (clock.monotonic() - start)
 
 
 def test_long_joins_alternate_with_iterations():
@@ -268,11 +268,11 @@ def test_a_full_checkpoint_that_would_be_too_large_is_a_light_one():
 
 def test_a_time_budget_ends_the_job_in_time_with_its_present_picture():
     one = task(100_000, time_budget=0.3)
-    began = clock.monotonic()
+    start = clock.monotonic()
     run_to_end(worker_of(fake_engine(iteration_s=0.002), one), [one])
     end = one.observer.end
     assert end.reason is StopReason.TIME_BUDGET and 0 < end.iterations < 150
-    assert 0.29 < one.observer.at[-1] - began <= 0.3
+    assert 0.29 < one.observer.at[-1] - start <= 0.3
 
 
 def test_a_budget_that_is_over_before_the_start_still_allows_one_iteration():
@@ -309,14 +309,14 @@ def test_a_stream_of_jobs_with_budgets_leaves_other_jobs_their_share():
     worker = worker_of(engine, large)
     for _ in range(3):
         worker.step([large])
-    began, had, small = clock.monotonic(), large.used_s, None
-    while clock.monotonic() < began + 30:
+    start, had, small = clock.monotonic(), large.used_s, None
+    while clock.monotonic() < start + 30:
         if small is None or small.ended:
             small = task(100_000)
             small.budget_ends_at = clock.monotonic() + 0.5
             worker.admit(small)
         worker.step([large, small])
-    assert large.used_s - had > 0.3 * (clock.monotonic() - began)
+    assert large.used_s - had > 0.3 * (clock.monotonic() - start)
 
 
 def test_a_cancelled_job_ends_before_its_next_iteration():
