@@ -149,9 +149,8 @@ async def test_waiting_jobs_receive_their_positions_when_these_change():
         assert (await kinds(first))[-1] == (await kinds(third))[-1] == "Finished"
         (_, moved_up), *rest = [item async for item in events]
         assert moved_up.position == 1
-        assert not [
-            event for _, event in rest if isinstance(event, Waiting)
-        ]  # at its start it has no position in the queue
+        # At its start it has no position in the queue.
+        assert not [event for _, event in rest if isinstance(event, Waiting)]
 
 
 async def test_an_unused_place_is_given_back():
@@ -314,9 +313,8 @@ async def test_frames_come_at_their_iterations_and_not_more_often_than_their_int
     assert all(frame.iteration % 7 == 0 for frame in frames)
     assert all(int(frame.picture.wait()[0, 0, 0]) == min(255, frame.iteration) for frame in frames)
     *taken_at, _result = engine.taken_at
-    assert all(
-        b - a > 0.05 for a, b in itertools.pairwise(taken_at)
-    )  # 100 ms, but a thread can lose its core for a while
+    # The interval is 100 ms, but a thread can lose its core for a while.
+    assert all(b - a > 0.05 for a, b in itertools.pairwise(taken_at))
 
 
 async def test_no_frames_unless_asked_for():
