@@ -42,6 +42,14 @@ def test_a_checkpoint_has_the_stated_size(state: JobState) -> None:
         assert len(data) == CHECKPOINTS.size(state, light=picture is not None)
 
 
+@pytest.mark.parametrize("light", [False, True])
+def test_what_fits_is_known_without_the_images(state: JobState, light: bool) -> None:
+    size = CHECKPOINTS.size(replace(state, job=replace(state.job)), light=light)
+    fitting = [n for n in range(size - 10_000, size + 10_000) if CHECKPOINTS.fits(state, light=light, most_bytes=n)]
+    assert size <= fitting[0] <= size + 8192
+    assert "content_digest" not in vars(state.job), "it hashes an image, which belongs to the thread that writes"
+
+
 def test_checkpoints_that_are_too_large_are_neither_written_nor_read(state: JobState) -> None:
     with pytest.raises(
         InvalidRequest,

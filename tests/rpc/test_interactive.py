@@ -235,7 +235,7 @@ async def test_a_frame_that_was_taken_when_the_job_ended_is_too_late():
             await until(lambda: job.ended)
             return Done(100, Frame(100, Picture(None)))
 
-        s.scheduler.command = lambda listener, command: late()
+        s.scheduler.command = lambda observer, command: late()
         assert await controller.errors(frame=FRAME) == {"frame": "came too late: the job has ended"}
         assert not controller.of("result")
         await controller.rest()
@@ -360,7 +360,7 @@ async def test_a_defect_in_a_command_ends_the_stream_with_a_status(caplog):
     async with serving(slow_engine()) as s:
         controller = await start_controller(s)
 
-        def broken(listener, command):
+        def broken(observer, command):
             raise ZeroDivisionError("secret")
 
         s.scheduler.command = broken

@@ -256,7 +256,7 @@ def test_no_checkpoint_is_sent_that_would_be_too_large():
 
 def test_a_full_checkpoint_that_would_be_too_large_is_a_light_one():
     one = task(100)
-    worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state, light=True) + 1, clock=clock)
+    worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state) - 1, clock=clock)
     worker.admit(one)
     one.observer.checkpoint_watchers[False] = {"full"}
     worker.step([one])

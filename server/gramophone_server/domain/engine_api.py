@@ -82,8 +82,9 @@ class Batch(Protocol):
 class Checkpoints(Protocol):
     """Writes the state of a job as bytes, and reads it; see `engine.checkpoint_format`. Thread-safe."""
 
-    def size(self, state: JobState, *, light: bool = False) -> int:
-        """Size in bytes of a checkpoint of the job; a light one has the picture and no state of the optimiser."""
+    def fits(self, state: JobState, *, light: bool = False, most_bytes: int) -> bool:
+        """Whether a checkpoint of the job takes at most ``most_bytes``; a light one has the picture and no state of the
+        optimiser. Costs microseconds."""
 
     def require_room(self, state: JobState, *, light: bool = False, most_bytes: int) -> None:
         """Raises `errors.InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""

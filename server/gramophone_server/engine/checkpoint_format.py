@@ -33,6 +33,7 @@ __all__ = ["CheckpointFormat"]
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version; a new layout of any optimiser's state needs a new version
 MOST_HEADER = 64 * 1024  # bytes; a header with 32 layers and their weights has 4 KB
 
+HEADER_ROOM = 8192  # bytes; 32 layers with their weights and everything else are 4 KB
 # Fields of `JobState` that the header holds under the same names.
 COUNTS = ("at", "done", "gradients", "averaged", "diverged_at")
 
@@ -44,11 +45,14 @@ class CheckpointFormat:
         """``layout``: returns the tensors of a slot for a recipe, a height and a width, on the meta device."""
         self._layout = layout
 
+    def fits(self, state: JobState, *, light: bool = False, most_bytes: int) -> bool:
+        """Whether a checkpoint of the job takes at most ``most_bytes``. It counts `HEADER_ROOM` for the header, which is
+        not built: that would hash the images of the job, 2 ms a megapixel."""
+        return HEADER_ROOM + self._tensor_bytes(state, light) <= most_bytes
+
     def size(self, state: JobState, *, light: bool = False) -> int:
-        """Bytes of a checkpoint of the job, including its header."""
-        width, height, _ = state.scales[state.at]
-        tensors = width * height * 3 if light else _bytes(self._layout(state.recipe, height, width))
-        return len(MAGIC) + 4 + len(_header(state, light)) + tensors
+        """Bytes of a checkpoint of the job, including its header. The first call for a job hashes its images."""
+        return len(MAGIC) + 4 + len(_header(state, light)) + self._tensor_bytes(state, light)
 
     def require_room(self, state: JobState, *, light: bool = False, most_bytes: int) -> None:
         """Raises `InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
@@ -126,6 +130,10 @@ class CheckpointFormat:
         )
         _check(tensors, counts)
         return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), weights, counts, tensors)
+
+    def _tensor_bytes(self, state: JobState, light: bool) -> int:
+        width, height, _ = state.scales[state.at]
+        return width * height * 3 if light else _bytes(self._layout(state.recipe, height, width))
 
 
 def _header(state: JobState, light: bool) -> bytes:

@@ -256,7 +256,7 @@ class Worker:
         else:
             for light in (True, False):
                 watchers = observer.collect_checkpoint_requests(now, light=light)
-                if watchers and self._engine.checkpoints.size(state, light=True) <= self._max_checkpoint_bytes:
+                if watchers and self._engine.checkpoints.fits(state, light=True, most_bytes=self._max_checkpoint_bytes):
                     observer.publish(Saved(state.done, self._saved_state(task, light=light)), watchers)
             if not state.iterations_left:
                 self._pool.detach(task)
@@ -293,7 +293,7 @@ class Worker:
     def _saved_state(self, task: Task, *, light: bool) -> SavedState:
         """The present state; a light one if a full one would be too large."""
         checkpoints, most_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
-        if light or checkpoints.size(task.state) > most_bytes:
+        if light or not checkpoints.fits(task.state, most_bytes=most_bytes):
             picture, state = self._picture(task), replace(task.state, tensors=None)
             return SavedState(True, lambda: checkpoints.write(state, picture=picture(), most_bytes=most_bytes))
         state = replace(task.state) if task.batch is None else task.batch.engine_batch.copy(task.slot)
