@@ -2,7 +2,6 @@
 
 import pytest
 
-from gramophone_client import cli
 from gramophone_client.bench import run
 
 
@@ -14,19 +13,3 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "SETTLE_TIMEOUT_S", 0.0)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def gramophone(service, monkeypatch, capsys):
-    """Runs a command against the fake service; returns (exit code, standard output, lines of standard error)."""
-    monkeypatch.setenv("GRAMOPHONE_SERVER", service.target)
-
-    def run(command: str):
-        try:
-            code = cli.main(command.split())
-        except SystemExit as error:  # raised by argparse
-            code = error.code
-        out, err = capsys.readouterr()
-        return code, out, err.splitlines()
-
-    return run

@@ -6,8 +6,9 @@ import pytest
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import FrameOptions, errors
+from gramophone_client.transport.connection import Connection
 from gramophone_server import errors as server_errors
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.fake_service import (
     HANG,
     LOST,
@@ -359,6 +360,25 @@ async def test_leaving_during_the_search_ends_it(client, service):
     with pytest.raises(errors.Cancelled, match="the control of the job was given up"):
         await pausing
     await until(lambda: asyncio.all_tasks() <= tasks_before)  # no task is left that could send the job
+
+
+async def test_leaving_ends_the_control_of_a_call_that_fails_at_the_same_time(client, monkeypatch):
+    class Call:
+        async def __aiter__(self):
+            yield pb.StylizeInteractiveResponse(event=accepted())
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:  # gRPC raises the status of an ended call in its place
+                raise errors.ConnectionFailed("gone", code=grpc.StatusCode.UNAVAILABLE) from None
+
+        def cancel(self):
+            calls.append(self)
+
+    calls = []
+    monkeypatch.setattr(Connection, "sending", lambda *_: Call())
+    async with asyncio.timeout(WITHIN_S), client.control(PHOTO, PAINTING):
+        pass
+    assert len(calls) == 1  # the job is not sent again
 
 
 async def test_an_existing_job_is_found_again_but_never_sent(client, service):
