@@ -46,8 +46,8 @@ class CheckpointFormat:
         self._layout = layout
 
     def fits(self, state: JobState, *, light: bool = False, most_bytes: int) -> bool:
-        """Whether a checkpoint of the job takes at most ``most_bytes``. It counts `HEADER_ROOM` for the header, which is
-        not built: that would hash the images of the job, 2 ms a megapixel."""
+        """Whether a checkpoint of the job takes at most ``most_bytes``. It counts `HEADER_ROOM` for the header, which
+        is not built: that would hash the images of the job, 2 ms a megapixel."""
         return HEADER_ROOM + self._tensor_bytes(state, light) <= most_bytes
 
     def size(self, state: JobState, *, light: bool = False) -> int:
