@@ -37,8 +37,7 @@ INVALID = server_errors.InvalidRequest(
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_exit_codes(gramophone, service, folder, monkeypatch, status, code):
-    monkeypatch.setattr("gramophone_client.client.PATIENCE_S", 0.5)
+def test_exit_codes(gramophone, service, folder, status, code):
     status.trailing_metadata += NO_RETRIES
     service.scripts = [[status]]
     got, out, err = gramophone("stylize photo.png painting.png -o out.png")
