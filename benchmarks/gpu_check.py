@@ -92,9 +92,8 @@ def main() -> int:
     results = read(found)
     for _ in run_all(names, arguments.device, arguments.minutes * 60, found):
         results = read(found)
-        keep(
-            results, arguments.out, not arguments.only
-        )  # after each section, as the check may be killed in the next one
+        # After each section, as the check may be killed in the next one.
+        keep(results, arguments.out, not arguments.only)
     print(gpu_report.section(results))
     for one in results["failed"]:
         print(f"FAILED {one['section']}, {one['what']}: {one['why']}")

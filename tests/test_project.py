@@ -191,13 +191,14 @@ TESTED_THROUGH = {
     "tests/client/test_client.py": ["gramophone_client.types.server_info", "gramophone_client.types.updates"],
     "tests/client/bench": ["gramophone_client.bench.*"],
 }
+# Public names of named tuples, `os` and `torch.cuda`.
 NOT_PRIVATE = {
     "_asdict",
     "_exit",
     "_fields",
     "_replace",
     "_sleep",
-}  # public names of named tuples, `os` and `torch.cuda`
+}
 
 
 def _own_test(module: str) -> Path:
@@ -337,9 +338,8 @@ def test_the_client_wheel_can_be_imported_without_torch_and_server(client_wheel:
 
 
 def test_the_installed_version_is_that_of_the_changelog() -> None:
-    top = re.search(
-        r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.MULTILINE
-    )  # the first heading with a number, after "Unreleased"
+    # The first heading with a number, after "Unreleased".
+    top = re.search(r"^## \[(\d[^\]]*)\]", read("CHANGELOG.md"), re.MULTILINE)
     assert top is not None
     assert importlib.metadata.version("gramophone") == top[1], (
         "`touch setup.py; make install` installs the present version"

@@ -94,9 +94,8 @@ options = main.server_options
 if __name__ == "__main__":
     settings, _ = config.load(sys.argv[1:], os.environ)
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr)
-    logging.getLogger("grpc._cython.cygrpc").setLevel(
-        logging.CRITICAL
-    )  # which logs clients that disconnect; as in `main`
+    # It logs clients that disconnect; `main` filters that, too.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     main.server_options = short_keepalive_options
     if not asyncio.run(main.serve(settings, lambda: FaultyEngine(settings.iter_ms / 1000, Path.cwd()))):
         sys.stdout.flush()

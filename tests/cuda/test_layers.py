@@ -68,9 +68,8 @@ def kernels(weight: Tensor) -> Tensor:
 def test_max_pool_matches_the_cpu(
     gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str
 ) -> None:
-    features = (
-        normal(*shape).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    )  # many zeros, so many equal maxima
+    # Many zeros, so many equal maxima.
+    features = normal(*shape).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])
     pooled = gpu.max_pool(features)
     assert pooled.is_contiguous(memory_format=LAYOUTS[layout])
     assert same(pooled, ops.max_pool(features)) and torch.equal(pooled, F.max_pool2d(features, 2))

@@ -214,9 +214,8 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, when: str) -> Non
                 time.sleep(0.01)
         demo.signal(signal.SIGINT)  # to the whole group; the server has its own
         assert demo.code() == 130, demo.output
-    assert (
-        "demo.py" not in demo.output
-    )  # no traceback of its own; the client's is possible while Python still imports it
+    # No traceback of its own; the client's is possible while Python still imports it.
+    assert "demo.py" not in demo.output
     assert " stopped\n" in log.read_text()  # not always last: a thread that still loads may log after it
     assert _processes_in(tmp_path) == []
 

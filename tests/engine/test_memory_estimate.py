@@ -57,9 +57,8 @@ def test_the_estimate_grows_with_pixels_jobs_type_and_history(wide_vgg: Vgg) -> 
     assert needed(wide_vgg, jobs=4, optimiser=Optimiser.ADAM) - WORKSPACES == pytest.approx(4 * one, rel=0.02)
     assert needed(wide_vgg, precision="fp32", kernel="library", optimiser=Optimiser.ADAM) > 1.8 * one
     history = needed(wide_vgg, optimiser=Optimiser.LBFGS) - WORKSPACES - one
-    assert history == pytest.approx(
-        20 * 12 * 512 * 512, rel=0.1
-    )  # ten pairs of float32 pictures, without Adam's moments
+    # Ten pairs of float32 pictures, without Adam's moments.
+    assert history == pytest.approx(20 * 12 * 512 * 512, rel=0.1)
 
 
 def test_an_estimate_allocates_and_computes_nothing(wide_vgg: Vgg) -> None:

@@ -166,9 +166,8 @@ def test_a_capture_survives_another_thread_on_the_gpu() -> None:
                 turn = 0
                 while not stop.is_set():
                     turn += 1
-                    x = torch.ones(
-                        1000 + 997 * (turn % 50), 64, device="cuda"
-                    )  # a new size, so that the allocator has work
+                    # A new size, so that the allocator has work.
+                    x = torch.ones(1000 + 997 * (turn % 50), 64, device="cuda")
                     x.sum().item()
                     x.cpu()
         except RuntimeError as error:

@@ -248,9 +248,8 @@ class JobControl:
                         self._answer(response.command_result)
                     elif (arrived := recovery.take(response.event)) is not None:
                         self._take(arrived)
-                    if (
-                        not self._takes_commands
-                    ):  # from the first event on; while its images are decoded a job takes none
+                    # A job takes commands from its first event on; while its images are decoded it takes none.
+                    if not self._takes_commands:
                         self._send_pending(is_resend)
                     self._has_entered.set()
         finally:

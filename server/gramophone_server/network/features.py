@@ -50,9 +50,8 @@ class Activations:
     conv: dict[str, Tensor] = field(default_factory=dict)  # before the ReLU, of the layers requested as "conv3_1"
     pooled: dict[str, Tensor] = field(default_factory=dict)  # the input of each convolution that follows a pooling
     codes: dict[str, Tensor] = field(default_factory=dict)  # instead of `relu`, where ReLU and pooling were one kernel
-    sizes: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # (height, width) of each convolution, in forward order
+    # (height, width) of each convolution, in forward order.
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __getitem__(self, layer: str) -> Tensor:
         """Activations of a layer such as "relu4_2" or "conv3_1"."""
@@ -118,9 +117,8 @@ class VggFeatures:
         """The convolution on the device; called once for each when the network is built."""
         if self.kernel == "onednn":
             return OneDnn(convolution, self.precision)
-        wide = all(
-            n % 8 == 0 for n in convolution.weight.shape[:2]
-        )  # cuDNN's tensor cores, and 16 bytes in our kernels
+        # As the tensor cores that cuDNN uses need it, and the 16-byte loads of our kernels.
+        wide = all(n % 8 == 0 for n in convolution.weight.shape[:2])
         if self.kernel == "cudnn" and wide:
             return CuDnn(convolution, self.device, self.precision, self.autotuner)
         return Library(convolution, self.device, self.precision)
@@ -191,9 +189,8 @@ class VggFeatures:
         grad: Tensor | None, name: str, activations: Activations, terms: _LossTerms, masked: bool
     ) -> Tensor | None:
         """The gradient of a convolution's output from that of its layer's output, with the layer's own terms."""
-        if (
-            name in activations.codes
-        ):  # ReLU and pooling were one kernel, so their backward is one, too; there are no terms
+        # ReLU and pooling were one kernel, so their backward is one, too; there are no terms.
+        if name in activations.codes:
             if grad is None:
                 return None
             return ops.pool_codes_bwd(grad, activations.codes[name], *activations.sizes[name])
