@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from gramophone.recipe import Optimiser
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server import main
 from gramophone_server.config import Limits, Settings
@@ -62,7 +63,7 @@ def test_a_picture_depends_only_on_seed_size_and_iteration(fast):
     assert torch.equal(alone, other) and torch.equal(batch.snapshot(mine)(), alone)
 
 
-@pytest.mark.parametrize("optimiser", ["adam", "lbfgs"])
+@pytest.mark.parametrize("optimiser", list(Optimiser))
 @pytest.mark.parametrize("light", [True, False])
 def test_a_job_continues_from_its_checkpoint_with_the_same_pictures(fast, light, optimiser):
     whole = through(fast, job_state(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser))[1]
@@ -72,6 +73,17 @@ def test_a_job_continues_from_its_checkpoint_with_the_same_pictures(fast, light,
     assert torch.equal(fast.picture(again)(), before[-1])
     after = through(fast, again)[1]
     assert all(map(torch.equal, before + after, whole)) and len(before + after) == len(whole)
+
+
+@pytest.mark.parametrize("optimiser", list(Optimiser))
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_it_and_the_real_engine_read_the_checkpoints_of_each_other(fast, optimiser, average):
+    job, _ = through(fast, job_state(iterations=8, optimiser=optimiser, average=average), 7)
+    written = fast.checkpoints.write(job, most_bytes=MOST)
+    assert written == VggEngine.checkpoints.write(job, most_bytes=MOST)
+    for engine in (fast, VggEngine):
+        again = engine.checkpoints.read(written, most_bytes=MOST).restore(job.job)
+        assert again.done == 7 and torch.equal(again.tensors["image"], job.tensors["image"])
 
 
 def test_its_tensors_have_the_shapes_and_types_of_the_real_engines(fast):

@@ -1,8 +1,9 @@
 """The format of checkpoints: the state of a job as bytes, to continue it later or on another server.
 
-    magic, version   8 bytes length           4 bytes, little endian, of the header header           JSON: the job's
-    counts, its recipe and seed, digests of its images and the styles' weights, and "full" or
-                     "light"
+    magic, version   8 bytes
+    length           4 bytes, little endian, of the header
+    header           JSON: the job's counts, its recipe and seed, digests of its images and the styles' weights, and
+                     "full" or "light"
     tensors          their bytes in the order of the engine's layout; in a light checkpoint the picture, uint8 [H, W, 3]
 
 Types and shapes of the tensors are not stored: they follow from recipe and size, so a checkpoint cannot ask for others.

@@ -29,16 +29,20 @@ __all__ = ["FakeEngine"]
 MOST_SLOTS = 256
 BYTES_PER_PIXEL = 276  # as with L-BFGS's state, so that memory limits can be tested
 MEMORY_BYTES = 8 * 2**30
-STATE_BYTES_PER_PIXEL = {Optimiser.ADAM: 24, Optimiser.LBFGS: 252}  # of the real optimisers
+# Of the state of the real optimisers: bytes per pixel, and bytes at any size.
+STATE_BYTES = {Optimiser.ADAM: (24, 0), Optimiser.LBFGS: (252, 3632)}
 KEPT_PATTERNS = 64  # a pattern of 512 x 512 px has 0.75 MiB
 
 
 def _layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
-    """Pictures, and a filler that makes checkpoints as large as the real engine's; see `optimisers.layout`."""
+    """Pictures, and a filler that makes checkpoints as large as those of the real engine. So each engine reads the
+    checkpoints of the other; see `optimisers.layout`."""
     image = torch.empty((3, height, width), device="meta")
     held = {"image": image, "last_good": image, **({"mean": image} if recipe.average else {})}
-    state = STATE_BYTES_PER_PIXEL.get(recipe.optimiser, 0)
-    return held | {"filler": torch.empty((height, width, state), dtype=torch.uint8, device="meta")}
+    per_pixel, fixed = STATE_BYTES.get(recipe.optimiser, (0, 0))
+    if not (state_bytes := per_pixel * height * width + fixed):
+        return held
+    return held | {"filler": torch.empty(state_bytes, dtype=torch.uint8, device="meta")}
 
 
 class FakeEngine:
