@@ -27,7 +27,7 @@ from gramophone_server.errors import (
 from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.event_log import LOG_LENGTH
 from gramophone_server.jobs.job import JobPhase
-from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
+from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
 from tests.support.jobs import create, finished, kinds, numbers, picture, progress, unread
 
 
@@ -117,6 +117,16 @@ def test_one_frame_is_for_all_watchers_for_which_it_is_due(registry):
     assert [iteration for iteration, _ in seen["third"]] == [3, 6]
     assert seen["even"][-1][1] is seen["third"][-1][1]
     assert kinds(blind) == ["Accepted"]
+
+
+def test_watchers_are_not_compared_with_each_other_to_send_a_frame(registry, monkeypatch):
+    job, _ = create(registry(max_watchers=1024))
+    viewers = [job.watch(FrameRule()) for _ in range(1000)]
+    comparisons = []
+    monkeypatch.setattr(Mailbox, "__eq__", lambda self, other: comparisons.append(other) or self is other)
+    assert send_frame(job, 1, now=1.0)
+    assert len(comparisons) < 1000, "with n watchers, n * n comparisons take 5 ms of the compute thread at 1000"
+    assert all("Frame" in kinds(viewer) for viewer in viewers)
 
 
 def test_without_viewers_no_frame_is_wanted(registry):

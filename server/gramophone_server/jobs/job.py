@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple, Self
 
@@ -257,14 +257,14 @@ class Job:
         steps = (mailbox.iterations_until_next_frame(iteration) for mailbox in self._watchers)
         return min((step for step in steps if step is not None), default=None)
 
-    def collect_frame_requests(self, iteration: int, now: float) -> Collection[object]:
+    def collect_frame_requests(self, iteration: int, now: float) -> set[object]:
         """The watchers for which a frame of this iteration is due, and that have room for it."""
-        return [mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)]
+        return {mailbox for mailbox in self._watchers if mailbox.wants_frame(iteration, now)}
 
-    def collect_checkpoint_requests(self, now: float, *, light: bool) -> Collection[object]:
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> set[object]:
         """The watchers for which a checkpoint of this kind is due."""
         alike = [m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light]
-        return [mailbox for mailbox in alike if mailbox.wants_checkpoint(now)]
+        return {mailbox for mailbox in alike if mailbox.wants_checkpoint(now)}
 
     def started(self) -> None:
         """The job has left the queue, for the first time or after a pause."""
@@ -274,7 +274,7 @@ class Job:
                 if self.started_at is None:
                     self.started_at, self.waited_s = self.created_at + self._age_s, self._age_s
 
-    def publish(self, event: Event, watchers: Collection[object] | None = None) -> None:
+    def publish(self, event: Event, watchers: set[object] | None = None) -> None:
         """Logs an event and sends it to all watchers, or to ``watchers``. Does nothing if the job has ended."""
         with self._lock:
             if self.ended:

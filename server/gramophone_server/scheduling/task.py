@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,17 +34,17 @@ class JobObserver(Protocol):
     def iterations_until_next_frame(self, iteration: int) -> int | None:
         """Iterations from this one to the next whose frame may be requested; None: no slice has to end for a frame."""
 
-    def collect_frame_requests(self, iteration: int, now: float) -> Collection[object]:
+    def collect_frame_requests(self, iteration: int, now: float) -> set[object]:
         """The watchers that want the frame of this iteration, for `publish`. Each call counts as the answer to their
         requests: the next frame is due an interval after ``now``."""
 
-    def collect_checkpoint_requests(self, now: float, *, light: bool) -> Collection[object]:
+    def collect_checkpoint_requests(self, now: float, *, light: bool) -> set[object]:
         """The watchers that want a light (full) checkpoint now; otherwise as `collect_frame_requests`."""
 
     def started(self) -> None:
         """The job has left the queue."""
 
-    def publish(self, event: Event, watchers: Collection[object] | None = None) -> None:
+    def publish(self, event: Event, watchers: set[object] | None = None) -> None:
         """Sends an event to all watchers, or to ``watchers``. `Accepted` is the first event, `Finished` the last."""
 
     def fail(self, error: GramophoneError) -> None:
