@@ -188,6 +188,13 @@ async def test_the_retry_estimate_is_the_time_that_the_running_job_still_needs()
         job.cancel()
 
 
+async def test_measurements_go_to_the_model_that_was_given_even_if_it_is_empty():
+    throughput = ThroughputModel()
+    async with scheduling(FakeEngine(), throughput=throughput) as scheduler:
+        assert "Finished" in await kinds(submit(scheduler))
+        assert len(throughput) == 1
+
+
 async def test_forecasts_include_jobs_whose_images_are_being_decoded():
     engine = FakeEngine()
     engine.go.clear()

@@ -61,7 +61,8 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._place_freed = asyncio.Event()
         self._reservation_numbers = itertools.count(1)
-        self._throughput = throughput or ThroughputModel()
+        # Not ``or``, because a model without measurements is false.
+        self._throughput = ThroughputModel() if throughput is None else throughput
         self._table = TaskTable(limits, self._throughput, self._notify_drain, clock)
         self._thread = ComputeThread(load, self._table, self._throughput, limits, on_iterations, clock)
 
