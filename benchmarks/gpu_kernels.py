@@ -218,7 +218,7 @@ def has_kernel(op: str, device: str) -> bool:
 STYLE_LAYERS = ("1_1", "2_1", "3_1", "4_1", "5_1")
 WEIGHT = 1e-3
 TOLERANCE = 2e-2  # relative error of a gradient in bfloat16 against float32
-MOST_SETS = 64
+MAX_SETS = 64
 L2_OF_H200 = 60 * 2**20  # bytes
 
 
@@ -289,7 +289,7 @@ def _style(section: Section, layers: Sequence[Shape], side: int, name: str) -> N
     sets = 1
     if device == "cuda":  # so many that a set is no longer in the L2 when it is used again
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", L2_OF_H200)
-        sets = min(MOST_SETS, math.ceil(3 * l2 / one.bytes))
+        sets = min(MAX_SETS, math.ceil(3 * l2 / one.bytes))
     bf16 = [StyleSet(layers, torch.bfloat16, device, seed) for seed in range(sets)]
 
     def every(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import MOST_CALLS, Row, Switches, interleaved, machine, print_table, write_json
+from benchmarks.measure import MAX_CALLS, Row, Switches, interleaved, machine, print_table, write_json
 from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
@@ -153,7 +153,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     vgg = load_vgg("embedded")
     best = choose("auto", device).name
-    calls = 2 + arguments.repeats * MOST_CALLS if device.type == "cuda" else 1 + arguments.repeats
+    calls = 2 + arguments.repeats * MAX_CALLS if device.type == "cuda" else 1 + arguments.repeats
     iterations = calls + PROFILED * arguments.profile
     rows: list[Row] = []
     shares: list[Row] = []

@@ -19,7 +19,7 @@ import torch
 from gramophone_server.engine.engine import cpu_name
 
 __all__ = [
-    "MOST_CALLS",
+    "MAX_CALLS",
     "Row",
     "Switches",
     "captured",
@@ -33,7 +33,7 @@ __all__ = [
 
 Row = dict[str, Any]
 
-MOST_CALLS = 500  # calls in one measurement
+MAX_CALLS = 500  # calls in one measurement
 
 
 def machine(device: str = "cpu") -> str:
@@ -90,7 +90,7 @@ def interleaved(
                 continue
             call()
             short = least_ms / max(milliseconds(call, device), 1e-3) if least_ms else 1
-            calls[name] = min(MOST_CALLS, max(1, math.ceil(short)))
+            calls[name] = min(MAX_CALLS, max(1, math.ceil(short)))
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return {name: statistics.median(values) for name, values in times.items()}

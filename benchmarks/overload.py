@@ -48,14 +48,14 @@ HURRY = 0.75  # the deadline of hurried jobs, as a part of the longest wait
 REFUSALS = ("QUEUE_FULL", "DEADLINE_UNATTAINABLE")
 MISSED = "DEADLINE_EXCEEDED"
 
-LEAST_GOODPUT = 0.9  # at the highest load, as a part of the best
+MIN_GOODPUT = 0.9  # at the highest load, as a part of the best
 # p95 of a result, in units of the time of RUNNING + QUEUED jobs at capacity; the slack is for chance and for the client
 # on the same cores.
-LONGEST_WAIT = 1.25
-LONGEST_OVERTAKEN = 2.0  # the same if half of the jobs are hurried: they run first, so each job may be overtaken once
+MAX_WAIT = 1.25
+MAX_OVERTAKEN_WAIT = 2.0  # the same if half of the jobs are hurried: they run first, so each job may be overtaken once
 REFUSAL_MS = 50.0  # p99, at a client on the server's machine
 REFUSAL_CPU_MS = 1.0  # CPU time of the server per refusal
-MOST_MISSED = 0.01  # of the accepted jobs
+MAX_MISSED = 0.01  # of the accepted jobs
 
 
 class Profile(NamedTuple):
@@ -228,35 +228,35 @@ def judged(capacity: float, patient: Sequence[Outcome], hurried: Sequence[Outcom
     last, peak = patient[-1], max(outcome.goodput for outcome in patient)
     all_s = PLACES / capacity
     worst_s, overtaken_s = (max(outcome.result_s(0.95) for outcome in outcomes) for outcomes in (patient, hurried))
-    bound_s, overtaken_bound_s = LONGEST_WAIT * all_s, LONGEST_OVERTAKEN * all_s
+    bound_s, overtaken_bound_s = MAX_WAIT * all_s, MAX_OVERTAKEN_WAIT * all_s
     slowest_ms = 1000 * max(outcome.refusal_s.quantile(0.99) or 0.0 for outcome in (*patient, *hurried))
     untyped = sum(outcome.untyped for outcome in (*patient, *hurried))
     accepted = sum(outcome.tally.ok + outcome.missed for outcome in (*patient, *hurried))
     missed = sum(outcome.missed for outcome in (*patient, *hurried))
     share = last.goodput / peak if peak else 0.0
-    in_time = missed <= MOST_MISSED * accepted
+    in_time = missed <= MAX_MISSED * accepted
     verdicts = [
         Verdict(
-            f"goodput at {last.factor:g}x at least {LEAST_GOODPUT:.0%} of the best",
+            f"goodput at {last.factor:g}x at least {MIN_GOODPUT:.0%} of the best",
             f"{share:.0%}",
-            share >= LEAST_GOODPUT,
+            share >= MIN_GOODPUT,
         ),
         Verdict(f"{last.factor:g}x is more than the server accepts", f"{last.refused} refused", last.refused > 0),
         Verdict(
-            f"p95 of a result at most {bound_s:.3g} s, {LONGEST_WAIT:g} times the time of {PLACES} jobs",
+            f"p95 of a result at most {bound_s:.3g} s, {MAX_WAIT:g} times the time of {PLACES} jobs",
             f"{worst_s:.3g} s",
             worst_s <= bound_s,
         ),
         Verdict(
             f"p95 with half of the jobs in a hurry, which run first, at most {overtaken_bound_s:.3g} s, "
-            f"{LONGEST_OVERTAKEN:g} times",
+            f"{MAX_OVERTAKEN_WAIT:g} times",
             f"{overtaken_s:.3g} s",
             overtaken_s <= overtaken_bound_s,
         ),
         Verdict(f"p99 of a refusal under {REFUSAL_MS:g} ms", f"{slowest_ms:.3g} ms", slowest_ms < REFUSAL_MS),
         Verdict("every refusal has its reason", f"{untyped} without", untyped == 0),
         Verdict(
-            f"at most {MOST_MISSED:.0%} of the accepted jobs miss their deadline", f"{missed} of {accepted}", in_time
+            f"at most {MAX_MISSED:.0%} of the accepted jobs miss their deadline", f"{missed} of {accepted}", in_time
         ),
     ]
     if sleeps:

@@ -244,7 +244,7 @@ async def open_streams(address: str, seconds: float, number: int) -> tuple[int, 
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.StylizeStreamRequest(spec=spec(64, int(seconds * 1000 / ITERATION_MS / 2)))
-        watching = asyncio.create_task(most_jobs(stub, ended := asyncio.Event()))
+        watching = asyncio.create_task(peak_jobs(stub, ended := asyncio.Event()))
         streams = [stub.StylizeStream(request) for _ in range(STREAMS // CLIENTS)]
 
         async def has_result(stream: Any) -> bool:
@@ -258,7 +258,7 @@ async def open_streams(address: str, seconds: float, number: int) -> tuple[int, 
         return results, await watching
 
 
-async def most_jobs(stub: pb_grpc.StyleTransferServiceStub, ended: asyncio.Event) -> int:
+async def peak_jobs(stub: pb_grpc.StyleTransferServiceStub, ended: asyncio.Event) -> int:
     """The largest number of jobs that the server reported at one time, of about twenty requests a second."""
     most = 0
     while not ended.is_set():

@@ -128,7 +128,7 @@ constexpr int kPairs = 10;  // optimisers.LBFGS.PAIRS
 // The vectors in their order: s of slot 0, 1, .., y of slot 0, 1, .., the gradient.
 constexpr int kGrad = 2 * kPairs;
 constexpr int kVectors = kGrad + 1;
-constexpr double kMinCurvature = 1e-6;  // optimisers.LBFGS.LEAST_CURVATURE
+constexpr double kMinCurvature = 1e-6;  // optimisers.LBFGS.MIN_CURVATURE
 
 // Sums over pixels per slot k: s.s_k, y.s_k, g.s_k, s.y_k, y.y_k, g.y_k with the new s, y and g, and a part of g.g.
 constexpr int kDots = 7;

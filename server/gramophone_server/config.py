@@ -16,7 +16,7 @@ from gramophone_server.errors import StartupError
 
 __all__ = ["DECODERS", "Limits", "Settings", "load", "variable"]
 
-LARGEST_MESSAGE = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
+MAX_MESSAGE_BYTES = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
 # Images that are decoded at once, over all requests. More do not help while the compute thread uses the cores.
 DECODERS = 2
 DECODING = 24  # bytes per pixel while an image is decoded: 22 measured with a transparent WebP that EXIF rotates
@@ -143,9 +143,9 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
         ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
         ("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),
     ):
-        if size > LARGEST_MESSAGE:
+        if size > MAX_MESSAGE_BYTES:
             raise StartupError(
-                f"{name} could have {size} bytes, and a gRPC message has at most {LARGEST_MESSAGE}; "
+                f"{name} could have {size} bytes, and a gRPC message has at most {MAX_MESSAGE_BYTES}; "
                 f"lower {' or '.join(f'{_flag(part)} (now {getattr(settings, part)})' for part in parts)}"
             )
     return settings, flags["print_config"]

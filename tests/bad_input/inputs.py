@@ -264,7 +264,7 @@ def make_checkpoint(*, light: bool) -> bytes:
     slot = batch.join(state)
     batch.advance(3)
     picture = batch.snapshot(slot)() if light else None
-    return engine.checkpoints.write(batch.leave(slot), picture=picture, most_bytes=limits.max_checkpoint_bytes)
+    return engine.checkpoints.write(batch.leave(slot), picture=picture, max_bytes=limits.max_checkpoint_bytes)
 
 
 def _checkpoint(rng: random.Random) -> Input:

@@ -23,12 +23,12 @@ def state(make_job: MakeJob) -> JobState:
 
 
 def test_a_checkpoint_is_restored_only_to_a_job_like_its_own(state: JobState, make_job: MakeJob) -> None:
-    data = CHECKPOINTS.write(state, most_bytes=MAX_BYTES)
+    data = CHECKPOINTS.write(state, max_bytes=MAX_BYTES)
     job = state.job
 
     def refusal(job: StyleJob, **fields: object) -> str:
         with pytest.raises(InvalidRequest) as raised:
-            CHECKPOINTS.read(with_fields(data, **fields), most_bytes=MAX_BYTES).restore(job)
+            CHECKPOINTS.read(with_fields(data, **fields), max_bytes=MAX_BYTES).restore(job)
         return raised.value.violations[0].description
 
     def other(**recipe: object) -> StyleJob:
@@ -40,7 +40,7 @@ def test_a_checkpoint_is_restored_only_to_a_job_like_its_own(state: JobState, ma
     blend = replace(job, styles=2 * job.styles, style_weights=(2.0, 1.0))
     two = {"styles": [digest.hex() for digest in blend.style_digests], "style_weights": [1.0, 1.0]}
     assert refusal(blend, **two) == "is of a job with style weights 1, 1, and this one has 2, 1"
-    scaled = CHECKPOINTS.read(with_fields(data, **two | {"style_weights": [0.6, 0.3]}), most_bytes=MAX_BYTES)
+    scaled = CHECKPOINTS.read(with_fields(data, **two | {"style_weights": [0.6, 0.3]}), max_bytes=MAX_BYTES)
     assert scaled.restore(blend).done == 7  # the same proportions are the same blend
     assert refusal(job, at=5) == "is at iteration 7 of scale 5, which the job does not have"
     assert refusal(job, at=0) == "is at iteration 7 of scale 0, which the job does not have"
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_restored_only_to_a_job_like_its_own(state: JobState, ma
     assert refusal(job, gradients=8) == "is damaged: its counts contradict each other"
     assert refusal(job, diverged_at=8) == "is damaged: its counts contradict each other"
     # The fields of an update and the time budget are those of the new job.
-    again = CHECKPOINTS.read(data, most_bytes=MAX_BYTES).restore(
+    again = CHECKPOINTS.read(data, max_bytes=MAX_BYTES).restore(
         other(beta=8.0, step=0.1, iterations=9, time_budget=4.0)
     )
     assert (again.recipe.beta, again.recipe.time_budget, again.iterations) == (8.0, 4.0, 13)

@@ -22,7 +22,7 @@ from tests.support.pictures import make_picture
 
 MakeJob = Callable[..., StyleJob]
 STATEFUL = [Optimiser.ADAM, Optimiser.LBFGS]
-MOST = 2**30
+MAX_BYTES = 2**30
 
 
 def run_alone(engine: VggEngine, state: JobState, slots: int, iterations: int = 10_000) -> list[Report]:
@@ -181,13 +181,13 @@ def test_a_job_continues_from_a_full_checkpoint_bit_for_bit(
     expected = run_alone(tiny_engine, straight, 1)
     stopped = JobState(job)
     run_alone(tiny_engine, stopped, 1, done)
-    data = CHECKPOINTS.write(stopped, most_bytes=MOST)
-    read = CHECKPOINTS.read(data, most_bytes=MOST)
+    data = CHECKPOINTS.write(stopped, max_bytes=MAX_BYTES)
+    read = CHECKPOINTS.read(data, max_bytes=MAX_BYTES)
     assert read.recipe == job.recipe
     resumed = read.restore(
         make_job(optimiser=optimiser, average=average, smallest_size=34, coarse_iterations=4, iterations=6)
     )
-    assert CHECKPOINTS.write(resumed, most_bytes=MOST) == data
+    assert CHECKPOINTS.write(resumed, max_bytes=MAX_BYTES) == data
     reports = run_alone(tiny_engine, resumed, 1)
     assert reports == expected[done:]
     assert torch.equal(image(resumed), image(straight))
@@ -199,8 +199,8 @@ def test_a_job_continues_from_the_picture_of_a_light_checkpoint(tiny_engine: Vgg
     batch = tiny_engine.batch(state.shape, 1)
     batch.join(state)
     batch.advance(20)
-    data = CHECKPOINTS.write(batch.copy(0), picture=batch.snapshot(0)(), most_bytes=MOST)
-    resumed = CHECKPOINTS.read(data, most_bytes=MOST).restore(job)
+    data = CHECKPOINTS.write(batch.copy(0), picture=batch.snapshot(0)(), max_bytes=MAX_BYTES)
+    resumed = CHECKPOINTS.read(data, max_bytes=MAX_BYTES).restore(job)
     assert (resumed.done, resumed.gradients, resumed.iterations_left) == (20, 0, 10)
     again = tiny_engine.batch(resumed.shape, 1)
     again.join(resumed)
@@ -217,8 +217,8 @@ def test_a_job_that_diverges_after_a_light_checkpoint_reports_the_iteration_of_t
     job = make_job()
     state = JobState(job)
     run_alone(tiny_engine, state, 1, 6)
-    data = CHECKPOINTS.write(state, picture=tiny_engine.picture(state)(), most_bytes=MOST)
-    resumed, healthy = CHECKPOINTS.read(data, most_bytes=MOST).restore(job), JobState(make_job(content=3))
+    data = CHECKPOINTS.write(state, picture=tiny_engine.picture(state)(), max_bytes=MAX_BYTES)
+    resumed, healthy = CHECKPOINTS.read(data, max_bytes=MAX_BYTES).restore(job), JobState(make_job(content=3))
     batch = tiny_engine.batch(resumed.shape, 2)
     batch.join(resumed)
     batch.join(healthy)

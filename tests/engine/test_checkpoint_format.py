@@ -25,7 +25,7 @@ def state(make_job: MakeJob) -> JobState:
 
 
 def test_reading_returns_the_state_that_was_written(state: JobState) -> None:
-    read = CHECKPOINTS.read(CHECKPOINTS.write(state, most_bytes=MAX_BYTES), most_bytes=MAX_BYTES)
+    read = CHECKPOINTS.read(CHECKPOINTS.write(state, max_bytes=MAX_BYTES), max_bytes=MAX_BYTES)
     again = read.restore(state.job)
     assert (again.at, again.done, again.gradients, again.averaged) == (1, 7, 7, 3)
     assert state.tensors is not None and again.tensors is not None
@@ -38,14 +38,14 @@ def test_a_checkpoint_has_the_stated_size(state: JobState) -> None:
     assert CHECKPOINTS.size(state) == pytest.approx(276 * pixels, rel=0.01)
     assert 0 < CHECKPOINTS.size(state, light=True) - 3 * pixels < 2000
     for picture in (None, PICTURE):
-        data = CHECKPOINTS.write(state, picture=picture, most_bytes=MAX_BYTES)
+        data = CHECKPOINTS.write(state, picture=picture, max_bytes=MAX_BYTES)
         assert len(data) == CHECKPOINTS.size(state, light=picture is not None)
 
 
 @pytest.mark.parametrize("light", [False, True])
 def test_what_fits_is_known_without_the_images(state: JobState, light: bool) -> None:
     size = CHECKPOINTS.size(replace(state, job=replace(state.job)), light=light)
-    fitting = [n for n in range(size - 10_000, size + 10_000) if CHECKPOINTS.fits(state, light=light, most_bytes=n)]
+    fitting = [n for n in range(size - 10_000, size + 10_000) if CHECKPOINTS.fits(state, light=light, max_bytes=n)]
     assert size <= fitting[0] <= size + 8192
     assert "content_digest" not in vars(state.job), "it hashes an image, which belongs to the thread that writes"
 
@@ -55,17 +55,17 @@ def test_checkpoints_that_are_too_large_are_neither_written_nor_read(state: JobS
         InvalidRequest,
         match=r"^checkpoint: of a 48x40 picture takes \d+ bytes, at most 9000 are allowed; a light one is",
     ):
-        CHECKPOINTS.write(state, most_bytes=9000)
-    data = CHECKPOINTS.write(state, picture=PICTURE, most_bytes=9000)
+        CHECKPOINTS.write(state, max_bytes=9000)
+    data = CHECKPOINTS.write(state, picture=PICTURE, max_bytes=9000)
     with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are taken"):
-        CHECKPOINTS.read(data, most_bytes=5000)
+        CHECKPOINTS.read(data, max_bytes=5000)
     with pytest.raises(ValueError, match="only a job that has started and is in no batch"):
-        CHECKPOINTS.write(JobState(state.job), most_bytes=MAX_BYTES)
+        CHECKPOINTS.write(JobState(state.job), max_bytes=MAX_BYTES)
 
 
 def test_bytes_that_are_not_a_checkpoint_are_refused(state: JobState) -> None:
-    data = CHECKPOINTS.write(state, most_bytes=MAX_BYTES)
-    light = CHECKPOINTS.write(state, picture=PICTURE, most_bytes=MAX_BYTES)
+    data = CHECKPOINTS.write(state, max_bytes=MAX_BYTES)
+    light = CHECKPOINTS.write(state, picture=PICTURE, max_bytes=MAX_BYTES)
     recipe = header(data)["recipe"]
     assert isinstance(recipe, dict)
     damaged = "is damaged: its header cannot be read"
@@ -94,7 +94,7 @@ def test_bytes_that_are_not_a_checkpoint_are_refused(state: JobState) -> None:
         (with_fields(data, recipe=recipe | {"optimiser": "adam"}), "do not make a 48x40 picture"),
     ):
         with pytest.raises(InvalidRequest, match=message):
-            CHECKPOINTS.read(bad, most_bytes=MAX_BYTES)
+            CHECKPOINTS.read(bad, max_bytes=MAX_BYTES)
 
 
 def test_tensors_with_values_that_the_kernels_do_not_check_are_refused(state: JobState) -> None:
@@ -110,14 +110,14 @@ def test_tensors_with_values_that_the_kernels_do_not_check_are_refused(state: Jo
         tensors[name].view(-1)[-1] = value
         with pytest.raises(InvalidRequest, match=message):
             CHECKPOINTS.read(
-                CHECKPOINTS.write(replace(state, tensors=tensors), most_bytes=MAX_BYTES), most_bytes=MAX_BYTES
+                CHECKPOINTS.write(replace(state, tensors=tensors), max_bytes=MAX_BYTES), max_bytes=MAX_BYTES
             )
 
 
 def test_a_checkpoint_has_the_seed_and_the_updated_recipe(state: JobState) -> None:
     state = replace(state, job=replace(state.job, seed=2**64 - 1))
     state.update(beta=8.0, iterations=20)
-    read = CHECKPOINTS.read(CHECKPOINTS.write(state, most_bytes=MAX_BYTES), most_bytes=MAX_BYTES)
+    read = CHECKPOINTS.read(CHECKPOINTS.write(state, max_bytes=MAX_BYTES), max_bytes=MAX_BYTES)
     assert (read.recipe, read.seed) == (state.recipe, 2**64 - 1)
     assert (read.recipe.beta, read.recipe.iterations) == (8.0, 20)
     # A job with this recipe, without a start image, continues to the updated last iteration.

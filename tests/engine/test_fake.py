@@ -16,7 +16,7 @@ from gramophone_server.engine.optimisers import layout
 from tests.support.serving import events_of, serving
 from tests.support.specs import job_state, spec
 
-MOST = 2**22
+MAX_BYTES = 2**22
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_a_picture_depends_only_on_seed_size_and_iteration(fast):
 def test_a_job_continues_from_its_checkpoint_with_the_same_pictures(fast, light, optimiser):
     whole = through(fast, job_state(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser))[1]
     job, before = through(fast, job_state(iterations=8, smallest_size=45, coarse_iterations=4, optimiser=optimiser), 7)
-    written = fast.checkpoints.write(job, picture=before[-1] if light else None, most_bytes=MOST)
-    again = fast.checkpoints.read(written, most_bytes=MOST).restore(job.job)
+    written = fast.checkpoints.write(job, picture=before[-1] if light else None, max_bytes=MAX_BYTES)
+    again = fast.checkpoints.read(written, max_bytes=MAX_BYTES).restore(job.job)
     assert torch.equal(fast.picture(again)(), before[-1])
     after = through(fast, again)[1]
     assert all(map(torch.equal, before + after, whole)) and len(before + after) == len(whole)

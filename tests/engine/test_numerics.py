@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import Row
 from benchmarks.precision import PAIRS, compared, example_job, round_to_tf32
 from gramophone.recipe import Pooling
-from gramophone_server.network.features import LARGEST_FP16, VggFeatures, probe_images
+from gramophone_server.network.features import MAX_FP16_ACTIVATION, VggFeatures, probe_images
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg, load_vgg
 
@@ -56,7 +56,7 @@ def test_in_fp16_the_activations_of_the_real_network_are_far_below_the_largest_n
     for layer in layers:
         gain = features.gain(layer)
         assert gain in (1, 2, 4, 8, 16, 32)
-        assert float(kept[layer].max()) <= LARGEST_FP16
+        assert float(kept[layer].max()) <= MAX_FP16_ACTIVATION
         error = (kept[layer].float() * gain - true[layer]).norm() / true[layer].norm()
         assert error < 3e-3
     assert features.gain("relu4_2") > 1  # the layer with the largest activations

@@ -15,8 +15,8 @@ from tests.support.networks import TINY_CHANNELS, make_tiny_vgg
 from tests.support.pictures import make_picture
 
 
-def engine_with_cache(most_bytes: int) -> VggEngine:
-    return VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"], style_cache_bytes=most_bytes)
+def engine_with_cache(max_bytes: int) -> VggEngine:
+    return VggEngine(make_tiny_vgg(), torch.device("cpu"), MODES["fp32"], style_cache_bytes=max_bytes)
 
 
 def losses(engine: VggEngine, job: StyleJob) -> list[float]:
@@ -26,7 +26,7 @@ def losses(engine: VggEngine, job: StyleJob) -> list[float]:
 
 
 def test_the_gram_matrices_of_a_style_are_computed_once(make_job: Callable[..., StyleJob]) -> None:
-    with_cache, without, small = (engine_with_cache(most_bytes) for most_bytes in (2**20, 0, 3000))
+    with_cache, without, small = (engine_with_cache(max_bytes) for max_bytes in (2**20, 0, 3000))
     job = replace(make_job(iterations=3), styles=(make_picture(6), make_picture(7)), style_weights=(1.0, 2.0))
     again = replace(job, styles=tuple(style.clone() for style in job.styles), style_weights=(5.0, 1.0), seed=3)
     results = [[losses(engine, j) for j in (job, again, job)] for engine in (with_cache, without, small)]

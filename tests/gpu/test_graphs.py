@@ -147,7 +147,7 @@ def test_a_runner_is_reused_and_keeps_nothing_of_its_last_run() -> None:
 
 
 def test_a_limited_number_of_runners_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GraphRunnerPool, "MOST", 2)
+    monkeypatch.setattr(GraphRunnerPool, "MAX_IDLE", 2)
     one = fresh_engine("tiny", "fp16")
     for side in (32, 40, 48, 56):
         run = one.run_batch([job(side=side, iterations=1)])

@@ -104,9 +104,9 @@ def test_too_many_scans_are_refused():
     data = encoded(RED, "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     scans = data.count(b"\xff\xda")
-    assert decoded(data[:-2] + last * (metadata_stripping.MOST_SCANS - scans) + data[-2:]).shape == (3, HEIGHT, WIDTH)
+    assert decoded(data[:-2] + last * (metadata_stripping.MAX_SCANS - scans) + data[-2:]).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(InvalidRequest, match="has more than 32 scans; save it with an ordinary encoder"):
-        decoded(data[:-2] + last * (metadata_stripping.MOST_SCANS - scans + 1) + data[-2:])
+        decoded(data[:-2] + last * (metadata_stripping.MAX_SCANS - scans + 1) + data[-2:])
 
 
 def test_scans_of_a_preview_do_not_count():

@@ -33,7 +33,7 @@ from tests.support.pictures import make_picture, png
 from tests.support.serving import refused, serving
 from tests.support.specs import spec
 
-MOST = 2**26
+MAX_BYTES = 2**26
 RESERVATION = Reservation(1)
 
 
@@ -217,7 +217,7 @@ def advance_to(engine, state, iterations):
 def written(state, light=False):
     # A fake batch has no state of the optimiser; `write` writes zeros for it.
     picture = FakeEngine().picture(state)() if light else None
-    return CHECKPOINTS.write(state, picture=picture, most_bytes=MOST)
+    return CHECKPOINTS.write(state, picture=picture, max_bytes=MAX_BYTES)
 
 
 def resumed(data):

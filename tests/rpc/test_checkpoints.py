@@ -28,7 +28,7 @@ async def test_a_requested_checkpoint_is_valid(light):
         saved = await controller.event("checkpoint")
         await controller.ask(finish=FINISH)
     assert (saved.iteration, saved.light) == (answer.iteration, light)
-    read = CHECKPOINTS.read(saved.data, most_bytes=LIMITS.max_checkpoint_bytes)
+    read = CHECKPOINTS.read(saved.data, max_bytes=LIMITS.max_checkpoint_bytes)
     assert (read.counts["done"], read.width, read.height) == (saved.iteration, 64, 32)
 
 
@@ -59,7 +59,7 @@ async def test_each_watcher_gets_the_checkpoints_that_it_wants():
         assert 1 <= len(saved) <= 4  # at most one a second
         assert all(one.light is is_light for one in saved)
         for one in saved:
-            read = CHECKPOINTS.read(one.data, most_bytes=LIMITS.max_checkpoint_bytes)
+            read = CHECKPOINTS.read(one.data, max_bytes=LIMITS.max_checkpoint_bytes)
             assert read.counts["done"] == one.iteration
 
 
@@ -81,4 +81,4 @@ async def test_a_server_that_shuts_down_sends_picture_and_checkpoint_to_all_watc
             *_, frame, saved = events
             assert frame.frame.iteration == saved.checkpoint.iteration >= done
             assert saved.checkpoint.light is light
-            CHECKPOINTS.read(saved.checkpoint.data, most_bytes=LIMITS.max_checkpoint_bytes)
+            CHECKPOINTS.read(saved.checkpoint.data, max_bytes=LIMITS.max_checkpoint_bytes)

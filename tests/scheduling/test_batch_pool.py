@@ -115,7 +115,7 @@ def test_a_batch_that_is_half_empty_is_rebuilt():
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_job():
-    engine = FakeEngine(iteration_s=0.001, most_pixels=64 * 32 * 3)
+    engine = FakeEngine(iteration_s=0.001, max_pixels=64 * 32 * 3)
     pool, eight = BatchPool(engine, ThroughputModel()), tasks(8)
     assert run_rounds(pool, eight, rounds=12) == [(2, 2)] * 4
     assert all(task.state.done == 12 for task in eight)
@@ -144,7 +144,7 @@ def test_a_job_without_memory_waits_until_another_has_ended():
 
 
 def test_a_job_that_does_not_fit_alone_fails_alone():
-    engine = FakeEngine(most_pixels=64 * 32 - 1)
+    engine = FakeEngine(max_pixels=64 * 32 - 1)
     pool = BatchPool(engine, ThroughputModel())
     (task,) = tasks(1)
     assert [type(error) for error in pool.assign([task]).values()] == [OutOfDeviceMemory]

@@ -14,7 +14,7 @@ from tests.support.clock import ManualClock
 from tests.support.engines import CHECKPOINTS, FakeEngine
 from tests.support.specs import job_state
 
-MOST = 2**20
+MAX_BYTES = 2**20
 
 
 clock = ManualClock(reading_s=1e-6)
@@ -66,7 +66,7 @@ def task(iterations=10, **recipe):
 
 
 def worker_of(engine, *tasks):
-    worker = Worker(engine, ThroughputModel(), MOST, clock=clock)
+    worker = Worker(engine, ThroughputModel(), MAX_BYTES, clock=clock)
     for one in tasks:
         worker.admit(one)
     return worker
@@ -376,7 +376,7 @@ def test_a_job_that_waits_for_memory_lets_smaller_ones_start_for_a_while():
 
 
 def test_a_job_too_large_for_the_device_ends_alone():
-    engine = fake_engine(most_pixels=64 * 32)
+    engine = fake_engine(max_pixels=64 * 32)
     large, small = task(10, size=128), task(10)
     run_to_end(worker_of(engine, large, small), [large, small])
     assert isinstance(large.observer.error, OutOfDeviceMemory) and small.observer.end is not None
@@ -384,7 +384,7 @@ def test_a_job_too_large_for_the_device_ends_alone():
 
 def test_when_memory_runs_out_jobs_wait_and_all_finish():
     """There is memory for one job of 64 x 32 px: first by the estimate, then by the allocator."""
-    for engine in (fake_engine(memory_bytes=64 * 32 * 1000), fake_engine(most_pixels=64 * 32)):
+    for engine in (fake_engine(memory_bytes=64 * 32 * 1000), fake_engine(max_pixels=64 * 32)):
         tasks = [task(10), task(10, size=60), task(10, size=62)]
         worker = worker_of(engine, *tasks)
         worker.step(tasks)
@@ -406,7 +406,7 @@ def test_a_drained_job_sends_its_picture_and_its_state(light):
     frame, saved = one.observer.events[-2:]
     assert frame.iteration == saved.iteration == one.state.done and saved.state.light is light
     assert one.observer.watchers[-2:] == [None, None]  # all of them
-    assert CHECKPOINTS.read(saved.state.write(), most_bytes=MOST).restore(one.state.job).done == one.state.done
+    assert CHECKPOINTS.read(saved.state.write(), max_bytes=MAX_BYTES).restore(one.state.job).done == one.state.done
     assert not fresh.observer.events  # it has no picture yet
 
 
@@ -478,7 +478,7 @@ def test_picture_and_state_are_of_the_reported_iteration(light):
     assert isinstance(frame, Frame) and frame.iteration == one.state.done
     saved = worker.checkpoint(one, light=light)
     assert isinstance(saved, Saved) and saved.state.light is light
-    restored = CHECKPOINTS.read(saved.state.write(), most_bytes=MOST).restore(one.state.job)
+    restored = CHECKPOINTS.read(saved.state.write(), max_bytes=MAX_BYTES).restore(one.state.job)
     assert restored.done == one.state.done == saved.iteration
 
 

@@ -25,7 +25,7 @@ class FakeEngine:
     """Runs while `go` is set. Iteration `fails_at` of any job raises `error`.
 
     An iteration of a batch takes `iteration_s`, plus `pixel_s` for each pixel of each slot, taken or not. To join a
-    batch takes `join_s`. A batch of more than `most_pixels` (width x height x slots) runs out of memory. `clock` is
+    batch takes `join_s`. A batch of more than `max_pixels` (width x height x slots) runs out of memory. `clock` is
     used in place of the module `time`.
     """
 
@@ -34,7 +34,7 @@ class FakeEngine:
     precision = "fp32"
     backbone = "vgg19"
     weights_source = "none, sha256 0"
-    style_cache = CacheCounts(hits=3, misses=2, bytes=1000, most_bytes=5000)
+    style_cache = CacheCounts(hits=3, misses=2, bytes=1000, max_bytes=5000)
     layers = ("conv1_1", "relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
     def __init__(
@@ -45,7 +45,7 @@ class FakeEngine:
         *,
         pixel_s: float = 0.0,
         join_s: float = 0.0,
-        most_pixels: int = 2**31,
+        max_pixels: int = 2**31,
         memory_bytes: int = 2**40,
         clock: Any = time,
     ) -> None:
@@ -55,7 +55,7 @@ class FakeEngine:
         self.join_s = join_s
         self.close_error: Exception | None = None  # of batches
         self.device_error: Exception | None = None
-        self.most_pixels = most_pixels
+        self.max_pixels = max_pixels
         self.memory_bytes = memory_bytes  # each pixel of each slot takes 1000
         self.fails_at = fails_at
         self.error = error
@@ -79,7 +79,7 @@ class FakeEngine:
         self.jobs.append(job)
         return JobState(job)
 
-    def most_slots(self, shape: Shape) -> int:
+    def max_slots(self, shape: Shape) -> int:
         return 256
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
@@ -91,7 +91,7 @@ class FakeEngine:
         return lambda: picture
 
     def batch(self, shape: Shape, slots: int) -> FakeBatch:
-        if shape.width * shape.height * slots > self.most_pixels:
+        if shape.width * shape.height * slots > self.max_pixels:
             raise OutOfDeviceMemory(shape.width, shape.height)
         self.batches.append(FakeBatch(self, shape, slots))
         return self.batches[-1]

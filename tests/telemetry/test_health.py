@@ -64,7 +64,7 @@ async def test_a_server_that_loads_or_drains_is_not_ready_but_alive():
 async def test_a_compute_thread_that_does_not_return_is_a_liveness_problem():
     metrics, engine = Metrics(), FakeEngine()
     async with serving(engine, metrics=metrics) as s:
-        monitor = monitor_of(s, metrics, longest_step_s=0.1)
+        monitor = monitor_of(s, metrics, max_step_s=0.1)
         call = await start_stream(s, engine)
         await until(lambda: monitor.liveness_problem())
         problem = "the compute thread has been in one iteration for 0 s"

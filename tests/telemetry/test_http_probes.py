@@ -107,9 +107,9 @@ async def test_a_client_that_sends_single_bytes_is_disconnected_too(probes, serv
 
 
 async def test_slow_clients_make_room_for_a_probe(probes, served, clock):
-    holding = [connect(served) for _ in range(http_probes.MOST_CONNECTIONS)]
+    holding = [connect(served) for _ in range(http_probes.MAX_CONNECTIONS)]
     try:
-        await until(lambda: probes.connections == http_probes.MOST_CONNECTIONS)
+        await until(lambda: probes.connections == http_probes.MAX_CONNECTIONS)
         clock.advance(http_probes.REPLACEABLE_AFTER_S + 0.1)
         assert got(served, "/livez")[0] == 200
         assert holding[0].recv(1) == b""  # the oldest one
@@ -119,9 +119,9 @@ async def test_slow_clients_make_room_for_a_probe(probes, served, clock):
 
 
 async def test_connections_are_bounded(probes, served):
-    holding = [connect(served) for _ in range(http_probes.MOST_CONNECTIONS)]
+    holding = [connect(served) for _ in range(http_probes.MAX_CONNECTIONS)]
     try:
-        await until(lambda: probes.connections == http_probes.MOST_CONNECTIONS)
+        await until(lambda: probes.connections == http_probes.MAX_CONNECTIONS)
         with pytest.raises((OSError, http.client.HTTPException)):
             got(served, "/healthz")
     finally:

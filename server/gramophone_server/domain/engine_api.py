@@ -20,7 +20,7 @@ class CacheCounts(NamedTuple):
     hits: int
     misses: int
     bytes: int
-    most_bytes: int
+    max_bytes: int
 
 
 class Batch(Protocol):
@@ -82,19 +82,19 @@ class Batch(Protocol):
 class Checkpoints(Protocol):
     """Writes the state of a job as bytes, and reads it; see `engine.checkpoint_format`. Thread-safe."""
 
-    def fits(self, state: JobState, *, light: bool = False, most_bytes: int) -> bool:
-        """Whether a checkpoint of the job takes at most ``most_bytes``; a light one has the picture and no state of the
+    def fits(self, state: JobState, *, light: bool = False, max_bytes: int) -> bool:
+        """Whether a checkpoint of the job takes at most ``max_bytes``; a light one has the picture and no state of the
         optimiser. Costs microseconds."""
 
-    def require_room(self, state: JobState, *, light: bool = False, most_bytes: int) -> None:
-        """Raises `errors.InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
+    def require_room(self, state: JobState, *, light: bool = False, max_bytes: int) -> None:
+        """Raises `errors.InvalidRequest` if a checkpoint of the job takes more than ``max_bytes``."""
 
-    def write(self, state: JobState, *, picture: Tensor | None = None, most_bytes: int) -> bytes:
+    def write(self, state: JobState, *, picture: Tensor | None = None, max_bytes: int) -> bytes:
         """The checkpoint of a job that is in no batch; a light one if ``picture``, uint8 [height, width, 3], is given.
-        Raises `errors.InvalidRequest` if it is larger than ``most_bytes``, and `ValueError` if the job has no state to
+        Raises `errors.InvalidRequest` if it is larger than ``max_bytes``, and `ValueError` if the job has no state to
         write."""
 
-    def read(self, data: bytes, *, most_bytes: int) -> Checkpoint:
+    def read(self, data: bytes, *, max_bytes: int) -> Checkpoint:
         """Reads what `write` has written. Raises `errors.InvalidRequest`."""
 
 
@@ -120,9 +120,9 @@ class BatchEngine(Protocol):
         """As `Batch.snapshot`, of a job that has started and is in no batch."""
 
     def batch(self, shape: Shape, slots: int) -> Batch:
-        """Opens an empty batch. Raises `errors.OutOfDeviceMemory`, and `ValueError` for more than `most_slots`."""
+        """Opens an empty batch. Raises `errors.OutOfDeviceMemory`, and `ValueError` for more than `max_slots`."""
 
-    def most_slots(self, shape: Shape) -> int:
+    def max_slots(self, shape: Shape) -> int:
         """The widest batch that the device's libraries can index, whatever the memory."""
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gramophone.recipe import Recipe
 
-__all__ = ["SMALLEST_SIDE", "Losses", "Report", "Scale", "StyleJob", "digest", "fit", "ran_out_of_memory"]
+__all__ = ["MIN_SIDE", "Losses", "Report", "Scale", "StyleJob", "digest", "fit", "ran_out_of_memory"]
 
-SMALLEST_SIDE = 16  # pixels; relu5_1, after four poolings, has one activation left
+MIN_SIDE = 16  # pixels; relu5_1, after four poolings, has one activation left
 
 
 class Scale(NamedTuple):
@@ -61,12 +61,12 @@ class StyleJob:
     def scales(self) -> tuple[Scale, ...]:
         """The scales, coarsest first; the last is the result's.
 
-        Coarse scales whose shorter side would be less than `SMALLEST_SIDE` are left out, so a thin picture can have
+        Coarse scales whose shorter side would be less than `MIN_SIDE` are left out, so a thin picture can have
         fewer scales than its recipe.
         """
         _, height, width = self.content.shape
         *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
-        kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= SMALLEST_SIDE]
+        kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= MIN_SIDE]
         return (*kept, Scale(*final, self.recipe.iterations))
 
     @cached_property

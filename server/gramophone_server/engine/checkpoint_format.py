@@ -32,7 +32,7 @@ from gramophone_server.errors import InvalidRequest
 __all__ = ["CheckpointFormat"]
 
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version; a new layout of any optimiser's state needs a new version
-MOST_HEADER = 64 * 1024  # bytes; a header with 32 layers and their weights has 4 KB
+MAX_HEADER_BYTES = 64 * 1024  # bytes; a header with 32 layers and their weights has 4 KB
 
 HEADER_ROOM = 8192  # bytes; 32 layers with their weights and everything else are 4 KB
 # Fields of `JobState` that the header holds under the same names.
@@ -46,35 +46,35 @@ class CheckpointFormat:
         """``layout``: returns the tensors of a slot for a recipe, a height and a width, on the meta device."""
         self._layout = layout
 
-    def fits(self, state: JobState, *, light: bool = False, most_bytes: int) -> bool:
-        """Whether a checkpoint of the job takes at most ``most_bytes``. It counts `HEADER_ROOM` for the header, which
+    def fits(self, state: JobState, *, light: bool = False, max_bytes: int) -> bool:
+        """Whether a checkpoint of the job takes at most ``max_bytes``. It counts `HEADER_ROOM` for the header, which
         is not built: that would hash the images of the job, 2 ms a megapixel."""
-        return HEADER_ROOM + self._tensor_bytes(state, light) <= most_bytes
+        return HEADER_ROOM + self._tensor_bytes(state, light) <= max_bytes
 
     def size(self, state: JobState, *, light: bool = False) -> int:
         """Bytes of a checkpoint of the job, including its header. The first call for a job hashes its images."""
         return len(MAGIC) + 4 + len(_header(state, light)) + self._tensor_bytes(state, light)
 
-    def require_room(self, state: JobState, *, light: bool = False, most_bytes: int) -> None:
-        """Raises `InvalidRequest` if a checkpoint of the job takes more than ``most_bytes``."""
+    def require_room(self, state: JobState, *, light: bool = False, max_bytes: int) -> None:
+        """Raises `InvalidRequest` if a checkpoint of the job takes more than ``max_bytes``."""
         total = self.size(state, light=light)
-        if total > most_bytes:
+        if total > max_bytes:
             width, height, _ = state.scales[state.at]
             instead = "" if light else "; a light one is smaller"
-            taken = f"of a {width}x{height} picture takes {total} bytes, at most {most_bytes} are allowed{instead}"
+            taken = f"of a {width}x{height} picture takes {total} bytes, at most {max_bytes} are allowed{instead}"
             raise InvalidRequest([Violation("checkpoint", taken)])
 
-    def write(self, state: JobState, *, picture: Tensor | None = None, most_bytes: int) -> bytes:
+    def write(self, state: JobState, *, picture: Tensor | None = None, max_bytes: int) -> bytes:
         """The checkpoint of a job that is in no batch, such as one from `Batch.copy` or `Batch.leave`.
 
         With ``picture``, uint8 [height, width, 3] from `Batch.snapshot`, the checkpoint is light and needs no tensors.
-        Raises `InvalidRequest` if it takes more than ``most_bytes``, and `ValueError` for a full checkpoint of a job
+        Raises `InvalidRequest` if it takes more than ``max_bytes``, and `ValueError` for a full checkpoint of a job
         that has not started or is in a batch.
         """
         light = picture is not None
         if state.tensors is None and not light:
             raise ValueError("only a job that has started and is in no batch can be written")
-        self.require_room(state, light=light, most_bytes=most_bytes)
+        self.require_room(state, light=light, max_bytes=max_bytes)
         header = _header(state, light)
         parts = [MAGIC, len(header).to_bytes(4, "little"), header]
         if picture is not None:
@@ -86,13 +86,13 @@ class CheckpointFormat:
                 parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
         return b"".join(parts)
 
-    def read(self, data: bytes, *, most_bytes: int) -> Checkpoint:
+    def read(self, data: bytes, *, max_bytes: int) -> Checkpoint:
         """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``.
 
-        Raises `InvalidRequest` if the bytes are more than ``most_bytes``, or are not a whole checkpoint.
+        Raises `InvalidRequest` if the bytes are more than ``max_bytes``, or are not a whole checkpoint.
         """
-        if len(data) > most_bytes:
-            raise resume_refused(f"has {len(data)} bytes, at most {most_bytes} are taken")
+        if len(data) > max_bytes:
+            raise resume_refused(f"has {len(data)} bytes, at most {max_bytes} are taken")
         if data[: len(MAGIC) - 1] != MAGIC[:-1]:
             raise resume_refused("is not a checkpoint")
         if data[: len(MAGIC)] != MAGIC:
@@ -101,7 +101,7 @@ class CheckpointFormat:
             )
         start = len(MAGIC) + 4
         length = int.from_bytes(data[len(MAGIC) : start], "little")
-        if length > min(MOST_HEADER, len(data) - start):
+        if length > min(MAX_HEADER_BYTES, len(data) - start):
             raise resume_refused("is cut off or damaged: its header does not fit")
         try:
             header = json.loads(data[start : start + length])

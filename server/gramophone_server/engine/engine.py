@@ -44,12 +44,12 @@ __all__ = ["VggEngine", "cpu_name"]
 log = logging.getLogger(__name__)
 
 # cuDNN and torch count the elements of a tensor in 32 bits in places, and the widest activations are 64 per pixel.
-MOST_ELEMENTS_CUDA = 2**31 - 1
-MOST_SLOTS = 256  # of a batch of the smallest pictures; a batch gains nothing by growing long before that
+MAX_CUDA_ELEMENTS = 2**31 - 1
+MAX_SLOTS = 256  # of a batch of the smallest pictures; a batch gains nothing by growing long before that
 
 # Share of the device memory that is free once the network is loaded. The rest is for the estimates, which are some
 # percent off, and for images that are being decoded.
-MOST_OF_MEMORY = 0.8
+MEMORY_SHARE = 0.8
 
 
 class VggEngine:
@@ -82,7 +82,7 @@ class VggEngine:
         self.graph_runners = GraphRunnerPool(self.features, graphs=device.type == "cuda" if graphs is None else graphs)
         self.style_targets = StyleTargets(self.features, style_cache_bytes)
         self.copier = DeviceToHostCopier(device)
-        self.memory_bytes = int(bytes_free(device) * MOST_OF_MEMORY)
+        self.memory_bytes = int(bytes_free(device) * MEMORY_SHARE)
         self._widest = vgg.convolutions[0].weight.shape[0]  # activations per pixel; every pooling quarters the pixels
         self._vgg = vgg
         self._note = note
@@ -126,8 +126,8 @@ class VggEngine:
         """See `engine_api.BatchEngine.admit`."""
         state = JobState(job)
         width, height = job.result_size
-        if not self.most_slots(Shape.of(job.recipe, height, width)):
-            most = f"the GPU's libraries take at most {self._most_pixels} pixels"
+        if not self.max_slots(Shape.of(job.recipe, height, width)):
+            most = f"the GPU's libraries take at most {self._max_pixels} pixels"
             size = f"makes a {width}x{height} picture, of which {most}; give a smaller one"
             raise InvalidRequest([Violation("spec.recipe.size", size)])
         return state
@@ -141,15 +141,15 @@ class VggEngine:
 
     def batch(self, shape: Shape, slots: int) -> EngineBatch:
         """See `engine_api.BatchEngine.batch`."""
-        if not 0 < slots <= self.most_slots(shape):
-            raise ValueError(f"a batch of this shape has 1 to {self.most_slots(shape)} slots, got {slots}")
+        if not 0 < slots <= self.max_slots(shape):
+            raise ValueError(f"a batch of this shape has 1 to {self.max_slots(shape)} slots, got {slots}")
         return EngineBatch(self.graph_runners, self.style_targets, self.copier, shape, slots)
 
-    def most_slots(self, shape: Shape) -> int:
-        """See `engine_api.BatchEngine.most_slots`."""
+    def max_slots(self, shape: Shape) -> int:
+        """See `engine_api.BatchEngine.max_slots`."""
         if self.device.type != "cuda":
-            return MOST_SLOTS
-        return min(MOST_SLOTS, self._most_pixels // (shape.width * shape.height))
+            return MAX_SLOTS
+        return min(MAX_SLOTS, self._max_pixels // (shape.width * shape.height))
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         """See `engine_api.BatchEngine.batch_bytes`."""
@@ -165,8 +165,8 @@ class VggEngine:
         return BatchRun(self.batch, [self.admit(job) for job in jobs])
 
     @property
-    def _most_pixels(self) -> int:
-        return MOST_ELEMENTS_CUDA // self._widest
+    def _max_pixels(self) -> int:
+        return MAX_CUDA_ELEMENTS // self._widest
 
     def warm_up(self) -> None:
         """Runs two iterations of a small job, so that the first request does not wait for kernels and memory."""

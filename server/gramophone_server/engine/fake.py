@@ -26,7 +26,7 @@ from gramophone_server.network.vgg import BACKBONES
 
 __all__ = ["FakeEngine"]
 
-MOST_SLOTS = 256
+MAX_SLOTS = 256
 BYTES_PER_PIXEL = 276  # as with L-BFGS's state, so that memory limits can be tested
 MEMORY_BYTES = 8 * 2**30
 # Of the state of the real optimisers: bytes per pixel, and bytes at any size.
@@ -58,7 +58,7 @@ class FakeEngine:
         for number in range(1, count + 1)
         for kind in ("conv", "relu")
     )
-    style_cache = CacheCounts(hits=0, misses=0, bytes=0, most_bytes=0)
+    style_cache = CacheCounts(hits=0, misses=0, bytes=0, max_bytes=0)
     memory_bytes = MEMORY_BYTES
     checkpoints = CheckpointFormat(_layout)
 
@@ -73,13 +73,13 @@ class FakeEngine:
 
     def batch(self, shape: Shape, slots: int) -> FakeBatch:
         """See `engine_api.BatchEngine`."""
-        if not 1 <= slots <= MOST_SLOTS:
-            raise ValueError(f"a batch has 1 to {MOST_SLOTS} slots, got {slots}")
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ValueError(f"a batch has 1 to {MAX_SLOTS} slots, got {slots}")
         return FakeBatch(self, shape, slots)
 
-    def most_slots(self, shape: Shape) -> int:
+    def max_slots(self, shape: Shape) -> int:
         """See `engine_api.BatchEngine`."""
-        return MOST_SLOTS
+        return MAX_SLOTS
 
     def require_device(self) -> None:
         """See `engine_api.BatchEngine`."""

@@ -26,7 +26,7 @@ __all__ = ["GraphRunner", "GraphRunnerPool"]
 # iteration at 256 px, nothing at 1024 px. Ten iterations per graph make this small; more would only make the graph
 # longer to build.
 ITERATIONS_PER_GRAPH = 10
-MOST_PIXELS_OF_SEVERAL = 512 * 512  # of the whole batch; above this there is only a graph of one iteration
+MAX_LONG_GRAPH_PIXELS = 512 * 512  # of the whole batch; above this there is only a graph of one iteration
 
 WARM_UPS = 2  # iterations before a capture, in which cuDNN builds its plans and libraries allocate their workspaces
 
@@ -124,7 +124,7 @@ class GraphRunner:
                     self._iterate()
         finally:  # after running out of memory the buffers are freed while the stream may still use them
             torch.cuda.current_stream().wait_stream(stream)
-        several = self.canvas.image[:, 0].numel() <= MOST_PIXELS_OF_SEVERAL
+        several = self.canvas.image[:, 0].numel() <= MAX_LONG_GRAPH_PIXELS
         collecting = gc.isenabled()
         # An old graph that is collected here would invalidate the capture, and with torch 2.11 all later ones.
         gc.disable()
@@ -150,20 +150,20 @@ class GraphRunnerPool:
     least recently used idle runner is dropped first.
     """
 
-    MOST = 64  # idle runners; a job of the default recipe has five scales, and pictures have a handful of proportions
+    MAX_IDLE = 64  # idle runners; a job of the default recipe has five scales, and pictures have a handful of proportions
     # Of the device's, in idle buffers: a runner has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS.
-    MOST_OF_MEMORY = 0.1
+    IDLE_MEMORY_SHARE = 0.1
 
     def __init__(self, features: VggFeatures, *, graphs: bool) -> None:
         self._features = features
         self._pool: Any = None  # torch's handle of the memory pool of all graphs; None: iterations are not captured
         self._stream: Any = None  # for captures
-        self._most_bytes = 0
+        self._max_bytes = 0
         if graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(features.device)  # type: ignore[no-untyped-call]
             total = torch.cuda.get_device_properties(features.device).total_memory
-            self._most_bytes = int(total * self.MOST_OF_MEMORY)
+            self._max_bytes = int(total * self.IDLE_MEMORY_SHARE)
         self.idle: OrderedDict[int, GraphRunner] = OrderedDict()  # by id, oldest first
 
     def take(self, shape: Shape, slots: int) -> GraphRunner:
@@ -187,7 +187,7 @@ class GraphRunnerPool:
         for slot in range(runner.slots):
             runner.clear(slot)
         self.idle[id(runner)] = runner
-        while len(self.idle) > self.MOST or sum(s.bytes for s in self.idle.values()) > self._most_bytes:
+        while len(self.idle) > self.MAX_IDLE or sum(s.bytes for s in self.idle.values()) > self._max_bytes:
             self.idle.popitem(last=False)
 
     def clear(self) -> None:

@@ -157,7 +157,7 @@ class LBFGS:
     """
 
     PAIRS = 10  # 20 image-sized tensors, 240 MB for a 1024 px square
-    LEAST_CURVATURE = 1e-6  # the least s.y / (|s| |y|) of a pair that is used
+    MIN_CURVATURE = 1e-6  # the least s.y / (|s| |y|) of a pair that is used
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
@@ -212,7 +212,7 @@ class LBFGS:
         own = products[0].diagonal()
         ss, yy = own[:held], own[held:vectors]
         sy = products[0].diagonal(offset=held)[:held]
-        good = sy > cls.LEAST_CURVATURE * (ss * yy).sqrt()
+        good = sy > cls.MIN_CURVATURE * (ss * yy).sqrt()
         age = (pairs - 1 - torch.arange(held, device=sy.device)) % held
         newest = torch.where(good, age, held).argmin(0, keepdim=True)
         return {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone.recipe import Start
-from gramophone_server.domain.job import SMALLEST_SIDE, StyleJob, fit
+from gramophone_server.domain.job import MIN_SIDE, StyleJob, fit
 from gramophone_server.domain.job_state import JobState, SlotTensors
 from gramophone_server.engine.optimisers import carried
 
@@ -65,7 +65,7 @@ def style_size(style: Tensor, longest: int, scale: float) -> tuple[int, int]:
     ``longest``: longest side of the picture in pixels. ``scale``: the recipe's ``style_scale``.
     """
     width, height = fit(style.shape[2], style.shape[1], round(longest * scale))
-    return max(width, SMALLEST_SIDE), max(height, SMALLEST_SIDE)
+    return max(width, MIN_SIDE), max(height, MIN_SIDE)
 
 
 def _start(job: StyleJob, content: Tensor, width: int, height: int) -> Tensor:

@@ -31,15 +31,15 @@ class StyleTargets:
     The least recently used entries are dropped first.
     """
 
-    def __init__(self, features: VggFeatures, most_bytes: int = STYLE_CACHE_BYTES) -> None:
-        self._features, self._most_bytes = features, most_bytes
+    def __init__(self, features: VggFeatures, max_bytes: int = STYLE_CACHE_BYTES) -> None:
+        self._features, self._max_bytes = features, max_bytes
         self._kept: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
         self._hits = self._misses = self._bytes = 0
 
     @property
     def counts(self) -> CacheCounts:
         """The counts since the start; thread-safe."""
-        return CacheCounts(self._hits, self._misses, self._bytes, self._most_bytes)
+        return CacheCounts(self._hits, self._misses, self._bytes, self._max_bytes)
 
     @torch.inference_mode()
     def grams(
@@ -55,7 +55,7 @@ class StyleTargets:
         made = style_grams(self._features, resize(image.to(self._features.device), width, height), layers, pooling)
         self._kept[key] = made
         self._bytes += _bytes(made)
-        while self._bytes > self._most_bytes:
+        while self._bytes > self._max_bytes:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return made
 

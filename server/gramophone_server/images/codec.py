@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramophone.recipe import Violation
 from gramophone_server.config import Limits, variable
-from gramophone_server.domain.job import SMALLEST_SIDE, fit
+from gramophone_server.domain.job import MIN_SIDE, fit
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import dimensions, metadata_stripping
 from gramophone_server.images.metadata_stripping import Refused
@@ -34,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None
 # Bytes of texts that Pillow inflates for one PNG. `metadata_stripping` removes all texts; this is a second safeguard.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 
-MOST_PROFILE_TAGS = 100  # LittleCMS refuses profiles with more
+MAX_PROFILE_TAGS = 100  # LittleCMS refuses profiles with more
 
 
 class Format(StrEnum):
@@ -72,7 +72,7 @@ def decode(data: bytes, field: str, limits: Limits, needed: int) -> Tensor:
     image, orientation = _opened(data, field, limits)
     with image:
         # Not so far that the shorter side of a thin picture becomes too small.
-        needed = max(needed, -(-SMALLEST_SIDE * max(image.size) // min(image.size)))
+        needed = max(needed, -(-MIN_SIDE * max(image.size) // min(image.size)))
         image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 if that is enough
         plain = _attempt(partial(_loaded, image, needed), field, _damaged(image.format))
         profile = image.info.get("icc_profile")
@@ -191,8 +191,8 @@ def _refuse_size(width: int, height: int, field: str, limits: Limits) -> None:
             f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are allowed "
             f"(server setting {variable('max_image_pixels')}); send a smaller image",
         )
-    if min(width, height) < SMALLEST_SIDE:
-        raise _refusal(field, f"is {width}x{height}; each side must have at least {SMALLEST_SIDE} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise _refusal(field, f"is {width}x{height}; each side must have at least {MIN_SIDE} pixels")
 
 
 def _loaded(image: Image.Image, needed: int) -> Image.Image:
@@ -268,7 +268,7 @@ def _bounded(profile: bytes) -> bytes:
     """The profile without its tags D2B0 to D2B3. Then A2B0 or the primaries apply, as for every reader that does not
     know these tags. They are programs of any length, which LittleCMS runs 36,000 times before the first pixel: 3,000
     steps in 24 KB took 5 s."""
-    tags = min(int.from_bytes(profile[128:132]), MOST_PROFILE_TAGS)
+    tags = min(int.from_bytes(profile[128:132]), MAX_PROFILE_TAGS)
     bounded = bytearray(profile)
     for at in range(132, min(132 + 12 * tags, len(profile)), 12):
         if profile.startswith(b"D2B", at):

@@ -13,7 +13,7 @@ __all__ = ["size"]
 
 # Bytes. The size of a photo follows one EXIF segment of at most 64 KiB, which is much shorter in most photos.
 HEAD_BYTES = 64 * 1024
-MOST_SEGMENTS = 64  # of a JPEG before its size; a photo has about 20
+MAX_SEGMENTS = 64  # of a JPEG before its size; a photo has about 20
 FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # JPEG markers SOF0 to SOF15
 
 
@@ -35,7 +35,7 @@ def size(data: bytes) -> tuple[int, int] | None:
 
 def _jpeg(head: bytes) -> tuple[int, int] | None:
     at = 2
-    for _ in range(MOST_SEGMENTS):
+    for _ in range(MAX_SEGMENTS):
         marker, length = struct.unpack_from(">HH", head, at)
         if marker in FRAMES:
             height, width = struct.unpack_from(">HH", head, at + 5)

@@ -17,10 +17,10 @@ __all__ = ["Picture", "Refused", "picture"]
 
 # A photo has about 20 JPEG segments before its pixels, and at most 400 with a large profile and XMP; a PNG of 10 MiB
 # written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
-MOST_PARTS = 16_384
+MAX_PARTS = 16_384
 # libjpeg processes the whole picture for each scan, 11 to 30 ms at 32 megapixels, even if the scan is short. An encoder
 # writes 10 scans for a photo, and libjpeg's script for CMYK has 18.
-MOST_SCANS = 32
+MAX_SCANS = 32
 
 ORIENTATION, SHORT = 0x0112, 3  # the EXIF tag and its type
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -96,7 +96,7 @@ def _webp(data: bytes) -> Picture:
 
 def _chunks(data: bytes, at: int, head: str, tail_bytes: int, *, padded: bool) -> Iterator[tuple[bytes, int, int, int]]:
     """(name, start, start of its content, end) of each chunk. The last may be truncated, which the decoder reports."""
-    for _ in range(MOST_PARTS):
+    for _ in range(MAX_PARTS):
         if at >= len(data):
             return
         first, second = struct.unpack_from(head, data, at)
@@ -104,13 +104,13 @@ def _chunks(data: bytes, at: int, head: str, tail_bytes: int, *, padded: bool) -
         end = at + 8 + size + tail_bytes
         yield name, at, at + 8, end
         at = end + (size % 2 if padded else 0)
-    raise Refused(f"has more than {MOST_PARTS} chunks; save it with an ordinary encoder")
+    raise Refused(f"has more than {MAX_PARTS} chunks; save it with an ordinary encoder")
 
 
 def _jpeg(data: bytes) -> Picture:
     kept, orientation, scans, at = [b"\xff\xd8"], 1, 0, 2
     exif_seen = False
-    for _ in range(MOST_PARTS):
+    for _ in range(MAX_PARTS):
         found = SCAN_END.search(data, at) if scans else MARKER.match(data, at)
         if found is None:
             if scans:  # truncated in its pixels, which the decoder reports
@@ -135,10 +135,10 @@ def _jpeg(data: bytes) -> Picture:
             kept.append(data[start:at])
         if marker == SOS:
             scans += 1
-            if scans > MOST_SCANS:
-                raise Refused(f"has more than {MOST_SCANS} scans; save it with an ordinary encoder")
+            if scans > MAX_SCANS:
+                raise Refused(f"has more than {MAX_SCANS} scans; save it with an ordinary encoder")
     else:
-        raise Refused(f"has more than {MOST_PARTS} segments; save it with an ordinary encoder")
+        raise Refused(f"has more than {MAX_PARTS} segments; save it with an ordinary encoder")
     raise Refused("is truncated or damaged; send the whole file again")
 
 

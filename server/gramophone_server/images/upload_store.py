@@ -11,9 +11,9 @@ from gramophone_server.config import Limits, variable
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 
-__all__ = ["LARGEST_CHUNK", "Upload", "Uploads"]
+__all__ = ["MAX_CHUNK_BYTES", "Upload", "Uploads"]
 
-LARGEST_CHUNK = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
+MAX_CHUNK_BYTES = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
 
 
 class Upload:
@@ -28,20 +28,20 @@ class Upload:
             )
         # Errors name the lower of two limits.
         self._setting = min("max_image_bytes", "max_uploads_bytes", key=lambda name: int(getattr(limits, name)))
-        self._most_bytes = int(getattr(limits, self._setting))
+        self._max_bytes = int(getattr(limits, self._setting))
         self._chunks = io.BytesIO()
         self._hash = hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
         """Adds the next chunk. Raises `InvalidRequest`."""
-        if len(chunk) > LARGEST_CHUNK:
+        if len(chunk) > MAX_CHUNK_BYTES:
             raise _refusal(
-                f"has {len(chunk)} bytes, at most {LARGEST_CHUNK} are allowed; send the image in smaller chunks"
+                f"has {len(chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed; send the image in smaller chunks"
             )
         received = self._chunks.tell() + len(chunk)
-        if received > self._most_bytes:
+        if received > self._max_bytes:
             raise _refusal(
-                f"makes an image of {received} bytes or more; at most {self._most_bytes} are allowed "
+                f"makes an image of {received} bytes or more; at most {self._max_bytes} are allowed "
                 f"(server setting {variable(self._setting)}); send a smaller or more compressed image"
             )
         self._chunks.write(chunk)
@@ -61,15 +61,15 @@ class Upload:
 class Uploads:
     """Encoded images by digest, up to a number of bytes. Evicts the least recently used ones."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._hits = self._misses = self._bytes = 0
 
     @property
     def counts(self) -> CacheCounts:
         """Hits and misses of `find`, and the bytes that are kept."""
-        return CacheCounts(self._hits, self._misses, self._bytes, self._most_bytes)
+        return CacheCounts(self._hits, self._misses, self._bytes, self._max_bytes)
 
     def keep(self, digest: str, data: bytes) -> None:
         """Keeps an image, or marks it as used if it is already kept."""
@@ -77,7 +77,7 @@ class Uploads:
             self._kept[digest] = data
             self._bytes += len(data)
         self._kept.move_to_end(digest)
-        while self._bytes > self._most_bytes:
+        while self._bytes > self._max_bytes:
             self._bytes -= len(self._kept.popitem(last=False)[1])
 
     def find(self, digest: str) -> bytes:

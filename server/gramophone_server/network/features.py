@@ -24,7 +24,7 @@ from gramophone_server.network.convolutions import Autotuner, CuDnn, Kernel, Lib
 from gramophone_server.network.precision import Precision
 from gramophone_server.network.vgg import Convolution, Vgg
 
-__all__ = ["LARGEST_FP16", "Activations", "VggFeatures", "probe_images"]
+__all__ = ["MAX_FP16_ACTIVATION", "Activations", "VggFeatures", "probe_images"]
 
 # The weights after a pooling were trained on maxima, which are larger than averages: by 1.2, 1.6, 1.4 and 2.0 (root
 # mean square, the four poolings of the Oxford VGG-19 on three pictures). With this factor relu5_1 is 0.9 to 1.3 times
@@ -34,7 +34,7 @@ AVERAGE_GAIN = 1.5
 # The largest activation that a layer may have on `probe_images` in float16, whose largest number is 65504. The Oxford
 # VGG-19 reaches 17,000 on photos and 37,000 on hard-edged blocks (relu4_2), so its layers are kept at down to 1/16 of
 # their size.
-LARGEST_FP16 = 4096.0
+MAX_FP16_ACTIVATION = 4096.0
 
 
 @dataclass(eq=False)
@@ -342,14 +342,14 @@ def probe_images(device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def _gains(vgg: Vgg, device: torch.device, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """By convolution, the power of two by which its activations are divided to stay below `LARGEST_FP16`."""
+    """By convolution, the power of two by which its activations are divided to stay below `MAX_FP16_ACTIVATION`."""
     gains = {}
     x = normalised(probe_images(device))
     for convolution in vgg.convolutions:
         if convolution.pooled:
             x = F.max_pool2d(x, 2)
         x = F.relu(F.conv2d(x, convolution.weight.to(device), convolution.bias.to(device), padding=1))
-        gains[convolution.name] = 2.0 ** max(0, math.ceil(math.log2(max(float(x.max()), 1.0) / LARGEST_FP16)))
+        gains[convolution.name] = 2.0 ** max(0, math.ceil(math.log2(max(float(x.max()), 1.0) / MAX_FP16_ACTIVATION)))
     return gains
 
 

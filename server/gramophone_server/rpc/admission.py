@@ -21,7 +21,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import DECODERS, Limits
 from gramophone_server.domain.checkpoint import Checkpoint
-from gramophone_server.domain.job import SMALLEST_SIDE, StyleJob
+from gramophone_server.domain.job import MIN_SIDE, StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images import codec, dimensions
@@ -111,9 +111,9 @@ class Admission:
         try:
             if not spec.HasField("resume"):
                 return recipe_from_message(spec.recipe), None  # `check_spec` reports what is wrong with it
-            most_bytes = self._limits.max_checkpoint_bytes
+            max_bytes = self._limits.max_checkpoint_bytes
             checkpoints = self._scheduler.engine.checkpoints
-            saved = await self._in_thread(lambda: checkpoints.read(spec.resume, most_bytes=most_bytes))
+            saved = await self._in_thread(lambda: checkpoints.read(spec.resume, max_bytes=max_bytes))
         except InvalidRecipe:
             return Recipe(), None
         except InvalidRequest as error:
@@ -170,13 +170,13 @@ class Admission:
     def _outline(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
         """The pixel-iterations that a job has left, and its largest shape; None without a size in the header."""
         width, height = dimensions.size(content.data) or (0, 0)
-        if min(width, height) < SMALLEST_SIDE or width * height > self._limits.max_image_pixels:
+        if min(width, height) < MIN_SIDE or width * height > self._limits.max_image_pixels:
             return None
         picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # has a shape and no memory
         job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
         state = JobState(job) if saved is None else JobState(job, at=saved.counts["at"], done=saved.counts["done"])
         result_width, result_height = job.result_size
-        if min(result_width, result_height) < SMALLEST_SIDE or state.at >= len(state.scales):
+        if min(result_width, result_height) < MIN_SIDE or state.at >= len(state.scales):
             return None
         return state.pixels_left, Shape.of(recipe, result_height, result_width)
 

@@ -246,13 +246,13 @@ def as_domain_error(error: BaseException) -> GramophoneError:
 
 
 class SendTimeout:
-    """Calls `expired` if one `with` block, which sends a message, takes longer than `most_s` seconds.
+    """Calls `expired` if one `with` block, which sends a message, takes longer than `max_s` seconds.
 
     It checks ten times in that period: a timer for each message was 5 % of the cost of sending it.
     """
 
-    def __init__(self, most_s: float, expired: Callable[[], None]) -> None:
-        self._most_s, self._expired = most_s, expired
+    def __init__(self, max_s: float, expired: Callable[[], None]) -> None:
+        self._max_s, self._expired = max_s, expired
         self._since = math.inf  # on the monotonic clock
         self._closed = False
         self._next_check: asyncio.TimerHandle | None = None
@@ -272,7 +272,7 @@ class SendTimeout:
             self._next_check.cancel()
 
     def _check(self) -> None:
-        if time.monotonic() - self._since >= self._most_s:
+        if time.monotonic() - self._since >= self._max_s:
             self._expired()
         elif not self._closed:
-            self._next_check = asyncio.get_running_loop().call_later(self._most_s / 10, self._check)
+            self._next_check = asyncio.get_running_loop().call_later(self._max_s / 10, self._check)

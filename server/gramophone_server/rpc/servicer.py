@@ -37,7 +37,7 @@ __all__ = ["Servicer"]
 
 log = logging.getLogger(__name__)
 
-PAGE_SIZE, LARGEST_PAGE_SIZE = 50, 100  # jobs on a page of a list
+PAGE_SIZE, MAX_PAGE_SIZE = 50, 100  # jobs on a page of a list
 
 
 class Servicer(pb_grpc.StyleTransferServiceServicer):
@@ -151,7 +151,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if not self._list_jobs:
                 raise ListingDisabled
             refuse(check_page(request))
-            size = min(request.page_size or PAGE_SIZE, LARGEST_PAGE_SIZE)
+            size = min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE)
             before = int(request.page_token) if request.page_token else None
             page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
             return pb.ListJobsResponse(
@@ -324,7 +324,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
 
 def _cache_stats(counts: CacheCounts) -> pb.CacheStats:
-    return pb.CacheStats(hits=counts.hits, misses=counts.misses, bytes=counts.bytes, max_bytes=counts.most_bytes)
+    return pb.CacheStats(hits=counts.hits, misses=counts.misses, bytes=counts.bytes, max_bytes=counts.max_bytes)
 
 
 def _frame_rule(frames: pb.FrameOptions) -> FrameRule:

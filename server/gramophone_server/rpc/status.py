@@ -38,9 +38,9 @@ DOMAIN = "gramophone"
 
 # gRPC refuses trailers above 8 KiB at random and above 16 KiB always, which turns any status into RESOURCE_EXHAUSTED.
 # Base64 turns 4 KiB of details into 5.4 KiB; a message that is not ASCII takes up to three times its length.
-MOST_VIOLATIONS = 20
-LARGEST_DETAILS = 4096  # bytes
-LONGEST_MESSAGE = 400  # characters
+MAX_VIOLATIONS = 20
+MAX_DETAILS_BYTES = 4096  # bytes
+MAX_MESSAGE_LENGTH = 400  # characters
 
 RETRY_SPREAD = 0.25  # of the retry delay
 
@@ -90,7 +90,7 @@ def reason(error: GramophoneError) -> str:
 def refusal(error: GramophoneError) -> Refusal:
     """The status of an error, with `ErrorInfo` and, where they apply, `BadRequest` and `RetryInfo` in its details."""
     code = CODES[type(error)].code
-    message = _cropped(str(error), LONGEST_MESSAGE)
+    message = _cropped(str(error), MAX_MESSAGE_LENGTH)
     status = status_pb2.Status(code=code.value[0], message=message)
     status.details.append(_packed(error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN)))
     trailers: list[tuple[str, str | bytes]] = []
@@ -104,7 +104,7 @@ def refusal(error: GramophoneError) -> Refusal:
         # although retry policies include its code.
         trailers.append(("grpc-retry-pushback-ms", "-1" if retry_ms is None else str(retry_ms)))
     if isinstance(error, InvalidRequest):
-        room = LARGEST_DETAILS - status.ByteSize() - 64  # the 64 are the envelope of the detail
+        room = MAX_DETAILS_BYTES - status.ByteSize() - 64  # the 64 are the envelope of the detail
         status.details.append(_packed(_bad_request(error, room)))
     trailers.append(("grpc-status-details-bin", status.SerializeToString()))
     return Refusal(code, message, tuple(trailers))
@@ -122,7 +122,7 @@ def _retry_ms(error: GramophoneError) -> int | None:
 def _bad_request(error: InvalidRequest, room: int) -> error_details_pb2.BadRequest:
     """As many violations as there is room for, and a last one with the number of those left out."""
     bad = error_details_pb2.BadRequest()
-    last = MOST_VIOLATIONS if len(error.violations) <= MOST_VIOLATIONS else MOST_VIOLATIONS - 1
+    last = MAX_VIOLATIONS if len(error.violations) <= MAX_VIOLATIONS else MAX_VIOLATIONS - 1
     for violation in error.violations[:last]:
         bad.field_violations.add(field=violation.field, description=_cropped(violation.description, 400))
         if bad.ByteSize() > room - 64:

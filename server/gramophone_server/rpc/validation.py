@@ -12,7 +12,7 @@ from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violati
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, variable
-from gramophone_server.domain.job import SMALLEST_SIDE, StyleJob
+from gramophone_server.domain.job import MIN_SIDE, StyleJob
 
 __all__ = [
     "check_checkpoints",
@@ -27,12 +27,12 @@ __all__ = [
     "check_watch",
 ]
 
-LARGEST_STYLE_WEIGHT = 1000.0
-LONGEST_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
-MOST_IN_FLIGHT = 16  # unacknowledged frames
+MAX_STYLE_WEIGHT = 1000.0
+MAX_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
+MAX_IN_FLIGHT = 16  # unacknowledged frames
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-LARGEST_FRAME_SIDE = 16384  # pixels; above the largest `max_size` that a server can have
+MAX_FRAME_SIDE = 16384  # pixels; above the largest `max_size` that a server can have
 
 
 def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
@@ -100,13 +100,13 @@ def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
 def check_result(job: StyleJob) -> Iterator[Violation]:
     """Violations that need the decoded content image."""
     shorter = min(job.result_size)
-    if shorter < SMALLEST_SIDE:
+    if shorter < MIN_SIDE:
         sides = job.content.shape[1:]
-        enough = -(-max(sides) * SMALLEST_SIDE // min(sides))
+        enough = -(-max(sides) * MIN_SIDE // min(sides))
         yield Violation(
             "spec.recipe.size",
             f"makes a {job.result_size[0]}x{job.result_size[1]} picture of this content image; its shorter side must "
-            f"have at least {SMALLEST_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
+            f"have at least {MIN_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
         )
 
 
@@ -129,10 +129,10 @@ def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[
         )
     for i, style in enumerate(styles):
         yield from _check_image(f"spec.styles[{i}].image", style.image, "the style image")
-        if style.HasField("weight") and not 0 < style.weight <= LARGEST_STYLE_WEIGHT:  # true for NaN too
+        if style.HasField("weight") and not 0 < style.weight <= MAX_STYLE_WEIGHT:  # true for NaN too
             yield Violation(
                 f"spec.styles[{i}].weight",
-                f"must be above 0 and at most {LARGEST_STYLE_WEIGHT:g}, got {style.weight:g}; "
+                f"must be above 0 and at most {MAX_STYLE_WEIGHT:g}, got {style.weight:g}; "
                 "leave a style out to give it no weight",
             )
 
@@ -187,10 +187,10 @@ def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
         yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
     yield from _check_interval(f"{field}.min_interval", frames.min_interval)
     if frames.max_side:
-        yield from _check_range(f"{field}.max_side", frames.max_side, SMALLEST_SIDE, LARGEST_FRAME_SIDE)
+        yield from _check_range(f"{field}.max_side", frames.max_side, MIN_SIDE, MAX_FRAME_SIDE)
     yield from _check_format(f"{field}.format", frames.format)
     yield from _check_quality(f"{field}.quality", frames.quality)
-    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, 0, MOST_IN_FLIGHT)
+    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, 0, MAX_IN_FLIGHT)
 
 
 def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator[Violation]:
@@ -222,8 +222,8 @@ def check_first(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violat
 
 def _check_interval(field: str, interval: duration_pb2.Duration) -> Iterator[Violation]:
     interval_s = interval.seconds + interval.nanos / 1e9
-    if not 0 <= interval_s <= LONGEST_INTERVAL_S:
-        yield Violation(field, f"must be 0 to {LONGEST_INTERVAL_S:g} seconds, got {interval_s:g}")
+    if not 0 <= interval_s <= MAX_INTERVAL_S:
+        yield Violation(field, f"must be 0 to {MAX_INTERVAL_S:g} seconds, got {interval_s:g}")
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:

@@ -174,7 +174,7 @@ class BatchPool:
 
     def _max_width(self, shape: Shape, jobs: int) -> int:
         """The widest batch that is worth its time and fits the device; a power of two."""
-        best, limit = self._throughput.best_width(shape, jobs), self._engine.most_slots(shape)
+        best, limit = self._throughput.best_width(shape, jobs), self._engine.max_slots(shape)
         width = min(best, self._max_slots.get(shape, best), 1 << (limit.bit_length() - 1))
         while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:
             width //= 2

@@ -11,7 +11,7 @@ from gramophone_server.domain.job_state import JobState, Shape
 
 __all__ = ["Forecast", "ThroughputModel", "forecast"]
 
-ENOUGH = 3  # measurements of each of two widths before they are compared
+MIN_MEASUREMENTS = 3  # measurements of each of two widths before they are compared
 # Weight of the newest measurement: speeds change when other processes start or stop, and single iterations are noisy.
 NEWEST_WEIGHT = 0.3
 # Gains at which batches of twice the width are tried, and at which they are given up.
@@ -28,12 +28,12 @@ class Speed:
     # Running mean. The first measurement includes one-time costs, so the second one replaces it.
     mean_s: float
     measurements: int = 0
-    best_s: list[float] = field(default_factory=list)  # the shortest `ENOUGH`, shortest first
+    best_s: list[float] = field(default_factory=list)  # the shortest `MIN_MEASUREMENTS`, shortest first
 
     @property
     def known(self) -> bool:
         """Enough was measured to compare this width with another."""
-        return len(self.best_s) == ENOUGH
+        return len(self.best_s) == MIN_MEASUREMENTS
 
 
 @dataclass
@@ -68,7 +68,7 @@ class ThroughputModel:
             speed.mean_s = NEWEST_WEIGHT * new + (1 - NEWEST_WEIGHT) * speed.mean_s
         speed.measurements += 1
         bisect.insort(speed.best_s, new)
-        del speed.best_s[ENOUGH:]
+        del speed.best_s[MIN_MEASUREMENTS:]
 
     def batch_seconds_per_iteration(self, shape: Shape, slots: int) -> float | None:
         """Seconds per iteration of a batch of this shape and width; None if it was never measured."""

@@ -175,7 +175,7 @@ class Worker:
     def checkpoint(self, task: Task, *, light: bool) -> Saved:
         """The present state. Raises `InvalidRequest` if there is none yet, or it is larger than the server allows."""
         _require_picture(task)
-        self._engine.checkpoints.require_room(task.state, light=light, most_bytes=self._max_checkpoint_bytes)
+        self._engine.checkpoints.require_room(task.state, light=light, max_bytes=self._max_checkpoint_bytes)
         return Saved(task.state.done, self._saved_state(task, light=light))
 
     def finish(self, task: Task) -> None:
@@ -256,7 +256,7 @@ class Worker:
         else:
             for light in (True, False):
                 watchers = observer.collect_checkpoint_requests(now, light=light)
-                if watchers and self._engine.checkpoints.fits(state, light=True, most_bytes=self._max_checkpoint_bytes):
+                if watchers and self._engine.checkpoints.fits(state, light=True, max_bytes=self._max_checkpoint_bytes):
                     observer.publish(Saved(state.done, self._saved_state(task, light=light)), watchers)
             if not state.iterations_left:
                 self._pool.detach(task)
@@ -292,12 +292,12 @@ class Worker:
 
     def _saved_state(self, task: Task, *, light: bool) -> SavedState:
         """The present state; a light one if a full one would be too large."""
-        checkpoints, most_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
-        if light or not checkpoints.fits(task.state, most_bytes=most_bytes):
+        checkpoints, max_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
+        if light or not checkpoints.fits(task.state, max_bytes=max_bytes):
             picture, state = self._picture(task), replace(task.state, tensors=None)
-            return SavedState(True, lambda: checkpoints.write(state, picture=picture(), most_bytes=most_bytes))
+            return SavedState(True, lambda: checkpoints.write(state, picture=picture(), max_bytes=max_bytes))
         state = replace(task.state) if task.batch is None else task.batch.engine_batch.copy(task.slot)
-        return SavedState(False, lambda: checkpoints.write(state, most_bytes=most_bytes))
+        return SavedState(False, lambda: checkpoints.write(state, max_bytes=max_bytes))
 
     def _fail(self, task: Task, error: Exception) -> None:
         if isinstance(error, GramophoneError):

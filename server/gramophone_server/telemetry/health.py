@@ -19,8 +19,8 @@ __all__ = ["HealthMonitor"]
 PULSE_S = 0.25
 # A step of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
 # at 2048 px on two cores these take two minutes.
-LONGEST_STEP_S = 300.0
-LONGEST_LAG_S = 30.0
+MAX_STEP_S = 300.0
+MAX_LAG_S = 30.0
 
 
 class ObservedScheduler(Protocol):
@@ -51,7 +51,7 @@ class ObservedCache(Protocol):
 class HealthMonitor(Collector):
     """Reads the state of other parts when it is asked. All but `watch` is thread-safe.
 
-    `longest_step_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
+    `max_step_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class HealthMonitor(Collector):
         metrics: Metrics,
         version: str,
         *,
-        longest_step_s: float = LONGEST_STEP_S,
+        max_step_s: float = MAX_STEP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
         self._scheduler, self._uploads, self._metrics = scheduler, uploads, metrics
         self._version = version
-        self._longest_step_s = longest_step_s
+        self._longest_step_s = max_step_s
         self._clock = clock
         self._tasks = 0
         self._pulse_at = clock()
@@ -85,7 +85,7 @@ class HealthMonitor(Collector):
     def liveness_problem(self) -> str:
         """Why the process should be restarted; empty if it is alive."""
         lag_s = self._clock() - self._pulse_at - PULSE_S
-        if lag_s > LONGEST_LAG_S:
+        if lag_s > MAX_LAG_S:
             return f"the event loop has not run for {lag_s:.0f} s"
         if self._scheduler.step_s > self._longest_step_s:
             return f"the compute thread has been in one iteration for {self._scheduler.step_s:.0f} s"

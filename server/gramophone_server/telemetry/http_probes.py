@@ -25,7 +25,7 @@ from gramophone_server.errors import StartupError
 __all__ = ["HttpProbes"]
 
 # Open connections. One more replaces the oldest if that is older than REPLACEABLE_AFTER_S, and is closed otherwise.
-MOST_CONNECTIONS = 16
+MAX_CONNECTIONS = 16
 REPLACEABLE_AFTER_S = 1.0  # a scrape takes milliseconds
 REQUEST_TIMEOUT_S = 5.0  # for a whole request and its answer
 
@@ -96,7 +96,7 @@ class HttpProbes:
 
 
 class _Server(ThreadingWSGIServer):
-    """Runs each connection on a thread, at most `MOST_CONNECTIONS` at a time; a slow one makes room for a new one."""
+    """Runs each connection on a thread, at most `MAX_CONNECTIONS` at a time; a slow one makes room for a new one."""
 
     def __init__(self, family: socket.AddressFamily, address: Any, clock: Callable[[], float]) -> None:
         self.address_family = family
@@ -114,7 +114,7 @@ class _Server(ThreadingWSGIServer):
         """Starts a thread, if there is room."""
         now = self._clock()
         open_now = list(self.open.items())
-        if len(open_now) >= MOST_CONNECTIONS:
+        if len(open_now) >= MAX_CONNECTIONS:
             oldest, opened_at = open_now[0]
             if now - opened_at < REPLACEABLE_AFTER_S:
                 return self.shutdown_request(request)

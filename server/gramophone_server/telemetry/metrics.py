@@ -31,7 +31,7 @@ WAIT_S = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640
 ITERATION_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 LAG_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-LARGEST_CLASS = 4096  # pixels; larger sizes are in the class "larger"
+MAX_SIZE_CLASS = 4096  # pixels; larger sizes are in the class "larger"
 
 
 class Method(NamedTuple):
@@ -201,7 +201,7 @@ def _histogram(
 
 def size_class(longest: int) -> str:
     """The class of a longest side in pixels: the next power of two, "64" to "4096", or "larger"."""
-    return "larger" if longest > LARGEST_CLASS else str(max(64, 1 << (longest - 1).bit_length()))
+    return "larger" if longest > MAX_SIZE_CLASS else str(max(64, 1 << (longest - 1).bit_length()))
 
 
 def _names(enum: str, prefix: str) -> list[str]:
