@@ -24,7 +24,7 @@ from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.images.codec import Format, decode, encode
-from gramophone_server.network.precision import MODES, choose
+from gramophone_server.network.precision import MODES, choose_precision
 from gramophone_server.network.vgg import Vgg
 
 __all__ = ["compiled", "iteration", "job", "memory", "profile"]
@@ -218,7 +218,7 @@ def job(section: Section) -> None:
 
 def _engine(vgg: Vgg, device: str, graphs: bool = True) -> VggEngine:
     where = torch.device(device)
-    return VggEngine(vgg, where, choose("auto", where), graphs=graphs and device == "cuda")
+    return VggEngine(vgg, where, choose_precision("auto", where), graphs=graphs and device == "cuda")
 
 
 def _job(section: Section, engine: VggEngine, one: StyleJob, turn: str) -> None:

@@ -29,7 +29,7 @@ Kernels = dict[str, Callable[[], object]]  # calls by name
 
 
 def ceilings(section: Section) -> None:
-    """Measures the bandwidth of this machine's memory and the rates of its matrix units."""
+    """Measures the bandwidth of this machine's memory and the rates of its tensor cores."""
     section.attempt("copy", lambda: _copy(section), 2)
     for name in ("fp16", "bf16", "tf32", "fp32"):
         section.attempt(f"matmul {name}", functools.partial(_matmul, section, name), 2)

@@ -22,7 +22,7 @@ from benchmarks.measure import MAX_CALLS, Row, Switches, interleaved, machine, p
 from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
-from gramophone_server.network.precision import choose
+from gramophone_server.network.precision import choose_precision
 from gramophone_server.network.vgg import Vgg, load_vgg
 
 STYLE = {"1_1", "2_1", "3_1", "4_1", "5_1"}
@@ -124,7 +124,7 @@ def jobs(content: Tensor, style: Tensor, recipe: Recipe) -> list[StyleJob]:
 def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: int) -> Callable[[], object]:
     """A function that makes a step of the engine on the same images; it can be called ``iterations`` times."""
     recipe = Recipe(size=content.shape[3], smallest_size=0, iterations=iterations)
-    engine = VggEngine(vgg, content.device, choose(precision, content.device))
+    engine = VggEngine(vgg, content.device, choose_precision(precision, content.device))
     tf32 = precision == "tf32"
     switches = Switches(benchmark=False, conv_tf32=tf32, matmul_tf32=tf32)
     return switches.around(engine.run_batch(jobs(content, style, recipe)).advance)
@@ -152,7 +152,7 @@ def main() -> None:
 
     device = torch.device(arguments.device)
     vgg = load_vgg("embedded")
-    best = choose("auto", device).name
+    best = choose_precision("auto", device).name
     calls = 2 + arguments.repeats * MAX_CALLS if device.type == "cuda" else 1 + arguments.repeats
     iterations = calls + PROFILED * arguments.profile
     rows: list[Row] = []

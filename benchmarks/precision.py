@@ -37,7 +37,7 @@ PAIRS = (("photos/cat.jpg", "styles/brushwork.jpg"), ("photos/coffee.jpg", "styl
 
 
 class Rounded:
-    """A kernel that computes as the GPU's matrix units do: rounded operands, float32 sums, a rounded result.
+    """A kernel that computes as the GPU's tensor cores do: rounded operands, float32 sums, a rounded result.
 
     The result of tf32 stays float32; its operands lose all but 10 bits of mantissa.
     """
@@ -65,13 +65,13 @@ class Rounded:
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """Rounds to 10 bits of mantissa, ties to even, as the matrix units do with float32."""
+    """Rounds to 10 bits of mantissa, ties to even, as the tensor cores do with float32."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 class RoundedFeatures(VggFeatures):
-    """A network on the CPU that computes as a GPU's matrix units do in its precision."""
+    """A network on the CPU that computes as a GPU's tensor cores do in its precision."""
 
     def make_kernel(self, convolution: Convolution) -> Kernel:
         """torch's own convolution, with the mode's rounding around it."""

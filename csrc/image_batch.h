@@ -9,7 +9,7 @@
 
 namespace gramophone {
 
-// Of checked arguments (check_step in checks/optimisers.h).
+// The arguments must have been checked (check_step in checks/optimisers.h).
 inline ImageBatch image_batch(const at::Tensor& image, const at::Tensor& last_good,
                               const std::optional<at::Tensor>& mean, const at::Tensor& step, const at::Tensor& alive,
                               double average) {

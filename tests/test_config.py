@@ -43,7 +43,7 @@ def test_every_setting_is_a_flag_and_a_variable(name):
         ([], {"GRAMOPHONE_DRAIN_S": "nan"}, "GRAMOPHONE_DRAIN_S must be a number from 0 to 3600, got 'nan'"),
         (["--device", "tpu"], {}, "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ([], {"GRAMOPHONE_REFLECTION": "maybe"}, "GRAMOPHONE_REFLECTION must be 1 or 0, got 'maybe'"),
-        (["--host", ""], {}, "--host must be a text that is not empty, got ''"),
+        (["--host", ""], {}, "--host must be a non-empty string, got ''"),
         (["--iter-ms", "3"], {}, "--iter-ms is only for --engine fake; a network runs at its own speed"),
         (["--engine", "fake", "--iter-ms", "-1"], {}, "--iter-ms must be a number from 0 to 10000, got '-1'"),
         (

@@ -31,7 +31,7 @@ import gramophone_client
 import gramophone_server
 from check_spills import TARGETS
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.config import Limits, variable
+from gramophone_server.config import Limits, env_variable
 
 ROOT = Path(__file__).parent.parent
 PROTO = "gramophone/v1/style_transfer.proto"
@@ -476,10 +476,10 @@ def test_the_readme_lists_every_limit_with_its_default() -> None:
     for line in read("README.md").splitlines():
         if line.startswith("|") and (name := re.search(r"`(GRAMOPHONE_MAX_\w+)`", line)):
             listed[name[1]] = {int(number) for number in re.findall(r"\d+", re.sub(r"(?<=\d)[ ,_](?=\d)", "", line))}
-    assert listed.keys() == {variable(limit.name) for limit in fields(Limits)}
+    assert listed.keys() == {env_variable(limit.name) for limit in fields(Limits)}
     for limit in fields(Limits):
-        assert limit.default in listed[variable(limit.name)], (
-            f"the default of {variable(limit.name)} is {limit.default}"
+        assert limit.default in listed[env_variable(limit.name)], (
+            f"the default of {env_variable(limit.name)} is {limit.default}"
         )
 
 

@@ -13,7 +13,7 @@ from gramophone_client.commands.parser import command_line
 from gramophone_client.console.display import print_errors
 from gramophone_client.console.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, exit_code
 from gramophone_client.console.outputs import UsageError
-from gramophone_client.console.recipe_flags import TYPES, flag
+from gramophone_client.console.recipe_flags import FIELD_TYPES, flag
 from gramophone_client.errors import GramophoneError
 from gramophone_client.types.recipe_metadata import NoRecipe
 
@@ -75,7 +75,7 @@ def _as_typed(field: str, args: argparse.Namespace) -> str:
     if style := re.match(r"styles\[(\d+)\](\.weight)?", path):
         return "--style-weights" if style[2] else str(args.styles[int(style[1])])
     name, *rest = re.split(r"(?=[.\[])", path.removeprefix("recipe."), maxsplit=1)
-    if path.startswith("recipe.") or name in TYPES:
+    if path.startswith("recipe.") or name in FIELD_TYPES:
         return flag(name) + "".join(rest)
     return FLAGS_OF_FIELDS.get(path, field)
 

@@ -19,7 +19,7 @@ from gramophone_client.streams.job_stream import JobStream
 from gramophone_client.streams.recovery import PATIENCE_S, Recovery, ResendableJob
 from gramophone_client.transport import parsing, uploads
 from gramophone_client.transport.connection import SERVICE, Connection
-from gramophone_client.transport.job_spec import encoded, job_spec, uploaded
+from gramophone_client.transport.job_spec import image_bytes, job_spec, uploaded_images
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -115,7 +115,8 @@ class GramophoneClient:
             with self._connection.errors_rebuilt(recovery.timeout_s):
                 return await self._service.Stylize(request, timeout=left_s)
 
-        images = uploaded(content, styles, job.get("start_image"))  # renewed by `with_uploads`, not by `recovery`
+        # `with_uploads` uploads these again if necessary; `recovery` does not.
+        images = uploaded_images(content, styles, job.get("start_image"))
         recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
         while True:
             recovery.start_call()
@@ -136,14 +137,14 @@ class GramophoneClient:
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncGenerator[Update, None]:
-        """The same job with its updates: `Accepted`, then `Progress` and `Frame`s while it runs, then `Result`.
+        """Runs a job like `stylize` and yields its updates: `Accepted`, then `Progress` and `Frame`s, then `Result`.
 
         A slow reader gets the newest frame, never a backlog; `frames=None` asks for no frames. Leaving the iteration
         stops the job at the server, or leaves it without a watcher for `detach_grace` seconds: at once with
         `contextlib.aclosing`, else when Python drops the generator. An error carries the newest frame as `.frame` and
         the newest checkpoint as `.checkpoint`.
 
-        With `detach_grace` a connection that is lost after `Accepted` is made again until that time has passed, and the
+        With `detach_grace`, the client reconnects after a connection is lost, until that time has passed, and the
         iteration continues with the next update.
 
         If the job's server is lost or shuts down, the job is sent again, to any server that the target then leads to:
@@ -153,7 +154,7 @@ class GramophoneClient:
         itself is never sent again, nor is one that has lost its servers three times without a newer checkpoint.
 
         Before `Accepted` the same request is sent again for `patience_s` if the server is not ready, shuts down or is
-        lost. If no connection could be made at all, that is raised at once.
+        lost. If no connection could be made at all, the error is raised at once.
         """
 
         return JobStream(
@@ -175,11 +176,11 @@ class GramophoneClient:
         timeout_s: float | None = None,
         detach_grace: float = 0.0,
     ) -> AsyncGenerator[Update, None]:
-        """The updates, and errors, of a job that exists already, as of `stream`.
+        """Yields the updates of a job that exists already. Updates and errors are those of `stream`.
 
         They start after the update whose `sequence` is `after_sequence`, as far as the server still has them; 0 starts
-        with `Accepted`. A lost connection is made again until `detach_grace` seconds have passed. A lost job is not
-        sent again, since the client does not have its images.
+        with `Accepted`. After a lost connection the client reconnects until `detach_grace` seconds have passed. A lost
+        job is not sent again, because the client does not have its images.
         """
         return JobStream(
             self._connection,
@@ -203,7 +204,7 @@ class GramophoneClient:
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> JobControl:
-        """The same job with control of it while it runs: pause it, change weights, get a picture, end it early.
+        """Runs a job like `stream`, with control of it: pause it, change weights, get a picture, end it early.
 
         async with client.control("photo.jpg", "painting.jpg") as job:
             async for update in job:
@@ -234,8 +235,8 @@ class GramophoneClient:
     ) -> JobControl:
         """Takes control of a job that exists already. Raises `JobControlled` if another client controls it.
 
-        A lost connection is made again until `detach_grace` seconds have passed. A lost job is not sent again, since
-        the client does not have its images.
+        After a lost connection the client reconnects until `detach_grace` seconds have passed. A lost job is not sent
+        again, because the client does not have its images.
         """
         return JobControl(
             self._connection,
@@ -252,17 +253,19 @@ class GramophoneClient:
         The returned value can be used in place of any image. It is uploaded again automatically if the server no longer
         has the image when a job names it, or if another server gets the job.
         """
-        data = await asyncio.to_thread(encoded, image)
+        data = await asyncio.to_thread(image_bytes, image)
         return await uploads.upload(self._connection, data, timeout_s)
 
     async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
         """The present status of a job."""
-        answer = await self._connection.ask(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
+        answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
         return parsing.job_status(answer.job)
 
     async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
         """Stops a job and returns its status. A job that has ended stays as it is."""
-        answer = await self._connection.ask(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s)
+        answer = await self._connection.call_unary(
+            self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s
+        )
         return parsing.job_status(answer.job)
 
     async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
@@ -274,7 +277,7 @@ class GramophoneClient:
         token = ""
         while True:
             request = pb.ListJobsRequest(page_size=100, page_token=token)
-            page = await self._connection.ask(self._service.ListJobs, request, timeout_s)
+            page = await self._connection.call_unary(self._service.ListJobs, request, timeout_s)
             jobs += [parsing.job_status(job) for job in page.jobs]
             token = page.next_page_token
             if not token:
@@ -282,7 +285,7 @@ class GramophoneClient:
 
     async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
         """The server's version, device, network, layers, limits, presets and load."""
-        answer = await self._connection.ask(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
+        answer = await self._connection.call_unary(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
         return parsing.server_info(answer)
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
@@ -320,11 +323,11 @@ class GramophoneClient:
         request_id: str | None,
         job: JobOptions,
     ) -> Callable[[], Awaitable[ResendableJob]]:
-        """Returns the function that makes the job's message. It reads files."""
+        """Returns a function that reads the job's files and builds the job's message."""
 
         async def prepare() -> ResendableJob:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
-            images = uploaded(content, styles, job.get("start_image"))
+            images = uploaded_images(content, styles, job.get("start_image"))
             return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience_s))
 
         return prepare

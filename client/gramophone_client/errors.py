@@ -108,7 +108,7 @@ class ShuttingDown(ConnectionFailed):
 
 
 class SlowReader(ConnectionFailed):
-    """This reader left a message untaken for too long and was dropped. The job may continue; `watch` it again."""
+    """This reader left a message unread for too long and was dropped. The job may continue; `watch` it again."""
 
 
 class Exhausted(GramophoneError):

@@ -47,8 +47,8 @@ class SyncGramophoneClient:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """As of `GramophoneClient`."""
-        made: futures.Future[GramophoneClient] = futures.Future()
+        """The arguments are those of `GramophoneClient`."""
+        created: futures.Future[GramophoneClient] = futures.Future()
 
         async def run() -> None:
             self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
@@ -57,9 +57,9 @@ class SyncGramophoneClient:
                     target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, credentials=credentials
                 )
             except BaseException as error:  # noqa: BLE001 - raised for the caller
-                return made.set_exception(error)
+                return created.set_exception(error)
             async with client:
-                made.set_result(client)
+                created.set_result(client)
                 await self._closing.wait()
 
         self._closed = False
@@ -68,7 +68,7 @@ class SyncGramophoneClient:
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=lambda: asyncio.run(run()), name="gramophone-client", daemon=True)
         self._thread.start()
-        self._client = made.result()
+        self._client = created.result()
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +112,7 @@ class SyncGramophoneClient:
         **job: Unpack[JobOptions],
     ) -> Generator[Update, None, None]:
         """As `GramophoneClient.stream`; leaving the loop, or closing the generator, ends the call at once."""
-        return self._steps(
+        return self._iterate(
             self._client.stream(
                 content,
                 styles,
@@ -136,7 +136,7 @@ class SyncGramophoneClient:
         detach_grace: float = 0.0,
     ) -> Generator[Update, None, None]:
         """As `GramophoneClient.watch`; leaving the loop, or closing the generator, ends the call at once."""
-        return self._steps(
+        return self._iterate(
             self._client.watch(
                 job_id,
                 after_sequence,
@@ -211,7 +211,7 @@ class SyncGramophoneClient:
         """As `GramophoneClient.wait_until_ready`."""
         self._run(self._client.wait_until_ready(timeout_s))
 
-    def _steps(self, updates: AsyncGenerator[Update, None]) -> Generator[Update, None, None]:
+    def _iterate(self, updates: AsyncGenerator[Update, None]) -> Generator[Update, None, None]:
         # An interrupted step may still be unwinding when the generator is closed: one at a time.
         lock = asyncio.Lock()
 
@@ -301,7 +301,7 @@ class SyncJobControl:
 
     @property
     def accepted(self) -> Accepted | None:
-        """As of `JobControl`."""
+        """As `JobControl.accepted`."""
         return self._job.accepted
 
     def result(self) -> Result:

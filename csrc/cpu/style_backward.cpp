@@ -127,8 +127,8 @@ void style_bwd_(const at::Tensor& grad, const at::Tensor& features_in, const std
 at::Tensor style_bwd(const at::Tensor& features, const at::Tensor& diff, const std::optional<at::Tensor>& grad_loss) {
   check_style_bwd(features, diff, grad_loss);
   at::Tensor grad = at::zeros_like(features);
-  const at::Tensor by = grad_loss ? (diff * grad_loss->view({-1, 1, 1})).to(diff.scalar_type()) : diff;
-  style_bwd_(grad, features, by, /*relu_mask=*/false);
+  const at::Tensor scaled_diff = grad_loss ? (diff * grad_loss->view({-1, 1, 1})).to(diff.scalar_type()) : diff;
+  style_bwd_(grad, features, scaled_diff, /*relu_mask=*/false);
   return grad;
 }
 

@@ -91,15 +91,15 @@ at::Tensor gram_unchecked(const at::Tensor& features_in, double scale) {
   at::Tensor out =
       at::empty({features.size(0), features.size(1), features.size(1)}, features.options().dtype(at::kFloat));
   float* data = out.mutable_data_ptr<float>();
-  const auto by = static_cast<float>(scale);
+  const auto factor = static_cast<float>(scale);
   if (features.scalar_type() == at::kFloat) {
-    gram_into<float, float>(features, by, data);
+    gram_into<float, float>(features, factor, data);
   } else if (features.scalar_type() == at::kHalf) {
-    gram_into<at::Half, float>(features, by, data);
+    gram_into<at::Half, float>(features, factor, data);
   } else if (has_amx()) {
-    gram_into<at::BFloat16, at::BFloat16>(features, by, data);
+    gram_into<at::BFloat16, at::BFloat16>(features, factor, data);
   } else {
-    gram_into<at::BFloat16, float>(features, by, data);
+    gram_into<at::BFloat16, float>(features, factor, data);
   }
   return out;
 }

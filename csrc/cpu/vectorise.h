@@ -1,6 +1,6 @@
 // Element loops are compiled for three levels of x86-64, and the loader chooses one. So one build runs on every x86-64
-// CPU and uses AVX-512 where the CPU has it; without this the loops would be SSE2. Other compilers and CPUs get one
-// copy.
+// CPU and uses AVX-512 where the CPU has it; without this the loops would be SSE2. With other compilers or CPUs there
+// is one version of each loop.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -13,7 +13,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 
 __all__ = ["overrides_to_message", "recipe_from_message", "recipe_to_message"]
 
-TYPES: Mapping[str, Any] = get_type_hints(Recipe)
+FIELD_TYPES: Mapping[str, Any] = get_type_hints(Recipe)
 
 
 def recipe_to_message(recipe: Recipe) -> pb.Recipe:
@@ -32,12 +32,12 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
             raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(recipes.PRESETS)}, got {preset!r}")])
         message = pb.Recipe(preset=f"PRESET_{preset.upper()}")
     for name, value in overrides.items():
-        if name not in TYPES:
+        if name not in FIELD_TYPES:
             raise InvalidRecipe([Violation(name, "is not a field of a recipe")])
         if _is_enum(name):
-            if value not in list(TYPES[name]):
-                raise InvalidRecipe([Violation(name, f"must be one of {', '.join(TYPES[name])}, got {value!r}")])
-            setattr(message, name, _numbers(name).Value(_prefix(name) + TYPES[name](value).name))
+            if value not in list(FIELD_TYPES[name]):
+                raise InvalidRecipe([Violation(name, f"must be one of {', '.join(FIELD_TYPES[name])}, got {value!r}")])
+            setattr(message, name, _numbers(name).Value(_prefix(name) + FIELD_TYPES[name](value).name))
         elif name.endswith("_layers"):
             getattr(message, name).layers.extend(_layer_messages(value))
             getattr(message, name).SetInParent()  # so that an empty list is sent, too
@@ -58,13 +58,13 @@ def recipe_from_message(message: pb.Recipe) -> Recipe:
     elif message.preset:
         name = pb.Preset.Name(message.preset).removeprefix("PRESET_").lower()
     overrides: dict[str, Any] = {}
-    for key in TYPES:
+    for key in FIELD_TYPES:
         value = getattr(message, key)
         if _is_enum(key):
             if value not in _numbers(key).values():
                 violations.append(Violation(key, f"is an unknown value {value}"))
             elif value:
-                overrides[key] = TYPES[key][_numbers(key).Name(value).removeprefix(_prefix(key))]
+                overrides[key] = FIELD_TYPES[key][_numbers(key).Name(value).removeprefix(_prefix(key))]
         elif message.HasField(key):
             overrides[key] = (
                 tuple(LayerWeight(l.layer, l.weight) for l in value.layers) if key.endswith("_layers") else value
@@ -83,12 +83,12 @@ def _layer_messages(layers: Iterable[LayerWeight]) -> Iterable[pb.LayerWeight]:
 
 
 def _is_enum(name: str) -> bool:
-    return isinstance(TYPES[name], type) and issubclass(TYPES[name], StrEnum)
+    return isinstance(FIELD_TYPES[name], type) and issubclass(FIELD_TYPES[name], StrEnum)
 
 
 def _numbers(name: str) -> Any:
-    return getattr(pb, TYPES[name].__name__)
+    return getattr(pb, FIELD_TYPES[name].__name__)
 
 
 def _prefix(name: str) -> str:
-    return f"{TYPES[name].__name__.upper()}_"
+    return f"{FIELD_TYPES[name].__name__.upper()}_"

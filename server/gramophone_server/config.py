@@ -14,19 +14,20 @@ from typing import Any
 from gramophone.recipe import Range
 from gramophone_server.errors import StartupError
 
-__all__ = ["DECODERS", "Limits", "Settings", "load", "variable"]
+__all__ = ["DECODERS", "Limits", "Settings", "env_variable", "load"]
 
-MAX_MESSAGE_BYTES = 2**31 - 1  # bytes; gRPC keeps the limit in a C int
+MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC keeps the limit in a C int
 # Images that are decoded at once, over all requests. More do not help while the compute thread uses the cores.
 DECODERS = 2
-DECODING = 24  # bytes per pixel while an image is decoded: 22 measured with a transparent WebP that EXIF rotates
+# While an image is decoded: 22 measured with a transparent WebP that EXIF rotates.
+DECODING_BYTES_PER_PIXEL = 24
 # Bytes that a decoder needs at any image size: libwebp builds 350 MiB of tables from a file of 295 KB with every code.
-DECODER = 2**29
-DECODED = 3  # bytes per pixel of an image that waits for its job
+DECODER_BYTES = 2**29
+DECODED_BYTES_PER_PIXEL = 3  # of an image that waits for its job
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
 
 
-def variable(name: str) -> str:
+def env_variable(name: str) -> str:
     """The environment variable of a setting: "max_size" -> "GRAMOPHONE_MAX_SIZE"."""
     return f"GRAMOPHONE_{name.upper()}"
 
@@ -68,7 +69,7 @@ class Limits:
 
     @property
     def request_memory_bytes(self) -> int:
-        """Most bytes of the server's memory that one request takes until its job starts:
+        """Upper bound of the server's memory, in bytes, that one request takes until its job starts:
 
             3 request_bytes                           received bytes, parsed message, and copies of its fields
             + DECODERS (2^29 + 24 max_image_pixels)   images that are being decoded
@@ -77,8 +78,9 @@ class Limits:
         Requests share the decoders, so each further one takes only the first and the last term. The job itself then
         takes memory of the engine, which refuses it beforehand if it does not fit.
         """
-        decoding = DECODERS * (DECODER + DECODING * self.max_image_pixels)
-        return 3 * self.request_bytes + decoding + (2 + self.max_styles) * DECODED * self.max_image_pixels
+        decoding = DECODERS * (DECODER_BYTES + DECODING_BYTES_PER_PIXEL * self.max_image_pixels)
+        decoded = (2 + self.max_styles) * DECODED_BYTES_PER_PIXEL * self.max_image_pixels
+        return 3 * self.request_bytes + decoding + decoded
 
     @property
     def response_bytes(self) -> int:
@@ -117,7 +119,7 @@ class Settings(Limits):
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, bool]:
-    """Settings from flags, then environment, then defaults; and whether `--print-config` is among the flags.
+    """Reads the settings from flags, then environment, then defaults; and whether `--print-config` is among the flags.
 
     argparse ends the process for `--help` and unknown flags. Raises `StartupError` with a sentence for each value that
     is not allowed.
@@ -126,13 +128,13 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for f in fields(Settings):
-        text = flags[f.name] if flags[f.name] is not None else environment.get(variable(f.name))
+        text = flags[f.name] if flags[f.name] is not None else environment.get(env_variable(f.name))
         if text is None or text == f.default == "":
             continue
         try:
             values[f.name] = _value(text, type(f.default), f.metadata["range"], f.metadata["choices"])
         except ValueError as error:
-            source = _flag(f.name) if flags[f.name] is not None else variable(f.name)
+            source = _flag(f.name) if flags[f.name] is not None else env_variable(f.name)
             wrong.append(f"{source} must be {error}, got {text!r}")
     if wrong:
         raise StartupError("; ".join(wrong))
@@ -163,7 +165,7 @@ def _value(text: str, kind: type, allowed: Range | None, choices: Sequence[str])
         raise ValueError(f"one of {', '.join(choices)}")
     if kind is str:
         if not text:
-            raise ValueError("a text that is not empty")
+            raise ValueError("a non-empty string")
         return text
     assert allowed is not None, "every number has a range"
     must = f"{'a whole number' if kind is int else 'a number'} from {allowed.low:.10g} to {allowed.high:.10g}"

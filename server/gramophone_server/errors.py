@@ -50,7 +50,7 @@ __all__ = [
 
 
 class GramophoneError(Exception):
-    """Base class of all errors of the server but `DeviceLost`."""
+    """Base class of all errors of the server except `DeviceLost`."""
 
 
 class InvalidRequest(GramophoneError):
@@ -74,8 +74,8 @@ class QueueFull(GramophoneError):
 
     def __init__(self, waiting: int, limit: int, retry_after_s: float, paused: int = 0) -> None:
         self.retry_after_s = retry_after_s
-        there = f"{waiting} waiting" + (f" and {paused} paused, which keep their places" if paused else "")
-        super().__init__(f"queue is full: {there}, limit {limit}; retry after about {retry_after_s:.0f} s")
+        jobs = f"{waiting} waiting" + (f" and {paused} paused, which keep their places" if paused else "")
+        super().__init__(f"queue is full: {jobs}, limit {limit}; retry after about {retry_after_s:.0f} s")
 
 
 class DeadlineUnattainable(GramophoneError):
@@ -203,5 +203,5 @@ class StartupError(GramophoneError):
 
 
 class DeviceLost(Exception):
-    """The device no longer responds, like a GPU after an illegal access until its process ends. Concerns all jobs, so
-    it is never reported to the caller of one."""
+    """The device no longer works, for example a GPU after an illegal memory access, until the process ends. It concerns
+    all jobs, so it is never reported as the error of one."""

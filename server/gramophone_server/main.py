@@ -49,11 +49,11 @@ log = logging.getLogger("gramophone_server")
 
 HEALTH_NAMES = ("", SERVICE.full_name)
 
-# After the drain, to wait for the iteration that is running, because the pictures and states of all jobs are available
+# Longest wait after the drain for the iteration in progress, because the pictures and states of all jobs are available
 # only after it: one of 2048 px takes 10 s on two cores.
 LAST_ITERATION_S = 30.0
-LAST_MESSAGES_S = 5.0  # then, for the encoding of a result and a slow reader
-HURRIED_S = 0.5  # instead of both, after a second signal
+LAST_MESSAGES_S = 5.0  # longest wait after that, for the encoding of a result and a slow reader
+FORCED_STOP_S = 0.5  # instead of both, after a second signal
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         settings, print_only = config.load(sys.argv[1:], os.environ)
         if print_only:
             for f in dataclasses.fields(settings):
-                print(f"{config.variable(f.name)}={getattr(settings, f.name)}")
+                print(f"{config.env_variable(f.name)}={getattr(settings, f.name)}")
             return
         logging.basicConfig(
             level=settings.log_level.upper(),
@@ -71,8 +71,8 @@ def main() -> None:
         )
         logging.captureWarnings(True)
         warnings.filterwarnings("ignore", module="PIL")  # it warns of damaged metadata in uploaded images
-        # gRPC logs an error with a traceback if a client leaves while a message is being written to it. The servicer
-        # logs the end of such a call, too.
+        # gRPC logs an error with a traceback if a client leaves while a message is being written to it. `RpcCall` logs
+        # the end of such a call, too.
         logging.getLogger("grpc._cython.cygrpc").addFilter(
             lambda record: "ExecuteBatchError" not in record.getMessage()
         )
@@ -125,7 +125,7 @@ class Server:
         self._grpc = grpc.aio.server(options=server_options(settings))
         metrics = Metrics()
         self._access_log = AccessLog(settings.access_log)
-        self.scheduler = Scheduler(load, settings, metrics.iterated)
+        self.scheduler = Scheduler(load, settings, metrics.iterations_done)
         self.servicer = Servicer(
             self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=self._access_log
         )
@@ -145,9 +145,9 @@ class Server:
                 self._monitor.readiness_problem,
                 self._monitor.liveness_problem,
             )
-        self._pulse: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
         self._loaded = False
-        self._last_messages_s = HURRIED_S
+        self._last_messages_s = FORCED_STOP_S
 
     async def start(self) -> None:
         """Starts to load the engine and to answer."""
@@ -157,7 +157,7 @@ class Server:
         await self._grpc.start()
         host = self._settings.host
         print(f"listening on {_address(host, self._port)}", flush=True)
-        self._pulse = asyncio.create_task(self._monitor.watch())
+        self._heartbeat = asyncio.create_task(self._monitor.watch())
         if self._probes is not None:
             self._probes.start()
             print(f"metrics on http://{_address(host, self._probes.port)}/metrics", flush=True)
@@ -189,20 +189,21 @@ class Server:
         """Takes no new jobs, and waits for accepted jobs and their clients. A signal ends the wait."""
         self._monitor.draining = True
         await self._health.enter_graceful_shutdown()  # NOT_SERVING from now on, also for those that watch it
-        hurried = not await _unless_signalled(self.scheduler.drain(self._settings.drain_s), signals)
+        forced = not await _unless_signalled(self.scheduler.drain(self._settings.drain_s), signals)
         self.scheduler.stop()
-        if not hurried and self._loaded:
-            hurried = not await _unless_signalled(self.scheduler.ended(), signals, LAST_ITERATION_S)
-        self._last_messages_s = HURRIED_S if hurried else LAST_MESSAGES_S
+        if not forced and self._loaded:
+            forced = not await _unless_signalled(self.scheduler.ended(), signals, LAST_ITERATION_S)
+        self._last_messages_s = FORCED_STOP_S if forced else LAST_MESSAGES_S
         await _unless_signalled(self.servicer.idle(), signals, self._last_messages_s)
 
     async def close(self) -> bool:
-        """Ends everything, also without `drain`. Returns whether the compute thread has ended."""
+        """Ends everything, even if `drain` was not called. Returns whether the compute thread has ended."""
         self.scheduler.stop()
-        await self._grpc.stop(grace=HURRIED_S)  # jobs have ended; an open health watch would use up any grace
+        # The jobs have ended; an open health watch would use up any grace.
+        await self._grpc.stop(grace=FORCED_STOP_S)
         self.servicer.close()
-        if self._pulse is not None:
-            self._pulse.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if self._probes is not None:
             await asyncio.to_thread(self._probes.close)
         self._access_log.close()

@@ -16,8 +16,8 @@ from gramophone_server.config import Limits
 from gramophone_server.engine.fake import FakeEngine
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec
-from gramophone_server.rpc.status import refusal
-from gramophone_server.rpc.validation import check_page, check_request_id, check_spec, check_watch
+from gramophone_server.rpc.status import abort_status
+from gramophone_server.rpc.validation import check_page_options, check_request_id, check_spec, check_watch_options
 from tests.bad_input import campaign, inputs, sending
 from tests.bad_input.campaign import run_campaign, save_failures
 from tests.bad_input.inputs import Input
@@ -193,13 +193,13 @@ specs = st.fixed_dictionaries({}, optional={
 def test_every_request_is_valid_or_has_violations_that_fit_into_a_status(spec, watch, text, size):
     violations = [
         *check_spec(spec, Limits(), FakeEngine.layers),
-        *check_watch(watch),
+        *check_watch_options(watch),
         *check_request_id(text),
-        *check_page(pb.ListJobsRequest(page_size=size, page_token=text)),
+        *check_page_options(pb.ListJobsRequest(page_size=size, page_token=text)),
     ]
     assert all(field and description for field, description in violations)
     if violations:
-        _, message, trailers = refusal(InvalidRequest(violations))
+        _, message, trailers = abort_status(InvalidRequest(violations))
         assert len(message) <= 400
         assert sum(len(value) for _, value in trailers) <= 4096 + 64
 

@@ -15,14 +15,14 @@ def test_the_shape_and_the_iterations_left_are_those_of_the_next_iteration(make_
     state = JobState(make_job(smallest_size=24, coarse_iterations=4, iterations=6))
     assert [scale[:2] for scale in state.scales] == [(24, 20), (34, 28), (48, 40)]
     assert (state.shape.width, state.iterations_left, state.iterations) == (24, 4, 14)
-    assert state.pixels_left == 4 * 24 * 20 + 4 * 34 * 28 + 6 * 48 * 40
-    state.advanced(3)
+    assert state.pixel_iterations_left == 4 * 24 * 20 + 4 * 34 * 28 + 6 * 48 * 40
+    state.count_iterations(3)
     assert (state.shape.width, state.iterations_left) == (24, 1)
-    state.advanced(1)
-    assert (state.at, state.shape.width, state.iterations_left) == (0, 34, 0)
-    state.at = 2
-    state.advanced(10)
-    assert state.finished and state.pixels_left == 0 and state.shape.width == 48
+    state.count_iterations(1)
+    assert (state.scale_index, state.shape.width, state.iterations_left) == (0, 34, 0)
+    state.scale_index = 2
+    state.count_iterations(10)
+    assert state.finished and state.pixel_iterations_left == 0 and state.shape.width == 48
 
 
 def test_a_job_goes_through_its_scales_in_one_batch_after_another(make_job: MakeJob) -> None:

@@ -57,7 +57,7 @@ def test_a_run_goes_through_its_scales(tiny_engine: VggEngine, make_job: MakeJob
     assert [(r.iteration, r.iterations, r.width, r.height) for r in reports] == [
         (1, 7, 24, 20), (2, 7, 24, 20), (3, 7, 34, 28), (4, 7, 34, 28), (5, 7, 48, 40), (6, 7, 48, 40), (7, 7, 48, 40),
     ]  # fmt: skip
-    assert [r.pixels_left for r in reports][-4:] == [3 * 48 * 40, 2 * 48 * 40, 48 * 40, 0]
+    assert [r.pixel_iterations_left for r in reports][-4:] == [3 * 48 * 40, 2 * 48 * 40, 48 * 40, 0]
     assert before.shape == (20, 24, 3) and before.dtype == torch.uint8
     assert run.picture(0).shape == (40, 48, 3)
     assert job.result_size == (48, 40)

@@ -27,7 +27,7 @@ def state(make_job: MakeJob) -> JobState:
 def test_reading_returns_the_state_that_was_written(state: JobState) -> None:
     read = CHECKPOINTS.read(CHECKPOINTS.write(state, max_bytes=MAX_BYTES), max_bytes=MAX_BYTES)
     again = read.restore(state.job)
-    assert (again.at, again.done, again.gradients, again.averaged) == (1, 7, 7, 3)
+    assert (again.scale_index, again.done, again.gradients, again.averaged) == (1, 7, 7, 3)
     assert state.tensors is not None and again.tensors is not None
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in state.tensors.items())
     assert again.bytes == state.bytes
@@ -57,7 +57,7 @@ def test_checkpoints_that_are_too_large_are_neither_written_nor_read(state: JobS
     ):
         CHECKPOINTS.write(state, max_bytes=9000)
     data = CHECKPOINTS.write(state, picture=PICTURE, max_bytes=9000)
-    with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are taken"):
+    with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are allowed"):
         CHECKPOINTS.read(data, max_bytes=5000)
     with pytest.raises(ValueError, match="only a job that has started and is in no batch"):
         CHECKPOINTS.write(JobState(state.job), max_bytes=MAX_BYTES)
@@ -122,4 +122,8 @@ def test_a_checkpoint_has_the_seed_and_the_updated_recipe(state: JobState) -> No
     assert (read.recipe.beta, read.recipe.iterations) == (8.0, 20)
     # A job with this recipe, without a start image, continues to the updated last iteration.
     again = read.restore(replace(state.job, recipe=read.recipe))
-    assert (again.iterations, again.pixels_left) == (state.iterations, state.pixels_left) == (24, 17 * 48 * 40)
+    assert (
+        (again.iterations, again.pixel_iterations_left)
+        == (state.iterations, state.pixel_iterations_left)
+        == (24, 17 * 48 * 40)
+    )

@@ -12,7 +12,7 @@ from gramophone_server.config import Limits, Settings
 from gramophone_server.domain.engine_api import Batch, BatchEngine
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.engine.fake import FakeBatch, FakeEngine
-from gramophone_server.engine.optimisers import layout
+from gramophone_server.engine.optimisers import slot_layout
 from tests.support.serving import events_of, serving
 from tests.support.specs import job_state, spec
 
@@ -88,7 +88,7 @@ def test_it_and_the_real_engine_read_the_checkpoints_of_each_other(fast, optimis
 
 def test_its_tensors_have_the_shapes_and_types_of_the_real_engines(fast):
     job, _ = through(fast, job_state(), 2)
-    expected = layout(job.recipe, 32, 64)
+    expected = slot_layout(job.recipe, 32, 64)
     for name, tensor in job.tensors.items():
         assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
 
@@ -114,7 +114,7 @@ def test_an_iteration_takes_the_same_time_for_any_number_of_jobs():
 
 def test_jobs_that_do_not_fit_are_refused(fast):
     batch = fast.batch(job_state().shape, 1)
-    with pytest.raises(ValueError, match="needs jobs"):
+    with pytest.raises(ValueError, match="has no job"):
         batch.advance()
     batch.join(job_state())
     for job in (job_state(), job_state(size=48)):

@@ -15,8 +15,8 @@ from gramophone_server.engine.optimisers import (
     Descent,
     SlotTensors,
     Stepper,
-    carried,
     make_stepper,
+    resampled_state,
 )
 
 SHAPE = (2, 3, 4, 5)
@@ -57,7 +57,7 @@ def step(canvas: Canvas, stepper: Stepper, grad: Tensor) -> Tensor:
 def carry(optimiser: Optimiser, coarser: Stepper, finer: Stepper) -> None:
     """Carries the state of both jobs over to 8 x 10 px."""
     for index in range(2):
-        state: SlotTensors = carried(optimiser, coarser.slot(index), 8, 10)
+        state: SlotTensors = resampled_state(optimiser, coarser.slot(index), 8, 10)
         for name, tensor in state.items():
             finer.slot(index)[name].copy_(tensor)
 

@@ -13,7 +13,7 @@ from gramophone.recipe import Optimiser, Pooling
 from gramophone_server import ops
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory
-from gramophone_server.network.precision import choose
+from gramophone_server.network.precision import choose_precision
 from tests.support.gpu_engines import CUDA, engine, finish, fresh_engine, job, totals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -25,7 +25,7 @@ NETWORKS = ("tiny", "vgg")
 def switches() -> Iterator[None]:
     """Resets the process to fp32 after a test that changes the precision."""
     yield
-    choose("fp32", CUDA)
+    choose_precision("fp32", CUDA)
 
 
 def test_every_op_has_a_kernel() -> None:
@@ -100,7 +100,7 @@ def test_a_run_goes_through_its_scales(optimiser: Optimiser) -> None:
         results.append((totals(reports), run.picture(0)))
         run.close()
     assert list(dict.fromkeys(report.width for (report,) in reports)) == [32, 45, 64]
-    assert (reports[-1][0].iteration, reports[-1][0].pixels_left) == (22, 0)
+    assert (reports[-1][0].iteration, reports[-1][0].pixel_iterations_left) == (22, 0)
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert results[0][1].shape == (64, 64, 3)
 

@@ -107,7 +107,7 @@ def test_exif_orientation_is_applied(orientation, format):
     upright = Image.new("RGB", (64, 32), "white")
     ImageDraw.Draw(upright).rectangle((0, 0, 15, 15), fill="red")  # top left
     inverse = {6: 8, 8: 6}.get(orientation, orientation)  # the others are their own inverse
-    stored = upright if orientation == 1 else upright.transpose(codec.TURNS[inverse])
+    stored = upright if orientation == 1 else upright.transpose(codec.TRANSPOSITIONS[inverse])
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = decoded(encoded(stored, format, exif=exif))

@@ -6,11 +6,11 @@ import pytest
 
 from gramophone_server.config import Limits
 from gramophone_server.errors import ImageNotFound, InvalidRequest
-from gramophone_server.images.upload_store import Upload, Uploads
+from gramophone_server.images.upload_store import Upload, UploadStore
 
 
 def test_the_least_recently_used_image_is_evicted():
-    uploads = Uploads(10)
+    uploads = UploadStore(10)
     for name in "abc":
         uploads.keep(name, name.encode() * 3)
     assert uploads.find("a") == b"aaa"

@@ -323,13 +323,13 @@ def test_an_answer_is_for_one_watcher_and_has_a_number_if_it_has_a_picture(regis
     unread(other), unread(controller)
     taken = Frame(3, picture())
     assert job.answer(controller, Answer(8, 1))
-    assert job.answer(controller, Answer(9, 3, taken=taken))
+    assert job.answer(controller, Answer(9, 3, output=taken))
     job.publish(progress(4))
     assert [(n, getattr(e, "command_id", None)) for n, e in unread(controller)] == [(0, 8), (2, 9), (3, None)]
     assert numbers(other) == [3]
     assert numbers(job.watch()) == [1, 3]
     job.publish(finished())
-    assert not job.answer(controller, Answer(10, 3, taken=taken))
+    assert not job.answer(controller, Answer(10, 3, output=taken))
     assert job.answer(controller, Answer(11, 4))
 
 

@@ -91,7 +91,7 @@ def test_a_bound_of_0_keeps_no_job(registry, loop):
     job, _ = create(jobs, request_id="r")
     job.publish(finished())
     loop.advance()
-    assert len(jobs) == 0 and jobs.of_request("r") is None
+    assert len(jobs) == 0 and jobs.find_by_request("r") is None
 
 
 def test_a_job_that_was_refused_is_not_kept(registry, loop):
@@ -100,7 +100,7 @@ def test_a_job_that_was_refused_is_not_kept(registry, loop):
     job.watch()
     job.fail(EngineFailed())
     loop.advance()
-    assert len(jobs) == 0 and jobs.of_request("r") is None and loop.timers == []
+    assert len(jobs) == 0 and jobs.find_by_request("r") is None and loop.timers == []
 
 
 def test_a_closed_registry_has_no_job_and_no_timer(registry, loop):
@@ -123,16 +123,16 @@ def test_a_closed_registry_has_no_job_and_no_timer(registry, loop):
 def test_a_job_without_a_result_releases_its_request_id(registry, loop, failed):
     jobs = registry(max_kept_s=60)
     job, _ = create(jobs, request_id="r")
-    assert jobs.of_request("r") is job
+    assert jobs.find_by_request("r") is job
     job.fail(EngineFailed() if failed else Cancelled())
-    assert jobs.of_request("r") is None  # at once, before the loop runs
+    assert jobs.find_by_request("r") is None  # at once, before the loop runs
     loop.advance(30)
     again, _ = create(jobs, request_id="r")
-    assert jobs.of_request("r") is again and jobs.find(job.id) is job
+    assert jobs.find_by_request("r") is again and jobs.find(job.id) is job
     loop.advance(31)  # the first job is forgotten, and the second is not
     with pytest.raises(JobNotFound):
         jobs.find(job.id)
-    assert jobs.of_request("r") is again
+    assert jobs.find_by_request("r") is again
 
 
 def test_a_request_id_finds_the_result_of_its_job_while_it_is_kept(registry, loop):
@@ -140,15 +140,15 @@ def test_a_request_id_finds_the_result_of_its_job_while_it_is_kept(registry, loo
     job, _ = create(jobs, request_id="r")
     job.publish(finished())
     loop.advance(59)
-    assert jobs.of_request("r") is job
+    assert jobs.find_by_request("r") is job
     loop.advance(2)
-    assert jobs.of_request("r") is None
+    assert jobs.find_by_request("r") is None
 
 
 def test_a_job_without_a_request_id_is_found_by_none(registry):
     jobs = registry()
     create(jobs)
-    assert jobs.of_request("") is None
+    assert jobs.find_by_request("") is None
 
 
 def test_jobs_are_listed_from_the_newest_to_the_oldest(registry):

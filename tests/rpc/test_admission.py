@@ -78,7 +78,7 @@ async def test_memory_and_time_are_checked_before_decoding(admission):
     memory, (_, _, pixels, shape, budget, left_s) = admission.asked
     assert memory == ("memory", shape)
     assert shape == Shape.of(state.recipe, 32, 64)
-    assert pixels == state.pixels_left == 5 * 64 * 32 + 3 * 45 * 22
+    assert pixels == state.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
     assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
     assert len(admission.decoded) == 2
     await admission.prepare(wanted, RESERVATION)
@@ -298,7 +298,7 @@ async def test_an_invalid_checkpoint_is_refused_with_all_other_violations():
         assert got.message == "spec.resume: is of a job with other images"
     async with serving(engine, Limits(max_checkpoint_bytes=65536)) as s:
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed(data))))
-        assert got.message == f"spec.resume: has {len(data)} bytes, at most 65536 are taken"
+        assert got.message == f"spec.resume: has {len(data)} bytes, at most 65536 are allowed"
 
 
 async def test_a_checkpoint_of_a_finished_job_is_refused():
@@ -315,7 +315,9 @@ async def test_the_remaining_time_is_estimated_from_the_checkpoint(admission):
     engine = FakeEngine()
     state = state_after(engine, spec(), 7)
     await admission.prepare(resumed(written(state)), RESERVATION, LATER)
-    assert [asked[2] for asked in admission.asked if asked[0] == "time"] == [state.pixels_left] == [3 * 64 * 32]
+    assert (
+        [asked[2] for asked in admission.asked if asked[0] == "time"] == [state.pixel_iterations_left] == [3 * 64 * 32]
+    )
 
 
 class Painter(VggEngine):

@@ -52,7 +52,7 @@ RAISED = {
 @pytest.mark.parametrize("length", [1, 1000])
 def test_details_stay_within_4_kib(count, length):
     error = errors.InvalidRequest(Violation(f"spec.f[{i}]", "\N{SNOWMAN}" * length) for i in range(count))
-    got = status.refusal(error)
+    got = status.abort_status(error)
     assert len(dict(got.trailers)["grpc-status-details-bin"]) <= 4096
     assert len(got.message) <= 400
 
@@ -92,22 +92,22 @@ async def test_every_exception_has_its_code_reason_and_details(name):
     ],
 )
 def test_retry_pushback_is_a_delay_or_never(name, least):
-    pushback = dict(status.refusal(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
+    pushback = dict(status.abort_status(EXAMPLES[name]).trailers).get("grpc-retry-pushback-ms")
     assert pushback == least if least is None else least <= int(pushback) <= max(1.25 * least, -1)
 
 
 def test_clients_refused_together_do_not_retry_together():
-    delays = {dict(status.refusal(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
+    delays = {dict(status.abort_status(EXAMPLES["QueueFull"]).trailers)["grpc-retry-pushback-ms"] for _ in range(100)}
     assert len(delays) > 50 and max(map(int, delays)) - min(map(int, delays)) > 1000
 
 
 def test_a_job_that_takes_too_long_by_itself_is_not_retried():
-    refusal = status.refusal(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
-    assert refusal.message == (
+    aborted = status.abort_status(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
+    assert aborted.message == (
         "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
         "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
     )
-    trailers = dict(refusal.trailers)
+    trailers = dict(aborted.trailers)
     assert trailers["grpc-retry-pushback-ms"] == "-1"
     sent = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     assert not any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in sent.details)

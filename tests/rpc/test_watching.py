@@ -34,7 +34,7 @@ async def state(s, job_id):
 
 
 async def test_a_watcher_gets_past_and_new_events_with_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(worker, "PROGRESS_INTERVAL_S", 0.0)
     engine = FakeEngine(iteration_s=SLICE_S)
     async with serving(engine) as s:
         first, job_id = await start_detachable(s, engine, detachable_spec(40))
@@ -57,7 +57,7 @@ async def test_a_watcher_gets_past_and_new_events_with_the_same_numbers(monkeypa
 
 
 async def test_after_sequence_skips_events_that_the_watcher_has(monkeypatch):
-    monkeypatch.setattr(worker, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(worker, "PROGRESS_INTERVAL_S", 0.0)
     async with serving(FakeEngine(iteration_s=SLICE_S)) as s:
         response = await s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(20)))
         job_id = response.accepted.job_id

@@ -101,7 +101,7 @@ def test_jobs_of_different_shapes_have_different_batches_and_move_when_their_sca
     assert larger.state.done == 2 and not larger.state.iterations_left
     pool.detach(larger)
     pool.assign(both)
-    assert larger.batch.shape == small.batch.shape and larger.state.at == 1
+    assert larger.batch.shape == small.batch.shape and larger.state.scale_index == 1
 
 
 def test_a_batch_that_is_half_empty_is_rebuilt():

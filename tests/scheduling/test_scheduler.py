@@ -199,7 +199,7 @@ async def test_forecasts_include_jobs_whose_images_are_being_decoded():
     engine = FakeEngine()
     engine.go.clear()
     job = job_state(iterations=10)
-    asked = job.pixels_left, job.shape, 0.0
+    asked = job.pixel_iterations_left, job.shape, 0.0
     throughput = ThroughputModel()
     throughput.record(job.shape, 1, 1, 1.0)  # one iteration took 1 s
     async with scheduling(engine, throughput=throughput) as scheduler:

@@ -92,7 +92,7 @@ def test_the_remaining_time_is_summed_over_the_scales():
     model.record(at_64, 1, 1, 0.3)
     model.record(at_45, 1, 1, 0.1)
     assert model.remaining_seconds(job) == pytest.approx(2 * 0.1 + 4 * 0.3)
-    job.advanced(3)
+    job.count_iterations(3)
     assert model.remaining_seconds(job) == pytest.approx(3 * 0.3)
 
 

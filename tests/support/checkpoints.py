@@ -10,7 +10,7 @@ import torch
 from gramophone.recipe import Optimiser
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
-from gramophone_server.engine.optimisers import layout
+from gramophone_server.engine.optimisers import slot_layout
 
 MAX_BYTES = 2**24  # more than the checkpoint of `lbfgs_state`
 
@@ -18,9 +18,11 @@ MAX_BYTES = 2**24  # more than the checkpoint of `lbfgs_state`
 def lbfgs_state(make_job: Callable[..., StyleJob]) -> JobState:
     """A job with L-BFGS after three iterations at its second scale, 48 x 40 px."""
     job = make_job(optimiser=Optimiser.LBFGS, average=0.0, smallest_size=34, coarse_iterations=4, iterations=6)
-    tensors = {name: torch.zeros(like.shape, dtype=like.dtype) for name, like in layout(job.recipe, 40, 48).items()}
+    tensors = {
+        name: torch.zeros(like.shape, dtype=like.dtype) for name, like in slot_layout(job.recipe, 40, 48).items()
+    }
     tensors["image"] = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
-    return JobState(job, at=1, done=7, gradients=7, averaged=3, tensors=tensors)
+    return JobState(job, scale_index=1, done=7, gradients=7, averaged=3, tensors=tensors)
 
 
 def header(data: bytes) -> dict[str, object]:

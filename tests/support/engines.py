@@ -15,10 +15,10 @@ from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.domain.job import Losses, Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 from gramophone_server.engine.checkpoint_format import CheckpointFormat
-from gramophone_server.engine.optimisers import layout
+from gramophone_server.engine.optimisers import slot_layout
 from gramophone_server.errors import Diverged, OutOfDeviceMemory
 
-CHECKPOINTS = CheckpointFormat(layout)
+CHECKPOINTS = CheckpointFormat(slot_layout)
 
 
 class FakeEngine:
@@ -108,8 +108,8 @@ class FakeBatch:
     def join(self, state: JobState) -> int:
         if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the job does not fit")
-        if state.next_at != state.at:
-            state.at, state.averaged = state.next_at, 0
+        if state.next_scale_index != state.scale_index:
+            state.scale_index, state.averaged = state.next_scale_index, 0
         self.engine.clock.sleep(self.engine.join_s)
         slot = next(slot for slot in range(self.slots) if slot not in self.states)
         state.tensors, state.joined = None, True
@@ -144,7 +144,7 @@ class FakeBatch:
                 if not isinstance(engine.error, Diverged):
                     raise engine.error
                 state.diverged_at = engine.fails_at
-            state.advanced(n)
+            state.count_iterations(n)
             engine.iterations += n
             beta = state.recipe.beta  # shows a test when the weights changed
             losses = Losses(content={"relu4_2": 1.0 / state.done}, style={"relu1_1": beta / state.done}, tv=0.5)
@@ -173,7 +173,7 @@ class FakeBatch:
             raise self.engine.close_error
 
     def _tensors(self, state: JobState) -> dict[str, Tensor]:
-        width, height, _ = state.scales[state.at]
+        width, height, _ = state.scales[state.scale_index]
         good = state.diverged_at - 1 if state.diverged_at else state.done
         grey = torch.full((3, height, width), min(255, good) / 255)
         return {"image": grey, "last_good": grey}

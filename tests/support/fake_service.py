@@ -21,7 +21,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
 from gramophone_server.errors import GramophoneError, ImageNotFound, InvalidRequest, JobNotFound
-from gramophone_server.rpc.status import refusal
+from gramophone_server.rpc.status import abort_status
 
 HANG = object()  # a step that lasts until the call has ended
 NOWHERE = "127.0.0.1:1"  # a port without a listener
@@ -117,7 +117,7 @@ def job(**fields) -> pb.Job:
 
 def refused(error: GramophoneError) -> grpc.Status:
     """The status that the real server sends for this error."""
-    code, message, trailers = refusal(error)
+    code, message, trailers = abort_status(error)
     return rpc_status(code, message, trailers)
 
 

@@ -14,7 +14,7 @@ from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.engine import VggEngine
-from gramophone_server.network.precision import choose
+from gramophone_server.network.precision import choose_precision
 from gramophone_server.network.vgg import Vgg
 from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
@@ -46,7 +46,7 @@ def engine(name: str, precision: str, *, graphs: bool = True, device: str = "cud
 def fresh_engine(name: str, precision: str, *, graphs: bool = True, device: str = "cuda") -> VggEngine:
     """An engine of its own for a test."""
     target = torch.device(device)
-    new = VggEngine(network(name), target, choose(precision, target), graphs=graphs and device == "cuda")
+    new = VggEngine(network(name), target, choose_precision(precision, target), graphs=graphs and device == "cuda")
     # The kernels of a convolution are about equally fast but round differently. All engines share the measured times,
     # so that they choose the same kernels.
     autotuner = new.features.autotuner

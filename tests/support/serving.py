@@ -40,7 +40,7 @@ async def serving(
     limits = limits or Limits()
     server = grpc.aio.server(options=main.server_options(limits))
     metrics = options.setdefault("metrics", Metrics())
-    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterated)
+    scheduler = Scheduler(load or (lambda: engine), limits, metrics.iterations_done)
     servicer = Servicer(scheduler, limits, **options)
     registration.add_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -30,7 +30,7 @@ from gramophone_client.bench.workload import InvalidWorkload, JobKind, read_work
 from gramophone_client.client import GramophoneClient
 from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
-from gramophone_client.types.picture import write_whole
+from gramophone_client.types.picture import write_atomically
 from gramophone_client.types.server_info import ServerInfo
 
 __all__ = ["add_bench"]
@@ -93,13 +93,13 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency",
-        type=_listed(_concurrency),
+        type=_comma_separated(_concurrency),
         metavar="N,...",
         help="closed loop: one step for each number of simultaneous jobs "
         f"(default {','.join(map(str, DEFAULT_CONCURRENCY))}, unless --rate is given)",
     )
     load.add_argument(
-        "--rate", type=_listed(_rate), metavar="X,...", help="open loop: one step for each rate, in jobs/s"
+        "--rate", type=_comma_separated(_rate), metavar="X,...", help="open loop: one step for each rate, in jobs/s"
     )
     load.add_argument(
         "--mix", type=Path, metavar="FILE", help="TOML file with the kinds of jobs (default: one kind, from the flags)"
@@ -149,8 +149,8 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def bench(args: argparse.Namespace) -> None:
     """Runs the command. Raises `UsageError`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
-    written = {flag: path for flag, path in (("--json", args.json), ("--html", args.html)) if path}
-    check_files(written, [*args.pictures, *([args.mix] if args.mix else ()), *(args.compare or ())])
+    outputs = {flag: path for flag, path in (("--json", args.json), ("--html", args.html)) if path}
+    check_files(outputs, [*args.pictures, *([args.mix] if args.mix else ()), *(args.compare or ())])
     try:
         if args.compare:
             _compare(args)
@@ -272,7 +272,7 @@ def _output(table: Callable[[Console], None], files: Mapping[Path | None, Callab
 
 
 def _write_page(path: Path, page: str) -> None:
-    write_whole(path, page.encode(errors="replace"))  # file names need not be valid Unicode
+    write_atomically(path, page.encode(errors="replace"))  # file names need not be valid Unicode
 
 
 def _print(write: Callable[[Console], None]) -> None:
@@ -289,7 +289,7 @@ def _print(write: Callable[[Console], None]) -> None:
     print(text.get().encode(encoding, errors="replace").decode(encoding), end="", flush=True)
 
 
-def _listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+def _comma_separated(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     return lambda text: [parse(word) for word in text.split(",")]
 
 

@@ -14,19 +14,19 @@ from gramophone_client.console.outputs import UsageError
 __all__ = ["check_files", "write_files"]
 
 
-def check_files(written: Mapping[str, Path], read: Iterable[Path]) -> None:
+def check_files(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
     """Raises `UsageError` if an output file cannot be written, or would replace an input or another output.
 
-    `written` has the path of each output by its flag, `read` the paths of the inputs.
+    `outputs` has the path of each output by its flag, `inputs` the paths of the inputs.
     """
-    taken = {os.path.realpath(path): "an input" for path in read}
-    for flag, path in written.items():
+    used_paths = {os.path.realpath(path): "an input" for path in inputs}
+    for flag, path in outputs.items():
         if not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}; create it first")
-        what = _no_file(path) or taken.get(os.path.realpath(path))
-        if what:
-            raise UsageError(f"{path}: {flag} needs its own file, and this is {what}; name another file")
-        taken[os.path.realpath(path)] = f"the file of {flag}"
+        problem = _not_a_file(path) or used_paths.get(os.path.realpath(path))
+        if problem:
+            raise UsageError(f"{path}: {flag} needs its own file, and this is {problem}; name another file")
+        used_paths[os.path.realpath(path)] = f"the file of {flag}"
         try:
             # The report is written in the same way, to a temporary file in the folder that is then renamed. The mode
             # of the folder alone does not show whether that works.
@@ -40,17 +40,17 @@ def check_files(written: Mapping[str, Path], read: Iterable[Path]) -> None:
 
 def write_files(files: Mapping[Path, Callable[[Path], None]]) -> bool:
     """Writes each file even if others fail. Reports failures on standard error; returns False if there was one."""
-    is_whole = True
+    all_written = True
     for path, write in files.items():
         try:
             write(path)
         except OSError as error:
             print_errors(f"{path}: not written: {error.strerror}")
-            is_whole = False
-    return is_whole
+            all_written = False
+    return all_written
 
 
-def _no_file(path: Path) -> str:
+def _not_a_file(path: Path) -> str:
     """Why the path cannot be replaced by a file; "" if it does not exist or is an ordinary, writable file."""
     if str(path) == "-" or _is_standard_stream(path):
         return "standard output or error"

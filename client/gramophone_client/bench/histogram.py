@@ -47,8 +47,8 @@ class Histogram:
 
     def quantile(self, share: float) -> float | None:
         """The shortest time in seconds that a `share` (0 to 1) of the durations does not exceed; None if empty."""
-        wanted = max(1, math.ceil(share * self.count))
-        return next((seconds for seconds, seen in self.curve() if seen >= wanted), None)
+        rank = max(1, math.ceil(share * self.count))
+        return next((seconds for seconds, seen in self.curve() if seen >= rank), None)
 
     def curve(self) -> Iterator[tuple[float, int]]:
         """Yields (upper end in seconds, cumulative count) of each bucket that is not empty, shortest first."""

@@ -69,22 +69,27 @@ class Tally:
 
     @property
     def ok(self) -> int:
+        """Jobs with status OK."""
         return self.statuses[OK]
 
     @property
     def ended(self) -> int:
+        """Jobs that have ended, however they ended."""
         return sum(self.statuses.values())
 
     @property
     def failed(self) -> int:
+        """Jobs that have ended neither with status OK nor LEFT."""
         return self.ended - self.ok - self.statuses[LEFT]
 
     @property
     def jobs_per_s(self) -> float:
+        """Jobs with status OK per second."""
         return self.ok / self.seconds if self.seconds else 0.0
 
     @property
     def megapixel_iterations_per_s(self) -> float:
+        """Megapixel-iterations of all jobs per second."""
         return self.megapixel_iterations / self.seconds if self.seconds else 0.0
 
     def add(self, sample: Sample) -> None:

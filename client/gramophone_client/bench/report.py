@@ -12,7 +12,7 @@ from typing import Any, Self
 from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
 from gramophone_client.bench.measure import LEFT, OK, Tally
 from gramophone_client.bench.schema import REPORT, Value, check
-from gramophone_client.types.picture import write_whole
+from gramophone_client.types.picture import write_atomically
 
 __all__ = ["InvalidReport", "Report", "Step", "Window", "read_report"]
 
@@ -149,7 +149,7 @@ class Report:
             "settings": self.settings,
             "steps": [step.as_json() for step in self.steps],
         }
-        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def read_report(path: Path) -> Report:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, cast
 
 from gramophone import recipe as recipes
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, RecipeOverrides
-from gramophone_client.console.recipe_flags import TYPES
+from gramophone_client.console.recipe_flags import FIELD_TYPES
 
 __all__ = ["InvalidWorkload", "JobKind", "PlannedJob", "planned_jobs", "read_workload"]
 
@@ -104,12 +104,12 @@ def _kind(table: Mapping[str, Any], number: int, where: str) -> JobKind:
             if not is_allowed(value):
                 raise InvalidWorkload(f"{where}: {key} must be {allowed}, got {value!r}")
             options[key] = value
-        elif key in TYPES:
+        elif key in FIELD_TYPES:
             overrides[key] = _recipe_value(key, value, where)
         else:
             raise InvalidWorkload(
                 f"{where}: {key!r} is not a key of a job; allowed are {', '.join(JOB_KEYS)}, "
-                f"and the fields of a recipe: {', '.join(TYPES)}"
+                f"and the fields of a recipe: {', '.join(FIELD_TYPES)}"
             )
     kind = JobKind(**options, overrides=cast(RecipeOverrides, overrides))
     try:
@@ -121,7 +121,7 @@ def _kind(table: Mapping[str, Any], number: int, where: str) -> JobKind:
 
 
 def _recipe_value(key: str, value: Any, where: str) -> Any:
-    kind = TYPES[key]
+    kind = FIELD_TYPES[key]
     if kind is int and _is_whole(value):
         return value
     if kind is float and _is_number(value):

@@ -51,11 +51,11 @@ def jobs(args: argparse.Namespace) -> None:
     with SyncGramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
-        listed = client.list_jobs()
+        statuses = client.list_jobs()
     if args.json:
-        print(json.dumps([asdict(job) for job in listed], indent=2, default=datetime.isoformat))
+        print(json.dumps([asdict(job) for job in statuses], indent=2, default=datetime.isoformat))
     else:
-        for job in listed:
+        for job in statuses:
             print(_line(job))
 
 

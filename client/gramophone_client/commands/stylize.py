@@ -74,8 +74,8 @@ class _Job(Outputs):
 
     def _check_resumable(self) -> None:
         args = self.args
-        brought = {"--preset": args.preset, "--seed": args.seed, "--start-image": args.start_image}
-        flags = [name for name, value in brought.items() if value is not None] + [flag(name) for name in self.overrides]
+        options = {"--preset": args.preset, "--seed": args.seed, "--start-image": args.start_image}
+        flags = [name for name, value in options.items() if value is not None] + [flag(name) for name in self.overrides]
         if flags:
             raise UsageError(
                 f"{', '.join(flags)}: cannot be given with --resume, which continues with the checkpoint's"

@@ -118,9 +118,9 @@ class LiveDisplay:
             case Paused() | Resumed() | Changed():
                 self.set_status(_controlled(update))
             case Frame():
-                self._take(update.picture)
+                self._set_picture(update.picture)
             case Result():
-                self._take(update.picture)
+                self._set_picture(update.picture)
                 self.set_status(_result(update))
 
     def set_status(self, text: str) -> None:
@@ -141,7 +141,7 @@ class LiveDisplay:
         )
         return rows
 
-    def _take(self, picture: Picture) -> None:
+    def _set_picture(self, picture: Picture) -> None:
         if self._preview:
             self._picture = HalfBlocks(picture)
 
@@ -234,9 +234,9 @@ def _waiting(waiting: Waiting) -> str:
     return _wait(waiting.queue_position, waiting.estimated_wait_s)
 
 
-def _wait(place: int, seconds: float | None) -> str:
+def _wait(position: int, seconds: float | None) -> str:
     about = f", about {_clock(seconds)}" if seconds is not None else ""
-    return f"waits at place {place} of the queue{about}"
+    return f"waits at place {position} of the queue{about}"
 
 
 def _controlled(update: Paused | Resumed | Changed) -> str:

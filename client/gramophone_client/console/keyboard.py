@@ -23,20 +23,20 @@ def pressed_keys(terminal: TextIO) -> Iterator[asyncio.Queue[str]]:
     except ImportError as error:  # not a Unix
         raise OSError("single keys cannot be read on this system; use the options instead") from error
     keys: asyncio.Queue[str] = asyncio.Queue()
-    loop, number = asyncio.get_running_loop(), terminal.fileno()
+    loop, descriptor = asyncio.get_running_loop(), terminal.fileno()
 
-    def take() -> None:
-        pressed = os.read(number, 64)
+    def read_keys() -> None:
+        pressed = os.read(descriptor, 64)
         if not pressed:
-            loop.remove_reader(number)
+            loop.remove_reader(descriptor)
         for key in pressed.decode(errors="ignore") or "q":
             keys.put_nowait(key)
 
-    before = termios.tcgetattr(number)
-    tty.setcbreak(number, termios.TCSANOW)  # keeps what was typed before
+    attributes = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor, termios.TCSANOW)  # keeps what was typed before
     try:
-        loop.add_reader(number, take)
+        loop.add_reader(descriptor, read_keys)
         yield keys
     finally:
-        loop.remove_reader(number)
-        termios.tcsetattr(number, termios.TCSADRAIN, before)
+        loop.remove_reader(descriptor)
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, attributes)

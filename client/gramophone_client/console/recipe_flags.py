@@ -10,9 +10,9 @@ from typing import Any, get_type_hints
 
 from gramophone.recipe import PRESETS, LayerWeight, Recipe, RecipeOverrides
 
-__all__ = ["TYPES", "add_recipe_flags", "as_flags", "flag", "recipe_overrides", "value_of"]
+__all__ = ["FIELD_TYPES", "add_recipe_flags", "as_flags", "flag", "recipe_overrides", "value_of"]
 
-TYPES: Mapping[str, Any] = get_type_hints(Recipe)
+FIELD_TYPES: Mapping[str, Any] = get_type_hints(Recipe)
 
 
 def flag(field: str) -> str:
@@ -24,7 +24,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag per field; without the flag, the field has the preset's value."""
     group = parser.add_argument_group("recipe", "Each flag overrides one field of the preset.")
     for field in fields(Recipe):
-        kind = TYPES[field.name]
+        kind = FIELD_TYPES[field.name]
         options: dict[str, Any]
         if kind in (int, float):
             options = {"type": kind, "metavar": "N" if kind is int else "X"}
@@ -38,7 +38,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 def recipe_overrides(args: argparse.Namespace) -> RecipeOverrides:
     """The fields whose flags were given."""
     overrides = RecipeOverrides()
-    for name, kind in TYPES.items():
+    for name, kind in FIELD_TYPES.items():
         value = getattr(args, name)
         if value is not None:
             overrides[name] = kind(value) if isinstance(kind, type) else value  # type: ignore[literal-required]
@@ -47,7 +47,7 @@ def recipe_overrides(args: argparse.Namespace) -> RecipeOverrides:
 
 def value_of(field: str, text: str) -> Any:
     """Parses the value of a recipe's field. Raises ValueError or argparse.ArgumentTypeError."""
-    kind = TYPES[field]
+    kind = FIELD_TYPES[field]
     return kind(text) if isinstance(kind, type) else _layers(text)
 
 

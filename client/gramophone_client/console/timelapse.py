@@ -9,7 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
-from gramophone_client.types.picture import Picture, write_whole
+from gramophone_client.types.picture import Picture, write_atomically
 
 __all__ = ["Timelapse", "film_format"]
 
@@ -79,7 +79,7 @@ class Timelapse:
             frames[0].save(
                 out, "webp", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80, method=2
             )
-        write_whole(path, out.getvalue())
+        write_atomically(path, out.getvalue())
 
     def _reduced(self, picture: Picture) -> Image.Image:
         image = Image.open(io.BytesIO(picture.data))

@@ -73,15 +73,15 @@ class JobControl:
     wrong, after which the job continues unchanged, and `JobEnded`, or the error that ended the job, if it came too
     late.
 
-    An update that is not taken is replaced by a newer one of its kind; the result is never lost. Up to
-    `FrameOptions.max_in_flight` frames are in flight at a time. Leaving the context gives up the control, and for the
-    job it counts as the loss of a watcher.
+    An unread update is replaced by a newer one of its kind; the result is never lost. Up to
+    `FrameOptions.max_in_flight` frames are in flight at a time. Leaving the context gives up control, and for the job
+    it counts as the loss of a watcher.
 
-    Lost connections and lost servers are recovered from as in `stream`. Commands that have no answer by then, or that
-    are given during the recovery, are sent when the job is found or accepted again. Sending one twice is harmless,
-    since a command sets a state and is not relative to one. A job that continues from a checkpoint gets all earlier
-    commands that still apply once more: changes of `update`, a pause, `finish`. If the recovery fails, the error has
-    the newest `frame` and `checkpoint`.
+    The client recovers from lost connections and lost servers as in `stream`. Commands that have no answer by then, or
+    that are given during the recovery, are sent when the job is found or accepted again. Sending one twice is harmless,
+    because a command sets a state and is not relative to one. A job that continues from a checkpoint receives all
+    earlier commands that still apply again: changes of `update`, a pause, `finish`. If the recovery fails, the error
+    has the newest `frame` and `checkpoint`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class JobControl:
         self._awaited_outputs: dict[type, tuple[int, _Command]] = {}
         # The combined effect of answered commands, by kind.
         self._in_force: dict[str, pb.StylizeInteractiveRequest] = {}
-        self._untaken: dict[type, Update] = {}  # the newest of each kind, oldest first
+        self._unread: dict[type, Update] = {}  # the newest of each kind, oldest first
         self._has_entered, self._has_news, self._has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._error: GramophoneError | None = None
 
@@ -137,14 +137,14 @@ class JobControl:
         return self
 
     async def __anext__(self) -> Update:
-        while not self._untaken:
+        while not self._unread:
             if self._has_ended.is_set():
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
             self._has_news.clear()
             await self._has_news.wait()
-        return self._untaken.pop(next(iter(self._untaken)))
+        return self._unread.pop(next(iter(self._unread)))
 
     async def result(self) -> Result:
         """Waits for the end of the job and returns its result. Iterating yields the result as well."""
@@ -218,11 +218,11 @@ class JobControl:
         except GramophoneError as error:
             self._error = recovery.with_partial_result(error)
         except asyncio.CancelledError:
-            self._error = Cancelled("the control of the job was given up")
+            self._error = Cancelled("control of the job was given up")
             raise
         finally:
             if recovery.result is not None and self._error is None:
-                self._untaken[Result] = recovery.result  # after the end of the stream, as in `JobStream`
+                self._unread[Result] = recovery.result  # after the end of the stream, as in `JobStream`
             for command in (*self._unanswered.values(), *(command for _, command in self._awaited_outputs.values())):
                 self._fail_as_ended(command)
             self._has_entered.set()
@@ -240,14 +240,14 @@ class JobControl:
         try:
             with self._connection.errors_rebuilt(recovery.timeout_s):
                 stylize = self._connection.service.StylizeInteractive
-                call = self._connection.sending(stylize, _until_none(outgoing), recovery.left_s)
+                call = self._connection.call_streaming(stylize, _until_none(outgoing), recovery.left_s)
                 if not sends and self.accepted is not None:  # a paused job may send no event before the next command
                     self._send_pending(is_resend)
                 async for response in call:
                     if response.HasField("command_result"):
                         self._answer(response.command_result)
-                    elif (arrived := recovery.take(response.event)) is not None:
-                        self._take(arrived)
+                    elif (arrived := recovery.receive(response.event)) is not None:
+                        self._receive(arrived)
                     # A job takes commands from its first event on; while its images are decoded it takes none.
                     if not self._takes_commands:
                         self._send_pending(is_resend)
@@ -305,7 +305,7 @@ class JobControl:
         elif command.kind == "finish":
             self._in_force["finish"] = command.request
 
-    def _take(self, arrived: Update) -> None:
+    def _receive(self, arrived: Update) -> None:
         kind = type(arrived)
         iteration, command = self._awaited_outputs.get(kind, (None, None))
         if command is not None and isinstance(arrived, Frame | Checkpoint) and arrived.iteration == iteration:
@@ -322,15 +322,15 @@ class JobControl:
                 self._in_force.pop("pause", None)
             case Result():
                 return
-        older = self._untaken.pop(kind, None)  # removed first, so that the newer one is last in the order
+        older = self._unread.pop(kind, None)  # removed first, so that the newer one is last in the order
         if isinstance(arrived, Frame):
             if self._frames is not None and self._frames.max_in_flight:
-                # On arrival, not when it is taken: otherwise a caller that pauses for a second would first take the
+                # On arrival, not when it is read: otherwise a caller that pauses for a second would first read the
                 # frames that were sent at the start of the pause.
                 self._outgoing.put_nowait(pb.StylizeInteractiveRequest(ack=pb.AckCommand(sequence=arrived.sequence)))
             if isinstance(older, Frame):
                 arrived = replace(arrived, dropped=arrived.dropped + older.dropped + 1)
-        self._untaken[kind] = arrived
+        self._unread[kind] = arrived
         self._has_news.set()
 
     def _command(self, **fields: Any) -> _Command:

@@ -59,7 +59,7 @@ class JobStream:
                     async with aclosing(newest_responses(call)) as responses:
                         with self._connection.errors_rebuilt(recovery.timeout_s):
                             async for response in responses:
-                                arrived = recovery.take(response.event)
+                                arrived = recovery.receive(response.event)
                                 # The result is yielded after the stream has ended: a caller that leaves at the result
                                 # must not cancel a finished job.
                                 if arrived is not None and not isinstance(arrived, Result):

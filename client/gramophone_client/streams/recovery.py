@@ -80,7 +80,7 @@ class Recovery:
         self._known_sequence = self.sequence
         self._was_connected = self._connection.is_connected
 
-    def take(self, event: pb.JobEvent) -> Update | None:
+    def receive(self, event: pb.JobEvent) -> Update | None:
         """The update of an event. None if the caller has it already, or if this client does not know its kind."""
         self._states.event_received()
         if 0 < event.sequence <= self._known_sequence:

@@ -78,7 +78,7 @@ class Connection:
     ) -> None:
         self.target = target
         self.retries = retries
-        self.timeout_s = timeout_s  # of calls without one of their own
+        self.timeout_s = timeout_s  # default timeout of a call
         options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
@@ -103,21 +103,21 @@ class Connection:
                 while (state := self._channel.get_state(try_to_connect=True)) in CONNECTING:
                     await self._channel.wait_for_state_change(state)
 
-    async def ask(self, method: Any, request: object, timeout_s: float | None) -> Any:
-        """The response to one request. Raises `GramophoneError`s."""
+    async def call_unary(self, method: Any, request: object, timeout_s: float | None) -> Any:
+        """Makes a unary call and returns its response. Raises `GramophoneError`s."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with self.errors_rebuilt(timeout_s):
             return await method(request, timeout=timeout_s)
 
-    def sending(self, method: Any, requests: AsyncGenerator[Any, None], timeout_s: float) -> Any:
-        """A call that sends all of the requests unless it ends before; see `send`."""
+    def call_streaming(self, method: Any, requests: AsyncGenerator[Any, None], timeout_s: float) -> Any:
+        """Starts a call with a stream of requests, which are sent until the call ends; see `send`."""
         call = method(timeout=timeout_s)
         send(call, requests)
         return call
 
     @contextlib.contextmanager
     def errors_rebuilt(self, timeout_s: float) -> Iterator[None]:
-        """Raises errors of gRPC as `GramophoneError`s. `timeout_s` is the caller's, for the message."""
+        """Raises errors of gRPC in its block as `GramophoneError`s. `timeout_s` is the caller's, for the message."""
         try:
             yield
         except grpc.aio.AioRpcError as error:

@@ -28,7 +28,7 @@ from gramophone_client.types.options import (
 from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
-__all__ = ["as_invalid_request", "encoded", "job_spec", "resumed_spec", "uploaded", "watch_request"]
+__all__ = ["as_invalid_request", "image_bytes", "job_spec", "resumed_spec", "uploaded_images", "watch_request"]
 
 
 def job_spec(
@@ -46,7 +46,7 @@ def job_spec(
     resume: Checkpoint | bytes | str | os.PathLike[str] | None = None,
     **overrides: Unpack[RecipeOverrides],
 ) -> pb.JobSpec:
-    """The message; reads files, so it may block.
+    """The message that describes a job. Reads files, so it may block.
 
     `preset` is "fast" by default. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
     starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. A job without a watcher
@@ -54,7 +54,7 @@ def job_spec(
     of the recipe that differ from the preset.
 
     `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, continues that job from there.
-    It brings the recipe, the seed and the picture to start from, so none of them can be given with it.
+    It determines the recipe, the seed and the picture to start from, so none of them can be given with it.
 
     Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError
     for a file that cannot be read. The server checks everything else.
@@ -73,13 +73,13 @@ def job_spec(
             seed=seed,
             detach_grace=_duration(detach_grace) if detach_grace is not None else None,
         )
-    spec.content.CopyFrom(_source(content))
+    spec.content.CopyFrom(_image_source(content))
     for image, weight in _as_styles(styles):
-        spec.styles.add(image=_source(image), weight=weight)
+        spec.styles.add(image=_image_source(image), weight=weight)
     if start_image is not None:
-        spec.start_image.CopyFrom(_source(start_image))
+        spec.start_image.CopyFrom(_image_source(start_image))
     if resume is not None:
-        spec.resume = _state(resume)
+        spec.resume = _checkpoint_bytes(resume)
     return spec
 
 
@@ -96,8 +96,10 @@ def resumed_spec(spec: pb.JobSpec, seed: int, checkpoint: Checkpoint | None) -> 
     return resumed
 
 
-def uploaded(content: ImageInput, styles: Styles, start_image: ImageInput | None = None) -> tuple[UploadedImage, ...]:
-    """The images of a job that its spec names by digest only."""
+def uploaded_images(
+    content: ImageInput, styles: Styles, start_image: ImageInput | None = None
+) -> tuple[UploadedImage, ...]:
+    """The images of a job that its spec names by digest only. Their bytes are not in the spec."""
     images = (content, *(style.image for style in _as_styles(styles)), start_image)
     return tuple(image for image in images if isinstance(image, UploadedImage))
 
@@ -126,7 +128,7 @@ def watch_request(
         )
 
 
-def encoded(image: ImageInput) -> bytes:
+def image_bytes(image: ImageInput) -> bytes:
     """The bytes of an image file; reads the file, so it may block."""
     if isinstance(image, UploadedImage):
         return image.data
@@ -135,16 +137,16 @@ def encoded(image: ImageInput) -> bytes:
     return image if isinstance(image, bytes) else Path(image).read_bytes()
 
 
-def _check_resumable(**given: object) -> None:
-    """Raises `InvalidRequest` if any value is given that the checkpoint brings."""
-    names = [name for name, value in given.items() if value is not None]
+def _check_resumable(**options: object) -> None:
+    """Raises `InvalidRequest` if an option is set that the checkpoint determines."""
+    names = [name for name, value in options.items() if value is not None]
     if names:
-        because = "cannot be given with resume: the job continues with the checkpoint's"
-        violations = tuple(Violation(name, because) for name in names)
-        raise InvalidRequest("; ".join(f"{name}: {because}" for name in names), violations=violations)
+        rule = "cannot be given with resume: the job continues with the checkpoint's"
+        violations = tuple(Violation(name, rule) for name in names)
+        raise InvalidRequest("; ".join(f"{name}: {rule}" for name in names), violations=violations)
 
 
-def _state(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
+def _checkpoint_bytes(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
     if isinstance(resume, Checkpoint):
         return resume.data
     data = resume if isinstance(resume, bytes) else Path(resume).read_bytes()
@@ -183,10 +185,10 @@ def _as_styles(styles: Styles) -> list[Style]:
     return [style if isinstance(style, Style) else Style(style) for style in styles]
 
 
-def _source(image: ImageInput) -> pb.ImageSource:
+def _image_source(image: ImageInput) -> pb.ImageSource:
     if isinstance(image, UploadedImage):
         return pb.ImageSource(digest=image.digest)
-    return pb.ImageSource(data=encoded(image))
+    return pb.ImageSource(data=image_bytes(image))
 
 
 def _as_png(image: Image.Image) -> bytes:

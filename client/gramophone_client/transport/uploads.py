@@ -27,7 +27,7 @@ async def upload(connection: Connection, data: bytes, timeout_s: float | None) -
 
     timeout_s = connection.timeout_s if timeout_s is None else timeout_s
     with connection.errors_rebuilt(timeout_s):
-        answer = await connection.sending(connection.service.UploadImage, chunks(), timeout_s)
+        answer = await connection.call_streaming(connection.service.UploadImage, chunks(), timeout_s)
     return UploadedImage(digest=answer.digest, width=answer.width, height=answer.height, data=data)
 
 

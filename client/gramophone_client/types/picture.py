@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-__all__ = ["Format", "Picture", "format_of", "metadata_of", "write_whole"]
+__all__ = ["Format", "Picture", "format_of", "metadata_of", "write_atomically"]
 
 Format = Literal["jpeg", "png", "webp"]
 
@@ -51,7 +51,7 @@ class Picture:
         If the suffix is that of another format, the picture is encoded again (quality 95) and keeps its metadata.
         """
         wanted = format_of(path)
-        write_whole(path, self.data if wanted == self.format else self._encoded_as(wanted))
+        write_atomically(path, self.data if wanted == self.format else self._encoded_as(wanted))
 
     def _encoded_as(self, wanted: Format) -> bytes:
         out, image = io.BytesIO(), self.image()
@@ -71,7 +71,7 @@ def metadata_of(image: Image.Image) -> str:
     return str(image.info.get(METADATA_KEY) or in_exif or "")
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file atomically: into a temporary file in the same folder, which is then renamed to `path`.
 
     Raises OSError with `path` as its `filename`, which the system leaves out when the disk is full.

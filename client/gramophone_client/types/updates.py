@@ -10,7 +10,7 @@ from datetime import datetime
 from PIL import Image
 
 from gramophone.recipe import Recipe
-from gramophone_client.types.picture import Picture, write_whole
+from gramophone_client.types.picture import Picture, write_atomically
 
 __all__ = [
     "Accepted",
@@ -42,15 +42,15 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """The sequence number that all updates have."""
+class NumberedUpdate:
+    """The base class of all updates: each has a sequence number."""
 
     # Increases with each update of a job; for `after_sequence` of `watch`.
     sequence: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
-class Accepted(Numbered):
+class Accepted(NumberedUpdate):
     """The job was admitted. Always the first update. Another one means that the job was lost and sent again.
 
     Iteration numbers then go back to `resumed_at`: later iterations were lost with the server.
@@ -62,22 +62,22 @@ class Accepted(Numbered):
     width: int  # of the result, in pixels
     height: int
     iterations: int  # over all scales
-    queue_position: int  # place in the queue; 0: starts at once, 1: starts when a running job ends
+    queue_position: int  # position in the queue; 0: starts at once, 1: starts when a running job ends
     attached: bool  # the `request_id` named an existing job
     resumed_at: int = 0  # with `resume`: completed iterations of the checkpoint
     estimated_wait_s: float | None = None  # until the job starts; None if the server has no estimate
 
 
 @dataclass(frozen=True)
-class Waiting(Numbered):
-    """The job still waits in the queue, and its place has changed."""
+class Waiting(NumberedUpdate):
+    """The job still waits in the queue, and its position has changed."""
 
-    queue_position: int  # place in the queue, from 1
+    queue_position: int  # position in the queue, from 1
     estimated_wait_s: float | None = None  # until the job starts; None if the server has no estimate
 
 
 @dataclass(frozen=True)
-class Progress(Numbered):
+class Progress(NumberedUpdate):
     """The job's progress after an iteration; a slow reader misses some."""
 
     iteration: int  # 1 to `iterations`, counted over all scales
@@ -90,7 +90,7 @@ class Progress(Numbered):
 
 
 @dataclass(frozen=True)
-class Frame(Numbered):
+class Frame(NumberedUpdate):
     """The intermediate picture after an iteration; a slow reader misses some and gets the newest."""
 
     iteration: int
@@ -99,7 +99,7 @@ class Frame(Numbered):
 
 
 @dataclass(frozen=True)
-class Checkpoint(Numbered):
+class Checkpoint(NumberedUpdate):
     """The job's state after an iteration, from which `resume` continues on any server."""
 
     iteration: int
@@ -108,25 +108,25 @@ class Checkpoint(Numbered):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state atomically, replacing an existing file."""
-        write_whole(path, self.data)
+        write_atomically(path, self.data)
 
 
 @dataclass(frozen=True)
-class Paused(Numbered):
+class Paused(NumberedUpdate):
     """The job is paused after an iteration, on a command of its controller."""
 
     iteration: int
 
 
 @dataclass(frozen=True)
-class Resumed(Numbered):
+class Resumed(NumberedUpdate):
     """A paused job continues."""
 
     iteration: int  # the last one completed before the pause
 
 
 @dataclass(frozen=True)
-class Changed(Numbered):
+class Changed(NumberedUpdate):
     """The controller has changed the job's recipe."""
 
     iteration: int  # the first with this recipe
@@ -135,13 +135,14 @@ class Changed(Numbered):
 
 
 @dataclass(frozen=True)
-class Result(Numbered):
+class Result(NumberedUpdate):
     """The finished picture. Always the last update of a job that succeeds."""
 
     picture: Picture
     losses: Losses
     iterations: int  # done, over all scales
-    stop_reason: str  # "ITERATIONS_DONE", "TIME_BUDGET", "FINISHED" (by its controller); newer servers may add others
+    # "ITERATIONS_DONE", "TIME_BUDGET", or "FINISHED" (by the job's controller); newer servers may add others.
+    stop_reason: str
     elapsed_s: float  # from the start of the first iteration to the end of the last, including pauses
 
     def image(self) -> Image.Image:
@@ -181,4 +182,4 @@ class JobStatus:
     height: int
     losses: Losses | None  # None before the first iteration
     stop_reason: str  # as of `Result`; "" unless the job succeeded
-    queue_position: int  # place in the queue while it is queued; 0: starts next
+    queue_position: int  # position in the queue while it is queued; 0: starts next

@@ -1,5 +1,5 @@
-// What the launchers' headers need: streams, 16-bit floats and division. The bindings include them too, and those are
-// not compiled by nvcc.
+// Types and arithmetic for the launchers' headers: streams, 16-bit floats, division. The bindings, which nvcc does not
+// compile, include those headers too.
 #pragma once
 
 #include <cstdint>

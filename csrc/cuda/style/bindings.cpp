@@ -114,7 +114,7 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
   return at::empty_like(features).copy_(at::bmm(both, summable(features)).view(features.sizes()));
 }
 
-// Of checked arguments. Terms without a kernel are computed one by one, the others together.
+// The arguments must have been checked. Terms without a kernel are computed one by one, the others together.
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_terms(at::TensorList features, at::TensorList targets,
                                                             const at::Tensor& weights_in, at::ArrayRef<double> scales) {
   const OnDeviceOf device(features[0]);

@@ -17,7 +17,7 @@ constexpr int kLayersPerLaunch = 8;  // layers are kernel parameters, so nothing
 constexpr int kTileChannels = 64;
 constexpr int kBands = 16;         // per tile, 4 rows each; a block of the reduce kernel computes one band
 constexpr int kMaxPixels = 16384;  // per slice: tensor cores truncate their float32 sums, so the sums are kept short
-// Least work of a slice, in 16-bit values that it reads: 4 of the 6 stages of shared memory.
+// Minimum work of a slice, in 16-bit values that it reads: 4 of the 6 stages of shared memory.
 constexpr int64_t kMinWork = 32768;
 
 struct StyleLayer {
@@ -67,14 +67,14 @@ constexpr int stage_pixels(int channels) {
 // 512 channels multiplies as much.
 inline void schedule(StyleLaunch& launch, int multiprocessors) {
   const auto width = [](const StyleLayer& layer) { return std::min(layer.channels, 256); };
-  int64_t total = 0, least = 0;
+  int64_t total = 0, min_items = 0;
   for (int l = 0; l < launch.count; ++l) {
     const StyleLayer& layer = launch.layers[l];
     total += layer.pixels * width(layer) * units_of(layer.channels);
-    least += ceil_div(layer.pixels, kMaxPixels) * units_of(layer.channels);
+    min_items += ceil_div(layer.pixels, kMaxPixels) * units_of(layer.channels);
   }
-  const int64_t most = ceil_div(least, multiprocessors) * multiprocessors;
-  for (int64_t work = std::max(kMinWork, total / most);; work += work / 32) {
+  const int64_t max_items = ceil_div(min_items, multiprocessors) * multiprocessors;
+  for (int64_t work = std::max(kMinWork, total / max_items);; work += work / 32) {
     int64_t items = 0;
     for (int l = 0; l < launch.count; ++l) {
       StyleLayer& layer = launch.layers[l];
@@ -88,7 +88,7 @@ inline void schedule(StyleLaunch& launch, int multiprocessors) {
       layer.slices = static_cast<int>(ceil_div(layer.pixels, layer.slice_pixels));
       items += int64_t{layer.slices} * units_of(layer.channels);
     }
-    if (items <= most) break;
+    if (items <= max_items) break;
   }
   launch.items = launch.bands = 0, launch.tiles = 0;
   for (int l = 0; l < launch.count; ++l) {

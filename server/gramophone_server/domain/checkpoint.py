@@ -51,11 +51,16 @@ class Checkpoint:
             mine, other = (", ".join(f"{w:g}" for w in weights) for weights in (self.style_weights, job.style_weights))
             raise resume_refused(f"is of a job with style weights {mine}, and this one has {other}")
         state = JobState(job, tensors=dict(self.tensors), **self.counts)  # type: ignore[arg-type]
-        before = sum(scale.iterations for scale in state.scales[: state.at])
-        if state.at >= len(state.scales) or not 0 <= state.done - before <= state.scales[state.at].iterations:
-            raise resume_refused(f"is at iteration {state.done} of scale {state.at}, which the job does not have")
-        if (self.width, self.height) != state.scales[state.at][:2]:
-            expected = "x".join(map(str, state.scales[state.at][:2]))
+        before = sum(scale.iterations for scale in state.scales[: state.scale_index])
+        if (
+            state.scale_index >= len(state.scales)
+            or not 0 <= state.done - before <= state.scales[state.scale_index].iterations
+        ):
+            raise resume_refused(
+                f"is at iteration {state.done} of scale {state.scale_index}, which the job does not have"
+            )
+        if (self.width, self.height) != state.scales[state.scale_index][:2]:
+            expected = "x".join(map(str, state.scales[state.scale_index][:2]))
             raise resume_refused(
                 f"has a {self.width}x{self.height} picture, and the job a {expected} one at this scale"
             )

@@ -49,9 +49,9 @@ Command = Pause | Resume | UpdateRecipe | TakePicture | TakeCheckpoint | Finish
 
 
 class Done(NamedTuple):
-    """A command was executed."""
+    """The outcome of a command that was executed."""
 
-    # The first iteration for which the command holds; of `Finish`, `TakePicture` and `TakeCheckpoint` the last one that
-    # was completed.
+    # The first iteration for which the command takes effect; for `Finish`, `TakePicture` and `TakeCheckpoint` the last
+    # one that was completed.
     iteration: int
-    taken: Frame | Saved | None = None  # what the command requested, for the caller alone
+    output: Frame | Saved | None = None  # what the command requested, for the caller alone

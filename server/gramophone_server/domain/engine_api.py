@@ -15,7 +15,7 @@ __all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine"]
 
 
 class CacheCounts(NamedTuple):
-    """Counters of a cache since the start, and its present and largest size."""
+    """Counters of a cache since the start, and its present and largest size in bytes."""
 
     hits: int
     misses: int
@@ -30,28 +30,28 @@ class Batch(Protocol):
     is touched. An empty slot takes as much time as a used one.
 
     Every method may raise `errors.OutOfDeviceMemory`. Then nothing is lost: a job that could not join is unchanged, and
-    the jobs in the batch have completed their last whole iteration and can leave. After any other exception they are
-    lost.
+    the jobs in the batch have completed their last whole iteration and can leave. After any other exception the jobs in
+    the batch are lost.
     """
 
     @property
     def shape(self) -> Shape:
-        """Of all jobs in it."""
+        """The shape of all jobs in the batch."""
 
     @property
     def slots(self) -> int:
-        """Its width: the number of slots."""
+        """The number of slots, used or empty: the width of the batch."""
 
     @property
     def states(self) -> Mapping[int, JobState]:
-        """The jobs in it by slot. Their counts are up to date, but they have no tensors while they are in the batch."""
+        """The jobs in the batch, by slot. Their counts are up to date; they have no tensors while they are in it."""
 
     def join(self, state: JobState) -> int:
         """Puts a job into the lowest free slot, which is returned. Raises `ValueError` if no slot is free, or the job
         has another shape, no iterations left, or is in a batch."""
 
     def leave(self, slot: int) -> JobState:
-        """Empties the slot; returns its job, with its tensors."""
+        """Empties the slot and returns the state of its job, with tensors."""
 
     def drop(self, slot: int) -> None:
         """Empties the slot of a job that has ended or is lost; its tensors are freed."""
@@ -65,14 +65,15 @@ class Batch(Protocol):
         """Iterations that the job in this slot has left at its scale."""
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        """Starts a copy of a job's present picture. The returned call waits for it: uint8 [height, width, 3]."""
+        """Starts a copy of a job's present picture. Returns a function that waits for the copy and returns it: uint8
+        [height, width, 3], RGB, on the CPU. Any thread may call it."""
 
     def copy(self, slot: int) -> JobState:
         """A copy of the present state of a job, on the CPU and in no batch, for a checkpoint. The job itself
         continues."""
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
-        """Changes the weights or the step size of a job, from the next iteration on, which is returned. No graph is
+        """Changes the recipe of a job from the next iteration on, and returns the number of that iteration. No graph is
         captured anew. Raises `InvalidRecipe`."""
 
     def close(self) -> None:
@@ -117,13 +118,13 @@ class BatchEngine(Protocol):
         run."""
 
     def picture(self, state: JobState) -> Callable[[], Tensor]:
-        """As `Batch.snapshot`, of a job that has started and is in no batch."""
+        """As `Batch.snapshot`, for a job that has started and is in no batch."""
 
     def batch(self, shape: Shape, slots: int) -> Batch:
         """Opens an empty batch. Raises `errors.OutOfDeviceMemory`, and `ValueError` for more than `max_slots`."""
 
     def max_slots(self, shape: Shape) -> int:
-        """The widest batch that the device's libraries can index, whatever the memory."""
+        """The slots of the widest batch of this shape that the device's libraries can index, whatever the memory."""
 
     def batch_bytes(self, shape: Shape, slots: int) -> int:
         """Estimated device memory of a batch, in bytes, without the network; accurate to some percent. Takes
@@ -134,14 +135,25 @@ class Engine(BatchEngine, Protocol):
     """A `BatchEngine`, and what the server reports about it."""
 
     @property
-    def device_name(self) -> str: ...
+    def device_name(self) -> str:
+        """A description of the device: "cpu (AMD EPYC, 2 threads)"."""
+
     @property
-    def precision(self) -> str: ...
+    def precision(self) -> str:
+        """The precision of the network: "fp32", "tf32", "bf16" or "fp16"."""
+
     @property
-    def backbone(self) -> str: ...
+    def backbone(self) -> str:
+        """The network: "vgg19" or "vgg16"."""
+
     @property
-    def weights_source(self) -> str: ...
+    def weights_source(self) -> str:
+        """Source, attribution and sha256 of the weights."""
+
     @property
-    def layers(self) -> tuple[str, ...]: ...
+    def layers(self) -> tuple[str, ...]:
+        """The layers that a recipe can name, from the first to the deepest."""
+
     @property
-    def style_cache(self) -> CacheCounts: ...
+    def style_cache(self) -> CacheCounts:
+        """Counts of the cache of style targets. Thread-safe."""

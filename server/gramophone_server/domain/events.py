@@ -46,7 +46,7 @@ class Accepted:
     """The job is in the queue, at ``position``; at position 0 it starts at once."""
 
     position: int
-    wait_s: float | None = None  # estimated from the speed measured so far; None: nothing was measured yet
+    wait_s: float | None = None  # estimated seconds until the start; None: no speed was measured yet
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Progress:
-    """One or more iterations are done; ``report`` is of the last one."""
+    """One or more iterations were completed; ``report`` is that of the last one."""
 
     report: Report
     iterations_per_second: float  # at the present scale, since its start or the last pause
@@ -68,7 +68,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The picture after ``iteration``. ``dropped``: frames that this watcher has missed since the last one."""
+    """The picture after ``iteration``. ``dropped``: how many frames this watcher has missed since the last one."""
 
     iteration: int
     picture: Picture
@@ -108,7 +108,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Changed:
-    """The job has another recipe, from ``iteration`` on."""
+    """The job has a changed recipe, from ``iteration`` on."""
 
     iteration: int
     recipe: Recipe
@@ -139,9 +139,10 @@ Event = Accepted | Waiting | Progress | Frame | Saved | Paused | Resumed | Chang
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The outcome of a command, for the watcher that sent it and for no other. ``taken`` is what it requested."""
+    """The outcome of a command, for the watcher that sent it and for no other. ``output``: what the command
+    requested."""
 
     command_id: int
     iteration: int = 0  # as in `commands.Done`
     violations: tuple[Violation, ...] = ()  # why the command was refused
-    taken: Frame | Saved | None = None
+    output: Frame | Saved | None = None

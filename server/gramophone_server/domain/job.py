@@ -16,7 +16,7 @@ from gramophone.recipe import Recipe
 
 __all__ = ["MIN_SIDE", "Losses", "Report", "Scale", "StyleJob", "digest", "fit", "ran_out_of_memory"]
 
-MIN_SIDE = 16  # pixels; relu5_1, after four poolings, has one activation left
+MIN_SIDE = 16  # of a picture in pixels; relu5_1, after four poolings, has one activation left
 
 
 class Scale(NamedTuple):
@@ -49,7 +49,7 @@ class StyleJob:
     content: Tensor
     styles: tuple[Tensor, ...]
     style_weights: tuple[float, ...]  # one per style, greater than 0; only their proportions matter
-    start: Tensor | None  # with Start.IMAGE, else None
+    start: Tensor | None  # the first picture, with Start.IMAGE; else None
     seed: int  # of the noise, 0 to 2**64 - 1
 
     @property
@@ -66,8 +66,8 @@ class StyleJob:
         """
         _, height, width = self.content.shape
         *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
-        kept = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= MIN_SIDE]
-        return (*kept, Scale(*final, self.recipe.iterations))
+        coarse_scales = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= MIN_SIDE]
+        return (*coarse_scales, Scale(*final, self.recipe.iterations))
 
     @cached_property
     def content_digest(self) -> bytes:
@@ -103,23 +103,23 @@ class Report:
     width: int  # of the current scale, in pixels
     height: int
     losses: Losses  # at the picture before this iteration's step
-    pixels_left: int  # pixel-iterations still to do: the sum of width x height over the iterations left
+    pixel_iterations_left: int  # pixel-iterations still to do: the sum of width x height over the iterations left
     diverged_at: int | None = None  # the iteration whose loss was not finite; the picture does not change after it
 
 
-# Texts of a plain RuntimeError that torch raises: its allocator for the CPU, and cuDNN if it could not get a workspace.
-MEMORY_ENDED = ("DefaultCPUAllocator", "unable to find an engine to execute")
+# Parts of the messages of torch's plain RuntimeErrors: of its allocator for the CPU, and of cuDNN without a workspace.
+OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "unable to find an engine to execute")
 
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether the exception was caused by running out of memory.
 
-    It may be Python, the device's or the CPU's allocator, or cuDNN that got no memory.
+    Python, the device's or the CPU's allocator, or cuDNN may have failed to get memory.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(
-            words in str(cause) for words in MEMORY_ENDED
+            message in str(cause) for message in OUT_OF_MEMORY_MESSAGES
         ):
             return True
         cause = cause.__cause__ or cause.__context__  # a capture that runs out of memory ends with an error of its own

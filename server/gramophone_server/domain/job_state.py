@@ -62,13 +62,13 @@ class JobState:
     """The state of one job, from its acceptance to its last iteration.
 
     `tensors` holds the picture and the optimiser's state while the job is in no batch: by the names of `Canvas.slot`
-    and `Stepper.slot`, at the scale `at`; a missing tensor is zero. It is None before the first batch and while in a
-    batch. The header of a checkpoint has five of the fields, under these names: see `checkpoint_format.COUNTS`.
+    and `Stepper.slot`, at the scale `scale_index`; a missing tensor is zero. It is None before the first batch and
+    while the job is in a batch. The header of a checkpoint has five of the fields: see `checkpoint_format.COUNTS`.
     """
 
     job: StyleJob
     recipe: Recipe = None  # type: ignore[assignment]  # the job's, with the updates so far
-    at: int = 0  # index of the scale of the picture
+    scale_index: int = 0  # of the picture, in `scales`
     done: int = 0  # iterations completed, over all scales
     gradients: int = 0  # gradients that the optimiser has seen; fewer than `done` after a light checkpoint
     averaged: int = 0  # iterates in the running average, which starts anew at every scale
@@ -97,7 +97,7 @@ class JobState:
 
         At 0 the job must leave its batch, and continues at the next scale.
         """
-        return sum(scale.iterations for scale in self.scales[: self.at + 1]) - self.done
+        return sum(scale.iterations for scale in self.scales[: self.scale_index + 1]) - self.done
 
     @property
     def iterations_at_final_scale(self) -> int:
@@ -105,21 +105,22 @@ class JobState:
         return max(0, self.done - sum(scale.iterations for scale in self.scales[:-1]))
 
     @property
-    def next_at(self) -> int:
+    def next_scale_index(self) -> int:
         """Index of the scale of the next iteration; that of the last scale if no iteration is left."""
-        return self.at if self.iterations_left or self.at + 1 == len(self.scales) else self.at + 1
+        is_last_scale = self.scale_index + 1 == len(self.scales)
+        return self.scale_index if self.iterations_left or is_last_scale else self.scale_index + 1
 
     @property
     def shape(self) -> Shape:
         """The shape of the batch that the job can join."""
-        width, height, _ = self.scales[self.next_at]
+        width, height, _ = self.scales[self.next_scale_index]
         return Shape.of(self.recipe, height, width)
 
     @property
-    def pixels_left(self) -> int:
+    def pixel_iterations_left(self) -> int:
         """Pixel-iterations still to do: the sum of width x height over the iterations left."""
-        width, height, _ = self.scales[self.at]
-        finer = sum(scale.width * scale.height * scale.iterations for scale in self.scales[self.at + 1 :])
+        width, height, _ = self.scales[self.scale_index]
+        finer = sum(scale.width * scale.height * scale.iterations for scale in self.scales[self.scale_index + 1 :])
         return width * height * self.iterations_left + finer
 
     @property
@@ -129,13 +130,13 @@ class JobState:
 
     def report(self, losses: Losses) -> Report:
         """The report of the last iteration, with its ``losses``."""
-        width, height, _ = self.scales[self.at]
+        width, height, _ = self.scales[self.scale_index]
         return Report(
-            self.done, self.iterations, width, height, losses, self.pixels_left, self.diverged_at or None
+            self.done, self.iterations, width, height, losses, self.pixel_iterations_left, self.diverged_at or None
         )  # fmt: skip
 
-    def advanced(self, iterations: int) -> None:
-        """Counts iterations that a batch has completed."""
+    def count_iterations(self, iterations: int) -> None:
+        """Adds iterations that a batch has completed to the counts."""
         self.done += iterations
         self.gradients += iterations
         self.averaged += iterations

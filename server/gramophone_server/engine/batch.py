@@ -15,7 +15,7 @@ from gramophone_server.domain.job import Losses, Report, ran_out_of_memory
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 from gramophone_server.engine.device_copy import DeviceToHostCopier
 from gramophone_server.engine.graph_runner import GraphRunnerPool
-from gramophone_server.engine.scales import prepared, resize, shown, style_size
+from gramophone_server.engine.scales import current_picture, resize, style_size, tensors_for_scale
 from gramophone_server.engine.style_targets import StyleTargets
 from gramophone_server.errors import OutOfDeviceMemory
 
@@ -59,8 +59,8 @@ class EngineBatch:
         except BaseException:
             self.runner.clear(slot)
             raise
-        if state.next_at != state.at:
-            state.at, state.averaged = state.next_at, 0
+        if state.next_scale_index != state.scale_index:
+            state.scale_index, state.averaged = state.next_scale_index, 0
         state.tensors, state.joined = None, True
         self._states[slot] = state
         return slot
@@ -92,19 +92,20 @@ class EngineBatch:
                 raise ValueError(f"the job in slot {slot} has no iteration left at this scale: it must leave")
         if not self._states:
             raise ValueError("no job is in the batch")
-        n = min(iterations, *(state.iterations_left for state in self._states.values()))
+        count = min(iterations, *(state.iterations_left for state in self._states.values()))
         with self._within_memory(self.shape.width, self.shape.height):
             try:
-                self.runner.iterate(n)
-                read = self._read()
+                self.runner.iterate(count)
+                results = self._read_results()
             except Exception as error:
                 if ran_out_of_memory(error):
-                    self._catch_up()
+                    self._read_counts()
                 raise
         reports = {}
         for slot, state in self._states.items():
-            state.advanced(n)
-            losses, diverged_at = read[slot]
+            state.count_iterations(count)
+            losses, diverged_at = results[slot]
+            # The device counts gradients; after a light checkpoint these are fewer than the iterations.
             state.diverged_at = diverged_at and diverged_at + state.done - state.gradients
             reports[slot] = state.report(losses)
         return reports
@@ -114,7 +115,7 @@ class EngineBatch:
         return self._states[slot].iterations_left
 
     def picture(self, slot: int) -> Tensor:
-        """The current picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
+        """The present picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
         return self.snapshot(slot)()
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
@@ -122,7 +123,8 @@ class EngineBatch:
         state = self._states[slot]
         with self._within_memory(*state.job.result_size):
             pictures = self.runner.canvas.slot(slot)
-            return self._copier.take(shown(pictures, self.shape.average, state.averaged, not state.diverged_at))
+            picture = current_picture(pictures, self.shape.average, state.averaged, not state.diverged_at)
+            return self._copier.take(picture)
 
     def copy(self, slot: int) -> JobState:
         """See `engine_api.Batch.copy`."""
@@ -154,22 +156,22 @@ class EngineBatch:
     def _fill(self, slot: int, state: JobState) -> None:
         job, shape, device = state.job, self.shape, self.runner.canvas.image.device
         content = resize(job.content.to(device), shape.width, shape.height)
-        tensors = prepared(state, content)
-        longest = max(shape.width, shape.height)
+        tensors = tensors_for_scale(state, content)
+        longest_side = max(shape.width, shape.height)
+        style_scale = state.recipe.style_scale
         grams = [
             self._style_targets.grams(
-                style, digest, *style_size(style, longest, state.recipe.style_scale), shape.style_layers, shape.pooling
+                style, digest, *style_size(style, longest_side, style_scale), shape.style_layers, shape.pooling
             )
             for style, digest in zip(job.styles, job.style_digests, strict=True)
         ]
         self.runner.objective.set_targets(slot, state.recipe, content, list(zip(grams, job.style_weights, strict=True)))
-        # The device counts gradients; after a light checkpoint these are fewer than the iterations.
-        before = state.done - state.gradients
-        diverged_at = state.diverged_at and state.diverged_at - before
+        # On the device by gradients, as in `advance`.
+        diverged_at = state.diverged_at and state.diverged_at - (state.done - state.gradients)
         self.runner.put(slot, tensors, state.recipe.step, state.gradients, diverged_at)
 
     @torch.inference_mode()
-    def _read(self) -> list[tuple[Losses, int]]:
+    def _read_results(self) -> list[tuple[Losses, int]]:
         """For each slot, the last losses and the number of the gradient that was not finite, 0 for none.
 
         This is the only place that waits for the device, and it does so once.
@@ -188,14 +190,14 @@ class EngineBatch:
             for *column, tv, diverged_at in rows
         ]
 
-    def _catch_up(self) -> None:
+    def _read_counts(self) -> None:
         """Reads back how many iterations completed before the device ran out of memory.
 
         The device increments its counter only after a successful evaluation, which is what takes the memory.
         """
         counts = self.runner.canvas.count.tolist()
         for slot, state in self._states.items():
-            state.advanced(counts[slot] - state.gradients)
+            state.count_iterations(counts[slot] - state.gradients)
 
     @contextlib.contextmanager
     def _within_memory(self, width: int, height: int) -> Iterator[None]:

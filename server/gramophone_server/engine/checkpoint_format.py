@@ -2,14 +2,15 @@
 
     magic, version   8 bytes
     length           4 bytes, little endian, of the header
-    header           JSON: the job's counts, its recipe and seed, digests of its images and the styles' weights, and
+    header           JSON: the job's counts, its recipe and seed, the digests of its images, the styles' weights, and
                      "full" or "light"
     tensors          their bytes in the order of the engine's layout; in a light checkpoint the picture, uint8 [H, W, 3]
 
-Types and shapes of the tensors are not stored: they follow from recipe and size, so a checkpoint cannot ask for others.
-A job continues from a full checkpoint bit for bit, on the same kind of device in the same precision. It has 48 bytes
-per pixel with Adam (13 MB at 512 x 512 px), 276 with L-BFGS (72 MB), and 12 more with a running average. A light one
-has 3 bytes per pixel (0.8 MB): the picture, rounded to 8 bits, and the iteration; the optimiser starts anew from it.
+Types and shapes of the tensors are not stored: they follow from the recipe and the size, so a checkpoint cannot ask for
+others. A job continues from a full checkpoint bit for bit, on the same kind of device in the same precision. A full one
+has 48 bytes per pixel with Adam (13 MB at 512 x 512 px), 276 with L-BFGS (72 MB), and 12 more with a running average. A
+light one has 3 bytes per pixel (0.8 MB): the picture, rounded to 8 bits, and the iteration; the optimiser starts anew
+from it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from gramophone_server.errors import InvalidRequest
 __all__ = ["CheckpointFormat"]
 
 MAGIC = b"GRAMCKP\x01"  # the last byte is the version; a new layout of any optimiser's state needs a new version
-MAX_HEADER_BYTES = 64 * 1024  # bytes; a header with 32 layers and their weights has 4 KB
-
-HEADER_ROOM = 8192  # bytes; 32 layers with their weights and everything else are 4 KB
-# Fields of `JobState` that the header holds under the same names.
-COUNTS = ("at", "done", "gradients", "averaged", "diverged_at")
+MAX_HEADER_BYTES = 64 * 1024  # accepted by `read`; a header with 32 layers and their weights has 4 KB
+HEADER_ROOM = 8192  # bytes that `fits` counts for a header
+# The keys of the header for counts, and the fields of `JobState` that hold them.
+COUNTS = {
+    "at": "scale_index",
+    "done": "done",
+    "gradients": "gradients",
+    "averaged": "averaged",
+    "diverged_at": "diverged_at",
+}
 
 
 class CheckpointFormat:
@@ -59,10 +65,10 @@ class CheckpointFormat:
         """Raises `InvalidRequest` if a checkpoint of the job takes more than ``max_bytes``."""
         total = self.size(state, light=light)
         if total > max_bytes:
-            width, height, _ = state.scales[state.at]
+            width, height, _ = state.scales[state.scale_index]
             instead = "" if light else "; a light one is smaller"
-            taken = f"of a {width}x{height} picture takes {total} bytes, at most {max_bytes} are allowed{instead}"
-            raise InvalidRequest([Violation("checkpoint", taken)])
+            description = f"of a {width}x{height} picture takes {total} bytes, at most {max_bytes} are allowed{instead}"
+            raise InvalidRequest([Violation("checkpoint", description)])
 
     def write(self, state: JobState, *, picture: Tensor | None = None, max_bytes: int) -> bytes:
         """The checkpoint of a job that is in no batch, such as one from `Batch.copy` or `Batch.leave`.
@@ -80,7 +86,7 @@ class CheckpointFormat:
         if picture is not None:
             parts.append(_to_bytes(picture))
         else:
-            width, height, _ = state.scales[state.at]
+            width, height, _ = state.scales[state.scale_index]
             tensors = {name: tensor.cpu() for name, tensor in (state.tensors or {}).items()}
             for name, like in self._layout(state.recipe, height, width).items():
                 parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
@@ -92,7 +98,7 @@ class CheckpointFormat:
         Raises `InvalidRequest` if the bytes are more than ``max_bytes``, or are not a whole checkpoint.
         """
         if len(data) > max_bytes:
-            raise resume_refused(f"has {len(data)} bytes, at most {max_bytes} are taken")
+            raise resume_refused(f"has {len(data)} bytes, at most {max_bytes} are allowed")
         if data[: len(MAGIC) - 1] != MAGIC[:-1]:
             raise resume_refused("is not a checkpoint")
         if data[: len(MAGIC)] != MAGIC:
@@ -108,7 +114,7 @@ class CheckpointFormat:
             recipe = _recipe(header["recipe"])
             digests = [bytes.fromhex(text) for text in (header["content"], *header["styles"])]
             weights = tuple(_number(weight) for weight in header["style_weights"])
-            counts = {name: _count(header[name]) for name in COUNTS}
+            counts = {field: _count(header[key]) for key, field in COUNTS.items()}
             seed = _count(header["seed"], below=2**64)
             width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
             if kind not in ("full", "light") or not width or not height:
@@ -133,13 +139,13 @@ class CheckpointFormat:
         return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), weights, counts, tensors)
 
     def _tensor_bytes(self, state: JobState, light: bool) -> int:
-        width, height, _ = state.scales[state.at]
+        width, height, _ = state.scales[state.scale_index]
         return width * height * 3 if light else _bytes(self._layout(state.recipe, height, width))
 
 
 def _header(state: JobState, light: bool) -> bytes:
-    width, height, _ = state.scales[state.at]
-    counts = {name: getattr(state, name) for name in COUNTS}
+    width, height, _ = state.scales[state.scale_index]
+    counts = {key: getattr(state, field) for key, field in COUNTS.items()}
     if light:
         counts |= {"gradients": 0, "averaged": 0, "diverged_at": 0}
     return json.dumps({
@@ -152,7 +158,7 @@ def _header(state: JobState, light: bool) -> bytes:
 def _full(data: bytes, at: int, layout: SlotTensors) -> SlotTensors:
     tensors = {}
     for name, like in layout.items():
-        # A `bytearray`, as a tensor must own memory that may be written to.
+        # A `bytearray`, because a tensor must own writable memory.
         raw = bytearray(memoryview(data)[at : at + like.nbytes])
         tensors[name] = torch.frombuffer(raw, dtype=like.dtype).view(like.shape)
         at += like.nbytes
@@ -166,7 +172,8 @@ def _light(data: bytes, at: int, height: int, width: int) -> SlotTensors:
 
 
 def _check(tensors: SlotTensors, counts: dict[str, int]) -> None:
-    """Raises `InvalidRequest` for values that the kernels do not check. L-BFGS's `seen` is an index in its ring."""
+    """Raises `InvalidRequest` for values that the kernels do not check. L-BFGS uses `seen` as an index into its ring of
+    pairs."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise resume_refused(f"is damaged: {name} has values that are not finite")

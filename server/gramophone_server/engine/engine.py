@@ -6,8 +6,8 @@
         (report,) = run.advance()
     picture = run.picture(0)
 
-The scheduler, whose jobs join and leave, holds batches itself: see `job_state`. One thread owns an engine and all that
-it makes. Nothing here depends on requests, queues or the wire.
+The scheduler, whose jobs join and leave, opens batches itself: see `domain.job_state`. One thread owns an engine and
+everything that the engine creates. Nothing here depends on requests, queues or the wire.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from gramophone_server.engine.checkpoint_format import CheckpointFormat
 from gramophone_server.engine.device_copy import DeviceToHostCopier
 from gramophone_server.engine.graph_runner import GraphRunnerPool
 from gramophone_server.engine.memory_estimate import bytes_free, bytes_needed
-from gramophone_server.engine.optimisers import layout
-from gramophone_server.engine.scales import shown
+from gramophone_server.engine.optimisers import slot_layout
+from gramophone_server.engine.scales import current_picture
 from gramophone_server.engine.style_targets import STYLE_CACHE_BYTES, StyleTargets
 from gramophone_server.errors import InvalidRequest, StartupError
 from gramophone_server.network.features import VggFeatures
-from gramophone_server.network.precision import Precision, choose
+from gramophone_server.network.precision import Precision, choose_precision
 from gramophone_server.network.vgg import Vgg, load_vgg
 
 __all__ = ["VggEngine", "cpu_name"]
 
 log = logging.getLogger(__name__)
 
-# cuDNN and torch count the elements of a tensor in 32 bits in places, and the widest activations are 64 per pixel.
+# Parts of cuDNN and torch count the elements of a tensor in 32 bits. The largest activations have 64 per pixel.
 MAX_CUDA_ELEMENTS = 2**31 - 1
-MAX_SLOTS = 256  # of a batch of the smallest pictures; a batch gains nothing by growing long before that
+MAX_SLOTS = 256  # of a batch of the smallest pictures; far narrower batches already gain nothing by growing
 
-# Share of the device memory that is free once the network is loaded. The rest is for the estimates, which are some
-# percent off, and for images that are being decoded.
+# Share of the device memory that is free once the network is loaded, for batches. The rest is for the error of the
+# estimates, which are some percent off, and for images that are being decoded.
 MEMORY_SHARE = 0.8
 
 
 class VggEngine:
     """A network on a device in one precision; implements `engine_api.Engine`."""
 
-    checkpoints = CheckpointFormat(layout)
+    checkpoints = CheckpointFormat(slot_layout)
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class VggEngine:
         if threads:
             torch.set_num_threads(threads)
         chosen, note = _device(device)
-        mode = choose(precision, chosen)
+        mode = choose_precision(precision, chosen)
         return cls(load_vgg(weights, backbone), chosen, mode, graphs=graphs and chosen.type == "cuda", note=note)
 
     @property
@@ -127,9 +127,11 @@ class VggEngine:
         state = JobState(job)
         width, height = job.result_size
         if not self.max_slots(Shape.of(job.recipe, height, width)):
-            most = f"the GPU's libraries take at most {self._max_pixels} pixels"
-            size = f"makes a {width}x{height} picture, of which {most}; give a smaller one"
-            raise InvalidRequest([Violation("spec.recipe.size", size)])
+            description = (
+                f"makes a {width}x{height} picture, of which the GPU's libraries take at most {self._max_pixels} "
+                "pixels; give a smaller one"
+            )
+            raise InvalidRequest([Violation("spec.recipe.size", description)])
         return state
 
     def picture(self, state: JobState) -> Callable[[], Tensor]:
@@ -137,7 +139,8 @@ class VggEngine:
         if state.tensors is None:
             raise ValueError("only a job that has started and is in no batch has a picture of its own")
         with torch.inference_mode():
-            return self.copier.take(shown(state.tensors, state.recipe.average, state.averaged, not state.diverged_at))
+            picture = current_picture(state.tensors, state.recipe.average, state.averaged, not state.diverged_at)
+            return self.copier.take(picture)
 
     def batch(self, shape: Shape, slots: int) -> EngineBatch:
         """See `engine_api.BatchEngine.batch`."""

@@ -1,9 +1,9 @@
-"""An engine that makes patterns at a set pace instead of art, to measure everything around the engine.
+"""An engine that makes patterns at a set speed instead of art, to measure everything around the engine.
 
-An iteration of a batch takes the same time for every size and width, and the compute thread sleeps during it. So a
-batch always pays, and a measurement is of the transport, the scheduler and the encoders. Like the real engine it is
-deterministic: a picture is a function of the job's seed, the size and the iteration, so a job that was moved, resumed
-or batched must show the same pictures.
+An iteration of a batch takes the same time for every size and width, and the compute thread sleeps during it. So
+sharing a batch is always faster, and a benchmark measures the transport, the scheduler and the encoders. Like the real
+engine it is deterministic: a picture is a function of the job's seed, the size and the iteration, so a job that was
+moved, resumed or batched must have the same pictures.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ KEPT_PATTERNS = 64  # a pattern of 512 x 512 px has 0.75 MiB
 
 def _layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
     """Pictures, and a filler that makes checkpoints as large as those of the real engine. So each engine reads the
-    checkpoints of the other; see `optimisers.layout`."""
+    checkpoints of the other; see `optimisers.slot_layout`."""
     image = torch.empty((3, height, width), device="meta")
-    held = {"image": image, "last_good": image, **({"mean": image} if recipe.average else {})}
+    pictures = {"image": image, "last_good": image, **({"mean": image} if recipe.average else {})}
     per_pixel, fixed = STATE_BYTES.get(recipe.optimiser, (0, 0))
     if not (state_bytes := per_pixel * height * width + fixed):
-        return held
-    return held | {"filler": torch.empty(state_bytes, dtype=torch.uint8, device="meta")}
+        return pictures
+    return pictures | {"filler": torch.empty(state_bytes, dtype=torch.uint8, device="meta")}
 
 
 class FakeEngine:
@@ -105,8 +105,8 @@ class FakeBatch:
         """See `engine_api.Batch`."""
         if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the batch is full or of another shape, or the job is in a batch or at its end")
-        if state.next_at != state.at:
-            state.at, state.averaged = state.next_at, 0
+        if state.next_scale_index != state.scale_index:
+            state.scale_index, state.averaged = state.next_scale_index, 0
         slot = next(slot for slot in range(self.slots) if slot not in self.states)
         state.tensors, state.joined = None, True
         self.states[slot] = state
@@ -126,12 +126,12 @@ class FakeBatch:
         """See `engine_api.Batch`."""
         left = min((state.iterations_left for state in self.states.values()), default=0)
         if not left:
-            raise ValueError("a batch needs jobs, and each an iteration to do here")
-        n = min(iterations, left)
+            raise ValueError("the batch has no job, or a job without an iteration left at this scale")
+        count = min(iterations, left)
         if self._engine.iteration_s:
-            self._engine.sleep(n * self._engine.iteration_s)
+            self._engine.sleep(count * self._engine.iteration_s)
         for state in self.states.values():
-            state.advanced(n)
+            state.count_iterations(count)
         return {slot: state.report(_losses(state)) for slot, state in self.states.items()}
 
     def iterations_left(self, slot: int) -> int:
@@ -152,7 +152,7 @@ class FakeBatch:
         return self.states[slot].update(**changes)
 
     def close(self) -> None:
-        """See `engine_api.Batch`. There is nothing to release."""
+        """See `engine_api.Batch`. Does nothing."""
 
 
 def _losses(state: JobState) -> Losses:
@@ -166,7 +166,7 @@ def _losses(state: JobState) -> Losses:
 
 
 def _shown(state: JobState) -> Callable[[], Tensor]:
-    width, height, _ = state.scales[state.at]
+    width, height, _ = state.scales[state.scale_index]
     moved = (state.job.seed + state.done) % 256
     return lambda: _pattern(height, width) + moved  # uint8 wraps around
 

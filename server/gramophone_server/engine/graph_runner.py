@@ -42,7 +42,7 @@ class GraphRunner:
         # The terms of the last evaluation, as in `Evaluation.terms`.
         terms = len(shape.content_layers) + len(shape.style_layers) + 1
         self.terms = torch.zeros(terms, slots, device=features.device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by iterations, most first
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their number of iterations, largest first
 
     def slot(self, slot: int) -> SlotTensors:
         """All tensors of one job, as views of the buffers."""
@@ -77,7 +77,7 @@ class GraphRunner:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Makes a slot empty."""
+        """Empties a slot."""
         for view in self.canvas.slot(slot).values():
             view.zero_()
         self.canvas.alive[slot] = False
@@ -85,7 +85,7 @@ class GraphRunner:
 
     @property
     def bytes(self) -> int:
-        """Size of the buffers. What an iteration allocates besides is in the memory pool that all runners share."""
+        """Size of the buffers. Everything else that an iteration allocates is in the memory pool of all runners."""
         targets = (*self.objective.content_targets, *self.objective.style_targets)
         return self.slots * sum(view.nbytes for view in self.slot(0).values()) + sum(t.nbytes for t in targets)
 
@@ -124,20 +124,20 @@ class GraphRunner:
                     self._iterate()
         finally:  # after running out of memory the buffers are freed while the stream may still use them
             torch.cuda.current_stream().wait_stream(stream)
-        several = self.canvas.image[:, 0].numel() <= MAX_LONG_GRAPH_PIXELS
-        collecting = gc.isenabled()
+        has_long_graph = self.canvas.image[:, 0].numel() <= MAX_LONG_GRAPH_PIXELS
+        gc_was_enabled = gc.isenabled()
         # An old graph that is collected here would invalidate the capture, and with torch 2.11 all later ones.
         gc.disable()
         try:
             with torch.cuda.stream(stream):  # torch leaves the stream current if a capture cannot be ended
-                for size in (ITERATIONS_PER_GRAPH, 1) if several else (1,):
+                for size in (ITERATIONS_PER_GRAPH, 1) if has_long_graph else (1,):
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         for _ in range(size):
                             self._iterate()
                     self.graphs[size] = graph
         finally:
-            if collecting:
+            if gc_was_enabled:
                 gc.enable()
         for slot in range(self.slots):
             self.clear(slot)
@@ -150,8 +150,9 @@ class GraphRunnerPool:
     least recently used idle runner is dropped first.
     """
 
-    MAX_IDLE = 64  # idle runners; a job of the default recipe has five scales, and pictures have a handful of proportions
-    # Of the device's, in idle buffers: a runner has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS.
+    # Idle runners. A job of the default recipe has five scales, and pictures have a handful of proportions.
+    MAX_IDLE = 64
+    # Of the device's memory, for the buffers of idle runners: one has 80 MB at 512 px, 320 MB at 1024 px with L-BFGS.
     IDLE_MEMORY_SHARE = 0.1
 
     def __init__(self, features: VggFeatures, *, graphs: bool) -> None:
@@ -187,7 +188,7 @@ class GraphRunnerPool:
         for slot in range(runner.slots):
             runner.clear(slot)
         self.idle[id(runner)] = runner
-        while len(self.idle) > self.MAX_IDLE or sum(s.bytes for s in self.idle.values()) > self._max_bytes:
+        while len(self.idle) > self.MAX_IDLE or sum(idle.bytes for idle in self.idle.values()) > self._max_bytes:
             self.idle.popitem(last=False)
 
     def clear(self) -> None:

@@ -12,7 +12,7 @@ from gramophone.recipe import Recipe
 from gramophone_server import ops
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.engine import losses
-from gramophone_server.engine.style_targets import gram_scale
+from gramophone_server.engine.style_targets import activation_gram_scale
 from gramophone_server.network.features import VggFeatures
 
 __all__ = ["Evaluation", "Objective"]
@@ -48,7 +48,9 @@ class Objective:
         ]
         shapes = [features.shape(layer, height, width) for layer in self.style_layers]
         self.pixels = [h * w for _, h, w in shapes]
-        self.scales = [gram_scale(features, layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)]
+        self.gram_scales = [
+            activation_gram_scale(features, layer, n) for layer, n in zip(self.style_layers, self.pixels, strict=True)
+        ]
         self.style_targets = [torch.zeros(jobs, c, c, device=features.device) for c, _, _ in shapes]
         self.content_weights = torch.zeros(len(self.content_layers), jobs, device=features.device)
         self.style_weights = torch.zeros(len(self.style_layers), jobs, device=features.device)
@@ -89,7 +91,7 @@ class Objective:
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Makes a slot empty."""
+        """Empties a slot."""
         for weights in (self.content_weights[:, slot], self.style_weights[:, slot], self.tv_weights[slot]):
             weights.zero_()
 
@@ -103,7 +105,10 @@ class Objective:
         terms, diffs = [], {}
         if self.style_layers:
             style, differences = ops.style_fwd(
-                [activations[layer] for layer in self.style_layers], self.style_targets, self.style_weights, self.scales
+                [activations[layer] for layer in self.style_layers],
+                self.style_targets,
+                self.style_weights,
+                self.gram_scales,
             )
             diffs = dict(zip(self.style_layers, differences, strict=True))
             terms.append(style)

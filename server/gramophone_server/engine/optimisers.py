@@ -17,7 +17,7 @@ from gramophone.recipe import Optimiser, Recipe
 from gramophone_server import ops
 from gramophone_server.domain.job_state import SlotTensors
 
-__all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "carried", "layout", "make_stepper"]
+__all__ = ["LBFGS", "Adam", "Canvas", "Descent", "Stepper", "make_stepper", "resampled_state", "slot_layout"]
 
 
 @dataclass(eq=False)
@@ -77,17 +77,17 @@ def make_stepper(optimiser: Optimiser, canvas: Canvas) -> Stepper:
             return LBFGS(canvas)
 
 
-def carried(optimiser: Optimiser, state: SlotTensors, height: int, width: int) -> SlotTensors:
+def resampled_state(optimiser: Optimiser, state: SlotTensors, height: int, width: int) -> SlotTensors:
     """The state of one job at a scale of ``height`` x ``width`` px. Tensors that it leaves out start at zero."""
     match optimiser:
         case Optimiser.ADAM:
-            return Adam.carried(state, height, width)
+            return Adam.resampled_state(state, height, width)
         case Optimiser.LBFGS:
-            return LBFGS.carried(state, height, width)
+            return LBFGS.resampled_state(state, height, width)
     return {}
 
 
-def layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
+def slot_layout(recipe: Recipe, height: int, width: int) -> SlotTensors:
     """The tensors that a slot holds for one job, on the meta device: with a type and a shape but no memory."""
     canvas = Canvas.empty(1, height, width, recipe.average, torch.device("meta"))
     return canvas.slot(0) | make_stepper(recipe.optimiser, canvas).slot(0)
@@ -139,11 +139,11 @@ class Adam:
         return {"first": self.first[index], "second": self.second[index]}
 
     @staticmethod
-    def carried(state: SlotTensors, height: int, width: int) -> SlotTensors:
+    def resampled_state(state: SlotTensors, height: int, width: int) -> SlotTensors:
         """Resamples the moments to a scale of ``height`` x ``width`` px."""
         # The gradient of a pixel is inversely proportional to the number of pixels. Without this correction the old,
         # larger squares would shorten the steps of the new scale for about 1 / (1 - 0.99) iterations.
-        first, second = (_resampled(state[name][None], height, width)[0] for name in ("first", "second"))
+        first, second = (_resized(state[name][None], height, width)[0] for name in ("first", "second"))
         shrink = state["first"].numel() / first.numel()
         return {"first": first * shrink, "second": second * shrink**2}
 
@@ -157,7 +157,7 @@ class LBFGS:
     """
 
     PAIRS = 10  # 20 image-sized tensors, 240 MB for a 1024 px square
-    MIN_CURVATURE = 1e-6  # the least s.y / (|s| |y|) of a pair that is used
+    MIN_CURVATURE = 1e-6  # of s.y / (|s| |y|), for a pair that is used
 
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
@@ -172,8 +172,8 @@ class LBFGS:
     def step_(self, grad: Tensor) -> None:
         """See `ops.lbfgs_`."""
         c = self.canvas
-        memory = (self.history, self.before, self.products, self.inverse, self.scale, self.seen)
-        ops.lbfgs_(c.image, c.last_good, c.mean, *memory, grad, c.step, c.alive, c.average)
+        state = (self.history, self.before, self.products, self.inverse, self.scale, self.seen)
+        ops.lbfgs_(c.image, c.last_good, c.mean, *state, grad, c.step, c.alive, c.average)
 
     def slot(self, index: int) -> SlotTensors:
         """The pairs and the values computed from them; see `ops.lbfgs_`."""
@@ -187,34 +187,34 @@ class LBFGS:
         }
 
     @classmethod
-    def carried(cls, state: SlotTensors, height: int, width: int) -> SlotTensors:
+    def resampled_state(cls, state: SlotTensors, height: int, width: int) -> SlotTensors:
         """Resamples the pairs to a scale of ``height`` x ``width`` px, and computes their products anew.
 
         The next gradient forms no pair, because it is the first at this scale.
         """
         shrink = state["before"].numel() / (3 * height * width)  # of gradients, and so of y, as in Adam
-        history = torch.stack([_resampled(pairs, height, width) for pairs in state["history"]])
+        history = torch.stack([_resized(pairs, height, width) for pairs in state["history"]])
         history *= history.new_tensor([1.0, shrink]).view(2, 1, 1, 1, 1)
-        kept = state["inverse"] > 0  # a pair that is left out stays so
-        history = torch.where(kept.view(1, -1, 1, 1, 1), history, 0.0)
+        is_used = state["inverse"] > 0  # a pair that is left out stays left out
+        history = torch.where(is_used.view(1, -1, 1, 1, 1), history, 0.0)
         seen = torch.stack([state["seen"][0], torch.zeros_like(state["seen"][1])])
         return {"history": history, "seen": seen, **cls._products(history, seen[0])}
 
     @classmethod
     def _products(cls, history: Tensor, pairs: Tensor) -> SlotTensors:
-        """The tensors that `ops.lbfgs_` computes from the history; ``pairs``: how many were ever written to it."""
-        held, vectors = cls.PAIRS, 2 * cls.PAIRS
+        """The tensors that `ops.lbfgs_` computes from the history; ``pairs``: the number ever written to it."""
+        slots, vectors = cls.PAIRS, 2 * cls.PAIRS
         rows = history.reshape(1, vectors, -1)
         products = rows.new_zeros(1, vectors + 1, vectors + 1, dtype=torch.float64)
         for first in range(0, rows.shape[2], 65536):  # 10 MB at a time in float64
             wide = rows[:, :, first : first + 65536].double()
             products[:, :vectors, :vectors] += wide @ wide.mT
-        own = products[0].diagonal()
-        ss, yy = own[:held], own[held:vectors]
-        sy = products[0].diagonal(offset=held)[:held]
+        squares = products[0].diagonal()
+        ss, yy = squares[:slots], squares[slots:vectors]
+        sy = products[0].diagonal(offset=slots)[:slots]
         good = sy > cls.MIN_CURVATURE * (ss * yy).sqrt()
-        age = (pairs - 1 - torch.arange(held, device=sy.device)) % held
-        newest = torch.where(good, age, held).argmin(0, keepdim=True)
+        age = (pairs - 1 - torch.arange(slots, device=sy.device)) % slots
+        newest = torch.where(good, age, slots).argmin(0, keepdim=True)
         return {
             "products": products[0],
             "inverse": torch.where(good, 1 / sy, 0.0),
@@ -222,6 +222,6 @@ class LBFGS:
         }
 
 
-def _resampled(x: Tensor, height: int, width: int) -> Tensor:
+def _resized(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear, because squares must stay positive."""
     return F.interpolate(x, (height, width), mode="bilinear", antialias=True)

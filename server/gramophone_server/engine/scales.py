@@ -1,4 +1,4 @@
-"""The picture of a job from scale to scale: its start, its resizing for the next scale, and what is shown of it."""
+"""The picture of a job from scale to scale: its start, its resizing for the next scale, and what clients see of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from gramophone.recipe import Start
 from gramophone_server.domain.job import MIN_SIDE, StyleJob, fit
 from gramophone_server.domain.job_state import JobState, SlotTensors
-from gramophone_server.engine.optimisers import carried
+from gramophone_server.engine.optimisers import resampled_state
 
-__all__ = ["prepared", "resize", "shown", "style_size"]
+__all__ = ["current_picture", "resize", "style_size", "tensors_for_scale"]
 
 # Standard deviation of the noise around mid-grey. The traces of white noise over the whole range take hundreds of plain
 # steps to disappear.
@@ -19,29 +19,30 @@ NOISE_SPREAD = 0.05
 
 
 @torch.inference_mode()
-def prepared(state: JobState, content: Tensor) -> SlotTensors:
-    """The tensors of a job for a batch of its shape, on the device of ``content``. The job itself does not change.
+def tensors_for_scale(state: JobState, content: Tensor) -> SlotTensors:
+    """The tensors with which a job joins a batch of its shape: those it has, resized if a new scale starts.
 
-    ``content``: the job's content image at the size of the shape, float32 [1, 3, H, W].
+    ``content``: the job's content image at the size of the shape, float32 [1, 3, H, W]. The tensors are on its device.
+    The job itself does not change.
     """
     height, width = content.shape[2:]
     if state.tensors is None:
         image = _start(state.job, content, width, height)[0]
         return {"image": image, "last_good": image}
     tensors = {name: tensor.to(content.device) for name, tensor in state.tensors.items()}
-    if state.next_at == state.at:
+    if state.next_scale_index == state.scale_index:
         return tensors
     # The last iterate, not the average, because the optimiser's state belongs to it.
     image = F.interpolate(tensors["image"][None], (height, width), mode="bicubic").clamp_(0, 1)[0]
-    return {"image": image, "last_good": image, **carried(state.recipe.optimiser, tensors, height, width)}
+    return {"image": image, "last_good": image, **resampled_state(state.recipe.optimiser, tensors, height, width)}
 
 
 @torch.inference_mode()
-def shown(pictures: SlotTensors, average: float, averaged: int, alive: bool) -> Tensor:
-    """The picture that a job shows, float32 [3, H, W].
+def current_picture(pictures: SlotTensors, average: float, averaged: int, alive: bool) -> Tensor:
+    """The picture of a job as its clients see it, float32 [3, H, W].
 
-    It is the average of ``averaged`` iterates if the recipe has one (``average`` > 0), else the last iterate. A job
-    that diverged (not ``alive``) shows its last good iterate, which is in "image" then.
+    It is the running average of ``averaged`` iterates if the recipe has one (``average`` > 0), else the last iterate.
+    For a job that diverged (not ``alive``) it is the last good iterate, which is in "image" then.
     """
     if not average or not averaged or not alive:
         return pictures["image"]

@@ -20,7 +20,7 @@ from gramophone_server.engine import losses
 from gramophone_server.engine.scales import resize
 from gramophone_server.network.features import VggFeatures
 
-__all__ = ["STYLE_CACHE_BYTES", "StyleTargets", "gram_scale", "style_grams"]
+__all__ = ["STYLE_CACHE_BYTES", "StyleTargets", "activation_gram_scale", "style_grams"]
 
 STYLE_CACHE_BYTES = 256 * 2**20  # about 100 entries: the five layers of a style at one size take 2.4 MB
 
@@ -52,12 +52,12 @@ class StyleTargets:
             self._kept.move_to_end(key)
             return self._kept[key]
         self._misses += 1
-        made = style_grams(self._features, resize(image.to(self._features.device), width, height), layers, pooling)
-        self._kept[key] = made
-        self._bytes += _bytes(made)
+        grams = style_grams(self._features, resize(image.to(self._features.device), width, height), layers, pooling)
+        self._kept[key] = grams
+        self._bytes += _bytes(grams)
         while self._bytes > self._max_bytes:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
-        return made
+        return grams
 
     def clear(self) -> None:
         """Drops all entries."""
@@ -75,12 +75,12 @@ def style_grams(features: VggFeatures, image: Tensor, layers: Sequence[str], poo
         return ()
     activations = features.forward(image, layers, pooling)
     return tuple(
-        ops.gram(activations[layer], gram_scale(features, layer, activations[layer][0, 0].numel()))[0]
+        ops.gram(activations[layer], activation_gram_scale(features, layer, activations[layer][0, 0].numel()))[0]
         for layer in layers
     )
 
 
-def gram_scale(features: VggFeatures, layer: str, pixels: int) -> float:
+def activation_gram_scale(features: VggFeatures, layer: str, pixels: int) -> float:
     """The scale of `ops.gram` for the activations of ``layer`` in the units of ``features``; see `VggFeatures.gain`."""
     return losses.gram_scale(pixels) * features.gain(layer) ** 2
 

@@ -14,11 +14,11 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from gramophone.recipe import Violation
-from gramophone_server.config import Limits, variable
+from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job import MIN_SIDE, fit
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import dimensions, metadata_stripping
-from gramophone_server.images.metadata_stripping import Refused
+from gramophone_server.images.metadata_stripping import UnusableImage
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ __all__ = ["METADATA_KEY", "Encoded", "Encoding", "Format", "decode", "encode", 
 # ImageDescription, and this name in the EXIF field Software.
 METADATA_KEY = "gramophone"
 
-# Pillow's own pixel limit only warns up to twice its value. `_refuse_size` applies the server's limit to the size in
+# Pillow's own pixel limit only warns up to twice its value. `_require_size` applies the server's limit to the size in
 # the header instead.
 Image.MAX_IMAGE_PIXELS = None
 # Bytes of texts that Pillow inflates for one PNG. `metadata_stripping` removes all texts; this is a second safeguard.
@@ -49,8 +49,8 @@ class Encoding(NamedTuple):
     """Options of `encode`."""
 
     format: Format
-    quality: int
-    max_side: int = 0
+    quality: int  # of JPEG and WebP, 1 to 100
+    max_side: int = 0  # pixels; 0: no limit
 
 
 class Encoded(NamedTuple):
@@ -71,7 +71,7 @@ def decode(data: bytes, field: str, limits: Limits, needed: int) -> Tensor:
     """
     image, orientation = _opened(data, field, limits)
     with image:
-        # Not so far that the shorter side of a thin picture becomes too small.
+        # A thin picture is reduced less, so that its shorter side does not become too small.
         needed = max(needed, -(-MIN_SIDE * max(image.size) // min(image.size)))
         image.draft(None, (fit(*image.size, needed)))  # JPEG only: decodes at 1/2, 1/4 or 1/8 if that is enough
         plain = _attempt(partial(_loaded, image, needed), field, _damaged(image.format))
@@ -91,7 +91,7 @@ def size(data: bytes, field: str, limits: Limits) -> tuple[int, int]:
     image, orientation = _opened(data, field, limits)
     with image:
         width, height = image.size
-        return (height, width) if orientation in ACROSS else (width, height)
+        return (height, width) if orientation in SWAPS_SIDES else (width, height)
 
 
 def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, metadata: str | None = None) -> Encoded:
@@ -128,52 +128,56 @@ def _opened(data: bytes, field: str, limits: Limits) -> tuple[Image.Image, int]:
         raise _refusal(
             field,
             f"has {len(data)} bytes; at most {limits.max_image_bytes} are allowed "
-            f"(server setting {variable('max_image_bytes')}); send a smaller or more compressed image",
+            f"(server setting {env_variable('max_image_bytes')}); send a smaller or more compressed image",
         )
     header_size = dimensions.size(data)
     if header_size is not None:  # before Pillow opens it, because that allocates the canvas of a WebP
-        _refuse_size(*header_size, field, limits)
+        _require_size(*header_size, field, limits)
     try:
-        picture = metadata_stripping.picture(data)
-    except Refused as error:
-        raise _refusal(field, str(error) if _kind(data) else _what_instead(data)) from None
-    kind = _kind(data)
-    if picture.frames > 1:
-        raise _refusal(field, f"is an animation of {picture.frames} pictures; send a single picture")
-    image = _attempt(lambda: Image.open(io.BytesIO(picture.data), formats=tuple(Format)), field, _damaged(kind))
-    _refuse_size(*image.size, field, limits)
-    return image, picture.orientation
+        stripped = metadata_stripping.strip(data)
+    except UnusableImage as error:
+        raise _refusal(field, str(error) if _format(data) else _other_format(data)) from None
+    if stripped.frames > 1:
+        raise _refusal(field, f"is an animation of {stripped.frames} pictures; send a single picture")
+    damaged = _damaged(_format(data))
+    image = _attempt(lambda: Image.open(io.BytesIO(stripped.data), formats=tuple(Format)), field, damaged)
+    _require_size(*image.size, field, limits)
+    return image, stripped.orientation
 
 
 def _refusal(field: str, description: str) -> InvalidRequest:
     return InvalidRequest([Violation(field, description)])
 
 
-def _attempt(codec: Callable[[], T], field: str, description: str) -> T:
-    """Returns what `codec` returns. For damaged data Pillow raises OSError, SyntaxError, ValueError, struct.error and
-    others. Their texts describe Pillow's internals and are not passed on."""
+def _attempt(step: Callable[[], T], field: str, description: str) -> T:
+    """Returns what `step` returns; raises `InvalidRequest` if it fails. For damaged data Pillow raises OSError,
+    SyntaxError, ValueError, struct.error and others. Their texts describe Pillow's internals and are not passed on."""
     try:
-        return codec()
+        return step()
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001
         raise _refusal(field, description) from None
 
 
-def _damaged(kind: str | None) -> str:
-    return f"is a {kind} image that is truncated or damaged; send the whole file again"
+def _damaged(format: str | None) -> str:
+    return f"is a {format} image that is truncated or damaged; send the whole file again"
 
 
-def _kind(data: bytes) -> Format | None:
-    """The format, by the first bytes."""
-    for at, start, kind in ((0, b"\xff\xd8\xff", Format.JPEG), (0, b"\x89PNG", Format.PNG), (8, b"WEBP", Format.WEBP)):
-        if data.startswith(start, at):
-            return kind
+def _format(data: bytes) -> Format | None:
+    """The format, from the first bytes; None for any other one."""
+    for offset, magic, format in (
+        (0, b"\xff\xd8\xff", Format.JPEG),
+        (0, b"\x89PNG", Format.PNG),
+        (8, b"WEBP", Format.WEBP),
+    ):
+        if data.startswith(magic, offset):
+            return format
     return None
 
 
-def _what_instead(data: bytes) -> str:
-    """The description of data in another format, by its first bytes."""
+def _other_format(data: bytes) -> str:
+    """The violation for data in another format, which is guessed from the first bytes."""
     got = f"{len(data)} bytes of something else"
     for start, name in ((b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"%PDF", "PDF")):
         if data.startswith(start):
@@ -183,21 +187,21 @@ def _what_instead(data: bytes) -> str:
     return f"must be a JPEG, PNG or WebP image, got {got}; convert it first"
 
 
-def _refuse_size(width: int, height: int, field: str, limits: Limits) -> None:
+def _require_size(width: int, height: int, field: str, limits: Limits) -> None:
     """Raises `InvalidRequest` for a size in the header that is too large or too small."""
     if width * height > limits.max_image_pixels:
         raise _refusal(
             field,
             f"is {width}x{height}, {width * height} pixels; at most {limits.max_image_pixels} are allowed "
-            f"(server setting {variable('max_image_pixels')}); send a smaller image",
+            f"(server setting {env_variable('max_image_pixels')}); send a smaller image",
         )
     if min(width, height) < MIN_SIDE:
         raise _refusal(field, f"is {width}x{height}; each side must have at least {MIN_SIDE} pixels")
 
 
 def _loaded(image: Image.Image, needed: int) -> Image.Image:
-    """A new image in a mode of `_plain`, reduced if it may be. An image that loads may still be damaged, for example
-    lack its palette, so both steps may raise anything."""
+    """A new image in a mode that `_plain` returns, reduced by `_reduced`. An image that loads may still be damaged, for
+    example lack its palette, so both steps may raise any exception."""
     image.load()
     plain = _reduced(_plain(image), needed)
     return image.copy() if plain is image else plain
@@ -227,7 +231,7 @@ def _reduced(image: Image.Image, needed: int) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-TURNS = {
+TRANSPOSITIONS = {  # by EXIF orientation; 1 needs none
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -236,12 +240,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ACROSS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
+SWAPS_SIDES = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 
 
 def _oriented(image: Image.Image, orientation: int) -> Image.Image:
-    turn = TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    transposition = TRANSPOSITIONS.get(orientation)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -265,12 +269,12 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _bounded(profile: bytes) -> bytes:
-    """The profile without its tags D2B0 to D2B3. Then A2B0 or the primaries apply, as for every reader that does not
-    know these tags. They are programs of any length, which LittleCMS runs 36,000 times before the first pixel: 3,000
-    steps in 24 KB took 5 s."""
+    """The profile without its tags D2B0 to D2B3, so that A2B0 or the primaries apply, as for every reader that does not
+    know these tags. The tags are programs of any length, which LittleCMS runs 36,000 times before the first pixel:
+    3,000 steps in 24 KB took 5 s."""
     tags = min(int.from_bytes(profile[128:132]), MAX_PROFILE_TAGS)
     bounded = bytearray(profile)
-    for at in range(132, min(132 + 12 * tags, len(profile)), 12):
-        if profile.startswith(b"D2B", at):
-            bounded[at : at + 4] = bytes(4)
+    for offset in range(132, min(132 + 12 * tags, len(profile)), 12):
+        if profile.startswith(b"D2B", offset):
+            bounded[offset : offset + 4] = bytes(4)
     return bytes(bounded)

@@ -2,7 +2,7 @@
 
 Pillow can report it, too, but it decompresses texts and profiles before the pixels, and allocates the whole canvas of a
 WebP. This module takes microseconds for any bytes, so it can run on the event loop. It can show that a picture is too
-large; `codec` decides whether it is a valid picture, and its true size.
+large; `codec` decides whether it is a valid picture, and what its true size is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["size"]
 # Bytes. The size of a photo follows one EXIF segment of at most 64 KiB, which is much shorter in most photos.
 HEAD_BYTES = 64 * 1024
 MAX_SEGMENTS = 64  # of a JPEG before its size; a photo has about 20
-FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # JPEG markers SOF0 to SOF15
+SOF_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # JPEG's start of frame, SOF0 to SOF15
 
 
 def size(data: bytes) -> tuple[int, int] | None:
@@ -34,13 +34,13 @@ def size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg(head: bytes) -> tuple[int, int] | None:
-    at = 2
+    offset = 2
     for _ in range(MAX_SEGMENTS):
-        marker, length = struct.unpack_from(">HH", head, at)
-        if marker in FRAMES:
-            height, width = struct.unpack_from(">HH", head, at + 5)
+        marker, length = struct.unpack_from(">HH", head, offset)
+        if marker in SOF_MARKERS:
+            height, width = struct.unpack_from(">HH", head, offset + 5)
             return width, height
-        at += 2 + length
+        offset += 2 + length
     return None
 
 

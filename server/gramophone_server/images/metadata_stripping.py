@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["Picture", "Refused", "picture"]
+__all__ = ["StrippedImage", "UnusableImage", "strip"]
 
 # A photo has about 20 JPEG segments before its pixels, and at most 400 with a large profile and XMP; a PNG of 10 MiB
 # written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
@@ -27,31 +27,31 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"})
 WEBP_KEPT = frozenset({b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"})
 # JPEG markers. Of the application segments, those of JFIF, ICC and Adobe define the colours.
-APPS, COMMENT = range(0xE0, 0xF0), 0xFE
+APP_MARKERS, COMMENT = range(0xE0, 0xF0), 0xFE
 APP_KEPT = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xEE, b"Adobe"))
 EXIF_APP, EXIF_START = 0xE1, b"Exif\0\0"
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
-BARE = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers without a length
+MARKERS_WITHOUT_LENGTH = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers without a length
 MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
 # The end of a scan. Within it, FF 00 is a byte, and FF D0 to D7 are restarts.
 SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
-class Refused(ValueError):
-    """A file is refused. The message continues a sentence that starts with the field: "is damaged"."""
+class UnusableImage(ValueError):
+    """A file cannot be used. The message continues a sentence that starts with the field's name: "is damaged"."""
 
 
-class Picture(NamedTuple):
-    """The picture in a file."""
+class StrippedImage(NamedTuple):
+    """An image file without its metadata."""
 
-    data: bytes  # the file without metadata
+    data: bytes  # the file with pixels and colours only
     orientation: int  # EXIF orientation, 1 for upright
     frames: int  # more than 1: an animation
 
 
-def picture(data: bytes) -> Picture:
-    """The picture in a JPEG, PNG or WebP file. Raises `Refused` for other formats, for a file that takes too many
-    steps, and for one that is truncated or damaged where the walk reads it."""
+def strip(data: bytes) -> StrippedImage:
+    """Removes the metadata of a JPEG, PNG or WebP file. Raises `UnusableImage` for other formats, for a file that takes
+    too many steps, and for one that is truncated or damaged where the walk reads it."""
     try:
         if data.startswith(PNG_START):
             return _png(data)
@@ -60,86 +60,93 @@ def picture(data: bytes) -> Picture:
         if data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
             return _webp(data)
     except struct.error:
-        raise Refused("is truncated or damaged; send the whole file again") from None
-    raise Refused("must be a JPEG, PNG or WebP image")
+        raise UnusableImage("is truncated or damaged; send the whole file again") from None
+    raise UnusableImage("must be a JPEG, PNG or WebP image")
 
 
-def _png(data: bytes) -> Picture:
+def _png(data: bytes) -> StrippedImage:
     kept, seen, orientation, frames = [PNG_START], set(), 1, 1
-    for name, start, at, end in _chunks(data, len(PNG_START), ">I4s", 4, padded=False):
+    for name, start, content_start, end in _chunks(data, len(PNG_START), ">I4s", 4, padded=False):
         if name == b"eXIf" and name not in seen:
-            orientation = _orientation(data[at : end - 4])
+            orientation = _orientation(data[content_start : end - 4])
         elif name == b"acTL" and name not in seen:
-            (frames,) = struct.unpack_from(">I", data, at)
+            (frames,) = struct.unpack_from(">I", data, content_start)
         elif name in PNG_KEPT and (name == b"IDAT" or name not in seen):
             kept.append(data[start:end])
         seen.add(name)
         if name == b"IEND":
             break
-    return Picture(b"".join(kept), orientation, frames)
+    return StrippedImage(b"".join(kept), orientation, frames)
 
 
-def _webp(data: bytes) -> Picture:
+def _webp(data: bytes) -> StrippedImage:
     kept, seen, orientation, frames = [b"WEBP"], set(), 1, 0
     whole = data[: 8 + struct.unpack_from("<I", data, 4)[0]]
-    for name, start, at, end in _chunks(whole, 12, "<4sI", 0, padded=True):
+    for name, start, content_start, end in _chunks(whole, 12, "<4sI", 0, padded=True):
         if name == b"EXIF" and name not in seen:
-            orientation = _orientation(data[at:end].removeprefix(EXIF_START))
+            orientation = _orientation(data[content_start:end].removeprefix(EXIF_START))
         elif name == b"ANMF":
             frames += 1
         elif name in WEBP_KEPT and name not in seen:
             kept.append(data[start : end + (end - start) % 2])  # sizes are even in a WebP
         seen.add(name)
     body = b"".join(kept)
-    return Picture(b"RIFF" + struct.pack("<I", len(body)) + body, orientation, max(frames, 1))
+    return StrippedImage(b"RIFF" + struct.pack("<I", len(body)) + body, orientation, max(frames, 1))
 
 
-def _chunks(data: bytes, at: int, head: str, tail_bytes: int, *, padded: bool) -> Iterator[tuple[bytes, int, int, int]]:
-    """(name, start, start of its content, end) of each chunk. The last may be truncated, which the decoder reports."""
+def _chunks(
+    data: bytes, offset: int, head: str, tail_bytes: int, *, padded: bool
+) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yields (name, start, start of the content, end) of each chunk from ``offset`` on. The last chunk may be
+    truncated, which the decoder reports.
+
+    ``head``: the struct format of a chunk's 8 bytes of name and size. ``tail_bytes``: those after the content.
+    ``padded``: chunks start at even offsets.
+    """
     for _ in range(MAX_PARTS):
-        if at >= len(data):
+        if offset >= len(data):
             return
-        first, second = struct.unpack_from(head, data, at)
+        first, second = struct.unpack_from(head, data, offset)
         name, size = (first, second) if isinstance(first, bytes) else (second, first)
-        end = at + 8 + size + tail_bytes
-        yield name, at, at + 8, end
-        at = end + (size % 2 if padded else 0)
-    raise Refused(f"has more than {MAX_PARTS} chunks; save it with an ordinary encoder")
+        end = offset + 8 + size + tail_bytes
+        yield name, offset, offset + 8, end
+        offset = end + (size % 2 if padded else 0)
+    raise UnusableImage(f"has more than {MAX_PARTS} chunks; save it with an ordinary encoder")
 
 
-def _jpeg(data: bytes) -> Picture:
-    kept, orientation, scans, at = [b"\xff\xd8"], 1, 0, 2
+def _jpeg(data: bytes) -> StrippedImage:
+    kept, orientation, scans, offset = [b"\xff\xd8"], 1, 0, 2
     exif_seen = False
     for _ in range(MAX_PARTS):
-        found = SCAN_END.search(data, at) if scans else MARKER.match(data, at)
+        found = SCAN_END.search(data, offset) if scans else MARKER.match(data, offset)
         if found is None:
             if scans:  # truncated in its pixels, which the decoder reports
-                kept.append(data[at:])
-                return Picture(b"".join(kept), orientation, 1)
+                kept.append(data[offset:])
+                return StrippedImage(b"".join(kept), orientation, 1)
             break
         marker, start, marker_end = found.group()[-1], found.end() - 2, found.end()
-        kept.append(data[at:start] if scans else b"")
+        kept.append(data[offset:start] if scans else b"")
         if marker == EOI:
             kept.append(data[start:marker_end])
-            return Picture(b"".join(kept), orientation, 1)
-        if marker in BARE or marker == 0:  # some cameras write a meaningless FF 00 before a scan
-            at = marker_end
+            return StrippedImage(b"".join(kept), orientation, 1)
+        if marker in MARKERS_WITHOUT_LENGTH or marker == 0:  # some cameras write a meaningless FF 00 before a scan
+            offset = marker_end
             continue
         (length,) = struct.unpack_from(">H", data, marker_end)
-        at = marker_end + max(length, 2)
-        content = data[marker_end + 2 : at]
+        offset = marker_end + max(length, 2)
+        content = data[marker_end + 2 : offset]
         if marker == EXIF_APP and content.startswith(EXIF_START) and not exif_seen:
             exif_seen, orientation = True, _orientation(content[len(EXIF_START) :])
-        wanted = marker not in APPS and marker != COMMENT
-        if wanted or any(marker == app and content.startswith(start_of) for app, start_of in APP_KEPT):
-            kept.append(data[start:at])
+        is_metadata = marker in APP_MARKERS or marker == COMMENT
+        if not is_metadata or any(marker == app and content.startswith(prefix) for app, prefix in APP_KEPT):
+            kept.append(data[start:offset])
         if marker == SOS:
             scans += 1
             if scans > MAX_SCANS:
-                raise Refused(f"has more than {MAX_SCANS} scans; save it with an ordinary encoder")
+                raise UnusableImage(f"has more than {MAX_SCANS} scans; save it with an ordinary encoder")
     else:
-        raise Refused(f"has more than {MAX_PARTS} segments; save it with an ordinary encoder")
-    raise Refused("is truncated or damaged; send the whole file again")
+        raise UnusableImage(f"has more than {MAX_PARTS} segments; save it with an ordinary encoder")
+    raise UnusableImage("is truncated or damaged; send the whole file again")
 
 
 def _orientation(exif: bytes) -> int:
@@ -148,11 +155,11 @@ def _orientation(exif: bytes) -> int:
     if order is None:
         return 1
     try:
-        (at,) = struct.unpack_from(f"{order}I", exif, 4)
-        (count,) = struct.unpack_from(f"{order}H", exif, at)
+        (offset,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, offset)
     except struct.error:
         return 1
-    entries = exif[at + 2 : at + 2 + 12 * count]
+    entries = exif[offset + 2 : offset + 2 + 12 * count]
     for tag, kind, number, value in struct.iter_unpack(f"{order}HHIH2x", entries[: len(entries) // 12 * 12]):
         if tag == ORIENTATION and kind == SHORT and number == 1:
             return value if 1 <= value <= 8 else 1

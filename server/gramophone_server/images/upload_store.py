@@ -7,11 +7,11 @@ import io
 from collections import OrderedDict
 
 from gramophone.recipe import Violation
-from gramophone_server.config import Limits, variable
+from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 
-__all__ = ["MAX_CHUNK_BYTES", "Upload", "Uploads"]
+__all__ = ["MAX_CHUNK_BYTES", "Upload", "UploadStore"]
 
 MAX_CHUNK_BYTES = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
 
@@ -23,8 +23,8 @@ class Upload:
         """Raises `InvalidRequest` if the server keeps no images."""
         if not limits.max_uploads_bytes:
             raise _refusal(
-                f"cannot be kept: this server keeps no images (server setting {variable('max_uploads_bytes')} is 0); "
-                "send them with the job as `data`"
+                "cannot be kept: this server keeps no images "
+                f"(server setting {env_variable('max_uploads_bytes')} is 0); send them with the job as `data`"
             )
         # Errors name the lower of two limits.
         self._setting = min("max_image_bytes", "max_uploads_bytes", key=lambda name: int(getattr(limits, name)))
@@ -42,7 +42,7 @@ class Upload:
         if received > self._max_bytes:
             raise _refusal(
                 f"makes an image of {received} bytes or more; at most {self._max_bytes} are allowed "
-                f"(server setting {variable(self._setting)}); send a smaller or more compressed image"
+                f"(server setting {env_variable(self._setting)}); send a smaller or more compressed image"
             )
         self._chunks.write(chunk)
         self._hash.update(chunk)
@@ -58,7 +58,7 @@ class Upload:
         return self._chunks.getvalue()
 
 
-class Uploads:
+class UploadStore:
     """Encoded images by digest, up to a number of bytes. Evicts the least recently used ones."""
 
     def __init__(self, max_bytes: int) -> None:

@@ -23,7 +23,7 @@ class EventLog:
 
     @property
     def has_picture(self) -> bool:
-        """The log keeps the pixels of a frame or of the result."""
+        """Whether the log keeps the pixels of a frame or of the result."""
         return Frame in self._kept or Finished in self._kept
 
     def next_number(self) -> int:

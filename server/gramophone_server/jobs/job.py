@@ -68,9 +68,9 @@ class Job:
 
     Other threads may read its attributes: each changes in one assignment.
 
-    ``max_watchers``: at the same time. ``withdraw`` takes the job out of the scheduler after `cancel`. ``on_end`` is
-    called on ``loop`` after the end. ``clock`` returns seconds of the epoch; it is read once, so that all times of the
-    job stay in order, and true, if the machine's clock is set later.
+    ``max_watchers``: limit of watchers at the same time. ``withdraw`` takes the job out of the scheduler after
+    `cancel`. ``on_end`` is called on ``loop`` after the end. ``clock`` returns seconds of the epoch; it is read once,
+    so that all times of the job stay in order, and true, if the machine's clock is set later.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Job:
         self.ordinal = ordinal  # among the jobs of this process
         self.request_id = request_id
         self.digest = b""  # of the request; set before the job is submitted
-        self.grace_s = grace_s  # without watchers, before the job is cancelled
+        self.grace_s = grace_s  # for how long the job may have no watcher before it is cancelled
         self.encoding = encoding  # of the result
-        self.admitted_summary: JobSummary | None = None
+        self.admitted_summary: JobSummary | None = None  # with the recipe of the request
         self.summary: JobSummary | None = None  # with the present recipe
         self.phase = JobPhase.QUEUED
         self.created_at = clock()
@@ -106,12 +106,12 @@ class Job:
         # Seconds since the request.
         self.waited_s: float | None = None  # until the start
         self.first_frame_s: float | None = None  # until the first picture was taken, for any watcher
-        self.lasted_s: float | None = None  # until the end
+        self.duration_s: float | None = None  # until the end
         self._max_watchers = max_watchers
         self._withdraw = withdraw
         self._on_end = on_end
         self._loop = loop
-        self._made_at = loop.time()
+        self._created_at_monotonic = loop.time()
         self._lock = threading.Lock()
         self._log = EventLog()
         # Replaced, never changed, so that the compute thread reads it without the lock.
@@ -121,29 +121,29 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """No event follows."""
+        """Whether the job has ended. No event follows."""
         return self.phase in (JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED)
 
     @property
     def bytes(self) -> int:
-        """Upper bound of what the job's picture takes: a PNG of noise is as large as its pixels."""
+        """Upper bound of the bytes that the job's picture takes: a PNG of noise is as large as its pixels."""
         if self.summary is None or not self._log.has_picture:
             return 0
         return 3 * self.summary.width * self.summary.height
 
     @property
     def watchers(self) -> int:
-        """How many watch the job now."""
+        """The number of watchers now."""
         return len(self._watchers)
 
     @property
     def controlled(self) -> bool:
-        """One of the watchers controls the job."""
+        """Whether one of the watchers controls the job."""
         return self._controller is not None
 
     @property
     def unread(self) -> int:
-        """Events that wait for their readers, over all watchers."""
+        """The number of events that their readers have not read yet, over all watchers."""
         return sum(mailbox.unread for mailbox in self._watchers)
 
     # The event loop's side --------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Job:
         """Sends the outcome of a command to the watcher that gave it. Returns False, and sends nothing, if the answer
         has a picture or a state and the job has ended meanwhile: nothing may follow the result."""
         with self._lock:
-            if answer.taken is None:
+            if answer.output is None:
                 mailbox.put(0, answer)
             elif not self.ended:
                 mailbox.put(self._log.next_number(), answer)
@@ -228,7 +228,7 @@ class Job:
         self._withdraw(self)
 
     def set_timer(self, after_s: float, action: Callable[[], None]) -> None:
-        """Calls ``action`` after ``after_s`` seconds, instead of what the timer was set to."""
+        """Calls ``action`` after ``after_s`` seconds. Replaces the timer that was set before."""
         self.clear_timer()
         self._timer = self._loop.call_later(after_s, action)
         self.expires_at = self.created_at + self._age_s + after_s
@@ -243,12 +243,12 @@ class Job:
 
     @property
     def cancelled(self) -> bool:
-        """The job has ended with `Cancelled`."""
+        """Whether the job has ended with `Cancelled`."""
         return self.phase is JobPhase.CANCELLED
 
     @property
     def accepts_light_checkpoint(self) -> bool:
-        """No watcher asks for full checkpoints."""
+        """Whether no watcher asks for full checkpoints."""
         rules = (mailbox.checkpoints for mailbox in self._watchers)
         return all(rule is None or rule.light for rule in rules)
 
@@ -263,8 +263,8 @@ class Job:
 
     def collect_checkpoint_requests(self, now: float, *, light: bool) -> set[object]:
         """The watchers for which a checkpoint of this kind is due."""
-        alike = [m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light]
-        return {mailbox for mailbox in alike if mailbox.wants_checkpoint(now)}
+        of_kind = [m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light]
+        return {mailbox for mailbox in of_kind if mailbox.wants_checkpoint(now)}
 
     def started(self) -> None:
         """The job has left the queue, for the first time or after a pause."""
@@ -313,10 +313,10 @@ class Job:
 
     @property
     def _age_s(self) -> float:
-        return self._loop.time() - self._made_at
+        return self._loop.time() - self._created_at_monotonic
 
     def _end(self, phase: JobPhase) -> None:
-        self.phase, self.ended_at, self.lasted_s = phase, self.created_at + self._age_s, self._age_s
+        self.phase, self.ended_at, self.duration_s = phase, self.created_at + self._age_s, self._age_s
         if not isinstance(self.error, Diverged):
             self._log.forget_frame()
         for mailbox in self._watchers:

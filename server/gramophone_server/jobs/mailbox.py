@@ -66,12 +66,12 @@ class Mailbox:
         self._error: GramophoneError | None = None
         self._dropped = 0  # frames, since the last one that was read
         self._in_flight: deque[int] = deque()  # numbers of the frames that were read but not acknowledged
-        self._news = asyncio.Event()
-        self._wake_is_due = False
+        self._has_news = asyncio.Event()
+        self._wake_scheduled = False
 
     @property
     def unread(self) -> int:
-        """Events that wait for the reader."""
+        """The number of events that the reader has not read yet."""
         return len(self._unread)
 
     # The job's side, on any thread; it never waits for the reader -----------------------------------------------------
@@ -121,14 +121,14 @@ class Mailbox:
     # The reader's side, on the event loop -----------------------------------------------------------------------------
 
     async def events(self) -> AsyncIterator[tuple[int, Event | Answer]]:
-        """Yields (number, event) in increasing order, for one reader; an answer without ``taken`` has no number of its
+        """Yields (number, event) in increasing order, for one reader; an answer without ``output`` has no number of its
         own. Raises the error that `end` was given."""
         while True:
             with self._lock:
                 item = self._take_next()
                 ended, error = self._ended, self._error
                 if item is None:
-                    self._news.clear()
+                    self._has_news.clear()
             if item is not None:
                 yield item
             elif error is not None:
@@ -136,7 +136,7 @@ class Mailbox:
             elif ended:
                 return
             else:
-                await self._news.wait()
+                await self._has_news.wait()
 
     def read_nowait(self) -> tuple[int, Event | Answer] | None:
         """The next unread (number, event), as `events` would yield it; None if there is none now."""
@@ -162,13 +162,13 @@ class Mailbox:
 
     def _wake(self) -> None:
         with self._lock:
-            if self._wake_is_due:
+            if self._wake_scheduled:
                 return  # one scheduled wake-up is enough for any number of events
-            self._wake_is_due = True
+            self._wake_scheduled = True
         with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
-            self._loop.call_soon_threadsafe(self._woken)
+            self._loop.call_soon_threadsafe(self._on_wake)
 
-    def _woken(self) -> None:
+    def _on_wake(self) -> None:
         with self._lock:
-            self._wake_is_due = False
-            self._news.set()
+            self._wake_scheduled = False
+            self._has_news.set()

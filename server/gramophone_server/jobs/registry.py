@@ -50,16 +50,16 @@ class JobRegistry:
 
     @property
     def request_ids(self) -> int:
-        """Request ids whose jobs can be found."""
+        """The number of request ids whose jobs can be found."""
         return len(self._by_request)
 
     @property
     def ended(self) -> int:
-        """Jobs that have ended and are still kept."""
+        """The number of jobs that have ended and are still kept."""
         return len(self._ended)
 
     def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
-        """Makes a job that does not know its images yet; see `Job.admit`."""
+        """Creates a job whose images are not known yet; see `Job.admit`."""
         self._created += 1
         job = Job(
             self._created,
@@ -84,8 +84,8 @@ class JobRegistry:
         except KeyError:
             raise JobNotFound(job_id) from None
 
-    def of_request(self, request_id: str) -> Job | None:
-        """The job that this request made, unless it failed or was cancelled: then a retry makes a new job."""
+    def find_by_request(self, request_id: str) -> Job | None:
+        """The job that this request created, unless it failed or was cancelled: then a retry creates a new job."""
         job = self._by_request.get(request_id)
         return None if job is None or job.phase in (JobPhase.FAILED, JobPhase.CANCELLED) else job
 
@@ -106,11 +106,11 @@ class JobRegistry:
             return
         self._ended[job.id] = job
         job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
-        held = sum(ended.bytes for ended in self._ended.values())
+        kept_bytes = sum(ended.bytes for ended in self._ended.values())
         for ended in list(self._ended.values()):
-            if len(self._ended) <= self._limits.max_kept and held <= self._limits.max_kept_bytes:
+            if len(self._ended) <= self._limits.max_kept and kept_bytes <= self._limits.max_kept_bytes:
                 break
-            held -= ended.bytes
+            kept_bytes -= ended.bytes
             self._forget(ended)
 
     def _forget(self, job: Job) -> None:

@@ -22,17 +22,17 @@ from gramophone_server.network.vgg import Convolution
 __all__ = ["Autotuner", "CuDnn", "Kernel", "Library", "OneDnn", "can_pack"]
 
 ONES = [1, 1]
-LAST = torch.channels_last
+CHANNELS_LAST = torch.channels_last
 
 
 class Kernel(Protocol):
     """A convolution with its weights on the device, and one implementation of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(convolution(x) + bias)."""
+        """The layer's output after the ReLU: relu(convolution(x) + bias)."""
 
     def linear(self, x: Tensor) -> Tensor:
-        """convolution(x) + bias."""
+        """The layer's output before the ReLU: convolution(x) + bias."""
 
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of x from ``grad``, that of convolution(x)."""
@@ -43,7 +43,7 @@ class Kernel(Protocol):
 
 def _flipped(weight: Tensor, precision: Precision) -> Tensor:
     """The weight of the backward pass as a forward convolution."""
-    return weight.flip(2, 3).transpose(0, 1).to(precision.backward).contiguous(memory_format=LAST)
+    return weight.flip(2, 3).transpose(0, 1).to(precision.backward).contiguous(memory_format=CHANNELS_LAST)
 
 
 class Library:
@@ -51,20 +51,24 @@ class Library:
 
     def __init__(self, convolution: Convolution, device: torch.device, precision: Precision) -> None:
         weight = convolution.weight.to(device)
-        self.weight = weight.to(precision.forward).contiguous(memory_format=LAST)
+        self.weight = weight.to(precision.forward).contiguous(memory_format=CHANNELS_LAST)
         self.back = _flipped(weight, precision)
         self.bias = convolution.bias.to(device, precision.forward)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See `Kernel.forward`."""
         return self.linear(x).relu_()
 
     def linear(self, x: Tensor) -> Tensor:
+        """See `Kernel.linear`."""
         return F.conv2d(x, self.weight, self.bias, padding=1)
 
     def backward(self, grad: Tensor) -> Tensor:
+        """See `Kernel.backward`."""
         return F.conv2d(grad, self.back, None, padding=1)
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Kernel.forward_pooled`."""
         return None
 
 
@@ -75,20 +79,24 @@ class OneDnn:
     """
 
     def __init__(self, convolution: Convolution, precision: Precision) -> None:
-        self.weight = _pack(convolution.weight.to(precision.forward).contiguous(memory_format=LAST))
+        self.weight = _pack(convolution.weight.to(precision.forward).contiguous(memory_format=CHANNELS_LAST))
         self.back = _pack(_flipped(convolution.weight, precision))
         self.bias = convolution.bias.to(precision.forward)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See `Kernel.forward`."""
         return _packed_convolution(x, self.weight, self.bias, "relu")
 
     def linear(self, x: Tensor) -> Tensor:
+        """See `Kernel.linear`."""
         return _packed_convolution(x, self.weight, self.bias, "none")
 
     def backward(self, grad: Tensor) -> Tensor:
+        """See `Kernel.backward`."""
         return _packed_convolution(grad, self.back, None, "none")
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Kernel.forward_pooled`."""
         return None
 
 
@@ -114,7 +122,7 @@ def can_pack(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        w = _pack(torch.ones(8, 8, 3, 3).contiguous(memory_format=LAST))
+        w = _pack(torch.ones(8, 8, 3, 3).contiguous(memory_format=CHANNELS_LAST))
         return bool(_packed_convolution(torch.ones(1, 8, 4, 4), w, None, "relu")[0, 0, 1, 1] == 72)
     except (AttributeError, RuntimeError):
         return False
@@ -124,10 +132,11 @@ class CuDnn:
     """For a GPU, in 16 bits: cuDNN's convolution without bias, then our own kernel for bias and ReLU.
 
     Released torch runs a convolution with a bias and a ReLU as three kernels, which costs 8 bytes per activation more
-    than one (torch's ConvShared.cpp), so here it is the bare convolution and then `ops.bias_relu_`. torch's one-pass
-    cudnn_convolution_relu is not used: it hands cuDNN its uninitialised output as a summand of weight 0, which is NaN
-    if that is read, hides NaN from the divergence check, and is not bound to deterministic kernels; the GPU check times
-    it. There are two backward passes, and which is faster depends on the layer, so `Autotuner` measures them:
+    than one kernel (torch's ConvShared.cpp). So this class runs the bare convolution and then `ops.bias_relu_`. torch's
+    one-pass cudnn_convolution_relu is not used: it passes its uninitialised output to cuDNN as a summand of weight 0,
+    so the result is NaN if that is read; it hides NaN from the divergence check; and it may run kernels that are not
+    deterministic. The GPU check times it. There are two backward passes, and which one is faster depends on the layer,
+    so `Autotuner` measures them:
 
         flipped  a forward convolution with flipped weights
         dgrad    cuDNN's own gradient of the input
@@ -137,25 +146,29 @@ class CuDnn:
         self, convolution: Convolution, device: torch.device, precision: Precision, autotuner: Autotuner
     ) -> None:
         weight = convolution.weight.to(device)
-        self.weight = weight.to(precision.forward).contiguous(memory_format=LAST)
-        self.weight_back = weight.to(precision.backward).contiguous(memory_format=LAST)
+        self.weight = weight.to(precision.forward).contiguous(memory_format=CHANNELS_LAST)
+        self.weight_back = weight.to(precision.backward).contiguous(memory_format=CHANNELS_LAST)
         self.back = _flipped(weight, precision)
         self.bias = convolution.bias.to(device)
         self.bias_16 = self.bias.to(precision.forward)
         self._autotuner = autotuner
 
     def forward(self, x: Tensor) -> Tensor:
+        """See `Kernel.forward`."""
         out = self.bare(x)
         ops.bias_relu_(out, self.bias)
         return out
 
     def linear(self, x: Tensor) -> Tensor:
+        """See `Kernel.linear`."""
         return F.conv2d(x, self.weight, self.bias_16, padding=1)
 
     def backward(self, grad: Tensor) -> Tensor:
+        """See `Kernel.backward`."""
         return self._autotuner(tuple(self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Kernel.forward_pooled`."""
         return ops.bias_relu_pool(self.bare(x), self.bias)
 
     def bare(self, x: Tensor) -> Tensor:
@@ -169,7 +182,9 @@ class CuDnn:
     def dgrad(self, grad: Tensor) -> Tensor:
         """`backward` by cuDNN's own kernels, which need the input only for its shape."""
         b, _, h, w = grad.shape
-        like = torch.empty((b, self.weight.shape[1], h, w), dtype=grad.dtype, device=grad.device, memory_format=LAST)
+        like = torch.empty(
+            (b, self.weight.shape[1], h, w), dtype=grad.dtype, device=grad.device, memory_format=CHANNELS_LAST
+        )
         out: Tensor = torch.ops.aten.convolution_backward(
             grad, like, self.weight_back, None, ONES, ONES, ONES, False, [0, 0], 1, [True, False, False]
         )[0]
@@ -179,8 +194,8 @@ class CuDnn:
 class Autotuner:
     """Runs the fastest of several kernels that compute the same result: the fastest one measured, else the first.
 
-    A measurement is made once for each ``key``, a layer's channels. The picture's size is no part of it: pictures come
-    in any size, and a service cannot stop for seconds at each new one. For the same reason cuDNN's own search
+    Kernels are measured once for each ``key``, a layer's channels. The picture's size is not part of the key: pictures
+    have any size, and a service cannot stop for seconds at each new one. For the same reason cuDNN's own search
     (`torch.backends.cudnn.benchmark`) is off, and its heuristics choose the kernels.
     """
 

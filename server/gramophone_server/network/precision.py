@@ -5,7 +5,7 @@ float32 in every mode.
 
     mode   forward    backward   relative error of the gradient against fp32 (192 px, benchmarks/RESULTS.md)
     fp32   float32    float32    -
-    tf32   float32    float32    0.015 to 0.04: the GPU's matrix units multiply with 10 bits of mantissa
+    tf32   float32    float32    0.015 to 0.04: the GPU's tensor cores multiply with 10 bits of mantissa
     fp16   float16    bfloat16   0.02 to 0.035: the forward pass needs mantissa, the backward pass needs range
     bf16   bfloat16   bfloat16   0.07 to 0.13
 """
@@ -18,7 +18,7 @@ import torch
 
 from gramophone_server.errors import StartupError
 
-__all__ = ["MODES", "Precision", "choose", "cpu_multiplies_bf16"]
+__all__ = ["MODES", "Precision", "choose_precision", "cpu_multiplies_bf16"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ MODES = {
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
 }
 ON_CPU = ("fp32", "bf16")
-MATRIX_UNITS = (8, 0)  # the first compute capability whose matrix units multiply tf32 and bfloat16
+TENSOR_CORES = (8, 0)  # the first compute capability whose tensor cores multiply tf32 and bfloat16
 
 
-def choose(name: str, device: torch.device) -> Precision:
+def choose_precision(name: str, device: torch.device) -> Precision:
     """The mode ``name``, or for "auto" the fastest one whose pictures are as good as those of fp32 on this device.
 
     That is fp16 on a GPU (the picture after a whole run is as close to that of fp32 as that of tf32 is:
@@ -48,7 +48,7 @@ def choose(name: str, device: torch.device) -> Precision:
     process-wide switches of cuDNN and cuBLAS. Raises `StartupError` if the device cannot run the mode.
     """
     on_gpu = device.type == "cuda"
-    capable = on_gpu and torch.cuda.get_device_capability(device) >= MATRIX_UNITS
+    capable = on_gpu and torch.cuda.get_device_capability(device) >= TENSOR_CORES
     if name == "auto":
         name = ("fp16" if capable else "fp32") if on_gpu else "bf16" if cpu_multiplies_bf16() else "fp32"
     possible = tuple(MODES) if on_gpu else ON_CPU

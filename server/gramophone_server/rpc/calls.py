@@ -19,7 +19,7 @@ from gramophone_server.domain.job import ran_out_of_memory
 from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, OutOfHostMemory, SlowReader
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
-from gramophone_server.rpc.status import reason, refusal
+from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from gramophone_server.telemetry.metrics import METHODS, Metrics
 
@@ -27,9 +27,10 @@ __all__ = ["ActiveCalls", "Context", "Malformed", "Response", "RpcCall", "as_dom
 
 log = logging.getLogger(__name__)
 
-# gRPC sends a deadline with at most three significant digits, rounded up. So a client may leave up to a hundredth of
-# the deadline before the time that the server knows (measured: one of 1.5 s arrived 10 ms too long, one of 12.31 s
-# 100 ms), and its request has been in transit. A client that leaves this late has run out of time.
+# The server sees a deadline too late: gRPC sends it with at most three significant digits, rounded up (measured: one of
+# 1.5 s arrived 10 ms too long, one of 12.31 s 100 ms), and the request has been in transit. A client that leaves less
+# than this share of its deadline, plus the time in transit, before the deadline that the server sees has run out of
+# time.
 DEADLINE_ROUNDING = 0.01
 TRANSIT_S = 0.02
 
@@ -40,7 +41,7 @@ Response: TypeAlias = pb.StylizeStreamResponse | pb.WatchJobResponse | pb.Styliz
 class Malformed(NamedTuple):
     """Bytes that arrived in place of a request and cannot be parsed as one."""
 
-    wanted: str  # full name of the message
+    message_type: str  # full name of the expected message
     bytes: int
 
 
@@ -136,13 +137,13 @@ class RpcCall:
         self.received_messages += 1
         self._metrics.message_received(self._method)
         if isinstance(request, Malformed):
-            wanted = f"must be a {request.wanted}, got {request.bytes} bytes that cannot be parsed as one"
+            description = f"must be a {request.message_type}, got {request.bytes} bytes that cannot be parsed as one"
             raise InvalidRequest(
-                [Violation("request", f"{wanted}; generate the client's stubs from this server's proto")]
+                [Violation("request", f"{description}; generate the client's stubs from this server's proto")]
             )
 
     def sending(self, response: Response) -> SendTimeout:
-        """Counts a message to the client; `with` it, the handler yields the message to gRPC."""
+        """Counts a message to the client. The handler yields the message to gRPC inside `with` the returned value."""
         self._count_sent()
         if response.event.HasField("frame"):
             self.frames += 1
@@ -151,18 +152,18 @@ class RpcCall:
         return self._send_timeout
 
     def set_job(self, job: Job) -> None:
-        """The job that this RPC is about, for the logs."""
+        """Sets the job that this RPC is about, for the logs."""
         self._job_id = job.id
 
     def attach(self, job: Job, mailbox: Mailbox) -> None:
-        """Makes this RPC a watcher of the job, which leaves when the RPC ends."""
+        """Makes this RPC the owner of a watcher, which leaves the job when the RPC ends."""
         self.set_job(job)
         self._attached = job, mailbox
         if self.disconnected:
             job.leave(mailbox)
 
     def set_reader(self, reader: asyncio.Task[None]) -> None:
-        """The task that reads the client's messages. It is cancelled when the RPC ends."""
+        """Sets the task that reads the client's messages. It is cancelled when the RPC ends."""
         self._reader = reader
         if self.disconnected:
             reader.cancel()
@@ -183,7 +184,7 @@ class RpcCall:
         await self._abort(error)
 
     async def _abort(self, error: GramophoneError) -> None:
-        code, message, trailers = refusal(error)
+        code, message, trailers = abort_status(error)
         self._code, self._error = code, error
         await self._context.abort(code, message, trailing_metadata=trailers)
 
@@ -246,13 +247,13 @@ def as_domain_error(error: BaseException) -> GramophoneError:
 
 
 class SendTimeout:
-    """Calls `expired` if one `with` block, which sends a message, takes longer than `max_s` seconds.
+    """Calls `on_expired` if one `with` block, which sends a message, takes longer than `max_s` seconds.
 
     It checks ten times in that period: a timer for each message was 5 % of the cost of sending it.
     """
 
-    def __init__(self, max_s: float, expired: Callable[[], None]) -> None:
-        self._max_s, self._expired = max_s, expired
+    def __init__(self, max_s: float, on_expired: Callable[[], None]) -> None:
+        self._max_s, self._on_expired = max_s, on_expired
         self._since = math.inf  # on the monotonic clock
         self._closed = False
         self._next_check: asyncio.TimerHandle | None = None
@@ -273,6 +274,6 @@ class SendTimeout:
 
     def _check(self) -> None:
         if time.monotonic() - self._since >= self._max_s:
-            self._expired()
+            self._on_expired()
         elif not self._closed:
             self._next_check = asyncio.get_running_loop().call_later(self._max_s / 10, self._check)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from gramophone.recipe import InvalidRecipe, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.config import Limits, variable
+from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.commands import (
     Command,
     Done,
@@ -42,9 +42,9 @@ ENDED = "came too late: the job has ended"
 class Controller:
     """The client that controls a job.
 
-    Commands are executed one after another. The next one is read after the answer to the last one, and the frame or
-    checkpoint that it asked for, were written. So a client that sends commands and does not read delays only itself.
-    Until then no acknowledgements are read either; such a client does not need them.
+    Commands are executed one after another. The next command is read only after the answer to the previous one was
+    written, with the frame or checkpoint that it requested. So a client that sends commands and does not read delays
+    only itself. In the meantime no acknowledgements are read either; such a client does not need them.
     """
 
     def __init__(self, events: JobEventStream, scheduler: Scheduler, limits: Limits) -> None:
@@ -58,8 +58,8 @@ class Controller:
     async def responses(
         self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall
     ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
-        """All events and answers, while commands are read. The result is last, after the answer to a command that was
-        being executed. Raises the error that the job ended with."""
+        """Yields all events and answers, and reads commands in the meantime. The result is last, after the answer to a
+        command that was being executed. Raises the error that the job ended with."""
         with self._reading_commands(requests, call):
             result = None
             async for number, event in self._mailbox.events():
@@ -69,8 +69,8 @@ class Controller:
                         await self._executing.acquire()  # never released, so no further command is executed
                     case Answer():
                         yield pb.StylizeInteractiveResponse(command_result=_command_result(event))
-                        if event.taken is not None:
-                            yield await self._events.response(RESPONSE, number, event.taken, LOSSLESS)
+                        if event.output is not None:
+                            yield await self._events.response(RESPONSE, number, event.output, LOSSLESS)
                         self._written_answers.release()
                     case _:
                         yield await self._events.response(RESPONSE, number, event)
@@ -89,7 +89,7 @@ class Controller:
             task.cancel()  # before the status is sent, because reading raises after that
 
     async def _read_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> None:
-        """Returns when the client closes its side of the stream, which gives up control of the job."""
+        """Executes commands until the client closes its side of the stream, which gives up control of the job."""
         async for request in requests:
             call.received(request)
             if request.WhichOneof("command") == "ack":
@@ -116,13 +116,13 @@ class Controller:
                 raise InvalidRequest([Violation("", "came too early: the job's images are still being decoded")])
             command = _command(request, self._job.summary, self._limits)
             done: Done = await self._scheduler.command(self._job, command)
-            if isinstance(done.taken, Saved):
-                await self._events.encoders.write_checkpoint(done.taken.state)  # raises if it is too large
+            if isinstance(done.output, Saved):
+                await self._events.encoders.write_checkpoint(done.output.state)  # raises if it is too large
         except (InvalidRequest, InvalidRecipe) as error:
             return _refused(request, error.violations)
         except GramophoneError as error:  # the stream ends with it, too, if the job does
             return _refused(request, [Violation("", str(error))])
-        return Answer(request.command_id, done.iteration, taken=done.taken)
+        return Answer(request.command_id, done.iteration, output=done.output)
 
 
 def _command(request: pb.StylizeInteractiveRequest, summary: JobSummary, limits: Limits) -> Command:
@@ -163,7 +163,7 @@ def _changes(update: pb.UpdateCommand, summary: JobSummary, limits: Limits) -> R
         violation = Violation(
             "iterations",
             f"would make {iterations} over all scales; at most {limits.max_iterations} are allowed "
-            f"(server setting {variable('max_iterations')})",
+            f"(server setting {env_variable('max_iterations')})",
         )
         raise InvalidRequest([violation])
     return changes

@@ -77,7 +77,7 @@ class Encoders:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, into: pb.Image, picture: Picture, encoding: Encoding, metadata: str | None = None) -> None:
-        """Fills ``into`` with the encoded picture. The first call for an encoding starts it, others share it."""
+        """Fills ``into`` with the encoded picture. The first call for an encoding starts it; later ones share it."""
         future = picture.encodings.get(encoding)
         if future is None:
             wait = picture.wait
@@ -111,7 +111,7 @@ def _retrieve_exception(future: asyncio.Future[Any]) -> None:
 class JobEventStream:
     """The events of a job as messages for one of its watchers.
 
-    `frames` are the options of its frames. `attached`: its request found the job rather than created it. `weights`
+    `frames` are the options of the watcher's frames. `attached`: the watcher's request found an existing job. `weights`
     names the weights of the network.
     """
 
@@ -132,16 +132,16 @@ class JobEventStream:
         self._attached = attached
         self._weights = weights
 
-    async def responses(self, kind: type[R]) -> AsyncIterator[R]:
-        """All events, for a watcher that sends no commands. Raises the error that the job ended with."""
+    async def responses(self, message_type: type[R]) -> AsyncIterator[R]:
+        """Yields all events, for a watcher that sends no commands. Raises the error that the job ended with."""
         async for number, event in self.mailbox.events():
             assert not isinstance(event, Answer), "only a controller gets answers"
-            yield await self.response(kind, number, event)
+            yield await self.response(message_type, number, event)
 
-    async def response(self, kind: type[R], number: int, event: Event, frames: Encoding | None = None) -> R:
-        """The message of one event. ``frames`` replaces the watcher's encoding of frames. Fields are filled in place,
-        because a message is copied when it is put into another one, which copied a frame four times."""
-        response = kind()
+    async def response(self, message_type: type[R], number: int, event: Event, frames: Encoding | None = None) -> R:
+        """The message of one event. ``frames`` replaces the watcher's encoding of frames. Fields are filled in place:
+        a message that is assigned to a field of another one is copied, which would copy a frame four times."""
+        response = message_type()
         message = response.event
         message.sequence = number
         match event:

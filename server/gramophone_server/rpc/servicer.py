@@ -18,16 +18,23 @@ from gramophone.wire import recipe_to_message
 from gramophone_server.config import Limits
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
-from gramophone_server.images.upload_store import Upload, Uploads
+from gramophone_server.images.upload_store import Upload, UploadStore
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
 from gramophone_server.jobs.registry import JobRegistry
-from gramophone_server.rpc.admission import Admission, refuse
+from gramophone_server.rpc.admission import Admission
 from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
 from gramophone_server.rpc.interactive import Controller
 from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding, version
 from gramophone_server.rpc.status import reason
-from gramophone_server.rpc.validation import check_first, check_no_credit, check_page, check_request_id, check_watch
+from gramophone_server.rpc.validation import (
+    check_first_message,
+    check_no_max_in_flight,
+    check_page_options,
+    check_request_id,
+    check_watch_options,
+    raise_violations,
+)
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
@@ -37,7 +44,7 @@ __all__ = ["Servicer"]
 
 log = logging.getLogger(__name__)
 
-PAGE_SIZE, MAX_PAGE_SIZE = 50, 100  # jobs on a page of a list
+PAGE_SIZE, MAX_PAGE_SIZE = 50, 100  # jobs on a page of ListJobs
 
 
 class Servicer(pb_grpc.StyleTransferServiceServicer):
@@ -63,7 +70,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._preparations: dict[Job, asyncio.Task[None]] = {}
 
     @property
-    def uploads(self) -> Uploads:
+    def uploads(self) -> UploadStore:
         """The uploaded images that are kept for later jobs."""
         return self._admission.uploads
 
@@ -107,7 +114,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         async with self.calls.rpc("StylizeStream", context) as call:
             with self._counting_rejections():
                 call.received(request)
-                refuse(check_no_credit(request.spec.frames, "spec.frames"))
+                raise_violations(check_no_max_in_flight(request.spec.frames, "spec.frames"))
                 events = await self._create_or_find(request, call)
             async for response in events.responses(pb.StylizeStreamResponse):
                 with call.sending(response):
@@ -129,7 +136,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """See the proto."""
         async with self.calls.rpc("WatchJob", context) as call:
             call.received(request)
-            refuse((*check_watch(request), *check_no_credit(request.frames, "frames")))
+            raise_violations((*check_watch_options(request), *check_no_max_in_flight(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             events = self._watch(job, call, request, after=request.after_sequence)
             async for response in events.responses(pb.WatchJobResponse):
@@ -150,7 +157,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             call.received(request)
             if not self._list_jobs:
                 raise ListingDisabled
-            refuse(check_page(request))
+            raise_violations(check_page_options(request))
             size = min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE)
             before = int(request.page_token) if request.page_token else None
             page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
@@ -211,11 +218,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         with self._counting_rejections():
             if first is not None:
                 call.received(first)
-            refuse(check_first(first))
+            raise_violations(check_first_message(first))
             assert first is not None, "its absence was refused"
             if first.HasField("start"):
                 return await self._create_or_find(first.start, call, controls=True)
-        refuse(check_watch(first.attach, "attach."))
+        raise_violations(check_watch_options(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
         return self._watch(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
@@ -228,20 +235,21 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
     ) -> JobEventStream:
         """The events of a new job, or of the job that an earlier request with the same id created."""
         spec, request_id = request.spec, request.request_id.lower()
-        refuse(check_request_id(request_id))
+        raise_violations(check_request_id(request_id))
         job = await self._find_by_request(request_id, spec)
         attached = job is not None
         if job is None:
             job = self._create(spec, request_id, call)
         else:
-            refuse(check_watch(spec, "spec."))  # the fields that may differ from the request that created the job
+            # The only fields that may differ from those of the request that created the job.
+            raise_violations(check_watch_options(spec, "spec."))
         return self._watch(job, call, spec, attached=attached, controls=controls)
 
     async def _find_by_request(self, request_id: str, spec: pb.JobSpec) -> Job | None:
         """The job that an earlier request with this id created. Raises `RequestIdTaken` if its spec was another one."""
         digest = None
         # Looked up again after each wait: if the job has failed in the meantime, the request is a new one.
-        while (job := self.jobs.of_request(request_id)) is not None:
+        while (job := self.jobs.find_by_request(request_id)) is not None:
             if job in self._preparations:  # its digest is known when that has ended
                 await asyncio.wait([self._preparations[job]])
             elif digest is None:
@@ -253,7 +261,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         return None
 
     def _create(self, spec: pb.JobSpec, request_id: str, call: RpcCall) -> Job:
-        """A job that is being prepared; the caller must watch it at once."""
+        """Creates a job and starts to prepare it. The caller must watch it at once."""
         reservation = self._scheduler.reserve()  # before anything is hashed or decoded
         # Clipped, because it is not checked yet, and GetJob may need the job's expire time before that.
         grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
@@ -288,19 +296,19 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self,
         job: Job,
         call: RpcCall,
-        wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
+        options: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand,
         *,
         after: int = 0,
         attached: bool = False,
         controls: bool = False,
     ) -> JobEventStream:
         """The job's events after number `after`. Synchronous, so that no job is left without a watcher."""
-        frames = _frame_rule(wanted.frames) if wanted.HasField("frames") else None
-        checkpoints = _checkpoint_rule(wanted.checkpoints) if wanted.HasField("checkpoints") else None
+        frames = _frame_rule(options.frames) if options.HasField("frames") else None
+        checkpoints = _checkpoint_rule(options.checkpoints) if options.HasField("checkpoints") else None
         mailbox = job.watch(frames, checkpoints, after, controls=controls)
         call.attach(job, mailbox)
         weights = self._scheduler.engine.weights_source
-        return JobEventStream(job, mailbox, self._encoders, wanted.frames, attached=attached, weights=weights)
+        return JobEventStream(job, mailbox, self._encoders, options.frames, attached=attached, weights=weights)
 
     # Metrics of jobs --------------------------------------------------------------------------------------------------
 
@@ -314,13 +322,13 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             raise
 
     def _count_ended_job(self, job: Job) -> None:
-        assert job.lasted_s is not None, "it has ended"
+        assert job.duration_s is not None, "it has ended"
         if job.summary is None:  # never accepted; if its caller gave it up before that, it was not rejected either
             if job.error is not None and not isinstance(job.error, Cancelled):
                 self._metrics.job_rejected(reason(job.error))
             return
         outcome = job.result.reason.name if job.result is not None else reason(job.error or Cancelled())
-        self._metrics.job_ended(outcome, job.lasted_s, job.waited_s, job.first_frame_s)
+        self._metrics.job_ended(outcome, job.duration_s, job.waited_s, job.first_frame_s)
 
 
 def _cache_stats(counts: CacheCounts) -> pb.CacheStats:

@@ -32,7 +32,7 @@ from gramophone_server.errors import (
     TooManyWatchers,
 )
 
-__all__ = ["CODES", "Refusal", "reason", "refusal"]
+__all__ = ["CODES", "AbortStatus", "abort_status", "reason"]
 
 DOMAIN = "gramophone"
 
@@ -74,7 +74,7 @@ CODES: Mapping[type[GramophoneError], Code] = {
 }
 
 
-class Refusal(NamedTuple):
+class AbortStatus(NamedTuple):
     """The arguments of `context.abort`."""
 
     code: grpc.StatusCode
@@ -87,7 +87,7 @@ def reason(error: GramophoneError) -> str:
     return pb.ErrorReason.Name(CODES[type(error)].reason).removeprefix("ERROR_REASON_")
 
 
-def refusal(error: GramophoneError) -> Refusal:
+def abort_status(error: GramophoneError) -> AbortStatus:
     """The status of an error, with `ErrorInfo` and, where they apply, `BadRequest` and `RetryInfo` in its details."""
     code = CODES[type(error)].code
     message = _cropped(str(error), MAX_MESSAGE_LENGTH)
@@ -107,7 +107,7 @@ def refusal(error: GramophoneError) -> Refusal:
         room = MAX_DETAILS_BYTES - status.ByteSize() - 64  # the 64 are the envelope of the detail
         status.details.append(_packed(_bad_request(error, room)))
     trailers.append(("grpc-status-details-bin", status.SerializeToString()))
-    return Refusal(code, message, tuple(trailers))
+    return AbortStatus(code, message, tuple(trailers))
 
 
 def _retry_ms(error: GramophoneError) -> int | None:

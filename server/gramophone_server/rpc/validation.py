@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf import duration_pb2
 
 from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_server.config import Limits, variable
+from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job import MIN_SIDE, StyleJob
+from gramophone_server.errors import InvalidRequest
 
 __all__ = [
     "check_checkpoints",
-    "check_first",
+    "check_first_message",
     "check_frames",
-    "check_no_credit",
-    "check_page",
+    "check_no_max_in_flight",
+    "check_page_options",
     "check_request_id",
-    "check_result",
+    "check_result_size",
     "check_resumed",
     "check_spec",
-    "check_watch",
+    "check_watch_options",
+    "raise_violations",
 ]
 
 MAX_STYLE_WEIGHT = 1000.0
@@ -33,6 +35,12 @@ MAX_IN_FLIGHT = 16  # unacknowledged frames
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MAX_FRAME_SIDE = 16384  # pixels; above the largest `max_size` that a server can have
+
+
+def raise_violations(violations: Iterable[Violation]) -> None:
+    """Raises `InvalidRequest` if there are any violations."""
+    if violations := tuple(violations):
+        raise InvalidRequest(violations)
 
 
 def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
@@ -49,7 +57,7 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
             recipe = recipe_from_message(spec.recipe)
         except InvalidRecipe as error:
             yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
-            recipe = _rest(spec.recipe, error.violations)
+            recipe = _without_invalid_fields(spec.recipe, error.violations)
         yield from _check_recipe(recipe, limits, layers)
         yield from _check_start_image(spec, recipe.start)
     if spec.HasField("frames"):
@@ -59,7 +67,8 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     if not 0 <= grace_s <= limits.max_detach_s:
         yield Violation(
             "spec.detach_grace",
-            f"must be 0 to {limits.max_detach_s} seconds (server setting {variable('max_detach_s')}), got {grace_s:g}",
+            f"must be 0 to {limits.max_detach_s} seconds (server setting {env_variable('max_detach_s')}), "
+            f"got {grace_s:g}",
         )
     yield from _check_format("spec.result_format", spec.result_format)
     yield from _check_quality("spec.result_quality", spec.result_quality)
@@ -77,7 +86,7 @@ def check_request_id(request_id: str) -> Iterator[Violation]:
         yield Violation("request_id", f"must be a UUID of 36 characters, or empty, got {request_id[:48]!a}")
 
 
-def check_page(request: pb.ListJobsRequest) -> Iterator[Violation]:
+def check_page_options(request: pb.ListJobsRequest) -> Iterator[Violation]:
     """Violations of a request for a page of jobs."""
     if request.page_size < 0:
         yield Violation("page_size", f"must be 0 or more, got {request.page_size}")
@@ -85,7 +94,7 @@ def check_page(request: pb.ListJobsRequest) -> Iterator[Violation]:
         yield Violation("page_token", f"is not a page token of this server, got {request.page_token[:48]!a}")
 
 
-def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
+def _without_invalid_fields(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
     """The recipe without the fields that have violations, so that the others are still checked."""
     rest = pb.Recipe()
     rest.CopyFrom(message)
@@ -97,16 +106,16 @@ def _rest(message: pb.Recipe, violations: Sequence[Violation]) -> Recipe:
         return Recipe()
 
 
-def check_result(job: StyleJob) -> Iterator[Violation]:
+def check_result_size(job: StyleJob) -> Iterator[Violation]:
     """Violations that need the decoded content image."""
     shorter = min(job.result_size)
     if shorter < MIN_SIDE:
         sides = job.content.shape[1:]
-        enough = -(-max(sides) * MIN_SIDE // min(sides))
+        min_size = -(-max(sides) * MIN_SIDE // min(sides))
         yield Violation(
             "spec.recipe.size",
             f"makes a {job.result_size[0]}x{job.result_size[1]} picture of this content image; its shorter side must "
-            f"have at least {MIN_SIDE} pixels, so ask for a size of {enough} or more, or crop the image",
+            f"have at least {MIN_SIDE} pixels, so ask for a size of {min_size} or more, or crop the image",
         )
 
 
@@ -125,7 +134,8 @@ def _check_styles(styles: Sequence[pb.StyleSource], limits: Limits) -> Iterator[
     if not 1 <= len(styles) <= limits.max_styles:
         yield Violation(
             "spec.styles",
-            f"must have 1 to {limits.max_styles} images (server setting {variable('max_styles')}), got {len(styles)}",
+            f"must have 1 to {limits.max_styles} images (server setting {env_variable('max_styles')}), "
+            f"got {len(styles)}",
         )
     for i, style in enumerate(styles):
         yield from _check_image(f"spec.styles[{i}].image", style.image, "the style image")
@@ -141,7 +151,7 @@ def _check_recipe(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iter
     """Violations of the server's rules, beyond the recipe's own: its network and its limits."""
     yield from _check_layers("spec.recipe.content_layers", recipe.content_layers, layers)
     yield from _check_layers("spec.recipe.style_layers", recipe.style_layers, layers)
-    setting = f"(server setting {variable('max_size')})"
+    setting = f"(server setting {env_variable('max_size')})"
     if recipe.size > limits.max_size:
         yield Violation("spec.recipe.size", f"must be at most {limits.max_size} pixels {setting}, got {recipe.size}")
     elif recipe.size * recipe.style_scale > limits.max_size:
@@ -157,7 +167,7 @@ def _check_recipe(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iter
         yield Violation(
             "spec.recipe.iterations",
             f"and coarse_iterations make {iterations} over {scales} scale{'s' if scales > 1 else ''}; "
-            f"at most {limits.max_iterations} are allowed (server setting {variable('max_iterations')})",
+            f"at most {limits.max_iterations} are allowed (server setting {env_variable('max_iterations')})",
         )
 
 
@@ -198,14 +208,16 @@ def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator
     yield from _check_interval(f"{field}.min_interval", checkpoints.min_interval)
 
 
-def check_watch(wanted: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = "") -> Iterator[Violation]:
+def check_watch_options(
+    options: pb.JobSpec | pb.WatchJobRequest | pb.AttachCommand, prefix: str = ""
+) -> Iterator[Violation]:
     """Violations of the options for watching an existing job."""
-    yield from check_frames(wanted.frames, f"{prefix}frames")
-    yield from check_checkpoints(wanted.checkpoints, f"{prefix}checkpoints")
+    yield from check_frames(options.frames, f"{prefix}frames")
+    yield from check_checkpoints(options.checkpoints, f"{prefix}checkpoints")
 
 
-def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
-    """A violation if `max_in_flight` is set on a stream without commands, which has no acknowledgements."""
+def check_no_max_in_flight(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
+    """A violation if `max_in_flight` is set for a stream without commands, which has no acknowledgements."""
     if frames.max_in_flight:
         yield Violation(
             f"{field}.max_in_flight",
@@ -213,8 +225,8 @@ def check_no_credit(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
         )
 
 
-def check_first(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violation]:
-    """Violations of a controller's first message; None if it closed its side without one."""
+def check_first_message(request: pb.StylizeInteractiveRequest | None) -> Iterator[Violation]:
+    """Violations of a controller's first message; ``request`` is None if the client closed its side without one."""
     command = request.WhichOneof("command") if request is not None else "none"
     if command not in ("start", "attach"):
         yield Violation("command", f"the first message must be start or attach, got {command or 'an unknown one'}")

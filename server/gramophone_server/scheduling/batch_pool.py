@@ -1,7 +1,7 @@
-"""Which jobs share a batch.
+"""Assigns jobs to batches.
 
 Jobs of one shape share batches. A batch is as wide as the measurements recommend, and the batches of a shape are
-rebuilt when jobs come and go. Belongs to the compute thread.
+rebuilt when jobs join or end. Belongs to the compute thread.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class BatchPool:
         self._batches: list[PooledBatch] = []
         # The widest batch that memory allowed, until the pool is empty.
         self._max_slots: dict[Shape, int] = {}
-        # A batch of one slot ran out of memory beside others: until a batch is closed, no second one is opened.
+        # A batch of one slot ran out of memory beside others. Until a batch is closed, no other one is opened.
         self._allocator_full = False
-        self._failed: dict[Task, Exception] = {}  # by the present `assign`, or since the last one
+        self._failed: dict[Task, Exception] = {}  # jobs that the next return of `assign` reports
         self._parked_bytes = 0  # of the tensors of jobs that are in no batch
         self._assign_until = math.inf
 
@@ -68,20 +68,20 @@ class BatchPool:
 
     def assign(self, tasks: Sequence[Task], paused_bytes: int = 0, until: float = math.inf) -> dict[Task, Exception]:
         """Assigns each job to a batch. Jobs that do not fit in memory, or are not assigned before ``until``, stay
-        unassigned and are tried again next time: to join a batch can take as long as an iteration, or as the targets of
-        the job's paintings. At least one job is assigned in any case. Returns the jobs that are lost, each with its
-        error: `OutOfDeviceMemory` for a job that does not fit even alone.
+        unassigned and are tried again next time: joining a batch can take as long as an iteration, or as the
+        computation of the job's style targets. At least one job is tried in any case. Returns the jobs that are lost,
+        each with its error: `OutOfDeviceMemory` for a job that does not fit even alone.
 
-        ``paused_bytes``: of the tensors that paused jobs hold on the device.
+        ``paused_bytes``: size of the tensors that paused jobs hold on the device.
         """
         self._parked_bytes = paused_bytes + sum(task.state.bytes for task in tasks if task.batch is None)
         was_short, self.memory_short = self.memory_short, False
-        self._assign_until = math.inf  # for the first one
+        self._assign_until = math.inf  # until one job is assigned
         by_shape: dict[Shape, list[Task]] = defaultdict(list)
         for task in tasks:
             by_shape[task.state.shape if task.batch is None else task.batch.shape].append(task)
-        for shape, alike in by_shape.items():
-            self._assign(shape, alike, until)
+        for shape, tasks_of_shape in by_shape.items():
+            self._assign(shape, tasks_of_shape, until)
         for task in tasks:
             task.newly_arrived |= task.batch is None
         # If the time ran out, jobs that were short of memory before may not have been tried.
@@ -140,12 +140,13 @@ class BatchPool:
         self._close_batch(batch)
 
     def _assign(self, shape: Shape, tasks: list[Task], until: float) -> None:
-        wanted = widths(len(tasks), self._max_width(shape, len(tasks)))
+        """Assigns the jobs of one shape. Disbands its batches whose width is no longer the best."""
+        target_widths = widths(len(tasks), self._max_width(shape, len(tasks)))
         batches = [batch for batch in self._batches if batch.shape == shape]
         open_widths = sorted((batch.slots for batch in batches), reverse=True)
-        if all(task.batch for task in tasks) and open_widths == wanted:
+        if all(task.batch for task in tasks) and open_widths == target_widths:
             return
-        missing = Counter(wanted)
+        missing = Counter(target_widths)
         for batch in sorted(batches, key=lambda batch: -len(batch.tasks)):
             if missing[batch.slots]:
                 missing[batch.slots] -= 1
@@ -160,8 +161,8 @@ class BatchPool:
                 self._place(self._batch_with_room(shape, missing), task)
                 self._assign_until = until
             except OutOfDeviceMemory as error:
-                if wanted[0] > 1:
-                    self._max_slots[shape] = wanted[0] // 2
+                if target_widths[0] > 1:
+                    self._max_slots[shape] = target_widths[0] // 2
                     self._assign(shape, tasks, until)
                 elif not self._batches:
                     self._failed[task] = error
@@ -173,7 +174,7 @@ class BatchPool:
                 self._failed[task] = error
 
     def _max_width(self, shape: Shape, jobs: int) -> int:
-        """The widest batch that is worth its time and fits the device; a power of two."""
+        """The widest batch that is expected to be fast and fits the device; a power of two."""
         best, limit = self._throughput.best_width(shape, jobs), self._engine.max_slots(shape)
         width = min(best, self._max_slots.get(shape, best), 1 << (limit.bit_length() - 1))
         while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:
@@ -195,7 +196,7 @@ class BatchPool:
         return batch
 
     def _place(self, batch: PooledBatch, task: Task) -> None:
-        """Puts a job into a batch. The time that this takes counts as the job's use of the device."""
+        """Puts a job into a batch. The time that this takes counts as device time of the job."""
         started_at = self._clock()
         try:
             task.slot = batch.engine_batch.join(task.state)
@@ -204,7 +205,7 @@ class BatchPool:
                 self._close_batch(batch)
             raise
         if task.newly_arrived:
-            competing = [other.used_s for each in self._batches for other in each.tasks.values()]
+            competing = [other.used_s for other_batch in self._batches for other in other_batch.tasks.values()]
             task.used_s, task.newly_arrived = min(competing, default=task.used_s), False
         task.used_s += self._clock() - started_at
         task.batch = batch
@@ -241,7 +242,8 @@ class _EstimateTooLarge(OutOfDeviceMemory):
 
 
 def widths(jobs: int, widest: int) -> list[int]:
-    """Widths of the batches for this many jobs, widest first: powers of two, with at most a quarter of slots empty."""
+    """Widths of the batches for this many jobs, widest first: powers of two up to ``widest``, with at most a quarter of
+    the slots empty."""
     result = []
     while jobs > 0:
         width = min(widest, 1 << (jobs - 1).bit_length())

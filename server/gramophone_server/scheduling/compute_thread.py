@@ -107,7 +107,7 @@ class ComputeThread:
             _resolve(self.ended, None)
 
     def _run_steps(self, worker: Worker) -> None:
-        """Until the table is stopped. A step is the pending commands, and one slice."""
+        """Runs steps until the table is stopped. A step executes the pending commands, and then runs one slice."""
         table = self._table
         while not table.stopped:
             self._step_started_at = None
@@ -126,7 +126,7 @@ class ComputeThread:
             table.remove_ended()
 
     def _wait(self, worker: Worker) -> None:
-        """Ends pauses that are over, starts waiting tasks, and returns when there is a running task or a command."""
+        """Ends pauses that are over, starts waiting tasks, and returns when a task runs or a command is pending."""
         table = self._table
         with table.lock:
             while not table.stopped:
@@ -135,15 +135,15 @@ class ComputeThread:
                     if task.budget_ends_at > now or not worker.finish_within_budget(task):
                         self._resume(task)
                 table.remove_ended()
-                room = self._limits.max_running - len(table.running)
-                for task in list(itertools.islice(filter(worker.may_start, table.waiting), room)):
+                free = self._limits.max_running - len(table.running)
+                for task in list(itertools.islice(filter(worker.may_start, table.waiting), free)):
                     worker.admit(task)
                     table.start(task)
                 table.waiting.report_positions(table.running)
                 if table.commands or table.running:
                     return
-                until = min((task.pause_ends_at for task in table.paused), default=None)
-                table.lock.wait(None if until is None else until - now)
+                next_pause_end = min((task.pause_ends_at for task in table.paused), default=None)
+                table.lock.wait(None if next_pause_end is None else next_pause_end - now)
 
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""
@@ -151,7 +151,7 @@ class ComputeThread:
             task = self._table.find(pending.observer)
             if task is None:
                 raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
-            outcome: Done | Exception = self._done(worker, task, pending.command)
+            outcome: Done | Exception = self._apply(worker, task, pending.command)
         except (GramophoneError, InvalidRecipe) as error:
             outcome = error
         except Exception:
@@ -160,8 +160,8 @@ class ComputeThread:
         _resolve(pending.done, outcome)
         self._table.remove_ended()
 
-    def _done(self, worker: Worker, task: Task, command: Command) -> Done:
-        """The one place where commands take effect. All watchers receive an event, the caller also gets `Done`."""
+    def _apply(self, worker: Worker, task: Task, command: Command) -> Done:
+        """The one place where commands take effect. All watchers receive an event; the caller also receives `Done`."""
         match command:
             case Pause():
                 self._pause(worker, task)
@@ -194,7 +194,7 @@ class ComputeThread:
                 task.observer.publish(Resumed(task.state.done))
 
     def _end_all(self, worker: Worker) -> None:
-        """After the last step: no task and no command stays without an end."""
+        """After the last step: ends every task that is left, and fails every command."""
         table = self._table
         with table.lock:
             tasks = [*table.running, *table.paused, *table.waiting]

@@ -36,7 +36,7 @@ from gramophone_server.scheduling.throughput import ThroughputModel
 
 __all__ = ["Scheduler"]
 
-# Deadline of a job without one, for its position in the queue: jobs with earlier deadlines overtake it until then.
+# Assumed for a job without a deadline, to order the queue: jobs with earlier deadlines overtake it until then.
 DEFAULT_DEADLINE_S = 600.0
 
 
@@ -44,7 +44,7 @@ class Scheduler:
     """Runs jobs on a compute thread. Build it inside the event loop that submits them; its methods belong to that loop.
 
     ``load`` builds and warms up the engine, on the compute thread. ``on_iterations`` is called on that thread after
-    each slice. ``throughput`` is the model that forecasts are made from.
+    each slice. ``throughput`` is the model that forecasts use.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Scheduler:
         """Returns the engine when it is loaded and warm. Raises the error of loading it."""
         return await asyncio.shield(self._thread.loaded)
 
-    # What is there ----------------------------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
@@ -86,7 +86,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Jobs that share the device now. Thread-safe, as the following counts."""
+        """Jobs that share the device now. This count and the following ones are thread-safe."""
         return len(self._table.running)
 
     @property
@@ -121,7 +121,7 @@ class Scheduler:
         return self._thread.step_s
 
     def estimated_wait_s(self) -> float | None:
-        """Seconds until a job that comes now would start; None while nothing was measured."""
+        """Seconds until a job that arrives now would start; None until a speed has been measured."""
         with self._table.lock:
             predicted = self._table.waiting.forecast(self._table.running)
         return None if predicted is None else predicted.starts[-1]
@@ -136,7 +136,7 @@ class Scheduler:
             if table.draining:
                 raise ShuttingDown
             _ = self.engine
-            if table.places >= self._limits.max_running + self._limits.max_queued:
+            if table.occupied_places >= self._limits.max_running + self._limits.max_queued:
                 retry_s = table.waiting.retry_after_s(table.running)
                 raise QueueFull(self.queued, self._limits.max_queued, retry_s, self.paused)
             reservation = Reservation(next(self._reservation_numbers))
@@ -155,22 +155,23 @@ class Scheduler:
             raise OutOfDeviceMemory(shape.width, shape.height)
 
     def require_time(
-        self, reservation: Reservation, pixels: int, shape: Shape, time_budget: float, left_s: float
+        self, reservation: Reservation, pixel_iterations: int, shape: Shape, time_budget: float, left_s: float
     ) -> None:
         """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so
         far and after all jobs that came before it. Otherwise later forecasts include the job while its images are
         decoded.
 
-        ``pixels``: its pixel-iterations; ``shape``: of its last scale; ``time_budget``: of its recipe, 0 for none.
+        ``pixel_iterations``: those that the job has left; ``shape``: that of its last scale; ``time_budget``: that of
+        its recipe, 0 for none.
         """
         with self._table.lock:
-            self._table.waiting.expect(reservation, self._table.running, pixels, shape, time_budget, left_s)
+            self._table.waiting.expect(reservation, self._table.running, pixel_iterations, shape, time_budget, left_s)
 
     def submit(
         self, reservation: Reservation, state: JobState, observer: JobObserver, deadline_at: float | None = None
     ) -> None:
-        """Queues a job, which takes the place of its reservation. ``deadline_at``: when the result is no longer wanted,
-        on the scheduler's clock. Raises `ShuttingDown` after `stop`."""
+        """Queues a job, which takes the place of its reservation. ``deadline_at``: when the caller stops waiting for
+        the result, on the scheduler's clock. Raises `ShuttingDown` after `stop`."""
         now = self._clock()
         budget_ends_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
         remaining_s = self._throughput.remaining_seconds(state)
@@ -196,9 +197,9 @@ class Scheduler:
         self._table.withdraw(observer)
 
     def command(self, observer: JobObserver, command: Command) -> asyncio.Future[Done]:
-        """Has a command executed before the job's next slice. Its effect is published to the job's watchers. The future
-        raises `InvalidRequest` or `InvalidRecipe` if the command cannot be executed, with fields relative to the
-        command, and `ShuttingDown` after `stop`."""
+        """Queues a command, which is executed before the job's next slice. Its effect is published to the job's
+        watchers. The future raises `InvalidRequest` or `InvalidRecipe` if the command cannot be executed, with fields
+        relative to the command, and `ShuttingDown` after `stop`."""
         done: asyncio.Future[Done] = self._loop.create_future()
         with self._table.lock:
             if self._table.stopped:

@@ -25,11 +25,11 @@ class JobObserver(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """The job must stop before its next iteration."""
+        """Whether the job must stop before its next iteration."""
 
     @property
     def accepts_light_checkpoint(self) -> bool:
-        """A light checkpoint is enough for every watcher."""
+        """Whether a light checkpoint is enough for every watcher."""
 
     def iterations_until_next_frame(self, iteration: int) -> int | None:
         """Iterations from this one to the next whose frame may be requested; None: no slice has to end for a frame."""
@@ -39,7 +39,7 @@ class JobObserver(Protocol):
         requests: the next frame is due an interval after ``now``."""
 
     def collect_checkpoint_requests(self, now: float, *, light: bool) -> set[object]:
-        """The watchers that want a light (full) checkpoint now; otherwise as `collect_frame_requests`."""
+        """The watchers that want a light (or else a full) checkpoint now; otherwise as `collect_frame_requests`."""
 
     def started(self) -> None:
         """The job has left the queue."""
@@ -62,12 +62,12 @@ class Task:
 
     state: JobState
     observer: JobObserver
-    budget_ends_at: float = math.inf  # a result must be there by then, however many iterations it has
+    budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
     latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
     remaining_s: float | None = None  # estimated device seconds to the end; None: nothing was measured yet
     # Batch
     batch: PooledBatch | None = None  # None: in no batch
-    slot: int = -1
+    slot: int = -1  # in the batch
     used_s: float = 0.0  # device seconds: its joins, and its share of its batches' iterations
     # On its assignment, its fair-share counter `used_s` starts at the smallest of the others'.
     newly_arrived: bool = True
@@ -78,7 +78,7 @@ class Task:
     last_report: Report | None = None  # None: the job has no picture of this server's making yet
     last_sent_report: Report | None = None
     progress_due_at: float = 0.0
-    scale: int = -1  # index of the scale whose speed is measured; -1: none yet
+    measured_scale: int = -1  # index of the scale whose speed is measured; -1: none yet
     scale_started_at: float = 0.0
     iterations_before_scale: int = 0
     # End
@@ -100,15 +100,15 @@ class PooledBatch:
 
     @property
     def shape(self) -> Shape:
-        """Of all jobs in it."""
+        """The shape of all jobs in the batch."""
         return self.engine_batch.shape
 
     @property
     def slots(self) -> int:
-        """Its width: the number of slots."""
+        """The number of slots, used or empty: the width of the batch."""
         return self.engine_batch.slots
 
     @property
     def has_room(self) -> bool:
-        """A slot is free."""
+        """Whether a slot is free."""
         return len(self.tasks) < self.slots

@@ -22,7 +22,7 @@ __all__ = ["PendingCommand", "TaskTable"]
 class PendingCommand(NamedTuple):
     """A command that the compute thread has not executed yet."""
 
-    observer: JobObserver  # of the job
+    observer: JobObserver  # of the job that the command is for
     command: Command
     done: asyncio.Future[Done]
 
@@ -66,13 +66,13 @@ class TaskTable:
             return len(self.reservations) + len(self.waiting) + len(self.running)
 
     @property
-    def places(self) -> int:
-        """All jobs: active and paused ones."""
+    def occupied_places(self) -> int:
+        """All jobs: active and paused ones. Each occupies a place."""
         with self.lock:
-            return len(self.reservations) + len(self.waiting) + len(self.running) + len(self.paused)
+            return self.active + len(self.paused)
 
     def find(self, observer: JobObserver) -> Task | None:
-        """The task of a job that has not ended."""
+        """The task of a job; None if it has ended, or is not in the table."""
         with self.lock:
             tasks = (*self.running, *self.waiting, *self.paused)
             return next((task for task in tasks if task.observer is observer and not task.ended), None)
@@ -94,10 +94,10 @@ class TaskTable:
     def withdraw(self, observer: JobObserver) -> None:
         """Removes a job that waits or is paused."""
         with self.lock:
-            stores = (self.waiting, self.paused)
-            found = [(store, task) for store in stores for task in store if task.observer is observer]
-            for store, task in found:
-                store.remove(task)
+            groups = (self.waiting, self.paused)
+            found = [(group, task) for group in groups for task in group if task.observer is observer]
+            for group, task in found:
+                group.remove(task)
             self.waiting.report_positions(self.running)
             if found:
                 self._on_place_freed()
@@ -105,10 +105,10 @@ class TaskTable:
     def remove_ended(self) -> None:
         """Removes all tasks that have ended."""
         with self.lock:
-            stores = (self.running, self.waiting, self.paused)
-            ended = [(store, task) for store in stores for task in store if task.ended]
-            for store, task in ended:
-                store.remove(task)
+            groups = (self.running, self.waiting, self.paused)
+            ended = [(group, task) for group in groups for task in group if task.ended]
+            for group, task in ended:
+                group.remove(task)
             if ended:
                 self._on_place_freed()
 
@@ -119,13 +119,13 @@ class TaskTable:
             self.running.append(task)
 
     def pause(self, task: Task, until: float) -> bool:
-        """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn, or was cancelled:
-        then it has to end at the next step, which does not look at paused tasks."""
+        """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn or cancelled: a
+        cancelled task must end at the next step, which does not look at paused tasks."""
         with self.lock:
-            store = self.running if task in self.running else self.waiting
-            if task not in store or task.observer.cancelled:
+            group = self.running if task in self.running else self.waiting
+            if task not in group or task.observer.cancelled:
                 return False
-            store.remove(task)
+            group.remove(task)
             task.paused_until = until
             self.paused.append(task)
             self._on_place_freed()  # a drain does not wait for paused jobs

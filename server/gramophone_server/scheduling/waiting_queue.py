@@ -32,7 +32,7 @@ class WaitingQueue:
     ) -> None:
         self._throughput, self._max_running, self._clock = throughput, max_running, clock
         self._tasks: list[Task] = []
-        # Device seconds that each job needs whose images are still being decoded.
+        # For each job whose images are still being decoded, the device seconds that it needs.
         self._expected: dict[Reservation, float] = {}
         self._positions_changed = False  # since the last report
         self._next_report_at = 0.0
@@ -60,7 +60,7 @@ class WaitingQueue:
         self._positions_changed = bool(self._tasks)
 
     def report_positions(self, running: Sequence[Task]) -> None:
-        """Publishes `Waiting` to the waiting tasks, if a position has changed and the last report is
+        """Publishes `Waiting` to the waiting tasks, if a position has changed and the last report is at least
         `REPORT_INTERVAL_S` ago. A task that will start next receives none."""
         now = self._clock()
         if not self._positions_changed or now < self._next_report_at:
@@ -74,38 +74,39 @@ class WaitingQueue:
         self,
         reservation: Reservation,
         running: Sequence[Task],
-        pixels: int,
+        pixel_iterations: int,
         shape: Shape,
         time_budget: float,
         left_s: float,
     ) -> None:
         """Includes the job of a reservation in forecasts until `forget`. Parameters and error: see
         `Scheduler.require_time`."""
-        each_s = self._throughput.seconds_per_iteration(shape)
-        if each_s is None:
+        iteration_s = self._throughput.seconds_per_iteration(shape)
+        if iteration_s is None:
             return
-        need_s = run_s = pixels * each_s / (shape.width * shape.height)
+        device_s = run_s = pixel_iterations * iteration_s / (shape.width * shape.height)
         predicted = self.forecast(running, run_s)
         wait_s, end_s = (0.0, run_s) if predicted is None else (predicted.starts[-1], predicted.end)
         if time_budget:
             run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
         if end_s > left_s:
             raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
-        self._expected[reservation] = need_s
+        self._expected[reservation] = device_s
 
     def forget(self, reservation: Reservation) -> None:
-        """The reservation was used or released."""
+        """Removes the job of a reservation, which was used or released, from forecasts."""
         self._expected.pop(reservation, None)
 
     def forecast(self, running: Sequence[Task], own_s: float = 0.0) -> Forecast | None:
-        """For a job that comes now, after all waiting and expected ones, and needs ``own_s`` device seconds. None while
-        nothing was measured."""
+        """The forecast for a job that arrives now, after all waiting and expected ones, and needs ``own_s`` device
+        seconds. None until a speed has been measured."""
         return self._forecast(running, self._expected.values(), own_s)
 
     def retry_after_s(self, running: Sequence[Task]) -> float:
         """Estimated seconds until a running job ends; at least one second."""
-        left = [task.remaining_s for task in running if task.remaining_s is not None]
-        return max(1.0, min(left) * len(running)) if left else DEFAULT_RETRY_S  # they share the device
+        remaining = [task.remaining_s for task in running if task.remaining_s is not None]
+        # The jobs share the device.
+        return max(1.0, min(remaining) * len(running)) if remaining else DEFAULT_RETRY_S
 
     def _insert(self, task: Task) -> int:
         index = bisect.bisect(self._tasks, task.latest_start_at, key=lambda other: other.latest_start_at)
@@ -115,18 +116,18 @@ class WaitingQueue:
 
     def _forecast(self, running: Sequence[Task], expected: Iterable[float], own_s: float) -> Forecast | None:
         for task in (*running, *self._tasks):
-            if task.remaining_s is None:  # it came before anything was measured
+            if task.remaining_s is None:  # it arrived before a speed was measured
                 task.remaining_s = self._throughput.remaining_seconds(task.state)
-        left = [task.remaining_s for task in running if task.remaining_s is not None]
-        waiting = [task.remaining_s for task in self._tasks if task.remaining_s is not None]
-        if len(left) < len(running) or len(waiting) < len(self._tasks):
+        running_s = [task.remaining_s for task in running if task.remaining_s is not None]
+        waiting_s = [task.remaining_s for task in self._tasks if task.remaining_s is not None]
+        if len(running_s) < len(running) or len(waiting_s) < len(self._tasks):
             return None
-        return forecast(left, (*waiting, *expected), own_s, self._max_running)
+        return forecast(running_s, (*waiting_s, *expected), own_s, self._max_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
-        """Of each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
-        room = max(0, self._max_running - len(running))
-        positions = [max(0, index + 1 - room) for index in range(len(self._tasks))]
+        """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
+        free = max(0, self._max_running - len(running))
+        positions = [max(0, index + 1 - free) for index in range(len(self._tasks))]
         predicted = self._forecast(running, (), 0.0) if positions else None
         starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
         return list(zip(positions, starts, strict=True))

@@ -32,20 +32,20 @@ __all__ = ["MEMORY_WAIT_S", "Worker"]
 
 log = logging.getLogger(__name__)
 
-# Length of a slice, if an iteration is not longer. To cancel a job takes no longer, and the wait for the GPU (30 us for
-# 0.4 ms at 256 px) comes once in a slice instead of after every iteration. A change of the batch costs nothing, so
-# longer slices gain nothing.
+# Length of a slice, if an iteration is not longer. Cancelling a job takes no longer than that, and the host waits for
+# the GPU (30 us, for an iteration of 0.4 ms at 256 px) once per slice instead of after every iteration. A switch to
+# another batch costs nothing, so longer slices gain nothing.
 SLICE_S = 0.02
 # As often as frames. 256 jobs with a message after every slice would send 12,000 a second; a core writes about 5,000.
-PROGRESS_EVERY_S = 0.1
-# A job that waits for memory lets smaller jobs start for so long. After that no job starts, until it has its memory.
+PROGRESS_INTERVAL_S = 0.1
+# While a job waits for memory, smaller jobs may start for this long. After that no job starts until it has its memory.
 MEMORY_WAIT_S = 10.0
-# When a client retries after its job was interrupted: this process has ended by then, and another server takes the job.
+# After this time a client retries an interrupted job: this process has ended by then, and another server takes the job.
 RETRY_INTERRUPTED_S = 1.0
 
 
 class Worker:
-    """Runs tasks in slices. Belongs to the compute thread; which tasks run is decided by its caller."""
+    """Runs tasks in slices. Belongs to the compute thread; its caller decides which tasks run."""
 
     def __init__(
         self,
@@ -67,12 +67,12 @@ class Worker:
 
     @property
     def memory_short(self) -> bool:
-        """At least one job waits for device memory."""
+        """Whether at least one job waits for device memory."""
         return self._memory_short_since is not None
 
     def may_start(self, task: Task) -> bool:
         """Whether a waiting task may start. While a job waits for device memory, only tasks that fit beside all others
-        may, and only for `MEMORY_WAIT_S`: otherwise its memory would never become free."""
+        may start, and only for `MEMORY_WAIT_S`: otherwise the memory for that job would never become free."""
         if self._memory_short_since is None:
             return True
         fits = self._pool.fits(task.state.shape, 1)
@@ -88,7 +88,7 @@ class Worker:
         `OutOfDeviceMemory` is raised."""
         if task.last_report is not task.last_sent_report:
             self._send_progress(task)
-        task.scale = -1  # so that its speed is measured anew
+        task.measured_scale = -1  # so that its speed is measured anew
         try:
             self._pool.detach(task)
         except OutOfDeviceMemory as error:
@@ -99,7 +99,7 @@ class Worker:
         """Runs one slice: of the task with the least device time, and of the tasks that share its batch. Tasks that end
         in it are marked as `ended`, and their observers are notified.
 
-        ``paused_bytes``: of the tensors that paused jobs hold on the device. Raises `DeviceLost`.
+        ``paused_bytes``: size of the tensors that paused jobs hold on the device. Raises `DeviceLost`.
         """
         for task in tasks:
             if task.observer.cancelled:
@@ -132,7 +132,7 @@ class Worker:
         """Ends all tasks, after an error that belongs to none of them, and closes all batches. Raises `DeviceLost`."""
         for batch in list(self._pool):
             self._pool.discard_batch(batch)
-        self._memory_short_since = None  # otherwise no task may start, and without a step this would stay so
+        self._memory_short_since = None  # otherwise no task could start, and without a step this would not change
         for task in tasks:
             self._fail(task, error)
         self._require_device()
@@ -189,19 +189,19 @@ class Worker:
         another batch, that batch goes first, unless this one has been idle for longer than its slice takes. A task
         whose budget does not last until its next picture ends now."""
         while assigned := [(task, task.batch) for task in tasks if task.batch is not None and not task.ended]:
-            poorest, batch = min(assigned, key=lambda each: each[0].used_s)
-            each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
+            least_served, next_batch = min(assigned, key=lambda pair: pair[0].used_s)
+            iteration_s = self._throughput.batch_seconds_per_iteration(next_batch.shape, next_batch.slots) or 0.0
             now = self._clock()
-            slice_s = max(each_s, SLICE_S)
-            urgent = [each for each in assigned if each[0].budget_ends_at < now + slice_s]
-            elsewhere = [each for each in urgent if each[1] is not batch]
-            if elsewhere and now < batch.idle_since + slice_s:
-                return min(elsewhere, key=lambda each: each[0].budget_ends_at)[1]
-            for task, its_batch in urgent:
-                if its_batch is not batch or task.budget_ends_at < now + each_s:
+            slice_s = max(iteration_s, SLICE_S)
+            urgent = [(task, batch) for task, batch in assigned if task.budget_ends_at < now + slice_s]
+            urgent_elsewhere = [(task, batch) for task, batch in urgent if batch is not next_batch]
+            if urgent_elsewhere and now < next_batch.idle_since + slice_s:
+                return min(urgent_elsewhere, key=lambda pair: pair[0].budget_ends_at)[1]
+            for task, batch in urgent:
+                if batch is not next_batch or task.budget_ends_at < now + iteration_s:
                     self.finish_within_budget(task)
-            if not poorest.ended:
-                return batch
+            if not least_served.ended:
+                return next_batch
         return None
 
     def _advance(self, batch: PooledBatch) -> None:
@@ -211,22 +211,22 @@ class Worker:
         for task in tasks:
             if task.started_at is None:
                 task.started_at = now
-            if task.scale != task.state.at:
-                task.scale, task.scale_started_at = task.state.at, now
+            if task.measured_scale != task.state.scale_index:
+                task.measured_scale, task.scale_started_at = task.state.scale_index, now
                 task.iterations_before_scale = task.state.done
-        each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots)
+        iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots)
         try:
-            reports = self._pool.advance(batch, _slice_iterations(tasks, now, each_s))
+            reports = self._pool.advance(batch, _slice_iterations(tasks, now, iteration_s))
         except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
             self._pool.discard_batch(batch)
             for task in tasks:
                 self._fail(task, error)
             return self._require_device()
-        each_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
+        iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
         for task in tasks:
             if task in reports:
                 try:
-                    self._process_report(task, reports[task], each_s)
+                    self._process_report(task, reports[task], iteration_s)
                 except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
                     self._fail(task, error)
 
@@ -237,8 +237,11 @@ class Worker:
         except Exception as error:
             raise DeviceLost("the device fails at an addition") from error
 
-    def _process_report(self, task: Task, report: Report, each_s: float) -> None:
-        """After a slice: sends progress, frame and checkpoint, and ends the job or its scale."""
+    def _process_report(self, task: Task, report: Report, iteration_s: float) -> None:
+        """After a slice: sends progress, frames and checkpoints that are due, and ends the job or its scale.
+
+        ``iteration_s``: estimated seconds of the next iteration.
+        """
         state, observer, now = task.state, task.observer, self._clock()
         task.last_report = report
         if report.diverged_at is not None:
@@ -251,7 +254,7 @@ class Worker:
             observer.publish(self.frame(task), watchers)
         if state.finished:
             self._finish(task, StopReason.ITERATIONS_DONE)
-        elif now + each_s > task.budget_ends_at:
+        elif now + iteration_s > task.budget_ends_at:
             self._finish(task, StopReason.TIME_BUDGET)
         else:
             for light in (True, False):
@@ -264,10 +267,10 @@ class Worker:
     def _send_progress(self, task: Task) -> None:
         report, now = task.last_report, self._clock()
         assert report is not None, "a task that was in a slice has a report"
-        task.last_sent_report, task.progress_due_at = report, now + PROGRESS_EVERY_S
-        per_s = (task.state.done - task.iterations_before_scale) / max(now - task.scale_started_at, 1e-9)
-        left_s = report.pixels_left / (per_s * report.width * report.height)
-        task.observer.publish(Progress(report, per_s, left_s))
+        task.last_sent_report, task.progress_due_at = report, now + PROGRESS_INTERVAL_S
+        iterations_per_s = (task.state.done - task.iterations_before_scale) / max(now - task.scale_started_at, 1e-9)
+        left_s = report.pixel_iterations_left / (iterations_per_s * report.width * report.height)
+        task.observer.publish(Progress(report, iterations_per_s, left_s))
 
     def _finish(self, task: Task, reason: StopReason) -> None:
         picture, report, started_at = self._picture(task), task.last_report, task.started_at
@@ -277,14 +280,14 @@ class Worker:
         self._end(task)
 
     def _update_remaining(self, task: Task) -> None:
-        """Estimates the remaining device time by the newest speed."""
-        width, height, _ = task.state.scales[task.state.at]
-        each_s = self._throughput.seconds_per_iteration(Shape.of(task.state.recipe, height, width))
-        if each_s is not None:
-            task.remaining_s = task.state.pixels_left * each_s / (width * height)
+        """Estimates the remaining device time from the newest speed."""
+        width, height, _ = task.state.scales[task.state.scale_index]
+        iteration_s = self._throughput.seconds_per_iteration(Shape.of(task.state.recipe, height, width))
+        if iteration_s is not None:
+            task.remaining_s = task.state.pixel_iterations_left * iteration_s / (width * height)
 
     def _picture(self, task: Task) -> Callable[[], Tensor]:
-        """A call that returns the present picture. Raises `InvalidRequest` if there is none yet."""
+        """A function that returns the present picture. Raises `InvalidRequest` if there is none yet."""
         _require_picture(task)
         if task.batch is not None:
             return task.batch.engine_batch.snapshot(task.slot)
@@ -314,15 +317,15 @@ class Worker:
         task.ended = True
 
 
-def _slice_iterations(tasks: list[Task], now: float, each_s: float | None) -> int:
+def _slice_iterations(tasks: list[Task], now: float, iteration_s: float | None) -> int:
     """Iterations of a slice: about `SLICE_S` long, not beyond the next frame of any task, nor beyond a time budget."""
-    if each_s is None:
+    if iteration_s is None:
         return 1
-    count = max(1, int(SLICE_S / each_s))
+    count = max(1, int(SLICE_S / iteration_s))
     for task in tasks:
         count = min(count, task.observer.iterations_until_next_frame(task.state.done) or count)
         if task.budget_ends_at < math.inf:
-            count = min(count, max(1, int((task.budget_ends_at - now) / each_s)))
+            count = min(count, max(1, int((task.budget_ends_at - now) / iteration_s)))
     return count
 
 

@@ -16,7 +16,7 @@ from gramophone_server.telemetry.metrics import Metrics
 
 __all__ = ["HealthMonitor"]
 
-PULSE_S = 0.25
+HEARTBEAT_S = 0.25
 # A step of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
 # at 2048 px on two cores these take two minutes.
 MAX_STEP_S = 300.0
@@ -49,7 +49,7 @@ class ObservedCache(Protocol):
 
 
 class HealthMonitor(Collector):
-    """Reads the state of other parts when it is asked. All but `watch` is thread-safe.
+    """Reads the state of other parts when a probe or a scrape asks for it. All methods but `watch` are thread-safe.
 
     `max_step_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
     """
@@ -70,21 +70,21 @@ class HealthMonitor(Collector):
         self._longest_step_s = max_step_s
         self._clock = clock
         self._tasks = 0
-        self._pulse_at = clock()
+        self._heartbeat_at = clock()
         metrics.registry.register(self)
 
     async def watch(self) -> None:
         """Measures the lag of the event loop, until it is cancelled."""
         while True:
-            due = self._clock() + PULSE_S
-            await asyncio.sleep(PULSE_S)
-            self._pulse_at = self._clock()
+            due = self._clock() + HEARTBEAT_S
+            await asyncio.sleep(HEARTBEAT_S)
+            self._heartbeat_at = self._clock()
             self._tasks = len(asyncio.all_tasks())
-            self._metrics.loop_was_late(max(0.0, self._pulse_at - due))
+            self._metrics.observe_loop_lag(max(0.0, self._heartbeat_at - due))
 
     def liveness_problem(self) -> str:
         """Why the process should be restarted; empty if it is alive."""
-        lag_s = self._clock() - self._pulse_at - PULSE_S
+        lag_s = self._clock() - self._heartbeat_at - HEARTBEAT_S
         if lag_s > MAX_LAG_S:
             return f"the event loop has not run for {lag_s:.0f} s"
         if self._scheduler.step_s > self._longest_step_s:

@@ -27,7 +27,7 @@ __all__ = ["HttpProbes"]
 # Open connections. One more replaces the oldest if that is older than REPLACEABLE_AFTER_S, and is closed otherwise.
 MAX_CONNECTIONS = 16
 REPLACEABLE_AFTER_S = 1.0  # a scrape takes milliseconds
-REQUEST_TIMEOUT_S = 5.0  # for a whole request and its answer
+REQUEST_TIMEOUT_S = 5.0  # for a whole request and its response
 
 
 class HttpProbes:

@@ -24,7 +24,7 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"]
 
-# Histogram buckets in seconds. A call lasts from microseconds, for a refusal, to minutes, for a large picture; an
+# Histogram buckets in seconds. A call lasts from microseconds, for a refusal, to minutes, for a large picture. An
 # iteration takes 0.4 ms or more on a GPU.
 CALL_S = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 WAIT_S = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -111,15 +111,15 @@ class Metrics:
 
     # The compute thread, reported by `scheduling`, and the event loop, reported by `health` ---------------------------
 
-    def iterated(self, shape: Shape, width: int, jobs: int, iterations: int, seconds: float) -> None:
-        """A batch of ``width`` slots has done ``iterations`` of each of its ``jobs`` in ``seconds``."""
+    def iterations_done(self, shape: Shape, width: int, jobs: int, iterations: int, seconds: float) -> None:
+        """A batch of ``width`` slots has completed ``iterations`` of each of its ``jobs`` in ``seconds``."""
         size = size_class(max(shape.width, shape.height))
         self._compute.iterations.labels(size).inc(iterations * jobs)
         self._compute.iteration.labels(size).observe(seconds / iterations)
         self._compute.width.labels(size).observe(width)
 
-    def loop_was_late(self, seconds: float) -> None:
-        """The event loop has run a timer this long after it was due."""
+    def observe_loop_lag(self, seconds: float) -> None:
+        """The event loop has run a timer ``seconds`` after it was due."""
         self._compute.loop_lag.observe(seconds)
 
 

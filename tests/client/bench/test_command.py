@@ -15,7 +15,7 @@ from gramophone_client import GramophoneClient
 from gramophone_client.bench import command, report
 from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.report import read_report
-from gramophone_client.types.picture import write_whole
+from gramophone_client.types.picture import write_atomically
 from tests.support.bench_reports import parse_page
 from tests.support.fake_service import encoded
 
@@ -93,10 +93,10 @@ def test_the_table_and_other_files_survive_a_file_that_cannot_be_written(gramoph
     def full(path, data):
         if Path(path).suffix == f".{lost}":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write_whole(path, data)
+        write_atomically(path, data)
 
     for module in (command, report):
-        monkeypatch.setattr(module, "write_whole", full)
+        monkeypatch.setattr(module, "write_atomically", full)
     code, out, err = gramophone(f"{QUICK} --concurrency 1 --json a.json --html a.html")
     assert code == 2 and "1 at a time" in out
     assert err == [
@@ -137,7 +137,7 @@ def test_a_comparison_page_that_cannot_be_written_is_reported_after_the_table(gr
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(command, "write_whole", full)
+    monkeypatch.setattr(command, "write_atomically", full)
     code, out, err = gramophone("bench --compare a.json a.json --html b.html")
     assert code == 2 and "throughput, jobs/s" in out
     assert err[0] == "gramophone: b.html: not written: No space left on device"

@@ -357,7 +357,7 @@ async def test_leaving_during_the_search_ends_it(client, service):
         await until(lambda: len(service.specs) >= 3)
         pausing = asyncio.create_task(job.pause())
         await asyncio.sleep(0)  # the task starts
-    with pytest.raises(errors.Cancelled, match="the control of the job was given up"):
+    with pytest.raises(errors.Cancelled, match="control of the job was given up"):
         await pausing
     await until(lambda: asyncio.all_tasks() <= tasks_before)  # no task is left that could send the job
 
@@ -375,7 +375,7 @@ async def test_leaving_ends_the_control_of_a_call_that_fails_at_the_same_time(cl
             calls.append(self)
 
     calls = []
-    monkeypatch.setattr(Connection, "sending", lambda *_: Call())
+    monkeypatch.setattr(Connection, "call_streaming", lambda *_: Call())
     async with asyncio.timeout(WITHIN_S), client.control(PHOTO, PAINTING):
         pass
     assert len(calls) == 1  # the job is not sent again

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from gramophone_client.types import picture
-from gramophone_client.types.picture import write_whole
+from gramophone_client.types.picture import write_atomically
 from tests.support.fake_service import PAINTING, PHOTO, accepted, encoded, result
 
 
@@ -22,7 +22,7 @@ async def test_saving_as_another_format_keeps_the_metadata(client, service, tmp_
 
 def test_files_are_written_atomically(folder, monkeypatch):
     path = folder / "out.png"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     assert path.stat().st_mode == (folder / "photo.png").stat().st_mode
 
     def full(*_):
@@ -30,7 +30,7 @@ def test_files_are_written_atomically(folder, monkeypatch):
 
     monkeypatch.setattr(picture.Path, "replace", full)
     with pytest.raises(OSError, match="No space") as raised:
-        write_whole(path, b"new")
+        write_atomically(path, b"new")
     assert raised.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(folder)) == ["out.png", "painting.png", "photo.png"]
