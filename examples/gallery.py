@@ -50,7 +50,7 @@ def paint(engine: VggEngine, recipe: Recipe, photo: str, style: str, progress: P
     bar = progress.add_task(title, total=total)
     while not run.finished:
         (report,) = run.advance()
-        progress.update(bar, completed=total - report.pixels_left)
+        progress.update(bar, completed=total - report.pixel_iterations_left)
     picture = run.picture(0)
     return Image.frombytes("RGB", (picture.shape[1], picture.shape[0]), bytes(picture.flatten().tolist()))
 

@@ -79,10 +79,10 @@ def test_a_job_continues_from_its_checkpoint_with_the_same_pictures(fast, light,
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_it_and_the_real_engine_read_the_checkpoints_of_each_other(fast, optimiser, average):
     job, _ = through(fast, job_state(iterations=8, optimiser=optimiser, average=average), 7)
-    written = fast.checkpoints.write(job, most_bytes=MOST)
-    assert written == VggEngine.checkpoints.write(job, most_bytes=MOST)
+    written = fast.checkpoints.write(job, max_bytes=MAX_BYTES)
+    assert written == VggEngine.checkpoints.write(job, max_bytes=MAX_BYTES)
     for engine in (fast, VggEngine):
-        again = engine.checkpoints.read(written, most_bytes=MOST).restore(job.job)
+        again = engine.checkpoints.read(written, max_bytes=MAX_BYTES).restore(job.job)
         assert again.done == 7 and torch.equal(again.tensors["image"], job.tensors["image"])
 
 
