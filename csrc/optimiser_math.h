@@ -56,7 +56,7 @@ struct Pixel {
   float image, last_good;
 };
 
-// The new image and last good image. A live job takes the proposal and keeps its present image as the last good one; a
+// The new image and last good image. A live job takes the proposal and keeps its current image as the last good one; a
 // job that has diverged returns to its last good image.
 GRAMOPHONE_BOTH Pixel apply_proposal(Pixel before, float proposal, bool alive) {
   const float held = alive ? before.image : before.last_good;
@@ -144,9 +144,9 @@ struct LbfgsState {
   int64_t* seen;     // [2, jobs]
 };
 
-// A job's ring of pair slots before the present gradient is added.
+// A job's ring of pair slots before the current gradient is added.
 struct Ring {
-  bool forms;  // the present gradient forms a pair with the previous one: false for the first gradient
+  bool forms;  // the current gradient forms a pair with the previous one: false for the first gradient
   int newest;  // slot of the new pair
   int held;    // slots in use, including the new pair's
 };

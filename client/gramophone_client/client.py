@@ -178,7 +178,7 @@ class GramophoneClient:
     ) -> AsyncGenerator[Update, None]:
         """Yields the updates of a job that exists already. Updates and errors are those of `stream`.
 
-        They start after the update whose `sequence` is `after_sequence`, as far as the server still has them; 0 starts
+        They start after the update whose `sequence` is `after_sequence`, if the server still has them; 0 starts
         with `Accepted`. After a lost connection the client reconnects until `detach_grace` seconds have passed. A lost
         job is not sent again, because the client does not have its images.
         """
@@ -257,7 +257,7 @@ class GramophoneClient:
         return await uploads.upload(self._connection, data, timeout_s)
 
     async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
-        """The present status of a job."""
+        """The current status of a job."""
         answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
         return parsing.job_status(answer.job)
 

@@ -122,7 +122,7 @@ class QueueFull(Exhausted):
 class DeadlineUnattainable(Exhausted):
     """By the server's estimate the job would not be done within `timeout_s`: allow more time, or set a `time_budget`.
 
-    `retry_after_s` is the time until the present load may be over; None if the job takes too long by itself.
+    `retry_after_s` is the time until the current load may be over; None if the job takes too long by itself.
     """
 
 

@@ -17,7 +17,7 @@ from gramophone_server.errors import StartupError
 __all__ = ["DECODERS", "Limits", "Settings", "env_variable", "load"]
 
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC keeps the limit in a C int
-# Images that are decoded at once, over all requests. More do not help while the compute thread uses the cores.
+# Images that are decoded at the same time, over all requests. More do not help while the compute thread uses the cores.
 DECODERS = 2
 # While an image is decoded: 22 measured with a transparent WebP that EXIF rotates.
 DECODING_BYTES_PER_PIXEL = 24

@@ -1,4 +1,4 @@
-"""Captured iterations give the results of launched ones, and a replay uses the present contents of its buffers."""
+"""Captured iterations give the results of launched ones, and a replay uses the current contents of its buffers."""
 
 from __future__ import annotations
 

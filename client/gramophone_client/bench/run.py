@@ -56,7 +56,7 @@ class Bench:
 
     plan: Plan
     clock: Callable[[], float] = time.monotonic  # in seconds
-    server: ServerInfo | None = None  # as of the start of the bench
+    server: ServerInfo | None = None  # at the start of the bench
     steps: list[Step] = field(default_factory=list)  # the completed steps
     load: LoadProfile | None = None  # of the current step
     recorder: Recorder | None = None  # of the current step

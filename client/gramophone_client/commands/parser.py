@@ -166,9 +166,9 @@ def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FIELD=VALUE",
         help=f"change one of {', '.join(CHANGEABLE)}; may be given several times",
     )
-    parser.add_argument("--save", type=_path_with(format_of), metavar="PATH", help="write the present picture")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the present state")
-    parser.add_argument("--finish", action="store_true", help="end the job with the present picture")
+    parser.add_argument("--save", type=_path_with(format_of), metavar="PATH", help="write the current picture")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the current state")
+    parser.add_argument("--finish", action="store_true", help="end the job with the current picture")
     display = parser.add_mutually_exclusive_group()
     display.add_argument("--preview", action="store_true", help="with keys: draw the picture in the terminal")
     display.add_argument("--quiet", action="store_true", help="with keys: no progress, only errors")

@@ -102,7 +102,7 @@ class JobControl:
         self._prepare = prepare
         self._recovery = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
         self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
-        self._takes_commands = False  # the present call does
+        self._takes_commands = False  # the current call does
         self._reader: asyncio.Task[None] | None = None
         self._command_ids = itertools.count(1)
         self._unanswered: dict[int, _Command] = {}  # by id, oldest first
@@ -180,21 +180,21 @@ class JobControl:
         return await self._command(update=command).answer
 
     async def picture(self) -> Frame:
-        """The present picture, in its full size and without loss."""
+        """The current picture, in its full size and without loss."""
         command = self._command(frame=pb.FrameCommand())
         await command.answer
         frame: Frame = await command.output
         return frame
 
     async def checkpoint(self, *, light: bool = False) -> Checkpoint:
-        """The job's present state; see `CheckpointOptions.light`."""
+        """The job's current state; see `CheckpointOptions.light`."""
         command = self._command(checkpoint=pb.CheckpointCommand(light=light))
         await command.answer
         checkpoint: Checkpoint = await command.output
         return checkpoint
 
     async def finish(self) -> int:
-        """Ends the job with the present picture as its result, which `result` and iterating then return. Returns the
+        """Ends the job with the current picture as its result, which `result` and iterating then return. Returns the
         iteration of that picture."""
         return await self._command(finish=pb.FinishCommand()).answer
 

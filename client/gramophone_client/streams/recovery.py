@@ -1,4 +1,4 @@
-"""What follows after a job has lost its connection or its server: attach to it again, send it again, or give it up."""
+"""Recovers a job that has lost its connection or its server: attaches to it again, sends it again, or gives it up."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Recovery:
     from here.
 
     A job that no server has accepted yet is sent again as the same request while the server takes no jobs, or if its
-    connection was lost. If there was no connection to lose, that is raised at once.
+    connection was lost. If there was no connection to lose, the error is raised at once.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Recovery:
         self._connection = connection
         self._grace_s = grace_s
         self._end_s = 0.0  # of time.monotonic
-        self._known_sequence = 0  # of the newest event before the present call
-        self._was_connected = False  # when the present call started
-        self._has_renewed_images = False  # the images of the present request were uploaded again
+        self._known_sequence = 0  # of the newest event before the current call
+        self._was_connected = False  # when the current call started
+        self._has_renewed_images = False  # the images of the current request were uploaded again
         self._seed = 0
         self._states = RecoveryStates(is_accepted=bool(job_id), grace_s=grace_s, patience_s=0.0)
 

@@ -1,4 +1,4 @@
-"""Writes the requests of a call, such that a write after the end of the call does not hide its status."""
+"""Writes the requests of a call so that a write after the end of the call does not hide its status."""
 
 from __future__ import annotations
 

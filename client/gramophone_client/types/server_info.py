@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts of a cache since the server started, and its present size."""
+    """Counts of a cache since the server started, and its current size."""
 
     hits: int
     misses: int

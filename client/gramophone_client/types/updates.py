@@ -82,10 +82,10 @@ class Progress(NumberedUpdate):
 
     iteration: int  # 1 to `iterations`, counted over all scales
     iterations: int
-    width: int  # of the present scale, in pixels
+    width: int  # of the current scale, in pixels
     height: int
     losses: Losses  # at the picture before this iteration's step
-    iterations_per_second: float  # at the present scale, since the last pause; 0 if not measured yet
+    iterations_per_second: float  # at the current scale, since the last pause; 0 if not measured yet
     time_left_s: float | None  # None if the server has no estimate
 
 
@@ -181,5 +181,5 @@ class JobStatus:
     width: int  # of the result, in pixels; 0 while the images are being decoded
     height: int
     losses: Losses | None  # None before the first iteration
-    stop_reason: str  # as of `Result`; "" unless the job succeeded
+    stop_reason: str  # as in `Result`; "" unless the job succeeded
     queue_position: int  # position in the queue while it is queued; 0: starts next

@@ -13,8 +13,8 @@
 
 namespace gramophone {
 
-struct OnDeviceOf {
-  explicit OnDeviceOf(const at::Tensor&) {}
+struct DeviceContext {
+  explicit DeviceContext(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return 6; }
   bool has_tensor_cores() const { return true; }
@@ -32,9 +32,9 @@ struct OnDeviceOf {
 namespace gramophone {
 
 // Makes the tensor's device the current device for the lifetime of this object.
-class OnDeviceOf {
+class DeviceContext {
  public:
-  explicit OnDeviceOf(const at::Tensor& tensor) : guard_(tensor.device()), device_(tensor.get_device()) {}
+  explicit DeviceContext(const at::Tensor& tensor) : guard_(tensor.device()), device_(tensor.get_device()) {}
 
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_).stream(); }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }

@@ -12,11 +12,11 @@
 namespace gramophone {
 
 template <typename T>
-const T* read(const at::Tensor& t) {
+const T* const_data(const at::Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <typename T>
-T* write(const at::Tensor& t) {
+T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -30,35 +30,36 @@ inline void require_aligned(const char* op, std::initializer_list<at::Tensor> te
                 " at a storage offset of ", t.storage_offset(), " elements");
 }
 
+// A type as a value, which a generic lambda can receive; Of<decltype(tag)> is the type.
 template <typename T>
-struct Type {
+struct TypeTag {
   using type = T;
 };
 template <typename T>
 using Of = typename T::type;
 
-// Calls call(Type<T>), T the kernels' type for a 16-bit torch type.
+// Calls call(TypeTag<T>), T the kernels' type for a 16-bit torch type.
 template <typename Call>
 void for_16_bit(at::ScalarType type, const Call& call) {
   if (type == at::kHalf)
-    call(Type<Fp16>{});
+    call(TypeTag<Fp16>{});
   else
-    call(Type<Bf16>{});
+    call(TypeTag<Bf16>{});
 }
 
-// Calls call(Type<G>, Type<T>), G the gradient's type: the features' type T, or bfloat16 if they are float16.
+// Calls call(TypeTag<G>, TypeTag<T>), G the gradient's type: the features' type T, or bfloat16 if they are float16.
 template <typename Call>
 void for_gradient(at::ScalarType gradient, at::ScalarType features, const Call& call) {
   if (features == at::kFloat)
-    call(Type<float>{}, Type<float>{});
+    call(TypeTag<float>{}, TypeTag<float>{});
   else if (features == at::kDouble)
-    call(Type<double>{}, Type<double>{});
+    call(TypeTag<double>{}, TypeTag<double>{});
   else if (features == at::kBFloat16)
-    call(Type<Bf16>{}, Type<Bf16>{});
+    call(TypeTag<Bf16>{}, TypeTag<Bf16>{});
   else if (gradient == at::kHalf)
-    call(Type<Fp16>{}, Type<Fp16>{});
+    call(TypeTag<Fp16>{}, TypeTag<Fp16>{});
   else
-    call(Type<Bf16>{}, Type<Fp16>{});
+    call(TypeTag<Bf16>{}, TypeTag<Fp16>{});
 }
 
 }  // namespace gramophone

@@ -31,14 +31,14 @@ Map map_of(const char* op, const at::Tensor& features, bool channels_last) {
 
 at::Tensor max_pool(const at::Tensor& features_in) {
   check_max_pool(features_in);
-  const OnDeviceOf here(features_in);
+  const DeviceContext device(features_in);
   const at::Tensor features = dense(features_in);
   at::Tensor pooled = at::empty({features.size(0), features.size(1), features.size(2) / 2, features.size(3) / 2},
                                 features.options(), format_of(features));
   const Map map = map_of("max_pool", features, is_channels_last(features));
   for_gradient(features.scalar_type(), features.scalar_type(), [&](auto, auto type) {
     using T = Of<decltype(type)>;
-    launch_max_pool(read<T>(features), map, write<T>(pooled), here.stream());
+    launch_max_pool(const_data<T>(features), map, mutable_data<T>(pooled), device.stream());
   });
   return pooled;
 }
@@ -48,37 +48,37 @@ at::Tensor max_pool_bwd(const at::Tensor& grad_in, const at::Tensor& features_in
   check_max_pool_bwd(grad_in, features_in, pooled_in);
   check_same_device("max_pool_bwd", "grad", grad_in, features_in);
   check_same_device("max_pool_bwd", "pooled", pooled_in, features_in);
-  const OnDeviceOf here(features_in);
+  const DeviceContext device(features_in);
   const at::Tensor features = dense(features_in);
   const Layout layout = layout_of(features);
   const at::Tensor grad = dense_as(grad_in, layout), pooled = dense_as(pooled_in, layout);
   at::Tensor out = at::empty(features.sizes(), grad.options(), format_of(features));
   const Map map = map_of("max_pool_bwd", features, layout.channels_last);
-  for_gradient(grad.scalar_type(), features.scalar_type(), [&](auto of_grad, auto type) {
-    using G = Of<decltype(of_grad)>;
+  for_gradient(grad.scalar_type(), features.scalar_type(), [&](auto grad_type, auto type) {
+    using G = Of<decltype(grad_type)>;
     using T = Of<decltype(type)>;
-    launch_max_pool_bwd(read<G>(grad), read<T>(features), read<T>(pooled), map, relu_mask, write<G>(out),
-                        here.stream());
+    launch_max_pool_bwd(const_data<G>(grad), const_data<T>(features), const_data<T>(pooled), map, relu_mask,
+                        mutable_data<G>(out), device.stream());
   });
   return out;
 }
 
 void bias_relu_(const at::Tensor& features, const at::Tensor& bias_in) {
   check_bias_relu("bias_relu_", features, bias_in);
-  const OnDeviceOf here(features);
+  const DeviceContext device(features);
   const at::Tensor bias = bias_in.contiguous();
   require_aligned("bias_relu_", {features, bias});
   const Map map = map_of("bias_relu_", features, true);
   for_16_bit(features.scalar_type(), [&](auto type) {
     using T = Of<decltype(type)>;
-    launch_bias_relu(write<T>(features), read<float>(bias), map.planes * map.height * map.width, map.channels,
-                     here.stream());
+    launch_bias_relu(mutable_data<T>(features), const_data<float>(bias), map.planes * map.height * map.width,
+                     map.channels, device.stream());
   });
 }
 
 std::tuple<at::Tensor, at::Tensor> bias_relu_pool(const at::Tensor& features, const at::Tensor& bias_in) {
   check_bias_relu_pool(features, bias_in);
-  const OnDeviceOf here(features);
+  const DeviceContext device(features);
   const at::Tensor bias = bias_in.contiguous();
   require_aligned("bias_relu_pool", {features, bias});
   const Map map = map_of("bias_relu_pool", features, true);
@@ -87,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_pool(const at::Tensor& features, co
   at::Tensor codes = at::empty_like(pooled, pooled.options().dtype(at::kByte));
   for_16_bit(features.scalar_type(), [&](auto type) {
     using T = Of<decltype(type)>;
-    launch_bias_relu_pool(read<T>(features), read<float>(bias), map, write<T>(pooled), write<uint8_t>(codes),
-                          here.stream());
+    launch_bias_relu_pool(const_data<T>(features), const_data<float>(bias), map, mutable_data<T>(pooled),
+                          mutable_data<uint8_t>(codes), device.stream());
   });
   return {pooled, codes};
 }
@@ -96,11 +96,12 @@ std::tuple<at::Tensor, at::Tensor> bias_relu_pool(const at::Tensor& features, co
 at::Tensor pool_codes_bwd(const at::Tensor& grad, const at::Tensor& codes, int64_t height, int64_t width) {
   check_pool_codes_bwd(grad, codes, height, width);
   require_aligned("pool_codes_bwd", {grad, codes});
-  const OnDeviceOf here(grad);
+  const DeviceContext device(grad);
   const Map map = map_of("pool_codes_bwd", grad.size(0), grad.size(1), height, width, true);
   at::Tensor out =
       at::empty({grad.size(0), grad.size(1), height, width}, grad.options(), at::MemoryFormat::ChannelsLast);
-  launch_pool_codes_bwd(read<uint16_t>(grad), read<uint8_t>(codes), map, write<uint16_t>(out), here.stream());
+  launch_pool_codes_bwd(const_data<uint16_t>(grad), const_data<uint8_t>(codes), map, mutable_data<uint16_t>(out),
+                        device.stream());
   return out;
 }
 
@@ -112,24 +113,26 @@ Colours colours_of(at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::I
   return colours;
 }
 
-void require_tensor_cores(const char* op, const OnDeviceOf& here) {
-  TORCH_CHECK(here.has_tensor_cores(), op, ": the device must have compute capability 8.0 or later; on older devices ",
+void require_tensor_cores(const char* op, const DeviceContext& device) {
+  TORCH_CHECK(device.has_tensor_cores(), op,
+              ": the device must have compute capability 8.0 or later; on older devices ",
               "the network uses torch's convolution");
 }
 
 at::Tensor first_layer(const at::Tensor& image, const at::Tensor& weight, const at::Tensor& bias_in,
                        at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::IntArrayRef order) {
   check_first_layer(image, weight, bias_in, scale, shift, order);
-  const OnDeviceOf here(image);
-  require_tensor_cores("first_layer", here);
+  const DeviceContext device(image);
+  require_tensor_cores("first_layer", device);
   const at::Tensor bias = bias_in.contiguous();
   const int64_t batch = image.size(0), height = image.size(2), width = image.size(3);
   at::Tensor out = at::empty({batch, weight.size(0), height, width}, weight.options(), at::MemoryFormat::ChannelsLast);
   const Map map = map_of("first_layer", out, true);
   for_16_bit(weight.scalar_type(), [&](auto type) {
     using T = Of<decltype(type)>;
-    launch_first_layer(read<float>(image), read<T>(weight), read<float>(bias), colours_of(scale, shift, order), batch,
-                       map.height, map.width, here.multiprocessors(), write<T>(out), here.stream());
+    launch_first_layer(const_data<float>(image), const_data<T>(weight), const_data<float>(bias),
+                       colours_of(scale, shift, order), batch, map.height, map.width, device.multiprocessors(),
+                       mutable_data<T>(out), device.stream());
   });
   return out;
 }
@@ -138,14 +141,14 @@ at::Tensor first_layer_bwd(const at::Tensor& grad, const at::Tensor& weight, at:
                            at::IntArrayRef order) {
   check_first_layer_bwd(grad, weight, scale, order);
   require_aligned("first_layer_bwd", {grad, weight});
-  const OnDeviceOf here(grad);
-  require_tensor_cores("first_layer_bwd", here);
+  const DeviceContext device(grad);
+  require_tensor_cores("first_layer_bwd", device);
   const Map map = map_of("first_layer_bwd", grad, true);
   at::Tensor image_grad = at::empty({grad.size(0), 3, grad.size(2), grad.size(3)}, grad.options().dtype(at::kFloat));
   for_16_bit(weight.scalar_type(), [&](auto type) {
     using T = Of<decltype(type)>;
-    launch_first_layer_bwd(read<T>(grad), read<T>(weight), colours_of(scale, {}, order), map.planes, map.height,
-                           map.width, write<float>(image_grad), here.stream());
+    launch_first_layer_bwd(const_data<T>(grad), const_data<T>(weight), colours_of(scale, {}, order), map.planes,
+                           map.height, map.width, mutable_data<float>(image_grad), device.stream());
   });
   return image_grad;
 }

@@ -3,8 +3,8 @@
 //
 // In a library's convolution three channels do not fill a tensor core, and the separate passes before and after it cost
 // as much as the map does. These kernels move each byte of the map once (134 MB at 1024 x 1024: 31 us on an H200), 16
-// bytes per thread, without a copy through shared memory: the order of an mma's columns, and of its summands, is free,
-// so it is chosen such that the values of a pixel that one thread holds are adjacent in memory.
+// bytes per thread, without a copy through shared memory: the order of an mma's columns, and of its summands, is free.
+// It is chosen so that the values of a pixel that one thread holds are adjacent in memory.
 #include "cuda/common/device.cuh"
 #include "cuda/layers/layers.h"
 
@@ -12,16 +12,16 @@ namespace gramophone {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kMaps = 64;     // channels of the layer
-constexpr int kWeights = 32;  // per channel: 9 taps of 3 colours, 5 zeros
+constexpr int kChannels = 64;  // channels of the layer
+constexpr int kWeights = 32;   // per channel: 9 taps of 3 colours, 5 zeros
 constexpr int kTaps = 9, kColours = 3;
-constexpr int kWeightBytes = kMaps * kWeights * 2;
+constexpr int kWeightBytes = kChannels * kWeights * 2;
 constexpr int kColumns = 32;  // pixels per row of a tile
 
 // The channel of row r of the 8 x 8 tile of weights that is multiplied with pairs i. Lane t of a quad holds channels 8t
 // to 8t + 7 of each half of the 64 channels, as eight pairs i.
 GRAMOPHONE_DEVICE int channel(int i, int r) {
-  return kMaps / 2 * (i / 4) + 8 * (r / 2) + 2 * (i % 4) + r % 2;
+  return kChannels / 2 * (i / 4) + 8 * (r / 2) + 2 * (i % 4) + r % 2;
 }
 
 struct Tiles {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int row = 0; row < 2; ++row) {
         const int x = at.x + 16 * half + 8 * row + g;
         if (y >= tiles.height || x >= tiles.width) continue;
-        T* const to = out + ((at.job * tiles.height + y) * tiles.width + x) * kMaps + 8 * t;
+        T* const to = out + ((at.job * tiles.height + y) * tiles.width + x) * kChannels + 8 * t;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           uint32_t values[4];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             const float first = sum[4 * k + i][2 * row], second = sum[4 * k + i][2 * row + 1];
             values[i] = pair(from_float<T>(first <= 0 ? 0 : first), from_float<T>(second <= 0 ? 0 : second));
           }
-          *reinterpret_cast<uint4*>(to + kMaps / 2 * k) = make_uint4(values[0], values[1], values[2], values[3]);
+          *reinterpret_cast<uint4*>(to + kChannels / 2 * k) = make_uint4(values[0], values[1], values[2], values[3]);
         }
       }
     }
@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int i = first + 8 * row + g, y = at.y + i / kHaloColumns - 1, x = at.x + i % kHaloColumns - 1;
       pixels[row][0] = pixels[row][1] = make_uint4(0, 0, 0, 0);
       if (i < kBackHalo && y >= 0 && y < tiles.height && x >= 0 && x < tiles.width) {
-        const T* const from = grad + ((at.job * tiles.height + y) * tiles.width + x) * kMaps + 8 * t;
+        const T* const from = grad + ((at.job * tiles.height + y) * tiles.width + x) * kChannels + 8 * t;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) pixels[row][k] = __ldg(reinterpret_cast<const uint4*>(from + kMaps / 2 * k));
+        for (int k = 0; k < 2; ++k) pixels[row][k] = __ldg(reinterpret_cast<const uint4*>(from + kChannels / 2 * k));
       }
     }
   };

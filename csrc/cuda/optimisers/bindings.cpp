@@ -27,7 +27,7 @@ at::Tensor scratch(int64_t bytes, const at::Tensor& image) {
 void check_finite_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
                    const at::Tensor& diverged_at, const at::Tensor& count) {
   check_finite_arguments(terms, grad, alive, diverged_at, count);
-  const OnDeviceOf device(grad);
+  const DeviceContext device(grad);
   const int64_t batch = grad.size(0), values = grad.numel() / batch;
   const float* g = grad.const_data_ptr<float>();
   launch_check_finite(terms.const_data_ptr<float>(), terms.size(0), g, alive.mutable_data_ptr<bool>(),
@@ -39,7 +39,7 @@ void descent_(const at::Tensor& image, const at::Tensor& last_good, const std::o
               const at::Tensor& grad, const at::Tensor& step, const at::Tensor& alive, double average,
               bool normalised) {
   check_step("descent_", image, last_good, mean, grad, step, alive);
-  const OnDeviceOf device(image);
+  const DeviceContext device(image);
   const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
   const float* g = grad.const_data_ptr<float>();
   at::Tensor squares;
@@ -53,7 +53,7 @@ void adam_(const at::Tensor& image, const at::Tensor& last_good, const std::opti
            const at::Tensor& count, const at::Tensor& alive, double average) {
   check_step("adam_", image, last_good, mean, grad, step, alive);
   check_adam(image, first, second, count);
-  const OnDeviceOf device(image);
+  const DeviceContext device(image);
   const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
   float *m = first.mutable_data_ptr<float>(), *v = second.mutable_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
@@ -67,7 +67,7 @@ void lbfgs_(const at::Tensor& image, const at::Tensor& last_good, const std::opt
             const at::Tensor& alive, double average) {
   check_step("lbfgs_", image, last_good, mean, grad, step, alive);
   check_lbfgs(image, history, before, products, inverse, scale, seen, kPairs);
-  const OnDeviceOf device(image);
+  const DeviceContext device(image);
   const ImageBatch images = image_batch(image, last_good, mean, step, alive, average);
   const LbfgsState state = {history.mutable_data_ptr<float>(),   before.mutable_data_ptr<float>(),
                             products.mutable_data_ptr<double>(), inverse.mutable_data_ptr<double>(),

@@ -19,7 +19,7 @@
 namespace gramophone {
 namespace {
 
-bool has_kernel(const OnDeviceOf& device, const at::Tensor& features) {
+bool has_kernel(const DeviceContext& device, const at::Tensor& features) {
   const int64_t c = features.size(1);
   return is_16_bit(features) && (c == 64 || c == 128 || c == 256 || c == 512) && device.has_tensor_cores();
 }
@@ -53,7 +53,7 @@ struct Term {
 };
 
 template <typename T>
-void launch_terms(const OnDeviceOf& device, const Term* terms, size_t count) {
+void launch_terms(const DeviceContext& device, const Term* terms, size_t count) {
   StyleLaunch launch;
   launch.count = static_cast<int>(count);
   launch.jobs = static_cast<int>(terms[0].features.size(0));
@@ -84,7 +84,7 @@ void launch_terms(const OnDeviceOf& device, const Term* terms, size_t count) {
 }
 
 // Computes all terms with as few launches as possible: a launch takes up to kLayersPerLaunch layers of one type.
-void run(const OnDeviceOf& device, const std::vector<Term>& terms) {
+void run(const DeviceContext& device, const std::vector<Term>& terms) {
   for (const auto type : {at::kHalf, at::kBFloat16}) {
     std::vector<Term> of_type;
     for (const Term& term : terms)
@@ -98,7 +98,7 @@ void run(const OnDeviceOf& device, const std::vector<Term>& terms) {
 
 at::Tensor gram(const at::Tensor& features, double scale) {
   check_features("gram", features);
-  const OnDeviceOf device(features);
+  const DeviceContext device(features);
   if (!has_kernel(device, features)) return gram_by_library(features, scale);
   at::Tensor out = new_square(features, at::kFloat);
   run(device, {{channels_last(features), {}, {}, out, {}, scale}});
@@ -109,7 +109,7 @@ at::Tensor gram(const at::Tensor& features, double scale) {
 at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double scale) {
   check_features("gram_bwd", features);
   check_square("gram_bwd", "grad", grad, features);
-  const OnDeviceOf device(features);
+  const DeviceContext device(features);
   const at::Tensor both = (grad + grad.mT()).mul_(scale);
   return at::empty_like(features).copy_(at::bmm(both, summable(features)).view(features.sizes()));
 }
@@ -117,7 +117,7 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
 // The arguments must have been checked. Terms without a kernel are computed one by one, the others together.
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_terms(at::TensorList features, at::TensorList targets,
                                                             const at::Tensor& weights_in, at::ArrayRef<double> scales) {
-  const OnDeviceOf device(features[0]);
+  const DeviceContext device(features[0]);
   const at::Tensor weights = weights_in.contiguous(), losses = at::empty_like(weights);
   std::vector<at::Tensor> diffs;
   std::vector<Term> terms;
@@ -141,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
                                               double scale) {
   check_features("style_loss", features);
   check_square("style_loss", "target", target, features);
-  const OnDeviceOf device(features);
+  const DeviceContext device(features);
   auto [losses, diffs] =
       style_terms(features, target, at::full({1, features.size(0)}, weight, target.options()), scale);
   return {losses[0], diffs[0]};
@@ -154,7 +154,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> style_fwd(at::TensorList feature
 }
 
 template <typename T>
-void update(const OnDeviceOf& device, const at::Tensor& grad, const at::Tensor& features,
+void update(const DeviceContext& device, const at::Tensor& grad, const at::Tensor& features,
             const std::optional<at::Tensor>& diff, bool relu_mask) {
   auto* const g = static_cast<Bf16*>(grad.mutable_data_ptr());
   const auto* const f = static_cast<const T*>(features.const_data_ptr());
@@ -171,7 +171,7 @@ void style_bwd_(const at::Tensor& grad, const at::Tensor& features, const std::o
                 bool relu_mask) {
   check_style_bwd_(grad, features, diff);
   if (!diff && !relu_mask) return;
-  const OnDeviceOf device(features);
+  const DeviceContext device(features);
   const auto run = features.scalar_type() == at::kHalf ? update<Fp16> : update<Bf16>;
   const bool in_16_bits = is_16_bit(features) && grad.scalar_type() == at::kBFloat16;
   if (diff && in_16_bits && has_kernel(device, features)) {
@@ -193,7 +193,7 @@ void style_bwd_(const at::Tensor& grad, const at::Tensor& features, const std::o
 // dF = grad_loss[b] * D F, in the type and layout of F. Used by autograd; no kernel, because it writes only bfloat16.
 at::Tensor style_bwd(const at::Tensor& features, const at::Tensor& diff, const std::optional<at::Tensor>& grad_loss) {
   check_style_bwd(features, diff, grad_loss);
-  const OnDeviceOf device(features);
+  const DeviceContext device(features);
   at::Tensor by = diff.to(sum_type(features));
   if (grad_loss) by = by * grad_loss->view({-1, 1, 1});
   return at::empty_like(features).copy_(at::bmm(by, summable(features)).view(features.sizes()));

@@ -17,7 +17,7 @@ namespace {
 at::Tensor content_(const at::Tensor& grad_in, const at::Tensor& features_in, const at::Tensor& target_in,
                     const at::Tensor& weight_in, bool relu_mask) {
   check_content(grad_in, features_in, target_in, weight_in);
-  const OnDeviceOf here(features_in);
+  const DeviceContext device(features_in);
   const at::Tensor features = dense(features_in);
   const Layout layout = layout_of(features);
   const at::Tensor target = dense_as(target_in, layout);
@@ -26,12 +26,12 @@ at::Tensor content_(const at::Tensor& grad_in, const at::Tensor& features_in, co
   const int64_t batch = features.size(0), elements = features.numel() / batch;
   const at::Tensor partials = at::empty({batch * content_blocks(elements)}, weight.options());
   const at::Tensor loss = at::empty({batch}, weight.options());
-  for_gradient(grad.scalar_type(), features.scalar_type(), [&](auto of_grad, auto type) {
-    using G = Of<decltype(of_grad)>;
+  for_gradient(grad.scalar_type(), features.scalar_type(), [&](auto grad_type, auto type) {
+    using G = Of<decltype(grad_type)>;
     using T = Of<decltype(type)>;
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    launch_content(write<G>(grad), read<T>(features), read<T>(target), read<S>(weight), batch, elements, relu_mask,
-                   write<S>(partials), write<S>(loss), here.stream());
+    launch_content(mutable_data<G>(grad), const_data<T>(features), const_data<T>(target), const_data<S>(weight), batch,
+                   elements, relu_mask, mutable_data<S>(partials), mutable_data<S>(loss), device.stream());
   });
   if (!grad.is_same(grad_in)) grad_in.copy_(grad);
   return loss.to(weight_in.scalar_type());
@@ -43,13 +43,13 @@ at::Tensor tv_(const at::Tensor& grad, const at::Tensor& image, const at::Tensor
   const int64_t batch = image.size(0);
   TORCH_CHECK(image.numel() / batch <= std::numeric_limits<int>::max(),
               "tv_: an image must have fewer than 2^31 values, got ", image.sizes());
-  const OnDeviceOf here(image);
+  const DeviceContext device(image);
   const at::Tensor weight = weight_in.contiguous();
   const int height = static_cast<int>(image.size(2)), width = static_cast<int>(image.size(3));
   const at::Tensor partials = at::empty({batch * tv_blocks(height, width)}, weight.options());
   at::Tensor loss = at::empty({batch}, weight.options());
-  launch_tv(write<float>(grad), read<float>(image), read<float>(weight), batch, height, width, write<float>(partials),
-            write<float>(loss), here.stream());
+  launch_tv(mutable_data<float>(grad), const_data<float>(image), const_data<float>(weight), batch, height, width,
+            mutable_data<float>(partials), mutable_data<float>(loss), device.stream());
   return loss;
 }
 

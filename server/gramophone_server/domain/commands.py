@@ -30,19 +30,19 @@ class UpdateRecipe:
 
 @dataclass(frozen=True)
 class TakePicture:
-    """Requests the present picture."""
+    """Requests the current picture."""
 
 
 @dataclass(frozen=True)
 class TakeCheckpoint:
-    """Requests the present state; a light one has the picture and no state of the optimiser."""
+    """Requests the current state; a light one has the picture and no state of the optimiser."""
 
     light: bool
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Ends the job; the present picture is its result."""
+    """Ends the job; the current picture is its result."""
 
 
 Command = Pause | Resume | UpdateRecipe | TakePicture | TakeCheckpoint | Finish

@@ -15,7 +15,7 @@ __all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine"]
 
 
 class CacheCounts(NamedTuple):
-    """Counters of a cache since the start, and its present and largest size in bytes."""
+    """Counters of a cache since the start, and its current and largest size in bytes."""
 
     hits: int
     misses: int
@@ -65,11 +65,11 @@ class Batch(Protocol):
         """Iterations that the job in this slot has left at its scale."""
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:
-        """Starts a copy of a job's present picture. Returns a function that waits for the copy and returns it: uint8
+        """Starts a copy of a job's current picture. Returns a function that waits for the copy and returns it: uint8
         [height, width, 3], RGB, on the CPU. Any thread may call it."""
 
     def copy(self, slot: int) -> JobState:
-        """A copy of the present state of a job, on the CPU and in no batch, for a checkpoint. The job itself
+        """A copy of the current state of a job, on the CPU and in no batch, for a checkpoint. The job itself
         continues."""
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:

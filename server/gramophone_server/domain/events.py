@@ -62,7 +62,7 @@ class Progress:
     """One or more iterations were completed; ``report`` is that of the last one."""
 
     report: Report
-    iterations_per_second: float  # at the present scale, since its start or the last pause
+    iterations_per_second: float  # at the current scale, since its start or the last pause
     time_left_s: float
 
 

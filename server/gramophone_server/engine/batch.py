@@ -115,7 +115,7 @@ class EngineBatch:
         return self._states[slot].iterations_left
 
     def picture(self, slot: int) -> Tensor:
-        """The present picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
+        """The current picture of a job: uint8 [height, width, 3], RGB, a copy on the CPU."""
         return self.snapshot(slot)()
 
     def snapshot(self, slot: int) -> Callable[[], Tensor]:

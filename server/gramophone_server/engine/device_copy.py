@@ -34,7 +34,7 @@ class DeviceToHostCopier:
         if self._stream is None:
             return lambda: picture
         self._stream.wait_stream(torch.cuda.current_stream())
-        # With blocking=True the waiting thread sleeps, without the interpreter lock.
+        # With blocking=True a thread that waits sleeps, and releases the interpreter lock.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             host = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)

@@ -53,7 +53,7 @@ class JobSummary(NamedTuple):
     height: int
     iterations: int  # over all scales
     resumed_at: int  # iterations that its checkpoint had completed
-    changed_at: int = 0  # the first iteration with the present recipe; 0: the recipe was never changed
+    changed_at: int = 0  # the first iteration with the current recipe; 0: the recipe was never changed
 
     @classmethod
     def of(cls, state: JobState) -> Self:
@@ -93,7 +93,7 @@ class Job:
         self.grace_s = grace_s  # for how long the job may have no watcher before it is cancelled
         self.encoding = encoding  # of the result
         self.admitted_summary: JobSummary | None = None  # with the recipe of the request
-        self.summary: JobSummary | None = None  # with the present recipe
+        self.summary: JobSummary | None = None  # with the current recipe
         self.phase = JobPhase.QUEUED
         self.created_at = clock()
         self.started_at: float | None = None
@@ -222,7 +222,7 @@ class Job:
         return True
 
     def cancel(self) -> None:
-        """Ends the job with `Cancelled`: for its watchers at once, for the engine after its present slice (20 ms, or
+        """Ends the job with `Cancelled`: for its watchers at once, for the engine after its current slice (20 ms, or
         one iteration). Does nothing if the job has ended."""
         self.fail(Cancelled())
         self._withdraw(self)
@@ -263,7 +263,8 @@ class Job:
 
     def collect_checkpoint_requests(self, now: float, *, light: bool) -> set[object]:
         """The watchers for which a checkpoint of this kind is due."""
-        of_kind = [m for m in self._watchers if m.checkpoints is not None and m.checkpoints.light is light]
+        rules = ((mailbox, mailbox.checkpoints) for mailbox in self._watchers)
+        of_kind = [mailbox for mailbox, rule in rules if rule is not None and rule.light is light]
         return {mailbox for mailbox in of_kind if mailbox.wants_checkpoint(now)}
 
     def started(self) -> None:

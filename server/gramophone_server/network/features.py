@@ -67,7 +67,7 @@ class _Layer(NamedTuple):
     """One convolution on the device."""
 
     name: str  # "3_1"
-    pooled: bool  # a 2x2 pooling comes before it
+    pooled: bool  # whether a 2x2 pooling precedes it
     kernel: Kernel
 
 
@@ -117,7 +117,7 @@ class VggFeatures:
         """The convolution on the device; called once for each when the network is built."""
         if self.kernel == "onednn":
             return OneDnn(convolution, self.precision)
-        # As the tensor cores that cuDNN uses need it, and the 16-byte loads of our kernels.
+        # cuDNN's tensor cores and the 16-byte loads of our kernels need multiples of 8 channels.
         wide = all(n % 8 == 0 for n in convolution.weight.shape[:2])
         if self.kernel == "cudnn" and wide:
             return CuDnn(convolution, self.device, self.precision, self.autotuner)

@@ -61,7 +61,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
                 f"precision {name} needs a GPU of compute capability 8.0 or newer, this one has {major}.{minor}; "
                 "run the server with --precision fp32"
             )
-        # By torch's defaults a float32 convolution runs in tf32, and a float32 matmul does not.
+        # By default torch runs a float32 convolution in tf32, but not a float32 matmul.
         torch.backends.cudnn.allow_tf32 = name == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         # The same seed must give the same picture; all other kernels here add in a fixed order anyway.

@@ -58,7 +58,7 @@ class Convolution:
     name: str  # "1_1": the layers conv1_1 and relu1_1
     weight: Tensor  # float32 [out, in, 3, 3]
     bias: Tensor  # float32 [out]
-    pooled: bool  # a 2x2 pooling comes before it
+    pooled: bool  # whether a 2x2 pooling precedes it
 
 
 @dataclass(frozen=True, eq=False)

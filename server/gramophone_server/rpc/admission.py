@@ -87,7 +87,7 @@ class Admission:
             recipe=recipe,
             content=decoded["spec.content"],
             styles=tuple(decoded[f"spec.styles[{i}].image"] for i in range(len(spec.styles))),
-            style_weights=tuple(s.weight if s.HasField("weight") else 1.0 for s in spec.styles),
+            style_weights=tuple(style.weight if style.HasField("weight") else 1.0 for style in spec.styles),
             start=decoded.get("spec.start_image"),
             seed=saved.seed if saved else spec.seed if spec.HasField("seed") else secrets.randbits(64),
         )

@@ -147,7 +147,7 @@ def _command(request: pb.StylizeInteractiveRequest, summary: JobSummary, limits:
 
 
 def _changes(update: pb.UpdateCommand, summary: JobSummary, limits: Limits) -> RecipeUpdate:
-    """The fields that an update sets. `JobState.update` checks them against the present state of the job."""
+    """The fields that an update sets. `JobState.update` checks them against the current state of the job."""
     changes = RecipeUpdate()
     for name in RecipeUpdate.__optional_keys__:
         if update.HasField(name):

@@ -15,7 +15,7 @@ from gramophone_server.telemetry.metrics import SERVICE
 
 __all__ = ["add_to_server"]
 
-# By (client streams, server streams).
+# Keys: (the client streams, the server streams).
 HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,

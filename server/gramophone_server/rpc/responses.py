@@ -198,7 +198,7 @@ class JobEventStream:
 
 
 def job_message(job: Job) -> pb.Job:
-    """The present state of the job."""
+    """The current state of the job."""
     message = pb.Job(
         job_id=job.id,
         state=f"JOB_STATE_{job.phase.name}",

@@ -199,7 +199,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 weights=engine.weights_source,
                 layers=engine.layers,
                 limits=pb.Limits(**{f.name: getattr(self._limits, f.name) for f in dataclasses.fields(Limits)}),
-                presets=(pb.PresetRecipe(name=n, recipe=recipe_to_message(r)) for n, r in PRESETS.items()),
+                presets=(
+                    pb.PresetRecipe(name=name, recipe=recipe_to_message(preset)) for name, preset in PRESETS.items()
+                ),
                 running_jobs=self._scheduler.running,
                 queued_jobs=self._scheduler.queued,
                 paused_jobs=self._scheduler.paused,

@@ -83,7 +83,7 @@ class ComputeThread:
 
     @property
     def step_s(self) -> float:
-        """Seconds since the present step started; 0 while the thread waits for work. Thread-safe."""
+        """Seconds since the current step started; 0 while the thread waits for work. Thread-safe."""
         started_at = self._step_started_at
         return 0.0 if started_at is None else self._clock() - started_at
 
@@ -121,7 +121,7 @@ class ComputeThread:
                 worker.step(table.running, paused_bytes)
             except DeviceLost:
                 raise
-            except Exception as error:  # noqa: BLE001 - a defect, but the thread must serve the jobs that come next
+            except Exception as error:  # noqa: BLE001 - a defect, but the thread must serve later jobs
                 worker.fail_all(table.running, error)
             table.remove_ended()
 

@@ -116,7 +116,7 @@ class Scheduler:
 
     @property
     def step_s(self) -> float:
-        """Seconds since the compute thread started its present step, of pending commands and one slice; 0 while it
+        """Seconds since the compute thread started its current step, of pending commands and one slice; 0 while it
         waits for work. Thread-safe."""
         return self._thread.step_s
 
@@ -158,7 +158,7 @@ class Scheduler:
         self, reservation: Reservation, pixel_iterations: int, shape: Shape, time_budget: float, left_s: float
     ) -> None:
         """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so
-        far and after all jobs that came before it. Otherwise later forecasts include the job while its images are
+        far and after all jobs that arrived before it. Otherwise later forecasts include the job while its images are
         decoded.
 
         ``pixel_iterations``: those that the job has left; ``shape``: that of its last scale; ``time_budget``: that of
@@ -222,7 +222,7 @@ class Scheduler:
                     await self._place_freed.wait()
 
     def stop(self) -> None:
-        """Ends every job with `ShuttingDown`, then the compute thread. Jobs that have started end after the present
+        """Ends every job with `ShuttingDown`, then the compute thread. Jobs that have started end after the current
         slice, and their watchers receive the picture and the state."""
         self._table.stop()
 

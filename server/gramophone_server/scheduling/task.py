@@ -64,7 +64,7 @@ class Task:
     observer: JobObserver
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
     latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
-    remaining_s: float | None = None  # estimated device seconds to the end; None: nothing was measured yet
+    remaining_s: float | None = None  # estimated device seconds to the end; None: no speed was measured yet
     # Batch
     batch: PooledBatch | None = None  # None: in no batch
     slot: int = -1  # in the batch

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 # the GPU (30 us, for an iteration of 0.4 ms at 256 px) once per slice instead of after every iteration. A switch to
 # another batch costs nothing, so longer slices gain nothing.
 SLICE_S = 0.02
-# As often as frames. 256 jobs with a message after every slice would send 12,000 a second; a core writes about 5,000.
+# The same as the interval of frames. 256 jobs with a message after every slice would send 12,000 a second; a core
+# writes about 5,000.
 PROGRESS_INTERVAL_S = 0.1
 # While a job waits for memory, smaller jobs may start for this long. After that no job starts until it has its memory.
 MEMORY_WAIT_S = 10.0
@@ -119,7 +120,7 @@ class Worker:
             self._advance(batch)
 
     def finish_within_budget(self, task: Task) -> bool:
-        """Ends a task whose time budget is used up, with its present picture. Returns False if it has none yet."""
+        """Ends a task whose time budget is used up, with its current picture. Returns False if it has none yet."""
         if task.last_report is None:
             return False
         try:
@@ -138,7 +139,7 @@ class Worker:
         self._require_device()
 
     def drain_task(self, task: Task) -> None:
-        """Ends a task because the server stops. Its watchers receive the present picture and state, so that they can
+        """Ends a task because the server stops. Its watchers receive the current picture and state, so that they can
         continue on another server."""
         try:
             if task.last_report is not None:
@@ -155,7 +156,7 @@ class Worker:
 
     def update(self, task: Task, changes: RecipeUpdate) -> int:
         """Changes the recipe; returns the first iteration with the new one. If no iteration is left, the job ends with
-        its present picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipe`."""
+        its current picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipe`."""
         state, batch = task.state, task.batch
         if changes.get("iterations") == state.iterations_at_final_scale and task.last_report is None:
             _require_picture(task)
@@ -169,17 +170,17 @@ class Worker:
         return first
 
     def frame(self, task: Task) -> Frame:
-        """The present picture. Raises `InvalidRequest` if there is none yet."""
+        """The current picture. Raises `InvalidRequest` if there is none yet."""
         return Frame(task.state.done, Picture(self._picture(task)))
 
     def checkpoint(self, task: Task, *, light: bool) -> Saved:
-        """The present state. Raises `InvalidRequest` if there is none yet, or it is larger than the server allows."""
+        """The current state. Raises `InvalidRequest` if there is none yet, or it is larger than the server allows."""
         _require_picture(task)
         self._engine.checkpoints.require_room(task.state, light=light, max_bytes=self._max_checkpoint_bytes)
         return Saved(task.state.done, self._saved_state(task, light=light))
 
     def finish(self, task: Task) -> None:
-        """Ends the job; the present picture is its result. Raises `InvalidRequest` if there is none yet."""
+        """Ends the job; the current picture is its result. Raises `InvalidRequest` if there is none yet."""
         self._finish(task, StopReason.FINISHED)
 
     # One slice --------------------------------------------------------------------------------------------------------
@@ -287,14 +288,14 @@ class Worker:
             task.remaining_s = task.state.pixel_iterations_left * iteration_s / (width * height)
 
     def _picture(self, task: Task) -> Callable[[], Tensor]:
-        """A function that returns the present picture. Raises `InvalidRequest` if there is none yet."""
+        """A function that returns the current picture. Raises `InvalidRequest` if there is none yet."""
         _require_picture(task)
         if task.batch is not None:
             return task.batch.engine_batch.snapshot(task.slot)
         return self._engine.picture(task.state)
 
     def _saved_state(self, task: Task, *, light: bool) -> SavedState:
-        """The present state; a light one if a full one would be too large."""
+        """The current state; a light one if a full one would be too large."""
         checkpoints, max_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
         if light or not checkpoints.fits(task.state, max_bytes=max_bytes):
             picture, state = self._picture(task), replace(task.state, tensors=None)

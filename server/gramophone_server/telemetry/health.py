@@ -1,4 +1,4 @@
-"""The present state of the process: as a sentence for probes, as gauges for Prometheus."""
+"""The current state of the process: as a sentence for probes, as gauges for Prometheus."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class HealthMonitor(Collector):
         yield _gauge("gramophone_event_loop_tasks", "tasks of the event loop", self._tasks)
         yield _gauge(
             "gramophone_engine_heartbeat_seconds",
-            "duration so far of the compute thread's present step, 0 while it waits for jobs",
+            "duration so far of the compute thread's current step, 0 while it waits for jobs",
             scheduler.step_s,
         )
         yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())

@@ -1,4 +1,4 @@
-"""The counters and histograms of the server, for Prometheus; `health` has the gauges of its present state.
+"""The counters and histograms of the server, for Prometheus; `health` has the gauges of its current state.
 
 The `grpc_server_*` family has the names of go-grpc-middleware, with codes spelled as in Go ("Canceled"), because
 dashboards know these. Labels take a bounded set of values: methods, codes and reasons of the proto, and size classes
