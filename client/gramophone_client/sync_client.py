@@ -15,7 +15,7 @@ from gramophone_client.client import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TARGET, 
 from gramophone_client.errors import Cancelled
 from gramophone_client.streams.job_control import Changes, JobControl
 from gramophone_client.streams.recovery import PATIENCE_S
-from gramophone_client.transport.connection import CLOSED
+from gramophone_client.transport.connection import CLOSED_MESSAGE
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -241,7 +241,7 @@ class SyncGramophoneClient:
         try:
             return future.result()
         except futures.CancelledError:  # the loop ended during the call
-            raise Cancelled(CLOSED) from None
+            raise Cancelled(CLOSED_MESSAGE) from None
         except BaseException:  # Ctrl-C in the caller's thread
             future.cancel()
             raise
@@ -255,7 +255,7 @@ class SyncGramophoneClient:
                 return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         coroutine.close()
         refused: futures.Future[T] = futures.Future()
-        refused.set_exception(Cancelled(CLOSED))
+        refused.set_exception(Cancelled(CLOSED_MESSAGE))
         return refused
 
 

@@ -47,7 +47,7 @@ __all__ = ["Server", "load_and_freeze", "load_engine", "main", "serve", "server_
 
 log = logging.getLogger("gramophone_server")
 
-HEALTH_NAMES = ("", SERVICE.full_name)
+HEALTH_SERVICES = ("", SERVICE.full_name)
 
 # Longest wait after the drain for the iteration in progress, because the pictures and states of all jobs are available
 # only after it: one of 2048 px takes 10 s on two cores.
@@ -127,7 +127,7 @@ class Server:
         self._access_log = AccessLog(settings.access_log)
         self.scheduler = Scheduler(load, settings, metrics.iterations_done)
         self.servicer = Servicer(
-            self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access=self._access_log
+            self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access_log=self._access_log
         )
         self._monitor = HealthMonitor(self.scheduler, self.servicer.uploads, metrics, version())
         self._health = health.aio.HealthServicer()
@@ -219,7 +219,7 @@ class Server:
         print(f"ready in {time.monotonic() - self._created_at:.1f} s", flush=True)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in HEALTH_NAMES:
+        for name in HEALTH_SERVICES:
             await self._health.set(name, status)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramophone.recipe import Pooling, Recipe
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.engine.graph_runner import GraphRunner
-from gramophone_server.engine.memory_estimate import WORKSPACES, Alive, bytes_needed
+from gramophone_server.engine.memory_estimate import WORKSPACES, AllocationCounter, bytes_needed
 from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import MODES
@@ -98,7 +98,7 @@ def test_the_memory_estimate_is_the_peak_of_the_iteration(
     estimate = bytes_needed(wide_vgg, shape, jobs, MODES["fp16"], "cudnn")
     monkeypatch.setattr(torch.ops, "gramophone", emulated.library())
     features = VggFeatures(wide_vgg, CPU, MODES["fp16"], kernel="cudnn")
-    with Alive() as alive:
+    with AllocationCounter() as allocations:
         runner = GraphRunner(features, shape, jobs)
         runner.iterate(2)
-    assert alive.peak == pytest.approx(estimate - WORKSPACES, rel=0.02)
+    assert allocations.peak == pytest.approx(estimate - WORKSPACES, rel=0.02)

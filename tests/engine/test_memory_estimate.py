@@ -7,7 +7,7 @@ import torch
 
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.engine.memory_estimate import WORKSPACES, Alive, bytes_needed
+from gramophone_server.engine.memory_estimate import WORKSPACES, AllocationCounter, bytes_needed
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg
 from tests.support.networks import make_tiny_vgg
@@ -26,18 +26,18 @@ def needed(vgg: Vgg, size: int = 512, jobs: int = 1, precision: str = "fp16", ke
 
 
 def test_tensors_in_use_are_counted() -> None:
-    with Alive() as alive:
+    with AllocationCounter() as allocations:
         a = torch.zeros(1024, device="meta")
         b = a + 1
         view = b[:10]
-        assert (alive.now, alive.peak) == (8192, 8192)
+        assert (allocations.now, allocations.peak) == (8192, 8192)
         del a, b
-        assert alive.now == 4096  # the view keeps its storage
+        assert allocations.now == 4096  # the view keeps its storage
         del view
         c = torch.zeros(3, device="meta").add_(1)
-        assert (alive.now, alive.peak) == (512, 8192)
+        assert (allocations.now, allocations.peak) == (512, 8192)
         del c
-    assert alive.now == 0
+    assert allocations.now == 0
 
 
 def test_an_iteration_at_512_px_takes_as_much_as_its_largest_layers(wide_vgg: Vgg) -> None:

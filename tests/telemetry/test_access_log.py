@@ -49,7 +49,7 @@ def lines(path):
 async def test_each_call_has_a_line(tmp_path):
     path = tmp_path / "access.log"
     access = AccessLog(str(path))
-    async with serving(FakeEngine(), Limits(max_running=1, max_queued=0), access=access) as s:
+    async with serving(FakeEngine(), Limits(max_running=1, max_queued=0), access_log=access) as s:
         wanted = spec(iterations=2)
         wanted.frames.SetInParent()
         call = s.stub.StylizeStream(
@@ -87,7 +87,7 @@ async def test_each_call_has_a_line(tmp_path):
 async def test_a_client_that_leaves_has_a_line_too(tmp_path):
     path, engine = tmp_path / "access.log", FakeEngine()
     access = AccessLog(str(path))
-    async with serving(engine, access=access) as s:
+    async with serving(engine, access_log=access) as s:
         (await start_stream(s, engine)).cancel()
         await until(lambda: lines(path))
     access.close()
@@ -111,7 +111,7 @@ async def test_calls_end_normally_if_the_log_cannot_be_written(tmp_path, caplog)
     folder.mkdir()
     path = folder / "access.log"
     access = AccessLog(str(path))
-    async with serving(FakeEngine(), access=access) as s:
+    async with serving(FakeEngine(), access_log=access) as s:
         shutil.rmtree(folder)
         for _ in range(3):
             await s.stub.GetServerInfo(pb.GetServerInfoRequest())

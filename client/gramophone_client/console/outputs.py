@@ -18,8 +18,8 @@ from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result,
 
 __all__ = ["Display", "Outputs", "UsageError", "display"]
 
-UNSEEN_INTERVAL_S = 2.0  # between frames that are used only if the job ends early
-SHOWN_INTERVAL_S = 0.2  # between frames of a preview or a film
+FALLBACK_INTERVAL_S = 2.0  # between frames that are used only if the job ends early
+DISPLAY_INTERVAL_S = 0.2  # between frames of a preview or a film
 
 Display = LiveDisplay | PlainDisplay
 
@@ -65,7 +65,7 @@ class Outputs:
         if args.frame_every or args.frames:
             interval_s = 0.0
         else:
-            interval_s = SHOWN_INTERVAL_S if args.timelapse or args.preview else UNSEEN_INTERVAL_S
+            interval_s = DISPLAY_INTERVAL_S if args.timelapse or args.preview else FALLBACK_INTERVAL_S
         return FrameOptions(every_iterations=args.frame_every, min_interval_s=interval_s, max_side=args.frame_size)
 
     async def follow(self, updates: AsyncGenerator[Update, None], display: Display | None) -> None:

@@ -32,7 +32,8 @@ def film_format(path: str | os.PathLike[str]) -> Literal["gif", "webp"]:
 
 
 class Timelapse:
-    """Collects frames in bounded memory. When it is full, it drops every second frame, and then takes half as many.
+    """Collects frames in bounded memory. When it is full, it drops every second frame, and from then on adds half as
+    many.
 
     `size` is the result's (width, height) in pixels. The film has the same proportions, with at most `max_side` pixels.
     """
@@ -42,7 +43,7 @@ class Timelapse:
         self.size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         self.frames: list[Image.Image] = []
         self._max_frames = max_frames
-        self._every = 1
+        self._every = 1  # 2: every second frame is added
         self._seen = 0
 
     def add(self, picture: Picture) -> None:

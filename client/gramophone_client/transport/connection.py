@@ -16,9 +16,9 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client.errors import Cancelled, from_rpc
 from gramophone_client.transport.request_writer import send
 
-__all__ = ["CLOSED", "SERVICE", "Connection", "channel_options"]
+__all__ = ["CLOSED_MESSAGE", "SERVICE", "Connection", "channel_options"]
 
-CLOSED = "the call was stopped because its client was closed"
+CLOSED_MESSAGE = "the call was stopped because its client was closed"
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
 # Longest wait for a connection before a job is sent. If connecting takes longer, a job that is lost at once counts as
 # never having arrived.
@@ -123,10 +123,10 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
         except grpc.aio.UsageError as error:  # the channel was closed between two calls
-            raise Cancelled(CLOSED) from error
+            raise Cancelled(CLOSED_MESSAGE) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC raises the same error when the channel was closed during the call; the task was not cancelled then.
-            raise Cancelled(CLOSED) from None
+            raise Cancelled(CLOSED_MESSAGE) from None

@@ -15,7 +15,7 @@ __all__ = ["BatchRun"]
 
 # The fields of a recipe that jobs of one run must have in common: they have the same shape at every scale, and go from
 # scale to scale at the same iteration.
-SHARED = (
+SHARED_FIELDS = (
     "pooling",
     "size",
     "optimiser",
@@ -98,7 +98,7 @@ class BatchRun:
 
 
 def _require_shared(first: StyleJob, other: StyleJob) -> None:
-    for name in SHARED:
+    for name in SHARED_FIELDS:
         a, b = getattr(first.recipe, name), getattr(other.recipe, name)
         if a != b:
             raise ValueError(f"jobs of a run must have the same {name}, got {a} and {b}")

@@ -21,7 +21,7 @@ from gramophone.recipe import Normalisation
 
 __all__ = ["content_factor", "gram_scale", "style_factor"]
 
-TINY = 1e-12  # keeps RELATIVE finite for a target that is zero everywhere, such as a layer of a black image
+EPSILON = 1e-12  # keeps RELATIVE finite for a target that is zero everywhere, such as a layer of a black image
 
 
 def gram_scale(pixels: int) -> float:
@@ -40,7 +40,7 @@ def style_factor(normalisation: Normalisation, target: Tensor, pixels: int) -> T
         case Normalisation.ELEMENTS:
             return target.new_full((target.shape[0],), 1 / channels**4)
         case Normalisation.RELATIVE:
-            return 1 / target.square().sum((1, 2)).clamp_min(TINY)
+            return 1 / target.square().sum((1, 2)).clamp_min(EPSILON)
 
 
 def content_factor(normalisation: Normalisation, target: Tensor, gain: float) -> Tensor:
@@ -55,4 +55,4 @@ def content_factor(normalisation: Normalisation, target: Tensor, gain: float) ->
         case Normalisation.ELEMENTS:
             return torch.full((jobs,), gain**2 / elements, device=target.device)
         case Normalisation.RELATIVE:
-            return 1 / target.float().square().sum((1, 2, 3)).clamp_min(TINY)
+            return 1 / target.float().square().sum((1, 2, 3)).clamp_min(EPSILON)

@@ -61,14 +61,14 @@ def bytes_needed(vgg: Vgg, shape: Shape, slots: int, precision: Precision, kerne
     ``kernel`` as in `VggFeatures`; for a CPU it is "library", which takes as much as "onednn".
     """
     features = VggFeatures(vgg, META, precision, kernel=kernel)
-    with Alive() as alive:
+    with AllocationCounter() as allocations:
         runner = GraphRunner(features, shape, slots)
         runner.iterate(2)  # the second one starts with the tensors that the first one left
-    peak: int = alive.peak
+    peak: int = allocations.peak
     return peak + (WORKSPACES if kernel == "cudnn" else 0)
 
 
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, counts the bytes of the tensors that were made since and are in use (`now`), and their `peak`."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ MODES = {
     "fp16": Precision("fp16", torch.float16, torch.bfloat16),
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
 }
-ON_CPU = ("fp32", "bf16")
+CPU_MODES = ("fp32", "bf16")
 TENSOR_CORES = (8, 0)  # the first compute capability whose tensor cores multiply tf32 and bfloat16
 
 
@@ -51,7 +51,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     capable = on_gpu and torch.cuda.get_device_capability(device) >= TENSOR_CORES
     if name == "auto":
         name = ("fp16" if capable else "fp32") if on_gpu else "bf16" if cpu_multiplies_bf16() else "fp32"
-    possible = tuple(MODES) if on_gpu else ON_CPU
+    possible = tuple(MODES) if on_gpu else CPU_MODES
     if name not in possible:
         raise StartupError(f"precision on {device.type} must be auto, {' or '.join(possible)}, got {name!r}")
     if on_gpu:

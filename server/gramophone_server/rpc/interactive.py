@@ -34,9 +34,9 @@ __all__ = ["Controller"]
 
 log = logging.getLogger(__name__)
 
-RESPONSE = pb.StylizeInteractiveResponse
+RESPONSE_TYPE = pb.StylizeInteractiveResponse
 LOSSLESS = Encoding(Format.PNG, 100)
-ENDED = "came too late: the job has ended"
+ENDED_MESSAGE = "came too late: the job has ended"
 
 
 class Controller:
@@ -70,12 +70,12 @@ class Controller:
                     case Answer():
                         yield pb.StylizeInteractiveResponse(command_result=_command_result(event))
                         if event.output is not None:
-                            yield await self._events.response(RESPONSE, number, event.output, LOSSLESS)
+                            yield await self._events.response(RESPONSE_TYPE, number, event.output, LOSSLESS)
                         self._written_answers.release()
                     case _:
-                        yield await self._events.response(RESPONSE, number, event)
+                        yield await self._events.response(RESPONSE_TYPE, number, event)
             if result is not None:
-                yield await self._events.response(RESPONSE, *result)
+                yield await self._events.response(RESPONSE_TYPE, *result)
 
     @contextlib.contextmanager
     def _reading_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> Iterator[None]:
@@ -98,7 +98,7 @@ class Controller:
             async with self._executing:
                 answer = await self._execute(request)
                 if not self._job.answer(self._mailbox, answer):
-                    self._job.answer(self._mailbox, _refused(request, [Violation("", ENDED)]))
+                    self._job.answer(self._mailbox, _refused(request, [Violation("", ENDED_MESSAGE)]))
             await self._written_answers.acquire()
         self._job.give_up_control(self._mailbox)
 

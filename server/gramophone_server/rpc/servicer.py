@@ -57,11 +57,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         *,
         list_jobs: bool = False,
         metrics: Metrics | None = None,
-        access: AccessLog | None = None,
+        access_log: AccessLog | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
         self.jobs = JobRegistry(scheduler.withdraw, limits, self._count_ended_job)
-        self.calls = ActiveCalls(self._metrics, access or AccessLog(""), limits.max_blocked_s)
+        self.calls = ActiveCalls(self._metrics, access_log or AccessLog(""), limits.max_blocked_s)
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
