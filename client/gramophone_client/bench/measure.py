@@ -79,7 +79,7 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Jobs that have ended neither with status OK nor LEFT."""
+        """Jobs that ended with a status other than OK and LEFT."""
         return self.ended - self.ok - self.statuses[LEFT]
 
     @property

@@ -31,7 +31,7 @@ OUTPUTS = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks
 
 
 class Changes(TypedDict, total=False):
-    """What `update` can change; ranges are those of a recipe."""
+    """The fields that `update` can change. Their ranges are those of a recipe."""
 
     alpha: float
     beta: float

@@ -100,7 +100,7 @@ class Checkpoints(Protocol):
 
 
 class BatchEngine(Protocol):
-    """An engine whose jobs share batches."""
+    """The part of an engine that the scheduler uses: it admits jobs and opens batches."""
 
     @property
     def memory_bytes(self) -> int:

@@ -122,5 +122,5 @@ def ran_out_of_memory(error: Exception) -> bool:
             message in str(cause) for message in OUT_OF_MEMORY_MESSAGES
         ):
             return True
-        cause = cause.__cause__ or cause.__context__  # a capture that runs out of memory ends with an error of its own
+        cause = cause.__cause__ or cause.__context__  # a capture that runs out of memory raises another error
     return False

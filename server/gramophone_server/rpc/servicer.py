@@ -76,7 +76,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     @property
     def preparing(self) -> int:
-        """Jobs whose requests are being checked and images decoded."""
+        """The number of jobs whose requests are being checked and images decoded."""
         return len(self._preparations)
 
     async def idle(self) -> None:

@@ -86,27 +86,27 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Jobs that share the device now. This count and the following ones are thread-safe."""
+        """The number of jobs that share the device now. This count and the following ones are thread-safe."""
         return len(self._table.running)
 
     @property
     def paused(self) -> int:
-        """Jobs that are paused."""
+        """The number of jobs that are paused."""
         return len(self._table.paused)
 
     @property
     def queued(self) -> int:
-        """Jobs that wait, or whose images are still being decoded."""
+        """The number of jobs that wait, or whose images are still being decoded."""
         return self._table.queued
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait with decoded images."""
+        """The number of jobs that wait with decoded images."""
         return len(self._table.waiting)
 
     @property
     def pending_commands(self) -> int:
-        """Commands that were not executed yet."""
+        """The number of commands that were not executed yet."""
         return len(self._table.commands)
 
     @property

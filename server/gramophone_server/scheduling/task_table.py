@@ -55,19 +55,19 @@ class TaskTable:
 
     @property
     def queued(self) -> int:
-        """Jobs that wait, or whose images are still being decoded."""
+        """The number of jobs that wait, or whose images are still being decoded."""
         with self.lock:
             return len(self.reservations) + len(self.waiting)
 
     @property
     def active(self) -> int:
-        """Jobs that a drain waits for: reserved, waiting and running ones."""
+        """The number of jobs that a drain waits for: reserved, waiting and running ones."""
         with self.lock:
             return len(self.reservations) + len(self.waiting) + len(self.running)
 
     @property
     def occupied_places(self) -> int:
-        """All jobs: active and paused ones. Each occupies a place."""
+        """The number of all jobs, active and paused ones. Each occupies a place."""
         with self.lock:
             return self.active + len(self.paused)
 
