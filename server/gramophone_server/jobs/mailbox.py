@@ -93,7 +93,7 @@ class Mailbox:
         self._wake()
 
     def iterations_until_next_frame(self, iteration: int) -> int | None:
-        """Iterations until the next one whose frame can be due. None if no frame is wanted, or the frame of any iteration."""
+        """Iterations until the next frame can be due. None if no frame is wanted, or the frame of any iteration."""
         every = 1 if self._frames is None else self._frames.every_iterations
         return None if every == 1 else every - iteration % every
 
