@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from gramophone_server.domain.checkpoint import InvalidCheckpoint
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
-from gramophone_server.errors import InvalidRequest
 from tests.support.checkpoints import MAX_BYTES, lbfgs_state, with_fields
 from tests.support.engines import CHECKPOINTS
 from tests.support.pictures import make_picture
@@ -27,9 +27,9 @@ def test_a_checkpoint_is_restored_only_to_a_job_like_its_own(state: JobState, ma
     job = state.job
 
     def refusal(job: StyleJob, **fields: object) -> str:
-        with pytest.raises(InvalidRequest) as raised:
+        with pytest.raises(InvalidCheckpoint) as raised:
             CHECKPOINTS.read(with_fields(data, **fields), max_bytes=MAX_BYTES).restore(job)
-        return raised.value.violations[0].description
+        return str(raised.value)
 
     def other(**recipe: object) -> StyleJob:
         return replace(job, recipe=replace(job.recipe, **recipe))  # type: ignore[arg-type]

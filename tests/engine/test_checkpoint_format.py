@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gramophone_server.domain.checkpoint import InvalidCheckpoint
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.errors import InvalidRequest
@@ -57,7 +58,7 @@ def test_checkpoints_that_are_too_large_are_neither_written_nor_read(state: JobS
     ):
         CHECKPOINTS.write(state, max_bytes=9000)
     data = CHECKPOINTS.write(state, picture=PICTURE, max_bytes=9000)
-    with pytest.raises(InvalidRequest, match=f"^spec.resume: has {len(data)} bytes, at most 5000 are allowed"):
+    with pytest.raises(InvalidCheckpoint, match=f"^has {len(data)} bytes, at most 5000 are allowed"):
         CHECKPOINTS.read(data, max_bytes=5000)
     with pytest.raises(ValueError, match="only a job that has started and is in no batch"):
         CHECKPOINTS.write(JobState(state.job), max_bytes=MAX_BYTES)
@@ -93,7 +94,7 @@ def test_bytes_that_are_not_a_checkpoint_are_refused(state: JobState) -> None:
         (with_fields(data, recipe=recipe | {"extra": 1}), damaged),
         (with_fields(data, recipe=recipe | {"optimiser": "adam"}), "do not make a 48x40 picture"),
     ):
-        with pytest.raises(InvalidRequest, match=message):
+        with pytest.raises(InvalidCheckpoint, match=message):
             CHECKPOINTS.read(bad, max_bytes=MAX_BYTES)
 
 
@@ -108,7 +109,7 @@ def test_tensors_with_values_that_the_kernels_do_not_check_are_refused(state: Jo
     ):
         tensors = {key: tensor.clone() for key, tensor in state.tensors.items()}
         tensors[name].view(-1)[-1] = value
-        with pytest.raises(InvalidRequest, match=message):
+        with pytest.raises(InvalidCheckpoint, match=message):
             CHECKPOINTS.read(
                 CHECKPOINTS.write(replace(state, tensors=tensors), max_bytes=MAX_BYTES), max_bytes=MAX_BYTES
             )

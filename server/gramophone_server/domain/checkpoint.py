@@ -6,14 +6,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from gramophone.recipe import Recipe, Violation
+from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, SlotTensors
-from gramophone_server.errors import InvalidRequest
 
-__all__ = ["Checkpoint", "resume_refused"]
+__all__ = ["Checkpoint", "InvalidCheckpoint"]
 
-FIELD = "spec.resume"  # the request's field for a checkpoint
+
+class InvalidCheckpoint(ValueError):
+    """The bytes are no checkpoint, or not one of this job. The text continues a sentence that starts with its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Checkpoint:
         """The state of ``job`` as of this checkpoint.
 
         The fields of `RecipeUpdate` and the time budget are taken from ``job``, so to continue unchanged, pass a job
-        with this checkpoint's recipe. The job needs no start image. Raises `InvalidRequest` if the job has other
+        with this checkpoint's recipe. The job needs no start image. Raises `InvalidCheckpoint` if the job has other
         images, another blend of styles, or a recipe that differs in any other field.
         """
         for f in dataclasses.fields(Recipe):
@@ -44,24 +45,26 @@ class Checkpoint:
             elif f.name in RecipeUpdate.__optional_keys__ or f.name == "time_budget":
                 continue
             if mine != other:
-                raise resume_refused(f"is of a job with {f.name} {mine or 'none'}, and this one has {other or 'none'}")
+                raise InvalidCheckpoint(
+                    f"is of a job with {f.name} {mine or 'none'}, and this one has {other or 'none'}"
+                )
         if (self.content_digest, self.style_digests) != (job.content_digest, job.style_digests):
-            raise resume_refused("is of a job with other images")
+            raise InvalidCheckpoint("is of a job with other images")
         if not all(map(math.isclose, _shares(self.style_weights), _shares(job.style_weights))):
             mine, other = (", ".join(f"{w:g}" for w in weights) for weights in (self.style_weights, job.style_weights))
-            raise resume_refused(f"is of a job with style weights {mine}, and this one has {other}")
+            raise InvalidCheckpoint(f"is of a job with style weights {mine}, and this one has {other}")
         state = JobState(job, tensors=dict(self.tensors), **self.counts)  # type: ignore[arg-type]
         before = sum(scale.iterations for scale in state.scales[: state.scale_index])
         if (
             state.scale_index >= len(state.scales)
             or not 0 <= state.done - before <= state.scales[state.scale_index].iterations
         ):
-            raise resume_refused(
+            raise InvalidCheckpoint(
                 f"is at iteration {state.done} of scale {state.scale_index}, which the job does not have"
             )
         if (self.width, self.height) != state.scales[state.scale_index][:2]:
             expected = "x".join(map(str, state.scales[state.scale_index][:2]))
-            raise resume_refused(
+            raise InvalidCheckpoint(
                 f"has a {self.width}x{self.height} picture, and the job a {expected} one at this scale"
             )
         unseen = state.done - state.gradients
@@ -70,16 +73,8 @@ class Checkpoint:
             or state.averaged > state.done - before
             or not (state.diverged_at == 0 or unseen < state.diverged_at <= state.done)
         ):
-            raise resume_refused("is damaged: its counts contradict each other")
+            raise InvalidCheckpoint("is damaged: its counts contradict each other")
         return state
-
-
-def resume_refused(description: str) -> InvalidRequest:
-    """The error for a checkpoint that cannot be used.
-
-    ``description`` continues a sentence that starts with the field's name.
-    """
-    return InvalidRequest([Violation(FIELD, description)])
 
 
 def _shares(weights: tuple[float, ...]) -> list[float]:

@@ -96,7 +96,7 @@ class Checkpoints(Protocol):
         write."""
 
     def read(self, data: bytes, *, max_bytes: int) -> Checkpoint:
-        """Reads what `write` has written. Raises `errors.InvalidRequest`."""
+        """Reads what `write` has written. Raises `checkpoint.InvalidCheckpoint`."""
 
 
 class BatchEngine(Protocol):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
-from gramophone_server.domain.checkpoint import Checkpoint, resume_refused
+from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job_state import JobState, SlotTensors
 from gramophone_server.errors import InvalidRequest
 
@@ -95,20 +95,20 @@ class CheckpointFormat:
     def read(self, data: bytes, *, max_bytes: int) -> Checkpoint:
         """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``.
 
-        Raises `InvalidRequest` if the bytes are more than ``max_bytes``, or are not a whole checkpoint.
+        Raises `InvalidCheckpoint` if the bytes are more than ``max_bytes``, or are not a whole checkpoint.
         """
         if len(data) > max_bytes:
-            raise resume_refused(f"has {len(data)} bytes, at most {max_bytes} are allowed")
+            raise InvalidCheckpoint(f"has {len(data)} bytes, at most {max_bytes} are allowed")
         if data[: len(MAGIC) - 1] != MAGIC[:-1]:
-            raise resume_refused("is not a checkpoint")
+            raise InvalidCheckpoint("is not a checkpoint")
         if data[: len(MAGIC)] != MAGIC:
-            raise resume_refused(
+            raise InvalidCheckpoint(
                 f"has version {data[len(MAGIC) - 1 : len(MAGIC)].hex() or 'none'}, this server reads version 01"
             )
         start = len(MAGIC) + 4
         length = int.from_bytes(data[len(MAGIC) : start], "little")
         if length > min(MAX_HEADER_BYTES, len(data) - start):
-            raise resume_refused("is cut off or damaged: its header does not fit")
+            raise InvalidCheckpoint("is cut off or damaged: its header does not fit")
         try:
             header = json.loads(data[start : start + length])
             recipe = _recipe(header["recipe"])
@@ -122,12 +122,12 @@ class CheckpointFormat:
             if len(weights) + 1 != len(digests) or not all(weight > 0 for weight in weights):
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise resume_refused("is damaged: its header cannot be read") from error
+            raise InvalidCheckpoint("is damaged: its header cannot be read") from error
         body, pixels, light = len(data) - start - length, width * height, kind == "light"
         # A picture has fewer pixels than bytes. This is checked before the layout is made, whose sizes must fit in 64
         # bits.
         if pixels > body or body != (3 * pixels if light else _bytes(self._layout(recipe, height, width))):
-            raise resume_refused(
+            raise InvalidCheckpoint(
                 f"is cut off or damaged: {body} bytes of tensors do not make a {width}x{height} picture"
             )
         tensors = (
@@ -172,15 +172,15 @@ def _light(data: bytes, at: int, height: int, width: int) -> SlotTensors:
 
 
 def _check(tensors: SlotTensors, counts: dict[str, int]) -> None:
-    """Raises `InvalidRequest` for values that the kernels do not check. L-BFGS uses `seen` as an index into its ring of
-    pairs."""
+    """Raises `InvalidCheckpoint` for values that the kernels do not check. L-BFGS uses `seen` as an index into its
+    ring of pairs."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise resume_refused(f"is damaged: {name} has values that are not finite")
+            raise InvalidCheckpoint(f"is damaged: {name} has values that are not finite")
         if name in ("image", "last_good") and not bool(((tensor >= 0) & (tensor <= 1)).all()):
-            raise resume_refused(f"is damaged: {name} has values outside of 0 to 1")
+            raise InvalidCheckpoint(f"is damaged: {name} has values outside of 0 to 1")
         if name == "seen" and not bool(((tensor >= 0) & (tensor <= counts["gradients"])).all()):
-            raise resume_refused("is damaged: it has more pairs than gradients")
+            raise InvalidCheckpoint("is damaged: it has more pairs than gradients")
 
 
 def _recipe(fields: dict[str, Any]) -> Recipe:

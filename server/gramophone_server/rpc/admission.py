@@ -20,7 +20,7 @@ from gramophone.recipe import InvalidRecipe, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import DECODERS, Limits
-from gramophone_server.domain.checkpoint import Checkpoint
+from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job import MIN_SIDE, StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import ImageNotFound, InvalidRequest
@@ -116,8 +116,8 @@ class Admission:
             saved = await self._in_thread(lambda: checkpoints.read(spec.resume, max_bytes=max_bytes))
         except InvalidRecipe:
             return Recipe(), None
-        except InvalidRequest as error:
-            violations.extend(error.violations)
+        except InvalidCheckpoint as error:
+            violations.append(Violation("spec.resume", str(error)))
             return Recipe(), None
         violations.extend(check_resumed(saved.recipe, self._limits, self._scheduler.engine.layers))
         return saved.recipe, saved
@@ -202,7 +202,10 @@ class Admission:
 
     async def _restore(self, saved: Checkpoint, job: StyleJob) -> JobState:
         """The state of the job in its checkpoint. On a thread, because the images are hashed."""
-        state = await self._in_thread(partial(saved.restore, job))
+        try:
+            state = await self._in_thread(partial(saved.restore, job))
+        except InvalidCheckpoint as error:
+            raise InvalidRequest([Violation("spec.resume", str(error))]) from None
         if state.finished:
             finished = f"is of a job that has done all of its {state.iterations} iterations"
             description = f"{finished}, so there is nothing to resume; its picture is the result"
