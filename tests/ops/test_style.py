@@ -205,6 +205,14 @@ def test_difference_of_style_loss_is_its_gradient() -> None:
 
 
 @layouts
+def test_gradients_have_the_layout_of_the_features(layout: str) -> None:
+    features = relu_features((2, 5, 4, 3), torch.float32, layout).requires_grad_()
+    for loss in (ops.gram(features, 0.5).sum(), ops.style_loss(features, symmetric(2, 5), 0.7, 0.3)[0].sum()):
+        (grad,) = torch.autograd.grad(loss, features)
+        assert grad.stride() == features.stride()
+
+
+@layouts
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # read by opcheck
 def test_registration(layout: str, requires_grad: bool) -> None:
