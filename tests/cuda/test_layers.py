@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,38 +12,13 @@ from torch import Tensor
 
 from gramophone_server import ops
 from tests.support import emulated
+from tests.support.kernel_cases import LAYOUTS, ROUNDING, error, layouts, normal, types
 
 LAST = torch.channels_last
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": LAST}
-ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SIXTEEN = (torch.float16, torch.bfloat16)
-# features, gradient
-TYPES = [(t, t) for t in ROUNDING] + [(torch.float16, torch.bfloat16)]
 SCALE, SHIFT, ORDER = [0.5, 2.0, -1.5], [-0.2, 0.3, 0.1], [2, 0, 1]
 
-types = pytest.mark.parametrize(("dtype", "of_grad"), TYPES, ids=str)
 sixteen = pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Any:
-    return emulated.library()
-
-
-@pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"order {seed}")
-def order(request: pytest.FixtureRequest) -> Iterator[None]:
-    emulated.order(request.param)
-    yield
-    emulated.order(0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def same(got: Tensor, expected: Tensor) -> bool:

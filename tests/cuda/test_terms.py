@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,34 +10,7 @@ from torch import Tensor
 
 from tests import reference
 from tests.support import emulated
-
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-# features, gradient
-TYPES = [(t, t) for t in ROUNDING] + [(torch.float16, torch.bfloat16)]
-
-types = pytest.mark.parametrize(("dtype", "of_grad"), TYPES, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Any:
-    return emulated.library()
-
-
-@pytest.fixture(params=[0, 1, 7], ids=lambda seed: f"order {seed}")
-def order(request: pytest.FixtureRequest) -> Iterator[None]:
-    emulated.order(request.param)
-    yield
-    emulated.order(0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+from tests.support.kernel_cases import LAYOUTS, ROUNDING, error, layouts, normal, types
 
 
 def content_case(shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str) -> tuple[Tensor, ...]:
