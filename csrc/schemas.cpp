@@ -17,7 +17,7 @@ GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   m.def("gram_bwd(Tensor grad, Tensor features, float scale) -> Tensor", tags);
   m.def("style_loss(Tensor features, Tensor target, float weight, float scale) -> (Tensor loss, Tensor diff)", tags);
   m.def(
-      "style_fwd(Tensor[] features, Tensor[] targets, Tensor weights, float[] scales)"
+      "style_fwd(Tensor[] features, Tensor[] targets, Tensor weights, float[] scales, bool persistent=False)"
       " -> (Tensor losses, Tensor[] diffs)",
       tags);
   m.def("style_bwd(Tensor features, Tensor diff, Tensor? grad_loss) -> Tensor", tags);
@@ -26,6 +26,10 @@ GRAMOPHONE_SCHEMAS(GRAMOPHONE_LIBRARY, m) {
   // terms
   m.def("content_(Tensor(a!) grad, Tensor features, Tensor target, Tensor weight, bool relu_mask) -> Tensor", tags);
   m.def("tv_(Tensor(a!) grad, Tensor image, Tensor weight) -> Tensor", tags);
+  m.def(
+      "tv_check_finite_(Tensor(a!) grad, Tensor image, Tensor weight, Tensor(b!) terms, Tensor(c!) alive,"
+      " Tensor(d!) diverged_at, Tensor(e!) count) -> ()",
+      tags);
 
   // layers: those of the network that no library computes in one pass
   m.def("max_pool(Tensor features) -> Tensor", tags);

@@ -36,16 +36,16 @@ inline void check_buffer(const char* op, const char* name, const at::Tensor& ten
               image.sizes(), ", got ", tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
 }
 
-inline void check_finite_arguments(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
-                                   const at::Tensor& diverged_at, const at::Tensor& count) {
-  check_images("check_finite_", "grad", grad);
+inline void check_finite_arguments(const char* op, const at::Tensor& terms, const at::Tensor& grad,
+                                   const at::Tensor& alive, const at::Tensor& diverged_at, const at::Tensor& count) {
+  check_images(op, "grad", grad);
   TORCH_CHECK(terms.scalar_type() == at::kFloat && terms.dim() == 2 && terms.size(1) == grad.size(0) &&
                   terms.is_contiguous() && terms.device() == grad.device(),
-              "check_finite_: terms must be contiguous float32 [T, ", grad.size(0), "] on ", grad.device(), ", got ",
+              op, ": terms must be contiguous float32 [T, ", grad.size(0), "] on ", grad.device(), ", got ",
               terms.scalar_type(), " ", terms.sizes(), " on ", terms.device());
-  check_per_job("check_finite_", "alive", alive, at::kBool, grad);
-  check_per_job("check_finite_", "diverged_at", diverged_at, at::kLong, grad);
-  check_per_job("check_finite_", "count", count, at::kLong, grad);
+  check_per_job(op, "alive", alive, at::kBool, grad);
+  check_per_job(op, "diverged_at", diverged_at, at::kLong, grad);
+  check_per_job(op, "count", count, at::kLong, grad);
 }
 
 inline void check_step(const char* op, const at::Tensor& image, const at::Tensor& last_good,

@@ -1,4 +1,4 @@
-// Argument checks of content_ and tv_, for all devices.
+// Argument checks of content_, tv_ and tv_check_finite_, for all devices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,17 +31,17 @@ inline void check_content(const at::Tensor& grad, const at::Tensor& features, co
   check_term_weight("content_", weight, features);
 }
 
-inline void check_tv(const at::Tensor& grad, const at::Tensor& image, const at::Tensor& weight) {
+inline void check_tv(const char* op, const at::Tensor& grad, const at::Tensor& image, const at::Tensor& weight) {
   const auto type = image.scalar_type();
   TORCH_CHECK(image.dim() == 4 && image.size(0) > 0 && image.size(1) == 3 && image.size(2) >= 2 && image.size(3) >= 2 &&
                   image.is_contiguous() && (type == at::kFloat || type == at::kDouble),
-              "tv_: image must be float32 [B, 3, H, W] of at least 2x2 pixels and contiguous, got ", type, " ",
+              op, ": image must be float32 [B, 3, H, W] of at least 2x2 pixels and contiguous, got ", type, " ",
               image.sizes(), " with strides ", image.strides());
-  TORCH_CHECK(grad.sizes() == image.sizes() && grad.scalar_type() == type && grad.is_contiguous(), "tv_: grad must be ",
-              type, " ", image.sizes(), " like image and contiguous, got ", grad.scalar_type(), " ", grad.sizes(),
-              " with strides ", grad.strides());
-  check_same_device("tv_", "grad", grad, image);
-  check_term_weight("tv_", weight, image);
+  TORCH_CHECK(grad.sizes() == image.sizes() && grad.scalar_type() == type && grad.is_contiguous(), op,
+              ": grad must be ", type, " ", image.sizes(), " like image and contiguous, got ", grad.scalar_type(), " ",
+              grad.sizes(), " with strides ", grad.strides());
+  check_same_device(op, "grad", grad, image);
+  check_term_weight(op, weight, image);
 }
 
 }  // namespace gramophone

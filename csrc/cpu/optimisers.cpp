@@ -128,7 +128,7 @@ void step_images(const ImageBatch& images, const F& propose) {
 
 void check_finite_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
                    const at::Tensor& diverged_at, const at::Tensor& count) {
-  check_finite_arguments(terms, grad, alive, diverged_at, count);
+  check_finite_arguments("check_finite_", terms, grad, alive, diverged_at, count);
   const int64_t batch = grad.size(0), values = grad.numel() / batch, parts = sum_parts(values).count;
   const float *g = grad.const_data_ptr<float>(), *t = terms.const_data_ptr<float>();
   std::vector<char> good(batch * parts);

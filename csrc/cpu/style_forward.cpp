@@ -136,7 +136,8 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_fwd(at::TensorList features, at::TensorList targets,
-                                                          const at::Tensor& weights, at::ArrayRef<double> scales) {
+                                                          const at::Tensor& weights, at::ArrayRef<double> scales,
+                                                          bool /*persistent*/) {
   check_style_fwd(features, targets, weights, scales);
   std::vector<at::Tensor> losses, diffs;
   for (const auto l : c10::irange(features.size())) {

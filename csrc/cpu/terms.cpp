@@ -1,10 +1,11 @@
-// content_, tv_: a term of the objective and its gradient, in one pass over the maps.
+// content_, tv_, tv_check_finite_: a term of the objective and its gradient, in one pass over the maps.
 //
 // Every run of values, or every row, has its own sum, and these sums are added in order in float64. So the result does
 // not depend on the number of threads.
 #include "checks/terms.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -12,6 +13,7 @@
 #include <numeric>
 #include <vector>
 
+#include "checks/optimisers.h"
 #include "cpu/vectorise.h"
 #include "layout.h"
 
@@ -161,8 +163,23 @@ at::Tensor add_tv(const at::Tensor& grad, const at::Tensor& image, const at::Ten
 }
 
 at::Tensor tv_(const at::Tensor& grad, const at::Tensor& image, const at::Tensor& weight) {
-  check_tv(grad, image, weight);
+  check_tv("tv_", grad, image, weight);
   return image.scalar_type() == at::kFloat ? add_tv<float>(grad, image, weight) : add_tv<double>(grad, image, weight);
+}
+
+// On a CPU the two passes stay apart: a pass over the gradient takes a thousandth of an iteration.
+void tv_check_finite_(const at::Tensor& grad, const at::Tensor& image, const at::Tensor& weight,
+                      const at::Tensor& terms, const at::Tensor& alive, const at::Tensor& diverged_at,
+                      const at::Tensor& count) {
+  check_tv("tv_check_finite_", grad, image, weight);
+  check_finite_arguments("tv_check_finite_", terms, grad, alive, diverged_at, count);
+  TORCH_CHECK(terms.size(0) > 0, "tv_check_finite_: terms must have a row for the total variation, got none");
+  terms.select(0, -1).copy_(add_tv<float>(grad, image, weight));
+  static const auto check_finite =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("gramophone::check_finite_", "")
+          .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  check_finite.call(terms, grad, alive, diverged_at, count);
 }
 
 }  // namespace
@@ -171,4 +188,5 @@ at::Tensor tv_(const at::Tensor& grad, const at::Tensor& image, const at::Tensor
 TORCH_LIBRARY_IMPL(gramophone, CPU, m) {
   m.impl("content_", &gramophone::content_);
   m.impl("tv_", &gramophone::tv_);
+  m.impl("tv_check_finite_", &gramophone::tv_check_finite_);
 }

@@ -119,6 +119,21 @@ def test_style_fwd_of_many_layers_at_once(ops: Any, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(other_diffs, diffs, strict=True))
 
 
+@types
+def test_persistent_blocks_compute_the_same_bits(ops: Any, dtype: torch.dtype) -> None:
+    """Of all units of work, with more items than the emulated device has multiprocessors."""
+    features = [relu_features((3, c, *s), dtype, seed=c) for c, s in ((64, (33, 31)), (128, (9, 17)), (256, (5, 9)))]
+    features += [relu_features((3, 512, 6, 7), dtype, seed=s) for s in (1, 2)]
+    targets = [symmetric(3, f.shape[1], seed=l) for l, f in enumerate(features)]
+    weights, scales = torch.rand(5, 3, generator=torch.Generator().manual_seed(2)), [0.5 / (l + 1) for l in range(5)]
+    losses, diffs = ops.style_fwd(features, targets, weights, scales, False)
+    for order in ORDERS:
+        emulated.order(order)
+        other_losses, other_diffs = ops.style_fwd(features, targets, weights, scales, True)
+        assert torch.equal(other_losses, losses)
+        assert all(torch.equal(a, b) for a, b in zip(other_diffs, diffs, strict=True))
+
+
 def test_layers_of_both_types_in_one_call(ops: Any) -> None:
     features = [relu_features((1, 64, 9, 9), dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     targets = [symmetric(1, 64)] * 3
@@ -264,7 +279,7 @@ extern "C" void schedule(int count, int jobs, const int64_t* pixels, const int* 
   gramophone::StyleLaunch launch;
   launch.count = count, launch.jobs = jobs;
   for (int l = 0; l < count; ++l) launch.layers[l].pixels = pixels[l], launch.layers[l].channels = channels[l];
-  gramophone::schedule(launch, multiprocessors);
+  gramophone::schedule(launch, multiprocessors, false);
   for (int l = 0; l < count; ++l) {
     const auto& layer = launch.layers[l];
     for (int64_t x : {int64_t{layer.slice_pixels}, int64_t{layer.slices}, int64_t{layer.first_item},

@@ -86,9 +86,45 @@ def test_results_do_not_depend_on_the_order_or_the_batch(gpu: Any, order: None) 
         assert torch.equal(alone[name], expected[1:2]), name
 
 
+def checked(gpu: Any, fused: bool, bad: list[tuple[int, ...]], terms: Tensor) -> list[Tensor]:
+    """The results of a batch of six, with values that are not finite at these places of the gradient."""
+    image = torch.rand(6, 3, 23, 31, generator=torch.Generator().manual_seed(5))
+    grad, weight = 1e30 * normal(6, 3, 23, 31, seed=1).float(), torch.arange(1, 7) / 7
+    weight[4] = torch.inf  # so that its loss is not finite
+    for n, place in enumerate(bad):
+        grad[place] = (torch.nan, torch.inf, -torch.inf)[n % 3]
+    terms, alive = terms.clone(), torch.tensor([True] * 5 + [False])
+    diverged_at, count = torch.tensor([0, 0, 0, 0, 0, 3]), torch.tensor([0, 7, 8, 9, 10, 2**31])
+    for _ in range(2):  # each call leaves valid counts
+        if fused:
+            gpu.tv_check_finite_(grad, image, weight, terms, alive, diverged_at, count)
+        else:
+            terms[-1] = gpu.tv_(grad, image, weight)
+            gpu.check_finite_(terms, grad, alive, diverged_at, count)
+    return [grad, terms, alive, diverged_at, count]
+
+
+def test_the_fused_check_is_that_of_the_two_ops(gpu: Any, order: None) -> None:
+    terms = 1e30 * normal(300, 6, seed=2).float()  # more rows than a block has threads
+    terms[298, 3] = torch.nan
+    bad = [(1, 0, 0, 0), (2, 2, 22, 30), (2, 1, 3, 4)]
+    got, expected = (checked(gpu, fused, bad, terms) for fused in (True, False))
+    for name, a, b in zip(("grad", "terms", "alive", "diverged_at", "count"), got, expected, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()), name
+    assert got[2].tolist() == [True, False, False, False, False, False]
+    assert got[3].tolist() == [0, 8, 9, 10, 11, 3]
+    assert got[4].tolist() == [2, 9, 10, 11, 12, 2**31 + 2]
+
+
 def test_wrong_arguments_are_refused(gpu: Any) -> None:
     image = torch.ones(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match=r"content_: target must be Float \[2, 3, 4, 4\] like features"):
         gpu.content_(image.clone(), image, image[:1], torch.ones(2), True)
     with pytest.raises(RuntimeError, match=r"tv_: image must be float32 on a GPU, got Double"):
         gpu.tv_(image.double(), image.double(), torch.ones(2))
+    image, per_job = torch.ones(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    verdicts = torch.ones(2, dtype=torch.bool), per_job, per_job.clone()
+    with pytest.raises(RuntimeError, match=r"tv_check_finite_: terms must have a row for the total variation"):
+        gpu.tv_check_finite_(image.clone(), image, torch.ones(2), torch.ones(0, 2), *verdicts)
+    with pytest.raises(RuntimeError, match=r"tv_check_finite_: weight must be float32 \[B\] = \[2\]"):
+        gpu.tv_check_finite_(image.clone(), image, torch.ones(3), torch.ones(1, 2), *verdicts)

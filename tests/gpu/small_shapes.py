@@ -39,7 +39,9 @@ def style(device: str) -> None:
         ops.style_loss(features, target, 1.0, 1.0)
     features = [torch.rand(2, c, s, s, device=device).to(HALVES[0]).contiguous(memory_format=LAST) for c, s in SEVERAL]
     targets = [ops.gram(f, 1.0) for f in features]
-    ops.style_fwd(features, targets, torch.ones(len(features), 2, device=device), [1.0] * len(features))
+    weights = torch.ones(len(features), 2, device=device)
+    for persistent in (False, True):
+        ops.style_fwd(features, targets, weights, [1.0] * len(features), persistent)
 
 
 SEVERAL = ((64, 40), (128, 20), (256, 10), (512, 5), (512, 2))
@@ -75,6 +77,7 @@ def optimisers(device: str) -> None:
         terms = torch.rand(7, 3, device=device)
         terms[2, 1] = torch.nan
         ops.check_finite_(terms, grad, alive, at, count)
+        ops.tv_check_finite_(grad, image, torch.ones(3, device=device), terms, alive, at, count)
         for optimiser, average in itertools.product(Optimiser, (0.0, 0.9)):
             canvas = Canvas(
                 image=image.clone(),

@@ -125,6 +125,23 @@ def test_nan_is_not_hidden() -> None:
     assert grad.isnan().sum() == 5
 
 
+def test_the_fused_check_is_that_of_the_two_ops() -> None:
+    results = []
+    for fused in (False, True):
+        grad, image = (torch.rand(3, 3, 9, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+        grad[1, 2, 3, 4] = torch.inf
+        terms, alive = torch.ones(4, 3), torch.ones(3, dtype=torch.bool)
+        diverged_at, count = torch.zeros(3, dtype=torch.int64), torch.full((3,), 7)
+        if fused:
+            ops.tv_check_finite_(grad, image, torch.ones(3), terms, alive, diverged_at, count)
+        else:
+            terms[-1] = ops.tv_(grad, image, torch.ones(3))
+            ops.check_finite_(terms, grad, alive, diverged_at, count)
+        results.append((grad, terms, alive, diverged_at, count))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][3].tolist() == [0, 8, 0]
+
+
 @layouts
 def test_registration(layout: str) -> None:
     gramophone = torch.ops.gramophone
@@ -132,6 +149,9 @@ def test_registration(layout: str) -> None:
         grad, features, target, weight = content_case((2, 8, 6, 5), dtype, of_grad, layout)
         torch.library.opcheck(gramophone.content_.default, (grad, features, target, weight, True))
     torch.library.opcheck(gramophone.tv_.default, (torch.rand(2, 3, 6, 5), torch.rand(2, 3, 6, 5), torch.rand(2)))
+    per_job = (torch.ones(2, dtype=torch.bool), *(torch.zeros(2, dtype=torch.int64) for _ in range(2)))
+    images = (torch.rand(2, 3, 6, 5), torch.rand(2, 3, 6, 5), torch.rand(2))
+    torch.library.opcheck(gramophone.tv_check_finite_.default, (*images, torch.ones(4, 2), *per_job))
 
 
 F4, W2, P = torch.ones(2, 3, 4, 4), torch.ones(2), torch.ones(2, 3, 4, 4)

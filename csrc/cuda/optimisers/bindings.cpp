@@ -26,7 +26,7 @@ at::Tensor scratch(int64_t bytes, const at::Tensor& image) {
 
 void check_finite_(const at::Tensor& terms, const at::Tensor& grad, const at::Tensor& alive,
                    const at::Tensor& diverged_at, const at::Tensor& count) {
-  check_finite_arguments(terms, grad, alive, diverged_at, count);
+  check_finite_arguments("check_finite_", terms, grad, alive, diverged_at, count);
   const DeviceContext device(grad);
   const int64_t batch = grad.size(0), values = grad.numel() / batch;
   const float* g = grad.const_data_ptr<float>();

@@ -53,7 +53,7 @@ struct Term {
 };
 
 template <typename T>
-void launch_terms(const DeviceContext& device, const Term* terms, size_t count) {
+void launch_terms(const DeviceContext& device, const Term* terms, size_t count, bool persistent) {
   StyleLaunch launch;
   launch.count = static_cast<int>(count);
   launch.jobs = static_cast<int>(terms[0].features.size(0));
@@ -70,7 +70,7 @@ void launch_terms(const DeviceContext& device, const Term* terms, size_t count) 
     layer.weight = term.weight.const_data_ptr<float>();
     layer.loss = term.loss.mutable_data_ptr<float>();
   }
-  schedule(launch, device.multiprocessors());
+  schedule(launch, device.multiprocessors(), persistent);
   // These tensors are freed on return, before the kernels end. That is safe: torch's allocator reuses memory in the
   // order of the stream.
   const auto options = terms[0].features.options();
@@ -84,14 +84,14 @@ void launch_terms(const DeviceContext& device, const Term* terms, size_t count) 
 }
 
 // Computes all terms with as few launches as possible: a launch takes up to kLayersPerLaunch layers of one type.
-void run(const DeviceContext& device, const std::vector<Term>& terms) {
+void run(const DeviceContext& device, const std::vector<Term>& terms, bool persistent) {
   for (const auto type : {at::kHalf, at::kBFloat16}) {
     std::vector<Term> of_type;
     for (const Term& term : terms)
       if (term.features.scalar_type() == type) of_type.push_back(term);
     for (size_t first = 0; first < of_type.size(); first += kLayersPerLaunch) {
       const size_t count = std::min<size_t>(kLayersPerLaunch, of_type.size() - first);
-      (type == at::kHalf ? launch_terms<Fp16> : launch_terms<Bf16>)(device, &of_type[first], count);
+      (type == at::kHalf ? launch_terms<Fp16> : launch_terms<Bf16>)(device, &of_type[first], count, persistent);
     }
   }
 }
@@ -101,7 +101,7 @@ at::Tensor gram(const at::Tensor& features, double scale) {
   const DeviceContext device(features);
   if (!has_kernel(device, features)) return gram_by_library(features, scale);
   at::Tensor out = new_square(features, at::kFloat);
-  run(device, {{channels_last(features), {}, {}, out, {}, scale}});
+  run(device, {{channels_last(features), {}, {}, out, {}, scale}}, false);
   return out;
 }
 
@@ -116,7 +116,8 @@ at::Tensor gram_bwd(const at::Tensor& grad, const at::Tensor& features, double s
 
 // The arguments must have been checked. Terms without a kernel are computed one by one, the others together.
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_terms(at::TensorList features, at::TensorList targets,
-                                                            const at::Tensor& weights_in, at::ArrayRef<double> scales) {
+                                                            const at::Tensor& weights_in, at::ArrayRef<double> scales,
+                                                            bool persistent) {
   const DeviceContext device(features[0]);
   const at::Tensor weights = weights_in.contiguous(), losses = at::empty_like(weights);
   std::vector<at::Tensor> diffs;
@@ -133,7 +134,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> style_terms(at::TensorList featu
       diffs.push_back(difference.mul_((weight * (4 * scales[l])).view({-1, 1, 1})).to(type));
     }
   }
-  run(device, terms);
+  run(device, terms, persistent);
   return {losses, std::move(diffs)};
 }
 
@@ -143,14 +144,15 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
   check_square("style_loss", "target", target, features);
   const DeviceContext device(features);
   auto [losses, diffs] =
-      style_terms(features, target, at::full({1, features.size(0)}, weight, target.options()), scale);
+      style_terms(features, target, at::full({1, features.size(0)}, weight, target.options()), scale, false);
   return {losses[0], diffs[0]};
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> style_fwd(at::TensorList features, at::TensorList targets,
-                                                          const at::Tensor& weights, at::ArrayRef<double> scales) {
+                                                          const at::Tensor& weights, at::ArrayRef<double> scales,
+                                                          bool persistent) {
   check_style_fwd(features, targets, weights, scales);
-  return style_terms(features, targets, weights, scales);
+  return style_terms(features, targets, weights, scales, persistent);
 }
 
 template <typename T>

@@ -193,13 +193,12 @@ GRAMOPHONE_DEVICE void multiply_slice(const T* features, int pixels, int channel
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) style_gram_partials_kernel(const StyleLaunch launch) {
-  const int block = static_cast<int>(blockIdx.x);
+GRAMOPHONE_DEVICE void multiply_item(const StyleLaunch& launch, int number) {
   int l = 0;
-  while (l + 1 < launch.count && block >= launch.layers[l + 1].first_item) ++l;
+  while (l + 1 < launch.count && number >= launch.layers[l + 1].first_item) ++l;
   const StyleLayer& layer = launch.layers[l];
   const int channels = layer.channels, units = units_of(channels), slices = layer.slices;
-  const int item = block - layer.first_item;  // the unit varies fastest: the units of a slice read the same pixels
+  const int item = number - layer.first_item;  // the unit varies fastest: the units of a slice read the same pixels
   const int unit = item % units, slice = item / units % slices, job = item / units / slices;
   if (unit == 0 && slice == 0 && threadIdx.x == 0) launch.arrived[l * launch.jobs + job] = 0;
 
@@ -216,6 +215,14 @@ __global__ void __launch_bounds__(kThreads, 1) style_gram_partials_kernel(const 
     multiply_slice<T, 4, 1>(features, pixels, channels, 256 * unit, tiles);
   } else {  // 512 channels: a rectangle, a quarter of the channels by the second half
     multiply_slice<T, 6, 1>(features, pixels, channels, 128 * (unit - 2), tiles);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) style_gram_partials_kernel(const StyleLaunch launch) {
+  for (int item = static_cast<int>(blockIdx.x); item < launch.items; item += static_cast<int>(gridDim.x)) {
+    multiply_item<T>(launch, item);
+    __syncthreads();  // no warp still reads the shared memory that the next item fills
   }
 }
 
@@ -315,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 4) style_gram_reduce_kernel(const St
 
 template <typename T>
 void launch_style_fwd(const StyleLaunch& style, cudaStream_t stream) {
-  launch("style_gram_partials", &style_gram_partials_kernel<T>, dim3(style.items), kThreads, kStagesBytes, stream,
+  launch("style_gram_partials", &style_gram_partials_kernel<T>, dim3(style.blocks), kThreads, kStagesBytes, stream,
          style);
   launch("style_gram_reduce", &style_gram_reduce_kernel, dim3(style.bands), kThreads, (4 * kThreads + kWarps + 1) * 4,
          stream, style);

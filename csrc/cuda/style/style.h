@@ -31,7 +31,7 @@ struct StyleLayer {
   float scale = 1;
   // Set by `schedule`. A slice is a range of pixels whose products one block sums.
   int slice_pixels = 0, slices = 0;
-  int first_item = 0;      // first block of the partials kernel: (job, slice, unit)
+  int first_item = 0;      // first item of the partials kernel: (job, slice, unit)
   int first_band = 0;      // first block of the reduce kernel: (job, tile, band)
   int64_t first_tile = 0;  // first tile of the partial sums: [jobs, slices, tiles] tiles of float
 };
@@ -42,6 +42,7 @@ struct StyleLaunch {
   // Set by `schedule`: the sums over the layers.
   int items = 0, bands = 0;
   int64_t tiles = 0;
+  int blocks = 0;  // of the partials kernel; a block computes every blocks-th item
   // Workspace, uninitialised
   float* partials = nullptr;    // [tiles, kTileChannels, kTileChannels]
   float* band_sums = nullptr;   // [bands]: sum of squares of a band
@@ -65,7 +66,9 @@ constexpr int stage_pixels(int channels) {
 // The cost of an item is the number of values that it reads per pixel, min(channels, 256). Up to 256 channels the
 // kernel is bound by memory, at 256 the memory and the tensor cores of an H200 take about the same time, and a unit of
 // 512 channels multiplies as much.
-inline void schedule(StyleLaunch& launch, int multiprocessors) {
+//
+// If `persistent`, as many blocks as run at once share the items of the partials kernel; else each item has a block.
+inline void schedule(StyleLaunch& launch, int multiprocessors, bool persistent) {
   const auto width = [](const StyleLayer& layer) { return std::min(layer.channels, 256); };
   int64_t total = 0, min_items = 0;
   for (int l = 0; l < launch.count; ++l) {
@@ -98,6 +101,7 @@ inline void schedule(StyleLaunch& launch, int multiprocessors) {
     launch.bands += launch.jobs * tiles_of(layer.channels) * kBands;
     launch.tiles += int64_t{launch.jobs} * layer.slices * tiles_of(layer.channels);
   }
+  launch.blocks = persistent ? std::min(launch.items, multiprocessors) : launch.items;
 }
 
 // Launches two kernels: the products of all layers and jobs, then their sums and the style terms. T: Fp16 or Bf16.

@@ -1,10 +1,11 @@
-// content_, tv_: a term of the objective and its gradient, in one pass over the maps.
+// content_, tv_, tv_check_finite_: a term of the objective and its gradient, in one pass over the maps.
 //
 // The sums do not depend on the run, the batch or the device: a job is divided into blocks by its size alone, each
 // block writes its sum, and a second, small kernel adds the sums by index. A single kernel in which the last block adds
 // the sums would need as many launches, because its counters must be cleared before each run, and a fence.
 #include "cuda/common/device.cuh"
 #include "cuda/terms/terms.h"
+#include "optimiser_math.h"
 
 namespace gramophone {
 namespace {
@@ -48,6 +49,18 @@ GRAMOPHONE_DEVICE S total(S x) {
 #pragma unroll
   for (int i = 0; i < kThreads / kWarp; ++i) sum += of_warps[i];
   return sum;
+}
+
+// Whether `x` holds in any thread of the block, valid in all of them.
+GRAMOPHONE_DEVICE bool in_any_thread(bool x) {
+  __shared__ int of_warps[kThreads / kWarp];
+  const int any = __any_sync(kAllLanes, x);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = any;
+  __syncthreads();
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarp; ++i) found |= of_warps[i] != 0;
+  return found;
 }
 
 // The job of this thread block, and the block's number within the job.
@@ -97,15 +110,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Each thread takes one pixel of one colour at a time; the values that adjacent threads also read come from the cache.
+// With kCheck each block also writes to `bad` whether the gradient has a value that is not finite.
+template <bool kCheck>
 __global__ void __launch_bounds__(kThreads)
     tv_kernel(float* __restrict__ grad, const float* __restrict__ image, const float* __restrict__ weight, int height,
-              int width, int64_t blocks, float* __restrict__ partials) {
+              int width, int64_t blocks, float* __restrict__ partials, uint8_t* __restrict__ bad) {
   const Place at = place(blocks);
   const unsigned pixels = static_cast<unsigned>(height) * width, count = 3 * pixels;
   const float per_x = 1 / (3.0f * height * (width - 1)), per_y = 1 / (3.0f * (height - 1) * width);
   const float twice = 2 * weight[at.job];
   grad += at.job * count, image += at.job * count;
   float sum = 0;
+  bool good = true;
 #pragma unroll
   for (int k = 0; k < kTvBlock / kThreads; ++k) {
     const unsigned i = static_cast<unsigned>(at.block * kTvBlock) + k * kThreads + threadIdx.x;
@@ -115,10 +131,15 @@ __global__ void __launch_bounds__(kThreads)
     const float left = x > 0 ? here - image[i - 1] : 0, right = x + 1 < width ? image[i + 1] - here : 0;
     const float up = y > 0 ? here - image[i - width] : 0, down = y + 1 < height ? image[i + width] - here : 0;
     sum += per_x * right * right + per_y * down * down;
-    grad[i] += twice * (per_x * (left - right) + per_y * (up - down));
+    const float updated = grad[i] + twice * (per_x * (left - right) + per_y * (up - down));
+    grad[i] = updated;
+    if (kCheck) good &= is_finite(updated);
   }
   sum = total(sum);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+  if (!kCheck) return;
+  const bool any = in_any_thread(!good);
+  if (threadIdx.x == 0) bad[blockIdx.x] = any;
 }
 
 // loss[b] = weight[b] * the sum of the job's partials, with one block per job.
@@ -130,6 +151,31 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
   sum = total(sum);
   if (threadIdx.x == 0) loss[blockIdx.x] = weight[blockIdx.x] * sum;
+}
+
+// The loss as above, in the last row of the terms, and then what check_finite_ does, with one block per job.
+__global__ void __launch_bounds__(kThreads)
+    tv_verdict_kernel(const float* __restrict__ partials, const float* __restrict__ weight, int64_t blocks,
+                      Verdicts verdicts) {
+  const int64_t job = blockIdx.x, jobs = gridDim.x;
+  float sum = 0;
+  bool good = true;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
+    sum += partials[job * blocks + i];
+    good &= !verdicts.bad[job * blocks + i];
+  }
+  for (int64_t t = threadIdx.x; t < verdicts.term_count - 1; t += kThreads)
+    good &= is_finite(verdicts.terms[t * jobs + job]);
+  sum = total(sum);
+  const bool any = in_any_thread(!good);
+  if (threadIdx.x != 0) return;
+  const float loss = weight[job] * sum;
+  verdicts.terms[(verdicts.term_count - 1) * jobs + job] = loss;
+  const int64_t now = ++verdicts.count[job];
+  if (verdicts.alive[job] && (any || !is_finite(loss))) {
+    verdicts.alive[job] = false;
+    verdicts.diverged_at[job] = now;
+  }
 }
 
 template <int kValues, typename G, typename T, typename S>
@@ -174,9 +220,18 @@ int64_t tv_blocks(int height, int width) {
 void launch_tv(float* grad, const float* image, const float* weight, int64_t batch, int height, int width,
                float* partials, float* loss, cudaStream_t stream) {
   const int64_t blocks = tv_blocks(height, width);
-  launch("tv_", tv_kernel, dim3(static_cast<unsigned>(batch * blocks)), kThreads, 0, stream, grad, image, weight,
-         height, width, blocks, partials);
+  launch("tv_", tv_kernel<false>, dim3(static_cast<unsigned>(batch * blocks)), kThreads, 0, stream, grad, image, weight,
+         height, width, blocks, partials, nullptr);
   sum_up("tv_", partials, weight, batch, blocks, loss, stream);
+}
+
+void launch_tv_check_finite(float* grad, const float* image, const float* weight, int64_t batch, int height, int width,
+                            float* partials, const Verdicts& verdicts, cudaStream_t stream) {
+  const int64_t blocks = tv_blocks(height, width);
+  launch("tv_check_finite_", tv_kernel<true>, dim3(static_cast<unsigned>(batch * blocks)), kThreads, 0, stream, grad,
+         image, weight, height, width, blocks, partials, verdicts.bad);
+  launch("tv_check_finite_", tv_verdict_kernel, dim3(static_cast<unsigned>(batch)), kThreads, 0, stream, partials,
+         weight, blocks, verdicts);
 }
 
 #define GRAMOPHONE_CONTENT(G, T, S) \

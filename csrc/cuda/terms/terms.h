@@ -20,4 +20,19 @@ int64_t tv_blocks(int height, int width);
 void launch_tv(float* grad, const float* image, const float* weight, int64_t batch, int height, int width,
                float* partials, float* loss, cudaStream_t stream);
 
+// What `launch_tv_check_finite` decides about the jobs, and its scratch.
+struct Verdicts {
+  uint8_t* bad;  // scratch, [batch, tv_blocks(height, width)]
+  float* terms;  // [term_count, batch]; the last row is written
+  int64_t term_count;
+  bool* alive;           // [batch]
+  int64_t* diverged_at;  // [batch]
+  int64_t* count;        // [batch]
+};
+
+// `launch_tv` with its loss in the last row of `terms`, and then `launch_check_finite`, in two kernels instead of three
+// and without another pass over the gradient.
+void launch_tv_check_finite(float* grad, const float* image, const float* weight, int64_t batch, int height, int width,
+                            float* partials, const Verdicts& verdicts, cudaStream_t stream);
+
 }  // namespace gramophone

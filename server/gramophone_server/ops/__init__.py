@@ -20,6 +20,7 @@ from gramophone_server.ops.functional import (
     style_fwd,
     style_loss,
     tv_,
+    tv_check_finite_,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "style_fwd",
     "style_loss",
     "tv_",
+    "tv_check_finite_",
 ]

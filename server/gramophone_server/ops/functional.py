@@ -46,10 +46,12 @@ __all__ = [
     "style_fwd",
     "style_loss",
     "tv_",
+    "tv_check_finite_",
 ]
 
 OPS = (
     *("gram", "gram_bwd", "style_loss", "style_fwd", "style_bwd", "style_bwd_", "content_", "tv_"),
+    "tv_check_finite_",
     *("max_pool", "max_pool_bwd"),
     *("check_finite_", "descent_", "adam_", "lbfgs_"),
 )
@@ -93,15 +95,20 @@ def style_loss(features: Tensor, target: Tensor, weight: float, scale: float) ->
 
 
 def style_fwd(
-    features: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor, scales: Sequence[float]
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Tensor,
+    scales: Sequence[float],
+    persistent: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Style terms of all layers and jobs at once.
 
     ``features`` and ``targets`` are [B, C, H, W] and [B, C, C] per layer. ``weights`` [layers, B] is a tensor on the
     same device, so that it can change without a new CUDA graph. ``scales`` has one number per layer. Returns the losses
-    [layers, B] and per layer the difference [B, C, C] for `style_bwd_`, as in `style_loss`.
+    [layers, B] and per layer the difference [B, C, C] for `style_bwd_`, as in `style_loss`. With ``persistent`` as many
+    thread blocks as a GPU runs at once share the work, instead of one for each piece; the results are the same bits.
     """
-    return torch.ops.gramophone.style_fwd.default(list(features), list(targets), weights, list(scales))
+    return torch.ops.gramophone.style_fwd.default(list(features), list(targets), weights, list(scales), persistent)
 
 
 def style_bwd_(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> None:
@@ -148,6 +155,22 @@ def tv_(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     ``image`` and ``grad`` are float32 [B, 3, H, W] with H and W at least 2, ``weight`` is float32 [B].
     """
     return torch.ops.gramophone.tv_.default(grad, image, weight)
+
+
+def tv_check_finite_(
+    grad: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    terms: Tensor,
+    alive: Tensor,
+    diverged_at: Tensor,
+    count: Tensor,
+) -> None:
+    """`tv_`, whose loss becomes the last row of ``terms``, and then `check_finite_`, in one pass over ``grad``.
+
+    All results are those of the two ops, bit for bit. ``terms``, float32 [T, B], has at least one row.
+    """
+    torch.ops.gramophone.tv_check_finite_.default(grad, image, weight, terms, alive, diverged_at, count)
 
 
 def first_layer(

@@ -45,7 +45,7 @@ def _(features: Tensor, target: Tensor, weight: float, scale: float) -> tuple[Te
 
 @torch.library.register_fake("gramophone::style_fwd")
 def _(
-    features: list[Tensor], targets: list[Tensor], weights: Tensor, scales: list[float]
+    features: list[Tensor], targets: list[Tensor], weights: Tensor, scales: list[float], persistent: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     return torch.empty_like(weights), [_new_difference(f) for f in features]
 
@@ -68,6 +68,11 @@ def _(grad: Tensor, features: Tensor, target: Tensor, weight: Tensor, relu_mask:
 @torch.library.register_fake("gramophone::tv_")
 def _(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake("gramophone::tv_check_finite_")
+def _(*_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("gramophone::first_layer")
@@ -162,13 +167,13 @@ def _save_style_fwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*features, *diffs)
 
 
-def _style_fwd_backward(ctx: Any, grad_losses: Tensor, grad_diffs: Any) -> tuple[Any, Any, None, None]:
+def _style_fwd_backward(ctx: Any, grad_losses: Tensor, grad_diffs: Any) -> tuple[Any, Any, None, None, None]:
     features, diffs = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
     grads = [
         torch.ops.gramophone.style_bwd.default(f, d, g.contiguous())
         for f, d, g in zip(features, diffs, grad_losses, strict=True)
     ]
-    return grads, [None] * ctx.layers, None, None
+    return grads, [None] * ctx.layers, None, None, None
 
 
 def _max_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
