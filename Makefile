@@ -7,7 +7,7 @@ OPS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix fuzz cuda-build gpu-check other-clients proto gallery bench bench-load chaos soak serve wheel image clean
+.PHONY: help install demo test lint fix fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel image clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -45,11 +45,16 @@ fix: install ## fix what the linter can fix, and format all sources
 cuda-build: ## compile the CUDA kernels for every target and check that none spills; needs nvcc, no GPU
 	@$(PYTHON) tools/check_spills.py $(filter %.cu,$(OPS))
 
-# Uses the Python that is there, because a machine with a GPU may have no network, which `install` needs.
+# These use the Python that is there, because a machine with a GPU may have no network, which `install` needs.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
-gpu-check: ## compile the CUDA ops for this machine's GPU, test them and time them
-	GRAMOPHONE_CUDA=1 $(GPU_PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=proto:server:client:. $(GPU_PYTHON) -m benchmarks.gpu_check
+gpu-check: ## test and time the CUDA ops on this machine's GPU, all or CALL=a, b or c; results in the folder OUT
+	PYTHONPATH=tools $(GPU_PYTHON) -m gpu_bundle run $(if $(CALL),--call $(CALL)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+gpu-bundle: ## compile and collect what a GPU machine without a network needs for `make gpu-check`
+	PYTHONPATH=tools $(GPU_PYTHON) -m gpu_bundle make
+
+gpu-rehearsal: ## run all calls of `make gpu-check` on the CPU, from the bundle and without a network
+	PYTHONPATH=tools $(GPU_PYTHON) -m gpu_bundle rehearse
 
 fuzz: install ## send COUNT bad inputs to a server: damaged images, bombs, random bytes (20,000 in two minutes)
 	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
@@ -96,4 +101,4 @@ image: ## build a container image; DEVICE=cuda for a GPU
 	docker build --build-arg DEVICE=$(or $(DEVICE),cpu) -t gramophone .
 
 clean: ## remove everything that can be made again
-	rm -rf .venv build dist out *.egg-info server/gramophone_server/*.so
+	rm -rf .venv build dist out gpu-bundle *.egg-info server/gramophone_server/*.so
