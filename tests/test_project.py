@@ -179,6 +179,7 @@ TESTED_THROUGH = {
     "tests/scheduling/test_worker.py": ["gramophone_server.domain.commands", "gramophone_server.domain.events"],
     "tests/scheduling/test_scheduler.py": ["gramophone_server.scheduling.*"],
     "tests/jobs/test_job.py": ["gramophone_server.jobs.event_log"],
+    "tests/cuda/test_features.py": ["gramophone_server.network.first_layer"],
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],

@@ -15,7 +15,6 @@ from gramophone.recipe import InvalidRecipe, LayerWeight, Normalisation, Optimis
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.engine.engine import VggEngine
-from gramophone_server.engine.objective import Evaluation
 from gramophone_server.errors import OutOfDeviceMemory
 from tests.support.engines import CHECKPOINTS
 from tests.support.pictures import make_picture
@@ -243,13 +242,13 @@ def test_out_of_memory_leaves_all_jobs_at_their_last_whole_iteration(
     batch = tiny_engine.batch(state.shape, 2)
     batch.join(state)
     reports = [batch.advance()[0] for _ in range(3)]
-    evaluate, evaluations = batch.runner.objective.evaluate, itertools.count(1)
+    evaluate, evaluations = batch.runner.objective.network_terms, itertools.count(1)
 
     def too_much(*_: Any, **__: Any) -> Tensor:
         return torch.empty(2**50)
 
-    def evaluate_twice(pictures: Tensor) -> Evaluation:
-        return evaluate(pictures) if next(evaluations) < 3 else too_much()  # type: ignore[return-value]
+    def evaluate_twice(pictures: Tensor) -> Any:
+        return evaluate(pictures) if next(evaluations) < 3 else too_much()
 
     with monkeypatch.context() as patch:
         patch.setattr(tiny_engine.features, "forward", too_much)
@@ -257,7 +256,7 @@ def test_out_of_memory_leaves_all_jobs_at_their_last_whole_iteration(
             batch.join(late)
         assert not late.joined and late.tensors is None and list(batch.states) == [0]
     with monkeypatch.context() as patch:
-        patch.setattr(batch.runner.objective, "evaluate", evaluate_twice)
+        patch.setattr(batch.runner.objective, "network_terms", evaluate_twice)
         with pytest.raises(OutOfDeviceMemory, match="48x40"):
             batch.advance(5)
     assert state.done == 5

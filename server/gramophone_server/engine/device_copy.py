@@ -19,10 +19,12 @@ __all__ = ["DeviceToHostCopier"]
 class DeviceToHostCopier:
     """Copies images of one device to the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device, *, own_stream: bool = True) -> None:
+        """Without ``own_stream`` the pictures of a GPU are copied on the stream on which they are made."""
+        self._on_gpu = device.type == "cuda"
+        self._own: torch.cuda.Stream | None = None
+        if self._on_gpu and own_stream:
+            self._own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def take(self, image: Tensor) -> Callable[[], Tensor]:
@@ -30,16 +32,18 @@ class DeviceToHostCopier:
 
         Returns a function that waits for the copy, on any thread, and returns the picture, uint8 [H, W, 3] on the CPU.
         """
-        picture = image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous()
-        if self._stream is None:
+        rows = image.mul(255).round_().permute(1, 2, 0)
+        picture = rows.to(torch.uint8, memory_format=torch.contiguous_format)  # converts and reorders in one pass
+        if not self._on_gpu:
             return lambda: picture
-        self._stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.current_stream() if self._own is None else self._own
+        stream.wait_stream(torch.cuda.current_stream())
         # With blocking=True a thread that waits sleeps, and releases the interpreter lock.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             host = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(picture, non_blocking=True)
-            picture.record_stream(self._stream)
+            picture.record_stream(stream)
             copied.record()
 
         def wait() -> Tensor:

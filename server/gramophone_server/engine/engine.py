@@ -37,6 +37,7 @@ from gramophone_server.engine.style_targets import STYLE_CACHE_BYTES, StyleTarge
 from gramophone_server.errors import InvalidRequest, StartupError
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import Precision, choose_precision
+from gramophone_server.network.tuning import DEFAULT_TUNING, Tuning
 from gramophone_server.network.vgg import Vgg, load_vgg
 
 __all__ = ["VggEngine", "cpu_name"]
@@ -66,11 +67,12 @@ class VggEngine:
         graphs: bool | None = None,
         note: str = "",
         style_cache_bytes: int = STYLE_CACHE_BYTES,
+        tuning: Tuning = DEFAULT_TUNING,
     ) -> None:
         """``graphs``: replay captured iterations; None: on a GPU, and only there.
 
         ``note``: text after the device's name, such as why the device is not a GPU. ``style_cache_bytes``: device
-        memory for Gram matrices of style images; 0 keeps none.
+        memory for Gram matrices of style images; 0 keeps none. ``tuning``: how each part of an iteration is computed.
         """
         ops.require_kernels(device.type)
         self.device = device
@@ -78,10 +80,10 @@ class VggEngine:
         self.backbone = vgg.backbone
         self.weights_source = vgg.source
         self.layers = vgg.layers
-        self.features = VggFeatures(vgg, device, precision)
+        self.features = VggFeatures(vgg, device, precision, tuning=tuning)
         self.graph_runners = GraphRunnerPool(self.features, graphs=device.type == "cuda" if graphs is None else graphs)
         self.style_targets = StyleTargets(self.features, style_cache_bytes)
-        self.copier = DeviceToHostCopier(device)
+        self.copier = DeviceToHostCopier(device, own_stream=tuning.copy_stream)
         self.memory_bytes = int(bytes_free(device) * MEMORY_SHARE)
         self._widest = vgg.convolutions[0].weight.shape[0]  # activations per pixel; every pooling quarters the pixels
         self._vgg = vgg

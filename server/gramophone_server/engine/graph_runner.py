@@ -22,12 +22,6 @@ from gramophone_server.network.features import VggFeatures
 
 __all__ = ["GraphRunner", "GraphRunnerPool"]
 
-# Launching a graph costs the host about 5 to 10 us (an estimate; `make gpu-check` measures it): a twentieth of an
-# iteration at 256 px, nothing at 1024 px. Ten iterations per graph make this small; more would only make the graph
-# longer to build.
-ITERATIONS_PER_GRAPH = 10
-MAX_LONG_GRAPH_PIXELS = 512 * 512  # of the whole batch; above this there is only a graph of one iteration
-
 WARM_UPS = 2  # iterations before a capture, in which cuDNN builds its plans and libraries allocate their workspaces
 
 
@@ -35,7 +29,7 @@ class GraphRunner:
     """The buffers and the iteration of a batch at one scale: ``slots`` jobs of one shape."""
 
     def __init__(self, features: VggFeatures, shape: Shape, slots: int) -> None:
-        self.shape, self.slots = shape, slots
+        self.shape, self.slots, self.tuning = shape, slots, features.tuning
         self.objective = Objective(features, shape, slots)
         self.canvas = Canvas.empty(slots, shape.height, shape.width, shape.average, features.device)
         self.stepper = make_stepper(shape.optimiser, self.canvas)
@@ -102,11 +96,17 @@ class GraphRunner:
 
     @torch.inference_mode()
     def _iterate(self) -> None:
-        canvas = self.canvas
-        evaluation = self.objective.evaluate(canvas.image)
-        self.terms.copy_(evaluation.terms)
-        ops.check_finite_(evaluation.terms, evaluation.grad, canvas.alive, canvas.diverged_at, canvas.count)
-        self.stepper.step_(evaluation.grad)
+        canvas, weights = self.canvas, self.objective.tv_weights
+        verdicts = canvas.alive, canvas.diverged_at, canvas.count
+        rows, grad = self.objective.network_terms(canvas.image)
+        if self.tuning.fused_check:
+            torch.cat(rows, out=self.terms[:-1])
+            ops.tv_check_finite_(grad, canvas.image, weights, self.terms, *verdicts)
+        else:
+            tv = ops.tv_(grad, canvas.image, weights)
+            torch.cat([*rows, tv[None]], out=self.terms)
+            ops.check_finite_(self.terms, grad, *verdicts)
+        self.stepper.step_(grad)
 
     @torch.inference_mode()
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
@@ -124,13 +124,14 @@ class GraphRunner:
                     self._iterate()
         finally:  # after running out of memory the buffers are freed while the stream may still use them
             torch.cuda.current_stream().wait_stream(stream)
-        has_long_graph = self.canvas.image[:, 0].numel() <= MAX_LONG_GRAPH_PIXELS
+        has_long_graph = self.canvas.image[:, 0].numel() <= self.tuning.max_long_graph_pixels
+        sizes = (self.tuning.iterations_per_graph, 1) if has_long_graph else (1,)
         gc_was_enabled = gc.isenabled()
         # An old graph that is collected here would invalidate the capture, and with torch 2.11 all later ones.
         gc.disable()
         try:
             with torch.cuda.stream(stream):  # torch leaves the stream current if a capture cannot be ended
-                for size in (ITERATIONS_PER_GRAPH, 1) if has_long_graph else (1,):
+                for size in sizes:
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         for _ in range(size):

@@ -101,20 +101,27 @@ class Objective:
 
         Does not wait for the device.
         """
+        rows, grad = self.network_terms(image)
+        tv = ops.tv_(grad, image, self.tv_weights)
+        return Evaluation(torch.cat([*rows, tv[None]]), grad)
+
+    @torch.inference_mode()
+    def network_terms(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """All terms but the total variation, and their gradient: `Evaluation.terms` in parts, without the last row."""
         activations = self.features.forward(image, self.layers, self.pooling)
-        terms, diffs = [], {}
+        rows, diffs = [], {}
         if self.style_layers:
             style, differences = ops.style_fwd(
                 [activations[layer] for layer in self.style_layers],
                 self.style_targets,
                 self.style_weights,
                 self.gram_scales,
+                self.features.tuning.persistent_style,
             )
             diffs = dict(zip(self.style_layers, differences, strict=True))
-            terms.append(style)
+            rows.append(style)
         contents = dict(
             zip(self.content_layers, zip(self.content_targets, self.content_weights, strict=True), strict=True)
         )
         grad, content = self.features.backward(activations, diffs, contents)
-        tv = ops.tv_(grad, image, self.tv_weights)
-        return Evaluation(torch.cat([*(content[layer][None] for layer in self.content_layers), *terms, tv[None]]), grad)
+        return [*(content[layer][None] for layer in self.content_layers), *rows], grad

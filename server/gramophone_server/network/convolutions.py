@@ -7,8 +7,9 @@ forward pass. Activations are [B, C, H, W], channels_last.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from gramophone_server import ops
 from gramophone_server.network.precision import Precision
+from gramophone_server.network.tuning import DEFAULT_TUNING, MEASURED, Tuning
 from gramophone_server.network.vgg import Convolution
 
-__all__ = ["Autotuner", "CuDnn", "Kernel", "Library", "OneDnn", "can_pack"]
+log = logging.getLogger(__name__)
 
+__all__ = ["Autotuner", "CuDnn", "Kernel", "Library", "OneDnn", "can_pack", "find_fault"]
 ONES = [1, 1]
 CHANNELS_LAST = torch.channels_last
 
@@ -129,21 +132,30 @@ def can_pack(device: torch.device) -> bool:
 
 
 class CuDnn:
-    """For a GPU, in 16 bits: cuDNN's convolution without bias, then our own kernel for bias and ReLU.
+    """For a GPU, in 16 bits: cuDNN's convolution, and bias and ReLU in one of several forms, as `Tuning` has it.
 
-    Released torch runs a convolution with a bias and a ReLU as three kernels, which costs 8 bytes per activation more
-    than one kernel (torch's ConvShared.cpp). So this class runs the bare convolution and then `ops.bias_relu_`. torch's
-    one-pass cudnn_convolution_relu is not used: it passes its uninitialised output to cuDNN as a summand of weight 0,
-    so the result is NaN if that is read; it hides NaN from the divergence check; and it may run kernels that are not
-    deterministic. The GPU check times it. There are two backward passes, and which one is faster depends on the layer,
-    so `Autotuner` measures them:
+    Forward:
+
+        split   the bare convolution, then our own kernel for bias and ReLU
+        biased  torch's convolution with a bias, then torch's ReLU. Released torch runs these as three kernels, which
+                costs 8 bytes per activation more than one kernel (torch's ConvShared.cpp)
+        fused   torch's cudnn_convolution_relu, one pass. It passes its uninitialised output to cuDNN as a summand of
+                weight 0, so the result is NaN if that is read; its ReLU may hide NaN from the divergence check; and
+                torch does not ask for kernels that give the same bits in every run
+
+    Backward:
 
         flipped  a forward convolution with flipped weights
         dgrad    cuDNN's own gradient of the input
     """
 
     def __init__(
-        self, convolution: Convolution, device: torch.device, precision: Precision, autotuner: Autotuner
+        self,
+        convolution: Convolution,
+        device: torch.device,
+        precision: Precision,
+        autotuner: Autotuner,
+        tuning: Tuning = DEFAULT_TUNING,
     ) -> None:
         weight = convolution.weight.to(device)
         self.weight = weight.to(precision.forward).contiguous(memory_format=CHANNELS_LAST)
@@ -152,12 +164,13 @@ class CuDnn:
         self.bias = convolution.bias.to(device)
         self.bias_16 = self.bias.to(precision.forward)
         self._autotuner = autotuner
+        self._forward = tuning.forward_form(convolution.name)
+        self._backward = tuning.backward_form(convolution.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Kernel.forward`."""
-        out = self.bare(x)
-        ops.bias_relu_(out, self.bias)
-        return out
+        forms = {"split": self.split, "biased": self.biased, "fused": self.fused}
+        return self._run("forward", self._forward, forms, x, self.exact)
 
     def linear(self, x: Tensor) -> Tensor:
         """See `Kernel.linear`."""
@@ -165,7 +178,8 @@ class CuDnn:
 
     def backward(self, grad: Tensor) -> Tensor:
         """See `Kernel.backward`."""
-        return self._autotuner(tuple(self.weight.shape[:2]), {"flipped": self.flipped, "dgrad": self.dgrad}, grad)
+        forms = {"flipped": self.flipped, "dgrad": self.dgrad}
+        return self._run("backward", self._backward, forms, grad, self.exact_backward)
 
     def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """See `Kernel.forward_pooled`."""
@@ -174,6 +188,25 @@ class CuDnn:
     def bare(self, x: Tensor) -> Tensor:
         """The convolution without bias and ReLU."""
         return F.conv2d(x, self.weight, None, padding=1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`forward` with our kernel for bias and ReLU."""
+        out = self.bare(x)
+        ops.bias_relu_(out, self.bias)
+        return out
+
+    def biased(self, x: Tensor) -> Tensor:
+        """`forward` with the library's bias and ReLU."""
+        return self.linear(x).relu_()
+
+    def fused(self, x: Tensor) -> Tensor:
+        """`forward` in one pass of cuDNN."""
+        out: Tensor = torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias_16, ONES, ONES, ONES, 1)
+        return out
+
+    def exact(self, x: Tensor) -> Tensor:
+        """`forward` by the library in float32. In tf32 it is as exact, because 16-bit operands fit into tf32."""
+        return F.conv2d(x.float(), self.weight.float(), self.bias, padding=1).relu_()
 
     def flipped(self, grad: Tensor) -> Tensor:
         """`backward` as a forward convolution."""
@@ -190,12 +223,34 @@ class CuDnn:
         )[0]
         return out
 
+    def exact_backward(self, grad: Tensor) -> Tensor:
+        """`backward` by the library in float32."""
+        return F.conv2d(grad.float(), self.back.float(), None, padding=1)
+
+    def _run(
+        self,
+        way: str,
+        form: str,
+        forms: Mapping[str, Callable[[Tensor], Tensor]],
+        x: Tensor,
+        exact: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        if form == MEASURED:
+            return self._autotuner((way, *self.weight.shape[:2]), forms, x, exact)
+        return forms[form](x)
+
+
+# The largest relative error that a measured kernel may have. Rounding its output to bfloat16 makes 0.002, a wrong or
+# missing product far more than this.
+MAX_ERROR = 0.01
+
 
 class Autotuner:
     """Runs the fastest of several kernels that compute the same result: the fastest one measured, else the first.
 
-    Kernels are measured once for each ``key``, a layer's channels. The picture's size is not part of the key: pictures
-    have any size, and a service cannot stop for seconds at each new one. For the same reason cuDNN's own search
+    A kernel is measured only if its result is right; one that is not is logged and never runs again. Kernels are
+    measured once for each ``key``, a layer's channels. The picture's size is not part of the key: pictures have any
+    size, and a service cannot stop for seconds at each new one. For the same reason cuDNN's own search
     (`torch.backends.cudnn.benchmark`) is off, and its heuristics choose the kernels.
     """
 
@@ -203,30 +258,36 @@ class Autotuner:
 
     def __init__(self) -> None:
         self.measuring = False  # set only while the host may wait for the device, so never during a graph capture
-        self.milliseconds: dict[Hashable, dict[str, float]] = {}  # by key and kernel
+        # By key and kernel; infinite for a kernel that this version of cuDNN lacks or whose result is wrong.
+        self.milliseconds: dict[Hashable, dict[str, float]] = {}
 
-    def __call__(self, key: Hashable, kernels: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """The result of the fastest of ``kernels`` for ``x``.
+    def __call__(
+        self,
+        key: Hashable,
+        kernels: Mapping[str, Callable[[Tensor], Tensor]],
+        x: Tensor,
+        exact: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The result of the fastest of ``kernels`` for ``x``. ``exact`` computes it in float32.
 
         Raises `RuntimeError` if, while measuring, none can run.
         """
         times = self.milliseconds.get(key)
         if times is None and self.measuring:
-            times = self.milliseconds[key] = {name: self.measure(kernel, x) for name, kernel in kernels.items()}
+            expected = exact(x)
+            times = self.milliseconds[key] = {}
+            for name, kernel in kernels.items():
+                fault = find_fault(kernel, x, expected)
+                times[name] = math.inf if fault else self.measure(kernel, x)
+                if fault:
+                    log.warning("convolution kernel %s for %s is not used: it %s", name, key, fault)
             if not any(math.isfinite(time) for time in times.values()):
-                raise RuntimeError(f"this version of cuDNN has none of the kernels {', '.join(kernels)} for {key}")
+                raise RuntimeError(f"no kernel of {', '.join(kernels)} computes the convolution {key}; see the log")
         chosen = next(iter(kernels)) if times is None else min(times, key=times.__getitem__)
         return kernels[chosen](x)
 
     def measure(self, kernel: Callable[[Tensor], Tensor], x: Tensor) -> float:
-        """Milliseconds of the fastest of `REPEATS` calls; infinite if this version of cuDNN has no such kernel."""
-        try:
-            for _ in range(2):  # cuDNN builds its plan in the first call
-                kernel(x)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return math.inf
+        """Milliseconds of the fastest of `REPEATS` calls, after at least two others."""
         best = math.inf
         for _ in range(self.REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -236,3 +297,28 @@ class Autotuner:
             end.synchronize()
             best = min(best, start.elapsed_time(end))
         return best
+
+
+def find_fault(kernel: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> str:
+    """What is wrong with a kernel, "" for nothing: it cannot run, its result is not ``expected`` (float32), or it hides
+    a NaN in ``x``.
+
+    Before each call the memory that its result will probably get is filled with NaN, so that a kernel that reads it
+    before it writes it is found.
+    """
+    try:
+        for _ in range(3):
+            poison = torch.empty_like(expected, dtype=x.dtype).fill_(math.nan)
+            del poison
+            error = float((kernel(x).float() - expected).norm() / expected.norm())
+            if not error <= MAX_ERROR:
+                return f"is {error:.1e} away from the convolution in float32, the bound is {MAX_ERROR:g}"
+        broken = x.clone()
+        broken[0, 0, 0, 0] = math.nan
+        if not bool(kernel(broken).isnan().any()):
+            return "hides NaN, so that a job that diverges would not be stopped"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as failure:
+        return f"cannot run: {str(failure).strip().splitlines()[0][:200]}"
+    return ""

@@ -21,7 +21,9 @@ from torch import Tensor
 from gramophone.recipe import Pooling
 from gramophone_server import ops
 from gramophone_server.network.convolutions import Autotuner, CuDnn, Kernel, Library, OneDnn, can_pack
+from gramophone_server.network.first_layer import FirstLayer, Normalisation, first_layer
 from gramophone_server.network.precision import Precision
+from gramophone_server.network.tuning import DEFAULT_TUNING, Tuning
 from gramophone_server.network.vgg import Convolution, Vgg
 
 __all__ = ["MAX_FP16_ACTIVATION", "Activations", "VggFeatures", "probe_images"]
@@ -78,15 +80,22 @@ class VggFeatures:
     relu(s x) = s relu(x), so this changes nothing else. `forward` returns, and `backward` takes, values in these units.
     """
 
-    def __init__(self, vgg: Vgg, device: torch.device, precision: Precision, *, kernel: str | None = None) -> None:
+    def __init__(
+        self,
+        vgg: Vgg,
+        device: torch.device,
+        precision: Precision,
+        *,
+        kernel: str | None = None,
+        tuning: Tuning = DEFAULT_TUNING,
+    ) -> None:
         """``kernel`` of the convolutions: "onednn", "cudnn" or "library"; None for the device's fastest."""
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.tuning = device, precision, tuning
         self.kernel = kernel or _fastest_kernel(device, precision)
         self.layers = vgg.layers
         p = vgg.preprocessing
-        self._order = list(p.channels)
-        self._scale = [p.scale / s for s in p.std]
-        self._shift = [-m / s for m, s in zip(p.mean, p.std, strict=True)]
+        scale, shift = [p.scale / s for s in p.std], [-m / s for m, s in zip(p.mean, p.std, strict=True)]
+        self._normalisation = Normalisation(scale, shift, list(p.channels))
         self._gains = {c.name: 1.0 for c in vgg.convolutions}
         convolutions = vgg.convolutions
         if precision.forward == torch.float16 and device.type != "meta":
@@ -120,7 +129,7 @@ class VggFeatures:
         # cuDNN's tensor cores and the 16-byte loads of our kernels need multiples of 8 channels.
         wide = all(n % 8 == 0 for n in convolution.weight.shape[:2])
         if self.kernel == "cudnn" and wide:
-            return CuDnn(convolution, self.device, self.precision, self.autotuner)
+            return CuDnn(convolution, self.device, self.precision, self.autotuner, self.tuning)
         return Library(convolution, self.device, self.precision)
 
     @torch.inference_mode()
@@ -236,18 +245,20 @@ class VggFeatures:
             return self._first_layer.backward(grad)
         grad = self._layers[0].kernel.backward(grad).float()
         back = torch.empty(grad.shape, dtype=torch.float32, device=self.device)  # contiguous, like the image
-        for c, channel in enumerate(self._order):
-            torch.mul(grad[:, c], self._scale[c], out=back[:, channel])
+        scale, _, order = self._normalisation
+        for c, channel in enumerate(order):
+            torch.mul(grad[:, c], scale[c], out=back[:, channel])
         return back
 
     def _normalised(self, image: Tensor) -> Tensor:
-        channels = [image[:, c] * s + t for c, s, t in zip(self._order, self._scale, self._shift, strict=True)]
+        scale, shift, order = self._normalisation
+        channels = [image[:, c] * s + t for c, s, t in zip(order, scale, shift, strict=True)]
         return torch.stack(channels, 1)
 
-    def _make_first_layer(self, convolution: Convolution) -> _FirstLayer | None:
+    def _make_first_layer(self, convolution: Convolution) -> FirstLayer | None:
         if self.kernel != "cudnn" or convolution.weight.shape[0] != 64:
             return None
-        return _FirstLayer(convolution, self.device, self.precision, self._scale, self._shift, self._order)
+        return first_layer(convolution, self._normalisation, self.device, self.precision, self.tuning)
 
     @staticmethod
     def _pool(x: Tensor, pooling: Pooling) -> Tensor:
@@ -297,34 +308,6 @@ def _fastest_kernel(device: torch.device, precision: Precision) -> str:
         return "cudnn" if precision.forward.itemsize == 2 else "library"
     # oneDNN packs float16 only for the few CPUs that compute in it.
     return "onednn" if can_pack(device) and precision.forward != torch.float16 else "library"
-
-
-class _FirstLayer:
-    """conv1_1 with the normalisation of the image and the ReLU, in one kernel each way.
-
-    For three channels the library's convolutions pad to 8 or more, and their output is the largest of the network.
-    """
-
-    def __init__(
-        self,
-        convolution: Convolution,
-        device: torch.device,
-        precision: Precision,
-        scale: list[float],
-        shift: list[float],
-        order: list[int],
-    ) -> None:
-        columns = convolution.weight.permute(0, 2, 3, 1).reshape(64, 27)  # [out, 3 * (3 * dy + dx) + channel]
-        padded = F.pad(columns, (0, 5)).to(device)
-        self.weight, self.back = padded.to(precision.forward), padded.to(precision.backward)
-        self.bias = convolution.bias.to(device)
-        self._scale, self._shift, self._order = scale, shift, order
-
-    def forward(self, image: Tensor) -> Tensor:
-        return ops.first_layer(image, self.weight, self.bias, self._scale, self._shift, self._order)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        return ops.first_layer_bwd(grad, self.back, self._scale, self._order)
 
 
 def probe_images(device: torch.device) -> Tensor:
