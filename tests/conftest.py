@@ -17,10 +17,17 @@ from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import Vgg
+from gramophone_server.ops import functional
 from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
 
 torch.set_num_threads(1)  # more threads make kernels this small slower, and much slower on a busy machine
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No op runs through torch's library, and those that a test replaces do so only until its end."""
+    monkeypatch.setattr(functional, "by_library", {})
 
 
 @pytest.fixture(scope="session")

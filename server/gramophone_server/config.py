@@ -105,6 +105,7 @@ class Settings(Limits):
     weights: str = _setting("embedded", "embedded, imagenet, or the path of a .pth or .safetensors file")
     backbone: str = _setting("vgg19", "the network", choices=("vgg19", "vgg16"))
     launch_each: bool = _setting(False, "on a GPU, launch every kernel of an iteration instead of replaying a graph")
+    library_ops: str = _setting("", "ops to run through torch's library, not by kernels: names with commas, or all")
     threads: int = _setting(0, "compute threads, 0 for one per core", allowed=Range(0, 1024))
     list_jobs: bool = _setting(False, "let clients list all jobs, and so watch and cancel them by their ids")
     reflection: bool = _setting(False, "let clients query the description of the service")

@@ -266,6 +266,7 @@ def load_engine(settings: Settings) -> Engine:
         backbone=settings.backbone,
         threads=settings.threads,
         graphs=not settings.launch_each,
+        library_ops=settings.library_ops,
     )
     engine.warm_up()
     return engine

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone_server import ops
+from gramophone_server.ops import library
 from tests.support import emulated
 from tests.support.kernel_cases import LAYOUTS, ROUNDING, error, layouts, normal, types
 
@@ -19,6 +20,12 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 SCALE, SHIFT, ORDER = [0.5, 2.0, -1.5], [-0.2, 0.3, 0.1], [2, 0, 1]
 
 sixteen = pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+
+
+@pytest.fixture(params=["kernels", "library"])
+def layers(request: pytest.FixtureRequest, gpu: Any) -> Any:
+    """The ops by the kernels under test, and through torch's library."""
+    return gpu if request.param == "kernels" else library
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
@@ -41,34 +48,34 @@ def kernels(weight: Tensor) -> Tensor:
 @layouts
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 7, 5), (1, 16, 6, 2), (3, 8, 9, 35), (1, 264, 5, 3)], ids=str)
 def test_max_pool_matches_the_cpu(
-    gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str
+    layers: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype, layout: str
 ) -> None:
     # Many zeros, so many equal maxima.
     features = normal(*shape).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    pooled = gpu.max_pool(features)
+    pooled = layers.max_pool(features)
     assert pooled.is_contiguous(memory_format=LAYOUTS[layout])
     assert same(pooled, ops.max_pool(features)) and torch.equal(pooled, F.max_pool2d(features, 2))
     grad = normal(*pooled.shape, seed=1).to(of_grad)
     for mask in (False, True):
-        got = gpu.max_pool_bwd(grad, features, pooled, mask)
+        got = layers.max_pool_bwd(grad, features, pooled, mask)
         assert got.is_contiguous(memory_format=LAYOUTS[layout])
         assert same(got, ops.max_pool_bwd(grad, features, pooled, mask))
 
 
 @layouts
-def test_max_pool_of_nan_matches_the_cpu(gpu: Any, layout: str) -> None:
+def test_max_pool_of_nan_matches_the_cpu(layers: Any, layout: str) -> None:
     features = normal(1, 8, 6, 6).to(torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
     features[0, 2, 3, 3] = features[0, 2, 2, 3] = features[0, 5, 0, 0] = float("nan")
-    pooled = gpu.max_pool(features)
+    pooled = layers.max_pool(features)
     assert pooled.isnan().sum() == 2 and same(pooled, ops.max_pool(features))
     grad = torch.ones_like(pooled)
-    assert same(gpu.max_pool_bwd(grad, features, pooled, True), ops.max_pool_bwd(grad, features, pooled, True))
+    assert same(layers.max_pool_bwd(grad, features, pooled, True), ops.max_pool_bwd(grad, features, pooled, True))
 
 
-def test_max_pool_of_an_unaligned_view(gpu: Any) -> None:
+def test_max_pool_of_an_unaligned_view(layers: Any) -> None:
     memory = normal(8 * 4 * 4 + 1).to(torch.float16)
     features = memory[1:].view(1, 4, 4, 8).permute(0, 3, 1, 2)  # dense, but not at a multiple of 16 bytes
-    assert torch.equal(gpu.max_pool(features), F.max_pool2d(features, 2))
+    assert torch.equal(layers.max_pool(features), F.max_pool2d(features, 2))
 
 
 MAPS = [(1, 8, 2, 2), (2, 24, 7, 5), (1, 64, 9, 33), (3, 512, 2, 3)]
@@ -80,10 +87,10 @@ def biased_case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 @sixteen
 @pytest.mark.parametrize("shape", [*MAPS, (1, 8, 1, 1), (2, 264, 33, 1)], ids=str)
-def test_bias_relu_rounds_once(gpu: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_bias_relu_rounds_once(layers: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     features, bias = biased_case(shape, dtype)
     expected = (features.float() + bias.view(1, -1, 1, 1)).to(dtype).relu()
-    gpu.bias_relu_(features, bias)
+    layers.bias_relu_(features, bias)
     assert torch.equal(features, expected)
 
 
@@ -91,18 +98,18 @@ def test_bias_relu_rounds_once(gpu: Any, shape: tuple[int, ...], dtype: torch.dt
 @pytest.mark.parametrize("of_grad", SIXTEEN, ids=str)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 def test_pooling_by_codes_is_pooling_of_the_map(
-    gpu: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype
+    layers: Any, shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtype
 ) -> None:
     features, bias = biased_case(shape, dtype)
     features = (features * 2).round() / 2  # many equal maxima above 0, too
     bias = (bias * 2).round() / 2
-    pooled, codes = gpu.bias_relu_pool(features, bias)
-    gpu.bias_relu_(features, bias)
+    pooled, codes = layers.bias_relu_pool(features, bias)
+    layers.bias_relu_(features, bias)
     assert torch.equal(pooled, F.max_pool2d(features, 2))
     assert codes.dtype == torch.uint8 and codes.is_contiguous(memory_format=LAST)
     assert torch.equal((codes & 4) > 0, pooled > 0)
     grad = normal(*pooled.shape, seed=2).to(of_grad).contiguous(memory_format=LAST)
-    got = gpu.pool_codes_bwd(grad, codes, *shape[2:])
+    got = layers.pool_codes_bwd(grad, codes, *shape[2:])
     assert got.dtype == of_grad and got.is_contiguous(memory_format=LAST)
     leaf = features.double().requires_grad_()
     (expected,) = torch.autograd.grad(F.max_pool2d(leaf, 2), leaf, grad.double())
@@ -110,21 +117,21 @@ def test_pooling_by_codes_is_pooling_of_the_map(
 
 
 @sixteen
-def test_biased_pooling_does_not_hide_nan(gpu: Any, dtype: torch.dtype) -> None:
+def test_biased_pooling_does_not_hide_nan(layers: Any, dtype: torch.dtype) -> None:
     features, bias = biased_case((2, 8, 5, 6), dtype)
     features[1, 3, 2, 1] = float("nan")
-    pooled, codes = gpu.bias_relu_pool(features, bias)
+    pooled, codes = layers.bias_relu_pool(features, bias)
     assert pooled[1, 3, 1, 0].isnan() and pooled.isnan().sum() == 1 and codes[1, 3, 1, 0] == 4 + 1
     grad = torch.ones_like(pooled)
-    assert gpu.pool_codes_bwd(grad, codes, 5, 6)[1, 3, 2:4, :2].tolist() == [[0, 1], [0, 0]]
-    gpu.bias_relu_(features, bias)
+    assert layers.pool_codes_bwd(grad, codes, 5, 6)[1, 3, 2:4, :2].tolist() == [[0, 1], [0, 0]]
+    layers.bias_relu_(features, bias)
     assert features[1, 3, 2, 1].isnan() and features.isnan().sum() == 1
 
 
 @sixteen
-def test_a_sum_that_rounds_to_zero_is_masked(gpu: Any, dtype: torch.dtype) -> None:
+def test_a_sum_that_rounds_to_zero_is_masked(layers: Any, dtype: torch.dtype) -> None:
     features, bias = torch.zeros(1, 8, 2, 2, dtype=dtype).contiguous(memory_format=LAST), torch.full((8,), 1e-42)
-    pooled, codes = gpu.bias_relu_pool(features, bias)
+    pooled, codes = layers.bias_relu_pool(features, bias)
     assert not pooled.any() and not codes.any()
 
 
@@ -143,9 +150,9 @@ def first_case(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 @sixteen
 @sizes
-def test_first_layer_is_the_convolution(gpu: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_first_layer_is_the_convolution(layers: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     image, weight, bias = first_case(size, dtype)
-    got = gpu.first_layer(image, weight, bias, SCALE, SHIFT, ORDER)
+    got = layers.first_layer(image, weight, bias, SCALE, SHIFT, ORDER)
     assert got.dtype == dtype and got.is_contiguous(memory_format=LAST)
     x = torch.stack([image[:, o] * s + t for o, s, t in zip(ORDER, SCALE, SHIFT, strict=True)], 1).to(dtype)
     expected = F.conv2d(x.double(), kernels(weight), bias.double(), padding=1).relu()
@@ -154,28 +161,28 @@ def test_first_layer_is_the_convolution(gpu: Any, size: tuple[int, ...], dtype: 
 
 @sixteen
 @sizes
-def test_first_layer_bwd_is_its_gradient(gpu: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_first_layer_bwd_is_its_gradient(layers: Any, size: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, height, width = size
     grad, weight = normal(batch, 64, height, width).to(dtype).contiguous(memory_format=LAST), weights(dtype)
     image = torch.zeros(batch, 3, height, width, dtype=torch.float64, requires_grad=True)
     x = torch.stack([image[:, o] * s + t for o, s, t in zip(ORDER, SCALE, SHIFT, strict=True)], 1)
     (expected,) = torch.autograd.grad(F.conv2d(x, kernels(weight), padding=1), image, grad.double())
-    got = gpu.first_layer_bwd(grad, weight, SCALE, ORDER)
+    got = layers.first_layer_bwd(grad, weight, SCALE, ORDER)
     assert got.dtype == torch.float32 and got.is_contiguous()
     assert error(got, expected) < ROUNDING[torch.float32]
 
 
 @sixteen
-def test_first_layer_does_not_hide_or_spread_nan(gpu: Any, dtype: torch.dtype) -> None:
+def test_first_layer_does_not_hide_or_spread_nan(layers: Any, dtype: torch.dtype) -> None:
     image, weight, bias = first_case((2, 12, 40), dtype)
     image[1, 1, 6, 33] = float("nan")
     alive = torch.zeros(2, 12, 40, dtype=torch.bool)
     alive[1, 5:8, 32:35] = True
-    out = gpu.first_layer(image, weight, bias, SCALE, SHIFT, ORDER)
+    out = layers.first_layer(image, weight, bias, SCALE, SHIFT, ORDER)
     assert torch.equal(out.isnan().all(1), alive) and torch.equal(out.isnan().any(1), alive)
     grad = torch.zeros_like(out)
     grad[1, 50, 6, 33] = float("nan")
-    back = gpu.first_layer_bwd(grad, weight, SCALE, ORDER)
+    back = layers.first_layer_bwd(grad, weight, SCALE, ORDER)
     assert torch.equal(back.isnan().all(1), alive) and torch.equal(back.isnan().any(1), alive)
 
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <vector>
 
 uint3 threadIdx, blockIdx;
@@ -52,6 +53,12 @@ const std::function<void()>* body = nullptr;
 std::string failure;
 jmp_buf scheduler;
 
+std::string broken_kernel;
+Fault chosen_fault = Fault::kNone;
+Fault fault = Fault::kNone;   // of the running kernel
+uint64_t launches = 0;        // of the broken kernel
+std::set<std::string> names;  // launched
+
 // Returns to the scheduler, which resumes the fiber here when it may continue.
 void yield() {
   if (!_setjmp(fibers[running].resume)) _longjmp(scheduler, 1);
@@ -65,7 +72,8 @@ void enter() {
 
 void resume(size_t i) {
   running = i;
-  threadIdx = {static_cast<unsigned>(i), 0, 0};
+  const bool one_lower = fault == Fault::kLastThread && i + 1 == blockDim.x;
+  threadIdx = {static_cast<unsigned>(i) - one_lower, 0, 0};
   Fiber& fiber = fibers[i];
   if (_setjmp(scheduler)) return;
   if (fiber.entered) _longjmp(fiber.resume, 1);
@@ -152,7 +160,25 @@ void fail(const std::string& why) {
   _longjmp(scheduler, 1);
 }
 
+bool loses_product(int lane, int element) {
+  return fault == Fault::kProduct && lane == 5 && element == 2;
+}
+
+void break_kernel(const std::string& name, Fault to) {
+  broken_kernel = name;
+  chosen_fault = to;
+  launches = 0;
+}
+
+std::string launched() {
+  std::string all;
+  for (const std::string& name : names) all += name + ",";
+  names.clear();
+  return all;
+}
+
 void barrier() {
+  if (fault == Fault::kBarrier) return;
   fibers[running].state = State::kAtBarrier;
   yield();
 }
@@ -185,6 +211,7 @@ void commit() {
 }
 
 void wait(int groups_left) {
+  if (fault == Fault::kCopy) ++groups_left;
   auto& groups = fibers[running].groups;
   while (static_cast<int>(groups.size()) > groups_left) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
@@ -192,7 +219,10 @@ void wait(int groups_left) {
   }
 }
 
-void run(const dim3& grid, int threads, size_t shared, const std::function<void()>& what) {
+void run(const char* name, const dim3& grid, int threads, size_t shared, const std::function<void()>& what) {
+  names.insert(name);
+  fault = name == broken_kernel ? chosen_fault : Fault::kNone;
+  if (fault == Fault::kRefused) throw std::runtime_error(std::string("emulated kernel: refused ") + name);
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
   if (threads % kLanes) throw std::runtime_error("the threads of an emulated block must be whole warps");
   if (shared > kMaxShared) throw std::runtime_error("more shared memory than a block can have");
@@ -207,7 +237,9 @@ void run(const dim3& grid, int threads, size_t shared, const std::function<void(
   body = &what;
   failure.clear();
   const size_t blocks = size_t{grid.x} * grid.y * grid.z;
+  const bool lacks_last = fault == Fault::kLastBlock || (fault == Fault::kUnrepeatable && ++launches % 2 == 0);
   for (size_t block : ordered(blocks, 0)) {
+    if (lacks_last && block + 1 == blocks) continue;
     blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
                 static_cast<unsigned>(block / grid.x / grid.y)};
     run_block(threads, block + 1);
@@ -219,4 +251,14 @@ void run(const dim3& grid, int threads, size_t shared, const std::function<void(
 
 extern "C" void gramophone_emulator_order(uint64_t seed) {
   emulator::order(seed);
+}
+
+extern "C" void gramophone_emulator_break(const char* name, int fault) {
+  emulator::break_kernel(name, static_cast<emulator::Fault>(fault));
+}
+
+extern "C" const char* gramophone_emulator_launched() {
+  static std::string names;
+  names = emulator::launched();
+  return names.c_str();
 }

@@ -5,7 +5,8 @@
 // finds wrong indices, fragments, swizzles, sums and dependence on the order of blocks. It finds those missing barriers
 // that matter in some order of warps (`order`). Shared memory starts as NaN, an access beyond it through the functions
 // below is an error, and asynchronous copies arrive only when they are waited for. The emulator does not find races
-// between running blocks, and says nothing about registers and speed.
+// between running blocks, and says nothing about registers and speed. For tests of what happens to wrong results,
+// `break_kernel` makes a kernel wrong while the tests run.
 #pragma once
 
 #include <cmath>
@@ -61,9 +62,28 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 
-// Runs `body` once per thread of every block. Throws std::runtime_error if a fiber calls `fail` or all of them are
-// blocked.
-void run(const dim3& grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+// Runs `body`, the kernel `name`, once per thread of every block. Throws std::runtime_error if a fiber calls `fail` or
+// all of them are blocked.
+void run(const char* name, const dim3& grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+
+// What can be made wrong in a kernel. The numbers are those of `Fault` in tests/support/emulated.py.
+enum class Fault {
+  kNone,
+  kLastBlock,     // the last block does not run
+  kLastThread,    // the last thread of a block has the index of the one before it
+  kBarrier,       // threads do not wait at __syncthreads
+  kCopy,          // waits for asynchronous copies return one group too early
+  kProduct,       // a tensor core leaves out one of its products
+  kUnrepeatable,  // every second launch lacks its last block
+  kRefused,       // the launch fails
+};
+
+// Kernels launched as `name` have this fault from now on, and all other kernels none.
+void break_kernel(const std::string& name, Fault fault);
+// The names of the kernels launched since the last call, each with a comma behind it.
+std::string launched();
+// Whether the running kernel leaves out the first product of element `element` of lane `lane` of an mma.
+bool loses_product(int lane, int element);
 
 // 0 runs blocks and warps in order, 1 in reverse; any other number is the seed of a shuffle of both.
 void order(uint64_t seed);

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone_server import ops
+from tests.support.kernel_cases import by_kernels_and_library
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -20,6 +21,7 @@ def relu_features(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Te
     return torch.randn(shape, generator=generator).relu().to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
+@by_kernels_and_library
 @types
 @layouts
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 7, 5), (1, 70, 6, 2), (2, 16, 31, 33)], ids=str)
@@ -36,6 +38,7 @@ def test_max_pool_matches_torch(shape: tuple[int, ...], dtype: torch.dtype, layo
     assert torch.equal(ops.max_pool_bwd(grad, features, pooled, True), masked)
 
 
+@by_kernels_and_library
 @types
 @layouts
 def test_nan_is_not_hidden(dtype: torch.dtype, layout: str) -> None:
@@ -46,6 +49,7 @@ def test_nan_is_not_hidden(dtype: torch.dtype, layout: str) -> None:
     assert ops.max_pool_bwd(torch.ones_like(pooled), features, pooled, True)[0, 2, 2:4, 2:4].sum() == 1
 
 
+@by_kernels_and_library
 def test_gradient() -> None:
     features = torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.autograd.gradcheck(ops.max_pool, (features.requires_grad_(),))

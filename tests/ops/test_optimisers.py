@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gramophone_server import ops
+from tests.support.kernel_cases import by_kernels_and_library
 from tests.support.optimiser_states import PAIRS, all_alive, empty_lbfgs_state, normal, random_images, step_sizes
 
 # Part of a tile of 1024 values; several tiles and a rest; odd sides; parts of two tiles.
@@ -32,6 +33,7 @@ def rms(x: Tensor) -> Tensor:
     return x.double().square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
+@by_kernels_and_library
 @shapes
 @pytest.mark.parametrize("normalised", [False, True])
 def test_descent_is_the_formula(shape: tuple[int, ...], normalised: bool) -> None:
@@ -48,6 +50,7 @@ def test_descent_is_the_formula(shape: tuple[int, ...], normalised: bool) -> Non
     assert ((image == 0) | (image == 1)).any() or normalised
 
 
+@by_kernels_and_library
 @shapes
 def test_adam_is_the_formula(shape: tuple[int, ...]) -> None:
     image, last_good, _ = random_images(shape)
@@ -62,6 +65,7 @@ def test_adam_is_the_formula(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(image.double(), x, rtol=0, atol=2e-6)
 
 
+@by_kernels_and_library
 def test_adam_corrects_the_bias_of_each_job_by_its_own_count() -> None:
     shape = (3, 3, 4, 4)
     grad, counts = normal(4, shape), torch.tensor([1, 30, 100000])
@@ -105,6 +109,7 @@ class ReferenceLbfgs:
         return clamped(x - (min(longest, 1.0) if self.scale else longest) * q).view(image.shape)
 
 
+@by_kernels_and_library
 @shapes
 @pytest.mark.parametrize("size", [1.0, 1e-9, 1e12])
 def test_lbfgs_matches_the_reference(shape: tuple[int, ...], size: float) -> None:
@@ -130,6 +135,7 @@ def test_lbfgs_matches_the_reference(shape: tuple[int, ...], size: float) -> Non
     assert state[-1].tolist() == [[2 * PAIRS + 3] * shape[0], [2 * PAIRS + 4] * shape[0]]
 
 
+@by_kernels_and_library
 def test_check_finite_stops_the_jobs_that_are_not_finite() -> None:
     shape = (5, 3, 40, 41)
     grad, terms = 1e30 * normal(1, shape), 1e30 * normal(2, (7, 5))  # their squares are beyond float32

@@ -12,6 +12,7 @@ from torch import Tensor
 from gramophone_server import ops
 from gramophone_server.errors import StartupError
 from tests import reference
+from tests.support.kernel_cases import by_kernels_and_library
 
 # Relative error of the whole tensor against float64 on the same, already rounded, inputs. Sums are float32 for every
 # type of features, so only 16-bit outputs have the rounding error of their type.
@@ -61,6 +62,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+@by_kernels_and_library
 @types
 @layouts
 @shapes
@@ -69,9 +71,16 @@ def test_gram_matches_the_definition(shape: tuple[int, ...], dtype: torch.dtype,
     got = ops.gram(features, 0.25)
     assert got.dtype == torch.float32
     assert error(got, reference.gram(features, 0.25)) < SUM_ERROR
+
+
+@types
+@layouts
+def test_gram_is_symmetric_to_the_last_bit(dtype: torch.dtype, layout: str) -> None:
+    got = ops.gram(relu_features((2, 3, 17, 13), dtype, layout), 0.25)
     assert torch.equal(got, got.mT)
 
 
+@by_kernels_and_library
 @types
 @layouts
 @shapes
@@ -88,6 +97,7 @@ def test_style_fwd_matches_the_definition(shape: tuple[int, ...], dtype: torch.d
         assert diff.dtype == difference(1, 1, dtype).dtype
 
 
+@by_kernels_and_library
 @pytest.mark.parametrize("dtype, grad_type", GRADIENTS_OF, ids=str)
 @layouts
 @shapes
@@ -112,6 +122,7 @@ def test_style_bwd_matches_the_definition(
     assert error(grad, expected) < OUTPUT_ERROR[grad_type]
 
 
+@by_kernels_and_library
 def test_layouts_can_be_mixed() -> None:
     features = relu_features((2, 8, 9, 11), torch.float32, "channels_last")
     strided = torch.randn(2, 8, 9, 22)[..., ::2]  # in neither layout
@@ -154,6 +165,7 @@ def test_jobs_of_a_batch_do_not_mix() -> None:
     assert torch.equal(grad[1:], grad_alone)
 
 
+@by_kernels_and_library
 @types
 @layouts
 def test_nan_is_not_hidden(dtype: torch.dtype, layout: str) -> None:
@@ -190,12 +202,14 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
+@by_kernels_and_library
 @pytest.mark.parametrize("op", GRADIENTS)
 def test_gradient(op: str) -> None:
     function, inputs = GRADIENTS[op]
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@by_kernels_and_library
 def test_difference_of_style_loss_is_its_gradient() -> None:
     features = relu_features((2, 5, 4, 3), torch.float32, "contiguous").requires_grad_()
     loss, diff = ops.style_loss(features, symmetric(2, 5), 0.7, 0.3)

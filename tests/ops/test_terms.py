@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramophone_server import ops
 from tests import reference
+from tests.support.kernel_cases import by_kernels_and_library
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOSS_ERROR = 2e-6
@@ -47,6 +48,7 @@ def content_case(shape: tuple[int, ...], dtype: torch.dtype, of_grad: torch.dtyp
     )
 
 
+@by_kernels_and_library
 @types
 @layouts
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 13), (3, 16, 24, 31), (1, 130, 20, 21)], ids=str)
@@ -62,6 +64,7 @@ def test_content_matches_the_definition(
     assert error(grad, expected) < ROUNDING[of_grad]
 
 
+@by_kernels_and_library
 def test_content_takes_arguments_of_different_layouts() -> None:
     grad, features, target, weight = content_case((2, 5, 6, 7), torch.float32, torch.float32, "channels_last")
     grad, target = grad.contiguous(), normal(2, 5, 6, 14, seed=3).float()[..., ::2]
@@ -70,6 +73,7 @@ def test_content_takes_arguments_of_different_layouts() -> None:
     assert error(grad, expected) < ROUNDING[torch.float32]
 
 
+@by_kernels_and_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 2, 2), (2, 3, 5, 2), (1, 3, 2, 19), (3, 3, 33, 70)], ids=str)
 def test_tv_matches_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -83,6 +87,7 @@ def test_tv_matches_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -
     assert error(grad, expected) < ROUNDING[dtype]
 
 
+@by_kernels_and_library
 def test_the_gradient_of_tv_is_the_derivative_of_its_loss() -> None:
     image, weight = normal(2, 3, 4, 5), torch.tensor([0.7, 1.3], dtype=torch.float64)
     grad = torch.zeros_like(image)
@@ -113,6 +118,7 @@ def test_terms_do_not_depend_on_the_run_the_threads_or_the_batch() -> None:
         torch.set_num_threads(before)
 
 
+@by_kernels_and_library
 def test_nan_is_not_hidden() -> None:
     grad, features, target, weight = content_case((2, 8, 6, 6), torch.bfloat16, torch.bfloat16, "channels_last")
     features[0, 2, 3, 3] = float("nan")
@@ -125,6 +131,7 @@ def test_nan_is_not_hidden() -> None:
     assert grad.isnan().sum() == 5
 
 
+@by_kernels_and_library
 def test_the_fused_check_is_that_of_the_two_ops() -> None:
     results = []
     for fused in (False, True):

@@ -9,9 +9,12 @@ tensors to the GPU and back.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import enum
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,42 @@ def order(seed: int) -> None:
     library()
     if ON_GPU:
         return  # a GPU has its own order, which differs from run to run
-    ctypes.CDLL(str(BUILD / "gramophone_emulated.so")).gramophone_emulator_order(ctypes.c_uint64(seed))
+    _emulator().gramophone_emulator_order(ctypes.c_uint64(seed))
+
+
+class Fault(enum.IntEnum):
+    """What can be made wrong in a kernel; see emulator.h."""
+
+    LAST_BLOCK = 1  # the last block does not run
+    LAST_THREAD = 2  # the last thread of a block has the index of the one before it
+    BARRIER = 3  # threads do not wait at __syncthreads
+    COPY = 4  # waits for asynchronous copies return one group too early
+    PRODUCT = 5  # a tensor core leaves out one of its products
+    UNREPEATABLE = 6  # every second launch lacks its last block
+    REFUSED = 7  # the launch fails
+
+
+@contextlib.contextmanager
+def broken(kernel: str, fault: Fault) -> Iterator[None]:
+    """While open, kernels that are launched as ``kernel`` have the fault. Not for a GPU."""
+    library()
+    _emulator().gramophone_emulator_break(kernel.encode(), int(fault))
+    try:
+        yield
+    finally:
+        _emulator().gramophone_emulator_break(b"", 0)
+
+
+def launched() -> set[str]:
+    """The names of the kernels that were launched since the last call. Not for a GPU."""
+    library()
+    call = _emulator().gramophone_emulator_launched
+    call.restype = ctypes.c_char_p
+    return set(call().decode().split(",")[:-1])
+
+
+def _emulator() -> ctypes.CDLL:
+    return ctypes.CDLL(str(BUILD / "gramophone_emulated.so"))
 
 
 class OnGpu:

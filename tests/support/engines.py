@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.domain.engine_api import CacheCounts, KernelReport
 from gramophone_server.domain.job import Losses, Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 from gramophone_server.engine.checkpoint_format import CheckpointFormat
@@ -34,6 +34,7 @@ class FakeEngine:
     precision = "fp32"
     backbone = "vgg19"
     weights_source = "none, sha256 0"
+    kernels = KernelReport(by_library={}, seconds=0.02)
     style_cache = CacheCounts(hits=3, misses=2, bytes=1000, max_bytes=5000)
     layers = ("conv1_1", "relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 

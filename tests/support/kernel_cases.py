@@ -12,6 +12,8 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, tor
 TYPES = [(t, t) for t in ROUNDING] + [(torch.float16, torch.bfloat16)]
 
 types = pytest.mark.parametrize(("dtype", "of_grad"), TYPES, ids=str)
+# For tests of what an op computes: once by the kernels, and once by torch's library.
+by_kernels_and_library = pytest.mark.usefixtures("implementation")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 

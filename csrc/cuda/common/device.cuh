@@ -174,7 +174,8 @@ inline void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
           const int g = l / 4, t = l % 4;
           for (int i = 0; i < 4; ++i) {
             float& to = static_cast<Lane*>(lanes[l])->sum[i];
-            for (int k = 0; k < 16; ++k) to += A[g + i / 2 * 8][k] * B[k][2 * t + i % 2];
+            for (int k = emulator::loses_product(l, i) ? 1 : 0; k < 16; ++k)
+              to += A[g + i / 2 * 8][k] * B[k][2 * t + i % 2];
           }
         }
       },
@@ -304,8 +305,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
 #ifdef GRAMOPHONE_EMULATED
-  (void)name, (void)stream;
-  emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  (void)stream;
+  emulator::run(name, blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)  // more than this must be requested by an attribute; the call is cheap

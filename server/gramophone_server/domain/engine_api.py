@@ -11,7 +11,7 @@ from gramophone_server.domain.checkpoint import Checkpoint
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 
-__all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine"]
+__all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine", "KernelReport"]
 
 
 class CacheCounts(NamedTuple):
@@ -21,6 +21,13 @@ class CacheCounts(NamedTuple):
     misses: int
     bytes: int
     max_bytes: int
+
+
+class KernelReport(NamedTuple):
+    """What the self-test of the engine's kernels has decided when the engine was loaded."""
+
+    by_library: Mapping[str, str]  # the ops that run through torch's library instead of a kernel, with the reasons
+    seconds: float  # that the self-test took
 
 
 class Batch(Protocol):
@@ -153,6 +160,10 @@ class Engine(BatchEngine, Protocol):
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers that a recipe can name, from the first to the deepest."""
+
+    @property
+    def kernels(self) -> KernelReport:
+        """Which ops run through torch's library instead of a kernel."""
 
     @property
     def style_cache(self) -> CacheCounts:

@@ -39,6 +39,7 @@ from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import Precision, choose_precision
 from gramophone_server.network.tuning import DEFAULT_TUNING, Tuning
 from gramophone_server.network.vgg import Vgg, load_vgg
+from gramophone_server.ops.self_test import choose_kernels
 
 __all__ = ["VggEngine", "cpu_name"]
 
@@ -68,13 +69,16 @@ class VggEngine:
         note: str = "",
         style_cache_bytes: int = STYLE_CACHE_BYTES,
         tuning: Tuning = DEFAULT_TUNING,
+        library_ops: str = "",
     ) -> None:
         """``graphs``: replay captured iterations; None: on a GPU, and only there.
 
         ``note``: text after the device's name, such as why the device is not a GPU. ``style_cache_bytes``: device
         memory for Gram matrices of style images; 0 keeps none. ``tuning``: how each part of an iteration is computed.
+        ``library_ops``: ops that run through torch's library instead of their kernels, as in `choose_kernels`.
         """
         ops.require_kernels(device.type)
+        self.kernels = choose_kernels(device, precision.forward, precision.backward, requested=library_ops)
         self.device = device
         self.precision = precision.name
         self.backbone = vgg.backbone
@@ -91,19 +95,35 @@ class VggEngine:
 
     @classmethod
     def load(
-        cls, *, device: str, precision: str, weights: str, backbone: str, threads: int, graphs: bool = True
+        cls,
+        *,
+        device: str,
+        precision: str,
+        weights: str,
+        backbone: str,
+        threads: int,
+        graphs: bool = True,
+        library_ops: str = "",
     ) -> VggEngine:
-        """Reads the weights and prepares the network.
+        """Reads the weights, tests the kernels and prepares the network.
 
         ``device``: "auto", "cpu" or "cuda". ``precision``: "auto", "fp32", "bf16", "tf32" or "fp16". ``weights`` and
         ``backbone``: see `load_vgg`. ``threads`` of the CPU's kernels, 0 for all cores. ``graphs``: on a GPU, replay
-        captured iterations instead of launching every kernel. Raises `StartupError`.
+        captured iterations instead of launching every kernel. ``library_ops``: as in `VggEngine`. Raises
+        `StartupError`.
         """
         if threads:
             torch.set_num_threads(threads)
         chosen, note = _device(device)
         mode = choose_precision(precision, chosen)
-        return cls(load_vgg(weights, backbone), chosen, mode, graphs=graphs and chosen.type == "cuda", note=note)
+        return cls(
+            load_vgg(weights, backbone),
+            chosen,
+            mode,
+            graphs=graphs and chosen.type == "cuda",
+            note=note,
+            library_ops=library_ops,
+        )
 
     @property
     def device_name(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import Optimiser, Recipe
-from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.domain.engine_api import CacheCounts, KernelReport
 from gramophone_server.domain.job import Losses, Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape, SlotTensors
 from gramophone_server.engine.checkpoint_format import CheckpointFormat
@@ -58,6 +58,7 @@ class FakeEngine:
         for number in range(1, count + 1)
         for kind in ("conv", "relu")
     )
+    kernels = KernelReport(by_library={}, seconds=0.0)
     style_cache = CacheCounts(hits=0, misses=0, bytes=0, max_bytes=0)
     memory_bytes = MEMORY_BYTES
     checkpoints = CheckpointFormat(_layout)

@@ -14,9 +14,12 @@ B is the number of jobs in a batch. No op mixes the jobs of a batch.
 
 Every op raises RuntimeError for arguments of a wrong shape, type, layout or device. The message names the op, the
 requirement and the value found.
+
+A function calls the kernel of its op, or for the ops in `by_library` the version of `library`, which checks no
+arguments. `self_test.choose_kernels` fills `by_library`, before an engine calls any op.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +61,13 @@ OPS = (
 # Ops without a CPU kernel. On a CPU oneDNN's convolutions do the same in one pass.
 CUDA_OPS = ("first_layer", "first_layer_bwd", "bias_relu_", "bias_relu_pool", "pool_codes_bwd")
 
+# What this process calls instead of a kernel, by op: functions of `library`.
+by_library: dict[str, Callable[..., Any]] = {}
+
+
+def _op(name: str) -> Callable[..., Any]:
+    return by_library.get(name) or getattr(torch.ops.gramophone, name).default
+
 
 def build_info() -> dict[str, Any]:
     """The compiler and the targets of the extension, and the instruction sets of this CPU.
@@ -81,7 +91,7 @@ def require_kernels(device_type: str) -> None:
 
 def gram(features: Tensor, scale: float) -> Tensor:
     """Gram matrices [B, C, C] = scale * F F^T of ``features`` F [B, C, H, W], summed over pixels."""
-    return torch.ops.gramophone.gram.default(features, scale)
+    return _op("gram")(features, scale)
 
 
 def style_loss(features: Tensor, target: Tensor, weight: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -91,7 +101,7 @@ def style_loss(features: Tensor, target: Tensor, weight: float, scale: float) ->
     G = gram(features, scale), and ``diff`` [B, C, C] = 4 * weight * scale * (G - target), for which dloss/dF = diff F.
     Autograd computes no gradient through ``diff`` and none for ``target``.
     """
-    return torch.ops.gramophone.style_loss.default(features, target, weight, scale)
+    return _op("style_loss")(features, target, weight, scale)
 
 
 def style_fwd(
@@ -108,7 +118,7 @@ def style_fwd(
     [layers, B] and per layer the difference [B, C, C] for `style_bwd_`, as in `style_loss`. With ``persistent`` as many
     thread blocks as a GPU runs at once share the work, instead of one for each piece; the results are the same bits.
     """
-    return torch.ops.gramophone.style_fwd.default(list(features), list(targets), weights, list(scales), persistent)
+    return _op("style_fwd")(list(features), list(targets), weights, list(scales), persistent)
 
 
 def style_bwd_(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> None:
@@ -118,7 +128,7 @@ def style_bwd_(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: b
     for float16) and for speed also in their layout. ``diff`` [B, C, C] comes from `style_fwd`; None only applies the
     mask. With ``relu_mask`` the features are a ReLU's output, and grad becomes the gradient of the ReLU's input.
     """
-    torch.ops.gramophone.style_bwd_.default(grad, features, diff, relu_mask)
+    _op("style_bwd_")(grad, features, diff, relu_mask)
 
 
 def max_pool(features: Tensor) -> Tensor:
@@ -126,7 +136,7 @@ def max_pool(features: Tensor) -> Tensor:
 
     The result has the type and layout of ``features``. NaN in a window is its maximum.
     """
-    return torch.ops.gramophone.max_pool.default(features)
+    return _op("max_pool")(features)
 
 
 def max_pool_bwd(grad: Tensor, features: Tensor, pooled: Tensor, relu_mask: bool) -> Tensor:
@@ -135,7 +145,7 @@ def max_pool_bwd(grad: Tensor, features: Tensor, pooled: Tensor, relu_mask: bool
     ``grad`` has the shape of ``pooled`` = max_pool(features). Of equal maxima the first pixel gets the gradient. With
     ``relu_mask`` the features are a ReLU's output, and the result is the gradient of the ReLU's input.
     """
-    return torch.ops.gramophone.max_pool_bwd.default(grad, features, pooled, relu_mask)
+    return _op("max_pool_bwd")(grad, features, pooled, relu_mask)
 
 
 def content_(grad: Tensor, features: Tensor, target: Tensor, weight: Tensor, relu_mask: bool) -> Tensor:
@@ -145,7 +155,7 @@ def content_(grad: Tensor, features: Tensor, target: Tensor, weight: Tensor, rel
     <= 0 if ``relu_mask``, as in `style_bwd_`. ``features`` F and ``target`` T are [B, C, H, W] of the same type and,
     for speed, the same layout; ``weight`` is float32 [B].
     """
-    return torch.ops.gramophone.content_.default(grad, features, target, weight, relu_mask)
+    return _op("content_")(grad, features, target, weight, relu_mask)
 
 
 def tv_(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
@@ -154,7 +164,7 @@ def tv_(grad: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     The loss is float32 [B] = weight * (mean of squared differences along x + mean of squared differences along y).
     ``image`` and ``grad`` are float32 [B, 3, H, W] with H and W at least 2, ``weight`` is float32 [B].
     """
-    return torch.ops.gramophone.tv_.default(grad, image, weight)
+    return _op("tv_")(grad, image, weight)
 
 
 def tv_check_finite_(
@@ -170,7 +180,7 @@ def tv_check_finite_(
 
     All results are those of the two ops, bit for bit. ``terms``, float32 [T, B], has at least one row.
     """
-    torch.ops.gramophone.tv_check_finite_.default(grad, image, weight, terms, alive, diverged_at, count)
+    _op("tv_check_finite_")(grad, image, weight, terms, alive, diverged_at, count)
 
 
 def first_layer(
@@ -182,7 +192,7 @@ def first_layer(
     bfloat16 [64, 32]: column 3 * (3 * dy + dx) + c has tap (dy, dx) of colour c, and the last 5 columns are zeros.
     ``bias`` is float32 [64]. Returns [B, 64, H, W] in the type of ``weight``, channels_last.
     """
-    return torch.ops.gramophone.first_layer.default(image, weight, bias, list(scale), list(shift), list(order))
+    return _op("first_layer")(image, weight, bias, list(scale), list(shift), list(order))
 
 
 def first_layer_bwd(grad: Tensor, weight: Tensor, scale: Sequence[float], order: Sequence[int]) -> Tensor:
@@ -191,7 +201,7 @@ def first_layer_bwd(grad: Tensor, weight: Tensor, scale: Sequence[float], order:
     ``grad`` is float16 or bfloat16 [B, 64, H, W], channels_last. ``weight``, ``scale`` and ``order`` are as in
     `first_layer`, with ``weight`` in the type of ``grad``.
     """
-    return torch.ops.gramophone.first_layer_bwd.default(grad, weight, list(scale), list(order))
+    return _op("first_layer_bwd")(grad, weight, list(scale), list(order))
 
 
 def bias_relu_(features: Tensor, bias: Tensor) -> None:
@@ -199,7 +209,7 @@ def bias_relu_(features: Tensor, bias: Tensor) -> None:
 
     ``features`` is float16 or bfloat16 [B, C, H, W], channels_last, with C a multiple of 8. ``bias`` is float32 [C].
     """
-    torch.ops.gramophone.bias_relu_.default(features, bias)
+    _op("bias_relu_")(features, bias)
 
 
 def bias_relu_pool(features: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +219,7 @@ def bias_relu_pool(features: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     code is a uint8: bits 0 and 1 are the number of the maximum among the four pixels, row by row, the first of equal
     ones; bit 2 is set if the maximum is above 0 or NaN.
     """
-    return torch.ops.gramophone.bias_relu_pool.default(features, bias)
+    return _op("bias_relu_pool")(features, bias)
 
 
 def pool_codes_bwd(grad: Tensor, codes: Tensor, height: int, width: int) -> Tensor:
@@ -219,7 +229,7 @@ def pool_codes_bwd(grad: Tensor, codes: Tensor, height: int, width: int) -> Tens
     `bias_relu_pool`; ``height`` and ``width`` are those of its features. Returns [B, C, height, width] in the type of
     ``grad``, channels_last.
     """
-    return torch.ops.gramophone.pool_codes_bwd.default(grad, codes, height, width)
+    return _op("pool_codes_bwd")(grad, codes, height, width)
 
 
 def check_finite_(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
@@ -229,7 +239,7 @@ def check_finite_(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tenso
     alive has a value that is not finite, its ``alive`` (bool [B]) becomes False and its ``diverged_at`` (int64 [B]) the
     new count.
     """
-    torch.ops.gramophone.check_finite_.default(terms, grad, alive, diverged_at, count)
+    _op("check_finite_")(terms, grad, alive, diverged_at, count)
 
 
 def descent_(
@@ -249,7 +259,7 @@ def descent_(
     becomes average * mean + (1 - average) * image with the new image. ``image``, ``last_good``, ``mean`` and ``grad``
     are float32 [B, 3, H, W] and contiguous, ``step`` is float32 [B], ``alive`` bool [B].
     """
-    torch.ops.gramophone.descent_.default(image, last_good, mean, grad, step, alive, average, normalised)
+    _op("descent_")(image, last_good, mean, grad, step, alive, average, normalised)
 
 
 def adam_(
@@ -269,7 +279,7 @@ def adam_(
     ``first`` and ``second`` are the running moments of the gradient, float32 [B, 3, H, W]. ``count``, int64 [B], is the
     number of gradients per job, including this one.
     """
-    torch.ops.gramophone.adam_.default(image, last_good, mean, first, second, grad, step, count, alive, average)
+    _op("adam_")(image, last_good, mean, first, second, grad, step, count, alive, average)
 
 
 def lbfgs_(
@@ -300,6 +310,4 @@ def lbfgs_(
     - ``seen`` int64 [2, B]: the number of pairs, and the number of gradients since ``before`` was last reset. The first
       of these gradients forms no pair.
     """
-    torch.ops.gramophone.lbfgs_.default(
-        image, last_good, mean, history, before, products, inverse, scale, seen, grad, step, alive, average
-    )
+    _op("lbfgs_")(image, last_good, mean, history, before, products, inverse, scale, seen, grad, step, alive, average)

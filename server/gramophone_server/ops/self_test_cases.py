@@ -1,0 +1,340 @@
+"""Arguments of the ops for `self_test`, which together cover every path of the kernels.
+
+Most cases are small integers times powers of two. All their sums are exact in float32 in any order of the summands, so
+even a single wrong product shows, however many there are. The shapes follow csrc: slices and tiles of pixels that are
+not full, several blocks, all widths of channels, accesses of 16 bytes and of one value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramophone_server.ops import library
+from gramophone_server.ops.library.optimisers import PAIRS
+
+__all__ = ["Case", "cases"]
+
+CHANNELS_LAST = torch.channels_last
+NAN = float("nan")
+MAX_RANDOM = 32749  # a prime, so that no two rows, channels or blocks are the same
+SCALE, SHIFT, ORDER = [0.5, 2.0, -1.0], [-0.25, 0.5, 1.0], [2, 0, 1]  # of the colours, for the first layer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op."""
+
+    op: str
+    name: str  # the path that it covers
+    arguments: Callable[[], tuple[Any, ...]]  # makes them, on the CPU
+    exact: bool = True  # all results must be those of the reference, to the last bit
+    aligned: bool = True  # False: no tensor starts at a multiple of 16 bytes
+
+
+def cases(forward: torch.dtype, backward: torch.dtype, *, large: bool) -> Iterator[Case]:
+    """All cases, for features of type ``forward`` and gradients of type ``backward``.
+
+    ``large``: also those that fill a GPU, of which a CPU or the emulator would take too long.
+    """
+    yield from _style_cases(forward, backward, large)
+    yield from _term_cases(forward, backward, large)
+    yield from _pooling_cases(forward, backward)
+    if forward.itemsize == 2:
+        yield from _fused_cases(forward, backward, large)
+    yield from _optimiser_cases(large)
+
+
+# Style ----------------------------------------------------------------------------------------------------------------
+
+# [B, C, H, W] for every width of the kernels: three slices of 512 pixels, and of 256, 128, 128, the last not full.
+WIDTHS = [(2, 64, 33, 35), (1, 128, 15, 37), (1, 256, 9, 31), (1, 512, 9, 17)]
+
+
+def _style_cases(forward: torch.dtype, backward: torch.dtype, large: bool) -> Iterator[Case]:
+    for shape in WIDTHS:
+        yield Case("gram", f"{shape[1]} channels", partial(_gram, shape, forward))
+    yield Case("style_loss", "one layer", partial(_style_loss, forward))
+    yield Case("style_fwd", "four widths", partial(_style_fwd, [(1, c, 5, 7) for c in (64, 128, 256, 512)], forward))
+    # Nine layers are two launches.
+    yield Case("style_fwd", "nine layers, two jobs", partial(_style_fwd, [(2, 64, 5, 7)] * 8 + WIDTHS[:1], forward))
+    yield Case("style_fwd", "persistent blocks", partial(_style_fwd, WIDTHS[:1], forward, persistent=True))
+    yield Case("style_fwd", "normally distributed", partial(_normal_style_fwd, forward), exact=False)
+    if large:  # more slices than one pass of the reduction adds
+        yield Case("gram", "many slices", partial(_gram, (1, 64, 160, 211), forward))
+
+    for channels, (height, width), mask in ((64, (15, 19), True), (128, (15, 19), False), (512, (10, 13), True)):
+        name = f"{channels} channels{', mask' if mask else ''}"
+        shape = (2 if channels == 64 else 1, channels, height, width)
+        yield Case("style_bwd_", name, partial(_style_bwd, shape, forward, backward, mask))
+    yield Case("style_bwd_", "256 channels", partial(_style_bwd, (1, 256, 3, 43), forward, backward, True))
+    yield Case("style_bwd_", "normally distributed", partial(_normal_style_bwd, forward, backward), exact=False)
+    yield Case("style_bwd_", "unaligned", partial(_style_bwd, (1, 64, 3, 5), forward, backward, True), aligned=False)
+    for shape in ((2, 64, 9, 17), (1, 3, 5, 7)):
+        yield Case("style_bwd_", f"mask alone, {shape[1]} channels", partial(_mask, shape, forward, backward))
+    yield Case("style_bwd_", "mask alone, unaligned", partial(_mask, (1, 8, 5, 7), forward, backward), aligned=False)
+
+
+def _gram(shape: tuple[int, ...], forward: torch.dtype) -> tuple[Any, ...]:
+    return _features(shape, forward), 2.0**-7
+
+
+def _style_loss(forward: torch.dtype) -> tuple[Any, ...]:
+    features, target, scale = _layer((2, 64, 5, 7), forward, 1)
+    return features, target, 0.5, scale
+
+
+def _style_fwd(shapes: Sequence[tuple[int, ...]], forward: torch.dtype, *, persistent: bool = False) -> tuple[Any, ...]:
+    features, targets, scales = zip(*(_layer(shape, forward, i) for i, shape in enumerate(shapes)), strict=True)
+    weights = 2.0 ** _integers((len(shapes), shapes[0][0]), -2, 2, seed=99)
+    weights[-1, -1] = 0
+    return list(features), list(targets), weights, list(scales), persistent
+
+
+def _layer(shape: tuple[int, ...], forward: torch.dtype, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Features, a target near their Gram matrix, so that the loss is exact, too, and a scale."""
+    features, scale = _features(shape, forward, seed), 2.0**-5
+    distance = _symmetric(_integers((shape[0], shape[1], shape[1]), -1, 1, seed=seed + 50))
+    return features, library.gram(features.float(), scale) + scale * distance, scale
+
+
+def _normal_style_fwd(forward: torch.dtype) -> tuple[Any, ...]:
+    features = _normal((2, 128, 11, 13)).relu_().to(forward).contiguous(memory_format=CHANNELS_LAST)
+    return [features], [_symmetric(_normal((2, 128, 128), seed=1))], torch.tensor([[0.3, 1.7]]), [1 / 143]
+
+
+def _style_bwd(shape: tuple[int, ...], forward: torch.dtype, backward: torch.dtype, mask: bool) -> tuple[Any, ...]:
+    diff = _symmetric(_integers((shape[0], shape[1], shape[1]), -1, 1, seed=7))
+    difference_type = torch.bfloat16 if forward.itemsize == 2 else forward
+    return _features(shape, backward, seed=8), _features(shape, forward, seed=9), diff.to(difference_type), mask
+
+
+def _normal_style_bwd(forward: torch.dtype, backward: torch.dtype) -> tuple[Any, ...]:
+    grad, features = (
+        _normal((2, 128, 9, 11), seed=seed).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+        for seed, dtype in ((2, backward), (3, forward))
+    )
+    diff = _symmetric(_normal((2, 128, 128), seed=4)) / 11
+    return grad, features, diff.to(torch.bfloat16 if forward.itemsize == 2 else forward), True
+
+
+def _mask(shape: tuple[int, ...], forward: torch.dtype, backward: torch.dtype) -> tuple[Any, ...]:
+    return _features(shape, backward, seed=8), _features(shape, forward, seed=9), None, True
+
+
+# Terms ----------------------------------------------------------------------------------------------------------------
+
+
+def _term_cases(forward: torch.dtype, backward: torch.dtype, large: bool) -> Iterator[Case]:
+    def content(shape: tuple[int, ...], mask: bool) -> tuple[Any, ...]:
+        maps = (_features(shape, dtype, seed=seed) for seed, dtype in enumerate((backward, forward, forward), 11))
+        return *maps, torch.tensor([0.5, 2.0][: shape[0]]), mask
+
+    yield Case("content_", "two blocks per job", partial(content, (2, 8, 33, 35), False))
+    yield Case("content_", "mask", partial(content, (2, 8, 33, 35), True))
+    yield Case("content_", "values one by one", partial(content, (2, 3, 5, 7), True))
+    yield Case("content_", "unaligned", partial(content, (1, 8, 3, 5), True), aligned=False)
+    if large:  # more blocks than the kernel that adds their sums has threads
+        yield Case("content_", "many blocks", partial(content, (1, 512, 64, 66), True))
+
+    def tv(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        return _normal(shape), _normal(shape, seed=1), torch.tensor([0.3, 1.7])
+
+    yield Case("tv_", "two blocks per job", partial(tv, (2, 3, 17, 23)), exact=False)
+    yield Case("tv_", "four pixels", partial(tv, (2, 3, 2, 2)), exact=False)
+
+    def checked(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        terms, grad, *of_jobs = _check_finite(shape)
+        return grad, _normal(shape), torch.arange(1.0, shape[0] + 1), terms, *of_jobs
+
+    yield Case("tv_check_finite_", "three blocks per job", partial(checked, (5, 3, 24, 32)), exact=False)
+    if large:  # more blocks than the kernels that add their sums have threads
+        yield Case("tv_", "many blocks", partial(tv, (2, 3, 301, 299)), exact=False)
+        yield Case("tv_check_finite_", "many blocks", partial(checked, (2, 3, 301, 299)), exact=False)
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+# Odd sides; more windows in a row than a block has threads; channels that are no multiple of 16 bytes.
+MAPS = {"odd sides": (2, 16, 7, 9), "several blocks": (1, 64, 5, 140), "values one by one": (1, 3, 6, 5)}
+
+
+def _pooling_cases(forward: torch.dtype, backward: torch.dtype) -> Iterator[Case]:
+    def backwards(shape: tuple[int, ...], mask: bool) -> tuple[Any, ...]:
+        features = _with_nan(shape, forward)
+        pooled = library.max_pool(features)
+        return _features(tuple(pooled.shape), backward, seed=21), features, pooled, mask
+
+    for name, shape in MAPS.items():
+        yield Case("max_pool", name, partial(_pooled_maps, shape, forward))
+        yield Case("max_pool_bwd", name, partial(backwards, shape, False))
+    yield Case("max_pool_bwd", "mask", partial(backwards, MAPS["odd sides"], True))
+    yield Case("max_pool", "unaligned", partial(_pooled_maps, (1, 8, 4, 6), forward), aligned=False)
+    yield Case("max_pool_bwd", "unaligned", partial(backwards, (1, 8, 4, 6), True), aligned=False)
+
+
+def _pooled_maps(shape: tuple[int, ...], forward: torch.dtype) -> tuple[Any, ...]:
+    return (_with_nan(shape, forward),)
+
+
+def _with_nan(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    features = _features(shape, dtype, seed=22)
+    features[0, 1, 2:4, 2:4] = torch.tensor([[1.0, NAN], [2.0, 0.0]])
+    return features
+
+
+def _fused_cases(forward: torch.dtype, backward: torch.dtype, large: bool) -> Iterator[Case]:
+    def biased(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        return _with_nan(shape, forward), _integers((shape[1],), -2, 2, seed=31)
+
+    def by_codes(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        b, c, h, w = shape
+        codes = _integers((b, c, h // 2, w // 2), 0, 7, seed=32).to(torch.uint8)
+        grad = _features((b, c, h // 2, w // 2), backward, seed=33)
+        return grad, codes.contiguous(memory_format=CHANNELS_LAST), h, w
+
+    for name, shape in {"odd sides": (2, 24, 7, 9), "several blocks": (1, 64, 5, 66)}.items():
+        yield Case("bias_relu_", name, partial(biased, shape))
+        yield Case("bias_relu_pool", name, partial(biased, shape))
+        yield Case("pool_codes_bwd", name, partial(by_codes, shape))
+
+    def first(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        image = _integers(shape, 0, 4, seed=34) / 4
+        return image, _first_weight(forward), _integers((64,), -2, 2, seed=35), SCALE, SHIFT, ORDER
+
+    def first_bwd(shape: tuple[int, ...]) -> tuple[Any, ...]:
+        return _features(shape, backward, seed=36), _first_weight(backward), SCALE, ORDER
+
+    def normal_first() -> tuple[Any, ...]:
+        weight = torch.nn.functional.pad(_normal((64, 27), seed=1) / 4, (0, 5)).to(forward)
+        return _normal((1, 3, 5, 7)).sigmoid_(), weight, _normal((64,), seed=2), SCALE, SHIFT, ORDER
+
+    for name, (b, h, w) in {"part of a tile": (1, 1, 3), "several tiles": (2, 19, 35)}.items():
+        yield Case("first_layer", name, partial(first, (b, 3, h, w)))
+        yield Case("first_layer_bwd", name, partial(first_bwd, (b, 64, h, w)))
+    yield Case("first_layer", "normally distributed", normal_first, exact=False)
+    if large:  # more tiles than blocks
+        yield Case("first_layer", "many tiles", partial(first, (2, 3, 250, 300)))
+
+
+def _first_weight(dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.pad(_integers((64, 27), -2, 2, seed=37), (0, 5)).to(dtype)
+
+
+# Optimisers -----------------------------------------------------------------------------------------------------------
+
+# [H, W] of images of three tiles of 1024 values, which the kernels read in runs of 16 bytes and one by one.
+SIDES = {"wide": (24, 32), "values one by one": (23, 31)}
+# The same for images that no longer fit into one pass over the blocks of a launch.
+LARGE_SIDES = {"many wide": (600, 600), "many values one by one": (299, 301)}
+
+
+def _optimiser_cases(large: bool) -> Iterator[Case]:
+    for name, (height, width) in (SIDES | (LARGE_SIDES if large else {})).items():
+        shape = (4 if name in SIDES else 2, 3, height, width)
+        yield Case("check_finite_", name, partial(_check_finite, (5 if name in SIDES else 2, 3, height, width)))
+        with_mean = f"{name}, mean"
+        yield Case("descent_", name, partial(_descent, shape, False), exact=False)
+        yield Case("descent_", f"{name}, normalised", partial(_descent, shape, True), exact=False)
+        yield Case("adam_", with_mean, partial(_adam, shape, 0.9), exact=False)
+        if name != "many wide":  # its pairs would take the CPU 0.2 s, and `adam_` covers the path
+            yield Case("lbfgs_", with_mean, partial(_lbfgs, shape, 0.9), exact=False)
+    yield Case("adam_", "no mean", partial(_adam, (2, 3, 5, 7), 0.0), exact=False)
+    yield Case("lbfgs_", "no mean", partial(_lbfgs, (2, 3, 5, 7), 0.0), exact=False)
+
+
+def _check_finite(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    jobs = shape[0]
+    terms, grad = _normal((5, jobs)), _normal(shape, seed=1)
+    alive, diverged_at = torch.ones(jobs, dtype=torch.bool), torch.zeros(jobs, dtype=torch.int64)
+    grad[0, 2, -1, -1] = NAN
+    if jobs == 5:  # the last one is right
+        terms[3, 1] = -torch.inf
+        grad[2].view(-1)[1023] = torch.inf  # the last one of a tile
+        grad[3], alive[3], diverged_at[3] = NAN, False, 2  # diverged before
+    return terms, grad, alive, diverged_at, torch.arange(7, 7 + jobs)
+
+
+def _images(shape: tuple[int, ...], average: float) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    """(image, last_good, mean), the gradient, the steps and ``alive``: the second job has diverged. It is not the last
+    one, whose blocks, the last of a launch, would then have nothing to do."""
+    image = 0.2 + 0.6 * _uniform(shape, seed=41)
+    grad, alive = _normal(shape, seed=42), torch.ones(shape[0], dtype=torch.bool)
+    grad[1, 0, 1, 1], alive[1] = NAN, False
+    mean = _uniform(shape, seed=43) if average else None
+    last_good = image - 0.1 * _normal(shape, seed=44)
+    return [image, last_good, mean], grad, 0.3 * torch.arange(1.0, shape[0] + 1), alive
+
+
+def _descent(shape: tuple[int, ...], normalised: bool) -> tuple[Any, ...]:
+    average = 0.9 if normalised else 0.0
+    images, grad, step, alive = _images(shape, average)
+    return *images, grad, step, alive, average, normalised
+
+
+def _adam(shape: tuple[int, ...], average: float) -> tuple[Any, ...]:
+    images, grad, step, alive = _images(shape, average)
+    count = torch.tensor([1, 30, 7, 5][: shape[0]])
+    return *images, _normal(shape, seed=45), _uniform(shape, seed=46), grad, step, count, alive, average
+
+
+def _lbfgs(shape: tuple[int, ...], average: float) -> tuple[Any, ...]:
+    """Four jobs: one whose ring of pairs has wrapped around, with a pair that is not used; one that has diverged; one
+    before its first pair; one before its first gradient. Two jobs: the first two of them."""
+    images, grad, step, alive = _images(shape, average)
+    pairs, jobs = PAIRS, shape[0]
+    s = 0.1 * _normal((pairs, *shape), seed=47)
+    y = s * (1 + 2 * _uniform((pairs, *shape), seed=48))
+    y[3] *= -1
+    history = torch.stack([s, y])
+    history[:, :, 2:] = 0
+    seen = torch.tensor([[pairs + 4, pairs + 4, 0, 0], [6, 6, 1, 0]])[:, :jobs].contiguous()
+    before = grad.nan_to_num() - 0.2 * _normal(shape, seed=49)
+
+    rows = history.flatten(3).double().flatten(0, 1).transpose(0, 1)  # [B, 2 P, values]
+    products = torch.zeros(jobs, 2 * pairs + 1, 2 * pairs + 1, dtype=torch.float64)
+    products[:, :-1, :-1] = torch.bmm(rows, rows.mT)
+    sy = products.diagonal(pairs, 1, 2)[:, :pairs]
+    inverse = torch.where(sy > 0, 1 / sy, 0)
+    scale = torch.zeros(jobs, dtype=torch.float64)
+    scale[:2] = 0.5
+    return *images, history, before, products, inverse, scale, seen, grad, step, alive, average
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def _features(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Integers from -1 to 2, channels_last: a quarter each is masked, 0 and so masked, and an equal maximum of many."""
+    return _integers(shape, -1, 2, seed=seed).to(dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return x.triu() + x.triu(1).mT
+
+
+def _integers(shape: tuple[int, ...], low: int, high: int, *, seed: int) -> Tensor:
+    """float32 from ``low`` to ``high``."""
+    return _repeated(shape, seed, lambda n, generator: torch.randint(low, high + 1, (n,), generator=generator)).float()
+
+
+def _normal(shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
+    return _repeated(shape, seed, lambda n, generator: torch.randn(n, generator=generator))
+
+
+def _uniform(shape: tuple[int, ...], *, seed: int) -> Tensor:
+    return _repeated(shape, seed, lambda n, generator: torch.rand(n, generator=generator))
+
+
+def _repeated(shape: tuple[int, ...], seed: int, make: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+    """Values of ``make`` in this shape. Large ones repeat: a million random numbers take 10 ms. The generator is one of
+    its own, so that the process's random state stays as it is."""
+    n = math.prod(shape)
+    values = make(min(n, MAX_RANDOM), torch.Generator().manual_seed(seed))
+    return values.repeat(-(-n // MAX_RANDOM))[:n].reshape(shape)

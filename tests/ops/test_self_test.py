@@ -1,0 +1,204 @@
+"""The self-test of the kernels on the CPU: what it finds, replaces and reports. tests/cuda breaks kernels."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gramophone_server.errors import StartupError
+from gramophone_server.ops import functional, library
+from gramophone_server.ops.self_test import ENGINE_OPS, KernelTester, choose_kernels
+
+CPU = torch.device("cpu")
+FLOAT32 = (torch.float32, torch.float32)
+MIXED = (torch.float16, torch.bfloat16)
+CPU_OPS = [op for op in ENGINE_OPS if op not in functional.CUDA_OPS]
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
+
+
+class Replaced:
+    """torch.ops.gramophone with other functions for some ops."""
+
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        self._real, self._functions = torch.ops.gramophone, functions
+
+    def __getattr__(self, op: str) -> Any:
+        if op in self._functions:
+            return type("Overload", (), {"default": staticmethod(self._functions[op])})
+        return getattr(self._real, op)
+
+
+@pytest.mark.parametrize("types", [FLOAT32, (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_all_kernels_of_the_cpu_are_right(
+    types: tuple[torch.dtype, torch.dtype], caplog: pytest.LogCaptureFixture
+) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with caplog.at_level(logging.INFO):
+        report = choose_kernels(CPU, *types)
+    assert not report.by_library and not functional.by_library and 0 < report.seconds < 30
+    (line,) = caplog.messages
+    assert line.startswith(f"self-test of the kernels: {len(CPU_OPS)} of {len(CPU_OPS)} ops run on kernels, ")
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("types", [FLOAT32, MIXED, (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_the_library_is_right_in_the_types_of_every_precision(types: tuple[torch.dtype, torch.dtype]) -> None:
+    tester = KernelTester(CPU, *types)
+    for op in ENGINE_OPS if types[0].itemsize == 2 else CPU_OPS:
+        tester.require_library(op, "a test")
+
+
+def test_every_op_of_the_interface_has_a_library_version() -> None:
+    ops = set(functional.__all__) - {"build_info", "require_kernels"}
+    assert ops == set(library.__all__) == set(ENGINE_OPS)
+
+
+def off_by_one_value(features: Tensor) -> Tensor:
+    pooled = library.max_pool(features)
+    pooled[-1, -1, -1, -1] += 1
+    return pooled
+
+
+def leaves_a_value_out(features: Tensor) -> Tensor:
+    pooled = library.max_pool(features)
+    out = torch.empty_like(pooled)
+    out[:, :-1] = pooled[:, :-1]
+    return out
+
+
+def changes_its_argument(features: Tensor) -> Tensor:
+    pooled = library.max_pool(features)
+    features[0, 0, 0, 0] += 1
+    return pooled
+
+
+def raises(features: Tensor) -> Tensor:
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+def returns_nan(features: Tensor) -> Tensor:
+    return torch.full_like(library.max_pool(features), torch.nan)
+
+
+def returns_another_shape(features: Tensor) -> Tensor:
+    return library.max_pool(features)[:, :-1]
+
+
+calls = count()
+
+
+def differs_from_call_to_call(features: Tensor) -> Tensor:
+    pooled = library.max_pool(features)
+    pooled[0, 0, 0, 0] += next(calls) % 2 == 0  # the first call is wrong, the second one right
+    return pooled
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (off_by_one_value, r"case 'odd sides', output 0: error \d.*, and the result must be exact"),
+        (leaves_a_value_out, r"case .odd sides., output 0: "),
+        (changes_its_argument, r"case 'odd sides', output 1: error .*, and the result must be exact"),
+        (raises, r"case 'odd sides' raised RuntimeError: no kernel image is available$"),
+        (returns_nan, r"output 0: error nan"),
+        (returns_another_shape, r"output 0: error inf"),
+        (differs_from_call_to_call, r"case 'odd sides', output 0: two calls had different results"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_op_is_replaced_and_reported(
+    kernel: Callable[[Tensor], Tensor], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(max_pool=kernel))
+    with caplog.at_level(logging.INFO):
+        report = choose_kernels(CPU, *FLOAT32, ops=["max_pool", "max_pool_bwd", "tv_"])
+    assert list(report.by_library) == ["max_pool"]
+    assert functional.by_library == {"max_pool": library.max_pool}
+    fault = report.by_library["max_pool"]
+    assert re.search(words, fault)
+    warning, info = caplog.records
+    assert warning.levelname == "WARNING" and info.levelname == "INFO"
+    assert warning.message.startswith(
+        f"the kernel of max_pool is wrong on this device: {report.by_library['max_pool']}"
+    )
+    assert "runs through torch's library instead, which is slower. Please report this line" in warning.message
+    assert info.message.startswith("self-test of the kernels: 2 of 3 ops run on kernels, ")
+    features = torch.rand(1, 2, 4, 4)
+    assert torch.equal(functional.max_pool(features), library.max_pool(features))
+
+
+def test_a_result_that_is_not_exact_has_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(factor: float) -> Callable[..., Tensor]:
+        return lambda grad, image, weight: library.tv_(grad, image, weight) * factor
+
+    for factor, replaced in ((1 + 1e-5, []), (1 + 1e-3, ["tv_"])):
+        monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=scaled(factor)))
+        assert list(choose_kernels(CPU, *FLOAT32, ops=["tv_"]).by_library) == replaced
+
+
+def test_an_op_stays_replaced_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(torch.ops, "gramophone", Replaced(max_pool=raises))
+        choose_kernels(CPU, *FLOAT32, ops=["max_pool"])
+    report = choose_kernels(CPU, *FLOAT32, ops=["max_pool"])
+    assert report.by_library == {"max_pool": "failed an earlier test of this process"}
+
+
+def test_ops_run_through_the_library_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(gram=raises, style_fwd=raises))
+    report = choose_kernels(CPU, *FLOAT32, requested="gram, style_fwd", ops=["gram", "style_fwd", "tv_"])
+    assert report.by_library == dict.fromkeys(("gram", "style_fwd"), "requested by --library-ops")  # and not called
+    monkeypatch.setattr(functional, "by_library", {})
+    assert list(choose_kernels(CPU, *FLOAT32, requested="all").by_library) == list(ENGINE_OPS)
+    assert list(functional.by_library) == list(ENGINE_OPS)
+
+
+def test_a_request_for_an_unknown_op_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"--library-ops must be all, or some of adam_, .*; got grams, all$"):
+        choose_kernels(CPU, *FLOAT32, requested="grams,tv_,all")
+    assert not functional.by_library
+
+
+def test_a_device_that_is_wrong_by_the_library_too_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=raises))
+    tester = KernelTester(CPU, *FLOAT32)
+    real = library.tv_
+    # The reference is float64 and stays right.
+    monkeypatch.setattr(library, "tv_", lambda grad, x, w: real(grad, x, w) + (x.dtype == torch.float32))
+    with pytest.raises(StartupError, match=r"computes tv_ wrong, by its kernel \(why\) and by torch's library \(case"):
+        tester.require_library("tv_", "why")
+    with pytest.raises(StartupError, match="run the server with --device cpu"):
+        choose_kernels(CPU, *FLOAT32, ops=["tv_"])
+    assert not functional.by_library
+
+
+def test_a_device_that_a_kernel_has_broken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def illegal(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=illegal))
+    monkeypatch.setattr(torch, "ones", illegal)
+    with pytest.raises(
+        StartupError,
+        match=r"^the kernel of tv_ has broken the device .*memory access was encountered\)"
+        r"; run the server with --library-ops tv_, and report this",
+    ):
+        choose_kernels(CPU, *FLOAT32, ops=["tv_"])
+
+
+def test_too_little_memory_is_not_taken_for_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=out_of_memory))
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_kernels(CPU, *FLOAT32, ops=["tv_"])
