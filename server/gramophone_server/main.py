@@ -214,7 +214,12 @@ class Server:
         self._loaded = True
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info(
-            "%s in %s on %s, weights: %s", engine.backbone, engine.precision, engine.device_name, engine.weights_source
+            "%s in %s on %s, weights: %s%s",
+            engine.backbone,
+            engine.precision,
+            engine.device_name,
+            engine.weights_source,
+            "".join(f"; {op} through torch's library" for op in engine.kernels.by_library),
         )
         print(f"ready in {time.monotonic() - self._created_at:.1f} s", flush=True)
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
+import pytest
+import torch
+
+from gramophone.recipe import Optimiser
 from gramophone_server.domain.engine_api import Batch, BatchEngine
+from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.batch import EngineBatch
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import StartupError
+from gramophone_server.network.precision import MODES
+from gramophone_server.network.vgg import Vgg
+from gramophone_server.ops import functional
 from tests.support.engines import FakeBatch, FakeEngine
 
 
@@ -32,3 +40,23 @@ def test_settings_that_cannot_be_loaded_are_refused_with_one_sentence() -> None:
     ):
         with pytest.raises(StartupError, match=message):
             VggEngine.load(**{**good, **change})
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_an_engine_without_kernels_makes_the_same_picture(
+    tiny_vgg: Vgg, make_job: Callable[..., StyleJob], optimiser: Optimiser
+) -> None:
+    def painted(library_ops: str) -> torch.Tensor:
+        engine = VggEngine(tiny_vgg, torch.device("cpu"), MODES["fp32"], library_ops=library_ops)
+        assert set(engine.kernels.by_library) == set(functional.by_library) and engine.kernels.seconds > 0
+        run = engine.run_batch([make_job(optimiser=optimiser)])
+        while not run.finished:
+            run.advance()
+        return run.picture(0)
+
+    expected = painted("")
+    assert not functional.by_library
+    got = painted("all")
+    assert len(functional.by_library) == len(functional.OPS) + len(functional.CUDA_OPS) - 2  # less two for autograd
+    assert (got.int() - expected.int()).abs().max() <= 2

@@ -16,6 +16,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_to_message
 from gramophone_server import errors
 from gramophone_server.config import Limits
+from gramophone_server.domain.engine_api import KernelReport
 from gramophone_server.images.codec import Format, encode
 from gramophone_server.rpc.admission import Admission
 from tests.support.clock import until
@@ -115,6 +116,17 @@ async def test_server_info_describes_the_server():
     assert info.uploads == pb.CacheStats(max_bytes=128 * 2**20)
     assert info.HasField("estimated_wait") and not info.estimated_wait.ToNanoseconds()  # no jobs
     assert info.version
+
+
+async def test_server_info_names_the_ops_without_a_right_kernel():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        assert not info.library_ops and info.self_test_time.ToMilliseconds() == 20
+        engine.kernels = KernelReport({"gram": "error 0.1", "tv_": "requested"}, 0.05)
+        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert [(op.name, op.reason) for op in info.library_ops] == [("gram", "error 0.1"), ("tv_", "requested")]
+    assert info.self_test_time.ToMilliseconds() == 50
 
 
 async def test_one_line_is_logged_for_each_rpc(caplog):

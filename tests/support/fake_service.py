@@ -139,6 +139,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
     def __init__(self) -> None:
         self.scripts: list[list] = [[accepted(), progress(10), frame(10), progress(20), frame(20), result()]]
         self.specs: list[pb.JobSpec] = []
+        self.library_ops: list[pb.LibraryOp] = []
         self.request_ids: list[str] = []
         self.watches: list[pb.WatchJobRequest] = []
         self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
@@ -254,6 +255,8 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             style_cache=pb.CacheStats(hits=3, misses=1, bytes=5 * 2**19, max_bytes=64 * 2**20),
             uploads=pb.CacheStats(max_bytes=2**30),
             estimated_wait=Duration(seconds=12, nanos=500_000_000),
+            library_ops=self.library_ops,
+            self_test_time=Duration(nanos=70_000_000),
         )
 
     def set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -3,6 +3,7 @@ import threading
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
+from gramophone_server.domain.engine_api import KernelReport
 from gramophone_server.telemetry.health import HealthMonitor
 from gramophone_server.telemetry.metrics import Metrics
 from tests.support.clock import ManualClock, until
@@ -32,6 +33,9 @@ async def test_the_gauges_show_the_present_state():
         assert value("engine_heartbeat_seconds") > 0
         assert value("cache_hits_total", cache="styles") == 3 and value("cache_misses_total", cache="styles") == 2
         assert value("cache_bytes", cache="uploads") == 0
+        assert value("library_ops") == 0
+        engine.kernels = KernelReport({"gram": "error 0.1"}, 0.05)
+        assert value("library_ops") == 1
         labels = {"version": "1.2.3", "device": "fake", "precision": "fp32", "backbone": "vgg19"}
         assert value("build_info", **labels) == value("ready") == 1
         waiting.cancel(), running.cancel()

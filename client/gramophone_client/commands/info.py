@@ -60,6 +60,9 @@ def _described(server: ServerInfo) -> str:
         "uploads": _cached(server.uploads),
         "presets": ", ".join(server.presets),
     }
+    if server.library_ops:
+        reasons = "; ".join(f"{op} ({reason})" for op, reason in server.library_ops.items())
+        rows["kernels"] = f"these ops run through torch's library, which is slower: {reasons}"
     return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
 
 

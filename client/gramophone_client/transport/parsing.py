@@ -115,6 +115,8 @@ def server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         style_cache=_cache_stats(message.style_cache),
         uploads=_cache_stats(message.uploads),
         estimated_wait_s=_seconds_of(message, "estimated_wait"),
+        library_ops={op.name: op.reason for op in message.library_ops},
+        self_test_s=_seconds(message.self_test_time),
     )
 
 

@@ -60,3 +60,6 @@ class ServerInfo:
     style_cache: CacheStats  # Gram matrices of style images, on the device
     uploads: CacheStats  # images of `upload`; a hit is an image of a job that was found
     estimated_wait_s: float | None  # of a job sent now; None before the first measurement
+    # The ops that run through torch's library instead of a kernel of the server, which is slower, and the reasons.
+    library_ops: Mapping[str, str]
+    self_test_s: float  # how long the self-test of the kernels took when the server started

@@ -740,8 +740,16 @@ class PresetRecipe(_message.Message):
     recipe: Recipe
     def __init__(self, name: _Optional[str] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ...) -> None: ...
 
+class LibraryOp(_message.Message):
+    __slots__ = ("name", "reason")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    reason: str
+    def __init__(self, name: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "device", "precision", "backbone", "weights", "layers", "limits", "presets", "running_jobs", "queued_jobs", "paused_jobs", "style_cache", "uploads", "estimated_wait")
+    __slots__ = ("version", "device", "precision", "backbone", "weights", "layers", "limits", "presets", "running_jobs", "queued_jobs", "paused_jobs", "style_cache", "uploads", "estimated_wait", "library_ops", "self_test_time")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
@@ -756,6 +764,8 @@ class GetServerInfoResponse(_message.Message):
     STYLE_CACHE_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_WAIT_FIELD_NUMBER: _ClassVar[int]
+    LIBRARY_OPS_FIELD_NUMBER: _ClassVar[int]
+    SELF_TEST_TIME_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     precision: str
@@ -770,4 +780,6 @@ class GetServerInfoResponse(_message.Message):
     style_cache: CacheStats
     uploads: CacheStats
     estimated_wait: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., backbone: _Optional[str] = ..., weights: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., presets: _Optional[_Iterable[_Union[PresetRecipe, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., paused_jobs: _Optional[int] = ..., style_cache: _Optional[_Union[CacheStats, _Mapping]] = ..., uploads: _Optional[_Union[CacheStats, _Mapping]] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    library_ops: _containers.RepeatedCompositeFieldContainer[LibraryOp]
+    self_test_time: _duration_pb2.Duration
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., backbone: _Optional[str] = ..., weights: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., presets: _Optional[_Iterable[_Union[PresetRecipe, _Mapping]]] = ..., running_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., paused_jobs: _Optional[int] = ..., style_cache: _Optional[_Union[CacheStats, _Mapping]] = ..., uploads: _Optional[_Union[CacheStats, _Mapping]] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., library_ops: _Optional[_Iterable[_Union[LibraryOp, _Mapping]]] = ..., self_test_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -3,7 +3,7 @@
 A kernel that a compiler, a driver or a device makes wrong would paint wrong pictures without any error. So every op
 runs the cases of `self_test_cases` on the device. An op whose results differ from the reference, differ between two
 calls, or that raises, is replaced by its version in `library` for as long as the process lives. That is slower and
-right. The log and `KernelReport` name these ops.
+right. The log, GetServerInfo and `gramophone info` report it.
 
 The reference is the function of `library` for float64 arguments, on the CPU, so no library of the device is needed for
 it.

@@ -207,7 +207,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 paused_jobs=self._scheduler.paused,
                 style_cache=_cache_stats(engine.style_cache),
                 uploads=_cache_stats(self.uploads.counts),
+                library_ops=(
+                    pb.LibraryOp(name=name, reason=reason) for name, reason in engine.kernels.by_library.items()
+                ),
             )
+            response.self_test_time.FromMicroseconds(round(engine.kernels.seconds * 1e6))
             wait_s = self._scheduler.estimated_wait_s()
             if wait_s is not None:
                 response.estimated_wait.FromMilliseconds(round(wait_s * 1000))

@@ -127,6 +127,11 @@ class HealthMonitor(Collector):
         )
         build.add_metric([self._version, engine.device_name, engine.precision, engine.backbone], 1)
         yield build
+        yield _gauge(
+            "gramophone_library_ops",
+            "ops that run through torch's library, because their kernel is wrong on this device or on request",
+            len(engine.kernels.by_library),
+        )
         memory = GaugeMetricFamily(
             "gramophone_device_memory_bytes", "device memory of the batches, and its limit", labels=["kind"]
         )

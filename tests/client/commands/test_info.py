@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from gramophone.recipe import PRESETS, Recipe
+from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from tests.support.fake_service import accepted, encoded, result
 
@@ -32,11 +33,25 @@ def test_info(gramophone):
     assert "states   checkpoints of at most 64 MiB\n" in out
     assert "styles   2.5 of at most 64 MiB kept, 3 of 4 found there\n" in out
     assert "uploads  0.0 of at most 1024 MiB kept, 0 of 0 found there\n" in out
+    assert "kernels" not in out
     assert gramophone("--version")[1].startswith("gramophone ")
     code, out, _ = gramophone("info --json")
     info = json.loads(out)
     assert (info["version"], info["limits"]["max_size"], info["presets"]["fast"]["beta"]) == ("1.2.3", 2048, 3.0)
     assert (info["style_cache"]["hits"], info["estimated_wait_s"], info["limits"]["max_watchers"]) == (3, 12.5, 8)
+    assert (info["library_ops"], info["self_test_s"]) == ({}, 0.07)
+
+
+def test_info_names_the_ops_without_a_right_kernel(gramophone, service):
+    service.library_ops = [
+        pb.LibraryOp(name="gram", reason="case '64 channels', output 0: error 0.1, tolerance 0.0001"),
+        pb.LibraryOp(name="tv_", reason="requested by --library-ops"),
+    ]
+    assert (
+        "kernels  these ops run through torch's library, which is slower: "
+        "gram (case '64 channels', output 0: error 0.1, tolerance 0.0001); tv_ (requested by --library-ops)\n"
+    ) in gramophone("info")[1]
+    assert list(json.loads(gramophone("info --json")[1])["library_ops"]) == ["gram", "tv_"]
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.webp"])
