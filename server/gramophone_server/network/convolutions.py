@@ -260,6 +260,7 @@ class Autotuner:
         self.measuring = False  # set only while the host may wait for the device, so never during a graph capture
         # By key and kernel; infinite for a kernel that this version of cuDNN lacks or whose result is wrong.
         self.milliseconds: dict[Hashable, dict[str, float]] = {}
+        self.faults: dict[Hashable, dict[str, str]] = {}  # of the kernels that are not used, by key and kernel
 
     def __call__(
         self,
@@ -280,6 +281,7 @@ class Autotuner:
                 fault = find_fault(kernel, x, expected)
                 times[name] = math.inf if fault else self.measure(kernel, x)
                 if fault:
+                    self.faults.setdefault(key, {})[name] = fault
                     log.warning("convolution kernel %s for %s is not used: it %s", name, key, fault)
             if not any(math.isfinite(time) for time in times.values()):
                 raise RuntimeError(f"no kernel of {', '.join(kernels)} computes the convolution {key}; see the log")

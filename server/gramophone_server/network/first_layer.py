@@ -34,10 +34,10 @@ class Normalisation(NamedTuple):
 class FirstLayer(NamedTuple):
     """conv1_1 with everything around it."""
 
-    forward: Callable[
-        [Tensor], Tensor
-    ]  # of an image, float32 [B, 3, H, W] in [0, 1]: the layer's output after the ReLU
-    backward: Callable[[Tensor], Tensor]  # of the gradient of the convolution's output: the image's, float32
+    # The layer's output after the ReLU, of an image, float32 [B, 3, H, W] in [0, 1].
+    forward: Callable[[Tensor], Tensor]
+    # The image's gradient, float32, from that of the convolution's output.
+    backward: Callable[[Tensor], Tensor]
 
 
 def first_layer(

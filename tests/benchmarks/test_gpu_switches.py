@@ -1,0 +1,67 @@
+"""The section of the switches as a dry run on a CPU, with a tiny network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_switches
+from benchmarks.predictions import SWITCHES, WIDTHS
+from benchmarks.section import Section
+from gramophone_server.network.tuning import Tuning
+from gramophone_server.network.vgg import Vgg
+
+
+@pytest.fixture
+def results(tiny_vgg: Vgg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the section and returns what it wrote, by kind."""
+    monkeypatch.setattr(gpu_switches, "network", lambda: (tiny_vgg, "tiny"))
+
+    def run() -> dict[str, list[dict[str, Any]]]:
+        log = tmp_path / "found.jsonl"
+        log.touch()
+        gpu_switches.switches(Section("switches", "cpu", 600.0, [], log, tmp_path))
+        found: dict[str, list[dict[str, Any]]] = {"row": [], "failed": [], "left_out": []}
+        for line in log.read_text().splitlines():
+            ((kind, value),) = json.loads(line).items()
+            found[kind].append(value)
+        return found
+
+    return run
+
+
+def test_a_dry_run_measures_all_that_needs_no_gpu(results: Any) -> None:
+    found = results()
+    assert not found["failed"]
+    assert {one["what"] for one in found["left_out"]} == {s.name for s in SWITCHES if s.needs_cudnn}
+    rows = [(row["name"], (row["size"], row["batch"])) for row in found["row"]]
+    expected = [(s.name, case) for s in SWITCHES if not s.needs_cudnn for case in s.cases]
+    expected += [("batch width", (size, width)) for size, widths in WIDTHS.items() for width in widths]
+    assert sorted(rows) == sorted([*expected, *(("frames", (size, 1)) for size in (256, 512, 1024))])
+    assert all(row["ratio"] > 0 and row["predicted"] > 0 for row in found["row"])
+
+
+def test_a_switch_that_paints_something_else_fails(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = next(s for s in SWITCHES if s.name == "fused check")
+    engine = gpu_switches.Bench.engine
+
+    def broken(self: gpu_switches.Bench, tuning: Tuning) -> Any:
+        made = engine(self, tuning)
+        backward = made.features.backward
+
+        def scaled(*arguments: Any) -> Any:
+            grad, losses = backward(*arguments)
+            return grad * 0 + 1, losses
+
+        monkeypatch.setattr(made.features, "backward", scaled)
+        return made
+
+    monkeypatch.setattr(gpu_switches, "SWITCHES", (replace(switch, cases=switch.cases[:1]),))
+    monkeypatch.setattr(gpu_switches, "WIDTHS", {})
+    monkeypatch.setattr(gpu_switches.Bench, "engine", broken)
+    (failure,) = results()["failed"]
+    assert "its pictures are not those of the defaults" in failure["why"]
