@@ -13,8 +13,9 @@ from gramophone.recipe import Optimiser, Pooling
 from gramophone_server import ops
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory
-from gramophone_server.network.precision import choose_precision
-from tests.support.gpu_engines import CUDA, engine, finish, fresh_engine, job, totals
+from gramophone_server.network.precision import MODES, choose_precision
+from gramophone_server.ops.self_test import choose_kernels
+from tests.support.gpu_engines import CUDA, engine, finish, fresh_engine, job, network, totals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,6 +33,25 @@ def test_every_op_has_a_kernel() -> None:
     ops.require_kernels("cuda")
     info = ops.build_info()
     assert info["cuda"] and info["cuda_architectures"]
+
+
+@pytest.mark.usefixtures("no_fallback", "switches")
+@pytest.mark.parametrize("precision", MODES)
+def test_every_kernel_passes_its_self_test(precision: str) -> None:
+    mode = choose_precision(precision, CUDA)
+    report = choose_kernels(CUDA, mode.forward, mode.backward)
+    assert not report.by_library and report.seconds < 5
+
+
+@pytest.mark.usefixtures("no_fallback", "switches")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_without_kernels_follows_one_with_kernels(precision: str) -> None:
+    expected = totals(finish(fresh_engine("vgg", precision).run_batch([job()])))
+    # The library's versions are captured as graphs, too.
+    without = VggEngine(network("vgg"), CUDA, choose_precision(precision, CUDA), library_ops="all")
+    found = totals(finish(without.run_batch([job()])))
+    assert found[:3] == pytest.approx(expected[:3], rel=5e-3)
+    assert found == pytest.approx(expected, rel=3e-2)
 
 
 @pytest.mark.parametrize("optimiser", Optimiser)

@@ -8,6 +8,8 @@ They have two uses:
   shows the memory that it takes.
 - For float64 arguments every step is float64, so the same function is the reference of the kernels' self-test.
 
+These versions check no arguments. Autograd differentiates the ones that have gradients as it does torch's ops.
+
 16-bit features are summed in float32. Temporary tensors are at most some float32 copies of one argument.
 """
 
