@@ -126,7 +126,7 @@ def _case(bench: Bench, engine: VggEngine, switch: Switch, case: Case, fault: st
     calls: Mapping[str, Callable[[], object]] = {
         name: functools.partial(_with_frames if switch.frames else _without, run, many) for name, run in runs.items()
     }
-    times = bench.section.timed(calls, least_ms=30)
+    times = bench.section.timed(calls, repeats=5, least_ms=30)
     for run in runs.values():
         run.close()
     bench.section.row(

@@ -27,6 +27,7 @@ Case = tuple[int, int]  # side in pixels, and jobs in the batch
 # the bytes of everything else. They were computed for an H200; an H100 should take a tenth more.
 ITERATION = {(256, 1): 0.44, (512, 1): 0.97, (1024, 1): 3.4, (256, 16): 3.36, (512, 4): 3.4}
 ALONE: tuple[Case, ...] = ((256, 1), (512, 1), (1024, 1))
+SMALL_AND_LARGE: tuple[Case, ...] = ((256, 1), (1024, 1))
 FRAME_EVERY = 10  # iterations
 
 # Time of a job's iteration in a batch, over that in a batch of one: predicted, from how well the tiles of the
@@ -141,6 +142,7 @@ SWITCHES: tuple[Switch, ...] = (
         Tuning(forward="biased"),
         "torch adds the bias in a pass of its own and the ReLU in another one: one pass more than ours in 8 layers.",
         bias_relu_us,
+        cases=SMALL_AND_LARGE,
         needs_cudnn=True,
     ),
     Switch(
@@ -149,6 +151,7 @@ SWITCHES: tuple[Switch, ...] = (
         "The default takes the faster form of each layer; this one should be the faster in most, and cost 1 % of all "
         "in the others.",
         lambda side, jobs: 0.01 * ITERATION[side, jobs] * 1e3,
+        cases=SMALL_AND_LARGE,
         needs_cudnn=True,
     ),
     Switch(
@@ -156,6 +159,7 @@ SWITCHES: tuple[Switch, ...] = (
         Tuning(backward="dgrad"),
         "As above, but should be the slower form in most layers: 3 % of all.",
         lambda side, jobs: 0.03 * ITERATION[side, jobs] * 1e3,
+        cases=SMALL_AND_LARGE,
         needs_cudnn=True,
     ),
     Switch(
@@ -164,6 +168,7 @@ SWITCHES: tuple[Switch, ...] = (
         "304 bytes per pixel more than our kernel, mostly the pass for bias and ReLU over the largest map, and 3 "
         "launches. Faster only if our kernel is far from the memory's rate.",
         padded_forward_us,
+        cases=SMALL_AND_LARGE,
         needs_cudnn=True,
     ),
     Switch(
@@ -171,6 +176,7 @@ SWITCHES: tuple[Switch, ...] = (
         Tuning(padded_backward=True),
         "8 output channels take a tile of 64, so it is bound by arithmetic; 32 bytes per pixel and a launch more.",
         padded_backward_us,
+        cases=SMALL_AND_LARGE,
         needs_cudnn=True,
     ),
     Switch(
@@ -222,6 +228,7 @@ SWITCHES: tuple[Switch, ...] = (
         f"A frame after every {FRAME_EVERY} iterations: they wait for its 3 bytes per pixel on PCIe (50 GB/s), which "
         "the stream of its own hides.",
         frame_stall_us,
+        cases=SMALL_AND_LARGE,
         same_bits=True,
         frames=True,
     ),

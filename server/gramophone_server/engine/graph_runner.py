@@ -125,7 +125,7 @@ class GraphRunner:
         finally:  # after running out of memory the buffers are freed while the stream may still use them
             torch.cuda.current_stream().wait_stream(stream)
         has_long_graph = self.canvas.image[:, 0].numel() <= self.tuning.max_long_graph_pixels
-        sizes = (self.tuning.iterations_per_graph, 1) if has_long_graph else (1,)
+        sizes = sorted({self.tuning.iterations_per_graph if has_long_graph else 1, 1}, reverse=True)
         gc_was_enabled = gc.isenabled()
         # An old graph that is collected here would invalidate the capture, and with torch 2.11 all later ones.
         gc.disable()
