@@ -48,7 +48,7 @@ class Bench:
         if self._faults is None:
             found = self.engine(Tuning(forward=MEASURED)).features.autotuner.faults
             self._faults = [
-                (form, f"{fault}, as {key}") for key, faults in found.items() for form, fault in faults.items()
+                (form, f"{fault}, in {key}") for key, faults in found.items() for form, fault in faults.items()
             ]
         return self._faults
 

@@ -65,3 +65,19 @@ def test_a_switch_that_paints_something_else_fails(results: Any, monkeypatch: py
     monkeypatch.setattr(gpu_switches.Bench, "engine", broken)
     (failure,) = results()["failed"]
     assert "its pictures are not those of the defaults" in failure["why"]
+
+
+def test_a_form_that_is_not_right_is_measured_and_its_row_says_so(
+    results: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time says whether the fault is worth removing."""
+    fused, biased = (
+        replace(s, cases=s.cases[:1], needs_cudnn=False)
+        for s in SWITCHES
+        if s.name in ("forward fused", "forward biased")
+    )
+    monkeypatch.setattr(gpu_switches, "SWITCHES", (fused, biased))
+    monkeypatch.setattr(gpu_switches, "WIDTHS", {})
+    monkeypatch.setattr(gpu_switches.Bench, "faults", lambda self: [("fused", "hides NaN")])
+    rows = {row["name"]: row for row in results()["row"]}
+    assert (rows["forward fused"]["fault"], rows["forward biased"]["fault"]) == ("`fused` hides NaN", "")
