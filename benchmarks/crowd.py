@@ -19,14 +19,23 @@ import time
 from benchmarks.jobs import CONTENT, STYLE
 from benchmarks.measure import Row, machine, print_table, write_json
 from gramophone_client import GramophoneClient
+from gramophone_client.types.options import ImageInput
 
 
-async def sizes_measured(address: str, sizes: list[int], jobs: int, iterations: int, repeats: int) -> list[Row]:
+async def sizes_measured(
+    address: str,
+    sizes: list[int],
+    jobs: int,
+    iterations: int,
+    repeats: int,
+    photo: ImageInput = CONTENT,
+    painting: ImageInput = STYLE,
+) -> list[Row]:
     """A row for each size."""
     rows: list[Row] = []
     async with GramophoneClient(address) as client:
         await client.wait_until_ready(120)
-        content, style = await client.upload(CONTENT), await client.upload(STYLE)
+        content, style = await client.upload(photo), await client.upload(painting)
 
         async def job(size: int) -> float:
             await client.stylize(content, style, size=size, iterations=iterations, smallest_size=0)

@@ -1,175 +1,132 @@
-"""The GPU check: the machine, the correctness of the kernels, and their speed.
+"""The GPU check in three calls of four minutes: correctness, speed, and what explains them.
 
-    make gpu-check
+    python -m benchmarks.gpu_check --call a --out FOLDER
     python -m benchmarks.gpu_check --only ceilings,iteration
-    python -m benchmarks.gpu_check --device cpu --minutes 3    # a dry run of all of it on small pictures
+    python -m benchmarks.gpu_check --call a --device cpu    # a dry run on tiny pictures, whose figures mean nothing
+    python -m benchmarks.gpu_check --merge FOLDER FOLDER    # writes benchmarks/results and benchmarks/RESULTS.md
 
-Sections run one after another, each in a process of its own and with a share of the time; time that one leaves goes to
-the next. Writes benchmarks/results/GPU.json, the generated part of benchmarks/RESULTS.md and the logs in
-build/gpu-check. The exit code is 1 if anything failed.
+a: it loads, every kernel against float64, graph replay equals launches, ceilings, an iteration at 512 and 1024 px.
+b: an iteration at 256 and 2048 px and in batches, jobs through the server, the style op, memory, jobs in process.
+c: a profile, compute-sanitizer, switches, cuDNN's search, torch.compile, each convolution, the engine's other tests.
+Without --call and --only: all of them.
+
+Sections run one after another, each in a process of its own and with a share of the time, which counts from the start
+of this program; time that one leaves goes to the next. The records in --out have everything that was found at any
+moment; JSON, Markdown and the archive of the logs follow after each section and every ten seconds. The exit code is 1
+if anything failed or was cut off. Missed goals are no failure.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+
+BEGAN = time.monotonic()
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
+from benchmarks import gpu_records, gpu_runner
+from benchmarks.gpu_clock import Clock
+from benchmarks.gpu_merge import merge
+from benchmarks.gpu_output import Output, print_end
+from benchmarks.gpu_runner import Step
 
-from benchmarks import gpu_correctness, gpu_engine, gpu_kernels, gpu_report
-from benchmarks.measure import Row
-from benchmarks.section import Section
+__all__ = ["CALLS", "SECTIONS", "main"]
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "RESULTS.md"
-LOGS = HERE.parent / "build" / "gpu-check"
+OUT = HERE.parent / "build" / "gpu-check"
+MINUTES = 4.0  # of a call
 
-
-class Step(NamedTuple):
-    """A section of the check."""
-
-    run: Callable[[Section], None]
-    share: float  # of the time, in seconds out of eight minutes
-
-
-STEPS: Mapping[str, Step] = {
-    "here": Step(gpu_correctness.machine, 12),
-    "tests": Step(gpu_correctness.tests, 90),
-    "sanitizer": Step(gpu_correctness.sanitizer, 48),
-    "ceilings": Step(gpu_kernels.ceilings, 20),
-    "convolutions": Step(gpu_kernels.convolutions, 45),
-    "style": Step(gpu_kernels.style_op, 35),
-    "iteration": Step(gpu_engine.iteration, 110),
-    "job": Step(gpu_engine.job, 40),
-    "memory": Step(gpu_engine.memory, 25),
-    "profile": Step(gpu_engine.profile, 20),
-    "compile": Step(gpu_engine.compiled, 35),
+# Every section belongs to one call, except the first, which all need: it says which machine it is. Shares are seconds
+# of the 237 that a call has for its sections.
+MACHINE = "benchmarks.gpu_machine:machine"
+CALLS: Mapping[str, Mapping[str, Step]] = {
+    "a": {
+        "here": Step(MACHINE, 14),
+        "self_test": Step("benchmarks.gpu_correctness:self_test", 15),
+        "tests": Step("benchmarks.gpu_correctness:tests", 80),
+        "ceilings": Step("benchmarks.gpu_kernels:ceilings", 18),
+        "iteration": Step("benchmarks.gpu_iteration:iteration", 110),
+    },
+    "b": {
+        "here": Step(MACHINE, 12),
+        "ceilings_b": Step("benchmarks.gpu_kernels:brief_ceilings", 8),
+        "sizes": Step("benchmarks.gpu_iteration:sizes", 75),
+        "service": Step("benchmarks.gpu_service:service", 60),
+        "style": Step("benchmarks.gpu_kernels:style_op", 35),
+        "memory": Step("benchmarks.gpu_engine:memory", 28),
+        "job": Step("benchmarks.gpu_engine:job", 19),
+    },
+    "c": {
+        "here": Step(MACHINE, 12),
+        "ceilings_c": Step("benchmarks.gpu_kernels:brief_ceilings", 8),
+        "profile": Step("benchmarks.gpu_engine:profile", 20),
+        "sanitizer": Step("benchmarks.gpu_correctness:sanitizer", 50),
+        "switches": Step("benchmarks.gpu_switches:switches", 40),
+        "searching": Step("benchmarks.gpu_iteration:searching", 25),
+        "compile": Step("benchmarks.gpu_iteration:compiled", 35),
+        "convolutions": Step("benchmarks.gpu_kernels:convolutions", 22),
+        "engine_tests": Step("benchmarks.gpu_correctness:engine_tests", 25),
+    },
 }
-GRACE = 8.0  # seconds after its time until a section is killed
+SECTIONS: Mapping[str, Step] = {name: step for call in CALLS.values() for name, step in call.items()}
 
 
 def main() -> int:
-    """Runs the sections and writes the results."""
+    """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0, help="time limit of all sections together")
-    parser.add_argument("--skip-tests", action="store_true", help="only measure")
-    parser.add_argument("--only", default="", help=f"sections to run, with commas: {', '.join(STEPS)}")
+    parser.add_argument("--call", choices=CALLS, help="a, b or c; without it and --only, all of them")
+    parser.add_argument("--only", default="", help=f"sections to run, with commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, help=f"time limit, {MINUTES:g} for each call by default")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
+    parser.add_argument("--out", type=Path, help=f"folder for the results, {OUT.relative_to(HERE.parent)} by default")
     parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run that keeps no results"
+        "--merge", type=Path, nargs="+", metavar="PART", help="files of records, or folders with them, to put together"
     )
-    parser.add_argument("--out", type=Path, help="folder for copies of the results and for the logs")
-    parser.add_argument("--section", help=argparse.SUPPRESS)  # in the process of a section
-    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.section:
-        so_far = read(arguments.found)["rows"]
-        seconds = arguments.minutes * 60
-        folder = arguments.found.parent
-        section = Section(arguments.section, arguments.device, seconds, so_far, arguments.found, folder)
-        section.attempt("the section", lambda: STEPS[arguments.section].run(section))
-        return 0
+    if arguments.merge:
+        if missing := [str(path) for path in arguments.merge if not path.exists()]:
+            parser.error(f"--merge: there is no {', '.join(missing)}")
+        return merge(arguments.merge, list(SECTIONS), HERE / "results", HERE / "RESULTS.md", arguments.out)
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU with a working driver is visible; --device cpu is a dry run without one")
-    names = [name for name in STEPS if not arguments.only or name in arguments.only.split(",")]
-    unknown = set(filter(None, arguments.only.split(","))) - STEPS.keys()
-    if unknown:
-        parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
-    if arguments.skip_tests:
-        names = [name for name in names if name not in ("tests", "sanitizer")]
-    LOGS.mkdir(parents=True, exist_ok=True)
-    for old in LOGS.iterdir():
-        old.unlink()
-    found = LOGS / "found.jsonl"
-    found.touch()
-    results = read(found)
-    for _ in run_all(names, arguments.device, arguments.minutes * 60, found):
-        results = read(found)
-        # After each section, as the check may be killed in the next one.
-        keep(results, arguments.out, not arguments.only)
-    print(gpu_report.section(results))
-    for one in results["failed"]:
-        print(f"FAILED {one['section']}, {one['what']}: {one['why']}")
-    for goal in gpu_report.goals(results["rows"]):
-        verdict = "met" if goal.met else f"MISSED by {goal.missed_by:.2f} times"
-        print(f"{verdict}: {goal.what} is {goal.measured:.3g}, {goal.bound} {goal.wanted:.3g}")
-    print(f"{len(results['rows'])} rows, {len(results['failed'])} failed, {len(results['left_out'])} left out")
-    return 1 if results["failed"] else 0
+    calls = [arguments.call] if arguments.call else list(CALLS)
+    wanted = set(filter(None, arguments.only.split(",")))
+    steps = {name: step for call in calls for name, step in CALLS[call].items()}
+    if unknown := wanted - steps.keys():
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))} in {' or '.join(calls)}")
+    if wanted:
+        steps = {name: step for name, step in steps.items() if name in wanted | {gpu_records.MACHINE}}
+    minutes = arguments.minutes or MINUTES * (1 if wanted else len(calls))
+    name = "only" if wanted else arguments.call or "all"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are ended and results written
+    return run(steps, arguments.device, Clock(BEGAN, minutes * 60), arguments.out or OUT, name)
 
 
-def run_all(names: list[str], device: str, seconds: float, found: Path) -> Iterator[str]:
-    """Runs every section in a process, until the shares up to and including its own are used up, and yields its name
-    after its end."""
-    whole, start, due = sum(STEPS[name].share for name in names), time.monotonic(), 0.0
-    for name in names:
-        due += STEPS[name].share / whole * seconds
-        left = due - (time.monotonic() - start)
-        print(f"== {name}: at {time.monotonic() - start:.0f} s, until {due:.0f} s", flush=True)
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--section", name, "--device", device]
-        command += ["--minutes", str(max(left, 1.0) / 60), "--found", str(found)]
+def run(steps: Mapping[str, Step], device: str, clock: Clock, out: Path, name: str) -> int:
+    """Runs the sections and prints what they found. Returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="gramophone-", ignore_cleanup_errors=True) as folder:
+        output = Output(out, name, Path(folder), list(steps))
+        started = datetime.now(UTC).isoformat(timespec="milliseconds")
+        about = {"device": device, "sections": list(steps), "seconds": clock.seconds, "started": started}
+        gpu_records.write(output.records, "run", name, about)
+        sections = gpu_runner.run(steps, device, clock, output.records, Path(folder), output.keep)
         try:
-            code = subprocess.run(command, check=False, timeout=max(left, 1.0) + GRACE).returncode
-            why = f"its process ended with {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            why = "it exceeded its time and was killed"
-        if why:
-            print(f"  FAILED, {why}", flush=True)
-            with found.open("a") as file:
-                file.write(json.dumps({"failed": {"section": name, "what": "the section", "why": why}}) + "\n")
-        yield name
-
-
-def read(found: Path) -> dict[str, Any]:
-    """The results that the sections have written so far."""
-    machine: Row = {}
-    rows: list[Row] = []
-    failed: list[Row] = []
-    left_out: list[Row] = []
-    for line in found.read_text().splitlines():
-        try:
-            ((kind, value),) = json.loads(line).items()
-        except ValueError:  # a section was killed within a line
-            continue
-        if kind == "fact":
-            machine |= value
-        else:
-            {"row": rows, "failed": failed, "left_out": left_out}[kind].append(value)
-    profile = {key: machine.pop(key) for key in [*machine] if key.startswith("profile ")}
-    forms = {key: machine.pop(key) for key in [*machine] if key.startswith("forms")}
-    return {
-        "machine": machine,
-        "rows": rows,
-        "profile": profile,
-        "forms": forms,
-        "failed": failed,
-        "left_out": left_out,
-    }
-
-
-def keep(results: Mapping[str, Any], out: Path | None, whole: bool) -> None:
-    """Writes the results to ``out`` and, if they were measured on a GPU and are ``whole``, to the results folder and to
-    RESULTS.md."""
-    name = str(results["machine"].get("gpu", "no-gpu")).replace(" ", "-")
-    text = json.dumps(results, indent=1) + "\n"
-    section = gpu_report.section(results)
-    folders = [out] if out else []
-    if "gpu" in results["machine"] and whole:
-        folders.append(HERE / "results")
-        RESULTS.write_text(gpu_report.placed(RESULTS.read_text(), name, section))
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(text)
-    if out:
-        (out / f"{name}.md").write_text(section)
-        for log in LOGS.glob("*.log"):
-            shutil.copy(log, out)
+            with closing(sections):
+                for section in sections:
+                    results = output.keep()
+                    if section == gpu_records.MACHINE and device == "cuda" and "gpu" not in results["machine"]:
+                        print("no GPU with a working driver is visible; --device cpu is a dry run without one")
+                        break
+        finally:
+            results = output.keep()
+    print(f"results in {out}: {output.name}.jsonl, .json, .md, {output.name}-logs.tar.gz; {clock}")
+    return print_end(results, list(steps))
 
 
 if __name__ == "__main__":

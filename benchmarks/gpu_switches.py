@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.iteration import jobs
-from benchmarks.network import network, smooth
+from benchmarks.network import smooth
 from benchmarks.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_gain
 from benchmarks.section import Section
 from gramophone.recipe import Optimiser, Recipe
@@ -38,7 +38,7 @@ class Bench:
     def __init__(self, section: Section) -> None:
         self.section = section
         self.device = torch.device(section.device)
-        self.vgg: Vgg = network()[0]
+        self.vgg: Vgg = section.network()
         self.precision = choose_precision("auto", self.device)
         self.default = VggEngine(self.vgg, self.device, self.precision)
         self._faults: list[tuple[str, str]] | None = None

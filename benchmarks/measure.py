@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from gramophone_server.engine.engine import cpu_name
-
 __all__ = [
     "MAX_CALLS",
     "Row",
@@ -38,6 +36,9 @@ MAX_CALLS = 500  # calls in one measurement
 
 def machine(device: str = "cpu") -> str:
     """One line that describes the machine and the software of a measurement."""
+    # Imported here, so that the GPU check can time and report even if the ops do not load.
+    from gramophone_server.engine.engine import cpu_name
+
     if device == "cuda":
         where = f"{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}"
     else:

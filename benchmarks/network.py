@@ -12,7 +12,7 @@ from torch import Tensor
 from gramophone_server.errors import StartupError
 from gramophone_server.network.vgg import BACKBONES, CHANNELS, OXFORD, Convolution, Vgg, load_vgg
 
-__all__ = ["Shape", "flops", "network", "random_vgg", "shapes", "smooth"]
+__all__ = ["Shape", "flops", "network", "pictures", "random_vgg", "shapes", "smooth"]
 
 DEEPEST = "5_1"  # the last convolution that the default recipe reaches
 
@@ -51,13 +51,16 @@ def flops(side: int, batch: int = 1) -> int:
     return 2 * batch * sum(shape.flops for shape in shapes(side, side))
 
 
-def random_vgg(seed: int = 0) -> Vgg:
-    """VGG-19 with He-initialised weights, which take as much time as the real ones."""
+def random_vgg(seed: int = 0, narrower: int = 1) -> Vgg:
+    """VGG-19 with He-initialised weights, which take as much time as the real ones.
+
+    It has fewer channels by the factor ``narrower``, for dry runs.
+    """
     generator = torch.Generator().manual_seed(seed)
     convolutions, channels = [], 3
     for block, count in enumerate(BACKBONES["vgg19"], 1):
         for number in range(1, count + 1):
-            out = CHANNELS[block - 1]
+            out = CHANNELS[block - 1] // narrower
             weight = torch.randn(out, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
             convolutions.append(Convolution(f"{block}_{number}", weight, torch.zeros(out), block > 1 and number == 1))
             channels = out
@@ -77,3 +80,9 @@ def smooth(side: int, seed: int, batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(batch, 3, max(2, side // 8), max(2, side // 8), generator=generator)
     return F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
+
+
+def pictures(side: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """Content and style, float32 [batch, 3, side, side] in [0, 1], in steps of 1/255."""
+    content, style = (((smooth(side, seed, batch) * 255).round() / 255).to(device) for seed in (1, 2))
+    return content, style

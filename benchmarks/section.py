@@ -6,35 +6,68 @@ go to a file line by line, so that a section that is killed loses only the measu
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from benchmarks import gpu_records
+from benchmarks.gpu_clock import Clock
 from benchmarks.measure import Row, interleaved
+
+if TYPE_CHECKING:
+    from gramophone_server.network.vgg import Vgg
 
 __all__ = ["Section"]
 
-MARGIN = 2.0  # seconds that a section reserves for its end
-SHRUNK = 16  # pictures of a dry run on a CPU are smaller by this factor
+T = TypeVar("T")
+
+MARGIN = 3.0  # seconds that a section reserves for its end
+# A dry run on a CPU covers the same code: with smaller pictures and a narrower network, by these factors, with two
+# pictures of a batch, and with the first cases of many alike. Its rows have the sizes of the real run, so that goals
+# and tables find them.
+SHRUNK = 32
+NARROWER = 16
+SMALLEST = 16  # pixels, below which the network has nothing left to pool
+DRY_BATCH = 2
 
 
 class Section:
     """The results of a section, and the time that it may take."""
 
-    def __init__(self, name: str, device: str, seconds: float, so_far: list[Row], log: Path, folder: Path) -> None:
-        """``seconds``: the time limit. ``so_far``: the rows of the sections before. ``log``: the file for results.
-        ``folder``: for logs."""
+    def __init__(
+        self, name: str, device: str, clock: Clock, due: float, so_far: list[Row], records: Path, folder: Path
+    ) -> None:
+        """``clock``: that of the whole run. ``due``: when the section is killed, by `time.monotonic`. ``so_far``: the
+        rows of the sections before. ``records``: the file for results. ``folder``: for logs."""
         self.name, self.device, self.so_far, self.folder = name, device, so_far, folder
-        self._ends = time.monotonic() + seconds - MARGIN
-        self._log = log
+        self._clock, self._ends, self._records = clock, due - MARGIN, records
+
+    @property
+    def dry(self) -> bool:
+        """Whether this is a dry run on a CPU, whose figures mean nothing."""
+        return self.device != "cuda"
 
     def px(self, side: int) -> int:
         """The side of a picture in pixels: ``side`` on a GPU, smaller in a dry run."""
-        return side if self.device == "cuda" else max(16, side // SHRUNK)
+        return max(SMALLEST, side // SHRUNK) if self.dry else side
+
+    def network(self) -> Vgg:
+        """The network that is measured."""
+        # Imported here, so that the first section can report if the ops do not load.
+        from benchmarks.network import network, random_vgg
+
+        return random_vgg(narrower=NARROWER) if self.dry else network()[0]
+
+    def few(self, cases: Sequence[T], most: int = 1) -> Sequence[T]:
+        """All cases on a GPU, the first ``most`` of them in a dry run."""
+        return cases[:most] if self.dry else cases
+
+    def pictures(self, batch: int) -> int:
+        """The pictures of a batch: ``batch`` on a GPU, fewer in a dry run."""
+        return min(batch, DRY_BATCH) if self.dry else batch
 
     @property
     def seconds_left(self) -> float:
@@ -42,7 +75,7 @@ class Section:
 
     def row(self, **values: Any) -> None:
         """Writes one result."""
-        self._write("row", {"section": self.name, **values})
+        self._write("row", values)
 
     def fact(self, key: str, value: Any) -> None:
         """Writes a property of the machine, or a text."""
@@ -50,18 +83,22 @@ class Section:
 
     def left_out(self, what: str, why: str) -> None:
         """Writes that something was not measured, for a reason that is no failure."""
-        print(f"  {what}: left out, {why}", flush=True)
-        self._write("left_out", {"section": self.name, "what": what, "why": why})
+        self.say(f"{what}: left out, {why}")
+        self._write("left_out", {"what": what, "why": why})
 
     def failed(self, what: str, why: str) -> None:
         """Writes a failure; `attempt` calls it."""
-        print(f"  {what}: FAILED, {why}", flush=True)
-        self._write("failed", {"section": self.name, "what": what, "why": why})
+        self.say(f"{what}: FAILED, {why}")
+        self._write("failed", {"what": what, "why": why})
+
+    def say(self, text: str) -> None:
+        """Prints a line for those who watch, with the time of the whole run."""
+        print(f"  [{self._clock}] {text}", flush=True)
 
     def attempt(self, what: str, call: Callable[[], object], seconds: float = 0.0) -> bool:
         """Runs a part of the section, unless fewer than ``seconds`` are left, and records its failure. Returns whether
-        it succeeded."""
-        if self.seconds_left < seconds:
+        it succeeded. On the CPU of a dry run ``seconds``, an estimate for a GPU, do not count."""
+        if self.seconds_left < (0.0 if self.dry else seconds):
             self.left_out(what, f"{max(self.seconds_left, 0):.0f} s were left and it takes about {seconds:.0f}")
             return False
         start, done = time.monotonic(), False
@@ -72,8 +109,8 @@ class Section:
             lines = str(error).strip().splitlines() or ["no message"]
             self.failed(what, f"{type(error).__name__}: {lines[0][:300]}")
         if done:
-            print(f"  {what}: {time.monotonic() - start:.1f} s", flush=True)
-        if self.device == "cuda":
+            self.say(f"{what}: {time.monotonic() - start:.1f} s")
+        if not self.dry:
             try:
                 torch.cuda.empty_cache()
             except RuntimeError as error:  # the context is gone
@@ -84,13 +121,13 @@ class Section:
         self, ways: Mapping[str, Callable[[], object]], repeats: int = 7, least_ms: float = 5.0
     ) -> dict[str, float]:
         """`interleaved` on the section's device; in a dry run, whose times mean nothing, with one repeat."""
-        if self.device == "cuda":
-            return interleaved(ways, repeats, "cuda", least_ms)
-        return interleaved(ways, 1)
+        if self.dry:
+            return interleaved(ways, 1)
+        return interleaved(ways, repeats, "cuda", least_ms)
 
     def rate(self, name: str) -> float | None:
-        """TFLOP/s or GB/s of a ceiling, None if it was not measured."""
-        found = (row["rate"] for row in self.so_far if row["section"] == "ceilings" and row["name"] == name)
+        """TFLOP/s or GB/s of a ceiling that this run has measured, else None."""
+        found = (row["rate"] for row in self.so_far if row["section"].startswith("ceilings") and row["name"] == name)
         return next(found, None)
 
     def ratio_vs_floor(self, ms: float, floor_flops: float) -> float | None:
@@ -100,5 +137,4 @@ class Section:
         return ms / (floor_flops / rate / 1e9) if rate else None
 
     def _write(self, kind: str, value: Row) -> None:
-        with self._log.open("a") as file:
-            file.write(json.dumps({kind: value}) + "\n")
+        gpu_records.write(self._records, kind, self.name, value)

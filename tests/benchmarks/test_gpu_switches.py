@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu_switches
+from benchmarks import gpu_records, gpu_switches
+from benchmarks.gpu_clock import Clock
 from benchmarks.predictions import SWITCHES, WIDTHS
 from benchmarks.section import Section
 from gramophone_server.network.tuning import Tuning
-from gramophone_server.network.vgg import Vgg
 
 
 @pytest.fixture
-def results(tiny_vgg: Vgg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the section and returns what it wrote, by kind."""
-    monkeypatch.setattr(gpu_switches, "network", lambda: (tiny_vgg, "tiny"))
+def results(tmp_path: Path) -> Any:
+    """Runs the section and returns what it wrote."""
 
-    def run() -> dict[str, list[dict[str, Any]]]:
+    def run() -> gpu_records.Results:
         log = tmp_path / "found.jsonl"
         log.touch()
-        gpu_switches.switches(Section("switches", "cpu", 600.0, [], log, tmp_path))
-        found: dict[str, list[dict[str, Any]]] = {"row": [], "failed": [], "left_out": []}
-        for line in log.read_text().splitlines():
-            ((kind, value),) = json.loads(line).items()
-            found[kind].append(value)
-        return found
+        clock = Clock(time.monotonic(), 600.0)
+        gpu_switches.switches(Section("switches", "cpu", clock, clock.began + 600.0, [], log, tmp_path))
+        return gpu_records.read(log)
 
     return run
 
@@ -38,11 +34,11 @@ def test_a_dry_run_measures_all_that_needs_no_gpu(results: Any) -> None:
     found = results()
     assert not found["failed"]
     assert {one["what"] for one in found["left_out"]} == {s.name for s in SWITCHES if s.needs_cudnn}
-    rows = [(row["name"], (row["size"], row["batch"])) for row in found["row"]]
+    rows = [(row["name"], (row["size"], row["batch"])) for row in found["rows"]]
     expected = [(s.name, case) for s in SWITCHES if not s.needs_cudnn for case in s.cases]
     expected += [("batch width", (size, width)) for size, widths in WIDTHS.items() for width in widths]
     assert sorted(rows) == sorted([*expected, *(("frames", (size, 1)) for size in (256, 512, 1024))])
-    assert all(row["ratio"] > 0 and row["predicted"] > 0 for row in found["row"])
+    assert all(row["ratio"] > 0 and row["predicted"] > 0 for row in found["rows"])
 
 
 def test_a_switch_that_paints_something_else_fails(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:

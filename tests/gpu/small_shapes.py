@@ -1,12 +1,16 @@
-"""Calls every op with small shapes, for compute-sanitizer: python tests/gpu/small_shapes.py cuda
+"""Calls every op with small shapes, for compute-sanitizer: python tests/gpu/small_shapes.py cuda style layers
 
-Sides that are no multiples of a tile, all types, several jobs, one pixel. Prints "all small shapes ran" at the end.
+Sides that are no multiples of a tile, all types, several jobs, one pixel. Prints "all small shapes ran" at the end, or
+how many ran until the time was up: a tool that is killed reports nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,13 +23,31 @@ HALVES = (torch.float16, torch.bfloat16)
 SIDES = ((1, 1), (2, 2), (5, 3), (17, 31))
 
 
+class Time:
+    """When to stop, and how many shapes ran until then."""
+
+    until = float("inf")  # by `time.monotonic`
+    is_up = False
+    count = 0
+
+
+def in_time(*axes: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """`itertools.product`, until the time is up."""
+    for values in itertools.product(*axes):
+        Time.is_up = Time.is_up or time.monotonic() > Time.until
+        if Time.is_up:
+            return
+        Time.count += 1
+        yield values
+
+
 def back_type(dtype: torch.dtype, device: str) -> torch.dtype:
     """The type of a gradient. The CPU tests have no bfloat16 gradients of float16 features."""
     return torch.bfloat16 if dtype == torch.float16 and device == "cuda" else dtype
 
 
 def style(device: str) -> None:
-    for dtype, layout, (h, w), c in itertools.product(
+    for dtype, layout, (h, w), c in in_time(
         (*HALVES, torch.float32), (LAST, torch.contiguous_format), SIDES, (3, 8, 64, 128, 256, 512)
     ):
         features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=layout)
@@ -48,19 +70,19 @@ SEVERAL = ((64, 40), (128, 20), (256, 10), (512, 5), (512, 2))
 
 
 def layers(device: str) -> None:
-    for dtype, (h, w), c in itertools.product((*HALVES, torch.float32), SIDES[1:], (3, 8, 64)):
+    for dtype, (h, w), c in in_time((*HALVES, torch.float32), SIDES[1:], (3, 8, 64)):
         features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
         pooled = ops.max_pool(features)
         ops.max_pool_bwd(pooled.to(back_type(dtype, device)), features, pooled, True)
     if device != "cuda":
         return  # the CPU has no kernels for the rest
-    for dtype, (h, w), c in itertools.product(HALVES, SIDES[1:], (8, 64, 512)):
+    for dtype, (h, w), c in in_time(HALVES, SIDES[1:], (8, 64, 512)):
         features = torch.rand(2, c, h, w, device=device).to(dtype).contiguous(memory_format=LAST)
         bias = torch.rand(c, device=device)
         pooled, codes = ops.bias_relu_pool(features, bias)
         ops.pool_codes_bwd(pooled.to(torch.bfloat16), codes, h, w)
         ops.bias_relu_(features, bias)
-    for dtype, (h, w) in itertools.product(HALVES, SIDES):
+    for dtype, (h, w) in in_time(HALVES, SIDES):
         weight, bias = torch.rand(64, 32, device=device).to(dtype), torch.rand(64, device=device)
         image = torch.rand(2, 3, h, w, device=device)
         ops.first_layer(image, weight, bias, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [2, 1, 0])
@@ -69,7 +91,7 @@ def layers(device: str) -> None:
 
 
 def optimisers(device: str) -> None:
-    for h, w in (*SIDES[1:], (16, 65)):
+    for ((h, w),) in in_time((*SIDES[1:], (16, 65))):
         image, last, mean, grad = (torch.rand(3, 3, h, w, device=device) for _ in range(4))
         ops.tv_(grad, image, torch.ones(3, device=device))
         alive = torch.tensor([True, True, False], device=device)
@@ -96,9 +118,17 @@ def optimisers(device: str) -> None:
                 stepper.step_(grad)
 
 
+FAMILIES = {"style": style, "layers": layers, "optimisers": optimisers}
+
 if __name__ == "__main__":
-    for family in (style, layers, optimisers):
-        family(sys.argv[1])
-    if sys.argv[1] == "cuda":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=["cuda", "cpu"])
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help="style, layers, optimisers; all of them")
+    parser.add_argument("--until", type=float, default=Time.until, help="when to stop, by Python's monotonic clock")
+    arguments = parser.parse_args()
+    Time.until = arguments.until
+    for name in arguments.families:
+        FAMILIES[name](arguments.device)
+    if arguments.device == "cuda":
         torch.cuda.synchronize()
-    print("all small shapes ran")
+    print(f"the time was up after {Time.count} small shapes" if Time.is_up else "all small shapes ran")

@@ -73,9 +73,9 @@ class Process:
                 return line.removeprefix(start).strip()
         raise AssertionError(f"{self.command} did not print {start!r}, but:\n{self.output}")
 
-    def code(self) -> int:
+    def code(self, within_s: float = WITHIN_S) -> int:
         """Waits until the process has ended and its output is read. Returns the exit code."""
-        end = time.monotonic() + WITHIN_S
+        end = time.monotonic() + within_s
         while self._next(end) is not None:
             pass
         return self._process.wait(max(0.0, end - time.monotonic()))

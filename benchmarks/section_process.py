@@ -1,0 +1,42 @@
+"""The process of one section of the GPU check; `gpu_runner` starts it.
+
+It imports what the section needs, then waits for a line with the time when the section must end, and runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks import gpu_records
+from benchmarks.gpu_clock import Clock
+from benchmarks.section import Section
+
+
+def main() -> int:
+    """Runs the section. The exit code is 0 also if parts of it failed, which the records say."""
+    function, name, device, began, seconds, records, folder = sys.argv[1:]
+    module, _, attribute = function.partition(":")
+    section_function = getattr(importlib.import_module(module), attribute)
+    line = sys.stdin.readline()
+    if not line:  # the check has ended before this section's turn
+        return 0
+    so_far = gpu_records.read(Path(records))["rows"]
+    clock = Clock(float(began), float(seconds))
+    section = Section(name, device, clock, float(line), so_far, Path(records), Path(folder))
+    section.attempt("all of it", lambda: section_function(section))
+    _report_fallbacks(section)
+    return 0
+
+
+def _report_fallbacks(section: Section) -> None:
+    """Ops that ran through torch's library, because their kernels failed the self-test: what was timed is not ours."""
+    functional = sys.modules.get("gramophone_server.ops.functional")
+    fallen = sorted(functional.by_library) if functional else []
+    if fallen:
+        section.failed("kernels", f"these ops ran through torch's library: {', '.join(fallen)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

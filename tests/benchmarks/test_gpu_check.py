@@ -1,0 +1,122 @@
+"""The whole GPU check as a dry run on the CPU: all sections of the three calls, their files, and their merge."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_records
+from benchmarks.gpu_check import CALLS, SECTIONS
+from benchmarks.gpu_output import Output
+from tests.support.processes import ROOT, Process
+
+RESULTS = ROOT / "benchmarks"
+
+
+def kept() -> dict[Path, bytes]:
+    """What only the results of a GPU may change."""
+    files = [RESULTS / "RESULTS.md", *(RESULTS / "results").glob("*")]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder and the output by call, of all three calls at the same time."""
+    out, before = tmp_path_factory.mktemp("out"), kept()
+
+    def call(name: str) -> str:
+        words = ("-m", "benchmarks.gpu_check", "--call", name, "--device", "cpu", "--out", out)
+        with Process(*words, cwd=ROOT) as process:
+            assert process.code(within_s=240) == 0, process.output
+        return process.output
+
+    with ThreadPoolExecutor(3) as pool:
+        outputs = dict(zip(CALLS, pool.map(call, CALLS), strict=True))
+    yield out, outputs
+    assert kept() == before
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_runs_all_its_sections(name: str, dry_run: tuple[Path, dict[str, str]]) -> None:
+    out, outputs = dry_run
+    results = json.loads((out / f"{name}.json").read_text())
+    assert not gpu_records.absent(results, list(CALLS[name]))
+    assert {row["section"] for row in results["rows"]} >= CALLS[name].keys() - {"here", "sanitizer"}
+    assert results["machine"]["torch"]
+    assert "**A dry run" in (out / f"{name}.md").read_text()
+    with tarfile.open(out / f"{name}-logs.tar.gz") as logs:
+        assert "iteration.log" in logs.getnames() or name != "a"
+    printed = outputs[name].splitlines()
+    assert all(any(line.startswith(f"== {section}: ") for line in printed) for section in CALLS[name])
+    assert printed[-1].startswith("goals: ")
+    assert len("\n".join(printed[-40:])) < 12_000
+
+
+@pytest.mark.timeout(300)
+def test_the_three_calls_become_one_result(dry_run: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    out, _ = dry_run
+    with Process("-m", "benchmarks.gpu_check", "--merge", out, "--out", tmp_path, cwd=ROOT) as process:
+        assert process.code() == 0, process.output
+    merged = json.loads((tmp_path / "dry-run.json").read_text())
+    assert merged["sections"].keys() == SECTIONS.keys()
+    assert "goals: " in process.output.splitlines()[-1]
+    assert "not measured: memory" in process.output  # a CPU has no allocator whose peak could be compared
+    assert process.output.count("not measured: ") == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_call_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:
+    words = ("-m", "benchmarks.gpu_check", "--only", "ceilings,iteration", "--device", "cpu", "--out", tmp_path)
+    with Process(*words, cwd=ROOT) as process:
+        process.line("== iteration")
+        process.signal(signal.SIGTERM)
+        assert process.code() == 143, process.output
+    results = json.loads((tmp_path / "only.json").read_text())
+    assert gpu_records.absent(results, ["here", "ceilings", "iteration"]) == ["iteration"]
+    assert (tmp_path / "only-logs.tar.gz").exists()
+
+
+def test_files_are_complete_at_every_moment(tmp_path: Path) -> None:
+    output = Output(tmp_path, "a", tmp_path, ["style"])
+    output.keep()
+    stop, problems = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                json.loads((tmp_path / "a.json").read_text())
+                tarfile.open(tmp_path / "a-logs.tar.gz").close()
+            except Exception as error:  # noqa: BLE001
+                problems.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for turn in range(50):
+            gpu_records.write(output.records, "row", "tests", {"name": "x" * 1000, "turn": turn})
+            assert len(output.keep()["rows"]) == turn + 1
+    finally:
+        stop.set()
+        reader.join()
+    assert not problems
+    # A row that the report does not understand costs only the report.
+    assert "The report failed" in (tmp_path / "a.md").read_text()
+
+
+def test_another_run_keeps_the_files_of_the_first(tmp_path: Path) -> None:
+    names = [Output(tmp_path, "a", tmp_path, []).name for _ in range(3)]
+    assert names == ["a", "a-2", "a-3"]
+
+
+def test_every_section_belongs_to_one_call() -> None:
+    names = [name for call in CALLS.values() for name in call if name != gpu_records.MACHINE]
+    assert len(names) == len(set(names))
+    assert all(next(iter(call)) == gpu_records.MACHINE for call in CALLS.values())

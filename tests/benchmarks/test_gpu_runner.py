@@ -1,0 +1,70 @@
+"""Sections keep to their time, whatever they do, and their results survive."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from benchmarks import gpu_records
+from benchmarks.gpu_clock import Clock
+from benchmarks.gpu_runner import Step, run
+
+FAKE = "tests.support.gpu_parts:"
+
+
+def test_a_section_that_hangs_is_killed_and_the_run_ends_in_time(tmp_path: Path) -> None:
+    records = tmp_path / "a.jsonl"
+    records.touch()
+    clock, kept = Clock(time.monotonic(), 35.0), []
+    steps = {name: Step(f"{FAKE}{name}", 8) for name in ("hanging", "dying", "missing", "good")}
+    names = list(run(steps, "cpu", clock, records, tmp_path, lambda: kept.append(clock.used)))
+    assert clock.left > 0
+    assert names == list(steps)
+    found = gpu_records.read(records)
+    assert [(row["section"], row["name"]) for row in found["rows"]] == [
+        ("hanging", "before"),
+        ("dying", "before"),
+        ("good", "good"),
+    ]
+    why = {one["section"]: one["why"] for one in found["failed"]}
+    assert why["hanging"] == "it exceeded its time and was killed"
+    assert why["dying"].startswith("its process ended with 3")
+    assert "has no attribute 'missing'" in why["missing"]
+    assert not gpu_records.absent(found, list(steps))
+    # What the section had started was killed with it.
+    assert not alive(found["rows"][0]["pid"])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_time_that_a_section_leaves_goes_to_the_next(tmp_path: Path) -> None:
+    records = tmp_path / "a.jsonl"
+    records.touch()
+    steps = {"one": Step(f"{FAKE}good", 60), "two": Step(f"{FAKE}good", 30)}
+    for _ in run(steps, "cpu", Clock(time.monotonic(), 93.0), records, tmp_path, lambda: None):
+        pass
+    one, two = (row["seconds"] for row in gpu_records.read(records)["rows"])
+    assert one < 58 < two  # of which 30 are its own
+
+
+def test_a_run_that_is_left_early_ends_its_processes(tmp_path: Path) -> None:
+    records = tmp_path / "a.jsonl"
+    records.touch()
+    steps = {"one": Step(f"{FAKE}good", 60), "two": Step(f"{FAKE}hanging", 30)}
+    sections = run(steps, "cpu", Clock(time.monotonic(), 90.0), records, tmp_path, lambda: None)
+    assert next(sections) == "one"
+    sections.close()  # the process of the next section is already waiting for its turn
+    assert gpu_records.read(records)["sections"].keys() == {"one"}
+    assert not [process for process in Path("/proc").glob("[0-9]*") if is_ours(process, tmp_path)]
+
+
+def is_ours(process: Path, folder: Path) -> bool:
+    try:
+        return str(folder) in (process / "cmdline").read_text()
+    except OSError:
+        return False
