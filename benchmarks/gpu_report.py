@@ -36,7 +36,7 @@ def section(results: Results, expected: Sequence[str]) -> str:
     rows: Sequence[Row] = results["rows"]
     parts = [_head(results), _goals(rows), _ceilings(rows), _iterations(rows), _style(rows), _convolutions(rows)]
     parts += [_jobs(rows), _memory(rows), _profile(results["facts"].get("profile", {})), _correct(rows)]
-    parts.append(_missing(results, expected))
+    parts += [_lessons(rows), _missing(results, expected)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -163,6 +163,14 @@ def _correct(rows: Sequence[Row]) -> str:
             f"Self-test in {row['name']}: {row['ms']:.0f} ms; ops that run through torch's library: {fallen}."
         )
     return "\n\n".join(part for part in (tests, *checks) if part)
+
+
+def _lessons(rows: Sequence[Row]) -> str:
+    if not any(_of(rows, "switches")):
+        return ""
+    from benchmarks import lessons  # imported here, because it imports torch
+
+    return f"#### Table of lessons\n\n{lessons.table(rows).strip()}"
 
 
 def _missing(results: Results, expected: Sequence[str]) -> str:

@@ -9,9 +9,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.measure import Row
 from benchmarks.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, frame_ratio, largest_gain
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
 
 __all__ = ["SECTION", "placed", "table", "verdict"]
 

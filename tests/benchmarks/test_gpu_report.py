@@ -32,6 +32,7 @@ def make_report() -> dict[str, Any]:
         {**FASTEST, "size": 512, "ms": 0.97, "ratio_vs_eager": 0.3, "ratio_vs_eager16": 0.5, "ratio_vs_floor": 2.0},
         {**FASTEST, "size": 1024, "ms": 3.4, "ratio_vs_eager": 0.2, "ratio_vs_eager16": 0.5, "ratio_vs_floor": None},
         {"section": "job", "name": "16 jobs together", "size": 256, "ms": 100.0, "throughput_vs_in_turn": 2.0},
+        {"section": "switches", "name": "fused check", "size": 256, "batch": 1, "ratio": 0.98, "fault": ""},
         {"section": "memory", "name": "memory", "size": 512, "batch": 4, "needed_mb": 700.0, "ratio": 0.9},
     ]  # fmt: skip
     return {
@@ -57,6 +58,8 @@ def test_the_section_has_all_results() -> None:
         "| 512 px | conv 1_2 | forward | fused 28, bare 31 | 1.2 |",
         "| test_graphs.py | 12 | 1 | 0 | 30.1 |",
         "compute-sanitizer memcheck: 0 found.",
+        "#### Table of lessons",
+        "| 256 px: 0.980 | **flip the default** |",
         "- Failed: compile, 512 px: no compiler",
         "- Left out: here, tests: the package pytest is not installed",
         "- Cut off: compile",
