@@ -75,5 +75,5 @@ def test_a_form_that_is_not_right_is_measured_and_its_row_says_so(
     monkeypatch.setattr(gpu_switches, "SWITCHES", (fused, biased))
     monkeypatch.setattr(gpu_switches, "WIDTHS", {})
     monkeypatch.setattr(gpu_switches.Bench, "faults", lambda self: [("fused", "hides NaN")])
-    rows = {row["name"]: row for row in results()["row"]}
+    rows = {row["name"]: row for row in results()["rows"]}
     assert (rows["forward fused"]["fault"], rows["forward biased"]["fault"]) == ("`fused` hides NaN", "")
