@@ -75,13 +75,15 @@ def _run_tests(section: Section, files: Sequence[Path]) -> None:
     # Not the project's configuration, which needs plugins and turns warnings into errors.
     settings = section.folder / "pytest.ini"
     settings.write_text("[pytest]\n")
+    # The references in float64 use all cores; processes that all do so would wait for each other.
+    threads = 1 if section.dry else max(1, (os.cpu_count() or 1) // len(files))
     with ThreadPoolExecutor(PROCESSES) as pool:
-        list(pool.map(lambda file: section.attempt(file.name, lambda: _test(section, settings, file)), files))
+        list(pool.map(lambda file: section.attempt(file.name, lambda: _test(section, settings, file, threads)), files))
 
 
-def _test(section: Section, settings: Path, file: Path) -> None:
+def _test(section: Section, settings: Path, file: Path, threads: int) -> None:
     start = time.monotonic()
-    passed, skipped, bad = _pytest(section, settings, file)
+    passed, skipped, bad = _pytest(section, settings, file, threads)
     seconds = round(time.monotonic() - start, 1)
     section.row(name=file.name, passed=passed, skipped=skipped, failed=len(bad), seconds=seconds)
     section.say(f"{file.name}: {passed} passed, {skipped} skipped, {len(bad)} failed")
@@ -89,13 +91,13 @@ def _test(section: Section, settings: Path, file: Path) -> None:
         raise RuntimeError(f"{len(bad)} failed: {'; '.join(bad[:8])}")
 
 
-def _pytest(section: Section, settings: Path, file: Path) -> tuple[int, int, list[str]]:
+def _pytest(section: Section, settings: Path, file: Path, threads: int) -> tuple[int, int, list[str]]:
     """Runs a file of tests. Returns how many passed and were skipped, and for each that failed its name and the first
     line of the reason. The log is kept in the section's folder."""
     report = section.folder / f"{file.stem}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
-    ours = {} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"}
+    ours = {"OMP_NUM_THREADS": str(threads)} | ({} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"})
     log = section.folder / f"{file.stem}.log"
     code = _run(command, environment() | ours, log, section)
     if code is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.iteration import jobs
+from benchmarks.measure import interleaved
 from benchmarks.network import pictures
 from benchmarks.section import Section
 from gramophone.recipe import Recipe, preset
@@ -110,7 +111,7 @@ def _sixteen(section: Section, engine: VggEngine, size: int) -> None:
         for _ in range(count):
             finish([one])
 
-    times = section.timed({"together": lambda: finish([one] * count), "in turn": in_turn}, repeats=3, least_ms=0)
+    times = interleaved({"together": lambda: finish([one] * count), "in turn": in_turn}, 1 if section.dry else 3)
     for name, ms in times.items():
         section.row(
             name=f"16 jobs {name}",

@@ -8,13 +8,15 @@ import importlib.util
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.gpu_goals import WHOLE_JOBS
-from benchmarks.gpu_runner import ROOT, environment
+from benchmarks.gpu_runner import ROOT, environment, last_line
+from benchmarks.measure import interleaved
 from benchmarks.section import Section
 from gramophone.recipe import preset
 from gramophone_server.domain.job import StyleJob
@@ -51,7 +53,10 @@ def service(section: Section) -> None:
     try:
         engine = _engine(section)  # while the server loads its own
         assert server.stdout is not None
-        address = server.stdout.readline().split()[-1]
+        listening = server.stdout.readline().split()
+        if not listening:
+            raise RuntimeError(f"the server did not start: {last_line(log)}")
+        address = listening[-1]
         with SyncGramophoneClient(address, timeout_s=max(10.0, section.seconds_left)) as client:
             ready = functools.partial(client.wait_until_ready, max(5.0, section.seconds_left))
             if section.attempt("the server starts", ready):
@@ -167,8 +172,11 @@ def _against_engine(
         run.picture(0)
         run.close()
 
-    ways = {"server": lambda: client.stylize(content, style, preset=recipe_name, **options), "engine": in_process}
-    times = section.timed(ways, repeats=5, least_ms=0)
+    ways: dict[str, Callable[[], object]] = {
+        "server": lambda: client.stylize(content, style, preset=recipe_name, **options),
+        "engine": in_process,
+    }
+    times = interleaved(ways, 1 if section.dry else 5)
     section.row(
         name=name,
         size=size,
