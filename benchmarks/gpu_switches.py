@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import lessons
 from benchmarks.iteration import jobs
 from benchmarks.network import smooth
 from benchmarks.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_gain
@@ -85,7 +86,9 @@ def switches(section: Section) -> None:
             section.left_out(switch.name, "it needs a GPU: this network's convolutions are not cuDNN's")
             continue
         section.attempt(switch.name, functools.partial(_switch, bench, switch), 4)
+        section.fact("lessons", lessons.table(section.so_far).strip())
     section.attempt("frames", lambda: _frames(bench), 3)
+    section.fact("lessons", lessons.table(section.so_far).strip())
     bench.default.graph_runners.clear()
 
 

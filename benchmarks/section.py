@@ -41,7 +41,7 @@ class Section:
         self, name: str, device: str, clock: Clock, due: float, so_far: list[Row], records: Path, folder: Path
     ) -> None:
         """``clock``: that of the whole run. ``due``: when the section is killed, by `time.monotonic`. ``so_far``: the
-        rows of the sections before. ``records``: the file for results. ``folder``: for logs."""
+        rows of the sections before; its own follow. ``records``: the file for results. ``folder``: for logs."""
         self.name, self.device, self.so_far, self.folder = name, device, so_far, folder
         self._clock, self._ends, self._records = clock, due - MARGIN, records
 
@@ -76,6 +76,7 @@ class Section:
     def row(self, **values: Any) -> None:
         """Writes one result."""
         self._write("row", values)
+        self.so_far.append({"section": self.name, **values})
 
     def fact(self, key: str, value: Any) -> None:
         """Writes a property of the machine, or a text."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from benchmarks import gpu_records, gpu_report
 from benchmarks.gpu_clock import Clock
 from benchmarks.section import Section
 
-RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "RESULTS.md"
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 FASTEST = {"section": "iteration", "name": "ours fp16", "batch": 1, "ms_per_job": 1.0}
 CONVOLUTION = {"section": "convolutions", "way": "forward", "layer": "1_2", "size": 512}
 EXPECTED = ("here", "profile")
@@ -32,7 +35,6 @@ def make_report() -> dict[str, Any]:
         {**FASTEST, "size": 512, "ms": 0.97, "ratio_vs_eager": 0.3, "ratio_vs_eager16": 0.5, "ratio_vs_floor": 2.0},
         {**FASTEST, "size": 1024, "ms": 3.4, "ratio_vs_eager": 0.2, "ratio_vs_eager16": 0.5, "ratio_vs_floor": None},
         {"section": "job", "name": "16 jobs together", "size": 256, "ms": 100.0, "throughput_vs_in_turn": 2.0},
-        {"section": "switches", "name": "fused check", "size": 256, "batch": 1, "ratio": 0.98, "fault": ""},
         {"section": "memory", "name": "memory", "size": 512, "batch": 4, "needed_mb": 700.0, "ratio": 0.9},
     ]  # fmt: skip
     return {
@@ -40,7 +42,10 @@ def make_report() -> dict[str, Any]:
         "rows": rows,
         "runs": [{"device": "cuda", "sections": ["here", "profile"], "started": "2026-12-01T10:00:00"}],
         "sections": {name: {"started": "", "seconds": 1.0} for name in EXPECTED} | {"compile": {"seconds": None}},
-        "facts": {"profile": {"profile 512 px": "970.0 us per iteration in 60 kernels\n 100.0 us  10%  conv"}},
+        "facts": {
+            "profile": {"profile 512 px": "970.0 us per iteration in 60 kernels\n 100.0 us  10%  conv"},
+            "switches": {"lessons": "| 256 px: 0.980 | **flip the default** |"},
+        },
         "failed": [{"section": "compile", "what": "512 px", "why": "no compiler"}],
         "left_out": [{"section": "here", "what": "tests", "why": "the package pytest is not installed"}],
     }
@@ -105,3 +110,9 @@ def test_a_part_that_fails_does_not_affect_others(tmp_path: Path) -> None:
     assert found["failed"] == [{"section": "profile", "what": "one", "why": "RuntimeError: a reason"}]
     assert [one["what"] for one in found["left_out"]] == ["three"]
     assert "text" in gpu_report.section(found, ["profile"])
+
+
+def test_nothing_that_the_check_itself_runs_imports_torch() -> None:
+    """It would take seconds of the time limit."""
+    program = "import sys; import benchmarks.gpu_check as c, benchmarks.gpu_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False).returncode == 0

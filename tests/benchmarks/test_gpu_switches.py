@@ -33,6 +33,7 @@ def results(tmp_path: Path) -> Any:
 def test_a_dry_run_measures_all_that_needs_no_gpu(results: Any) -> None:
     found = results()
     assert not found["failed"]
+    assert "| fused check, same bits |" in found["facts"]["switches"]["lessons"]
     assert {one["what"] for one in found["left_out"]} == {s.name for s in SWITCHES if s.needs_cudnn}
     rows = [(row["name"], (row["size"], row["batch"])) for row in found["rows"]]
     expected = [(s.name, case) for s in SWITCHES if not s.needs_cudnn for case in s.cases]
