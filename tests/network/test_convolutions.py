@@ -118,6 +118,12 @@ def test_a_kernel_that_is_not_right_is_logged_and_never_chosen(
         autotuner("b", {name: bad}, X, slow)
 
 
+def test_zeros_are_right_where_zeros_are_expected() -> None:
+    zeros = torch.zeros(1, 2, 3, 3)
+    assert not find_fault(lambda x: 0 * x, zeros, zeros)
+    assert find_fault(lambda x: x + 1e-9, zeros, zeros)
+
+
 def test_running_out_of_memory_is_no_fault_of_a_kernel() -> None:
     def too_large(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
