@@ -26,8 +26,8 @@ __all__ = ["engine_tests", "sanitizer", "self_test", "tests"]
 ROOT = Path(__file__).parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
 EMULATOR = ROOT / "build" / "emulated" / "gramophone_emulated.so"
-# Those of tests/cuda/test_features.py run on a GPU as part of tests/gpu.
-KERNEL_TESTS = ("style", "layers", "terms", "optimisers")
+EMULATED_ONLY = ("test_features", "test_self_test")  # in tests/cuda
+QUICK = "test_terms"  # in tests/cuda, for a dry run
 PROCESSES = 12  # at the same time; the GPU machine has 16 cores
 TOOLS = ("memcheck", "racecheck", "synccheck")
 REPORT_S = 8.0  # that a tool may take for its report after the last shape
@@ -55,10 +55,16 @@ def self_test(section: Section) -> None:
 def tests(section: Section) -> None:
     """Runs the tests of every kernel against float64, and those that compare graph replays with launches."""
     graphs = ROOT / "tests" / "gpu" / "test_graphs.py"
-    kernels = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in KERNEL_TESTS]
-    if section.dry:  # the slower files would take minutes on the emulator, and to compile it half a minute
-        kernels = kernels[2:3] if EMULATOR.exists() else []
+    kernels = [file for file in (ROOT / "tests" / "cuda").glob("test_*.py") if file.stem not in EMULATED_ONLY]
+    if section.dry:  # the slower files would take minutes on the emulator
+        kernels = [file for file in kernels if file.stem == QUICK and _has_emulator()]
     _run_tests(section, [graphs, *kernels])
+
+
+def _has_emulator() -> bool:
+    """Whether the emulator is compiled from the current sources; to compile it takes half a minute or more."""
+    sources = [path for folder in ("csrc", "tests/emulator") for path in (ROOT / folder).rglob("*.*")]
+    return EMULATOR.exists() and EMULATOR.stat().st_mtime > max(path.stat().st_mtime for path in sources)
 
 
 def engine_tests(section: Section) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_records
+from benchmarks import gpu_correctness, gpu_records
 from benchmarks.gpu_check import CALLS, SECTIONS
 from benchmarks.gpu_output import Output
+from tests.gpu import small_shapes
 from tests.support.processes import ROOT, Process
 
 RESULTS = ROOT / "benchmarks"
@@ -114,6 +115,12 @@ def test_files_are_complete_at_every_moment(tmp_path: Path) -> None:
 def test_another_run_keeps_the_files_of_the_first(tmp_path: Path) -> None:
     names = [Output(tmp_path, "a", tmp_path, []).name for _ in range(3)]
     assert names == ["a", "a-2", "a-3"]
+
+
+def test_the_files_that_the_check_names_exist() -> None:
+    assert set(gpu_correctness.FAMILIES) == small_shapes.FAMILIES.keys()
+    for name in (*gpu_correctness.EMULATED_ONLY, gpu_correctness.QUICK):
+        assert (ROOT / "tests" / "cuda" / f"{name}.py").exists()
 
 
 def test_every_section_belongs_to_one_call() -> None:
