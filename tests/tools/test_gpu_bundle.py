@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_check
 from gpu_bundle import making, manifest, rehearsal, use
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,3 +225,28 @@ def test_a_command_runs_without_a_network() -> None:
     command = [sys.executable, "-m", "gpu_bundle.offline", sys.executable, "-c", probe]
     ran = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, timeout=60, check=False)
     assert "unreachable" in ran.stderr or "THE NETWORK IS NOT CUT OFF" in ran.stdout
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+PLAN = (ROOT / "docs" / "gpu.md").read_text()
+MERGED = "benchmarks/results/GPU.json"  # GPU stands for its name; exists after the first measurement
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make (gpu-[a-z-]+)", PLAN))))
+def test_the_plans_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_plans_calls_and_sections_exist() -> None:
+    calls = set(re.findall(r"CALL=(\w+)|--call (\w+)", PLAN))
+    assert {one or other for one, other in calls} == gpu_check.CALLS.keys()
+    sections = {name for names in re.findall(r"--only ([\w,]+)", PLAN) for name in names.split(",")}
+    assert sections and sections <= gpu_check.SECTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:benchmarks|network|tests|tools)/[\w./]+)`", PLAN)) - {MERGED})
+)
+def test_the_plans_paths_exist(path: str) -> None:
+    assert (ROOT / path).exists() or (ROOT / "server" / "gramophone_server" / path).exists()
