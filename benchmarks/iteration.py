@@ -2,7 +2,7 @@
 
     python -m benchmarks.iteration --device cpu --sizes 256,512 --json FILE
 
-On a GPU, `python -m benchmarks.gpu_check --only ceilings,iteration` has more variants.
+On a GPU, `python -m benchmarks.gpu.check --only ceilings,iteration` has more variants.
 
 `eager_fp32` is the loop of tutorials: nn.functional, float32, channels first, autograd, torch.optim.Adam.
 `autograd_bf16` is the same in bfloat16 and channels_last, the best that a few lines can do. `ours` is the server's

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.network import random_vgg
+from benchmarks.gpu.network import random_vgg
 from gramophone.recipe import Optimiser, Pooling
 from gramophone_server import ops
 from gramophone_server.engine.engine import VggEngine

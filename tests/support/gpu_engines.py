@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.network import random_vgg
+from benchmarks.gpu.network import random_vgg
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.engine.batch_run import BatchRun

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_records
-from benchmarks.section import Section
+from benchmarks.gpu import records
+from benchmarks.gpu.section import Section
 
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "driver": "580.1", "date": "2026-12-01", "network": "VGG"}
 
@@ -24,15 +24,15 @@ def part(
 ) -> Path:
     """Writes the records of a run that measured these rows, by section; all sections have ended."""
     path.touch()
-    gpu_records.write(path, "run", path.stem, {"device": device, "sections": [*sections], "started": started})
-    gpu_records.write(path, "start", "here", {"at": started})
-    gpu_records.write(path, "fact", "here", dict(machine))
-    gpu_records.write(path, "end", "here", {"seconds": 1.0})
+    records.write(path, "run", path.stem, {"device": device, "sections": [*sections], "started": started})
+    records.write(path, "start", "here", {"at": started})
+    records.write(path, "fact", "here", dict(machine))
+    records.write(path, "end", "here", {"seconds": 1.0})
     for name, rows in sections.items():
-        gpu_records.write(path, "start", name, {"at": started})
+        records.write(path, "start", name, {"at": started})
         for row in rows:
-            gpu_records.write(path, "row", name, dict(row))
-        gpu_records.write(path, "end", name, {"seconds": 1.0})
+            records.write(path, "row", name, dict(row))
+        records.write(path, "end", name, {"seconds": 1.0})
     return path
 
 

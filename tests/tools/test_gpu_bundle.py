@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks.gpu import check
 from gpu_bundle import making, manifest, rehearsal, use
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,7 +144,8 @@ def test_a_bundle_that_fits_is_used(
     monkeypatch.setattr(use, "misfit", lambda: None)
     assert use.run(["--call", "a"]) == 0
     ((command, environment),) = commands
-    assert command == [sys.executable, "-m", "benchmarks.gpu_check", "--call", "a"]
+    assert command[:4] == [sys.executable, "-m", "benchmarks.gpu.check", "--began"] and command[5:] == ["--call", "a"]
+    assert 0 <= time.monotonic() - float(command[4]) < 60  # the limit counts from the start of `run`
     assert environment["PYTHONPATH"].split(":")[0] == str(bundle / "site")
     assert (tmp_path / use.extension_name()).read_bytes() == EXTENSION.read_bytes()
     assert "the bundle fits, nothing is compiled: " in capsys.readouterr().out
@@ -156,7 +158,7 @@ def test_ops_are_compiled_where_the_bundle_does_not_fit(
     assert use.run([]) == 0
     (compiled, build), (checked, environment) = commands
     assert compiled[1:] == ["setup.py", "build_ext", "--inplace"] and build["GRAMOPHONE_CUDA"] == "1"
-    assert checked[1:] == ["-m", "benchmarks.gpu_check"]
+    assert checked[1:3] == ["-m", "benchmarks.gpu.check"]
     assert environment["PYTHONPATH"].split(":")[0] == str(bundle / "site")  # the packages are for this Python
     assert "the ops are compiled here: a reason" in capsys.readouterr().out
 
@@ -240,9 +242,9 @@ def test_the_plans_targets_exist(target: str) -> None:
 
 def test_the_plans_calls_and_sections_exist() -> None:
     calls = set(re.findall(r"CALL=(\w+)|--call (\w+)", PLAN))
-    assert {one or other for one, other in calls} == gpu_check.CALLS.keys()
+    assert {one or other for one, other in calls} == check.CALLS.keys()
     sections = {name for names in re.findall(r"--only ([\w,]+)", PLAN) for name in names.split(",")}
-    assert sections and sections <= gpu_check.SECTIONS.keys()
+    assert sections and sections <= check.SECTIONS.keys()
 
 
 @pytest.mark.parametrize(

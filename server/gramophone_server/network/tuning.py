@@ -1,7 +1,7 @@
 """The switches of an iteration: parts that can be computed in more than one way, and the way that is used.
 
-Every way computes the same objective. Which one is fastest depends on the GPU, so `benchmarks.gpu_switches`
-measures them against each other, next to the ratios that were predicted (benchmarks/predictions.py). If another way
+Every way computes the same objective. Which one is fastest depends on the GPU, so `benchmarks.gpu.switches`
+measures them against each other, next to the ratios that were predicted (benchmarks/gpu/predictions.py). If another way
 turns out to be faster, its value becomes the default here. Users and operators have no switch.
 """
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from benchmarks import gpu_records
-from benchmarks.gpu_clock import Clock
-from benchmarks.gpu_runner import Step, run
+from benchmarks.gpu import records
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.runner import Step, run
 
 FAKE = "tests.support.gpu_parts:"
 
 
 def test_a_section_that_hangs_is_killed_and_the_run_ends_in_time(tmp_path: Path) -> None:
-    records = tmp_path / "a.jsonl"
-    records.touch()
+    file = tmp_path / "a.jsonl"
+    file.touch()
     clock, kept = Clock(time.monotonic(), 35.0), []
     steps = {name: Step(f"{FAKE}{name}", 8) for name in ("hanging", "dying", "missing", "good")}
-    names = list(run(steps, "cpu", clock, records, tmp_path, lambda: kept.append(clock.used)))
+    names = list(run(steps, "cpu", clock, file, tmp_path, lambda: kept.append(clock.used)))
     assert clock.left > 0
     assert names == list(steps)
-    found = gpu_records.read(records)
+    found = records.read(file)
     assert [(row["section"], row["name"]) for row in found["rows"]] == [
         ("hanging", "before"),
         ("dying", "before"),
@@ -30,7 +30,7 @@ def test_a_section_that_hangs_is_killed_and_the_run_ends_in_time(tmp_path: Path)
     assert why["hanging"] == "it exceeded its time and was killed"
     assert why["dying"].startswith("its process ended with 3")
     assert "has no attribute 'missing'" in why["missing"]
-    assert not gpu_records.absent(found, list(steps))
+    assert not records.absent(found, list(steps))
     # What the section had started was killed with it.
     assert not alive(found["rows"][0]["pid"])
 
@@ -43,23 +43,23 @@ def alive(pid: int) -> bool:
 
 
 def test_time_that_a_section_leaves_goes_to_the_next(tmp_path: Path) -> None:
-    records = tmp_path / "a.jsonl"
-    records.touch()
+    file = tmp_path / "a.jsonl"
+    file.touch()
     steps = {"one": Step(f"{FAKE}good", 60), "two": Step(f"{FAKE}good", 30)}
-    for _ in run(steps, "cpu", Clock(time.monotonic(), 93.0), records, tmp_path, lambda: None):
+    for _ in run(steps, "cpu", Clock(time.monotonic(), 93.0), file, tmp_path, lambda: None):
         pass
-    one, two = (row["seconds"] for row in gpu_records.read(records)["rows"])
+    one, two = (row["seconds"] for row in records.read(file)["rows"])
     assert one < 58 < two  # of which 30 are its own
 
 
 def test_a_run_that_is_left_early_ends_its_processes(tmp_path: Path) -> None:
-    records = tmp_path / "a.jsonl"
-    records.touch()
+    file = tmp_path / "a.jsonl"
+    file.touch()
     steps = {"one": Step(f"{FAKE}good", 60), "two": Step(f"{FAKE}hanging", 30)}
-    sections = run(steps, "cpu", Clock(time.monotonic(), 90.0), records, tmp_path, lambda: None)
+    sections = run(steps, "cpu", Clock(time.monotonic(), 90.0), file, tmp_path, lambda: None)
     assert next(sections) == "one"
     sections.close()  # the process of the next section is already waiting for its turn
-    assert gpu_records.read(records)["sections"].keys() == {"one"}
+    assert records.read(file)["sections"].keys() == {"one"}
     assert not [process for process in Path("/proc").glob("[0-9]*") if is_ours(process, tmp_path)]
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.network import pictures
+from benchmarks.gpu.section import Section
 from benchmarks.iteration import jobs
 from benchmarks.measure import interleaved
-from benchmarks.network import pictures
-from benchmarks.section import Section
 from gramophone.recipe import Recipe, preset
 from gramophone_server.config import Settings
 from gramophone_server.domain.job import StyleJob
@@ -25,7 +25,7 @@ from gramophone_server.network.vgg import Vgg
 
 __all__ = ["job", "memory", "profile"]
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 # A whole job ----------------------------------------------------------------------------------------------------------

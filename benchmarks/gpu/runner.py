@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import gpu_records
-from benchmarks.gpu_clock import Clock
+from benchmarks.gpu import records
+from benchmarks.gpu.clock import Clock
 
 __all__ = ["ROOT", "Step", "environment", "last_line", "run"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CLOSING = 3.0  # seconds of the time limit for the end: the last process is killed, and the results are written
 KEEP_EVERY = 10.0  # seconds between two calls of `keep` while a section runs
 
@@ -35,12 +35,12 @@ class Step(NamedTuple):
 
 
 def run(
-    steps: Mapping[str, Step], device: str, clock: Clock, records: Path, folder: Path, keep: Callable[[], object]
+    steps: Mapping[str, Step], device: str, clock: Clock, record_file: Path, folder: Path, keep: Callable[[], object]
 ) -> Generator[str]:
     """Runs every section until the shares up to and including its own are used up, and yields its name after its end.
 
     Time that one leaves goes to the next. A section that does not end in time is killed with all its processes.
-    ``records``: the file for what the sections find. ``folder``: for their logs. ``keep`` is called now and then.
+    ``record_file``: the file for what the sections find. ``folder``: for their logs. ``keep`` is called now and then.
     """
     whole, available = sum(step.share for step in steps.values()), clock.left - CLOSING
     due = clock.began + clock.used
@@ -49,20 +49,20 @@ def run(
     names = list(steps)
     try:
         for index, (name, step) in enumerate(steps.items()):
-            process = waiting or _Process(name, step, device, clock, records, folder)
+            process = waiting or _Process(name, step, device, clock, record_file, folder)
             due += step.share / whole * available
             print(f"== {name}: {clock}, {due - time.monotonic():.0f} s for it", flush=True)
-            gpu_records.write(records, "start", name, {"at": datetime.now(UTC).isoformat(timespec="seconds")})
+            records.write(record_file, "start", name, {"at": datetime.now(UTC).isoformat(timespec="seconds")})
             start = time.monotonic()
             process.go(due)
             if index + 1 < len(names):
                 following = names[index + 1]
-                waiting = _Process(following, steps[following], device, clock, records, folder)
+                waiting = _Process(following, steps[following], device, clock, record_file, folder)
             why = process.wait(due, keep)
             if why:
                 print(f"  FAILED, {why}", flush=True)
-                gpu_records.write(records, "failed", name, {"what": "the section", "why": why})
-            gpu_records.write(records, "end", name, {"seconds": round(time.monotonic() - start, 1)})
+                records.write(record_file, "failed", name, {"what": "the section", "why": why})
+            records.write(record_file, "end", name, {"seconds": round(time.monotonic() - start, 1)})
             yield name
     finally:
         for one in (process, waiting):
@@ -73,10 +73,10 @@ def run(
 class _Process:
     """The process of a section, which waits for its turn."""
 
-    def __init__(self, name: str, step: Step, device: str, clock: Clock, records: Path, folder: Path) -> None:
+    def __init__(self, name: str, step: Step, device: str, clock: Clock, record_file: Path, folder: Path) -> None:
         self.log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "benchmarks.section_process", step.function, name, device]
-        command += [str(clock.began), str(clock.seconds), str(records), str(folder)]
+        command = [sys.executable, "-m", "benchmarks.gpu.section_process", step.function, name, device]
+        command += [str(clock.began), str(clock.seconds), str(record_file), str(folder)]
         # Threads that wait for each other on busy cores take longer than tiny pictures.
         settings = environment() | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
         with self.log.open("w") as log:

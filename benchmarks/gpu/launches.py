@@ -1,4 +1,4 @@
-"""The GPU's launches in one iteration, by name: python -m benchmarks.launches
+"""The GPU's launches in one iteration, by name: python -m benchmarks.gpu.launches
 
 No GPU is needed: the iteration runs on the meta device, which computes only shapes, and the calls of ops are counted. A
 convolution counts as one launch; cuDNN may add some of its own.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.network import random_vgg
+from benchmarks.gpu.network import random_vgg
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.engine.graph_runner import GraphRunner

@@ -2,7 +2,7 @@
 
 A prediction is the ratio of the time of an iteration to that with the defaults: below 1, the switch is faster. It is
 computed from the bytes, operations and launches that the switch saves or adds, at the rates below.
-`benchmarks.gpu_switches` measures the same ratios, and `benchmarks.lessons` puts both into one table.
+`benchmarks.gpu.switches` measures the same ratios, and `benchmarks.gpu.lessons` puts both into one table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.network import Shape, shapes
+from benchmarks.gpu.network import Shape, shapes
 from gramophone_server.network.tuning import MEASURED, Tuning
 
 __all__ = ["ALONE", "FRAME_EVERY", "SWITCHES", "WIDTHS", "Case", "Switch", "frame_ratio", "largest_gain"]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.section import Section
 from benchmarks.measure import driver
-from benchmarks.section import Section
 
 __all__ = ["machine"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 # Optional packages, and what is missing without them.
 OPTIONAL = {
@@ -76,7 +76,7 @@ def _gpu(section: Section) -> None:
 
 def _project(section: Section) -> None:
     """Imports the ops, which fails if the extension does not fit this Python or this torch."""
-    from benchmarks.network import network
+    from benchmarks.gpu.network import network
     from gramophone_server import ops
     from gramophone_server.engine.engine import cpu_name
 

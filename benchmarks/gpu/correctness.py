@@ -18,12 +18,12 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.gpu_runner import environment, last_line
-from benchmarks.section import Section
+from benchmarks.gpu.runner import environment, last_line
+from benchmarks.gpu.section import Section
 
 __all__ = ["engine_tests", "sanitizer", "self_test", "tests"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
 EMULATOR = ROOT / "build" / "emulated" / "gramophone_emulated.so"
 EMULATED_ONLY = ("test_features", "test_self_test")  # in tests/cuda

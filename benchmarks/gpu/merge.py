@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_records, gpu_report
-from benchmarks.gpu_output import print_end, write_json, write_results, write_whole
-from benchmarks.gpu_records import Results
+from benchmarks.gpu import records, report
+from benchmarks.gpu.output import print_end, write_json, write_results, write_whole
+from benchmarks.gpu.records import Results
 
 __all__ = ["merge"]
 
@@ -34,7 +34,7 @@ def merge(paths: Sequence[Path], expected: Sequence[str], results: Path, page: P
         print("\n".join(wrong))
         return 2
     texts = [path.read_text(errors="replace") for path in parts]
-    merged = gpu_records.total(texts)
+    merged = records.total(texts)
     merged["differences"] = _differences(parts, NOTED)
     for line in merged["differences"]:
         print(f"the parts differ, which may matter: {line}")
@@ -45,9 +45,9 @@ def merge(paths: Sequence[Path], expected: Sequence[str], results: Path, page: P
     if "gpu" in merged["machine"]:
         results.mkdir(parents=True, exist_ok=True)
         write_json(merged, results / f"{name}.json")
-        from benchmarks import lessons  # imported here, because it imports torch
+        from benchmarks.gpu import lessons  # imported here, because it imports torch
 
-        text = gpu_report.placed(page.read_text(), name, gpu_report.section(merged, expected))
+        text = report.placed(page.read_text(), name, report.section(merged, expected))
         text = lessons.placed(text, lessons.table(merged["rows"]))
         write_whole(page, text.encode())
     return print_end(merged, expected)
@@ -58,7 +58,7 @@ def _read(paths: Sequence[Path]) -> dict[Path, Results]:
     found: dict[Path, Results] = {}
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            results = gpu_records.read(file)
+            results = records.read(file)
             if not results["runs"] or not results["machine"]:
                 print(f"{file} is left out: it does not say which machine it is from")
                 continue

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import lessons
-from benchmarks.launches import launches
-from benchmarks.predictions import SWITCHES, largest_gain
+from benchmarks.gpu import lessons
+from benchmarks.gpu.launches import launches
+from benchmarks.gpu.predictions import SWITCHES, largest_gain
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.network.tuning import Tuning
 
-BENCHMARKS = Path(lessons.__file__).parent
+BENCHMARKS = Path(lessons.__file__).parent.parent
 
 
 def measured_rows() -> list[dict[str, object]]:
@@ -24,7 +24,7 @@ def measured_rows() -> list[dict[str, object]]:
 
 def test_results_have_the_table_of_the_data() -> None:
     text = (BENCHMARKS / "RESULTS.md").read_text()
-    assert lessons.placed(text, lessons.table(measured_rows())) == text, "run: python -m benchmarks.lessons"
+    assert lessons.placed(text, lessons.table(measured_rows())) == text, "run: python -m benchmarks.gpu.lessons"
 
 
 def test_results_have_the_launches_of_an_iteration() -> None:

@@ -1,4 +1,4 @@
-"""The process of one section of the GPU check; `gpu_runner` starts it.
+"""The process of one section of the GPU check; `runner` starts it.
 
 It imports what the section needs, then waits for a line with the time when the section must end, and runs it.
 """
@@ -9,22 +9,22 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks import gpu_records
-from benchmarks.gpu_clock import Clock
-from benchmarks.section import Section
+from benchmarks.gpu import records
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.section import Section
 
 
 def main() -> int:
     """Runs the section. The exit code is 0 also if parts of it failed, which the records say."""
-    function, name, device, began, seconds, records, folder = sys.argv[1:]
+    function, name, device, began, seconds, record_file, folder = sys.argv[1:]
     module, _, attribute = function.partition(":")
     section_function = getattr(importlib.import_module(module), attribute)
     line = sys.stdin.readline()
     if not line:  # the check has ended before this section's turn
         return 0
-    so_far = gpu_records.read(Path(records))["rows"]
+    so_far = records.read(Path(record_file))["rows"]
     clock = Clock(float(began), float(seconds))
-    section = Section(name, device, clock, float(line), so_far, Path(records), Path(folder))
+    section = Section(name, device, clock, float(line), so_far, Path(record_file), Path(folder))
     section.attempt("all of it", lambda: section_function(section))
     _report_fallbacks(section)
     return 0

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from benchmarks import gpu_records
-from benchmarks.gpu_clock import Clock
+from benchmarks.gpu import records
+from benchmarks.gpu.clock import Clock
 from benchmarks.measure import Row, interleaved
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Section:
     def network(self) -> Vgg:
         """The network that is measured."""
         # Imported here, so that the first section can report if the ops do not load.
-        from benchmarks.network import network, random_vgg
+        from benchmarks.gpu.network import network, random_vgg
 
         return random_vgg(narrower=NARROWER) if self.dry else network()[0]
 
@@ -138,4 +138,4 @@ class Section:
         return ms / (floor_flops / rate / 1e9) if rate else None
 
     def _write(self, kind: str, value: Row) -> None:
-        gpu_records.write(self._records, kind, self.name, value)
+        records.write(self._records, kind, self.name, value)

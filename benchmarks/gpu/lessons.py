@@ -1,6 +1,6 @@
 """The table of lessons: what each switch was predicted to gain, what it gained, and what follows.
 
-python -m benchmarks.lessons    # writes the table without measurements into benchmarks/RESULTS.md
+python -m benchmarks.gpu.lessons    # writes the table without measurements into benchmarks/RESULTS.md
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, frame_ratio, largest_gain
+from benchmarks.gpu.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, frame_ratio, largest_gain
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
 
 __all__ = ["SECTION", "placed", "table", "verdict"]
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+RESULTS = Path(__file__).parent.parent / "RESULTS.md"
 SECTION = "switches"  # of the rows
 BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 # Ratios closer to 1 than this are no difference: two measurements of the same code differ by as much.
 NOISE = 0.01
 ABOUT = """\
 Each value is the time of an iteration divided by that with the defaults: below 1, the switch is faster. Predictions are
-computed in `benchmarks/predictions.py`, from bytes, operations and launches; `benchmarks/gpu_switches.py` measures."""
+computed in `benchmarks/gpu/predictions.py`, from bytes, operations and launches; `benchmarks/gpu/switches.py`
+measures."""
 MISTAKE = 0.03  # a prediction that is this far off is worth a sentence
 
 

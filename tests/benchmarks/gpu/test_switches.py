@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_records, gpu_switches
-from benchmarks.gpu_clock import Clock
-from benchmarks.predictions import SWITCHES, WIDTHS
-from benchmarks.section import Section
+from benchmarks.gpu import records, switches
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.predictions import SWITCHES, WIDTHS
+from benchmarks.gpu.section import Section
 from gramophone_server.network.tuning import Tuning
 
 
@@ -20,12 +20,12 @@ from gramophone_server.network.tuning import Tuning
 def results(tmp_path: Path) -> Any:
     """Runs the section and returns what it wrote."""
 
-    def run() -> gpu_records.Results:
+    def run() -> records.Results:
         log = tmp_path / "found.jsonl"
         log.touch()
         clock = Clock(time.monotonic(), 600.0)
-        gpu_switches.switches(Section("switches", "cpu", clock, clock.began + 600.0, [], log, tmp_path))
-        return gpu_records.read(log)
+        switches.switches(Section("switches", "cpu", clock, clock.began + 600.0, [], log, tmp_path))
+        return records.read(log)
 
     return run
 
@@ -44,9 +44,9 @@ def test_a_dry_run_measures_all_that_needs_no_gpu(results: Any) -> None:
 
 def test_a_switch_that_paints_something_else_fails(results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     switch = next(s for s in SWITCHES if s.name == "fused check")
-    engine = gpu_switches.Bench.engine
+    engine = switches.Bench.engine
 
-    def broken(self: gpu_switches.Bench, tuning: Tuning) -> Any:
+    def broken(self: switches.Bench, tuning: Tuning) -> Any:
         made = engine(self, tuning)
         backward = made.features.backward
 
@@ -57,9 +57,9 @@ def test_a_switch_that_paints_something_else_fails(results: Any, monkeypatch: py
         monkeypatch.setattr(made.features, "backward", scaled)
         return made
 
-    monkeypatch.setattr(gpu_switches, "SWITCHES", (replace(switch, cases=switch.cases[:1]),))
-    monkeypatch.setattr(gpu_switches, "WIDTHS", {})
-    monkeypatch.setattr(gpu_switches.Bench, "engine", broken)
+    monkeypatch.setattr(switches, "SWITCHES", (replace(switch, cases=switch.cases[:1]),))
+    monkeypatch.setattr(switches, "WIDTHS", {})
+    monkeypatch.setattr(switches.Bench, "engine", broken)
     (failure,) = results()["failed"]
     assert "its pictures are not those of the defaults" in failure["why"]
 
@@ -73,8 +73,8 @@ def test_a_form_that_is_not_right_is_measured_and_its_row_says_so(
         for s in SWITCHES
         if s.name in ("forward fused", "forward biased")
     )
-    monkeypatch.setattr(gpu_switches, "SWITCHES", (fused, biased))
-    monkeypatch.setattr(gpu_switches, "WIDTHS", {})
-    monkeypatch.setattr(gpu_switches.Bench, "faults", lambda self: [("fused", "hides NaN")])
+    monkeypatch.setattr(switches, "SWITCHES", (fused, biased))
+    monkeypatch.setattr(switches, "WIDTHS", {})
+    monkeypatch.setattr(switches.Bench, "faults", lambda self: [("fused", "hides NaN")])
     rows = {row["name"]: row for row in results()["rows"]}
     assert (rows["forward fused"]["fault"], rows["forward biased"]["fault"]) == ("`fused` hides NaN", "")

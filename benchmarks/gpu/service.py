@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.gpu_goals import WHOLE_JOBS
-from benchmarks.gpu_runner import ROOT, environment, last_line
+from benchmarks.gpu.goals import WHOLE_JOBS
+from benchmarks.gpu.runner import ROOT, environment, last_line
+from benchmarks.gpu.section import Section
 from benchmarks.measure import interleaved
-from benchmarks.section import Section
 from gramophone.recipe import preset
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_records, lessons
-from benchmarks.gpu_merge import merge
-from benchmarks.gpu_report import NOT_YET
+from benchmarks.gpu import lessons, records
+from benchmarks.gpu.merge import merge
+from benchmarks.gpu.report import NOT_YET
 from tests.support.gpu_parts import MACHINE, part
 
 EXPECTED = ("here", "iteration", "style")
@@ -74,12 +74,12 @@ def test_incomplete_parts_are_merged_and_what_is_missing_is_reported(
     tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut = part(tmp_path / "a.jsonl", {})
-    gpu_records.write(cut, "start", "iteration", {"at": "2026-12-01T10:01:00"})
-    gpu_records.write(cut, "row", "iteration", iteration(0.2))
+    records.write(cut, "start", "iteration", {"at": "2026-12-01T10:01:00"})
+    records.write(cut, "row", "iteration", iteration(0.2))
     with cut.open("a") as file:
         file.write('{"kind": "row", "sec')
     unknown = tmp_path / "b.jsonl"
-    gpu_records.write(unknown, "run", "b", {"device": "cuda", "sections": [], "started": "2026-12-01"})
+    records.write(unknown, "run", "b", {"device": "cuda", "sections": [], "started": "2026-12-01"})
     assert merge([cut, unknown], EXPECTED, tmp_path / "results", page, None) == 1
     printed = capsys.readouterr().out
     assert f"{unknown} is left out: it does not say which machine it is from" in printed

@@ -1,9 +1,9 @@
 """The GPU check in three calls of four minutes: correctness, speed, and what explains them.
 
-    python -m benchmarks.gpu_check --call a --out FOLDER
-    python -m benchmarks.gpu_check --only ceilings,iteration
-    python -m benchmarks.gpu_check --call a --device cpu    # a dry run on tiny pictures, whose figures mean nothing
-    python -m benchmarks.gpu_check --merge FOLDER FOLDER    # writes benchmarks/results and benchmarks/RESULTS.md
+    python -m benchmarks.gpu.check --call a --out FOLDER
+    python -m benchmarks.gpu.check --only ceilings,iteration
+    python -m benchmarks.gpu.check --call a --device cpu    # a dry run on tiny pictures, whose figures mean nothing
+    python -m benchmarks.gpu.check --merge FOLDER FOLDER    # writes benchmarks/results and benchmarks/RESULTS.md
 
 a: it loads, every kernel against float64, graph replay equals launches, ceilings, an iteration at 512 and 1024 px.
 b: an iteration at 256 and 2048 px and in batches, jobs through the server, the style op, memory, jobs in process.
@@ -31,48 +31,48 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import gpu_records, gpu_runner
-from benchmarks.gpu_clock import Clock
-from benchmarks.gpu_merge import merge
-from benchmarks.gpu_output import Output, print_end
-from benchmarks.gpu_runner import Step
+from benchmarks.gpu import records, runner
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.merge import merge
+from benchmarks.gpu.output import Output, print_end
+from benchmarks.gpu.runner import Step
 
 __all__ = ["CALLS", "SECTIONS", "main"]
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 OUT = HERE.parent / "build" / "gpu-check"
 MINUTES = 4.0  # of a call
 
 # Every section belongs to one call, except the first, which all need: it says which machine it is. Shares are seconds
 # of the 237 that a call has for its sections. What matters most comes first, and a new section at the end.
-MACHINE = "benchmarks.gpu_machine:machine"
+MACHINE = "benchmarks.gpu.machine:machine"
 CALLS: Mapping[str, Mapping[str, Step]] = {
     "a": {
         "here": Step(MACHINE, 14),
-        "self_test": Step("benchmarks.gpu_correctness:self_test", 15),
-        "tests": Step("benchmarks.gpu_correctness:tests", 80),
-        "ceilings": Step("benchmarks.gpu_kernels:ceilings", 18),
-        "iteration": Step("benchmarks.gpu_iteration:iteration", 110),
+        "self_test": Step("benchmarks.gpu.correctness:self_test", 15),
+        "tests": Step("benchmarks.gpu.correctness:tests", 80),
+        "ceilings": Step("benchmarks.gpu.kernels:ceilings", 18),
+        "iteration": Step("benchmarks.gpu.iteration:iteration", 110),
     },
     "b": {
         "here": Step(MACHINE, 12),
-        "ceilings_b": Step("benchmarks.gpu_kernels:brief_ceilings", 8),
-        "sizes": Step("benchmarks.gpu_iteration:sizes", 75),
-        "service": Step("benchmarks.gpu_service:service", 60),
-        "style": Step("benchmarks.gpu_kernels:style_op", 35),
-        "memory": Step("benchmarks.gpu_engine:memory", 28),
-        "job": Step("benchmarks.gpu_engine:job", 19),
+        "ceilings_b": Step("benchmarks.gpu.kernels:brief_ceilings", 8),
+        "sizes": Step("benchmarks.gpu.iteration:sizes", 75),
+        "service": Step("benchmarks.gpu.service:service", 60),
+        "style": Step("benchmarks.gpu.kernels:style_op", 35),
+        "memory": Step("benchmarks.gpu.engine:memory", 28),
+        "job": Step("benchmarks.gpu.engine:job", 19),
     },
     "c": {
         "here": Step(MACHINE, 12),
-        "ceilings_c": Step("benchmarks.gpu_kernels:brief_ceilings", 8),
-        "profile": Step("benchmarks.gpu_engine:profile", 20),
-        "sanitizer": Step("benchmarks.gpu_correctness:sanitizer", 44),
-        "switches": Step("benchmarks.gpu_switches:switches", 58),
-        "searching": Step("benchmarks.gpu_iteration:searching", 20),
-        "compile": Step("benchmarks.gpu_iteration:compiled", 28),
-        "convolutions": Step("benchmarks.gpu_kernels:convolutions", 22),
-        "engine_tests": Step("benchmarks.gpu_correctness:engine_tests", 25),
+        "ceilings_c": Step("benchmarks.gpu.kernels:brief_ceilings", 8),
+        "profile": Step("benchmarks.gpu.engine:profile", 20),
+        "sanitizer": Step("benchmarks.gpu.correctness:sanitizer", 44),
+        "switches": Step("benchmarks.gpu.switches:switches", 58),
+        "searching": Step("benchmarks.gpu.iteration:searching", 20),
+        "compile": Step("benchmarks.gpu.iteration:compiled", 28),
+        "convolutions": Step("benchmarks.gpu.kernels:convolutions", 22),
+        "engine_tests": Step("benchmarks.gpu.correctness:engine_tests", 25),
     },
 }
 SECTIONS: Mapping[str, Step] = {name: step for call in CALLS.values() for name, step in call.items()}
@@ -104,7 +104,7 @@ def main() -> int:
     if unknown := wanted - steps.keys():
         parser.error(f"--only: there is no {', '.join(sorted(unknown))} in {' or '.join(calls)}")
     if wanted:
-        steps = {name: step for name, step in steps.items() if name in wanted | {gpu_records.MACHINE}}
+        steps = {name: step for name, step in steps.items() if name in wanted | {records.MACHINE}}
     minutes = arguments.minutes or MINUTES * (1 if wanted else len(calls))
     name = "only" if wanted else arguments.call or "all"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are ended and results written
@@ -117,13 +117,13 @@ def run(steps: Mapping[str, Step], device: str, clock: Clock, out: Path, name: s
         output = Output(out, name, Path(folder), list(steps))
         started = datetime.now(UTC).isoformat(timespec="milliseconds")
         about = {"device": device, "sections": list(steps), "seconds": clock.seconds, "started": started}
-        gpu_records.write(output.records, "run", name, about)
-        sections = gpu_runner.run(steps, device, clock, output.records, Path(folder), output.keep)
+        records.write(output.records, "run", name, about)
+        sections = runner.run(steps, device, clock, output.records, Path(folder), output.keep)
         try:
             with closing(sections):
                 for section in sections:
                     results = output.keep()
-                    if section == gpu_records.MACHINE and device == "cuda" and "gpu" not in results["machine"]:
+                    if section == records.MACHINE and device == "cuda" and "gpu" not in results["machine"]:
                         print("no GPU with a working driver is visible; --device cpu is a dry run without one")
                         break
         finally:

@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import gpu_records, gpu_report
-from benchmarks.gpu_goals import goals
-from benchmarks.gpu_records import Results
+from benchmarks.gpu import records, report
+from benchmarks.gpu.goals import goals
+from benchmarks.gpu.records import Results
 
 __all__ = ["Output", "print_end", "write_json", "write_results", "write_whole"]
 
@@ -34,7 +34,7 @@ class Output:
 
     def keep(self) -> Results:
         """Writes all files anew, from the records so far."""
-        results = gpu_records.read(self.records)
+        results = records.read(self.records)
         write_results(results, self.out / self.name, self._expected)
         write_whole(self.out / f"{self.name}-logs.tar.gz", _archive(self._logs))
         return results
@@ -44,7 +44,7 @@ def write_results(results: Results, stem: Path, expected: Sequence[str]) -> None
     """Writes ``stem``.json and ``stem``.md."""
     write_json(results, stem.with_name(f"{stem.name}.json"))
     try:
-        text = gpu_report.section(results, expected)
+        text = report.section(results, expected)
     except Exception as error:  # noqa: BLE001 - a table must not cost the measurements that follow
         text = f"The report failed, but the JSON is complete: {type(error).__name__}: {error}\n"
     write_whole(stem.with_name(f"{stem.name}.md"), text.encode())
@@ -76,7 +76,7 @@ def _archive(logs: Path) -> bytes:
 def print_end(results: Results, expected: Sequence[str]) -> int:
     """Prints what failed, and last the goals. Returns the exit code: 1 if anything failed or is missing."""
     failed, left_out = results["failed"], results["left_out"]
-    absent = gpu_records.absent(results, expected)
+    absent = records.absent(results, expected)
     for one in failed[:SHOWN]:
         print(f"FAILED {one['section']}, {one['what']}: {one['why'][:200]}")
     if len(failed) > SHOWN:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_goals import Goal, goals
+from benchmarks.gpu.goals import Goal, goals
 
 
 def found(*rows: dict[str, Any]) -> dict[str, Goal]:

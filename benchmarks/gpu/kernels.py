@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.network import Shape, random_vgg, shapes
+from benchmarks.gpu.section import Section
 from benchmarks.measure import Switches, captured, milliseconds
-from benchmarks.network import Shape, random_vgg, shapes
-from benchmarks.section import Section
 from gramophone_server import ops
 from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.precision import MODES

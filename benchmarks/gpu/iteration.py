@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.network import flops, pictures
+from benchmarks.gpu.section import Section
 from benchmarks.iteration import TORCHS_OWN, jobs, textbook, textbook_loss, textbook_step
 from benchmarks.measure import Switches
-from benchmarks.network import flops, pictures
-from benchmarks.section import Section
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.engine import VggEngine

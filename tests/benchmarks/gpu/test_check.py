@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_correctness, gpu_records
-from benchmarks.gpu_check import CALLS, SECTIONS
-from benchmarks.gpu_output import Output
+from benchmarks.gpu import correctness, records
+from benchmarks.gpu.check import CALLS, SECTIONS
+from benchmarks.gpu.output import Output
 from tests.gpu import small_shapes
 from tests.support.processes import ROOT, Process
 
@@ -33,7 +33,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     out, before = tmp_path_factory.mktemp("out"), kept()
 
     def call(name: str) -> str:
-        words = ("-m", "benchmarks.gpu_check", "--call", name, "--device", "cpu", "--out", out)
+        words = ("-m", "benchmarks.gpu.check", "--call", name, "--device", "cpu", "--out", out)
         with Process(*words, cwd=ROOT) as process:
             assert process.code(within_s=240) == 0, process.output
         return process.output
@@ -49,7 +49,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
 def test_a_call_runs_all_its_sections(name: str, dry_run: tuple[Path, dict[str, str]]) -> None:
     out, outputs = dry_run
     results = json.loads((out / f"{name}.json").read_text())
-    assert not gpu_records.absent(results, list(CALLS[name]))
+    assert not records.absent(results, list(CALLS[name]))
     assert {row["section"] for row in results["rows"]} >= CALLS[name].keys() - {"here", "sanitizer"}
     assert results["machine"]["torch"]
     assert "**A dry run" in (out / f"{name}.md").read_text()
@@ -64,7 +64,7 @@ def test_a_call_runs_all_its_sections(name: str, dry_run: tuple[Path, dict[str, 
 @pytest.mark.timeout(300)
 def test_the_three_calls_become_one_result(dry_run: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     out, _ = dry_run
-    with Process("-m", "benchmarks.gpu_check", "--merge", out, "--out", tmp_path, cwd=ROOT) as process:
+    with Process("-m", "benchmarks.gpu.check", "--merge", out, "--out", tmp_path, cwd=ROOT) as process:
         assert process.code() == 0, process.output
     merged = json.loads((tmp_path / "dry-run.json").read_text())
     assert merged["sections"].keys() == SECTIONS.keys()
@@ -75,13 +75,13 @@ def test_the_three_calls_become_one_result(dry_run: tuple[Path, dict[str, str]],
 
 @pytest.mark.timeout(120)
 def test_a_call_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:
-    words = ("-m", "benchmarks.gpu_check", "--only", "ceilings,iteration", "--device", "cpu", "--out", tmp_path)
+    words = ("-m", "benchmarks.gpu.check", "--only", "ceilings,iteration", "--device", "cpu", "--out", tmp_path)
     with Process(*words, cwd=ROOT) as process:
         process.line("== iteration")
         process.signal(signal.SIGTERM)
         assert process.code() == 143, process.output
     results = json.loads((tmp_path / "only.json").read_text())
-    assert gpu_records.absent(results, ["here", "ceilings", "iteration"]) == ["iteration"]
+    assert records.absent(results, ["here", "ceilings", "iteration"]) == ["iteration"]
     assert (tmp_path / "only-logs.tar.gz").exists()
 
 
@@ -102,7 +102,7 @@ def test_files_are_complete_at_every_moment(tmp_path: Path) -> None:
     reader.start()
     try:
         for turn in range(50):
-            gpu_records.write(output.records, "row", "tests", {"name": "x" * 1000, "turn": turn})
+            records.write(output.records, "row", "tests", {"name": "x" * 1000, "turn": turn})
             assert len(output.keep()["rows"]) == turn + 1
     finally:
         stop.set()
@@ -118,12 +118,12 @@ def test_another_run_keeps_the_files_of_the_first(tmp_path: Path) -> None:
 
 
 def test_the_files_that_the_check_names_exist() -> None:
-    assert set(gpu_correctness.FAMILIES) == small_shapes.FAMILIES.keys()
-    for name in (*gpu_correctness.EMULATED_ONLY, gpu_correctness.QUICK):
+    assert set(correctness.FAMILIES) == small_shapes.FAMILIES.keys()
+    for name in (*correctness.EMULATED_ONLY, correctness.QUICK):
         assert (ROOT / "tests" / "cuda" / f"{name}.py").exists()
 
 
 def test_every_section_belongs_to_one_call() -> None:
-    names = [name for call in CALLS.values() for name in call if name != gpu_records.MACHINE]
+    names = [name for call in CALLS.values() for name in call if name != records.MACHINE]
     assert len(names) == len(set(names))
-    assert all(next(iter(call)) == gpu_records.MACHINE for call in CALLS.values())
+    assert all(next(iter(call)) == records.MACHINE for call in CALLS.values())

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import gpu_records
-from benchmarks.gpu_goals import goals
-from benchmarks.gpu_records import Results
+from benchmarks.gpu import records
+from benchmarks.gpu.goals import goals
+from benchmarks.gpu.records import Results
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -175,7 +175,7 @@ def _lessons(results: Results) -> str:
 def _missing(results: Results, expected: Sequence[str]) -> str:
     lines = [f"- Failed: {f['section']}, {f['what']}: {f['why']}" for f in results["failed"]]
     lines += [f"- Left out: {f['section']}, {f['what']}: {f['why']}" for f in results["left_out"]]
-    absent = gpu_records.absent(results, expected)
+    absent = records.absent(results, expected)
     lines += [f"- {'Cut off' if name in results['sections'] else 'Missing'}: {name}" for name in absent]
     return "#### Not measured\n\n" + "\n".join(lines) if lines else ""
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import lessons
+from benchmarks.gpu import lessons
+from benchmarks.gpu.network import smooth
+from benchmarks.gpu.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_gain
+from benchmarks.gpu.section import Section
 from benchmarks.iteration import jobs
-from benchmarks.network import smooth
-from benchmarks.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_gain
-from benchmarks.section import Section
 from gramophone.recipe import Optimiser, Recipe
 from gramophone_server.engine.batch_run import BatchRun
 from gramophone_server.engine.engine import VggEngine

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_records, gpu_report
-from benchmarks.gpu_clock import Clock
-from benchmarks.section import Section
+from benchmarks.gpu import records, report
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.section import Section
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 FASTEST = {"section": "iteration", "name": "ours fp16", "batch": 1, "ms_per_job": 1.0}
 CONVOLUTION = {"section": "convolutions", "way": "forward", "layer": "1_2", "size": 512}
@@ -52,7 +52,7 @@ def make_report() -> dict[str, Any]:
 
 
 def test_the_section_has_all_results() -> None:
-    text = gpu_report.section(make_report(), [*EXPECTED, "compile", "style"])
+    text = report.section(make_report(), [*EXPECTED, "compile", "style"])
     assert text.startswith("### NVIDIA H200\n\ndriver 580.1, torch 2.11.0, 2026-12-01. `make gpu-check`")
     for line in (
         "| 512 px: ours / eager fp32 | at most 0.25 | 0.3 | **missed** by 1.20 times |",
@@ -74,29 +74,29 @@ def test_the_section_has_all_results() -> None:
 
 
 def test_there_is_a_section_without_results() -> None:
-    assert gpu_report.section(gpu_records.total([]), []) == "### no GPU\n\nno date. `make gpu-check`\n"
+    assert report.section(records.total([]), []) == "### no GPU\n\nno date. `make gpu-check`\n"
 
 
 def test_a_section_replaces_its_older_version() -> None:
-    before = f"# Results\n\n## GPU\n\n{gpu_report.NOT_YET}"
-    once = gpu_report.placed(before, "A", "one\n")
+    before = f"# Results\n\n## GPU\n\n{report.NOT_YET}"
+    once = report.placed(before, "A", "one\n")
     assert once == "# Results\n\n## GPU\n\n<!-- gpu:begin A -->\none\n<!-- gpu:end A -->\n"
-    both = gpu_report.placed(once, "B", r"two \1")
-    again = gpu_report.placed(both, "A", "three")
+    both = report.placed(once, "B", r"two \1")
+    again = report.placed(both, "A", "three")
     assert again == both.replace("one", "three")
     assert r"two \1" in again
 
 
 def test_the_results_state_whether_a_gpu_was_measured() -> None:
     text = RESULTS.read_text()
-    assert ("<!-- gpu:begin" in text) != (gpu_report.NOT_YET in text)
+    assert ("<!-- gpu:begin" in text) != (report.NOT_YET in text)
 
 
 def test_a_part_that_fails_does_not_affect_others(tmp_path: Path) -> None:
-    records = tmp_path / "a.jsonl"
-    records.touch()
+    file = tmp_path / "a.jsonl"
+    file.touch()
     clock = Clock(time.monotonic(), 60.0)
-    section = Section("profile", "cuda", clock, clock.began + 60.0, [], records, tmp_path)
+    section = Section("profile", "cuda", clock, clock.began + 60.0, [], file, tmp_path)
 
     def broken() -> None:
         section.row(name="half done", ms=1.0)
@@ -105,14 +105,14 @@ def test_a_part_that_fails_does_not_affect_others(tmp_path: Path) -> None:
     assert not section.attempt("one", broken)
     assert section.attempt("two", lambda: section.fact("profile x", "text"))
     assert not section.attempt("three", lambda: None, seconds=3600)
-    found = gpu_records.read(records)
+    found = records.read(file)
     assert found["rows"] == [{"section": "profile", "name": "half done", "ms": 1.0}]
     assert found["failed"] == [{"section": "profile", "what": "one", "why": "RuntimeError: a reason"}]
     assert [one["what"] for one in found["left_out"]] == ["three"]
-    assert "text" in gpu_report.section(found, ["profile"])
+    assert "text" in report.section(found, ["profile"])
 
 
 def test_nothing_that_the_check_itself_runs_imports_torch() -> None:
     """It would take seconds of the time limit."""
-    program = "import sys; import benchmarks.gpu_check as c, benchmarks.gpu_report; sys.exit('torch' in sys.modules)"
+    program = "import sys; import benchmarks.gpu.check as c, benchmarks.gpu.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False).returncode == 0
