@@ -10,13 +10,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Goal", "goals"]
 
-SIZES = (256, 512, 1024, 2048)  # sides in pixels
+SIZES = {256: "sizes", 512: "iteration", 1024: "iteration", 2048: "sizes"}  # sides in pixels, and the section of each
 WHOLE_JOBS = ("fast, 512 px", "quality, 1024 px")  # rows of the section `service`
 
 
 class Goal(NamedTuple):
     """A goal and its measurement."""
 
+    section: str  # that measures it
     what: str
     wanted: float
     at_most: bool  # `wanted` is an upper bound, else a lower one
@@ -51,31 +52,31 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
 
 
 def _iteration(rows: Sequence[Row]) -> Iterator[Goal]:
-    for size in SIZES:
-        row = _first(rows, ("iteration", "sizes"), name="ours fp16", size=size, batch=1)
-        yield Goal(f"{size} px: ours / eager fp32", 1 / 4, True, row.get("ratio_vs_eager"))
+    for size, section in SIZES.items():
+        row = _first(rows, section, name="ours fp16", size=size, batch=1)
+        yield Goal(section, f"{size} px: ours / eager fp32", 1 / 4, True, row.get("ratio_vs_eager"))
         sixteen = 1 / 3 if size == 256 else 1 / 1.6
-        yield Goal(f"{size} px: ours / eager 16-bit channels_last", sixteen, True, row.get("ratio_vs_eager16"))
+        yield Goal(section, f"{size} px: ours / eager 16-bit channels_last", sixteen, True, row.get("ratio_vs_eager16"))
         if size >= 512:
-            yield Goal(f"{size} px: ours / FLOP floor", 1.8, True, row.get("ratio_vs_floor"))
+            yield Goal(section, f"{size} px: ours / FLOP floor", 1.8, True, row.get("ratio_vs_floor"))
 
 
 def _style(rows: Sequence[Row]) -> Iterator[Goal]:
-    row = _first(rows, ("style",), name="ours graph", layer="all five", size=512)
-    yield Goal("style op, 512 px: torch / ours", 4, False, _inverse(row.get("ratio_vs_eager")))
-    yield Goal("style op, 512 px: the same, both as graphs", 4, False, _inverse(row.get("ratio_vs_graph")))
+    row = _first(rows, "style", name="ours graph", layer="all five", size=512)
+    yield Goal("style", "style op, 512 px: torch / ours", 4, False, _inverse(row.get("ratio_vs_eager")))
+    yield Goal("style", "style op, 512 px: the same, both as graphs", 4, False, _inverse(row.get("ratio_vs_graph")))
 
 
 def _service(rows: Sequence[Row]) -> Iterator[Goal]:
-    warm = _first(rows, ("service",), name="warm", size=512)
-    yield Goal("`fast` at 512 px through the server, warm: ms", 1000, True, warm.get("ms"))
-    yield Goal("its first frame: ms", 150, True, warm.get("first_frame_ms"))
+    warm = _first(rows, "service", name="warm", size=512)
+    yield Goal("service", "`fast` at 512 px through the server, warm: ms", 1000, True, warm.get("ms"))
+    yield Goal("service", "its first frame: ms", 150, True, warm.get("first_frame_ms"))
     for name in WHOLE_JOBS:
-        row = _first(rows, ("service",), name=name)
-        yield Goal(f"{name}: through the server / in process", 1.03, True, row.get("ratio_vs_engine"))
-    crowd = _first(rows, ("service",), name="16 jobs together", size=256)
+        row = _first(rows, "service", name=name)
+        yield Goal("service", f"{name}: through the server / in process", 1.03, True, row.get("ratio_vs_engine"))
+    crowd = _first(rows, "service", name="16 jobs together", size=256)
     what = "16 jobs of 256 px through the server: throughput together / in turn"
-    yield Goal(what, 1.8, False, crowd.get("throughput_vs_in_turn"))
+    yield Goal("service", what, 1.8, False, crowd.get("throughput_vs_in_turn"))
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[Goal]:
@@ -84,7 +85,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[Goal]:
     worst = max(found, key=lambda row: _factor(row["ratio"]), default=None)
     at = f" (the worst of {len(found)}: {worst['size']} px x {worst['batch']})" if worst else ""
     measured = _factor(worst["ratio"]) if worst else None
-    yield Goal(f"memory: factor between peak and estimate{at}", 1.1, True, measured)
+    yield Goal("memory", f"memory: factor between peak and estimate{at}", 1.1, True, measured)
 
 
 def _factor(ratio: float) -> float:
@@ -95,9 +96,9 @@ def _inverse(ratio: float | None) -> float | None:
     return 1 / ratio if ratio else None
 
 
-def _first(rows: Iterable[Row], sections: Sequence[str], **wanted: object) -> Row:
-    """The first row with these values, empty if there is none."""
+def _first(rows: Iterable[Row], section: str, **wanted: object) -> Row:
+    """The first row of a section with these values, empty if there is none."""
     for row in rows:
-        if row["section"] in sections and all(row.get(key) == value for key, value in wanted.items()):
+        if row["section"] == section and all(row.get(key) == value for key, value in wanted.items()):
             return row
     return {}

@@ -47,7 +47,10 @@ def merge(paths: Sequence[Path], expected: Sequence[str], results: Path, page: P
         write_json(merged, results / f"{name}.json")
         from benchmarks.gpu import lessons  # imported here, because it imports torch
 
-        text = report.placed(page.read_text(), name, report.section(merged, expected))
+        # The page has one table of lessons, in a place of its own.
+        elsewhere = {section: facts for section, facts in merged["facts"].items() if section != lessons.SECTION}
+        part = report.section(merged | {"facts": elsewhere}, expected)
+        text = report.placed(page.read_text(), name, part)
         text = lessons.placed(text, lessons.table(merged["rows"]))
         write_whole(page, text.encode())
     return print_end(merged, expected)

@@ -87,8 +87,10 @@ def print_end(results: Results, expected: Sequence[str]) -> int:
     if all(run["device"] != "cuda" for run in results["runs"]):
         print("a dry run: its pictures are tiny, and its figures and goals mean nothing")
     everything = goals(results["rows"])
-    for goal in sorted(everything, key=lambda goal: (goal.measured is None, goal.met)):
+    of_these = [goal for goal in everything if goal.section in expected]
+    for goal in sorted(of_these, key=lambda goal: (goal.measured is None, goal.met)):
         print(goal)
-    counts = [sum(goal.verdict.startswith(word) for goal in everything) for word in ("met", "missed", "not")]
-    print("goals: {} met, {} missed, {} not measured".format(*counts))
+    counts = [sum(goal.verdict.startswith(word) for goal in of_these) for word in ("met", "missed", "not")]
+    others = len(everything) - len(of_these)
+    print("goals: {} met, {} missed, {} not measured".format(*counts) + f"; {others} of other sections" * bool(others))
     return 1 if failed or absent else 0

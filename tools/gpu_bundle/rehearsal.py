@@ -5,6 +5,7 @@ It runs from a copy of what travels, with the packages of that machine and of th
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -12,14 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_bundle import making
+from gpu_bundle import making, use
 from gpu_bundle.manifest import BUNDLE, ROOT, files_in, read, sources_digest
 
 RESULTS = ROOT / "build" / "gpu-rehearsal"
 
 
 def rehearse(calls: Sequence[str]) -> int:
-    """Runs the calls of the check and merges their results. Returns 0 if all of them ended with 0."""
+    """Runs the calls of the check and puts their results together. Returns 0 if all of it ended with 0."""
     if read().get("sources") != sources_digest():
         making.make()
     making.require_size()
@@ -38,6 +39,12 @@ def rehearse(calls: Sequence[str]) -> int:
             command = [str(python), "-m", "gpu_bundle.offline", *check]
             codes.append(subprocess.run(command, cwd=copy, env=environment, check=False).returncode)
             lines.append(f"call {call}: exit code {codes[-1]}, {time.monotonic() - start:.0f} s")
+        environment["PYTHONPATH"] = os.pathsep.join(str(copy / name) for name in ("gpu-bundle/site", *use.PROJECT))
+        merge = [str(python), "-m", "benchmarks.gpu.check", "--merge", str(RESULTS), "--out", str(RESULTS)]
+        merged = subprocess.run(merge, cwd=copy, env=environment, check=False, capture_output=True, text=True)
+        print(merged.stdout, merged.stderr, sep="")
+        codes.append(merged.returncode)
+        lines.append(f"the merge: exit code {codes[-1]}; 1 if a section is missing")
     for line in lines:
         print(line)
     print(f"results and logs: {RESULTS.relative_to(ROOT)}")

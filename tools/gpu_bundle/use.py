@@ -17,6 +17,7 @@ from typing import Any
 from gpu_bundle.manifest import BUNDLE, ROOT, describe, digest, read, running_python, sources_digest
 
 PACKAGE = ROOT / "server" / "gramophone_server"
+PROJECT = ("proto", "server", "client", "tools", "")  # folders of the project's packages
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def search_path() -> list[str]:
     """Where Python finds the project, and the bundle's packages if they are for this Python."""
-    project = [str(ROOT / name) for name in ("proto", "server", "client", "tools", "")]
+    project = [str(ROOT / name) for name in PROJECT]
     return [str(BUNDLE / "site"), *project] if read().get("python") == running_python() else project
 
 

@@ -37,6 +37,7 @@ def test_parts_are_put_together_and_the_newest_counts(
     part(folder / "again.jsonl", {"iteration": [iteration(0.2)]}, started=later)
     part(folder / "first.jsonl", {"iteration": [iteration(0.5)]})
     alone = part(tmp_path / "b.jsonl", {"style": [STYLE]})
+    records.write(alone, "fact", "switches", {"lessons": "the table of one call"})
     code = merge([alone, folder], EXPECTED, tmp_path / "results", page, None)
     assert code == 0
     found = json.loads((tmp_path / "results" / "NVIDIA-H200.json").read_text())
@@ -46,6 +47,7 @@ def test_parts_are_put_together_and_the_newest_counts(
     assert "| 512 px: ours / eager fp32 | at most 0.25 | 0.2 | met |" in text
     assert NOT_YET not in text
     assert lessons.table(found["rows"]).strip() in text
+    assert "the table of one call" not in text  # the page has one table of lessons
     printed = capsys.readouterr().out
     assert "met: style op, 512 px: torch / ours: 5, at least 4" in printed
     assert "missed by 4.00 times: style op, 512 px: the same, both as graphs" in printed
