@@ -190,15 +190,111 @@ def test_a_device_that_a_kernel_has_broken_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(
         StartupError,
         match=r"^the kernel of tv_ has broken the device .*memory access was encountered\)"
-        r"; run the server with --library-ops tv_, and report this",
+        r"; run the server with --library-ops tv_, or all if another kernel then does the same, and report this",
     ):
         choose_kernels(CPU, *FLOAT32, ops=["tv_"])
 
 
-def test_too_little_memory_is_not_taken_for_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("gramophone: the device refused the kernel tv_: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_too_little_memory_is_not_taken_for_a_wrong_kernel(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any) -> Tensor:
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=out_of_memory))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        StartupError,
+        match=r"^the cpu has too little free memory for the self-test of tv_ \(.*\); end other programs that use",
+    ):
         choose_kernels(CPU, *FLOAT32, ops=["tv_"])
+
+
+def masks_nan(grad: Tensor, features: Tensor, diff: Tensor | None, relu_mask: bool) -> None:
+    library.style_bwd_(grad, features, diff, relu_mask)
+    grad.masked_fill_(~(features > 0) & relu_mask, 0)
+
+
+def hides_nan(*arguments: Any) -> Tensor:
+    return library.first_layer(*arguments).nan_to_num(0)
+
+
+def sums_in_16_bits(features: Tensor, scale: float) -> Tensor:
+    return library.gram(features, 1.0).half().float() * scale
+
+
+def leaves_out_the_last_channels(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    losses, differences = library.style_fwd(*arguments)
+    for difference in differences:
+        difference[:, 256:, 256:] = 0
+    return losses, differences
+
+
+def leaves_out_later_jobs(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    losses, differences = library.style_fwd(*arguments)
+    losses[:, 6:] = 0
+    return losses, differences
+
+
+def rounds_the_bias(features: Tensor, bias: Tensor) -> None:
+    library.bias_relu_(features, bias.half().float())
+
+
+def compares_whole_numbers(features: Tensor) -> Tensor:
+    return library.max_pool(features.floor())
+
+
+def looks_at_every_fourth_value(terms: Tensor, grad: Tensor, *verdicts: Tensor) -> None:
+    library.check_finite_(terms, grad[..., 3::4].contiguous(), *verdicts)
+
+
+def revives_the_dead(terms: Tensor, grad: Tensor, alive: Tensor, diverged_at: Tensor, count: Tensor) -> None:
+    library.check_finite_(terms, grad, alive, diverged_at, count)
+    alive.fill_(True)
+
+
+def adds_a_larger_epsilon(*arguments: Any) -> None:
+    library.adam_(*arguments)
+    image, last_good, root = arguments[0], arguments[1], arguments[4].sqrt()
+    image.sub_(last_good).mul_(root / (root + 1e-8)).add_(last_good)
+
+
+def forgets_pairs_of_another_scale(*arguments: Any) -> None:
+    inverse, seen = arguments[6], arguments[8]
+    inverse[seen[1] == 0] = 0
+    library.lbfgs_(*arguments)
+
+
+def repairs_nan(*arguments: Any) -> None:
+    library.descent_(*arguments)
+    arguments[0].nan_to_num_(0)
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [
+        ("style_bwd_", masks_nan),
+        ("first_layer", hides_nan),
+        ("gram", sums_in_16_bits),
+        ("style_fwd", leaves_out_the_last_channels),
+        ("style_fwd", leaves_out_later_jobs),
+        ("bias_relu_", rounds_the_bias),
+        ("max_pool", compares_whole_numbers),
+        ("check_finite_", looks_at_every_fourth_value),
+        ("check_finite_", revives_the_dead),
+        ("adam_", adds_a_larger_epsilon),
+        ("lbfgs_", forgets_pairs_of_another_scale),
+        ("descent_", repairs_nan),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_small_mistake_is_found(op: str, kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(**{op: kernel}))
+    fault = KernelTester(CPU, *MIXED).fault_of_kernel(op)
+    assert fault.startswith("case ") and "raised" not in fault

@@ -108,13 +108,18 @@ class Report:
 
 
 # Parts of the messages of torch's plain RuntimeErrors: of its allocator for the CPU, and of cuDNN without a workspace.
-OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "unable to find an engine to execute")
+OUT_OF_MEMORY_MESSAGES = (
+    "DefaultCPUAllocator",
+    "unable to find an engine to execute",
+    "out of memory",  # of CUDA itself, for instance when it loads a kernel
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether the exception was caused by running out of memory.
 
-    Python, the device's or the CPU's allocator, or cuDNN may have failed to get memory.
+    Python, the device's or the CPU's allocator, CUDA, cuDNN or cuBLAS may have failed to get memory.
     """
     cause: BaseException | None = error
     while cause is not None:
