@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
+import weakref
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import pytest
@@ -93,7 +94,33 @@ def returns_another_shape(features: Tensor) -> Tensor:
     return library.max_pool(features)[:, :-1]
 
 
-calls = count()
+def test_the_memory_of_results_is_free_for_the_second_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[weakref.ref[Tensor]] = []
+
+    def max_pool(features: Tensor) -> Tensor:
+        assert len(results) % 2 == 0 or results[-1]() is None
+        pooled = library.max_pool(features)
+        results.append(weakref.ref(pooled))
+        return pooled
+
+    monkeypatch.setattr(torch.ops, "gramophone", Replaced(max_pool=max_pool))
+    assert not KernelTester(CPU, *FLOAT32).fault_of_kernel("max_pool") and results
+
+
+def test_the_library_may_add_in_another_order_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, factors = library.gram, itertools.cycle((1.0, 1 + 1e-6))
+
+    def gram(features: Tensor, scale: float) -> Tensor:
+        return real(features, scale * (next(factors) if features.dtype == torch.float32 else 1.0))
+
+    monkeypatch.setattr(library, "gram", gram)
+    KernelTester(CPU, *FLOAT32).require_library("gram", "a test")
+    factors = itertools.cycle((1.001, 1.0))
+    with pytest.raises(StartupError, match=r"torch's library \(case '64 channels', output 0: error \S+, tolerance"):
+        KernelTester(CPU, *FLOAT32).require_library("gram", "a test")
+
+
+calls = itertools.count()
 
 
 def differs_from_call_to_call(features: Tensor) -> Tensor:
