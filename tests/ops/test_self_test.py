@@ -238,7 +238,7 @@ def test_too_little_memory_is_not_taken_for_a_wrong_kernel(error: Exception, mon
     monkeypatch.setattr(torch.ops, "gramophone", Replaced(tv_=out_of_memory))
     with pytest.raises(
         StartupError,
-        match=r"^the cpu has too little free memory for the self-test of tv_ \(.*\); end other programs that use",
+        match=r"^too little free memory on cpu for the self-test of tv_ \(.*\); end other programs that use",
     ):
         choose_kernels(CPU, *FLOAT32, ops=["tv_"])
 

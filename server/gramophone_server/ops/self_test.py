@@ -188,8 +188,8 @@ class KernelTester:
         """Raises `StartupError` if a call of ``op`` has raised ``error`` because it got no memory."""
         if ran_out_of_memory(error):
             raise StartupError(
-                f"the {self._device.type} has too little free memory for the self-test of {op} ({_first_line(error)}); "
-                "end other programs that use it, or run the server on another device (--device)"
+                f"too little free memory on {self._device.type} for the self-test of {op} ({_first_line(error)}); "
+                "end other programs that use this device, or run the server on another one (--device)"
             ) from error
 
     def _require_device(self, op: str, error: Exception) -> None:
