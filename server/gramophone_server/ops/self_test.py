@@ -38,7 +38,7 @@ ENGINE_OPS = tuple(library.__all__)
 # where the order of the sums does, which differs between devices.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Of the float32 results of matrix products, where cuBLAS multiplies with 10 bits of mantissa. If it truncates the rest,
-# the error is 3.3e-3.
+# the error is 3e-3.
 TF32_TOLERANCE = 1e-2
 MATRIX_PRODUCTS = ("gram", "style_bwd_", "style_fwd", "style_loss")
 
