@@ -233,7 +233,7 @@ def _fused_cases(forward: torch.dtype, backward: torch.dtype, large: bool) -> It
         weight = torch.nn.functional.pad(_normal((64, 27), seed=1) / 4, (0, 5)).to(forward)
         return _normal((1, 3, 5, 7)).sigmoid_(), weight, _normal((64,), seed=2), SCALE, SHIFT, ORDER
 
-    for name, (b, h, w) in {"part of a tile": (1, 1, 3), "several tiles": (3, 19, 35)}.items():
+    for name, (b, h, w) in {"part of a tile": (1, 1, 3), "several tiles": (3, 27, 35)}.items():
         yield Case("first_layer", name, partial(first, (b, 3, h, w)))
         yield Case("first_layer_bwd", name, partial(first_bwd, (b, 64, h, w)))
     yield Case("first_layer", "normally distributed", normal_first, exact=False)
@@ -342,7 +342,7 @@ def _lbfgs(shape: tuple[int, ...], average: float) -> tuple[Any, ...]:
     if with_pairs:
         s = 0.1 * _normal((pairs, len(with_pairs), *shape[1:]), seed=47)
         y = s * (1 + 2 * _uniform(tuple(s.shape), seed=48))
-        y[6] *= -1
+        y[6, :2] *= -1
         history[:, :, with_pairs] = torch.stack([s, y])
         history[:, 3:, 5:] = 0
     curvature = torch.ones(jobs, 1, 1, 1)
