@@ -126,7 +126,7 @@ def ours(vgg: Vgg, content: Tensor, style: Tensor, precision: str, iterations: i
     recipe = Recipe(size=content.shape[3], smallest_size=0, iterations=iterations)
     engine = VggEngine(vgg, content.device, choose_precision(precision, content.device))
     tf32 = precision == "tf32"
-    switches = Switches(benchmark=False, conv_tf32=tf32, matmul_tf32=tf32)
+    switches = Switches(benchmark=False, conv_tf32=tf32, matmul_tf32=tf32, deterministic=True)
     return switches.around(engine.run_batch(jobs(content, style, recipe)).advance)
 
 

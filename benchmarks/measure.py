@@ -50,7 +50,7 @@ def driver() -> str:
     """The version of NVIDIA's driver, as nvidia-smi reports it, or "unknown"."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
@@ -114,19 +114,22 @@ def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 class Switches:
-    """Context manager that sets torch's process-wide switches. torch's defaults are (False, True, False)."""
+    """Context manager that sets torch's process-wide switches. torch's defaults are (False, True, False, False).
 
-    def __init__(self, *, benchmark: bool, conv_tf32: bool, matmul_tf32: bool) -> None:
-        self.wanted = benchmark, conv_tf32, matmul_tf32
+    ``deterministic`` is on for the engine, as in `choose_precision`, which changes it for the whole process.
+    """
+
+    def __init__(self, *, benchmark: bool, conv_tf32: bool, matmul_tf32: bool, deterministic: bool = False) -> None:
+        self.wanted = benchmark, conv_tf32, matmul_tf32, deterministic
 
     def __enter__(self) -> None:
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        self.before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.wanted
+        self.before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = self.wanted
 
     def __exit__(self, *_: object) -> None:
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.before
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic = self.before
 
     def around(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call, made with these switches."""

@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu.runner import environment, last_line
 from benchmarks.gpu.section import Section
 
-__all__ = ["engine_tests", "sanitizer", "self_test", "tests"]
+__all__ = ["engine_tests", "run_tests", "sanitizer", "self_test", "tests"]
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
@@ -58,7 +58,7 @@ def tests(section: Section) -> None:
     kernels = [file for file in (ROOT / "tests" / "cuda").glob("test_*.py") if file.stem not in EMULATED_ONLY]
     if section.dry:  # the slower files would take minutes on the emulator
         kernels = [file for file in kernels if file.stem == QUICK and _has_emulator()]
-    _run_tests(section, [graphs, *kernels])
+    run_tests(section, [graphs, *kernels])
 
 
 def _has_emulator() -> bool:
@@ -70,10 +70,10 @@ def _has_emulator() -> bool:
 def engine_tests(section: Section) -> None:
     """Runs the other tests of tests/gpu: the engine against the CPU, memory, and repeatability of the kernels."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    _run_tests(section, section.few([file for file in reversed(files) if file.stem != "test_graphs"]))
+    run_tests(section, section.few([file for file in reversed(files) if file.stem != "test_graphs"]))
 
 
-def _run_tests(section: Section, files: Sequence[Path]) -> None:
+def run_tests(section: Section, files: Sequence[Path]) -> None:
     """Runs each file in a process of its own, all at the same time."""
     if importlib.util.find_spec("pytest") is None:
         section.left_out("tests", "the package pytest is not installed")
@@ -101,13 +101,14 @@ def _pytest(section: Section, settings: Path, file: Path, threads: int) -> tuple
     """Runs a file of tests. Returns how many passed and were skipped, and for each that failed its name and the first
     line of the reason. The log is kept in the section's folder."""
     report = section.folder / f"{file.stem}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rs", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
-    ours = {"OMP_NUM_THREADS": str(threads)} | ({} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"})
+    ours = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}  # so that the log names a test that hangs
+    ours |= {} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"}
     log = section.folder / f"{file.stem}.log"
     code = _run(command, environment() | ours, log, section)
     if code is None:
-        return 0, 0, [f"it exceeded its time, see {log.name}"]
+        return _until_the_kill(log)
     if not report.exists():
         return 0, 0, [f"pytest ended with {code} and no report, see {log.name}: {last_line(log)}"]
     passed, skipped, bad = 0, 0, []
@@ -121,6 +122,15 @@ def _pytest(section: Section, settings: Path, file: Path, threads: int) -> tuple
         else:
             passed += 1
     return passed, skipped, bad
+
+
+def _until_the_kill(log: Path) -> tuple[int, int, list[str]]:
+    """As `_pytest`, of a file that exceeded its time: the tests before, from the log, and the one that was running."""
+    text = log.read_text(errors="replace")
+    verdicts = re.findall(r"^\S*::(\S.*?) (PASSED|SKIPPED|FAILED|ERROR)\b", text, re.MULTILINE)
+    names = {verdict: [name for name, was in verdicts if was == verdict] for verdict in ("PASSED", "SKIPPED")}
+    bad = [f"{name} (see {log.name})" for name, was in verdicts if was in ("FAILED", "ERROR")]
+    return len(names["PASSED"]), len(names["SKIPPED"]), [*bad, f"it exceeded its time in {last_line(log)}"]
 
 
 def sanitizer(section: Section) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.network import flops, pictures
 from benchmarks.gpu.section import Section
@@ -88,19 +87,12 @@ def _iteration(
         plain = textbook_step(textbook_loss(vgg, content, style, torch.float32, FIRST), content)
         expected = float(plain())
     steps: Steps = {"eager fp32": (TORCHS_OWN.around(plain), 1)}
-    # The search takes seconds for each type, and both types run equally fast.
-    halves = {"bf16": torch.bfloat16} | ({"fp16": torch.float16} if batch == 1 and size < 2048 else {})
-    if any(searches for _, _, _, searches in variants.values()):  # compared with our own engine that does not search
-        halves = {}
-    for name, dtype in halves.items():
+    # bfloat16 alone: in float16 the textbook's Gram matrices overflow with the real weights, and the search for a type
+    # takes seconds.
+    if not any(searches for _, _, _, searches in variants.values()):  # those are compared with our own engine
         with SEARCHING:  # from the first call on, because cuDNN keeps its first plan for a shape
-            loss = textbook_loss(vgg, content, style, dtype, LAST)
-        half = SEARCHING.around(textbook_step(loss, content))
-        values = [half() for _ in range(3)]
-        if all(isinstance(value, Tensor) and bool(value.isfinite()) for value in values):
-            steps[f"eager {name} channels_last"] = half, 1
-        else:
-            section.left_out(f"eager {name} at {size} px x {batch}", "its loss is not finite")
+            loss = textbook_loss(vgg, content, style, torch.bfloat16, LAST)
+        steps["eager bf16 channels_last"] = SEARCHING.around(textbook_step(loss, content)), 1
     runs: list[BatchRun] = []
     many = 2 if section.dry else 50 if size * size * batch <= 512 * 512 else 10
 
@@ -109,7 +101,7 @@ def _iteration(
         # cuDNN keeps its plans by shape, type and the switch for tf32, which changes nothing in 16 bits. With the
         # switch on, the search does not find the plans that were made without a search.
         tf32 = mode == "tf32"
-        switches = Switches(benchmark=search, conv_tf32=tf32 or search, matmul_tf32=tf32)
+        switches = Switches(benchmark=search, conv_tf32=tf32 or search, matmul_tf32=tf32, deterministic=True)
         recipe = Recipe(size=side, smallest_size=0, iterations=100_000, optimiser=optimiser)
         with switches:
             key = mode, graphs, search

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.records import GPU
 from benchmarks.gpu.section import Section
 from benchmarks.measure import driver
 
@@ -44,7 +45,7 @@ def machine(section: Section) -> None:
         },
     )
     if not section.dry:
-        section.attempt("the GPU", lambda: _gpu(section))
+        section.attempt(GPU, lambda: _gpu(section))
     for package, what in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             section.left_out(what, f"the package {package} is not installed")
@@ -67,11 +68,11 @@ def _gpu(section: Section) -> None:
             "memory_gb": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 2**20),
-            "driver": driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         },
     )
+    section.fact("driver", driver())  # last, because nvidia-smi can take seconds
 
 
 def _project(section: Section) -> None:

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.measure import Row
 
-__all__ = ["MACHINE", "Results", "absent", "read", "total", "write"]
+__all__ = ["GPU", "MACHINE", "Results", "absent", "read", "total", "write"]
 
 Results = dict[str, Any]
 
 MACHINE = "here"  # the section whose facts describe the machine
+GPU = "the GPU"  # its part that fails if there is none
 LISTS = {"row": "rows", "failed": "failed", "left_out": "left_out"}
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from benchmarks.gpu import records
 from benchmarks.gpu.clock import Clock
 
-__all__ = ["ROOT", "Step", "environment", "last_line", "run"]
+__all__ = ["ROOT", "Step", "end_session", "environment", "last_line", "run"]
 
 ROOT = Path(__file__).parent.parent.parent
 CLOSING = 3.0  # seconds of the time limit for the end: the last process is killed, and the results are written
@@ -91,10 +91,11 @@ class _Process:
             )
 
     def go(self, due: float) -> None:
-        """Its turn has come, until ``due``."""
+        """Its turn has come, until ``due``. The pipe stays open: its end tells the process that the check has died."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:  # it may have ended already
-            pipe.write(f"{due}\n")
+        with contextlib.suppress(BrokenPipeError):  # it may have ended already
+            self.process.stdin.write(f"{due}\n")
+            self.process.stdin.flush()
 
     def wait(self, due: float, keep: Callable[[], object]) -> str:
         """Waits for its end, and ends it at ``due``. Returns why it failed, or an empty string."""
@@ -116,16 +117,22 @@ class _Process:
     def kill(self) -> None:
         """Ends the process and all that it started, which would otherwise use the GPU that the next one measures."""
         for _ in range(50):
-            alive = list(_session(self.process.pid))
-            for pid in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            alive = end_session(self.process.pid)
             if self.process.poll() is not None and not alive:
                 break
             time.sleep(0.02)
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
+
+
+def end_session(leader: int) -> bool:
+    """Kills all processes of a session, this one last. Returns whether any was alive."""
+    alive = sorted(_session(leader), key=lambda pid: pid == os.getpid())
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(alive)
 
 
 def _session(leader: int) -> Iterator[int]:

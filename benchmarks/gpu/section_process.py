@@ -1,16 +1,20 @@
 """The process of one section of the GPU check; `runner` starts it.
 
-It imports what the section needs, then waits for a line with the time when the section must end, and runs it.
+It imports what the section needs, then waits for a line with the time when the section must end, and runs it. If the
+check itself is killed, it ends with all that it started: they would use the GPU during the next call.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import threading
 from pathlib import Path
 
 from benchmarks.gpu import records
 from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.runner import end_session
 from benchmarks.gpu.section import Section
 
 
@@ -22,12 +26,19 @@ def main() -> int:
     line = sys.stdin.readline()
     if not line:  # the check has ended before this section's turn
         return 0
+    threading.Thread(target=_end_with_the_check, daemon=True).start()
     so_far = records.read(Path(record_file))["rows"]
     clock = Clock(float(began), float(seconds))
     section = Section(name, device, clock, float(line), so_far, Path(record_file), Path(folder))
     section.attempt("all of it", lambda: section_function(section))
     _report_fallbacks(section)
     return 0
+
+
+def _end_with_the_check() -> None:
+    """Waits until the other end of the pipe is closed, which the system does however the check ends."""
+    os.read(sys.stdin.fileno(), 1)
+    end_session(os.getpid())  # it leads a session of its own
 
 
 def _report_fallbacks(section: Section) -> None:

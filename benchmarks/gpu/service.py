@@ -58,7 +58,7 @@ def service(section: Section) -> None:
             raise RuntimeError(f"the server did not start: {last_line(log)}")
         address = listening[-1]
         with SyncGramophoneClient(address, timeout_s=max(10.0, section.seconds_left)) as client:
-            ready = functools.partial(client.wait_until_ready, max(5.0, section.seconds_left))
+            ready = functools.partial(_wait_until_ready, section, client, server, log)
             if section.attempt("the server starts", ready):
                 _jobs(section, client, engine, address)
     finally:
@@ -68,6 +68,20 @@ def service(section: Section) -> None:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _wait_until_ready(section: Section, client: SyncGramophoneClient, server: subprocess.Popen[str], log: Path) -> None:
+    """Waits until the server has loaded its engine. A server that ends meanwhile must not cost the time of the jobs."""
+    from gramophone_client import NotReady
+
+    while True:
+        try:
+            return client.wait_until_ready(1.0)
+        except NotReady as problem:
+            if server.poll() is not None:
+                raise RuntimeError(f"the server ended with {server.returncode}: {last_line(log)}") from None
+            if section.seconds_left < 0:
+                raise problem from None
 
 
 def _is_installed(name: str) -> bool:

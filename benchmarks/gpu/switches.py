@@ -80,7 +80,6 @@ class Bench:
 def switches(section: Section) -> None:
     """Times every switch against the defaults, and batches against single jobs."""
     bench = Bench(section)
-    section.attempt("batch widths", lambda: _widths(bench), 6)
     for switch in sorted(SWITCHES, key=largest_gain):
         if switch.needs_cudnn and bench.default.features.kernel != "cudnn":
             section.left_out(switch.name, "it needs a GPU: this network's convolutions are not cuDNN's")
@@ -88,6 +87,7 @@ def switches(section: Section) -> None:
         section.attempt(switch.name, functools.partial(_switch, bench, switch), 4)
         section.fact("lessons", lessons.table(section.so_far).strip())
     section.attempt("frames", lambda: _frames(bench), 3)
+    section.attempt("batch widths", lambda: _widths(bench), 8)  # last: no default follows from them
     section.fact("lessons", lessons.table(section.so_far).strip())
     bench.default.graph_runners.clear()
 

@@ -6,6 +6,7 @@ import json
 import signal
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 
 from benchmarks.gpu import correctness, records
 from benchmarks.gpu.check import CALLS, SECTIONS
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.output import Output
+from benchmarks.gpu.section import Section
 from tests.gpu import small_shapes
 from tests.support.processes import ROOT, Process
 
@@ -74,15 +77,49 @@ def test_the_three_calls_become_one_result(dry_run: tuple[Path, dict[str, str]],
 
 
 @pytest.mark.timeout(120)
-def test_a_call_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_call_that_is_cut_off_leaves_results_and_no_process(tmp_path: Path, how: signal.Signals, code: int) -> None:
     words = ("-m", "benchmarks.gpu.check", "--only", "ceilings,iteration", "--device", "cpu", "--out", tmp_path)
     with Process(*words, cwd=ROOT) as process:
         process.line("== iteration")
-        process.signal(signal.SIGTERM)
-        assert process.code() == 143, process.output
-    results = json.loads((tmp_path / "only.json").read_text())
+        process.signal(how)
+        assert process.code() == code, process.output
+    results = records.read(tmp_path / "only.jsonl")
     assert records.absent(results, ["here", "ceilings", "iteration"]) == ["iteration"]
+    kept = json.loads((tmp_path / "only.json").read_text())
+    assert [row for row in kept["rows"] if row["section"] == "ceilings"]
     assert (tmp_path / "only-logs.tar.gz").exists()
+    until = time.monotonic() + 20
+    while left := processes_with(str(tmp_path)):  # they would use the GPU during the next call
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def processes_with(argument: str) -> list[str]:
+    """The numbers of the processes whose command line has this text."""
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if argument in text_of(path)]
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has ended meanwhile
+        return ""
+
+
+@pytest.mark.timeout(60)
+def test_a_file_of_tests_that_hangs_reports_those_before(tmp_path: Path) -> None:
+    file = tmp_path / "test_three.py"
+    hanging = "import time\n\ndef test_good():\n    pass\n\ndef test_bad():\n    assert 0\n\n"
+    file.write_text(f"{hanging}def test_hanging():\n    time.sleep(100)\n")
+    out, now = tmp_path / "a.jsonl", time.monotonic()
+    section = Section("tests", "cpu", Clock(now, 20), now + 12, [], out, tmp_path)
+    correctness.run_tests(section, [file])
+    found = records.read(out)
+    (row,), (failed,) = found["rows"], found["failed"]
+    assert (row["passed"], row["skipped"], row["failed"]) == (1, 0, 2)
+    assert "test_bad (see test_three.log)" in failed["why"] and "exceeded its time in" in failed["why"]
+    assert "::test_hanging" in failed["why"]
 
 
 def test_files_are_complete_at_every_moment(tmp_path: Path) -> None:
