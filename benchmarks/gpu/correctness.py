@@ -104,6 +104,7 @@ def _pytest(section: Section, settings: Path, file: Path, threads: int) -> tuple
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rs", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", "-c", str(settings), f"--rootdir={ROOT}", f"--junitxml={report}", str(file)]
     ours = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}  # so that the log names a test that hangs
+    ours["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the machine may have any, some of which import other frameworks
     ours |= {} if section.dry else {"GRAMOPHONE_TEST_ON": "cuda"}
     log = section.folder / f"{file.stem}.log"
     code = _run(command, environment() | ours, log, section)

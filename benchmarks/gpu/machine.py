@@ -27,7 +27,6 @@ OPTIONAL = {
     "grpc_health": "jobs through the server",
     "PIL": "frames and results of jobs",
     "pytest": "the tests",
-    "pytest_timeout": "time limits of single tests; files still have one",
     "triton": "the rows of torch.compile",
 }
 

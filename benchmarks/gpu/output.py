@@ -33,10 +33,13 @@ class Output:
         self._logs, self._expected = logs, expected
 
     def keep(self) -> Results:
-        """Writes all files anew, from the records so far."""
+        """Writes all files anew, from the records so far. A full disk must not end the run: the records come first."""
         results = records.read(self.records)
-        write_results(results, self.out / self.name, self._expected)
-        write_whole(self.out / f"{self.name}-logs.tar.gz", _archive(self._logs))
+        try:
+            write_results(results, self.out / self.name, self._expected)
+            write_whole(self.out / f"{self.name}-logs.tar.gz", _archive(self._logs))
+        except OSError as error:
+            print(f"the results could not be written, the records are in {self.records}: {error}", flush=True)
         return results
 
 

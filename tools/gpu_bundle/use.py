@@ -55,8 +55,12 @@ def place(ops: Path) -> None:
     """Copies the extension to its place in the server's package, in one step: another process may have it loaded."""
     target = PACKAGE / ops.name
     new = target.with_suffix(".new")
-    shutil.copy2(ops, new)
-    new.replace(target)
+    try:
+        shutil.copy2(ops, new)
+        new.replace(target)
+    except OSError as error:
+        why = f"the ops must be copied to {PACKAGE.relative_to(ROOT)}, in a checkout that can be written: {error}"
+        raise SystemExit(f"gpu_bundle: {why}") from None
 
 
 def misfit() -> str | None:
