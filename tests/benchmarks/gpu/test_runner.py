@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu import records
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.runner import Step, run
@@ -33,6 +35,16 @@ def test_a_section_that_hangs_is_killed_and_the_run_ends_in_time(tmp_path: Path)
     assert not records.absent(found, list(steps))
     # What the section had started was killed with it.
     assert not alive(found["rows"][0]["pid"])
+
+
+def test_a_kernel_can_be_replaced_in_all_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMOPHONE_LIBRARY_OPS", "tv_, adam_")
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    list(run({"good": Step(f"{FAKE}good", 60)}, "cpu", Clock(time.monotonic(), 60.0), file, tmp_path, lambda: None))
+    found = records.read(file)
+    assert found["rows"]
+    assert [one["why"] for one in found["failed"]] == ["these ops ran through torch's library: adam_, tv_"]
 
 
 def alive(pid: int) -> bool:
