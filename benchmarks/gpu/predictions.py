@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from benchmarks.gpu.network import Shape, shapes
 from gramophone_server.network.tuning import MEASURED, Tuning
 
-__all__ = ["ALONE", "FRAME_EVERY", "SWITCHES", "WIDTHS", "Case", "Switch", "frame_ratio", "largest_gain"]
+__all__ = [
+    "ALONE",
+    "FRAME_EVERY",
+    "SWITCHES",
+    "WIDTHS",
+    "Case",
+    "Switch",
+    "frame_ratio",
+    "largest_effect",
+    "largest_gain",
+]
 
 COPY = 3.0e6  # bytes per us: H100, measured with torch's copy; an H200 has 4.3e6
 L2_COPY = 6.0e6  # bytes per us, of maps that are in the L2: twice the memory's rate is assumed
@@ -59,6 +69,11 @@ class Switch:
 def largest_gain(switch: Switch) -> float:
     """The smallest of the predicted ratios."""
     return min(map(switch.predicted, switch.cases))
+
+
+def largest_effect(switch: Switch) -> float:
+    """The largest predicted distance of a ratio from 1."""
+    return max(abs(switch.predicted(case) - 1) for case in switch.cases)
 
 
 def pass_us(count: float, size: float) -> float:

@@ -1,8 +1,9 @@
 """The switches of `network.tuning` in the GPU check: each against the defaults, and how wide a batch should be.
 
-Every switch is measured in turns with the defaults, those with the largest predicted gain first. Before that its
-pictures are compared with those of the defaults: a switch that does the same arithmetic must paint the same bits, any
-other must have the same first loss.
+Every switch is measured in turns with the defaults, those with the largest predicted effect, gain or loss, first: an
+effect below the noise cannot be confirmed, and a wrong prediction of a large one matters. Before that its pictures are
+compared with those of the defaults: a switch that does the same arithmetic must paint the same bits, any other must
+have the same first loss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu import lessons
 from benchmarks.gpu.network import smooth
-from benchmarks.gpu.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_gain
+from benchmarks.gpu.predictions import ALONE, FRAME_EVERY, SWITCHES, WIDTHS, Case, Switch, frame_ratio, largest_effect
 from benchmarks.gpu.section import Section
 from benchmarks.iteration import jobs
 from gramophone.recipe import Optimiser, Recipe
@@ -80,7 +81,7 @@ class Bench:
 def switches(section: Section) -> None:
     """Times every switch against the defaults, and batches against single jobs."""
     bench = Bench(section)
-    for switch in sorted(SWITCHES, key=largest_gain):
+    for switch in sorted(SWITCHES, key=largest_effect, reverse=True):
         if switch.needs_cudnn and bench.default.features.kernel != "cudnn":
             section.left_out(switch.name, "it needs a GPU: this network's convolutions are not cuDNN's")
             continue
