@@ -294,6 +294,8 @@ extern "C" void schedule(int count, int jobs, const int64_t* pixels, const int* 
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`schedule` of style.h: ((pixels, channels) per layer, jobs, multiprocessors) -> 5 numbers per layer, totals."""
+    if emulated.ON_GPU:
+        pytest.skip("code of the host, which the tests on the emulator cover")
     folder = tmp_path_factory.mktemp("schedule")
     (folder / "schedule.cpp").write_text(SCHEDULE)
     includes = [f"-I{emulated.ROOT / path}" for path in ("csrc", "tests/emulator")]
