@@ -57,7 +57,7 @@ class Bench:
     def engine(self, tuning: Tuning) -> VggEngine:
         """An engine with these switches. What both it and the default measured is the default's, so that two
         measurements of the same kernels make no difference."""
-        engine = VggEngine(self.vgg, self.device, self.precision, tuning=tuning)
+        engine = VggEngine(self.vgg, self.device, self.precision, tuning=tuning, kernels=self.default.kernels)
         engine.features.autotuner.milliseconds |= self.default.features.autotuner.milliseconds
         return engine
 

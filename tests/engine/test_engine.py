@@ -60,3 +60,9 @@ def test_an_engine_without_kernels_makes_the_same_picture(
     got = painted("all")
     assert len(functional.by_library) == len(functional.OPS) + len(functional.CUDA_OPS) - 2  # less two for autograd
     assert (got.int() - expected.int()).abs().max() <= 2
+
+
+def test_the_self_test_is_not_repeated_for_an_engine_with_the_report_of_an_earlier_one(tiny_vgg: Vgg) -> None:
+    first, other = (VggEngine(tiny_vgg, torch.device("cpu"), MODES["fp32"]) for _ in range(2))
+    assert other.kernels is not first.kernels
+    assert VggEngine(tiny_vgg, torch.device("cpu"), MODES["fp32"], kernels=first.kernels).kernels is first.kernels

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gramophone.recipe import Recipe, Violation
 from gramophone_server import ops
-from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.domain.engine_api import CacheCounts, KernelReport
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.engine.batch import EngineBatch
@@ -70,15 +70,18 @@ class VggEngine:
         style_cache_bytes: int = STYLE_CACHE_BYTES,
         tuning: Tuning = DEFAULT_TUNING,
         library_ops: str = "",
+        kernels: KernelReport | None = None,
     ) -> None:
         """``graphs``: replay captured iterations; None: on a GPU, and only there.
 
         ``note``: text after the device's name, such as why the device is not a GPU. ``style_cache_bytes``: device
         memory for Gram matrices of style images; 0 keeps none. ``tuning``: how each part of an iteration is computed.
         ``library_ops``: ops that run through torch's library instead of their kernels, as in `choose_kernels`.
+        ``kernels``: the report of an earlier engine of this process, device and precision, whose self-test is not
+        repeated.
         """
         ops.require_kernels(device.type)
-        self.kernels = choose_kernels(device, precision.forward, precision.backward, requested=library_ops)
+        self.kernels = kernels or choose_kernels(device, precision.forward, precision.backward, requested=library_ops)
         self.device = device
         self.precision = precision.name
         self.backbone = vgg.backbone
