@@ -21,11 +21,13 @@ import torch
 from benchmarks.gpu.runner import environment, last_line
 from benchmarks.gpu.section import Section
 
-__all__ = ["engine_tests", "run_tests", "sanitizer", "self_test", "tests"]
+__all__ = ["EMULATOR", "engine_tests", "run_tests", "sanitizer", "self_test", "tests"]
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL_SHAPES = ROOT / "tests" / "gpu" / "small_shapes.py"
-EMULATOR = ROOT / "build" / "emulated" / "gramophone_emulated.so"
+# As in tests/support/emulated.py.
+EMULATED = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+EMULATOR = EMULATED / "gramophone_emulated.so"
 EMULATED_ONLY = ("test_features", "test_self_test")  # in tests/cuda
 QUICK = "test_terms"  # in tests/cuda, for a dry run
 PROCESSES = 12  # at the same time; the GPU machine has 16 cores

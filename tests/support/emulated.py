@@ -1,7 +1,7 @@
 """The CUDA kernels and their bindings, compiled for the CPU and registered as torch.ops.gramophone_emulated.*
 
-The sources are those of csrc/cuda; tests/emulator replaces the GPU. They are compiled into build/emulated, in half a
-minute, on first use and when a source has changed. Tensors are CPU tensors.
+The sources are those of csrc/cuda; tests/emulator replaces the GPU. They are compiled into `BUILD`, in half a minute,
+on first use and when a source has changed. Tensors are CPU tensors.
 
 With GRAMOPHONE_TEST_ON=cuda the same tests run on the GPU: `library` is then torch.ops.gramophone, with copies of the
 tensors to the GPU and back.
@@ -14,6 +14,7 @@ import ctypes
 import enum
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from torch.utils import cpp_extension
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent.parent
-BUILD = ROOT / "build" / "emulated"
+# One for each Python and torch, whose headers it is compiled with.
+BUILD = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}-torch-{torch.__version__}"
 ON_GPU = os.environ.get("GRAMOPHONE_TEST_ON") == "cuda"
 
 FLAGS = [

@@ -19,6 +19,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.output import Output
 from benchmarks.gpu.section import Section
 from tests.gpu import small_shapes
+from tests.support import emulated
 from tests.support.processes import ROOT, Process
 
 RESULTS = ROOT / "benchmarks"
@@ -156,6 +157,7 @@ def test_another_run_keeps_the_files_of_the_first(tmp_path: Path) -> None:
 
 def test_the_files_that_the_check_names_exist() -> None:
     assert set(correctness.FAMILIES) == small_shapes.FAMILIES.keys()
+    assert correctness.EMULATOR.parent == emulated.BUILD
     for name in (*correctness.EMULATED_ONLY, correctness.QUICK):
         assert (ROOT / "tests" / "cuda" / f"{name}.py").exists()
 
