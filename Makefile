@@ -77,6 +77,7 @@ bench: install ## measure the tables of benchmarks/RESULTS.md; takes 15 minutes
 	$(BIN)/python -m benchmarks.crowd
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.precision
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.self_test
 
 # The server's own limits with an engine that only sleeps, and overload with the real engine, all on this machine.
 bench-load: install ## measure the server at its limits and under overload; takes 15 minutes on a quiet machine
