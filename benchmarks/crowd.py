@@ -18,7 +18,7 @@ import time
 
 from benchmarks.jobs import CONTENT, STYLE
 from benchmarks.measure import Row, machine, print_table, write_json
-from gramophone_client import GramophoneClient
+from gramophone_client import AsyncGramophoneClient
 from gramophone_client.types.options import ImageInput
 
 
@@ -33,7 +33,7 @@ async def sizes_measured(
 ) -> list[Row]:
     """A row for each size."""
     rows: list[Row] = []
-    async with GramophoneClient(address) as client:
+    async with AsyncGramophoneClient(address) as client:
         await client.wait_until_ready(120)
         content, style = await client.upload(photo), await client.upload(painting)
 

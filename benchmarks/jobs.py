@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.measure import Row, interleaved, machine, print_table, write_json
 from gramophone.recipe import Recipe
-from gramophone_client import FrameOptions, SyncGramophoneClient
+from gramophone_client import FrameOptions, GramophoneClient
 from gramophone_server.config import Settings
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
@@ -63,7 +63,7 @@ def main() -> None:
     try:
         assert server.stdout is not None
         address = server.stdout.readline().split()[-1]
-        with SyncGramophoneClient(address) as client, tempfile.TemporaryDirectory() as folder:
+        with GramophoneClient(address) as client, tempfile.TemporaryDirectory() as folder:
             client.wait_until_ready(120)
             out = str(Path(folder) / "out.png")
 

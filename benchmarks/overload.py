@@ -26,6 +26,7 @@ from rich.console import Console
 from benchmarks.measure import Row, machine, print_table, write_json
 from benchmarks.transport import cpu_s, serving
 from gramophone.recipe import RecipeOverrides
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
 from gramophone_client.bench.display import live_display
 from gramophone_client.bench.histogram import Histogram
@@ -36,7 +37,6 @@ from gramophone_client.bench.pictures import synthetic
 from gramophone_client.bench.report import Step
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.workload import JobKind
-from gramophone_client.client import GramophoneClient
 
 SIZE = 64  # pixels
 RUNNING, QUEUED = 4, 16  # limits of the server: running and waiting jobs
@@ -180,7 +180,7 @@ async def measured(
     """The capacity in jobs/s, and the results of each load, without and with hurried jobs."""
     overrides = RecipeOverrides(size=SIZE, iterations=profile.iterations, smallest_size=0)
     patient = JobKind(name="patient", frames=False, deadline_s=PATIENT_S, overrides=overrides)
-    async with GramophoneClient(address, retries=False) as client:
+    async with AsyncGramophoneClient(address, retries=False) as client:
         step = partial(run_step, client, pid, seconds)
         busy = ClosedLoop(2 * RUNNING)  # fewer than RUNNING + QUEUED, so none is refused
         await step(busy, [patient])  # warm-up: style targets are cached, batch widths measured
@@ -202,7 +202,7 @@ def of_loads(capacity: float) -> list[Outcome]:
 
 
 async def run_step(
-    client: GramophoneClient, pid: int, seconds: float, load: LoadProfile, mix: Sequence[JobKind], seed: int = 0
+    client: AsyncGramophoneClient, pid: int, seconds: float, load: LoadProfile, mix: Sequence[JobKind], seed: int = 0
 ) -> tuple[Step, float, float]:
     """Runs a step: a warm-up, then ``seconds``. Returns it, the server's CPU seconds, and its duration in seconds."""
     pictures = Pictures(synthetic(0, SIZE), (synthetic(1, SIZE, cells=24),))

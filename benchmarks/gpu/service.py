@@ -24,7 +24,7 @@ from gramophone_server.engine.engine import VggEngine
 from gramophone_server.network.precision import choose_precision
 
 if TYPE_CHECKING:
-    from gramophone_client import SyncGramophoneClient
+    from gramophone_client import GramophoneClient
 
 __all__ = ["service"]
 
@@ -41,7 +41,7 @@ def service(section: Section) -> None:
     if missing:
         section.left_out("jobs through the server", f"the packages {', '.join(missing)} are not installed")
         return
-    from gramophone_client import SyncGramophoneClient
+    from gramophone_client import GramophoneClient
 
     log = section.folder / "server.log"
     command = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--device", section.device]
@@ -57,7 +57,7 @@ def service(section: Section) -> None:
         if not listening:
             raise RuntimeError(f"the server did not start: {last_line(log)}")
         address = listening[-1]
-        with SyncGramophoneClient(address, timeout_s=max(10.0, section.seconds_left)) as client:
+        with GramophoneClient(address, timeout_s=max(10.0, section.seconds_left)) as client:
             ready = functools.partial(_wait_until_ready, section, client, server, log)
             if section.attempt("the server starts", ready):
                 _jobs(section, client, engine, address)
@@ -70,14 +70,14 @@ def service(section: Section) -> None:
             server.wait()
 
 
-def _wait_until_ready(section: Section, client: SyncGramophoneClient, server: subprocess.Popen[str], log: Path) -> None:
+def _wait_until_ready(section: Section, client: GramophoneClient, server: subprocess.Popen[str], log: Path) -> None:
     """Waits until the server has loaded its engine. A server that ends meanwhile must not cost the time of the jobs."""
-    from gramophone_client import NotReady
+    from gramophone_client import NotReadyError
 
     while True:
         try:
             return client.wait_until_ready(1.0)
-        except NotReady as problem:
+        except NotReadyError as problem:
             if server.poll() is not None:
                 raise RuntimeError(f"the server ended with {server.returncode}: {last_line(log)}") from None
             if section.seconds_left < 0:
@@ -99,7 +99,7 @@ def _engine(section: Section) -> VggEngine:
     return VggEngine(section.network(), device, choose_precision("auto", device))
 
 
-def _jobs(section: Section, client: SyncGramophoneClient, engine: VggEngine, address: str) -> None:
+def _jobs(section: Section, client: GramophoneClient, engine: VggEngine, address: str) -> None:
     fallen = client.server_info().library_ops
     if fallen:
         section.failed("kernels of the server", f"these ops run through torch's library: {dict(fallen)}")
@@ -129,7 +129,7 @@ def _options(section: Section, size: int) -> dict[str, Any]:
     return {"size": side, "smallest_size": min(side, section.px(128)), **shorter}
 
 
-def _watched(section: Section, client: SyncGramophoneClient, content: bytes, style: bytes, turn: str) -> None:
+def _watched(section: Section, client: GramophoneClient, content: bytes, style: bytes, turn: str) -> None:
     """A job with up to ten frames a second, from the request to the last byte of its result."""
     from gramophone_client import Frame, FrameOptions, Result
 
@@ -166,7 +166,7 @@ def _crowd(section: Section, address: str, content: bytes, style: bytes) -> None
 
 
 def _against_engine(
-    section: Section, client: SyncGramophoneClient, engine: VggEngine, content: bytes, style: bytes, name: str
+    section: Section, client: GramophoneClient, engine: VggEngine, content: bytes, style: bytes, name: str
 ) -> None:
     """The same job through the server and by the engine in this process, without decoding and encoding."""
     from gramophone_server.config import Settings

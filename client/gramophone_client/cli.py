@@ -8,14 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from gramophone.recipe import InvalidRecipe, Violation
+from gramophone.recipe import InvalidRecipeError, Violation
 from gramophone_client.commands.parser import command_line
 from gramophone_client.console.display import print_errors
 from gramophone_client.console.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, exit_code
 from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import FIELD_TYPES, flag
 from gramophone_client.errors import GramophoneError
-from gramophone_client.types.recipe_metadata import NoRecipe
+from gramophone_client.types.recipe_metadata import NoRecipeError
 
 __all__ = ["main"]
 
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_errors("interrupted")
         return INTERRUPTED
-    except InvalidRecipe as error:
+    except InvalidRecipeError as error:
         print_errors(*_lines(error.violations, args))
         return BAD_REQUEST
     except GramophoneError as error:
         print_errors(*(_lines(error.violations, args) if error.violations else [str(error)]))
         return exit_code(error)
-    except (UsageError, NoRecipe) as error:
+    except (UsageError, NoRecipeError) as error:
         print_errors(str(error))
         return BAD_REQUEST
     except BrokenPipeError:  # as in `gramophone info | head -1`

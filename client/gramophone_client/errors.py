@@ -1,27 +1,27 @@
 """The errors of a call, rebuilt from the status that the server sent. `GramophoneError` is the base of all of them.
 
 GramophoneError
-├── InvalidRequest        the request breaks a rule; `violations` lists every field
-├── MessageTooLarge       a request or reply is larger than one side accepts
-├── ConnectionFailed      there is no server, or the connection was lost
-│   ├── NotReady          the server is still starting; `retry_after_s`
-│   ├── ShuttingDown      the server accepts no new jobs; `retry_after_s`
-│   └── SlowReader        the server dropped this reader; its job may continue
-├── Exhausted             the server has no room for this job
-│   ├── QueueFull         too many jobs wait; `retry_after_s`
-│   ├── DeadlineUnattainable  the job would not be done in time; `retry_after_s` if waiting may help
-│   ├── TooManyWatchers   the job has as many watchers as the server allows
-│   └── OutOfDeviceMemory the job does not fit on the device
-├── DeadlineExceeded      the call's own time limit passed
-├── JobNotFound           the server has no job with this id, or no longer
-├── JobControlled         another client controls the job
-├── JobEnded              the job ended before a command reached it
-├── ImageNotFound         the server does not have an uploaded image, or no longer
-├── RequestIdTaken        the request_id belongs to a job with another spec
-├── ListingDisabled       the server does not list its jobs
-├── Cancelled             the call or the job was stopped
-├── Diverged              the loss stopped being finite; `frame` is the last good picture
-└── ServerFailed          a defect of the server, or an answer that this client does not understand
+├── InvalidRequestError        the request breaks a rule; `violations` lists every field
+├── MessageTooLargeError       a request or reply is larger than one side accepts
+├── ConnectionFailedError      there is no server, or the connection was lost
+│   ├── NotReadyError          the server is still starting; `retry_after_s`
+│   ├── ShuttingDownError      the server accepts no new jobs; `retry_after_s`
+│   └── SlowReaderError        the server dropped this reader; its job may continue
+├── ExhaustedError             the server has no room for this job
+│   ├── QueueFullError         too many jobs wait; `retry_after_s`
+│   ├── DeadlineUnattainableError  the job would not be done in time; `retry_after_s` if waiting may help
+│   ├── TooManyWatchersError   the job has as many watchers as the server allows
+│   └── OutOfDeviceMemoryError the job does not fit on the device
+├── DeadlineExceededError      the call's own time limit passed
+├── JobNotFoundError           the server has no job with this id, or no longer
+├── JobControlledError         another client controls the job
+├── JobEndedError              the job ended before a command reached it
+├── ImageNotFoundError         the server does not have an uploaded image, or no longer
+├── RequestIdTakenError        the request_id belongs to a job with another spec
+├── ListingDisabledError       the server does not list its jobs
+├── CallCancelledError         the call or the job was stopped
+├── DivergedError              the loss stopped being finite; `frame` is the last good picture
+└── ServerFailedError          a defect of the server, or an answer that this client does not understand
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ if TYPE_CHECKING:
     from gramophone_client.types.updates import Checkpoint, Frame
 
 __all__ = [
-    "Cancelled",
-    "ConnectionFailed",
-    "DeadlineExceeded",
-    "DeadlineUnattainable",
-    "Diverged",
-    "Exhausted",
+    "CallCancelledError",
+    "ConnectionFailedError",
+    "DeadlineExceededError",
+    "DeadlineUnattainableError",
+    "DivergedError",
+    "ExhaustedError",
     "GramophoneError",
-    "ImageNotFound",
-    "InvalidRequest",
-    "JobControlled",
-    "JobEnded",
-    "JobNotFound",
-    "ListingDisabled",
-    "MessageTooLarge",
-    "NotReady",
-    "OutOfDeviceMemory",
-    "QueueFull",
-    "RequestIdTaken",
-    "ServerFailed",
-    "ShuttingDown",
-    "SlowReader",
-    "TooManyWatchers",
+    "ImageNotFoundError",
+    "InvalidRequestError",
+    "JobControlledError",
+    "JobEndedError",
+    "JobNotFoundError",
+    "ListingDisabledError",
+    "MessageTooLargeError",
+    "NotReadyError",
+    "OutOfDeviceMemoryError",
+    "QueueFullError",
+    "RequestIdTakenError",
+    "ServerFailedError",
+    "ShuttingDownError",
+    "SlowReaderError",
+    "TooManyWatchersError",
     "from_rpc",
 ]
 
@@ -87,123 +87,123 @@ class GramophoneError(Exception):
         self.checkpoint: Checkpoint | None = None
 
 
-class InvalidRequest(GramophoneError):
+class InvalidRequestError(GramophoneError):
     """The request breaks at least one rule; `violations` has a field path and a description for each."""
 
 
-class MessageTooLarge(GramophoneError):
+class MessageTooLargeError(GramophoneError):
     """A message is larger than this client or the server accepts; send a smaller image, or raise that limit."""
 
 
-class ConnectionFailed(GramophoneError):
+class ConnectionFailedError(GramophoneError):
     """No server answered at the address, or the connection was lost during the call."""
 
 
-class NotReady(ConnectionFailed):
+class NotReadyError(ConnectionFailedError):
     """The server is still starting; or, from `wait_until_ready`, it was not serving in time."""
 
 
-class ShuttingDown(ConnectionFailed):
+class ShuttingDownError(ConnectionFailedError):
     """The server accepts no new jobs; another server, or the same one later, may."""
 
 
-class SlowReader(ConnectionFailed):
+class SlowReaderError(ConnectionFailedError):
     """This reader left a message unread for too long and was dropped. The job may continue; `watch` it again."""
 
 
-class Exhausted(GramophoneError):
+class ExhaustedError(GramophoneError):
     """The server has no room for this job."""
 
 
-class QueueFull(Exhausted):
+class QueueFullError(ExhaustedError):
     """The queue is full; try again after `retry_after_s`."""
 
 
-class DeadlineUnattainable(Exhausted):
+class DeadlineUnattainableError(ExhaustedError):
     """By the server's estimate the job would not be done within `timeout_s`: allow more time, or set a `time_budget`.
 
     `retry_after_s` is the time until the current load may be over; None if the job takes too long by itself.
     """
 
 
-class TooManyWatchers(Exhausted):
+class TooManyWatchersError(ExhaustedError):
     """The job has as many watchers as the server allows; `get_job` still returns its status."""
 
 
-class OutOfDeviceMemory(Exhausted):
+class OutOfDeviceMemoryError(ExhaustedError):
     """The device, or the server itself, cannot hold a job of this size."""
 
 
-class DeadlineExceeded(GramophoneError):
+class DeadlineExceededError(GramophoneError):
     """The call took longer than its `timeout_s`; the job has lost this watcher."""
 
 
-class JobNotFound(GramophoneError):
+class JobNotFoundError(GramophoneError):
     """The server has no job with this id: it never existed, or it ended and has expired."""
 
 
-class JobControlled(GramophoneError):
+class JobControlledError(GramophoneError):
     """Another client controls the job: `watch` it, or try again after that client has left."""
 
 
-class JobEnded(GramophoneError):
+class JobEndedError(GramophoneError):
     """The job ended with its result before the command reached it; iterating, or `result`, returns the result."""
 
 
-class ImageNotFound(GramophoneError):
+class ImageNotFoundError(GramophoneError):
     """The server has no image of this digest: it was not uploaded there, or was evicted; `upload` it again.
 
     The client does that automatically, once per request, with the images that its own `upload` returned.
     """
 
 
-class RequestIdTaken(GramophoneError):
+class RequestIdTakenError(GramophoneError):
     """The `request_id` belongs to a job with another spec; a new job needs a new id."""
 
 
-class ListingDisabled(GramophoneError):
+class ListingDisabledError(GramophoneError):
     """The server does not list its jobs, because their ids are secrets."""
 
 
-class Cancelled(GramophoneError):
+class CallCancelledError(GramophoneError):
     """The call was stopped because this client was closed, or the job by `cancel_job` or because it had no watcher."""
 
 
-class Diverged(GramophoneError):
+class DivergedError(GramophoneError):
     """The loss became NaN or infinite; `frame` is the last valid picture if the call streamed frames."""
 
 
-class ServerFailed(GramophoneError):
+class ServerFailedError(GramophoneError):
     """A defect of the server, whose log has the details, or an answer that this client does not understand."""
 
 
 REASONS: Mapping[str, type[GramophoneError]] = {
-    "INVALID_REQUEST": InvalidRequest,
-    "NOT_READY": NotReady,
-    "QUEUE_FULL": QueueFull,
-    "DEADLINE_UNATTAINABLE": DeadlineUnattainable,
-    "TOO_MANY_WATCHERS": TooManyWatchers,
-    "SHUTTING_DOWN": ShuttingDown,
-    "DIVERGED": Diverged,
-    "OUT_OF_MEMORY": OutOfDeviceMemory,
-    "INTERNAL": ServerFailed,
-    "JOB_NOT_FOUND": JobNotFound,
-    "JOB_CONTROLLED": JobControlled,
-    "IMAGE_NOT_FOUND": ImageNotFound,
-    "REQUEST_ID_TAKEN": RequestIdTaken,
-    "LISTING_DISABLED": ListingDisabled,
-    "CANCELLED": Cancelled,
-    "SLOW_READER": SlowReader,
+    "INVALID_REQUEST": InvalidRequestError,
+    "NOT_READY": NotReadyError,
+    "QUEUE_FULL": QueueFullError,
+    "DEADLINE_UNATTAINABLE": DeadlineUnattainableError,
+    "TOO_MANY_WATCHERS": TooManyWatchersError,
+    "SHUTTING_DOWN": ShuttingDownError,
+    "DIVERGED": DivergedError,
+    "OUT_OF_MEMORY": OutOfDeviceMemoryError,
+    "INTERNAL": ServerFailedError,
+    "JOB_NOT_FOUND": JobNotFoundError,
+    "JOB_CONTROLLED": JobControlledError,
+    "IMAGE_NOT_FOUND": ImageNotFoundError,
+    "REQUEST_ID_TAKEN": RequestIdTakenError,
+    "LISTING_DISABLED": ListingDisabledError,
+    "CANCELLED": CallCancelledError,
+    "SLOW_READER": SlowReaderError,
 }
 
 # For errors of gRPC itself or of a proxy, and for reasons newer than this client.
 CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
-    grpc.StatusCode.UNAVAILABLE: ConnectionFailed,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Exhausted,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequestError,
+    grpc.StatusCode.UNAVAILABLE: ConnectionFailedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExhaustedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: CallCancelledError,
 }
 
 
@@ -211,12 +211,12 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
     """The exception for an error of gRPC, to be raised from it."""
     code, details = error.code(), error.details() or ""
     reason, violations, retry_after_s = _details(error)
-    kind = REASONS.get(reason) or CODES.get(code, ServerFailed)
+    kind = REASONS.get(reason) or CODES.get(code, ServerFailedError)
     message = details or f"the server returned {code.name} without a message"
     if not reason:
         # gRPC's own messages for these name sockets and C++ files, and not what to do.
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-            kind = MessageTooLarge
+            kind = MessageTooLargeError
             message = f"a message is too large ({details}); send or request a smaller picture, or raise that limit"
         elif code is grpc.StatusCode.UNAVAILABLE:
             cause = details.rpartition(": ")[2]  # before it, the names of gRPC's layers

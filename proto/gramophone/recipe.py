@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 
 __all__ = [
     "PRESETS",
-    "InvalidRecipe",
+    "InvalidRecipeError",
     "LayerWeight",
     "Normalisation",
     "Optimiser",
@@ -82,7 +82,7 @@ class Violation(NamedTuple):
     description: str
 
 
-class InvalidRecipe(ValueError):
+class InvalidRecipeError(ValueError):
     """A recipe that breaks its rules. `violations` lists all of them."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
@@ -107,8 +107,8 @@ def _layers(*names: str) -> tuple[LayerWeight, ...]:
 class Recipe:
     """A complete recipe; the defaults are the preset `fast`.
 
-    The constructor checks the ranges below and raises `InvalidRecipe` with every violation. Layer names, the largest
-    size and the largest number of iterations depend on the server, which checks them.
+    The constructor checks the ranges below and raises `InvalidRecipeError` with every violation. Layer names, the
+    largest size and the largest number of iterations depend on the server, which checks them.
     """
 
     content_layers: tuple[LayerWeight, ...] = _field(
@@ -155,7 +155,7 @@ class Recipe:
     def __post_init__(self) -> None:
         violations = tuple(_violations(self))
         if violations:
-            raise InvalidRecipe(violations)
+            raise InvalidRecipeError(violations)
 
     def scale_sizes(self) -> tuple[int, ...]:
         """Longest sides of the scales in pixels, coarsest first; the last is `size`."""
@@ -252,11 +252,11 @@ class RecipeOverrides(TypedDict, total=False):
 def preset(name: str, /, **overrides: Any) -> Recipe:
     """Returns the named preset with some fields replaced.
 
-    Raises `InvalidRecipe` if the preset or a field does not exist, or if a value breaks a rule.
+    Raises `InvalidRecipeError` if the preset or a field does not exist, or if a value breaks a rule.
     """
     if name not in PRESETS:
-        raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(PRESETS)}, got {name!r}")])
+        raise InvalidRecipeError([Violation("preset", f"must be one of {', '.join(PRESETS)}, got {name!r}")])
     unknown = overrides.keys() - {f.name for f in fields(Recipe)}
     if unknown:
-        raise InvalidRecipe(Violation(key, "is not a field of a recipe") for key in sorted(unknown))
+        raise InvalidRecipeError(Violation(key, "is not a field of a recipe") for key in sorted(unknown))
     return replace(PRESETS[name], **overrides)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, get_type_hints
 
 from gramophone import recipe as recipes
-from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Violation
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 
 __all__ = ["overrides_to_message", "recipe_from_message", "recipe_to_message"]
@@ -24,19 +24,23 @@ def recipe_to_message(recipe: Recipe) -> pb.Recipe:
 def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None) -> pb.Recipe:
     """Returns a message that names the preset, if given, and sets only the given fields of `Recipe`.
 
-    Raises `InvalidRecipe` for an unknown preset, field or choice. Ranges are checked by the server, not here.
+    Raises `InvalidRecipeError` for an unknown preset, field or choice. Ranges are checked by the server, not here.
     """
     message = pb.Recipe()
     if preset is not None:
         if preset not in recipes.PRESETS:
-            raise InvalidRecipe([Violation("preset", f"must be one of {', '.join(recipes.PRESETS)}, got {preset!r}")])
+            raise InvalidRecipeError(
+                [Violation("preset", f"must be one of {', '.join(recipes.PRESETS)}, got {preset!r}")]
+            )
         message = pb.Recipe(preset=f"PRESET_{preset.upper()}")
     for name, value in overrides.items():
         if name not in FIELD_TYPES:
-            raise InvalidRecipe([Violation(name, "is not a field of a recipe")])
+            raise InvalidRecipeError([Violation(name, "is not a field of a recipe")])
         if _is_enum(name):
             if value not in list(FIELD_TYPES[name]):
-                raise InvalidRecipe([Violation(name, f"must be one of {', '.join(FIELD_TYPES[name])}, got {value!r}")])
+                raise InvalidRecipeError(
+                    [Violation(name, f"must be one of {', '.join(FIELD_TYPES[name])}, got {value!r}")]
+                )
             setattr(message, name, _numbers(name).Value(_prefix(name) + FIELD_TYPES[name](value).name))
         elif name.endswith("_layers"):
             getattr(message, name).layers.extend(_layer_messages(value))
@@ -49,7 +53,7 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
 def recipe_from_message(message: pb.Recipe) -> Recipe:
     """Returns the message's preset with the fields that the message sets.
 
-    Raises `InvalidRecipe` with every violation.
+    Raises `InvalidRecipeError` with every violation.
     """
     violations = []
     name = "fast"
@@ -71,10 +75,10 @@ def recipe_from_message(message: pb.Recipe) -> Recipe:
             )
     try:
         recipe = recipes.preset(name, **overrides)
-    except InvalidRecipe as error:
-        raise InvalidRecipe([*violations, *error.violations]) from None
+    except InvalidRecipeError as error:
+        raise InvalidRecipeError([*violations, *error.violations]) from None
     if violations:
-        raise InvalidRecipe(violations)
+        raise InvalidRecipeError(violations)
     return recipe
 
 

@@ -16,12 +16,12 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client import (
     Accepted,
+    AsyncGramophoneClient,
     Checkpoint,
-    ConnectionFailed,
+    ConnectionFailedError,
     Frame,
-    GramophoneClient,
     GramophoneError,
-    JobEnded,
+    JobEndedError,
     Progress,
     Result,
     Update,
@@ -59,13 +59,13 @@ async def wait_until_started(stream: Updates) -> str:
     raise RuleViolation("a job ended before it had started")
 
 
-async def start_and_detach(client: GramophoneClient, grace_s: float) -> str:
+async def start_and_detach(client: AsyncGramophoneClient, grace_s: float) -> str:
     """Starts a job and disconnects from it. Returns its id."""
     async with aclosing(client.stream(CONTENT, STYLE, detach_grace=grace_s, **LONG)) as stream:
         return await wait_until_started(stream)
 
 
-async def finish_when_running(client: GramophoneClient, stream: Updates, job_id: str = "") -> Updates:
+async def finish_when_running(client: AsyncGramophoneClient, stream: Updates, job_id: str = "") -> Updates:
     """Yields the remaining updates of a job, and finishes the job early when it makes progress.
 
     Without an id, this waits until the job is accepted again.
@@ -78,7 +78,7 @@ async def finish_when_running(client: GramophoneClient, stream: Updates, job_id:
                 job_id = update.job_id
             elif job_id and not finished and isinstance(update, Progress):
                 finished = True
-                with suppress(JobEnded):
+                with suppress(JobEndedError):
                     async with client.control_job(job_id, frames=None) as job:
                         await job.finish()
 
@@ -94,7 +94,7 @@ async def error_of(call: Any, target: str) -> GramophoneError:
     raise RuleViolation("a reader that was dropped got no error")
 
 
-async def wait_until_cancelled(env: ChaosEnvironment, client: GramophoneClient, job_id: str) -> None:
+async def wait_until_cancelled(env: ChaosEnvironment, client: AsyncGramophoneClient, job_id: str) -> None:
     """Waits until the job is cancelled, which must be soon, and counts it."""
 
     async def has_ended() -> bool:
@@ -106,7 +106,7 @@ async def wait_until_cancelled(env: ChaosEnvironment, client: GramophoneClient, 
     env.ends["cancelled"] += 1
 
 
-async def wait_until_unwatched(client: GramophoneClient, job_id: str) -> None:
+async def wait_until_unwatched(client: AsyncGramophoneClient, job_id: str) -> None:
     """Waits until the server has noticed that the job has no watcher."""
 
     async def is_unwatched() -> bool:
@@ -182,13 +182,13 @@ async def signal_under_load(env: ChaosEnvironment, server: Server, number: signa
             return await env.read_to_end(release_at_checkpoint(stream), allowed)
 
     jobs = [run_job(), run_job(), run_job(), run_job(frames=None, detach_grace=1.0)]
-    jobs.append(run_job(server.address, (ConnectionFailed,), patience_s=0.0, **LONG))
+    jobs.append(run_job(server.address, (ConnectionFailedError,), patience_s=0.0, **LONG))
     async with asyncio.TaskGroup() as group:
         *_, last = [group.create_task(job) for job in jobs]
         for _ in jobs:
             await saved.acquire()
         server.signal(number)
-    if not isinstance(error := last.result(), ConnectionFailed) or error.checkpoint is None:
+    if not isinstance(error := last.result(), ConnectionFailedError) or error.checkpoint is None:
         raise RuleViolation(f"a client that knows no other server has {error!r} and no checkpoint")
     async with env.client() as client:
         resumed = client.stream(CONTENT, STYLE, resume=error.checkpoint)

@@ -17,9 +17,9 @@ from typing import Any
 
 from gramophone_client import (
     Accepted,
+    AsyncGramophoneClient,
     Checkpoint,
     FrameOptions,
-    GramophoneClient,
     GramophoneError,
     Progress,
     Result,
@@ -77,9 +77,9 @@ class ChaosEnvironment:
         self.leak_check = LeakCheck(server.pid, metrics_url)
         self.ends: Counter[str] = Counter()  # how the jobs of the current fault ended
 
-    def client(self, target: str = "", timeout_s: float = DEADLINE_S) -> GramophoneClient:
+    def client(self, target: str = "", timeout_s: float = DEADLINE_S) -> AsyncGramophoneClient:
         """A client of the server, or of another target."""
-        return GramophoneClient(target or self.server.address, timeout_s=timeout_s)
+        return AsyncGramophoneClient(target or self.server.address, timeout_s=timeout_s)
 
     @asynccontextmanager
     async def process(self, *command: str | Path) -> AsyncIterator[Process]:
@@ -129,7 +129,7 @@ class ChaosEnvironment:
         """Two ordinary clients that run one job after another while the block lasts. Their jobs must succeed, too."""
         stop = asyncio.Event()
 
-        async def repeat(run_job: Callable[[GramophoneClient], Awaitable[Any]]) -> None:
+        async def repeat(run_job: Callable[[AsyncGramophoneClient], Awaitable[Any]]) -> None:
             async with self.client() as client:
                 while not stop.is_set():
                     await run_job(client)

@@ -15,7 +15,7 @@ import grpc
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_client import CheckpointOptions, OutOfDeviceMemory, Result, ServerFailed, SlowReader
+from gramophone_client import CheckpointOptions, OutOfDeviceMemoryError, Result, ServerFailedError, SlowReaderError
 from gramophone_client.console.exit_codes import BAD_REQUEST
 from gramophone_client.transport.connection import channel_options
 from gramophone_client.transport.job_spec import job_spec
@@ -97,7 +97,7 @@ async def half_open_connections(env: ChaosEnvironment) -> None:
 
 async def readers_that_stop(env: ChaosEnvironment) -> None:
     """Streams are opened and not read. The server drops the reader; the job is cancelled, or continues with a grace
-    period. A client that reads on gets SlowReader, or can watch the job."""
+    period. A client that reads on gets SlowReaderError, or can watch the job."""
     # A raw channel, because the project's client reads ahead.
     channel = grpc.aio.insecure_channel(env.server.address, channel_options(MAX_MESSAGE_BYTES))
     async with channel, env.client() as client:
@@ -108,7 +108,7 @@ async def readers_that_stop(env: ChaosEnvironment) -> None:
         await wait_until_cancelled(env, client, cancelled_id)
         await wait_until_unwatched(client, detached_id)
         for call in calls:
-            env.count_end(await error_of(call, env.server.address), (SlowReader,))
+            env.count_end(await error_of(call, env.server.address), (SlowReaderError,))
         await env.read_to_end(finish_when_running(client, client.watch(detached_id), detached_id))
 
 
@@ -195,7 +195,7 @@ async def clock_jumps(env: ChaosEnvironment) -> None:
                 started.append(await start_and_detach(client, grace_s=60.0))
                 await client.cancel_job(cancelled_id := started.pop(0))
                 await wait_until_cancelled(env, client, cancelled_id)
-                for job_id in (retained.job_id, cancelled_id, detached_id):  # raises JobNotFound if one is missing
+                for job_id in (retained.job_id, cancelled_id, detached_id):  # raises JobNotFoundError if one is missing
                     status = await client.get_job(job_id)
                     times = [status.create_time, status.start_time, status.end_time, status.expire_time]
                     if sorted(known := [time for time in times if time is not None]) != known:
@@ -216,14 +216,14 @@ async def engine_exceptions(env: ChaosEnvironment) -> None:
     """Each call of the engine raises an unexpected exception. The jobs of that batch fail with INTERNAL; the server
     continues."""
     for call in ENGINE_CALLS:
-        await fail_engine(env, f"{call}.exception", (ServerFailed,))
+        await fail_engine(env, f"{call}.exception", (ServerFailedError,))
 
 
 async def out_of_memory(env: ChaosEnvironment) -> None:
     """Each call of the engine runs out of memory, on the device or in an encoder. A job fails because it does not fit,
     or continues with fewer jobs beside it."""
     for call in ENGINE_CALLS:
-        await fail_engine(env, f"{call}.{env.rng.choice(('memory', 'allocator'))}", (OutOfDeviceMemory,))
+        await fail_engine(env, f"{call}.{env.rng.choice(('memory', 'allocator'))}", (OutOfDeviceMemoryError,))
 
 
 async def fail_engine(env: ChaosEnvironment, fault: str, allowed: ErrorTypes) -> None:
@@ -254,7 +254,7 @@ FAULTS: Mapping[str, Fault] = {
         Fault(server_terminated),
         Fault(full_disk),
         Fault(clock_jumps),
-        Fault(engine_exceptions, (ServerFailed,)),
-        Fault(out_of_memory, (OutOfDeviceMemory,)),
+        Fault(engine_exceptions, (ServerFailedError,)),
+        Fault(out_of_memory, (OutOfDeviceMemoryError,)),
     )
 }

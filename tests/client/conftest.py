@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gramophone_client import GramophoneClient, cli
+from gramophone_client import AsyncGramophoneClient, cli
 from gramophone_client.streams import recovery_states
 from tests.support.fake_service import PAINTING, PHOTO, FakeService, serving
 
@@ -20,9 +20,9 @@ def service() -> Iterator[FakeService]:
 
 
 @pytest.fixture
-async def client(service: FakeService) -> AsyncIterator[GramophoneClient]:
+async def client(service: FakeService) -> AsyncIterator[AsyncGramophoneClient]:
     """A client of the fake service."""
-    async with GramophoneClient(service.target, timeout_s=10) as connected:
+    async with AsyncGramophoneClient(service.target, timeout_s=10) as connected:
         yield connected
 
 

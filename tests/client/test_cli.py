@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from gramophone.recipe import Violation
-from gramophone_client import GramophoneClient
+from gramophone_client import AsyncGramophoneClient
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import HANG, NO_RETRIES, accepted, refused, rpc_status
 
@@ -40,7 +40,7 @@ INVALID = server_errors.InvalidRequest(
 )
 def test_exit_codes(gramophone, service, folder, monkeypatch, status, code):
     # A job that is lost with its server is given up after 30 s without one.
-    monkeypatch.setitem(GramophoneClient.stream.__kwdefaults__, "patience_s", 0.5)
+    monkeypatch.setitem(AsyncGramophoneClient.stream.__kwdefaults__, "patience_s", 0.5)
     status.trailing_metadata += NO_RETRIES
     service.scripts = [[status]]
     got, out, err = gramophone("stylize photo.png painting.png -o out.png")

@@ -5,7 +5,7 @@ import pytest
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import GramophoneClient, errors
+from gramophone_client import AsyncGramophoneClient, errors
 from gramophone_server import errors as server_errors
 from gramophone_server.rpc.status import CODES as SERVER_CODES
 from tests.support.fake_service import PAINTING, PHOTO, refused, rpc_status
@@ -24,7 +24,7 @@ ERROR_ARGUMENTS = {
     server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
     server_errors.SlowReader: (60.0,),
 }
-CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory"}
+CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory", "Cancelled": "CallCancelled"}
 
 
 def server_error(kind):
@@ -36,11 +36,11 @@ def server_error(kind):
 async def test_every_error_of_the_server_is_rebuilt(service, kind):
     error = server_error(kind)
     service.scripts = [[refused(error)]]
-    async with GramophoneClient(service.target, timeout_s=10, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, timeout_s=10, retries=False) as client:
         for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
             with pytest.raises(errors.GramophoneError) as raised:
                 await call
-            assert type(raised.value).__name__ == CLIENT_NAMES.get(kind.__name__, kind.__name__)
+            assert type(raised.value).__name__ == CLIENT_NAMES.get(kind.__name__, kind.__name__) + "Error"
             assert str(raised.value) == str(error)
             assert raised.value.code is SERVER_CODES[kind].code
             assert raised.value.violations == getattr(error, "violations", ())
@@ -56,20 +56,20 @@ def test_every_reason_of_the_proto_has_its_exception():
 @pytest.mark.parametrize(
     ("code", "message", "kind"),
     [
-        (grpc.StatusCode.INVALID_ARGUMENT, "no", errors.InvalidRequest),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", errors.Exhausted),
-        (grpc.StatusCode.UNAVAILABLE, "gone", errors.ConnectionFailed),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, "late", errors.DeadlineExceeded),
-        (grpc.StatusCode.CANCELLED, "stopped", errors.Cancelled),
-        (grpc.StatusCode.UNIMPLEMENTED, "what?", errors.ServerFailed),
-        (grpc.StatusCode.UNKNOWN, "", errors.ServerFailed),
-        (grpc.StatusCode.PERMISSION_DENIED, "no", errors.ServerFailed),
+        (grpc.StatusCode.INVALID_ARGUMENT, "no", errors.InvalidRequestError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", errors.ExhaustedError),
+        (grpc.StatusCode.UNAVAILABLE, "gone", errors.ConnectionFailedError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "late", errors.DeadlineExceededError),
+        (grpc.StatusCode.CANCELLED, "stopped", errors.CallCancelledError),
+        (grpc.StatusCode.UNIMPLEMENTED, "what?", errors.ServerFailedError),
+        (grpc.StatusCode.UNKNOWN, "", errors.ServerFailedError),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", errors.ServerFailedError),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
 async def test_errors_without_a_reason_depend_on_the_code(service, code, message, kind):
     service.scripts = [[rpc_status(code, message)]]
-    async with GramophoneClient(service.target, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, retries=False) as client:
         with pytest.raises(errors.GramophoneError) as raised:
             await client.stylize(PHOTO, PAINTING)
     assert type(raised.value) is kind

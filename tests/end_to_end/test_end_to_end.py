@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from gramophone.recipe import PRESETS, RecipeOverrides
-from gramophone_client import Accepted, Result, SyncGramophoneClient
+from gramophone_client import Accepted, GramophoneClient, Result
 from tests.support.processes import PAINTING, PHOTO, ROOT, WITHIN_S, Process, Server
 
 SMALL = ("--size", "96", "--iterations", "4", "--coarse-iterations", "2", "--smallest-size", "64")
@@ -142,7 +142,7 @@ def test_bad_input_is_exit_code_2_and_a_helpful_message(server: Server, tmp_path
 def test_two_clients_at_once_both_finish(server: Server) -> None:
     short = RecipeOverrides(size=96, smallest_size=0, iterations=2)
     long = short | RecipeOverrides(iterations=60)
-    with SyncGramophoneClient(server.address) as one, SyncGramophoneClient(server.address) as other:
+    with GramophoneClient(server.address) as one, GramophoneClient(server.address) as other:
         first = one.stream(PHOTO, PAINTING, **long, timeout_s=WITHIN_S)
         assert isinstance(next(first), Accepted)
         second = other.stream(PAINTING, PHOTO, **short, timeout_s=WITHIN_S)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramophone.recipe import InvalidRecipe, LayerWeight, Normalisation, Optimiser, Start
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Normalisation, Optimiser, Start
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.engine.engine import VggEngine
@@ -164,7 +164,7 @@ def test_an_update_of_fixed_fields_or_with_invalid_values_is_refused(tiny_engine
             "content_layers: must name the job's layers, relu4_2, got relu3_1",
         ),
     ):
-        with pytest.raises(InvalidRecipe, match=message):
+        with pytest.raises(InvalidRecipeError, match=message):
             batch.update(0, **changes)  # type: ignore[arg-type]
     assert state.recipe == state.job.recipe
 

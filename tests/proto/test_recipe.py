@@ -5,7 +5,7 @@ from typing import get_type_hints
 import pytest
 
 from gramophone import recipe as recipes
-from gramophone.recipe import PRESETS, InvalidRecipe, LayerWeight, Optimiser, Recipe, RecipeOverrides, Start
+from gramophone.recipe import PRESETS, InvalidRecipeError, LayerWeight, Optimiser, Recipe, RecipeOverrides, Start
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message, recipe_from_message, recipe_to_message
 
@@ -32,7 +32,7 @@ OTHER = {
 
 
 def violated(**values) -> list[str]:
-    with pytest.raises(InvalidRecipe) as refused:
+    with pytest.raises(InvalidRecipeError) as refused:
         Recipe(**values)
     return [violation.field for violation in refused.value.violations]
 
@@ -102,7 +102,8 @@ def test_ranges_include_their_ends_and_nothing_beyond(field):
 @pytest.mark.parametrize("smallest", [1, 15])
 def test_a_scale_that_is_too_small_for_the_network_is_refused(smallest):
     with pytest.raises(
-        InvalidRecipe, match=f"smallest_size: must be 16 or more, or 0 to work at the final size only, got {smallest}$"
+        InvalidRecipeError,
+        match=f"smallest_size: must be 16 or more, or 0 to work at the final size only, got {smallest}$",
     ):
         Recipe(smallest_size=smallest)
     assert Recipe(smallest_size=16).scale_sizes()[0] == 16
@@ -130,23 +131,23 @@ def test_many_layers_are_one_violation():
 
 
 def test_a_violation_states_the_given_value_and_the_allowed_range():
-    with pytest.raises(InvalidRecipe, match=r"^size: must be between 16 and 16384, got 8$"):
+    with pytest.raises(InvalidRecipeError, match=r"^size: must be between 16 and 16384, got 8$"):
         Recipe(size=8)
 
 
 def test_unknown_enum_numbers_and_range_violations_are_reported_together():
     message = pb.Recipe(beta=-1)
     message.preset, message.optimiser, message.start = 99, 98, 97
-    with pytest.raises(InvalidRecipe) as refused:
+    with pytest.raises(InvalidRecipeError) as refused:
         recipe_from_message(message)
     assert [violation.field for violation in refused.value.violations] == ["preset", "start", "optimiser", "beta"]
 
 
 @pytest.mark.parametrize("make", [recipes.preset, lambda name, **given: overrides_to_message(given, name)])
 def test_unknown_presets_and_fields_are_refused(make):
-    with pytest.raises(InvalidRecipe, match=r"preset: must be one of fast, quality, textbook, got 'best'"):
+    with pytest.raises(InvalidRecipeError, match=r"preset: must be one of fast, quality, textbook, got 'best'"):
         make("best")
-    with pytest.raises(InvalidRecipe, match="gamma: is not a field of a recipe"):
+    with pytest.raises(InvalidRecipeError, match="gamma: is not a field of a recipe"):
         make("fast", gamma=1)
 
 
@@ -166,5 +167,5 @@ def test_scales_grow_by_the_square_root_of_two(size, smallest, sizes):
 
 
 def test_an_unknown_choice_is_refused_with_a_list_of_the_choices():
-    with pytest.raises(InvalidRecipe, match="pooling: must be one of max, average, got 'mean'"):
+    with pytest.raises(InvalidRecipeError, match="pooling: must be one of max, average, got 'mean'"):
         overrides_to_message({"pooling": "mean"})

@@ -7,8 +7,8 @@ import grpc
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
+from gramophone_client import AsyncGramophoneClient, FrameOptions
 from gramophone_client import Frame as Seen
-from gramophone_client import FrameOptions, GramophoneClient
 from gramophone_server.config import Limits
 from tests.support.clock import until
 from tests.support.controllers import FINISH, FRAME, Controller, slow_engine, start_controller
@@ -80,7 +80,7 @@ async def test_a_slow_controller_of_the_client_library_lags_by_less_than_three_f
     engine, lags = NoisyEngine(64, iteration_s=0.005), []
     async with (
         serving(engine) as s,
-        GramophoneClient(s.address) as client,
+        AsyncGramophoneClient(s.address) as client,
         client.control(png(), png(), size=64, smallest_size=0, iterations=5000) as job,
     ):
         async for update in job:
@@ -95,7 +95,7 @@ async def test_a_slow_controller_of_the_client_library_lags_by_less_than_three_f
 async def test_a_slow_reader_of_small_frames_lags_by_less_than_three():
     """The stream has no acknowledgements, and its connection could buffer five frames."""
     engine, lags = NoisyEngine(64, iteration_s=0.005), []
-    async with serving(engine) as s, GramophoneClient(s.address) as client:
+    async with serving(engine) as s, AsyncGramophoneClient(s.address) as client:
         updates = client.stream(
             png(), png(), size=64, smallest_size=0, iterations=5000, frames=FrameOptions(format="png")
         )

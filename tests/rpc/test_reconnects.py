@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gramophone_client import ConnectionFailed, GramophoneClient
+from gramophone_client import AsyncGramophoneClient, ConnectionFailedError
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
@@ -18,7 +18,7 @@ async def test_a_client_with_a_cut_connection_returns_to_its_job_if_that_has_a_g
     async with (
         serving(engine) as s,
         Wire(s.address) as wire,
-        GramophoneClient(wire.address, timeout_s=20) as client,
+        AsyncGramophoneClient(wire.address, timeout_s=20) as client,
     ):
         updates = []
 
@@ -36,7 +36,7 @@ async def test_a_client_with_a_cut_connection_returns_to_its_job_if_that_has_a_g
             assert names.count("Accepted") == names.count("Result") == 1 and {"Progress", "Frame"} <= set(names)
             assert wire.connections >= 3
         else:
-            with pytest.raises(ConnectionFailed):
+            with pytest.raises(ConnectionFailedError):
                 await follow()
             await until(lambda: s.scheduler.running == 0)
             assert engine.iterations < 300
@@ -51,7 +51,7 @@ async def test_a_unary_call_on_a_cut_connection_is_retried_and_finds_its_job_if_
     async with (
         serving(engine) as s,
         Wire(s.address) as wire,
-        GramophoneClient(wire.address, timeout_s=20) as client,
+        AsyncGramophoneClient(wire.address, timeout_s=20) as client,
     ):
         wanted = {"size": 64, "smallest_size": 0, "iterations": 200, "detach_grace": grace_s}
         call = asyncio.create_task(client.stylize(png(), png(32, 32), **wanted))

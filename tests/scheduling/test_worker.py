@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gramophone.recipe import InvalidRecipe, LayerWeight
+from gramophone.recipe import InvalidRecipeError, LayerWeight
 from gramophone_server.domain.events import Changed, Finished, Frame, Progress, Saved, StopReason
 from gramophone_server.errors import EngineFailed, InvalidRequest, OutOfDeviceMemory, ShuttingDown
 from gramophone_server.scheduling.task import Task
@@ -432,7 +432,7 @@ def test_new_weights_hold_from_the_next_iteration():
 def test_layers_cannot_be_changed_and_the_job_is_unchanged():
     worker, one = started()
     before = one.state.recipe
-    with pytest.raises(InvalidRecipe) as caught:
+    with pytest.raises(InvalidRecipeError) as caught:
         worker.update(one, {"style_layers": (LayerWeight("relu1_1", 1.0),)})
     (wrong,) = caught.value.violations
     assert wrong.field == "style_layers" and "must name the job's layers" in wrong.description

@@ -12,17 +12,17 @@ from typing import Any
 
 from gramophone_client import (
     Accepted,
-    Cancelled,
+    AsyncGramophoneClient,
+    CallCancelledError,
     Checkpoint,
     CheckpointOptions,
-    DeadlineExceeded,
-    DeadlineUnattainable,
+    DeadlineExceededError,
+    DeadlineUnattainableError,
     FrameOptions,
-    GramophoneClient,
     GramophoneError,
-    InvalidRequest,
-    JobEnded,
-    JobNotFound,
+    InvalidRequestError,
+    JobEndedError,
+    JobNotFoundError,
     Progress,
     Update,
 )
@@ -41,7 +41,7 @@ class User:
 
     def __init__(self, target: str, rng: random.Random, ends: Counter[tuple[str, str]]) -> None:
         self.target, self.rng, self.ends = target, rng, ends
-        self.client: GramophoneClient
+        self.client: AsyncGramophoneClient
 
     async def use_server(self, stop: asyncio.Event) -> None:
         """Streams one job, then performs random actions until `stop` is set.
@@ -50,7 +50,7 @@ class User:
         """
         names, is_first = list(ACTIONS), True
         while is_first or not stop.is_set():
-            async with GramophoneClient(self.target, timeout_s=3600) as self.client:
+            async with AsyncGramophoneClient(self.target, timeout_s=3600) as self.client:
                 weights = [ACTIONS[name].weight for name in names]
                 for name in self.rng.choices(names, weights, k=CALLS_PER_CONNECTION):
                     if stop.is_set() and not is_first:
@@ -210,14 +210,14 @@ ACTIONS: Mapping[str, Action] = {
     "stylize": Action(stylize, weight=4),
     "stream": Action(stream, weight=3),
     "watch": Action(watch),
-    "cancel": Action(cancel, (Cancelled,), 2),
+    "cancel": Action(cancel, (CallCancelledError,), 2),
     "leave": Action(leave, weight=2),
-    "control": Action(control, (JobEnded,)),
+    "control": Action(control, (JobEndedError,)),
     "upload": Action(upload),
     "resume": Action(resume),
-    "send invalid": Action(send_invalid, (InvalidRequest,)),
-    "get missing": Action(get_missing, (JobNotFound, InvalidRequest)),
-    "miss deadline": Action(miss_deadline, (DeadlineExceeded, DeadlineUnattainable)),
+    "send invalid": Action(send_invalid, (InvalidRequestError,)),
+    "get missing": Action(get_missing, (JobNotFoundError, InvalidRequestError)),
+    "miss deadline": Action(miss_deadline, (DeadlineExceededError, DeadlineUnattainableError)),
 }
 
 

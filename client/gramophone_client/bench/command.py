@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from gramophone.recipe import PRESETS
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, OpenLoop
 from gramophone_client.bench.display import live_display
 from gramophone_client.bench.files import check_files, write_files
@@ -27,7 +28,6 @@ from gramophone_client.bench.report import InvalidReport, Report, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.table import print_comparison, print_report
 from gramophone_client.bench.workload import InvalidWorkload, JobKind, read_workload
-from gramophone_client.client import GramophoneClient
 from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
 from gramophone_client.types.picture import write_atomically
@@ -148,7 +148,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `UsageError`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `InvalidRecipeError`, `GramophoneError`, OSError and KeyboardInterrupt."""
     outputs = {flag: path for flag, path in (("--json", args.json), ("--html", args.html)) if path}
     check_files(outputs, [*args.pictures, *([args.mix] if args.mix else ()), *(args.compare or ())])
     try:
@@ -178,7 +178,7 @@ def _measure(args: argparse.Namespace) -> None:
     running, start_time = Bench(_plan(args)), datetime.now(UTC)
 
     async def measure() -> None:
-        async with GramophoneClient(args.server, timeout_s=args.deadline, retries=False) as client:
+        async with AsyncGramophoneClient(args.server, timeout_s=args.deadline, retries=False) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             async with live_display(running, Console(stderr=True, quiet=args.quiet)):
@@ -208,7 +208,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     # The flags override every kind of job, so that a mix file can be tried with small pictures.
     workload = [replace(k, preset=args.preset or k.preset, overrides=k.overrides | overrides) for k in workload]
     for kind in workload:
-        kind.recipe()  # raises InvalidRecipe now, instead of InvalidRequest from the server later
+        kind.recipe()  # raises InvalidRecipeError now, instead of InvalidRequestError from the server later
     return Plan(
         loads=loads,
         workload=workload,

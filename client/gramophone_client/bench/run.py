@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.bench.arrivals import ClosedLoop, LoadProfile, poisson
 from gramophone_client.bench.measure import LEFT, Recorder, Sample, megapixel_iterations
 from gramophone_client.bench.report import Step, Window
 from gramophone_client.bench.workload import InvalidWorkload, JobKind, PlannedJob, planned_jobs
-from gramophone_client.client import GramophoneClient
-from gramophone_client.errors import DeadlineExceeded, GramophoneError, InvalidRequest
+from gramophone_client.errors import DeadlineExceededError, GramophoneError, InvalidRequestError
 from gramophone_client.types.options import FrameOptions
 from gramophone_client.types.server_info import ServerInfo
 from gramophone_client.types.updates import Accepted, Frame, Progress, Result
@@ -61,7 +61,7 @@ class Bench:
     load: LoadProfile | None = None  # of the current step
     recorder: Recorder | None = None  # of the current step
     is_interrupted: bool = False
-    _client: GramophoneClient = field(init=False)
+    _client: AsyncGramophoneClient = field(init=False)
     _start_s: float = field(init=False)
     _step_start_s: float = 0.0
     _jobs: int = 0
@@ -69,7 +69,7 @@ class Bench:
     def __post_init__(self) -> None:
         self._start_s = self.clock()
 
-    async def run(self, client: GramophoneClient) -> None:
+    async def run(self, client: AsyncGramophoneClient) -> None:
         """Runs all steps. If this task is cancelled, the current step becomes the last one; this is not an error.
 
         The client must have retries off, so that every refusal is counted.
@@ -166,7 +166,7 @@ class Bench:
                 await self._stream(job, number, sample)
             else:
                 await self._stylize(job.kind, number, sample)
-        except InvalidRequest as error:
+        except InvalidRequestError as error:
             # All jobs of this kind are invalid, so there is nothing to measure.
             raise InvalidWorkload(f"the server rejects the job {job.kind.name!r} as invalid: {error}") from error
         except GramophoneError as error:
@@ -240,7 +240,7 @@ class Bench:
         try:
             while (load := await self._server_load()) > idle and self.clock() < end:
                 await asyncio.sleep(0.1)
-        except DeadlineExceeded:  # the step will measure how jobs fare at such a server
+        except DeadlineExceededError:  # the step will measure how jobs fare at such a server
             return None
         return load
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gramophone import recipe as recipes
-from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, RecipeOverrides
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Recipe, RecipeOverrides
 from gramophone_client.console.recipe_flags import FIELD_TYPES
 
 __all__ = ["InvalidWorkload", "JobKind", "PlannedJob", "planned_jobs", "read_workload"]
@@ -53,7 +53,7 @@ class JobKind:
     deadline_s: float | None = None  # of a job; None: the deadline of the bench
 
     def recipe(self) -> Recipe:
-        """The complete recipe. Raises `InvalidRecipe`."""
+        """The complete recipe. Raises `InvalidRecipeError`."""
         return recipes.preset(self.preset, **self.overrides)
 
 
@@ -114,7 +114,7 @@ def _kind(table: Mapping[str, Any], number: int, where: str) -> JobKind:
     kind = JobKind(**options, overrides=cast(RecipeOverrides, overrides))
     try:
         kind.recipe()
-    except InvalidRecipe as error:
+    except InvalidRecipeError as error:
         first = error.violations[0]
         raise InvalidWorkload(f"{where}: {first.field} {first.description}") from None
     return kind

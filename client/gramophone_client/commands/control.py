@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gramophone_client.client import GramophoneClient
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.console.keyboard import pressed_keys
 from gramophone_client.console.outputs import Display, UsageError, display
 from gramophone_client.console.recipe_flags import value_of
-from gramophone_client.errors import InvalidRequest, JobEnded
-from gramophone_client.streams.job_control import Changes, JobControl
+from gramophone_client.errors import InvalidRequestError, JobEndedError
+from gramophone_client.streams.job_control import AsyncJobControl, Changes
 from gramophone_client.types.options import FrameOptions
 from gramophone_client.types.updates import Accepted, Changed, Paused, Resumed
 
@@ -56,7 +56,7 @@ def control(args: argparse.Namespace) -> None:
 
 
 async def _by_options(args: argparse.Namespace) -> None:
-    async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
+    async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
         async with client.control_job(args.job_id, frames=None, detach_grace=args.detach) as job:
@@ -78,7 +78,7 @@ async def _by_options(args: argparse.Namespace) -> None:
 
 
 async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
-    async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
+    async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
         frames = PREVIEW if args.preview else None
@@ -90,7 +90,7 @@ async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
 class _KeyControl:
     """Turns keys into commands for a job, and shows its updates."""
 
-    def __init__(self, job: JobControl, shown: Display | None) -> None:
+    def __init__(self, job: AsyncJobControl, shown: Display | None) -> None:
         self._job = job
         self._shown = shown
         self._name = ""  # of the files that are saved
@@ -151,9 +151,9 @@ class _KeyControl:
                     await self._job.finish()
                 case _:
                     self._print_line(KEYS_HELP)
-        except InvalidRequest as error:
+        except InvalidRequestError as error:
             self._print_line(str(error))
-        except JobEnded:
+        except JobEndedError:
             pass  # `_watch` has the result
 
     def _print_line(self, text: str) -> None:

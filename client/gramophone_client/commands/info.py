@@ -8,8 +8,8 @@ import shlex
 import sys
 from dataclasses import asdict
 
+from gramophone_client.client import GramophoneClient
 from gramophone_client.console.recipe_flags import as_flags
-from gramophone_client.sync_client import SyncGramophoneClient
 from gramophone_client.types.recipe_metadata import recipe_of
 from gramophone_client.types.server_info import CacheStats, ServerInfo
 
@@ -18,7 +18,7 @@ __all__ = ["info", "recipe"]
 
 def info(args: argparse.Namespace) -> None:
     """`gramophone info`."""
-    with SyncGramophoneClient(args.server) as client:
+    with GramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
         server = client.server_info()

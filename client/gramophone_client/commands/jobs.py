@@ -8,10 +8,10 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.client import GramophoneClient
 from gramophone_client.console.outputs import Display, Outputs, display
 from gramophone_client.errors import GramophoneError
-from gramophone_client.sync_client import SyncGramophoneClient
 from gramophone_client.types.updates import JobStatus
 
 __all__ = ["cancel", "jobs", "watch"]
@@ -23,7 +23,7 @@ def watch(args: argparse.Namespace) -> None:
     outputs.make_frames_folder()
 
     async def follow(shown: Display | None) -> None:
-        async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
+        async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             updates = client.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)
@@ -40,7 +40,7 @@ def watch(args: argparse.Namespace) -> None:
 
 def cancel(args: argparse.Namespace) -> None:
     """`gramophone cancel`."""
-    with SyncGramophoneClient(args.server) as client:
+    with GramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
         print(_line(client.cancel_job(args.job_id)))
@@ -48,7 +48,7 @@ def cancel(args: argparse.Namespace) -> None:
 
 def jobs(args: argparse.Namespace) -> None:
     """`gramophone jobs`."""
-    with SyncGramophoneClient(args.server) as client:
+    with GramophoneClient(args.server) as client:
         if args.wait:
             client.wait_until_ready(args.wait)
         statuses = client.list_jobs()

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gramophone.recipe import PRESETS
+from gramophone_client.async_client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from gramophone_client.bench.command import add_bench
-from gramophone_client.client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
 from gramophone_client.commands.control import CHANGEABLE, KEYS_HELP, change, control
 from gramophone_client.commands.info import info, recipe
 from gramophone_client.commands.jobs import cancel, jobs, watch

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from gramophone import recipe as recipes
-from gramophone_client.client import GramophoneClient
+from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.console.outputs import Display, Outputs, UsageError, display
 from gramophone_client.console.recipe_flags import flag, recipe_overrides
 from gramophone_client.errors import GramophoneError
@@ -19,7 +19,7 @@ CHECKPOINT_EVERY_S = 10.0  # a checkpoint with the optimiser's state can have te
 
 
 def stylize(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `UsageError`, `InvalidRecipe`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `InvalidRecipeError`, `GramophoneError`, OSError and KeyboardInterrupt."""
     job = _Job(args)
     try:
         with display(args) as shown:
@@ -53,7 +53,7 @@ class _Job(Outputs):
         checkpoints = (
             CheckpointOptions(every_s=CHECKPOINT_EVERY_S, light=False) if args.checkpoint else CheckpointOptions()
         )
-        async with GramophoneClient(args.server, timeout_s=args.timeout) as client:
+        async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             updates = client.stream(

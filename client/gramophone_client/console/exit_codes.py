@@ -26,16 +26,16 @@ If a job ends early after a frame has arrived, that unfinished picture is writte
 
 # First match wins; others are FAILED.
 CODES: Sequence[tuple[type[GramophoneError], int]] = (
-    (errors.InvalidRequest, BAD_REQUEST),
-    (errors.MessageTooLarge, BAD_REQUEST),
-    (errors.JobNotFound, BAD_REQUEST),
-    (errors.JobControlled, BAD_REQUEST),
-    (errors.JobEnded, BAD_REQUEST),
-    (errors.RequestIdTaken, BAD_REQUEST),
-    (errors.ListingDisabled, BAD_REQUEST),
-    (errors.ConnectionFailed, NO_SERVER),
-    (errors.Exhausted, NO_ROOM),
-    (errors.DeadlineExceeded, NO_ROOM),
+    (errors.InvalidRequestError, BAD_REQUEST),
+    (errors.MessageTooLargeError, BAD_REQUEST),
+    (errors.JobNotFoundError, BAD_REQUEST),
+    (errors.JobControlledError, BAD_REQUEST),
+    (errors.JobEndedError, BAD_REQUEST),
+    (errors.RequestIdTakenError, BAD_REQUEST),
+    (errors.ListingDisabledError, BAD_REQUEST),
+    (errors.ConnectionFailedError, NO_SERVER),
+    (errors.ExhaustedError, NO_ROOM),
+    (errors.DeadlineExceededError, NO_ROOM),
 )
 
 

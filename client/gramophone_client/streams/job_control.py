@@ -12,11 +12,11 @@ from typing import Any, Self, TypedDict, Unpack
 from gramophone.recipe import LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import (
-    Cancelled,
+    CallCancelledError,
     GramophoneError,
-    InvalidRequest,
-    JobEnded,
-    ServerFailed,
+    InvalidRequestError,
+    JobEndedError,
+    ServerFailedError,
 )
 from gramophone_client.streams.recovery import Recovery, ResendableJob
 from gramophone_client.streams.recovery_states import is_connection_loss
@@ -25,7 +25,7 @@ from gramophone_client.transport.job_spec import as_invalid_request, watch_reque
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
-__all__ = ["Changes", "JobControl"]
+__all__ = ["AsyncJobControl", "Changes"]
 
 OUTPUTS = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it
 
@@ -64,14 +64,14 @@ class _Command:
                 future.exception()  # marks it as retrieved; otherwise asyncio logs that of the future without a waiter
 
 
-class JobControl:
-    """A job under control, from `GramophoneClient.control` or `control_job`: an asynchronous context manager, and an
-    asynchronous iterator of its updates.
+class AsyncJobControl:
+    """A job under control, from `AsyncGramophoneClient.control` or `control_job`: an asynchronous context manager, and
+    an asynchronous iterator of its updates.
 
     Commands can be given with and without a running iteration. Each returns the first iteration for which it holds
-    (`finish`: the iteration of the result), or what it asked for. It raises `InvalidRequest` with the fields that are
-    wrong, after which the job continues unchanged, and `JobEnded`, or the error that ended the job, if it came too
-    late.
+    (`finish`: the iteration of the result), or what it asked for. It raises `InvalidRequestError` with the fields that
+    are wrong, after which the job continues unchanged, and `JobEndedError`, or the error that ended the job, if it came
+    too late.
 
     An unread update is replaced by a newer one of its kind; the result is never lost. Up to
     `FrameOptions.max_in_flight` frames are in flight at a time. Leaving the context gives up control, and for the job
@@ -168,7 +168,7 @@ class JobControl:
         with as_invalid_request():
             for name, value in changes.items():
                 if name not in Changes.__annotations__:
-                    raise InvalidRequest(
+                    raise InvalidRequestError(
                         f"{name} cannot be changed while a job runs; {', '.join(Changes.__annotations__)} can",
                         violations=(Violation(f"update.{name}", "cannot be changed while a job runs"),),
                     )
@@ -207,7 +207,7 @@ class JobControl:
                 try:
                     await self._read_call(sends)
                     if recovery.result is None:
-                        raise ServerFailed("the server ended the stream without a result")
+                        raise ServerFailedError("the server ended the stream without a result")
                 except GramophoneError as error:
                     if recovery.result is not None and is_connection_loss(error):
                         break
@@ -218,11 +218,11 @@ class JobControl:
         except GramophoneError as error:
             self._error = recovery.with_partial_result(error)
         except asyncio.CancelledError:
-            self._error = Cancelled("control of the job was given up")
+            self._error = CallCancelledError("control of the job was given up")
             raise
         finally:
             if recovery.result is not None and self._error is None:
-                self._unread[Result] = recovery.result  # after the end of the stream, as in `JobStream`
+                self._unread[Result] = recovery.result  # after the end of the stream, as in `AsyncJobStream`
             for command in (*self._unanswered.values(), *(command for _, command in self._awaited_outputs.values())):
                 self._fail_as_ended(command)
             self._has_entered.set()
@@ -291,8 +291,8 @@ class JobControl:
             violations = tuple(Violation(wrong.field, wrong.description) for wrong in result.field_errors)
             text = "; ".join(f"{wrong.field}: {wrong.description}" for wrong in violations)
             if command.is_replay and command.kind == "update":  # a late pause or end does no harm
-                raise InvalidRequest(f"the job was sent again, and its earlier changes are refused there: {text}")
-            return command.fail(InvalidRequest(text, violations=violations))
+                raise InvalidRequestError(f"the job was sent again, and its earlier changes are refused there: {text}")
+            return command.fail(InvalidRequestError(text, violations=violations))
         if not command.answer.done():
             command.answer.set_result(result.iteration)
         if command.kind in OUTPUTS:
@@ -353,7 +353,7 @@ class JobControl:
 
     def _fail_as_ended(self, command: _Command) -> None:
         command.fail(
-            self._error or JobEnded(f"the job ended with its result before it took the command {command.kind!r}")
+            self._error or JobEndedError(f"the job ended with its result before it took the command {command.kind!r}")
         )
 
 

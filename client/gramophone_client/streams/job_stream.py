@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.errors import GramophoneError, ServerFailed
+from gramophone_client.errors import GramophoneError, ServerFailedError
 from gramophone_client.streams.recovery import Recovery, ResendableJob
 from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
@@ -16,12 +16,12 @@ from gramophone_client.transport.job_spec import watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Result, Update
 
-__all__ = ["JobStream", "newest_responses"]
+__all__ = ["AsyncJobStream", "newest_responses"]
 
 COALESCED = frozenset({"waiting", "progress", "frame", "checkpoint"})  # a slow reader gets only the newest of these
 
 
-class JobStream:
+class AsyncJobStream:
     """Follows one job to its end, over lost connections, and over lost servers if it was sent from here; see
     `Recovery`.
 
@@ -71,7 +71,7 @@ class JobStream:
                     call.cancel()
                     call = self._start_call(sends=await recovery.next_attempt(error))
             if recovery.result is None:
-                raise ServerFailed("the server ended the stream without a result")
+                raise ServerFailedError("the server ended the stream without a result")
         except GramophoneError as error:
             recovery.with_partial_result(error)
             raise

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.errors import GramophoneError, ImageNotFound
+from gramophone_client.errors import GramophoneError, ImageNotFoundError
 from gramophone_client.streams.recovery_states import NextCall, RecoveryState, RecoveryStates
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import resumed_spec
@@ -110,7 +110,7 @@ class Recovery:
         """Waits until it is time for the next call. Returns whether that call sends the job; if not, it asks for the
         job where it was. Raises `error`, or the loss that it follows, if the job is given up."""
         job = self.job
-        if isinstance(error, ImageNotFound) and job is not None and job.images and not self._has_renewed_images:
+        if isinstance(error, ImageNotFoundError) and job is not None and job.images and not self._has_renewed_images:
             self._has_renewed_images = True
             try:
                 for image in job.images:

@@ -28,15 +28,15 @@ from enum import Enum, auto
 import grpc
 
 from gramophone_client.errors import (
-    ConnectionFailed,
-    DeadlineExceeded,
+    ConnectionFailedError,
+    DeadlineExceededError,
     GramophoneError,
-    JobControlled,
-    JobNotFound,
-    NotReady,
-    QueueFull,
-    ShuttingDown,
-    SlowReader,
+    JobControlledError,
+    JobNotFoundError,
+    NotReadyError,
+    QueueFullError,
+    ShuttingDownError,
+    SlowReaderError,
 )
 
 __all__ = ["NextCall", "RecoveryState", "RecoveryStates", "Retry", "is_connection_loss"]
@@ -48,7 +48,7 @@ MAX_RESENDS = 3  # without a newer checkpoint, so that a job that crashes its se
 def is_connection_loss(error: GramophoneError) -> bool:
     """Whether only the connection has ended and the job may still run: an error of the service would have a reason."""
     is_lost = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and not error.reason
-    return is_lost or isinstance(error, SlowReader)
+    return is_lost or isinstance(error, SlowReaderError)
 
 
 class RecoveryState(Enum):
@@ -124,7 +124,7 @@ class RecoveryStates:
             if not self._starts_recovery(error, has_lost_connection):
                 raise error
             loss = self._loss = ConnectionLoss(error, now_s)
-        elif isinstance(error, DeadlineExceeded):
+        elif isinstance(error, DeadlineExceededError):
             raise loss.error from error
 
         # Before the job is accepted, repeating a refused request is harmless. A lost connection counts as a resend: it
@@ -136,7 +136,7 @@ class RecoveryStates:
         )
         can_resend = (
             self._patience_s > 0
-            and not isinstance(loss.error, SlowReader)
+            and not isinstance(loss.error, SlowReaderError)
             and (not counts or self._resends < MAX_RESENDS)
         )
         if not is_first and not _keeps_trying(error, can_resend):
@@ -146,7 +146,7 @@ class RecoveryStates:
         state = self._next_state(error, lost_s)
         search_s = self._grace_s - lost_s if state is RecoveryState.SEARCHING else 0.0
         # A controlled job still runs: its controller may be the lost connection, which the server has not noticed yet.
-        resend_s = self._patience_s - lost_s if can_resend and not isinstance(error, JobControlled) else 0.0
+        resend_s = self._patience_s - lost_s if can_resend and not isinstance(error, JobControlledError) else 0.0
         wait_s = min(max(search_s, resend_s), left_s)
         if wait_s <= 0:
             if error is loss.error:
@@ -166,15 +166,15 @@ class RecoveryStates:
     def _starts_recovery(self, error: GramophoneError, has_lost_connection: bool) -> bool:
         """Whether the first error is a loss, or in SENDING a refusal that may pass."""
         if self.state is RecoveryState.SENDING:
-            return has_lost_connection or isinstance(error, ShuttingDown | NotReady)
-        return is_connection_loss(error) or isinstance(error, ShuttingDown)
+            return has_lost_connection or isinstance(error, ShuttingDownError | NotReadyError)
+        return is_connection_loss(error) or isinstance(error, ShuttingDownError)
 
     def _next_state(self, error: GramophoneError, lost_s: float) -> RecoveryState:
         match self.state:
             case RecoveryState.FOLLOWING:
-                is_gone = isinstance(error, ShuttingDown)
+                is_gone = isinstance(error, ShuttingDownError)
             case RecoveryState.SEARCHING:
-                is_gone = isinstance(error, JobNotFound)
+                is_gone = isinstance(error, JobNotFoundError)
             case other:
                 return other
         return RecoveryState.RESENDING if is_gone or lost_s >= self._grace_s else RecoveryState.SEARCHING
@@ -182,6 +182,6 @@ class RecoveryStates:
 
 def _keeps_trying(error: GramophoneError, can_resend: bool) -> bool:
     """Whether an error during a search or during resends may pass."""
-    if isinstance(error, JobNotFound):
+    if isinstance(error, JobNotFoundError):
         return can_resend
-    return is_connection_loss(error) or isinstance(error, ConnectionFailed | QueueFull | JobControlled)
+    return is_connection_loss(error) or isinstance(error, ConnectionFailedError | QueueFullError | JobControlledError)

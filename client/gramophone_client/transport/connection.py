@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_client.errors import Cancelled, from_rpc
+from gramophone_client.errors import CallCancelledError, from_rpc
 from gramophone_client.transport.request_writer import send
 
 __all__ = ["CLOSED_MESSAGE", "SERVICE", "Connection", "channel_options"]
@@ -123,10 +123,10 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, target=self.target, timeout_s=timeout_s) from error
         except grpc.aio.UsageError as error:  # the channel was closed between two calls
-            raise Cancelled(CLOSED_MESSAGE) from error
+            raise CallCancelledError(CLOSED_MESSAGE) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # gRPC raises the same error when the channel was closed during the call; the task was not cancelled then.
-            raise Cancelled(CLOSED_MESSAGE) from None
+            raise CallCancelledError(CLOSED_MESSAGE) from None

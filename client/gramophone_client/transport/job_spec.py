@@ -13,10 +13,10 @@ from typing import Unpack
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image, ImageOps
 
-from gramophone.recipe import InvalidRecipe, RecipeOverrides, Start, Violation
+from gramophone.recipe import InvalidRecipeError, RecipeOverrides, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
-from gramophone_client.errors import InvalidRequest
+from gramophone_client.errors import InvalidRequestError
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -56,8 +56,8 @@ def job_spec(
     `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, continues that job from there.
     It determines the recipe, the seed and the picture to start from, so none of them can be given with it.
 
-    Raises `InvalidRequest` for an unknown preset or recipe field and for a value that its field cannot hold, OSError
-    for a file that cannot be read. The server checks everything else.
+    Raises `InvalidRequestError` for an unknown preset or recipe field and for a value that its field cannot hold,
+    OSError for a file that cannot be read. The server checks everything else.
     """
     if resume is not None:
         _check_resumable(preset=preset, seed=seed, start_image=start_image, **overrides)
@@ -106,19 +106,19 @@ def uploaded_images(
 
 @contextmanager
 def as_invalid_request() -> Iterator[None]:
-    """Raises `InvalidRequest` for values in the block that a message cannot hold."""
+    """Raises `InvalidRequestError` for values in the block that a message cannot hold."""
     try:
         yield
-    except InvalidRecipe as error:
-        raise InvalidRequest(str(error), violations=error.violations) from error
+    except InvalidRecipeError as error:
+        raise InvalidRequestError(str(error), violations=error.violations) from error
     except (ValueError, OverflowError) as error:  # protobuf: a number too large, an unknown enum name
-        raise InvalidRequest(f"a value does not fit into the request: {error}") from error
+        raise InvalidRequestError(f"a value does not fit into the request: {error}") from error
 
 
 def watch_request(
     job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
 ) -> pb.WatchJobRequest:
-    """The message that asks for a job's events. Raises `InvalidRequest` for a value that its field cannot hold."""
+    """The message that asks for a job's events. Raises `InvalidRequestError` for a value that its field cannot hold."""
     with as_invalid_request():
         return pb.WatchJobRequest(
             job_id=job_id,
@@ -138,12 +138,12 @@ def image_bytes(image: ImageInput) -> bytes:
 
 
 def _check_resumable(**options: object) -> None:
-    """Raises `InvalidRequest` if an option is set that the checkpoint determines."""
+    """Raises `InvalidRequestError` if an option is set that the checkpoint determines."""
     names = [name for name, value in options.items() if value is not None]
     if names:
         rule = "cannot be given with resume: the job continues with the checkpoint's"
         violations = tuple(Violation(name, rule) for name in names)
-        raise InvalidRequest("; ".join(f"{name}: {rule}" for name in names), violations=violations)
+        raise InvalidRequestError("; ".join(f"{name}: {rule}" for name in names), violations=violations)
 
 
 def _checkpoint_bytes(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
@@ -152,7 +152,7 @@ def _checkpoint_bytes(resume: Checkpoint | bytes | str | os.PathLike[str]) -> by
     data = resume if isinstance(resume, bytes) else Path(resume).read_bytes()
     if not data:
         source = "the bytes are" if isinstance(resume, bytes) else f"{os.fspath(resume)} is"
-        raise InvalidRequest(f"resume: {source} empty, and not a checkpoint")
+        raise InvalidRequestError(f"resume: {source} empty, and not a checkpoint")
     return data
 
 

@@ -11,10 +11,10 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from gramophone.recipe import InvalidRecipe, Recipe
+from gramophone.recipe import InvalidRecipeError, Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client.errors import ServerFailed
+from gramophone_client.errors import ServerFailedError
 from gramophone_client.types.picture import Format, Picture
 from gramophone_client.types.server_info import CacheStats, Limits, ServerInfo
 from gramophone_client.types.updates import (
@@ -175,15 +175,17 @@ def _losses(message: pb.Losses) -> Losses:
 def _picture(message: pb.Image) -> Picture:
     name = _name(pb.ImageFormat, message.format, "IMAGE_FORMAT_").lower()
     if name not in FORMATS:
-        raise ServerFailed(f"the server sent a picture in an unknown format ({name}); update the client")
+        raise ServerFailedError(f"the server sent a picture in an unknown format ({name}); update the client")
     return Picture(format=FORMATS[name], width=message.width, height=message.height, data=message.data)
 
 
 def _recipe(message: pb.Recipe) -> Recipe:
     try:
         return recipe_from_message(message)
-    except InvalidRecipe as error:
-        raise ServerFailed(f"this client does not know the server's recipe ({error}); update the client") from error
+    except InvalidRecipeError as error:
+        raise ServerFailedError(
+            f"this client does not know the server's recipe ({error}); update the client"
+        ) from error
 
 
 def _name(numbers: EnumTypeWrapper, number: int, prefix: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.errors import ImageNotFound
+from gramophone_client.errors import ImageNotFoundError
 from gramophone_client.transport.connection import Connection
 from gramophone_client.types.options import UploadedImage
 
@@ -39,7 +39,7 @@ async def with_uploads(
     end = time.monotonic() + timeout_s
     try:
         return await call(timeout_s)
-    except ImageNotFound:
+    except ImageNotFoundError:
         if not images:
             raise
         for image in images:

@@ -11,10 +11,10 @@ from PIL import Image, UnidentifiedImageError
 from gramophone.recipe import LayerWeight, Recipe
 from gramophone_client.types.picture import metadata_of
 
-__all__ = ["ImageRecipe", "NoRecipe", "recipe_of"]
+__all__ = ["ImageRecipe", "NoRecipeError", "recipe_of"]
 
 
-class NoRecipe(ValueError):
+class NoRecipeError(ValueError):
     """The file is not a picture, or has no recipe in it."""
 
 
@@ -29,14 +29,14 @@ class ImageRecipe(NamedTuple):
 
 
 def recipe_of(path: str | os.PathLike[str]) -> ImageRecipe:
-    """The recipe and seed of a result. Raises `NoRecipe` if the file has none, OSError if it cannot be read."""
+    """The recipe and seed of a result. Raises `NoRecipeError` if the file has none, OSError if it cannot be read."""
     try:
         with Image.open(path) as image:
             text = metadata_of(image)
     except UnidentifiedImageError:
-        raise NoRecipe(f"{os.fspath(path)}: is not a picture") from None
+        raise NoRecipeError(f"{os.fspath(path)}: is not a picture") from None
     if not text:
-        raise NoRecipe(f"{os.fspath(path)}: has no recipe in it; only results of a gramophone server do")
+        raise NoRecipeError(f"{os.fspath(path)}: has no recipe in it; only results of a gramophone server do")
     try:
         metadata = json.loads(text)
         fields: dict[str, Any] = dict(metadata["recipe"])
@@ -50,5 +50,5 @@ def recipe_of(path: str | os.PathLike[str]) -> ImageRecipe:
             None if iterations is None else int(iterations),
             int(metadata.get("changed_at", 0)),
         )
-    except (KeyError, TypeError, ValueError) as error:  # InvalidRecipe is a ValueError
-        raise NoRecipe(f"{os.fspath(path)}: this version does not know its recipe ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:  # InvalidRecipeError is a ValueError
+        raise NoRecipeError(f"{os.fspath(path)}: this version does not know its recipe ({error})") from error

@@ -81,7 +81,7 @@ class Batch(Protocol):
 
     def update(self, slot: int, **changes: Unpack[RecipeUpdate]) -> int:
         """Changes the recipe of a job from the next iteration on, and returns the number of that iteration. No graph is
-        captured anew. Raises `InvalidRecipe`."""
+        captured anew. Raises `InvalidRecipeError`."""
 
     def close(self) -> None:
         """Frees the memory of the batch. Jobs that have not left are lost."""

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypedDict, Unpack
 
 from torch import Tensor
 
-from gramophone.recipe import InvalidRecipe, LayerWeight, Optimiser, Pooling, Recipe, Violation
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Optimiser, Pooling, Recipe, Violation
 from gramophone_server.domain.job import Losses, Report, Scale, StyleJob
 
 __all__ = ["JobState", "RecipeUpdate", "Shape", "SlotTensors"]
@@ -144,23 +144,23 @@ class JobState:
     def update(self, **changes: Unpack[RecipeUpdate]) -> int:
         """Changes the recipe from the next iteration on, and returns the number of that iteration.
 
-        For a job in a batch, call `Batch.update` instead. Raises `InvalidRecipe` if a field cannot change or has an
-        invalid value.
+        For a job in a batch, call `Batch.update` instead. Raises `InvalidRecipeError` if a field cannot change or has
+        an invalid value.
         """
         fixed = sorted(changes.keys() - RecipeUpdate.__optional_keys__)
         if fixed:
-            raise InvalidRecipe(Violation(name, "cannot change after the job is accepted") for name in fixed)
+            raise InvalidRecipeError(Violation(name, "cannot change after the job is accepted") for name in fixed)
         recipe = replace(self.recipe, **changes)
         for name in ("content_layers", "style_layers"):
             old, new = (", ".join(layer for layer, _ in getattr(r, name)) for r in (self.recipe, recipe))
             if old != new:
-                raise InvalidRecipe(
+                raise InvalidRecipeError(
                     [Violation(name, f"must name the job's layers, {old or 'none'}, got {new or 'none'}")]
                 )
         if "iterations" in changes:
             *coarse, final = self.scales
             if recipe.iterations < (done := self.iterations_at_final_scale):
-                raise InvalidRecipe(
+                raise InvalidRecipeError(
                     [Violation("iterations", f"must be at least the {done} that are done, got {recipe.iterations}")]
                 )
             self.scales = (*coarse, final._replace(iterations=recipe.iterations))

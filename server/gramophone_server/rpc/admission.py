@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gramophone.recipe import InvalidRecipe, Recipe, Violation
+from gramophone.recipe import InvalidRecipeError, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import DECODERS, Limits
@@ -114,7 +114,7 @@ class Admission:
             max_bytes = self._limits.max_checkpoint_bytes
             checkpoints = self._scheduler.engine.checkpoints
             saved = await self._in_thread(lambda: checkpoints.read(spec.resume, max_bytes=max_bytes))
-        except InvalidRecipe:
+        except InvalidRecipeError:
             return Recipe(), None
         except InvalidCheckpoint as error:
             violations.append(Violation("spec.resume", str(error)))

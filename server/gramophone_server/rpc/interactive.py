@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 
-from gramophone.recipe import InvalidRecipe, LayerWeight, Violation
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.commands import (
@@ -118,7 +118,7 @@ class Controller:
             done: Done = await self._scheduler.command(self._job, command)
             if isinstance(done.output, Saved):
                 await self._events.encoders.write_checkpoint(done.output.state)  # raises if it is too large
-        except (InvalidRequest, InvalidRecipe) as error:
+        except (InvalidRequest, InvalidRecipeError) as error:
             return _refused(request, error.violations)
         except GramophoneError as error:  # the stream ends with it, too, if the job does
             return _refused(request, [Violation("", str(error))])
@@ -126,7 +126,7 @@ class Controller:
 
 
 def _command(request: pb.StylizeInteractiveRequest, summary: JobSummary, limits: Limits) -> Command:
-    """Raises `InvalidRequest` and `InvalidRecipe` with fields of the command."""
+    """Raises `InvalidRequest` and `InvalidRecipeError` with fields of the command."""
     match request.WhichOneof("command"):
         case "pause":
             return Pause()

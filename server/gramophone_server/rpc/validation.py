@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf import duration_pb2
 
-from gramophone.recipe import InvalidRecipe, LayerWeight, Recipe, Start, Violation
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, env_variable
@@ -55,7 +55,7 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     else:
         try:
             recipe = recipe_from_message(spec.recipe)
-        except InvalidRecipe as error:
+        except InvalidRecipeError as error:
             yield from (Violation(f"spec.recipe.{field}", description) for field, description in error.violations)
             recipe = _without_invalid_fields(spec.recipe, error.violations)
         yield from _check_recipe(recipe, limits, layers)
@@ -102,7 +102,7 @@ def _without_invalid_fields(message: pb.Recipe, violations: Sequence[Violation])
         rest.ClearField(field.partition("[")[0])
     try:
         return recipe_from_message(rest)
-    except InvalidRecipe:  # the rest contradicts values of the preset; the first violations are enough
+    except InvalidRecipeError:  # the rest contradicts values of the preset; the first violations are enough
         return Recipe()
 
 

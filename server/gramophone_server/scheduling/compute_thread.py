@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gramophone.recipe import InvalidRecipe, Violation
+from gramophone.recipe import InvalidRecipeError, Violation
 from gramophone_server.config import Limits
 from gramophone_server.domain.commands import (
     Command,
@@ -152,7 +152,7 @@ class ComputeThread:
             if task is None:
                 raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
             outcome: Done | Exception = self._apply(worker, task, pending.command)
-        except (GramophoneError, InvalidRecipe) as error:
+        except (GramophoneError, InvalidRecipeError) as error:
             outcome = error
         except Exception:
             log.exception("a command failed")

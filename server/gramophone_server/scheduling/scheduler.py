@@ -198,8 +198,8 @@ class Scheduler:
 
     def command(self, observer: JobObserver, command: Command) -> asyncio.Future[Done]:
         """Queues a command, which is executed before the job's next slice. Its effect is published to the job's
-        watchers. The future raises `InvalidRequest` or `InvalidRecipe` if the command cannot be executed, with fields
-        relative to the command, and `ShuttingDown` after `stop`."""
+        watchers. The future raises `InvalidRequest` or `InvalidRecipeError` if the command cannot be executed, with
+        fields relative to the command, and `ShuttingDown` after `stop`."""
         done: asyncio.Future[Done] = self._loop.create_future()
         with self._table.lock:
             if self._table.stopped:

@@ -152,11 +152,11 @@ class Worker:
         self._end(task)
 
     # Commands, between two slices, for a task in a batch or not. A command that raises `InvalidRequest` or
-    # `InvalidRecipe` has not changed the task.
+    # `InvalidRecipeError` has not changed the task.
 
     def update(self, task: Task, changes: RecipeUpdate) -> int:
         """Changes the recipe; returns the first iteration with the new one. If no iteration is left, the job ends with
-        its current picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipe`."""
+        its current picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipeError`."""
         state, batch = task.state, task.batch
         if changes.get("iterations") == state.iterations_at_final_scale and task.last_report is None:
             _require_picture(task)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import GramophoneClient
+from gramophone_client import AsyncGramophoneClient
 from gramophone_client.bench import command, report
 from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.report import read_report
@@ -73,7 +73,7 @@ def test_an_interrupt_ends_the_bench_with_a_report(gramophone, service, folder, 
 
 
 def test_completed_steps_are_reported_if_the_server_becomes_unreachable(gramophone, service, folder, monkeypatch):
-    server_info, calls = GramophoneClient.server_info, []
+    server_info, calls = AsyncGramophoneClient.server_info, []
 
     async def failing(self, **kwargs):
         calls.append(kwargs)
@@ -82,7 +82,7 @@ def test_completed_steps_are_reported_if_the_server_becomes_unreachable(gramopho
             await self.close()
         return await server_info(self, **kwargs)
 
-    monkeypatch.setattr(GramophoneClient, "server_info", failing)
+    monkeypatch.setattr(AsyncGramophoneClient, "server_info", failing)
     code, out, err = gramophone(f"{QUICK} --concurrency 1,2")
     assert code == 5 and len(err) == 1
     assert "1 at a time" in out and "2 at a time" not in out

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import GramophoneClient
+from gramophone_client import AsyncGramophoneClient
 from gramophone_client.bench import display, measure, run
 from gramophone_client.bench.arrivals import ClosedLoop, OpenLoop
 from gramophone_client.bench.measure import Recorder
 from gramophone_client.bench.report import Step
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.workload import InvalidWorkload, JobKind
-from gramophone_client.errors import DeadlineExceeded
+from gramophone_client.errors import DeadlineExceededError
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import HANG, accepted, encoded, frame, progress, refused
 
@@ -33,7 +33,7 @@ def make_plan(*loads, workload=(FAST,), **fields) -> Plan:
 
 
 async def run_plan(service, plan: Plan, clock=time.monotonic) -> list[Step]:
-    async with GramophoneClient(service.target, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, retries=False) as client:
         bench = Bench(plan, clock=clock)
         await bench.run(client)
         return bench.steps
@@ -150,29 +150,29 @@ def test_a_job_that_will_be_cancelled_is_streamed_even_without_frames(service, r
 
 
 def test_an_open_loop_counts_from_the_schedule(service, run_step, monkeypatch):
-    stream, blocked_s = GramophoneClient.stream, [0.0]
+    stream, blocked_s = AsyncGramophoneClient.stream, [0.0]
 
     def blocking(self, *args, **kwargs):
         blocked_s[0] = 0.3  # the first job blocks the sender while more jobs become due, every few milliseconds
         return stream(self, *args, **kwargs)
 
-    monkeypatch.setattr(GramophoneClient, "stream", blocking)
+    monkeypatch.setattr(AsyncGramophoneClient, "stream", blocking)
     step = run_step(make_plan(OpenLoop(100.0)), clock=lambda: time.monotonic() + blocked_s[0])
     assert step.late_s > 0.1
     assert step.tally.result_s.max_s > 0.1  # although each job took only a few milliseconds after it was sent
 
 
 def test_a_server_that_hangs_does_not_delay_the_steps(service, monkeypatch):
-    server_info, timeouts = GramophoneClient.server_info, []
+    server_info, timeouts = AsyncGramophoneClient.server_info, []
 
     async def hanging(self, *, timeout_s=10.0):
         timeouts.append(timeout_s)
         if len(timeouts) == 1:  # at the start of the bench
             return await server_info(self)
         await asyncio.sleep(timeout_s)
-        raise DeadlineExceeded("no answer")
+        raise DeadlineExceededError("no answer")
 
-    monkeypatch.setattr(GramophoneClient, "server_info", hanging)
+    monkeypatch.setattr(AsyncGramophoneClient, "server_info", hanging)
     monkeypatch.setattr(run, "SERVER_LOAD_TIMEOUT_S", 0.05)
     steps = asyncio.run(run_plan(service, make_plan(ClosedLoop(1), ClosedLoop(2), duration_s=0.1)))
     assert timeouts[1:] == [0.05] * 4
@@ -193,7 +193,7 @@ def test_the_display_fits_the_console(service, monkeypatch, width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=30, legacy_windows=False)
 
     async def show() -> None:
-        async with GramophoneClient(service.target, retries=False) as client:
+        async with AsyncGramophoneClient(service.target, retries=False) as client:
             bench = Bench(make_plan(ClosedLoop(1), OpenLoop(50.0), duration_s=0.3))
             async with display.live_display(bench, console):
                 await bench.run(client)

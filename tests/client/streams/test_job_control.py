@@ -85,7 +85,7 @@ async def test_a_job_is_controlled_during_an_iteration(client, service):
 async def test_a_bad_command_names_its_fields_and_ends_nothing(client, service):
     service.scripts = [[accepted(), Answer(error="must be between 0 and 1e+15, got -1"), Answer(3), result()]]
     async with client.control(PHOTO, PAINTING) as job:
-        with pytest.raises(errors.InvalidRequest, match=r"update\.beta: must be between 0 and") as raised:
+        with pytest.raises(errors.InvalidRequestError, match=r"update\.beta: must be between 0 and") as raised:
             await job.update(beta=-1)
         assert raised.value.violations == (Violation("update.beta", "must be between 0 and 1e+15, got -1"),)
         assert await job.update(beta=1) == 3
@@ -95,9 +95,9 @@ async def test_a_bad_command_names_its_fields_and_ends_nothing(client, service):
 async def test_values_that_do_not_fit_are_not_sent(client, service):
     service.scripts = [[accepted(), Answer(2), result()]]
     async with client.control(PHOTO, PAINTING) as job:
-        with pytest.raises(errors.InvalidRequest, match="size cannot be changed while a job runs; alpha, beta, "):
+        with pytest.raises(errors.InvalidRequestError, match="size cannot be changed while a job runs; alpha, beta, "):
             await job.update(size=3)
-        with pytest.raises(errors.InvalidRequest, match="does not fit into the request"):
+        with pytest.raises(errors.InvalidRequestError, match="does not fit into the request"):
             await job.update(iterations=2**40)
         await job.pause()
     assert service.commands == ["start", "pause"]
@@ -172,21 +172,21 @@ async def test_entering_raises_the_servers_refusal(client, service, error, words
     with pytest.raises(errors.GramophoneError, match=words) as raised:
         async with client.control_job("j1"):
             pytest.fail("the block was entered")
-    assert type(raised.value).__name__ == type(error).__name__
+    assert type(raised.value).__name__ == f"{type(error).__name__}Error"
 
 
 async def test_an_error_of_the_job_ends_iteration_and_commands(client, service):
     service.scripts = [[accepted(), frame(4), checkpoint(4), Answer(5), refused(server_errors.Diverged(5))]]
     async with client.control(PHOTO, PAINTING) as job:
         await job.pause()
-        with pytest.raises(errors.Diverged, match="iteration 5") as raised:
+        with pytest.raises(errors.DivergedError, match="iteration 5") as raised:
             await job.result()
         assert (raised.value.frame.iteration, raised.value.checkpoint.iteration) == (4, 4)
         for command in (job.resume, job.picture, job.finish):
-            with pytest.raises(errors.Diverged):
+            with pytest.raises(errors.DivergedError):
                 await command()
         updates = []
-        with pytest.raises(errors.Diverged):
+        with pytest.raises(errors.DivergedError):
             async for update in job:
                 updates.append(update)
         assert kinds(updates) == ["Accepted", "Frame", "Checkpoint"]
@@ -197,14 +197,14 @@ async def test_a_command_after_the_result_is_an_error(client, service):
     async with client.control(PHOTO, PAINTING) as job:
         await job.result()
         for command in (job.pause, job.picture):
-            with pytest.raises(errors.JobEnded, match="ended with its result before it took the command"):
+            with pytest.raises(errors.JobEndedError, match="ended with its result before it took the command"):
                 await command()
 
 
 async def test_a_pending_command_raises_the_jobs_error(client, service):
     service.scripts = [[accepted(), HANG]]
     async with client.control(PHOTO, PAINTING, timeout_s=0.5) as job:
-        with pytest.raises(errors.DeadlineExceeded, match=r"0\.5 s"):
+        with pytest.raises(errors.DeadlineExceededError, match=r"0\.5 s"):
             await job.pause()
 
 
@@ -212,7 +212,7 @@ async def test_a_lost_connection_is_an_error_with_the_last_state(client, service
     service.scripts = [[accepted(), checkpoint(6), Answer(6), LOST]]
     async with client.control(PHOTO, PAINTING, patience_s=0) as job:
         await job.pause()
-        with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+        with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
             await job.result()
     assert raised.value.checkpoint.iteration == 6
 
@@ -227,7 +227,10 @@ async def test_giving_up_on_a_command_leaves_the_job_alone(client, service):
 
 @pytest.mark.parametrize(
     ("end", "kind"),
-    [(refused(server_errors.Cancelled()), errors.Cancelled), (refused(server_errors.Diverged(3)), errors.Diverged)],
+    [
+        (refused(server_errors.Cancelled()), errors.CallCancelledError),
+        (refused(server_errors.Diverged(3)), errors.DivergedError),
+    ],
     ids=["cancelled", "diverged"],
 )
 async def test_commands_that_race_the_end_do_not_hide_it(client, service, end, kind):
@@ -300,7 +303,7 @@ async def test_commands_given_during_the_recovery_wait_for_the_job(client, servi
         changing = asyncio.create_task(job.update(beta=3.0))
         assert (await taking).iteration == 7
         assert await changing == 8
-        with pytest.raises(errors.InvalidRequest, match=r"pause\.beta: is wrong"):
+        with pytest.raises(errors.InvalidRequestError, match=r"pause\.beta: is wrong"):
             await job.pause()
         await job.result()
     assert service.commands == ["start", "frame", "start", "start", "frame", "update", "pause"]
@@ -314,7 +317,8 @@ async def test_changes_that_are_refused_after_a_loss_end_the_control(client, ser
     async with client.control(PHOTO, PAINTING, frames=None) as job:
         await job.update(beta=9.0)
         with pytest.raises(
-            errors.InvalidRequest, match=r"sent again, and its earlier changes are refused there: update\.beta: must"
+            errors.InvalidRequestError,
+            match=r"sent again, and its earlier changes are refused there: update\.beta: must",
         ) as raised:
             await job.result()
     assert raised.value.checkpoint.iteration == 5
@@ -345,7 +349,7 @@ async def test_a_lost_connection_is_made_again_during_the_grace(client, service,
 async def test_a_job_that_another_client_controls_is_not_sent_again(client, service):
     service.scripts = [[accepted(), checkpoint(5), LOST], [refused(server_errors.JobControlled("j1"))]]
     async with client.control(PHOTO, PAINTING, detach_grace=0.3) as job:
-        with pytest.raises(errors.ConnectionFailed, match="gone"):
+        with pytest.raises(errors.ConnectionFailedError, match="gone"):
             await job.result()
     assert len(service.specs) == 1
 
@@ -357,7 +361,7 @@ async def test_leaving_during_the_search_ends_it(client, service):
         await until(lambda: len(service.specs) >= 3)
         pausing = asyncio.create_task(job.pause())
         await asyncio.sleep(0)  # the task starts
-    with pytest.raises(errors.Cancelled, match="control of the job was given up"):
+    with pytest.raises(errors.CallCancelledError, match="control of the job was given up"):
         await pausing
     await until(lambda: asyncio.all_tasks() <= tasks_before)  # no task is left that could send the job
 
@@ -369,7 +373,7 @@ async def test_leaving_ends_the_control_of_a_call_that_fails_at_the_same_time(cl
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:  # gRPC raises the status of an ended call in its place
-                raise errors.ConnectionFailed("gone", code=grpc.StatusCode.UNAVAILABLE) from None
+                raise errors.ConnectionFailedError("gone", code=grpc.StatusCode.UNAVAILABLE) from None
 
         def cancel(self):
             calls.append(self)
@@ -388,5 +392,5 @@ async def test_an_existing_job_is_found_again_but_never_sent(client, service):
     assert [message.attach.after_sequence for message in service.messages] == [0, 1]
     service.scripts = [[accepted(attached=True), LOST]]
     async with client.control_job("j1") as job:
-        with pytest.raises(errors.ConnectionFailed, match="gone"):
+        with pytest.raises(errors.ConnectionFailedError, match="gone"):
             await job.result()

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 async def test_a_diverged_stream_has_its_last_good_picture(client, service):
     service.scripts = [[accepted(), frame(10, "red"), frame(12, "blue"), refused(server_errors.Diverged(13))]]
-    with pytest.raises(errors.Diverged, match="iteration 13") as raised:
+    with pytest.raises(errors.DivergedError, match="iteration 13") as raised:
         await collected(client.stream(PHOTO, PAINTING))
     assert raised.value.frame.iteration == 12
     assert raised.value.frame.picture.image().size == (12, 9)
@@ -39,7 +39,7 @@ async def test_a_diverged_stream_has_its_last_good_picture(client, service):
 
 async def test_a_stream_without_a_result_is_an_error(client, service):
     service.scripts = [[accepted()]]
-    with pytest.raises(errors.ServerFailed, match="without a result"):
+    with pytest.raises(errors.ServerFailedError, match="without a result"):
         await collected(client.stream(PHOTO, PAINTING))
 
 
@@ -106,7 +106,7 @@ async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service)
         [rpc_status(grpc.StatusCode.UNAVAILABLE, "", NO_RETRIES)],
     ]
     started = time.monotonic()
-    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3, patience_s=0))
     assert 0.3 <= time.monotonic() - started < 3
     assert raised.value.frame.iteration == 1
@@ -134,5 +134,5 @@ async def test_errors_of_the_service_itself_are_final(client, service, error):
 async def test_a_job_that_expired_during_the_search_is_an_error(client, service):
     lost = [accepted(), LOST]
     service.scripts = [lost, [refused(server_errors.JobNotFound("j1"))]]
-    with pytest.raises(errors.JobNotFound, match="j1"):
+    with pytest.raises(errors.JobNotFoundError, match="j1"):
         await collected(client.watch("j1", detach_grace=5))

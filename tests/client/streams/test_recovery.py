@@ -9,7 +9,7 @@ import pytest
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import Checkpoint, CheckpointOptions, GramophoneClient, errors
+from gramophone_client import AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
 from gramophone_client.streams import recovery, recovery_states
 from gramophone_client.transport.connection import Connection
 from gramophone_server import errors as server_errors
@@ -99,7 +99,7 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other_serv
     holder.scripts = [[accepted(), progress(20), checkpoint(20), HANG]]
     next_one.scripts = [[accepted(job_id="j2", resumed_at=20), progress(21), result()]]
     updates = []
-    async with GramophoneClient(target, timeout_s=20) as client:
+    async with AsyncGramophoneClient(target, timeout_s=20) as client:
         async for update in client.stream(PHOTO, PAINTING):
             updates.append(update)
             if isinstance(update, Checkpoint):
@@ -113,7 +113,7 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other_serv
 async def test_a_cut_connection_is_a_lost_server(service):
     service.scripts = [[accepted(), checkpoint(4), HANG], [accepted(resumed_at=4), result()]]
     updates = []
-    async with Wire(service.target) as wire, GramophoneClient(wire.address, timeout_s=20) as client:
+    async with Wire(service.target) as wire, AsyncGramophoneClient(wire.address, timeout_s=20) as client:
         async for update in client.stream(PHOTO, PAINTING):
             updates.append(update)
             if isinstance(update, Checkpoint):
@@ -162,7 +162,7 @@ async def test_patience_is_bounded_and_the_loss_is_raised(client, service):
         [rpc_status(grpc.StatusCode.UNAVAILABLE, "another word", NO_RETRIES)],
     ]
     started = time.monotonic()
-    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, patience_s=0.4))
     assert 0.4 <= time.monotonic() - started < 3
     assert partial_result(raised) == (3, 4)
@@ -172,7 +172,7 @@ async def test_patience_is_bounded_and_the_loss_is_raised(client, service):
 async def test_the_calls_timeout_bounds_the_search(client, service):
     service.scripts = [[accepted(), LOST], [rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]]
     started = time.monotonic()
-    with pytest.raises(errors.ConnectionFailed, match="gone"):
+    with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING, timeout_s=1.5))
     assert time.monotonic() - started < 5  # of the 30 s of patience
 
@@ -183,28 +183,28 @@ async def test_a_timeout_during_an_attempt_raises_the_loss_before(client, servic
         [accepted(), frame(3), LOST],
         [rpc_status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")],
     ]
-    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, detach_grace=grace))
-    assert isinstance(raised.value.__cause__, errors.DeadlineExceeded)
+    assert isinstance(raised.value.__cause__, errors.DeadlineExceededError)
     assert partial_result(raised) == (3, None)
     assert len(service.specs) + len(service.watches) == 2
 
 
 async def test_a_timeout_while_images_are_uploaded_again_raises_the_loss_before(client, service, monkeypatch):
     async def too_late(*_):
-        raise errors.DeadlineExceeded("not done in time")
+        raise errors.DeadlineExceededError("not done in time")
 
     style = await client.upload(PAINTING)
     service.scripts = [[accepted(), LOST], [refused(server_errors.ImageNotFound(style.digest))]]
     monkeypatch.setattr(recovery, "upload", too_late)
-    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, style))
-    assert isinstance(raised.value.__cause__, errors.DeadlineExceeded)
+    assert isinstance(raised.value.__cause__, errors.DeadlineExceededError)
 
 
 async def test_without_patience_a_loss_is_an_error(client, service):
     service.scripts = [[accepted(), checkpoint(4), LOST]]
-    with pytest.raises(errors.ConnectionFailed, match="gone") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, patience_s=0))
     assert partial_result(raised) == (None, 4)
     assert len(service.specs) == 1
@@ -232,22 +232,22 @@ async def test_an_error_of_the_next_server_is_final(client, service, error):
 
 async def test_a_slow_readers_job_is_not_sent_again(client, service):
     service.scripts = [[accepted(), refused(server_errors.SlowReader(30))]]
-    with pytest.raises(errors.SlowReader):
+    with pytest.raises(errors.SlowReaderError):
         await collected(client.stream(PHOTO, PAINTING))
     service.scripts = [[accepted(), refused(server_errors.SlowReader(30))], [refused(server_errors.JobNotFound("j1"))]]
-    with pytest.raises(errors.JobNotFound):
+    with pytest.raises(errors.JobNotFoundError):
         await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
     assert len(service.specs) == 2
 
 
 async def test_a_job_that_crashes_its_servers_is_given_up(client, service):
     service.scripts = [[accepted(), progress(1), LOST]]
-    with pytest.raises(errors.ConnectionFailed, match="gone"):
+    with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
     assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
-    with pytest.raises(errors.ConnectionFailed, match="gone"):
+    with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
     assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
     service.specs.clear()
@@ -258,7 +258,7 @@ async def test_a_job_that_crashes_its_servers_is_given_up(client, service):
 
 async def test_a_watched_job_cannot_be_sent_again(client, service):
     service.scripts = [[accepted(), LOST]]
-    with pytest.raises(errors.ConnectionFailed):
+    with pytest.raises(errors.ConnectionFailedError):
         await collected(client.watch("j1", checkpoints=CheckpointOptions()))
     assert (service.specs, service.watches[0].checkpoints.light) == ([], True)
 
@@ -266,7 +266,7 @@ async def test_a_watched_job_cannot_be_sent_again(client, service):
 async def test_the_images_of_a_resent_job_are_uploaded_to_its_new_server(service, other_service):
     service.scripts = [[accepted(), checkpoint(2), HANG]]
     other_service.scripts = [[accepted(resumed_at=2), result()]]
-    async with GramophoneClient(f"ipv4:{service.target},{other_service.target}", timeout_s=20) as client:
+    async with AsyncGramophoneClient(f"ipv4:{service.target},{other_service.target}", timeout_s=20) as client:
         style = await client.upload(PAINTING)
         async for update in client.stream(PHOTO, style):
             if isinstance(update, Checkpoint):
@@ -307,9 +307,9 @@ async def test_a_server_that_takes_no_jobs_or_is_lost_is_asked_again(client, ser
 
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_lasts(client, service, how, monkeypatch):
-    monkeypatch.setattr("gramophone_client.client.PATIENCE_S", 0.3)  # of `stylize`
+    monkeypatch.setattr("gramophone_client.async_client.PATIENCE_S", 0.3)  # of `stylize`
     service.scripts = [[refused(server_errors.ShuttingDown(0.01))]]
-    with pytest.raises(errors.ShuttingDown):
+    with pytest.raises(errors.ShuttingDownError):
         await run_job(client, how, **({} if how == "unary" else {"patience_s": 0.3}))
     assert len(service.specs) > 6  # gRPC itself sends it four times
 
@@ -318,8 +318,8 @@ async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_last
 @pytest.mark.parametrize("status", [LOST, refused(server_errors.ShuttingDown(0.01))], ids=["lost", "down"])
 async def test_without_retries_a_job_is_sent_once(service, how, status):
     service.scripts = [[status]]
-    async with GramophoneClient(service.target, timeout_s=10, retries=False) as client:
-        with pytest.raises(errors.ConnectionFailed):
+    async with AsyncGramophoneClient(service.target, timeout_s=10, retries=False) as client:
+        with pytest.raises(errors.ConnectionFailedError):
             await run_job(client, how)
     assert len(service.specs) == 1
 
@@ -327,7 +327,7 @@ async def test_without_retries_a_job_is_sent_once(service, how, status):
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_job_that_crashes_its_servers_before_it_is_accepted_is_given_up(client, service, how):
     service.scripts = [[rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]]
-    with pytest.raises(errors.ConnectionFailed, match="gone"):
+    with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await run_job(client, how)
     assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
 
@@ -344,8 +344,8 @@ async def test_missing_servers_are_waited_for_between_losses(client, service, mo
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_missing_server_is_not_waited_for(how):
     started = time.monotonic()
-    async with GramophoneClient(NOWHERE, timeout_s=60) as client:
-        with pytest.raises(errors.ConnectionFailed, match="is it running there"):
+    async with AsyncGramophoneClient(NOWHERE, timeout_s=60) as client:
+        with pytest.raises(errors.ConnectionFailedError, match="is it running there"):
             await run_job(client, how)
     assert time.monotonic() - started < recovery.PATIENCE_S / 2
 
@@ -354,7 +354,7 @@ async def test_endless_connecting_does_not_use_up_the_callers_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and sends nothing
         host, port = silent.getsockname()
         started = time.monotonic()
-        async with GramophoneClient(f"{host}:{port}", timeout_s=0.5) as client:
-            with pytest.raises(errors.DeadlineExceeded):
+        async with AsyncGramophoneClient(f"{host}:{port}", timeout_s=0.5) as client:
+            with pytest.raises(errors.DeadlineExceededError):
                 await client.stylize(PHOTO, PAINTING)
         assert time.monotonic() - started < 10

@@ -38,19 +38,19 @@ class Machine(RecoveryStates):
         return retry.call, retry.pause_s
 
 
-def lost() -> errors.ConnectionFailed:
-    return errors.ConnectionFailed("gone", code=grpc.StatusCode.UNAVAILABLE)
+def lost() -> errors.ConnectionFailedError:
+    return errors.ConnectionFailedError("gone", code=grpc.StatusCode.UNAVAILABLE)
 
 
 LOST = lost()
-DOWN = errors.ShuttingDown("down", code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
-NOT_READY = errors.NotReady("starting", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
-SLOW = errors.SlowReader("slow", code=grpc.StatusCode.ABORTED, reason="SLOW_READER")
-FULL = errors.QueueFull("full")
-CONTROLLED = errors.JobControlled("controlled")
-MISSING = errors.JobNotFound("missing")
-LATE = errors.DeadlineExceeded("late")
-INVALID = errors.InvalidRequest("invalid")
+DOWN = errors.ShuttingDownError("down", code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+NOT_READY = errors.NotReadyError("starting", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
+SLOW = errors.SlowReaderError("slow", code=grpc.StatusCode.ABORTED, reason="SLOW_READER")
+FULL = errors.QueueFullError("full")
+CONTROLLED = errors.JobControlledError("controlled")
+MISSING = errors.JobNotFoundError("missing")
+LATE = errors.DeadlineExceededError("late")
+INVALID = errors.InvalidRequestError("invalid")
 
 
 @pytest.mark.parametrize(
@@ -92,20 +92,20 @@ def test_a_first_error_that_is_no_loss_is_final(state, error):
 
 @pytest.mark.parametrize("state", [SEARCHING, RESENDING], ids=lambda state: state.name)
 def test_other_errors_during_a_recovery_are_final(state):
-    with pytest.raises(errors.InvalidRequest):
+    with pytest.raises(errors.InvalidRequestError):
         Machine(state).fail(INVALID)
 
 
 @pytest.mark.parametrize("state", [SEARCHING, RESENDING], ids=lambda state: state.name)
 def test_a_deadline_during_a_recovery_raises_the_loss(state):
-    with pytest.raises(errors.ConnectionFailed, match=r"gone|down") as raised:
+    with pytest.raises(errors.ConnectionFailedError, match=r"gone|down") as raised:
         Machine(state).fail(LATE)
     assert raised.value.__cause__ is LATE
 
 
 def test_a_server_that_was_never_there_is_not_waited_for():
     machine = Machine(SENDING)
-    with pytest.raises(errors.ConnectionFailed):
+    with pytest.raises(errors.ConnectionFailedError):
         machine.fail(LOST, was_connected=False)
     machine.fail(DOWN)
     assert machine.fail(LOST, was_connected=False)[0] is REPEAT  # after a first refusal a server may come
@@ -120,7 +120,7 @@ def test_an_event_ends_a_search_and_acceptance_ends_a_resend():
     assert machine.state is RESENDING
     machine.accepted()
     assert machine.state is FOLLOWING
-    with pytest.raises(errors.QueueFull):
+    with pytest.raises(errors.QueueFullError):
         machine.fail(FULL)  # the loss is over
 
 
@@ -133,7 +133,7 @@ def test_the_search_lasts_for_the_grace_then_the_job_is_sent_again():
     machine.now_s += PATIENCE_S - GRACE_S - 0.001
     assert machine.fail(lost())[0] is REPEAT
     machine.now_s += 0.001
-    with pytest.raises(errors.ConnectionFailed) as raised:
+    with pytest.raises(errors.ConnectionFailedError) as raised:
         machine.fail(FULL)
     assert raised.value is LOST and raised.value.__cause__ is FULL
 
@@ -145,14 +145,14 @@ def test_without_grace_the_job_is_sent_again_at_once():
 
 
 def test_without_patience_a_job_is_searched_for_but_never_sent_again():
-    with pytest.raises(errors.ShuttingDown):
+    with pytest.raises(errors.ShuttingDownError):
         Machine(FOLLOWING, patience_s=0.0).fail(DOWN)
     machine = Machine(SEARCHING, patience_s=0.0)
-    with pytest.raises(errors.JobNotFound):
+    with pytest.raises(errors.JobNotFoundError):
         machine.fail(MISSING)
     machine.now_s += GRACE_S
     error = lost()
-    with pytest.raises(errors.ConnectionFailed) as raised:
+    with pytest.raises(errors.ConnectionFailedError) as raised:
         machine.fail(error)
     assert raised.value is LOST and raised.value.__cause__ is error
 
@@ -160,17 +160,17 @@ def test_without_patience_a_job_is_searched_for_but_never_sent_again():
 def test_a_slow_readers_job_is_never_sent_again():
     machine = Machine(FOLLOWING)
     machine.fail(SLOW)
-    with pytest.raises(errors.JobNotFound):
+    with pytest.raises(errors.JobNotFoundError):
         machine.fail(MISSING)
     machine.now_s += GRACE_S
-    with pytest.raises(errors.SlowReader):
+    with pytest.raises(errors.SlowReaderError):
         machine.fail(lost())
 
 
 def test_a_controlled_job_is_not_sent_again():
     machine = Machine(SEARCHING)
     machine.now_s += GRACE_S
-    with pytest.raises(errors.ConnectionFailed) as raised:
+    with pytest.raises(errors.ConnectionFailedError) as raised:
         machine.fail(CONTROLLED)
     assert raised.value is LOST
 
@@ -186,7 +186,7 @@ def test_resends_without_a_newer_checkpoint_are_limited():
         assert machine.fail(lost())[0] is RESEND
         machine.accepted()
     error = lost()
-    with pytest.raises(errors.ConnectionFailed) as raised:
+    with pytest.raises(errors.ConnectionFailedError) as raised:
         machine.fail(error)
     assert raised.value is error
 
@@ -199,7 +199,7 @@ def test_before_acceptance_only_lost_connections_count_as_resends():
         assert machine.fail(lost(), was_connected=False)[0] is REPEAT
     for _ in range(MAX_RESENDS - 1):
         assert machine.fail(lost())[0] is RESEND
-    with pytest.raises(errors.ShuttingDown):
+    with pytest.raises(errors.ShuttingDownError):
         machine.fail(lost())
 
 
@@ -208,7 +208,7 @@ def test_pauses_double_up_to_the_longest_and_are_at_least_the_servers():
     shortest, longest = RETRY_PAUSE_S
     pauses = [machine.fail(lost())[1] for _ in range(6)]
     assert pauses == [min(shortest * 2**n, longest) for n in range(1, 7)]
-    assert machine.fail(errors.QueueFull("full", retry_after_s=7.5))[1] == 7.5
+    assert machine.fail(errors.QueueFullError("full", retry_after_s=7.5))[1] == 7.5
 
 
 def test_pauses_end_with_the_time_that_is_left():
@@ -216,12 +216,12 @@ def test_pauses_end_with_the_time_that_is_left():
     machine.left_s = 0.1
     assert machine.fail(lost())[1] == 0.1
     machine.left_s = 0.0
-    with pytest.raises(errors.ShuttingDown):
+    with pytest.raises(errors.ShuttingDownError):
         machine.fail(lost())
 
 
 def test_only_errors_without_a_reason_are_lost_connections():
     assert is_connection_loss(LOST) and is_connection_loss(SLOW)
-    assert is_connection_loss(errors.ServerFailed("reset", code=grpc.StatusCode.INTERNAL))
-    assert not is_connection_loss(errors.ServerFailed("defect", code=grpc.StatusCode.INTERNAL, reason="INTERNAL"))
+    assert is_connection_loss(errors.ServerFailedError("reset", code=grpc.StatusCode.INTERNAL))
+    assert not is_connection_loss(errors.ServerFailedError("defect", code=grpc.StatusCode.INTERNAL, reason="INTERNAL"))
     assert not is_connection_loss(DOWN) and not is_connection_loss(FULL)

@@ -39,7 +39,7 @@ async def test_retries_wait_as_long_as_the_server_requests(client, service):
 
 async def test_without_patience_nothing_is_sent_again_after_the_first_message(client, service):
     service.scripts = [[accepted(), rpc_status(grpc.StatusCode.UNAVAILABLE, "going down")], service.scripts[0]]
-    with pytest.raises(errors.ConnectionFailed, match="going down"):
+    with pytest.raises(errors.ConnectionFailedError, match="going down"):
         await collected(client.stream(PHOTO, PAINTING, patience_s=0))
     assert len(service.specs) == 1
 
@@ -49,7 +49,7 @@ async def test_a_bad_request_is_not_sent_again(client, service):
         [refused(server_errors.InvalidRequest([Violation("spec.seed", "must be y")]))],
         service.scripts[0],
     ]
-    with pytest.raises(errors.InvalidRequest):
+    with pytest.raises(errors.InvalidRequestError):
         await client.stylize(PHOTO, PAINTING)
     assert len(service.specs) == 1
 

@@ -110,12 +110,14 @@ async def test_a_checkpoint_is_bytes_a_file_or_an_update(client, service, tmp_pa
     "given", [{"beta": 2.0}, {"seed": 0}, {"start_image": PHOTO}, {"preset": "fast"}, {"alpha": 0.0, "step": 1.0}]
 )
 def test_a_checkpoint_brings_the_recipe(given):
-    with pytest.raises(errors.InvalidRequest, match="cannot be given with resume: the job continues with") as raised:
+    with pytest.raises(
+        errors.InvalidRequestError, match="cannot be given with resume: the job continues with"
+    ) as raised:
         job_spec(PHOTO, PAINTING, resume=b"state", **given)
     assert [violation.field for violation in raised.value.violations] == list(given)
 
 
 def test_an_empty_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").touch()
-    with pytest.raises(errors.InvalidRequest, match="empty is empty, and not a checkpoint"):
+    with pytest.raises(errors.InvalidRequestError, match="empty is empty, and not a checkpoint"):
         job_spec(PHOTO, PAINTING, resume=tmp_path / "empty")

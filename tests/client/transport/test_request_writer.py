@@ -8,7 +8,7 @@ import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_client import GramophoneClient, errors
+from gramophone_client import AsyncGramophoneClient, errors
 from gramophone_client.transport.request_writer import send
 from tests.support.fake_service import HANG, NOWHERE, accepted
 
@@ -35,17 +35,17 @@ async def test_an_upload_that_is_refused_half_way_raises_the_refusal(client, ser
     # With gRPC's own way to send, one in three to eight of these lost its status.
     service.max_upload_bytes = 2**20
     for _ in range(30):
-        with pytest.raises(errors.InvalidRequest, match=r"chunk: is \d+ bytes") as raised:
+        with pytest.raises(errors.InvalidRequestError, match=r"chunk: is \d+ bytes") as raised:
             await client.upload(bytes(8 * 2**20))
         assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
         assert [violation.field for violation in raised.value.violations] == ["chunk"]
 
 
 async def test_uploads_without_a_server_or_in_too_little_time_raise_their_errors(client, service):
-    async with GramophoneClient(NOWHERE, retries=False) as lost:
-        with pytest.raises(errors.ConnectionFailed, match="no connection to a gramophone server at 127"):
+    async with AsyncGramophoneClient(NOWHERE, retries=False) as lost:
+        with pytest.raises(errors.ConnectionFailedError, match="no connection to a gramophone server at 127"):
             await lost.upload(bytes(2**20))
-    with pytest.raises(errors.DeadlineExceeded):
+    with pytest.raises(errors.DeadlineExceededError):
         await client.upload(bytes(64 * 2**20), timeout_s=0.001)
 
 

@@ -41,6 +41,6 @@ async def test_an_image_that_the_server_has_lost_is_uploaded_again(client, servi
 
     # Once only: a server that has no room for it would be asked for ever.
     service.scripts = [[refused(server_errors.ImageNotFound(style.digest))]]
-    with pytest.raises(errors.ImageNotFound, match="upload it with UploadImage"):
+    with pytest.raises(errors.ImageNotFoundError, match="upload it with UploadImage"):
         await ask()
     assert service.uploads == 3

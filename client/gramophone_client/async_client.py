@@ -1,0 +1,348 @@
+"""The client for asyncio; `client` has the one without."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client.errors import ConnectionFailedError, DeadlineExceededError, GramophoneError, NotReadyError
+from gramophone_client.streams.job_control import AsyncJobControl
+from gramophone_client.streams.job_stream import AsyncJobStream
+from gramophone_client.streams.recovery import PATIENCE_S, Recovery, ResendableJob
+from gramophone_client.transport import parsing, uploads
+from gramophone_client.transport.connection import SERVICE, Connection
+from gramophone_client.transport.job_spec import image_bytes, job_spec, uploaded_images
+from gramophone_client.types.options import (
+    CheckpointOptions,
+    FrameOptions,
+    ImageInput,
+    JobOptions,
+    Styles,
+    UploadedImage,
+)
+from gramophone_client.types.server_info import ServerInfo
+from gramophone_client.types.updates import JobStatus, Stylized, Update
+
+__all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "AsyncGramophoneClient"]
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TIMEOUT_S = 900.0
+DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20  # a request with a checkpoint of 64 MiB; gRPC's own 4 MiB is less than one PNG
+
+
+class AsyncGramophoneClient:
+    """A connection to one server. It belongs to the event loop that runs when it is made.
+
+    async with AsyncGramophoneClient("gpu-1:50051") as client:
+        stylized = await client.stylize("photo.jpg", "painting.jpg", beta=5)
+        stylized.save("out.png")
+
+    Every call has a deadline: `timeout_s` of the call, else of the client. All methods raise `GramophoneError`s.
+
+    A target may name several equivalent servers ("ipv4:10.0.0.1:50051,10.0.0.2:50051", or a DNS name with several
+    addresses). The client uses the first that answers, and the next one after that is lost. A server that shuts down
+    keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience_s`, or 30
+    s, and reach the next address after the server has exited.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        credentials: grpc.ChannelCredentials | None = None,
+        retries: bool = True,
+    ) -> None:
+        """`credentials` are those of `grpc.ssl_channel_credentials`; None connects in plaintext. Without `retries` a
+        call that the server refuses fails at once, so that refusals can be counted, and no job is sent again."""
+        asyncio.get_running_loop()  # raises without one; gRPC would silently use another loop for the channel
+        self.target = target
+        self.timeout_s = timeout_s
+        self._connection = Connection(
+            target,
+            timeout_s=timeout_s,
+            max_message_bytes=max_message_bytes,
+            credentials=credentials,
+            retries=retries,
+        )
+        self._service: Any = self._connection.service
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls and closes the connection."""
+        await self._connection.close()
+
+    async def stylize(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
+    ) -> Stylized:
+        """Paints `content` in the style of one or several pictures and returns the finished picture.
+
+        `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and
+        every field of a recipe; see `job_spec`. The call is retried up to three times if the server is full or cannot
+        be reached. If the server is not ready, shuts down or is lost during the call, it is retried for 30 s, on any
+        server that the target leads to.
+
+        A call with the `request_id` (a UUID) of an existing job finds that job instead of making another one. None
+        makes a new id, so that retries never make a second job.
+        """
+        spec = await asyncio.to_thread(job_spec, content, styles, **job)
+        request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
+        recovery = Recovery(self._connection, timeout_s=self._timeout(timeout_s), grace_s=0.0)
+
+        async def call(left_s: float) -> Any:
+            with self._connection.errors_rebuilt(recovery.timeout_s):
+                return await self._service.Stylize(request, timeout=left_s)
+
+        # `with_uploads` uploads these again if necessary; `recovery` does not.
+        images = uploaded_images(content, styles, job.get("start_image"))
+        recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
+        while True:
+            recovery.start_call()
+            try:
+                return parsing.stylized(await uploads.with_uploads(self._connection, images, call, recovery.left_s))
+            except GramophoneError as error:
+                await recovery.next_attempt(error)
+
+    def stream(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        patience_s: float = PATIENCE_S,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
+    ) -> AsyncGenerator[Update, None]:
+        """Runs a job like `stylize` and yields its updates: `Accepted`, then `Progress` and `Frame`s, then `Result`.
+
+        A slow reader gets the newest frame, never a backlog; `frames=None` asks for no frames. Leaving the iteration
+        stops the job at the server, or leaves it without a watcher for `detach_grace` seconds: at once with
+        `contextlib.aclosing`, else when Python drops the generator. An error carries the newest frame as `.frame` and
+        the newest checkpoint as `.checkpoint`.
+
+        With `detach_grace`, the client reconnects after a connection is lost, until that time has passed, and the
+        iteration continues with the next update.
+
+        If the job's server is lost or shuts down, the job is sent again, to any server that the target then leads to:
+        from the newest checkpoint, or from the start if there is none. The updates continue with another `Accepted`,
+        whose `resumed_at` is the iteration of that checkpoint; later iterations are computed, and reported, again.
+        After `patience_s` without any server the loss is raised; with 0 a job is never sent again. A job that failed by
+        itself is never sent again, nor is one that has lost its servers three times without a newer checkpoint.
+
+        Before `Accepted` the same request is sent again for `patience_s` if the server is not ready, shuts down or is
+        lost. If no connection could be made at all, the error is raised at once.
+        """
+
+        return AsyncJobStream(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._timeout(timeout_s),
+            grace_s=job.get("detach_grace") or 0.0,
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
+        ).updates()
+
+    def watch(
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = None,
+        timeout_s: float | None = None,
+        detach_grace: float = 0.0,
+    ) -> AsyncGenerator[Update, None]:
+        """Yields the updates of a job that exists already. Updates and errors are those of `stream`.
+
+        They start after the update whose `sequence` is `after_sequence`, if the server still has them; 0 starts
+        with `Accepted`. After a lost connection the client reconnects until `detach_grace` seconds have passed. A lost
+        job is not sent again, because the client does not have its images.
+        """
+        return AsyncJobStream(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._timeout(timeout_s),
+            grace_s=detach_grace,
+            job_id=job_id,
+            sequence=after_sequence,
+        ).updates()
+
+    def control(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        *,
+        frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
+        patience_s: float = PATIENCE_S,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **job: Unpack[JobOptions],
+    ) -> AsyncJobControl:
+        """Runs a job like `stream`, with control of it: pause it, change weights, get a picture, end it early.
+
+        async with client.control("photo.jpg", "painting.jpg") as job:
+            async for update in job:
+                if isinstance(update, Progress) and update.iteration == 50:
+                    await job.update(beta=8)
+
+        Entering sends the job, and raises the error if the server refuses it. A job that is lost with its server is
+        sent again as in `stream`, and continues with the changes of all commands. See `AsyncJobControl`.
+        """
+
+        return AsyncJobControl(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._timeout(timeout_s),
+            grace_s=job.get("detach_grace") or 0.0,
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
+        )
+
+    def control_job(
+        self,
+        job_id: str,
+        *,
+        frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
+        checkpoints: CheckpointOptions | None = None,
+        timeout_s: float | None = None,
+        detach_grace: float = 0.0,
+    ) -> AsyncJobControl:
+        """Takes control of a job that exists already. Raises `JobControlledError` if another client controls it.
+
+        After a lost connection the client reconnects until `detach_grace` seconds have passed. A lost job is not sent
+        again, because the client does not have its images.
+        """
+        return AsyncJobControl(
+            self._connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=self._timeout(timeout_s),
+            grace_s=detach_grace,
+            job_id=job_id,
+        )
+
+    async def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
+        """Uploads an image once, so that any number of jobs can name it instead of sending it.
+
+        The returned value can be used in place of any image. It is uploaded again automatically if the server no longer
+        has the image when a job names it, or if another server gets the job.
+        """
+        data = await asyncio.to_thread(image_bytes, image)
+        return await uploads.upload(self._connection, data, timeout_s)
+
+    async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """The current status of a job."""
+        answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
+        return parsing.job_status(answer.job)
+
+    async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+        """Stops a job and returns its status. A job that has ended stays as it is."""
+        answer = await self._connection.call_unary(
+            self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s
+        )
+        return parsing.job_status(answer.job)
+
+    async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
+        """The jobs of the server, newest first. Raises `ListingDisabledError` unless the server's operator allows it.
+
+        `timeout_s` applies to each page of 100 jobs.
+        """
+        jobs: list[JobStatus] = []
+        token = ""
+        while True:
+            request = pb.ListJobsRequest(page_size=100, page_token=token)
+            page = await self._connection.call_unary(self._service.ListJobs, request, timeout_s)
+            jobs += [parsing.job_status(job) for job in page.jobs]
+            token = page.next_page_token
+            if not token:
+                return jobs
+
+    async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
+        """The server's version, device, network, layers, limits, presets and load."""
+        answer = await self._connection.call_unary(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
+        return parsing.server_info(answer)
+
+    async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns as soon as the server's health status is SERVING. Raises `NotReadyError` after `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        problem = "no connection"
+        while (left_s := end - time.monotonic()) > 0:
+            request = health_pb2.HealthCheckRequest(service=SERVICE)
+            call = self._connection.health.Watch(request, timeout=left_s, wait_for_ready=True)
+            try:
+                with self._connection.errors_rebuilt(left_s):
+                    async for response in call:
+                        if response.status == health_pb2.HealthCheckResponse.SERVING:
+                            return
+                        status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+                        problem = f"its health status is {status}"
+            except DeadlineExceededError:
+                break
+            except ConnectionFailedError:
+                problem = "the connection was lost"
+            finally:
+                call.cancel()
+            await asyncio.sleep(0.1)  # a server that shuts down ends every watch at once
+        raise NotReadyError(
+            f"the server at {self.target} is not ready after {timeout_s:g} s: {problem}; start it, or wait for longer"
+        )
+
+    def _job_maker(
+        self,
+        content: ImageInput,
+        styles: Styles,
+        frames: FrameOptions | None,
+        checkpoints: CheckpointOptions | None,
+        patience_s: float,
+        request_id: str | None,
+        job: JobOptions,
+    ) -> Callable[[], Awaitable[ResendableJob]]:
+        """Returns a function that reads the job's files and builds the job's message."""
+
+        async def prepare() -> ResendableJob:
+            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
+            images = uploaded_images(content, styles, job.get("start_image"))
+            return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience_s))
+
+        return prepare
+
+    async def _patience_s(self, asked_s: float) -> float:
+        """0 if retries are off. Otherwise first waits until the channel is connected or has failed, so that a later
+        loss can be told from a server that was never there; see `Recovery`."""
+        if not self._connection.retries:
+            return 0.0
+        await self._connection.wait_until_connected()
+        return asked_s
+
+    def _timeout(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else timeout_s
+
+
+def _request_id(given: str | None) -> str:
+    return str(uuid.uuid4()) if given is None else given
