@@ -234,11 +234,13 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would start, and get some of the calls
         ("grpc.max_receive_message_length", limits.request_bytes),
         ("grpc.max_send_message_length", limits.response_bytes),
-        # Clients may ping every 10 s, also when idle. The server pings after 60 s without data.
-        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_time_ms", 60_000),  # the server pings after 60 s without data
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Clients may ping every 10 s, also when idle. gRPC for Go and Java ping no more often. The limit is half of it,
+        # because a late ping makes the next interval shorter, and gRPC ends the connection at the third short interval
+        # of a silent call.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
 
 
