@@ -180,7 +180,7 @@ async def measured(
     """The capacity in jobs/s, and the results of each load, without and with hurried jobs."""
     overrides = RecipeOverrides(size=SIZE, iterations=profile.iterations, smallest_size=0)
     patient = JobKind(name="patient", frames=False, deadline_s=PATIENT_S, overrides=overrides)
-    async with AsyncGramophoneClient(address, retries=False) as client:
+    async with AsyncGramophoneClient(address, max_retries=0) as client:
         step = partial(run_step, client, pid, seconds)
         busy = ClosedLoop(2 * RUNNING)  # fewer than RUNNING + QUEUED, so none is refused
         await step(busy, [patient])  # warm-up: style targets are cached, batch widths measured

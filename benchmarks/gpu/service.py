@@ -57,7 +57,7 @@ def service(section: Section) -> None:
         if not listening:
             raise RuntimeError(f"the server did not start: {last_line(log)}")
         address = listening[-1]
-        with GramophoneClient(address, timeout_s=max(10.0, section.seconds_left)) as client:
+        with GramophoneClient(address, timeout=max(10.0, section.seconds_left)) as client:
             ready = functools.partial(_wait_until_ready, section, client, server, log)
             if section.attempt("the server starts", ready):
                 _jobs(section, client, engine, address)

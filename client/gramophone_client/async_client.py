@@ -13,12 +13,13 @@ import grpc
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client.deprecations import accepts_old_keywords
 from gramophone_client.errors import ConnectionFailedError, DeadlineExceededError, GramophoneError, NotReadyError
 from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.job_stream import AsyncJobStream
 from gramophone_client.streams.recovery import PATIENCE_S, Recovery, ResendableJob
 from gramophone_client.transport import parsing, uploads
-from gramophone_client.transport.connection import SERVICE, Connection
+from gramophone_client.transport.connection import DEFAULT_MAX_RETRIES, SERVICE, Connection
 from gramophone_client.transport.job_spec import image_bytes, job_spec, uploaded_images
 from gramophone_client.types.options import (
     CheckpointOptions,
@@ -45,34 +46,39 @@ class AsyncGramophoneClient:
         stylized = await client.stylize("photo.jpg", "painting.jpg", beta=5)
         stylized.save("out.png")
 
-    Every call has a deadline: `timeout_s` of the call, else of the client. All methods raise `GramophoneError`s.
+    Every call has a deadline: `timeout` of the call, else of the client. All methods raise `GramophoneError`s.
 
     A target may name several equivalent servers ("ipv4:10.0.0.1:50051,10.0.0.2:50051", or a DNS name with several
     addresses). The client uses the first that answers, and the next one after that is lost. A server that shuts down
-    keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience_s`, or 30
-    s, and reach the next address after the server has exited.
+    keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience`
+    seconds, and reach the next address after the server has exited.
     """
 
+    @accepts_old_keywords
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout: float = DEFAULT_TIMEOUT_S,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
-        retries: bool = True,
+        max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
-        """`credentials` are those of `grpc.ssl_channel_credentials`; None connects in plaintext. Without `retries` a
-        call that the server refuses fails at once, so that refusals can be counted, and no job is sent again."""
+        """`credentials` are those of `grpc.ssl_channel_credentials`; None connects in plaintext.
+
+        `max_retries`, 0 to 4, is how often a call is repeated that the server refuses because it is full or that finds
+        no server, and how often a job that loses its servers is sent again without a newer checkpoint. With 0 a refused
+        call fails at once, so that refusals can be counted, and no job is sent again.
+        """
         asyncio.get_running_loop()  # raises without one; gRPC would silently use another loop for the channel
         self.target = target
-        self.timeout_s = timeout_s
+        self.timeout = timeout
         self._connection = Connection(
             target,
-            timeout_s=timeout_s,
+            timeout_s=timeout,
             max_message_bytes=max_message_bytes,
             credentials=credentials,
-            retries=retries,
+            max_retries=max_retries,
         )
         self._service: Any = self._connection.service
 
@@ -88,28 +94,30 @@ class AsyncGramophoneClient:
         """Ends all calls and closes the connection."""
         await self._connection.close()
 
+    @accepts_old_keywords
     async def stylize(
         self,
         content: ImageInput,
         styles: Styles,
         *,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Stylized:
         """Paints `content` in the style of one or several pictures and returns the finished picture.
 
         `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and
-        every field of a recipe; see `job_spec`. The call is retried up to three times if the server is full or cannot
-        be reached. If the server is not ready, shuts down or is lost during the call, it is retried for 30 s, on any
-        server that the target leads to.
+        every field of a recipe; see `job_spec`. The call is retried up to `max_retries` times if the server is full or
+        cannot be reached. If the server is not ready, shuts down or is lost during the call, it is retried for
+        `patience` seconds, on any server that the target leads to.
 
         A call with the `request_id` (a UUID) of an existing job finds that job instead of making another one. None
         makes a new id, so that retries never make a second job.
         """
         spec = await asyncio.to_thread(job_spec, content, styles, **job)
         request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
-        recovery = Recovery(self._connection, timeout_s=self._timeout(timeout_s), grace_s=0.0)
+        recovery = Recovery(self._connection, timeout_s=self._timeout(timeout), grace_s=0.0)
 
         async def call(left_s: float) -> Any:
             with self._connection.errors_rebuilt(recovery.timeout_s):
@@ -117,7 +125,7 @@ class AsyncGramophoneClient:
 
         # `with_uploads` uploads these again if necessary; `recovery` does not.
         images = uploaded_images(content, styles, job.get("start_image"))
-        recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(PATIENCE_S)))
+        recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(patience)))
         while True:
             recovery.start_call()
             try:
@@ -125,6 +133,7 @@ class AsyncGramophoneClient:
             except GramophoneError as error:
                 await recovery.next_attempt(error)
 
+    @accepts_old_keywords
     def stream(
         self,
         content: ImageInput,
@@ -132,8 +141,8 @@ class AsyncGramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
-        patience_s: float = PATIENCE_S,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncGenerator[Update, None]:
@@ -150,10 +159,10 @@ class AsyncGramophoneClient:
         If the job's server is lost or shuts down, the job is sent again, to any server that the target then leads to:
         from the newest checkpoint, or from the start if there is none. The updates continue with another `Accepted`,
         whose `resumed_at` is the iteration of that checkpoint; later iterations are computed, and reported, again.
-        After `patience_s` without any server the loss is raised; with 0 a job is never sent again. A job that failed by
-        itself is never sent again, nor is one that has lost its servers three times without a newer checkpoint.
+        After `patience` without any server the loss is raised; with 0 a job is never sent again. A job that failed by
+        itself is never sent again, nor is one that has lost its servers `max_retries` times without a newer checkpoint.
 
-        Before `Accepted` the same request is sent again for `patience_s` if the server is not ready, shuts down or is
+        Before `Accepted` the same request is sent again for `patience` if the server is not ready, shuts down or is
         lost. If no connection could be made at all, the error is raised at once.
         """
 
@@ -161,11 +170,12 @@ class AsyncGramophoneClient:
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout_s),
+            timeout_s=self._timeout(timeout),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience, request_id, job),
         ).updates()
 
+    @accepts_old_keywords
     def watch(
         self,
         job_id: str,
@@ -173,7 +183,7 @@ class AsyncGramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
-        timeout_s: float | None = None,
+        timeout: float | None = None,
         detach_grace: float = 0.0,
     ) -> AsyncGenerator[Update, None]:
         """Yields the updates of a job that exists already. Updates and errors are those of `stream`.
@@ -186,12 +196,13 @@ class AsyncGramophoneClient:
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout_s),
+            timeout_s=self._timeout(timeout),
             grace_s=detach_grace,
             job_id=job_id,
             sequence=after_sequence,
         ).updates()
 
+    @accepts_old_keywords
     def control(
         self,
         content: ImageInput,
@@ -199,8 +210,8 @@ class AsyncGramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
-        patience_s: float = PATIENCE_S,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncJobControl:
@@ -219,18 +230,19 @@ class AsyncGramophoneClient:
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout_s),
+            timeout_s=self._timeout(timeout),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._job_maker(content, styles, frames, checkpoints, patience_s, request_id, job),
+            prepare=self._job_maker(content, styles, frames, checkpoints, patience, request_id, job),
         )
 
+    @accepts_old_keywords
     def control_job(
         self,
         job_id: str,
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
-        timeout_s: float | None = None,
+        timeout: float | None = None,
         detach_grace: float = 0.0,
     ) -> AsyncJobControl:
         """Takes control of a job that exists already. Raises `JobControlledError` if another client controls it.
@@ -242,55 +254,59 @@ class AsyncGramophoneClient:
             self._connection,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout_s),
+            timeout_s=self._timeout(timeout),
             grace_s=detach_grace,
             job_id=job_id,
         )
 
-    async def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
+    @accepts_old_keywords
+    async def upload(self, image: ImageInput, *, timeout: float | None = None) -> UploadedImage:
         """Uploads an image once, so that any number of jobs can name it instead of sending it.
 
         The returned value can be used in place of any image. It is uploaded again automatically if the server no longer
         has the image when a job names it, or if another server gets the job.
         """
         data = await asyncio.to_thread(image_bytes, image)
-        return await uploads.upload(self._connection, data, timeout_s)
+        return await uploads.upload(self._connection, data, timeout)
 
-    async def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+    @accepts_old_keywords
+    async def get_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
         """The current status of a job."""
-        answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s)
+        answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout)
         return parsing.job_status(answer.job)
 
-    async def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+    @accepts_old_keywords
+    async def cancel_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
         """Stops a job and returns its status. A job that has ended stays as it is."""
-        answer = await self._connection.call_unary(
-            self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s
-        )
+        answer = await self._connection.call_unary(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout)
         return parsing.job_status(answer.job)
 
-    async def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
+    @accepts_old_keywords
+    async def list_jobs(self, *, timeout: float | None = 10.0) -> list[JobStatus]:
         """The jobs of the server, newest first. Raises `ListingDisabledError` unless the server's operator allows it.
 
-        `timeout_s` applies to each page of 100 jobs.
+        `timeout` applies to each page of 100 jobs.
         """
         jobs: list[JobStatus] = []
         token = ""
         while True:
             request = pb.ListJobsRequest(page_size=100, page_token=token)
-            page = await self._connection.call_unary(self._service.ListJobs, request, timeout_s)
+            page = await self._connection.call_unary(self._service.ListJobs, request, timeout)
             jobs += [parsing.job_status(job) for job in page.jobs]
             token = page.next_page_token
             if not token:
                 return jobs
 
-    async def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
+    @accepts_old_keywords
+    async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """The server's version, device, network, layers, limits, presets and load."""
-        answer = await self._connection.call_unary(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout_s)
+        answer = await self._connection.call_unary(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout)
         return parsing.server_info(answer)
 
-    async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns as soon as the server's health status is SERVING. Raises `NotReadyError` after `timeout_s`."""
-        end = time.monotonic() + timeout_s
+    @accepts_old_keywords
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Returns as soon as the server's health status is SERVING. Raises `NotReadyError` after `timeout`."""
+        end = time.monotonic() + timeout
         problem = "no connection"
         while (left_s := end - time.monotonic()) > 0:
             request = health_pb2.HealthCheckRequest(service=SERVICE)
@@ -310,7 +326,7 @@ class AsyncGramophoneClient:
                 call.cancel()
             await asyncio.sleep(0.1)  # a server that shuts down ends every watch at once
         raise NotReadyError(
-            f"the server at {self.target} is not ready after {timeout_s:g} s: {problem}; start it, or wait for longer"
+            f"the server at {self.target} is not ready after {timeout:g} s: {problem}; start it, or wait for longer"
         )
 
     def _job_maker(
@@ -319,7 +335,7 @@ class AsyncGramophoneClient:
         styles: Styles,
         frames: FrameOptions | None,
         checkpoints: CheckpointOptions | None,
-        patience_s: float,
+        patience: float,
         request_id: str | None,
         job: JobOptions,
     ) -> Callable[[], Awaitable[ResendableJob]]:
@@ -328,20 +344,20 @@ class AsyncGramophoneClient:
         async def prepare() -> ResendableJob:
             spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
             images = uploaded_images(content, styles, job.get("start_image"))
-            return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience_s))
+            return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience))
 
         return prepare
 
     async def _patience_s(self, asked_s: float) -> float:
-        """0 if retries are off. Otherwise first waits until the channel is connected or has failed, so that a later
+        """0 without retries. Otherwise first waits until the channel is connected or has failed, so that a later
         loss can be told from a server that was never there; see `Recovery`."""
-        if not self._connection.retries:
+        if self._connection.max_retries == 0:
             return 0.0
         await self._connection.wait_until_connected()
         return asked_s
 
-    def _timeout(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else timeout_s
+    def _timeout(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else timeout
 
 
 def _request_id(given: str | None) -> str:

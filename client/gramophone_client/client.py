@@ -17,10 +17,11 @@ from gramophone_client.async_client import (
     DEFAULT_TIMEOUT_S,
     AsyncGramophoneClient,
 )
+from gramophone_client.deprecations import accepts_old_keywords
 from gramophone_client.errors import CallCancelledError
 from gramophone_client.streams.job_control import AsyncJobControl, Changes
 from gramophone_client.streams.recovery import PATIENCE_S
-from gramophone_client.transport.connection import CLOSED_MESSAGE
+from gramophone_client.transport.connection import CLOSED_MESSAGE, DEFAULT_MAX_RETRIES
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -44,13 +45,15 @@ class GramophoneClient:
         client.stylize("photo.jpg", "painting.jpg", beta=5).save("out.png")
     """
 
+    @accepts_old_keywords
     def __init__(
         self,
         target: str = DEFAULT_TARGET,
         *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout: float = DEFAULT_TIMEOUT_S,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
+        max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
         """The arguments are those of `AsyncGramophoneClient`."""
         created: futures.Future[AsyncGramophoneClient] = futures.Future()
@@ -59,7 +62,11 @@ class GramophoneClient:
             self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
             try:
                 client = AsyncGramophoneClient(
-                    target, timeout_s=timeout_s, max_message_bytes=max_message_bytes, credentials=credentials
+                    target,
+                    timeout=timeout,
+                    max_message_bytes=max_message_bytes,
+                    credentials=credentials,
+                    max_retries=max_retries,
                 )
             except BaseException as error:  # noqa: BLE001 - raised for the caller
                 return created.set_exception(error)
@@ -92,18 +99,23 @@ class GramophoneClient:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    @accepts_old_keywords
     def stylize(
         self,
         content: ImageInput,
         styles: Styles,
         *,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Stylized:
         """As `AsyncGramophoneClient.stylize`."""
-        return self._run(self._client.stylize(content, styles, timeout_s=timeout_s, request_id=request_id, **job))
+        return self._run(
+            self._client.stylize(content, styles, patience=patience, timeout=timeout, request_id=request_id, **job)
+        )
 
+    @accepts_old_keywords
     def stream(
         self,
         content: ImageInput,
@@ -111,8 +123,8 @@ class GramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
-        patience_s: float = PATIENCE_S,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> Generator[Update, None, None]:
@@ -123,13 +135,14 @@ class GramophoneClient:
                 styles,
                 frames=frames,
                 checkpoints=checkpoints,
-                patience_s=patience_s,
-                timeout_s=timeout_s,
+                patience=patience,
+                timeout=timeout,
                 request_id=request_id,
                 **job,
             )
         )
 
+    @accepts_old_keywords
     def watch(
         self,
         job_id: str,
@@ -137,7 +150,7 @@ class GramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
-        timeout_s: float | None = None,
+        timeout: float | None = None,
         detach_grace: float = 0.0,
     ) -> Generator[Update, None, None]:
         """As `AsyncGramophoneClient.watch`; leaving the loop, or closing the generator, ends the call at once."""
@@ -147,11 +160,12 @@ class GramophoneClient:
                 after_sequence,
                 frames=frames,
                 checkpoints=checkpoints,
-                timeout_s=timeout_s,
+                timeout=timeout,
                 detach_grace=detach_grace,
             )
         )
 
+    @accepts_old_keywords
     def control(
         self,
         content: ImageInput,
@@ -159,8 +173,8 @@ class GramophoneClient:
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = CheckpointOptions(),  # noqa: B008
-        patience_s: float = PATIENCE_S,
-        timeout_s: float | None = None,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
         request_id: str | None = None,
         **job: Unpack[JobOptions],
     ) -> JobControl:
@@ -170,51 +184,58 @@ class GramophoneClient:
             styles,
             frames=frames,
             checkpoints=checkpoints,
-            patience_s=patience_s,
-            timeout_s=timeout_s,
+            patience=patience,
+            timeout=timeout,
             request_id=request_id,
             **job,
         )
         return JobControl(controlled, self._run, self._start)
 
+    @accepts_old_keywords
     def control_job(
         self,
         job_id: str,
         *,
         frames: FrameOptions | None = FrameOptions(max_in_flight=2),  # noqa: B008  (frozen)
         checkpoints: CheckpointOptions | None = None,
-        timeout_s: float | None = None,
+        timeout: float | None = None,
         detach_grace: float = 0.0,
     ) -> JobControl:
         """As `AsyncGramophoneClient.control_job`."""
         controlled = self._client.control_job(
-            job_id, frames=frames, checkpoints=checkpoints, timeout_s=timeout_s, detach_grace=detach_grace
+            job_id, frames=frames, checkpoints=checkpoints, timeout=timeout, detach_grace=detach_grace
         )
         return JobControl(controlled, self._run, self._start)
 
-    def upload(self, image: ImageInput, *, timeout_s: float | None = None) -> UploadedImage:
+    @accepts_old_keywords
+    def upload(self, image: ImageInput, *, timeout: float | None = None) -> UploadedImage:
         """As `AsyncGramophoneClient.upload`."""
-        return self._run(self._client.upload(image, timeout_s=timeout_s))
+        return self._run(self._client.upload(image, timeout=timeout))
 
-    def get_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+    @accepts_old_keywords
+    def get_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
         """As `AsyncGramophoneClient.get_job`."""
-        return self._run(self._client.get_job(job_id, timeout_s=timeout_s))
+        return self._run(self._client.get_job(job_id, timeout=timeout))
 
-    def cancel_job(self, job_id: str, *, timeout_s: float = 10.0) -> JobStatus:
+    @accepts_old_keywords
+    def cancel_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
         """As `AsyncGramophoneClient.cancel_job`."""
-        return self._run(self._client.cancel_job(job_id, timeout_s=timeout_s))
+        return self._run(self._client.cancel_job(job_id, timeout=timeout))
 
-    def list_jobs(self, *, timeout_s: float = 10.0) -> list[JobStatus]:
+    @accepts_old_keywords
+    def list_jobs(self, *, timeout: float | None = 10.0) -> list[JobStatus]:
         """As `AsyncGramophoneClient.list_jobs`."""
-        return self._run(self._client.list_jobs(timeout_s=timeout_s))
+        return self._run(self._client.list_jobs(timeout=timeout))
 
-    def server_info(self, *, timeout_s: float = 10.0) -> ServerInfo:
+    @accepts_old_keywords
+    def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """As `AsyncGramophoneClient.server_info`."""
-        return self._run(self._client.server_info(timeout_s=timeout_s))
+        return self._run(self._client.server_info(timeout=timeout))
 
-    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+    @accepts_old_keywords
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
         """As `AsyncGramophoneClient.wait_until_ready`."""
-        self._run(self._client.wait_until_ready(timeout_s))
+        self._run(self._client.wait_until_ready(timeout))
 
     def _iterate(self, updates: AsyncGenerator[Update, None]) -> Generator[Update, None, None]:
         # An interrupted step may still be unwinding when the generator is closed: one at a time.

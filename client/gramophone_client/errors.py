@@ -120,7 +120,7 @@ class QueueFullError(ExhaustedError):
 
 
 class DeadlineUnattainableError(ExhaustedError):
-    """By the server's estimate the job would not be done within `timeout_s`: allow more time, or set a `time_budget`.
+    """By the server's estimate the job would not be done within `timeout`: allow more time, or set a `time_budget`.
 
     `retry_after_s` is the time until the current load may be over; None if the job takes too long by itself.
     """
@@ -135,7 +135,7 @@ class OutOfDeviceMemoryError(ExhaustedError):
 
 
 class DeadlineExceededError(GramophoneError):
-    """The call took longer than its `timeout_s`; the job has lost this watcher."""
+    """The call took longer than its `timeout`; the job has lost this watcher."""
 
 
 class JobNotFoundError(GramophoneError):

@@ -182,7 +182,7 @@ async def signal_under_load(env: ChaosEnvironment, server: Server, number: signa
             return await env.read_to_end(release_at_checkpoint(stream), allowed)
 
     jobs = [run_job(), run_job(), run_job(), run_job(frames=None, detach_grace=1.0)]
-    jobs.append(run_job(server.address, (ConnectionFailedError,), patience_s=0.0, **LONG))
+    jobs.append(run_job(server.address, (ConnectionFailedError,), patience=0.0, **LONG))
     async with asyncio.TaskGroup() as group:
         *_, last = [group.create_task(job) for job in jobs]
         for _ in jobs:

@@ -79,7 +79,7 @@ class ChaosEnvironment:
 
     def client(self, target: str = "", timeout_s: float = DEADLINE_S) -> AsyncGramophoneClient:
         """A client of the server, or of another target."""
-        return AsyncGramophoneClient(target or self.server.address, timeout_s=timeout_s)
+        return AsyncGramophoneClient(target or self.server.address, timeout=timeout_s)
 
     @asynccontextmanager
     async def process(self, *command: str | Path) -> AsyncIterator[Process]:

@@ -22,7 +22,7 @@ def service() -> Iterator[FakeService]:
 @pytest.fixture
 async def client(service: FakeService) -> AsyncIterator[AsyncGramophoneClient]:
     """A client of the fake service."""
-    async with AsyncGramophoneClient(service.target, timeout_s=10) as connected:
+    async with AsyncGramophoneClient(service.target, timeout=10) as connected:
         yield connected
 
 

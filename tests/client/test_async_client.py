@@ -97,11 +97,11 @@ async def test_the_error_without_a_server_names_the_address():
 async def test_the_deadline_ends_the_call_on_both_sides(client, service):
     service.scripts = [[accepted(), frame(1), HANG]]
     with pytest.raises(errors.DeadlineExceededError, match=r"0\.3 s") as raised:
-        await collected(client.stream(PHOTO, PAINTING, timeout_s=0.3))
+        await collected(client.stream(PHOTO, PAINTING, timeout=0.3))
     assert raised.value.frame.iteration == 1
     assert await asyncio.to_thread(service.call_ended.wait, 5)
     with pytest.raises(errors.DeadlineExceededError):
-        await client.stylize(PHOTO, PAINTING, timeout_s=0.1)
+        await client.stylize(PHOTO, PAINTING, timeout=0.1)
 
 
 async def test_a_message_above_the_limit_is_not_taken_for_a_full_server(service):

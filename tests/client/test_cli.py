@@ -1,5 +1,6 @@
 """The command line: exit codes, and errors in terms of what was typed."""
 
+import inspect
 import os
 import re
 
@@ -40,7 +41,7 @@ INVALID = server_errors.InvalidRequest(
 )
 def test_exit_codes(gramophone, service, folder, monkeypatch, status, code):
     # A job that is lost with its server is given up after 30 s without one.
-    monkeypatch.setitem(AsyncGramophoneClient.stream.__kwdefaults__, "patience_s", 0.5)
+    monkeypatch.setitem(inspect.unwrap(AsyncGramophoneClient.stream).__kwdefaults__, "patience", 0.5)
     status.trailing_metadata += NO_RETRIES
     service.scripts = [[status]]
     got, out, err = gramophone("stylize photo.png painting.png -o out.png")

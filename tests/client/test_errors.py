@@ -36,7 +36,7 @@ def server_error(kind):
 async def test_every_error_of_the_server_is_rebuilt(service, kind):
     error = server_error(kind)
     service.scripts = [[refused(error)]]
-    async with AsyncGramophoneClient(service.target, timeout_s=10, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
         for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
             with pytest.raises(errors.GramophoneError) as raised:
                 await call
@@ -69,7 +69,7 @@ def test_every_reason_of_the_proto_has_its_exception():
 )
 async def test_errors_without_a_reason_depend_on_the_code(service, code, message, kind):
     service.scripts = [[rpc_status(code, message)]]
-    async with AsyncGramophoneClient(service.target, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, max_retries=0) as client:
         with pytest.raises(errors.GramophoneError) as raised:
             await client.stylize(PHOTO, PAINTING)
     assert type(raised.value) is kind

@@ -143,9 +143,9 @@ def test_two_clients_at_once_both_finish(server: Server) -> None:
     short = RecipeOverrides(size=96, smallest_size=0, iterations=2)
     long = short | RecipeOverrides(iterations=60)
     with GramophoneClient(server.address) as one, GramophoneClient(server.address) as other:
-        first = one.stream(PHOTO, PAINTING, **long, timeout_s=WITHIN_S)
+        first = one.stream(PHOTO, PAINTING, **long, timeout=WITHIN_S)
         assert isinstance(next(first), Accepted)
-        second = other.stream(PAINTING, PHOTO, **short, timeout_s=WITHIN_S)
+        second = other.stream(PAINTING, PHOTO, **short, timeout=WITHIN_S)
         accepted = next(second)
         assert isinstance(accepted, Accepted)
         assert accepted.queue_position == 0  # runs together with the first job

@@ -16,7 +16,7 @@ def test_a_job_of_a_killed_server_has_the_same_result(tmp_path: Path) -> None:
         for server in (first, second):
             server.line("ready in ")
         updates = []
-        with GramophoneClient(f"ipv4:{first.address},{second.address}", timeout_s=WITHIN_S) as client:
+        with GramophoneClient(f"ipv4:{first.address},{second.address}", timeout=WITHIN_S) as client:
             painting = client.upload(PAINTING)  # not to the second server
             checkpoints = CheckpointOptions(every_s=1, light=False)
             for update in client.stream(
@@ -31,7 +31,7 @@ def test_a_job_of_a_killed_server_has_the_same_result(tmp_path: Path) -> None:
         assert isinstance(again, Accepted) and isinstance(result, Result)
         assert again.resumed_at == state.iteration >= 1
         assert not state.light and result.iterations == 60
-        with GramophoneClient(second.address, timeout_s=WITHIN_S) as client:
+        with GramophoneClient(second.address, timeout=WITHIN_S) as client:
             whole = client.stylize(PHOTO, PAINTING, size=96, smallest_size=0, iterations=60, seed=1)
     assert result.image().tobytes() == whole.image().tobytes()
 
@@ -43,7 +43,7 @@ def test_a_job_of_a_killed_server_keeps_the_changes_of_its_controller(tmp_path: 
         updates: list[Update] = []
         killed = False
         with (
-            GramophoneClient(f"ipv4:{first.address},{second.address}", timeout_s=WITHIN_S) as client,
+            GramophoneClient(f"ipv4:{first.address},{second.address}", timeout=WITHIN_S) as client,
             client.control(PHOTO, PAINTING, size=96, smallest_size=0, iterations=900, seed=1) as job,
         ):
             for update in job:

@@ -18,13 +18,13 @@ async def test_a_client_with_a_cut_connection_returns_to_its_job_if_that_has_a_g
     async with (
         serving(engine) as s,
         Wire(s.address) as wire,
-        AsyncGramophoneClient(wire.address, timeout_s=20) as client,
+        AsyncGramophoneClient(wire.address, timeout=20) as client,
     ):
         updates = []
 
         async def follow():
             options = {"size": 64, "smallest_size": 0, "iterations": 300, "detach_grace": grace_s}
-            async for update in client.stream(png(), png(32, 32), patience_s=0, **options):  # no retry as a new job
+            async for update in client.stream(png(), png(32, 32), patience=0, **options):  # no retry as a new job
                 updates.append(update)
                 if len(updates) in (10, 30):
                     wire.cut()
@@ -51,7 +51,7 @@ async def test_a_unary_call_on_a_cut_connection_is_retried_and_finds_its_job_if_
     async with (
         serving(engine) as s,
         Wire(s.address) as wire,
-        AsyncGramophoneClient(wire.address, timeout_s=20) as client,
+        AsyncGramophoneClient(wire.address, timeout=20) as client,
     ):
         wanted = {"size": 64, "smallest_size": 0, "iterations": 200, "detach_grace": grace_s}
         call = asyncio.create_task(client.stylize(png(), png(32, 32), **wanted))

@@ -50,7 +50,7 @@ class User:
         """
         names, is_first = list(ACTIONS), True
         while is_first or not stop.is_set():
-            async with AsyncGramophoneClient(self.target, timeout_s=3600) as self.client:
+            async with AsyncGramophoneClient(self.target, timeout=3600) as self.client:
                 weights = [ACTIONS[name].weight for name in names]
                 for name in self.rng.choices(names, weights, k=CALLS_PER_CONNECTION):
                     if stop.is_set() and not is_first:
@@ -190,7 +190,7 @@ async def get_missing(user: User) -> str:
 
 async def miss_deadline(user: User) -> str:
     """Sends a job that cannot meet its deadline."""
-    await user.client.stylize(timeout_s=0.2, **user.job(2000))
+    await user.client.stylize(timeout=0.2, **user.job(2000))
     return "result"
 
 

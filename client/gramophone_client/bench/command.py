@@ -178,7 +178,7 @@ def _measure(args: argparse.Namespace) -> None:
     running, start_time = Bench(_plan(args)), datetime.now(UTC)
 
     async def measure() -> None:
-        async with AsyncGramophoneClient(args.server, timeout_s=args.deadline, retries=False) as client:
+        async with AsyncGramophoneClient(args.server, timeout=args.deadline, max_retries=0) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             async with live_display(running, Console(stderr=True, quiet=args.quiet)):

@@ -72,7 +72,7 @@ class Bench:
     async def run(self, client: AsyncGramophoneClient) -> None:
         """Runs all steps. If this task is cancelled, the current step becomes the last one; this is not an error.
 
-        The client must have retries off, so that every refusal is counted.
+        The client must have no retries, so that every refusal is counted.
 
         Raises `InvalidWorkload` if the server rejects a job as invalid, `GramophoneError` if the server is unreachable.
         """
@@ -188,8 +188,8 @@ class Bench:
             pictures.styles,
             frames=frames,
             checkpoints=None,
-            patience_s=0,  # a job that loses its connection counts as failed
-            timeout_s=kind.deadline_s or self.plan.deadline_s,
+            patience=0,  # a job that loses its connection counts as failed
+            timeout=kind.deadline_s or self.plan.deadline_s,
             preset=kind.preset,
             seed=number,
             **kind.overrides,
@@ -221,7 +221,7 @@ class Bench:
         done = await self._client.stylize(
             pictures.content,
             pictures.styles,
-            timeout_s=kind.deadline_s or self.plan.deadline_s,
+            timeout=kind.deadline_s or self.plan.deadline_s,
             preset=kind.preset,
             seed=number,  # a different seed for each job, so that no result can come from a cache
             **kind.overrides,
@@ -231,7 +231,7 @@ class Bench:
         sample.megapixel_iterations = megapixel_iterations(done.recipe, *size, done.iterations, done.iterations)
 
     async def _server_load(self) -> tuple[int, int]:
-        info = await self._client.server_info(timeout_s=SERVER_LOAD_TIMEOUT_S)
+        info = await self._client.server_info(timeout=SERVER_LOAD_TIMEOUT_S)
         return info.running_jobs, info.queued_jobs
 
     async def _settled(self, idle: tuple[int, int]) -> tuple[int, int] | None:

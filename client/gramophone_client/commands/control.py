@@ -56,7 +56,7 @@ def control(args: argparse.Namespace) -> None:
 
 
 async def _by_options(args: argparse.Namespace) -> None:
-    async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
+    async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
         async with client.control_job(args.job_id, frames=None, detach_grace=args.detach) as job:
@@ -78,7 +78,7 @@ async def _by_options(args: argparse.Namespace) -> None:
 
 
 async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
-    async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
+    async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
         if args.wait:
             await client.wait_until_ready(args.wait)
         frames = PREVIEW if args.preview else None

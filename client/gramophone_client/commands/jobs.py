@@ -23,7 +23,7 @@ def watch(args: argparse.Namespace) -> None:
     outputs.make_frames_folder()
 
     async def follow(shown: Display | None) -> None:
-        async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
+        async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             updates = client.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)

@@ -53,7 +53,7 @@ class _Job(Outputs):
         checkpoints = (
             CheckpointOptions(every_s=CHECKPOINT_EVERY_S, light=False) if args.checkpoint else CheckpointOptions()
         )
-        async with AsyncGramophoneClient(args.server, timeout_s=args.timeout) as client:
+        async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             updates = client.stream(

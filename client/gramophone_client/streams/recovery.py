@@ -61,14 +61,21 @@ class Recovery:
         self._was_connected = False  # when the current call started
         self._has_renewed_images = False  # the images of the current request were uploaded again
         self._seed = 0
-        self._states = RecoveryStates(is_accepted=bool(job_id), grace_s=grace_s, patience_s=0.0)
+        self._states = self._new_states(patience_s=0.0)
 
     def start(self, job: ResendableJob | None) -> None:
         """Starts the job's time."""
         self.job = job
         self._end_s = time.monotonic() + self.timeout_s
-        patience_s = 0.0 if job is None else job.patience_s
-        self._states = RecoveryStates(is_accepted=bool(self.job_id), grace_s=self._grace_s, patience_s=patience_s)
+        self._states = self._new_states(patience_s=0.0 if job is None else job.patience_s)
+
+    def _new_states(self, *, patience_s: float) -> RecoveryStates:
+        return RecoveryStates(
+            is_accepted=bool(self.job_id),
+            grace_s=self._grace_s,
+            patience_s=patience_s,
+            max_resends=self._connection.max_retries,
+        )
 
     @property
     def left_s(self) -> float:

@@ -42,7 +42,6 @@ from gramophone_client.errors import (
 __all__ = ["NextCall", "RecoveryState", "RecoveryStates", "Retry", "is_connection_loss"]
 
 RETRY_PAUSE_S = (0.2, 2.0)  # first and longest pause before a retry; each is twice the one before
-MAX_RESENDS = 3  # without a newer checkpoint, so that a job that crashes its servers does not crash all of them
 
 
 def is_connection_loss(error: GramophoneError) -> bool:
@@ -65,7 +64,7 @@ class NextCall(Enum):
 
     ATTACH = auto()  # asks for the job where it was
     REPEAT = auto()  # sends the last request once more
-    RESEND = auto()  # sends the job again, which counts towards `MAX_RESENDS`
+    RESEND = auto()  # sends the job again, which counts towards `max_resends`
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,15 @@ class RecoveryStates:
     """The state machine of one job. It makes no calls and reads no clock.
 
     After a loss the job is looked for where it was for `grace_s` seconds, and sent again for `patience_s` seconds, both
-    counted from the loss; with a `patience_s` of 0 it is never sent again.
+    counted from the loss; with a `patience_s` of 0 it is never sent again. It is sent again at most `max_resends` times
+    without a newer checkpoint, so that a job that crashes its servers does not crash all of them.
     """
 
-    def __init__(self, *, is_accepted: bool, grace_s: float, patience_s: float) -> None:
+    def __init__(self, *, is_accepted: bool, grace_s: float, patience_s: float, max_resends: int) -> None:
         self.state = RecoveryState.FOLLOWING if is_accepted else RecoveryState.SENDING
         self._grace_s = grace_s
         self._patience_s = patience_s
+        self._max_resends = max_resends
         self._resends = 0  # since the newest checkpoint
         self._loss: ConnectionLoss | None = None  # None in FOLLOWING, and in SENDING before the first error
 
@@ -109,7 +110,7 @@ class RecoveryStates:
             self.state, self._loss = RecoveryState.FOLLOWING, None
 
     def checkpoint_advanced(self) -> None:
-        """A checkpoint of a later iteration has arrived: the job can be sent again `MAX_RESENDS` times from there."""
+        """A checkpoint of a later iteration has arrived: the job can be sent again `max_resends` times from there."""
         self._resends = 0
 
     def call_failed(self, error: GramophoneError, *, now_s: float, left_s: float, was_connected: bool) -> Retry:
@@ -137,7 +138,7 @@ class RecoveryStates:
         can_resend = (
             self._patience_s > 0
             and not isinstance(loss.error, SlowReaderError)
-            and (not counts or self._resends < MAX_RESENDS)
+            and (not counts or self._resends < self._max_resends)
         )
         if not is_first and not _keeps_trying(error, can_resend):
             raise error

@@ -11,14 +11,17 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
+from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_client.errors import CallCancelledError, from_rpc
+from gramophone_client.errors import CallCancelledError, InvalidRequestError, from_rpc
 from gramophone_client.transport.request_writer import send
 
-__all__ = ["CLOSED_MESSAGE", "SERVICE", "Connection", "channel_options"]
+__all__ = ["CLOSED_MESSAGE", "DEFAULT_MAX_RETRIES", "SERVICE", "Connection", "channel_options"]
 
 CLOSED_MESSAGE = "the call was stopped because its client was closed"
+DEFAULT_MAX_RETRIES = 3
+MAX_RETRIES = 4  # gRPC makes at most 5 attempts, whatever a service config says
 SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"].full_name
 # Longest wait for a connection before a job is sent. If connecting takes longer, a job that is lost at once counts as
 # never having arrived.
@@ -26,7 +29,7 @@ CONNECT_S = 1.0
 CONNECTING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
-def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def channel_options(max_message_bytes: int, max_retries: int = DEFAULT_MAX_RETRIES) -> list[tuple[str, Any]]:
     """The options of a channel for pictures, with messages of at most `max_message_bytes` in both directions."""
     # Before its first response a job can safely be sent again: on UNAVAILABLE, and on RESOURCE_EXHAUSTED, for which the
     # server's grpc-retry-pushback-ms sets the time (negative: never). The throttle stops retries on the whole channel
@@ -36,7 +39,7 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
             {
                 "name": [{"service": SERVICE}],
                 "retryPolicy": {
-                    "maxAttempts": 4,
+                    "maxAttempts": max(2, max_retries + 1),  # gRPC ignores a policy of one attempt
                     "initialBackoff": "0.2s",
                     "maxBackoff": "5s",
                     "backoffMultiplier": 2,
@@ -53,6 +56,7 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         # slow reader (measured; https://github.com/grpc/grpc/issues/21348).
         ("grpc.http2.bdp_probe", 0),
         ("grpc.service_config", json.dumps(service_config)),
+        ("grpc.enable_retries", int(max_retries > 0)),
         # A request larger than this buffer (by default 256 KiB) is never sent twice, and requests contain images.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         # Detects a dead peer within 50 s, even while a queued job sends nothing for a long time.
@@ -74,12 +78,16 @@ class Connection:
         timeout_s: float,
         max_message_bytes: int,
         credentials: grpc.ChannelCredentials | None,
-        retries: bool = True,
+        max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
+        if isinstance(max_retries, bool) or max_retries not in range(MAX_RETRIES + 1):
+            rule = f"must be 0 to {MAX_RETRIES}, because gRPC makes at most {MAX_RETRIES + 1} attempts"
+            message = f"max_retries: {rule}; got {max_retries!r}"
+            raise InvalidRequestError(message, violations=(Violation("max_retries", rule),))
         self.target = target
-        self.retries = retries
+        self.max_retries = max_retries
         self.timeout_s = timeout_s  # default timeout of a call
-        options = [*channel_options(max_message_bytes), ("grpc.enable_retries", int(retries))]
+        options = channel_options(max_message_bytes, max_retries)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:

@@ -33,7 +33,7 @@ def make_plan(*loads, workload=(FAST,), **fields) -> Plan:
 
 
 async def run_plan(service, plan: Plan, clock=time.monotonic) -> list[Step]:
-    async with AsyncGramophoneClient(service.target, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, max_retries=0) as client:
         bench = Bench(plan, clock=clock)
         await bench.run(client)
         return bench.steps
@@ -165,11 +165,11 @@ def test_an_open_loop_counts_from_the_schedule(service, run_step, monkeypatch):
 def test_a_server_that_hangs_does_not_delay_the_steps(service, monkeypatch):
     server_info, timeouts = AsyncGramophoneClient.server_info, []
 
-    async def hanging(self, *, timeout_s=10.0):
-        timeouts.append(timeout_s)
+    async def hanging(self, *, timeout=10.0):
+        timeouts.append(timeout)
         if len(timeouts) == 1:  # at the start of the bench
             return await server_info(self)
-        await asyncio.sleep(timeout_s)
+        await asyncio.sleep(timeout)
         raise DeadlineExceededError("no answer")
 
     monkeypatch.setattr(AsyncGramophoneClient, "server_info", hanging)
@@ -193,7 +193,7 @@ def test_the_display_fits_the_console(service, monkeypatch, width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=30, legacy_windows=False)
 
     async def show() -> None:
-        async with AsyncGramophoneClient(service.target, retries=False) as client:
+        async with AsyncGramophoneClient(service.target, max_retries=0) as client:
             bench = Bench(make_plan(ClosedLoop(1), OpenLoop(50.0), duration_s=0.3))
             async with display.live_display(bench, console):
                 await bench.run(client)

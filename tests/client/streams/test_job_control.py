@@ -203,14 +203,14 @@ async def test_a_command_after_the_result_is_an_error(client, service):
 
 async def test_a_pending_command_raises_the_jobs_error(client, service):
     service.scripts = [[accepted(), HANG]]
-    async with client.control(PHOTO, PAINTING, timeout_s=0.5) as job:
+    async with client.control(PHOTO, PAINTING, timeout=0.5) as job:
         with pytest.raises(errors.DeadlineExceededError, match=r"0\.5 s"):
             await job.pause()
 
 
 async def test_a_lost_connection_is_an_error_with_the_last_state(client, service):
     service.scripts = [[accepted(), checkpoint(6), Answer(6), LOST]]
-    async with client.control(PHOTO, PAINTING, patience_s=0) as job:
+    async with client.control(PHOTO, PAINTING, patience=0) as job:
         await job.pause()
         with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
             await job.result()

@@ -10,8 +10,8 @@ import pytest
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
-from gramophone_client.streams import recovery, recovery_states
-from gramophone_client.transport.connection import Connection
+from gramophone_client.streams import recovery
+from gramophone_client.transport.connection import DEFAULT_MAX_RETRIES, Connection
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import (
     HANG,
@@ -99,7 +99,7 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other_serv
     holder.scripts = [[accepted(), progress(20), checkpoint(20), HANG]]
     next_one.scripts = [[accepted(job_id="j2", resumed_at=20), progress(21), result()]]
     updates = []
-    async with AsyncGramophoneClient(target, timeout_s=20) as client:
+    async with AsyncGramophoneClient(target, timeout=20) as client:
         async for update in client.stream(PHOTO, PAINTING):
             updates.append(update)
             if isinstance(update, Checkpoint):
@@ -113,7 +113,7 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other_serv
 async def test_a_cut_connection_is_a_lost_server(service):
     service.scripts = [[accepted(), checkpoint(4), HANG], [accepted(resumed_at=4), result()]]
     updates = []
-    async with Wire(service.target) as wire, AsyncGramophoneClient(wire.address, timeout_s=20) as client:
+    async with Wire(service.target) as wire, AsyncGramophoneClient(wire.address, timeout=20) as client:
         async for update in client.stream(PHOTO, PAINTING):
             updates.append(update)
             if isinstance(update, Checkpoint):
@@ -163,7 +163,7 @@ async def test_patience_is_bounded_and_the_loss_is_raised(client, service):
     ]
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
-        await collected(client.stream(PHOTO, PAINTING, patience_s=0.4))
+        await collected(client.stream(PHOTO, PAINTING, patience=0.4))
     assert 0.4 <= time.monotonic() - started < 3
     assert partial_result(raised) == (3, 4)
     assert len(service.specs) > 3
@@ -173,7 +173,7 @@ async def test_the_calls_timeout_bounds_the_search(client, service):
     service.scripts = [[accepted(), LOST], [rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]]
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailedError, match="gone"):
-        await collected(client.stream(PHOTO, PAINTING, timeout_s=1.5))
+        await collected(client.stream(PHOTO, PAINTING, timeout=1.5))
     assert time.monotonic() - started < 5  # of the 30 s of patience
 
 
@@ -205,7 +205,7 @@ async def test_a_timeout_while_images_are_uploaded_again_raises_the_loss_before(
 async def test_without_patience_a_loss_is_an_error(client, service):
     service.scripts = [[accepted(), checkpoint(4), LOST]]
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
-        await collected(client.stream(PHOTO, PAINTING, patience_s=0))
+        await collected(client.stream(PHOTO, PAINTING, patience=0))
     assert partial_result(raised) == (None, 4)
     assert len(service.specs) == 1
 
@@ -244,12 +244,12 @@ async def test_a_job_that_crashes_its_servers_is_given_up(client, service):
     service.scripts = [[accepted(), progress(1), LOST]]
     with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
+    assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
     with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
+    assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
     service.specs.clear()
     service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(6)] + [[accepted(), result()]]
     await collected(client.stream(PHOTO, PAINTING))  # each of them got on
@@ -266,7 +266,7 @@ async def test_a_watched_job_cannot_be_sent_again(client, service):
 async def test_the_images_of_a_resent_job_are_uploaded_to_its_new_server(service, other_service):
     service.scripts = [[accepted(), checkpoint(2), HANG]]
     other_service.scripts = [[accepted(resumed_at=2), result()]]
-    async with AsyncGramophoneClient(f"ipv4:{service.target},{other_service.target}", timeout_s=20) as client:
+    async with AsyncGramophoneClient(f"ipv4:{service.target},{other_service.target}", timeout=20) as client:
         style = await client.upload(PAINTING)
         async for update in client.stream(PHOTO, style):
             if isinstance(update, Checkpoint):
@@ -306,11 +306,10 @@ async def test_a_server_that_takes_no_jobs_or_is_lost_is_asked_again(client, ser
 
 
 @pytest.mark.parametrize("how", KINDS)
-async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_lasts(client, service, how, monkeypatch):
-    monkeypatch.setattr("gramophone_client.async_client.PATIENCE_S", 0.3)  # of `stylize`
+async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_lasts(client, service, how):
     service.scripts = [[refused(server_errors.ShuttingDown(0.01))]]
     with pytest.raises(errors.ShuttingDownError):
-        await run_job(client, how, **({} if how == "unary" else {"patience_s": 0.3}))
+        await run_job(client, how, patience=0.3)
     assert len(service.specs) > 6  # gRPC itself sends it four times
 
 
@@ -318,7 +317,7 @@ async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_last
 @pytest.mark.parametrize("status", [LOST, refused(server_errors.ShuttingDown(0.01))], ids=["lost", "down"])
 async def test_without_retries_a_job_is_sent_once(service, how, status):
     service.scripts = [[status]]
-    async with AsyncGramophoneClient(service.target, timeout_s=10, retries=False) as client:
+    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
         with pytest.raises(errors.ConnectionFailedError):
             await run_job(client, how)
     assert len(service.specs) == 1
@@ -329,7 +328,7 @@ async def test_a_job_that_crashes_its_servers_before_it_is_accepted_is_given_up(
     service.scripts = [[rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]]
     with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await run_job(client, how)
-    assert len(service.specs) == 1 + recovery_states.MAX_RESENDS
+    assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
 
 
 async def test_missing_servers_are_waited_for_between_losses(client, service, monkeypatch):
@@ -344,7 +343,7 @@ async def test_missing_servers_are_waited_for_between_losses(client, service, mo
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_missing_server_is_not_waited_for(how):
     started = time.monotonic()
-    async with AsyncGramophoneClient(NOWHERE, timeout_s=60) as client:
+    async with AsyncGramophoneClient(NOWHERE, timeout=60) as client:
         with pytest.raises(errors.ConnectionFailedError, match="is it running there"):
             await run_job(client, how)
     assert time.monotonic() - started < recovery.PATIENCE_S / 2
@@ -354,7 +353,7 @@ async def test_endless_connecting_does_not_use_up_the_callers_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and sends nothing
         host, port = silent.getsockname()
         started = time.monotonic()
-        async with AsyncGramophoneClient(f"{host}:{port}", timeout_s=0.5) as client:
+        async with AsyncGramophoneClient(f"{host}:{port}", timeout=0.5) as client:
             with pytest.raises(errors.DeadlineExceededError):
                 await client.stylize(PHOTO, PAINTING)
         assert time.monotonic() - started < 10

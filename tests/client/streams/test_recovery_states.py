@@ -5,7 +5,6 @@ import pytest
 
 from gramophone_client import errors
 from gramophone_client.streams.recovery_states import (
-    MAX_RESENDS,
     RETRY_PAUSE_S,
     NextCall,
     RecoveryState,
@@ -17,14 +16,16 @@ SENDING, FOLLOWING = RecoveryState.SENDING, RecoveryState.FOLLOWING
 SEARCHING, RESENDING = RecoveryState.SEARCHING, RecoveryState.RESENDING
 ATTACH, REPEAT, RESEND = NextCall.ATTACH, NextCall.REPEAT, NextCall.RESEND
 
-GRACE_S, PATIENCE_S = 5.0, 30.0
+GRACE_S, PATIENCE_S, MAX_RESENDS = 5.0, 30.0, 3
 
 
 class Machine(RecoveryStates):
     """A machine in `state`, at a time that moves by hand."""
 
     def __init__(self, state: RecoveryState, *, grace_s: float = GRACE_S, patience_s: float = PATIENCE_S) -> None:
-        super().__init__(is_accepted=state is not SENDING, grace_s=grace_s, patience_s=patience_s)
+        super().__init__(
+            is_accepted=state is not SENDING, grace_s=grace_s, patience_s=patience_s, max_resends=MAX_RESENDS
+        )
         self.now_s = 100.0
         self.left_s = 900.0
         if state is SEARCHING:

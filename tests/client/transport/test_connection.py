@@ -7,10 +7,10 @@ import grpc
 import pytest
 
 from gramophone.recipe import Violation
-from gramophone_client import errors
-from gramophone_client.transport.connection import channel_options
+from gramophone_client import AsyncGramophoneClient, errors
+from gramophone_client.transport.connection import MAX_RETRIES, channel_options
 from gramophone_server import errors as server_errors
-from tests.support.fake_service import PAINTING, PHOTO, accepted, encoded, refused, rpc_status
+from tests.support.fake_service import NOWHERE, PAINTING, PHOTO, accepted, encoded, refused, rpc_status
 from tests.support.updates import collected
 
 
@@ -40,7 +40,7 @@ async def test_retries_wait_as_long_as_the_server_requests(client, service):
 async def test_without_patience_nothing_is_sent_again_after_the_first_message(client, service):
     service.scripts = [[accepted(), rpc_status(grpc.StatusCode.UNAVAILABLE, "going down")], service.scripts[0]]
     with pytest.raises(errors.ConnectionFailedError, match="going down"):
-        await collected(client.stream(PHOTO, PAINTING, patience_s=0))
+        await collected(client.stream(PHOTO, PAINTING, patience=0))
     assert len(service.specs) == 1
 
 
@@ -59,3 +59,19 @@ def test_the_channel_suits_images():
     assert options["grpc.max_send_message_length"] == options["grpc.max_receive_message_length"] == 1000
     assert options["grpc.http2.bdp_probe"] == 0
     assert json.loads(options["grpc.service_config"])["retryThrottling"]
+
+
+@pytest.mark.parametrize("max_retries", range(MAX_RETRIES + 1))
+async def test_max_retries_is_what_grpc_does(service, max_retries):
+    service.scripts = [[refused(server_errors.QueueFull(4, 4, 0.001))]]
+    async with AsyncGramophoneClient(service.target, max_retries=max_retries) as client:
+        with pytest.raises(errors.QueueFullError):
+            await client.stylize(PHOTO, PAINTING)
+    assert len(service.specs) == 1 + max_retries
+
+
+@pytest.mark.parametrize("max_retries", [-1, MAX_RETRIES + 1, 1.5, True, "3"])
+async def test_max_retries_has_a_range(max_retries):
+    with pytest.raises(errors.InvalidRequestError, match="max_retries: must be 0 to 4, because gRPC") as raised:
+        AsyncGramophoneClient(NOWHERE, max_retries=max_retries)
+    assert [violation.field for violation in raised.value.violations] == ["max_retries"]

@@ -42,11 +42,11 @@ async def test_an_upload_that_is_refused_half_way_raises_the_refusal(client, ser
 
 
 async def test_uploads_without_a_server_or_in_too_little_time_raise_their_errors(client, service):
-    async with AsyncGramophoneClient(NOWHERE, retries=False) as lost:
+    async with AsyncGramophoneClient(NOWHERE, max_retries=0) as lost:
         with pytest.raises(errors.ConnectionFailedError, match="no connection to a gramophone server at 127"):
             await lost.upload(bytes(2**20))
     with pytest.raises(errors.DeadlineExceededError):
-        await client.upload(bytes(64 * 2**20), timeout_s=0.001)
+        await client.upload(bytes(64 * 2**20), timeout=0.001)
 
 
 async def test_cancelling_an_upload_ends_it_at_the_server(stub, service):
