@@ -85,7 +85,7 @@ async def _fails_a_job(env):
     ("inject", "message"),
     [
         (_leaves_a_job, "_leaves_a_job: 1 jobs instead of 0, "),
-        (_fails_a_job, "_fails_a_job: a job ended in ServerFailed (StatusCode.INTERNAL): the server failed"),
+        (_fails_a_job, "_fails_a_job: a job ended in ServerFailedError (StatusCode.INTERNAL): the server failed"),
     ],
 )
 def test_a_violation_is_reported_with_the_command_that_repeats_it(inject, message, monkeypatch, capsys):
