@@ -34,7 +34,7 @@ def packages(folder: str, package: str) -> dict[str, str]:
 CLIENT = packages("client", "gramophone_client")
 SERVER = packages("server", "gramophone_server")
 PACKAGES = CONTRACT | CLIENT | ({} if CLIENT_ONLY else SERVER)
-COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.main:main"]
+COMMANDS = ["gramophone=gramophone_client.cli:main", "gramophone-server=gramophone_server.command:main"]
 # Turing to Hopper. Newer GPUs compile the last target's PTX when they first load it. CUDA 13 supports no older ones.
 TARGETS = ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
 

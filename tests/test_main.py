@@ -270,36 +270,6 @@ def test_the_port_is_not_shared_and_messages_are_as_large_as_the_limits():
     assert options["grpc.max_send_message_length"] > 3 * 2048**2
 
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gramophone-server", *arguments])
-    main.main()
-
-
-def test_print_config_prints_settings_as_environment_variables(monkeypatch, capsys):
-    run_main(monkeypatch, "--print-config", "--max-size", "1000")
-    lines = capsys.readouterr().out.splitlines()
-    assert "GRAMOPHONE_MAX_SIZE=1000" in lines and "GRAMOPHONE_HOST=127.0.0.1" in lines
-    for name, value in (line.split("=") for line in lines):
-        monkeypatch.setenv(name, value)
-    run_main(monkeypatch, "--print-config")
-    assert capsys.readouterr().out.splitlines() == lines
-
-
-def test_an_invalid_setting_is_exit_code_2(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run_main(monkeypatch, "--port", "x")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "gramophone-server: --port must be a whole number from 0 to 65535, got 'x'\n"
-
-
-def test_a_port_in_use_is_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr("logging.captureWarnings", lambda capture: None)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as caught:
-        run_main(monkeypatch, "--port", str(taken.getsockname()[1]))
-    assert caught.value.code == 2
-    assert "Address already in use" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("chosen", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_compute_threads_sleep_while_they_wait_unless_configured_otherwise(chosen, used):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -7,6 +7,11 @@ and help texts are defined only here. Standard library only.
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
+import importlib.metadata
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,7 +19,7 @@ from typing import Any
 from gramophone.recipe import Range
 from gramophone_server.errors import StartupError
 
-__all__ = ["DECODERS", "Limits", "Settings", "env_variable", "load"]
+__all__ = ["DECODERS", "Limits", "Settings", "env_variable", "from_command_line", "load", "version"]
 
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC keeps the limit in a C int
 # Images that are decoded at the same time, over all requests. More do not help while the compute thread uses the cores.
@@ -117,15 +122,44 @@ class Settings(Limits):
     access_log: str = _setting("", "file for one line of JSON per call; - for standard error")
     drain_s: float = _setting(30.0, "seconds that jobs may continue after SIGTERM or SIGINT", allowed=Range(0, 3600))
     log_level: str = _setting("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))
+    # For programs that start a server for themselves: it stops even if they are killed.
+    stop_at_eof: bool = _setting(False, "stop at the end of standard input, as after SIGTERM")
+
+
+@functools.cache  # a look-up takes 0.5 ms, and every result contains it
+def version() -> str:
+    """The version of the installed package."""
+    try:
+        return importlib.metadata.version("gramophone")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def from_command_line() -> Settings:
+    """The settings of this process. Ends it for `--help`, `--version` and `--print-config`, and with exit code 2 and a
+    sentence on standard error for an invalid setting."""
+    try:
+        settings, print_only = load(sys.argv[1:], os.environ)
+    except StartupError as error:
+        print(f"gramophone-server: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if print_only:
+        for f in fields(settings):
+            print(f"{env_variable(f.name)}={getattr(settings, f.name)}")
+        raise SystemExit(0)
+    return settings
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, bool]:
     """Reads the settings from flags, then environment, then defaults; and whether `--print-config` is among the flags.
 
-    argparse ends the process for `--help` and unknown flags. Raises `StartupError` with a sentence for each value that
-    is not allowed.
+    argparse ends the process for `--help`, `--version` and a flag without its value. Raises `StartupError` with a
+    sentence for each unknown flag and each value that is not allowed.
     """
-    flags = vars(_parser().parse_args(arguments))
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        raise StartupError("; ".join(_unknown(word) for word in unknown))
+    flags = vars(parsed)
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for f in fields(Settings):
@@ -179,6 +213,16 @@ def _value(text: str, kind: type, allowed: Range | None, choices: Sequence[str])
     return value
 
 
+def _unknown(word: str) -> str:
+    """A sentence about a word of the command line that is neither a flag nor the value of one."""
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"{word!r} does not belong to any flag; settings are given as --flag VALUE"
+    flags = ["--help", "--version", "--print-config", *(_flag(f.name) for f in fields(Settings))]
+    similar = difflib.get_close_matches(flag, flags, n=1)
+    return f"there is no flag {flag}; " + (f"did you mean {similar[0]}?" if similar else "--help lists all flags")
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -190,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # an abbreviation could change its meaning when a setting is added
         epilog="Every flag is also an environment variable, --max-size is GRAMOPHONE_MAX_SIZE. Flags take precedence.",
     )
+    parser.add_argument("--version", action="version", version=f"gramophone-server {version()}")
     parser.add_argument("--print-config", action="store_true", help="print the values of all settings and exit")
     limits = parser.add_argument_group("limits")
     for f in fields(Settings):

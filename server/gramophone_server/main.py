@@ -8,6 +8,7 @@ defect, 2 for an invalid setting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import ipaddress
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine
@@ -31,11 +33,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from gramophone_server import config
-from gramophone_server.config import Limits, Settings
+from gramophone_server.config import Limits, Settings, version
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.errors import StartupError
 from gramophone_server.rpc import registration
-from gramophone_server.rpc.responses import version
 from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
@@ -43,7 +44,7 @@ from gramophone_server.telemetry.health import HealthMonitor
 from gramophone_server.telemetry.http_probes import HttpProbes
 from gramophone_server.telemetry.metrics import SERVICE, Metrics
 
-__all__ = ["Server", "load_and_freeze", "load_engine", "main", "serve", "server_options"]
+__all__ = ["Server", "load_and_freeze", "load_engine", "run", "serve", "server_options"]
 
 log = logging.getLogger("gramophone_server")
 
@@ -56,14 +57,9 @@ LAST_MESSAGES_S = 5.0  # longest wait after that, for the encoding of a result a
 FORCED_STOP_S = 0.5  # instead of both, after a second signal
 
 
-def main() -> None:
-    """The command `gramophone-server`."""
+def run(settings: Settings) -> None:
+    """Runs a server in this process until it has drained."""
     try:
-        settings, print_only = config.load(sys.argv[1:], os.environ)
-        if print_only:
-            for f in dataclasses.fields(settings):
-                print(f"{config.env_variable(f.name)}={getattr(settings, f.name)}")
-            return
         logging.basicConfig(
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -93,12 +89,15 @@ def main() -> None:
 async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
     """Serves until SIGTERM or SIGINT, then drains. Returns whether the compute thread has ended.
 
-    Raises `StartupError` if an address cannot be listened on, and what `load` raises.
+    With `stop_at_eof` the end of standard input counts as SIGTERM. Raises `StartupError` if an address cannot be
+    listened on, and what `load` raises.
     """
     server = Server(settings, load)
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+    if settings.stop_at_eof:
+        _put_at_eof(signals)
     await server.start()
     stop_requested = asyncio.create_task(signals.get())
     compute_lost = asyncio.create_task(server.scheduler.ended())
@@ -317,6 +316,21 @@ async def _unless_signalled(
             task.cancel()
 
 
+def _put_at_eof(signals: asyncio.Queue[signal.Signals]) -> None:
+    """Puts SIGTERM into the queue at the end of standard input, from a thread that does not outlive the process."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        # Not `sys.stdin`, whose lock would abort the interpreter if it exits during the read.
+        with contextlib.suppress(OSError):  # standard input is closed, which is an end, too
+            while os.read(0, 4096):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended before
+            loop.call_soon_threadsafe(signals.put_nowait, signal.SIGTERM)
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+
+
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -333,4 +347,4 @@ def _limits_line(limits: Limits) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(config.from_command_line())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from gramophone_server.domain.job import StyleJob
+from gramophone_server.domain.job import Losses, StyleJob
 from gramophone_server.domain.job_state import JobState
 from tests.support.engines import FakeEngine
+from tests.support.pictures import make_picture
 
 MakeJob = Callable[..., StyleJob]
 
@@ -34,6 +36,22 @@ def test_a_job_goes_through_its_scales_in_one_batch_after_another(make_job: Make
         slot = batch.join(state)
         while state.iterations_left:
             report = batch.advance(3)[slot]
-            seen.append((report.iteration, report.width, int(batch.snapshot(slot)()[0, 0, 0])))
+            seen.append((report.iteration, report.width, report.scale, int(batch.snapshot(slot)()[0, 0, 0])))
+            assert report.scales == 2
         assert batch.leave(slot) is state
-    assert seen == [(3, 34, 3), (4, 34, 4), (7, 48, 7), (10, 48, 10)]
+    assert seen == [(3, 34, 1, 3), (4, 34, 1, 4), (7, 48, 2, 7), (10, 48, 2, 10)]
+
+
+def test_a_report_counts_the_scales_that_the_job_really_has(make_job: MakeJob) -> None:
+    # A picture three times as wide as high is 11 px high at its recipe's first scale, which is left out.
+    job = replace(
+        make_job(size=96, smallest_size=34, coarse_iterations=4, iterations=6), content=make_picture(1, 20, 60)
+    )
+    state = JobState(job)
+    assert (len(state.recipe.scale_sizes()), len(state.scales)) == (4, 3)
+    state.count_iterations(4)
+    state.update(iterations=9)
+    report = state.report(Losses({}, {}, 0.0))
+    assert (report.scale, report.scales, report.iterations) == (1, 3, 17)
+    state.scale_index = 2
+    assert state.report(Losses({}, {}, 0.0)).scale == 3

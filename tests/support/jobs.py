@@ -32,7 +32,7 @@ def picture() -> Picture:
 
 
 def progress(iteration: int) -> Progress:
-    return Progress(Report(iteration, 1000, 64, 32, LOSSES, 0), 10.0, 1.0)
+    return Progress(Report(iteration, 1000, 64, 32, 1, 1, LOSSES, 0), 10.0, 1.0)
 
 
 def finished() -> Finished:

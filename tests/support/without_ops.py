@@ -4,6 +4,6 @@ import sys
 
 if __name__ == "__main__":
     sys.modules["gramophone_server._C"] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
-    from gramophone_server.main import main
+    from gramophone_server.command import main
 
     main()

@@ -148,6 +148,8 @@ def _progress(message: pb.Progress) -> Progress:
         losses=_losses(message.losses),
         iterations_per_second=message.iterations_per_second,
         time_left_s=_seconds_of(message, "time_left"),
+        scale=message.scale,
+        scales=message.scales,
     )
 
 

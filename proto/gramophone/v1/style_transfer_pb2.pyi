@@ -333,7 +333,7 @@ class Waiting(_message.Message):
     def __init__(self, queue_position: _Optional[int] = ..., estimated_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("iteration", "iterations", "width", "height", "losses", "iterations_per_second", "time_left")
+    __slots__ = ("iteration", "iterations", "width", "height", "losses", "iterations_per_second", "time_left", "scale", "scales")
     ITERATION_FIELD_NUMBER: _ClassVar[int]
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +341,8 @@ class Progress(_message.Message):
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     ITERATIONS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     TIME_LEFT_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     iteration: int
     iterations: int
     width: int
@@ -348,7 +350,9 @@ class Progress(_message.Message):
     losses: Losses
     iterations_per_second: float
     time_left: _duration_pb2.Duration
-    def __init__(self, iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations_per_second: _Optional[float] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    scale: int
+    scales: int
+    def __init__(self, iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., iterations_per_second: _Optional[float] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., scale: _Optional[int] = ..., scales: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("iteration", "image", "dropped")

@@ -102,6 +102,8 @@ class Report:
     iterations: int
     width: int  # of the current scale, in pixels
     height: int
+    scale: int  # the current one, 1 to `scales`, coarsest first
+    scales: int
     losses: Losses  # at the picture before this iteration's step
     pixel_iterations_left: int  # pixel-iterations still to do: the sum of width x height over the iterations left
     diverged_at: int | None = None  # the iteration whose loss was not finite; the picture does not change after it

@@ -132,8 +132,16 @@ class JobState:
         """The report of the last iteration, with its ``losses``."""
         width, height, _ = self.scales[self.scale_index]
         return Report(
-            self.done, self.iterations, width, height, losses, self.pixel_iterations_left, self.diverged_at or None
-        )  # fmt: skip
+            iteration=self.done,
+            iterations=self.iterations,
+            width=width,
+            height=height,
+            scale=self.scale_index + 1,
+            scales=len(self.scales),
+            losses=losses,
+            pixel_iterations_left=self.pixel_iterations_left,
+            diverged_at=self.diverged_at or None,
+        )
 
     def count_iterations(self, iterations: int) -> None:
         """Adds iterations that a batch has completed to the counts."""

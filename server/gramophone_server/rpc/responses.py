@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-import importlib.metadata
 import json
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_to_message
+from gramophone_server.config import version
 from gramophone_server.domain.events import (
     Accepted,
     Answer,
@@ -36,22 +35,13 @@ from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.job import Job, JobPhase, JobSummary
 from gramophone_server.jobs.mailbox import Mailbox
 
-__all__ = ["Encoders", "JobEventStream", "frame_encoding", "job_message", "result_encoding", "version"]
+__all__ = ["Encoders", "JobEventStream", "frame_encoding", "job_message", "result_encoding"]
 
 # The messages that carry events of a job.
 R = TypeVar("R", pb.StylizeStreamResponse, pb.WatchJobResponse, pb.StylizeInteractiveResponse)
 
 ENCODERS = 2  # threads; more do not help while the compute thread uses the cores
 FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, if the request has 0
-
-
-@functools.cache  # a look-up takes 0.5 ms, and every result contains it
-def version() -> str:
-    """The version of the installed package."""
-    try:
-        return importlib.metadata.version("gramophone")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def frame_encoding(options: pb.FrameOptions) -> Encoding:
@@ -252,6 +242,8 @@ def _progress(event: Progress) -> pb.Progress:
         iterations=report.iterations,
         width=report.width,
         height=report.height,
+        scale=report.scale,
+        scales=report.scales,
         losses=_losses(report.losses),
         iterations_per_second=event.iterations_per_second,
         time_left=_duration(event.time_left_s),

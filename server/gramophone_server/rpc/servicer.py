@@ -15,7 +15,7 @@ from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.config import Limits
+from gramophone_server.config import Limits, version
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.images.upload_store import Upload, UploadStore
@@ -25,7 +25,7 @@ from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.rpc.admission import Admission
 from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
 from gramophone_server.rpc.interactive import Controller
-from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding, version
+from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding
 from gramophone_server.rpc.status import reason
 from gramophone_server.rpc.validation import (
     check_first_message,
