@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.measure import Row, machine, print_table, write_json
-from gramophone.recipe import Optimiser, Recipe, RecipeOverrides, Start
+from gramophone.recipe import Optimiser, Recipe, RecipeOverrides, Start, preset
 from gramophone_server.config import Settings
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.engine import VggEngine
@@ -66,7 +65,7 @@ def main() -> None:
         row: Row = {"name": name, "size": size}
         for photo, painting in pairs:
             content, style = (decode(Path(p).read_bytes(), str(p), Settings(), size) for p in (photo, painting))
-            recipe = replace(Recipe(size=size, smallest_size=90), **overrides)
+            recipe = preset("fast", **{"size": size, "smallest_size": 90, **overrides})
             job = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
             pixels = [scale.width * scale.height * scale.iterations for scale in job.scales]
             row["evaluations"] = sum(pixels) / (pixels[-1] / recipe.iterations)

@@ -6,25 +6,33 @@ field for field. Defaults, ranges and help texts are defined only here. Standard
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, get_type_hints
+
+from gramophone.values import choice, did_you_mean, number, shown, shown_number, whole_number
 
 __all__ = [
+    "FIELD_TYPES",
+    "OTHER_NAMES",
     "PRESETS",
     "InvalidRecipeError",
     "LayerWeight",
+    "Layers",
     "Normalisation",
     "Optimiser",
     "Pooling",
+    "PresetName",
     "Range",
     "Recipe",
     "RecipeOverrides",
     "Start",
     "Violation",
+    "field_help",
+    "field_value",
     "preset",
+    "preset_name",
 ]
 
 
@@ -90,8 +98,47 @@ class InvalidRecipeError(ValueError):
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
 
 
+# What other programs call the fields and their values. An unknown name is refused with ours as a proposal.
+OTHER_NAMES: Mapping[str, str] = {
+    "lr": "step",
+    "learning_rate": "step",
+    "step_size": "step",
+    "style_weight": "beta",
+    "style_strength": "beta",
+    "strength": "beta",
+    "content_weight": "alpha",
+    "tv": "tv_weight",
+    "total_variation": "tv_weight",
+    "total_variation_weight": "tv_weight",
+    "normalization": "normalisation",
+    "optimizer": "optimiser",
+    "iter": "iterations",
+    "max_iter": "iterations",
+    "max_iterations": "iterations",
+    "n_iter": "iterations",
+    "num_iterations": "iterations",
+    "num_steps": "iterations",
+    "steps": "iterations",
+    "epochs": "iterations",
+    "image_size": "size",
+    "max_size": "size",
+    "width": "size",
+    "init": "start",
+    "pool": "pooling",
+    "ema": "average",
+    "max_time": "time_budget",
+}
+OTHER_VALUES: Mapping[str, str] = {
+    "avg": "average",
+    "mean": "average",
+    "gd": "gradient-descent",
+    "sgd": "gradient-descent",
+    "l_bfgs": "lbfgs",
+    "random": "noise",
+}
 MAX_LAYERS = 16  # VGG-19 has 16 convolutions
 MIN_SCALE = 16  # pixels; the network halves a picture four times
+MAX_LAYER_NAME = 32  # characters; a name has 7
 LAYER_WEIGHTS = Range(0, 1e6)
 
 
@@ -107,8 +154,9 @@ def _layers(*names: str) -> tuple[LayerWeight, ...]:
 class Recipe:
     """A complete recipe; the defaults are the preset `fast`.
 
-    The constructor checks the ranges below and raises `InvalidRecipeError` with every violation. Layer names, the
-    largest size and the largest number of iterations depend on the server, which checks them.
+    The constructor takes all forms of values that `RecipeOverrides` names and keeps their exact types. It checks the
+    ranges below and raises `InvalidRecipeError` with every violation. Layer names, the largest size and the largest
+    number of iterations depend on the server, which checks them.
     """
 
     content_layers: tuple[LayerWeight, ...] = _field(
@@ -153,9 +201,20 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        violations = tuple(_violations(self))
+        violations: list[Violation] = []
+        for f in fields(self):
+            try:
+                object.__setattr__(self, f.name, field_value(f.name, getattr(self, f.name)))  # the class is frozen
+            except InvalidRecipeError as error:
+                violations += error.violations
+        violations += _joint_violations(self, {v.field.partition("[")[0] for v in violations})
         if violations:
             raise InvalidRecipeError(violations)
+
+    def __repr__(self) -> str:
+        """Only the fields that differ from the preset `fast`."""
+        own = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Recipe({', '.join(f'{f.name}={_source(getattr(self, f.name))}' for f in own)})"
 
     def scale_sizes(self) -> tuple[int, ...]:
         """Longest sides of the scales in pixels, coarsest first; the last is `size`."""
@@ -169,31 +228,82 @@ class Recipe:
         return self.iterations + self.coarse_iterations * (len(self.scale_sizes()) - 1)
 
 
-def _violations(recipe: Recipe) -> Iterable[Violation]:
-    for f in fields(recipe):
-        value, allowed = getattr(recipe, f.name), f.metadata["range"]
-        if allowed is not None and not allowed.low <= value <= allowed.high:  # false for NaN too
-            yield Violation(f.name, f"must be between {allowed.low:g} and {allowed.high:g}, got {value:g}")
-    if 0 < recipe.smallest_size < MIN_SCALE:
-        yield Violation(
-            "smallest_size",
-            f"must be {MIN_SCALE} or more, or 0 to work at the final size only, got {recipe.smallest_size:g}",
-        )
-    for name, weight, weight_name in (("content_layers", recipe.alpha, "alpha"), ("style_layers", recipe.beta, "beta")):
-        layers: tuple[LayerWeight, ...] = getattr(recipe, name)
-        if len(layers) > MAX_LAYERS:
-            yield Violation(name, f"must name at most {MAX_LAYERS} layers, got {len(layers)}")
-            continue
-        if weight > 0 and not layers:
+def _joint_violations(recipe: Recipe, wrong: set[str]) -> Iterable[Violation]:
+    """Violations of the rules for several fields, those in `wrong` aside."""
+    for name, weight_name in (("content_layers", "alpha"), ("style_layers", "beta")):
+        if not {name, weight_name} & wrong and getattr(recipe, weight_name) > 0 and not getattr(recipe, name):
             yield Violation(name, f"must name at least one layer unless {weight_name} is 0")
-        if len({layer for layer, _ in layers}) < len(layers):
-            yield Violation(name, "must name each layer once")
-        for i, (_, layer_weight) in enumerate(layers):
-            if not LAYER_WEIGHTS.low <= layer_weight <= LAYER_WEIGHTS.high:
-                yield Violation(f"{name}[{i}].weight", f"must be between 0 and 1e+06, got {layer_weight:g}")
-    if not (math.isnan(recipe.alpha) or math.isnan(recipe.beta)) and recipe.alpha <= 0 and recipe.beta <= 0:
+    if not {"alpha", "beta"} & wrong and recipe.alpha == 0 and recipe.beta == 0:
         yield Violation("beta", "must be above 0 when alpha is 0: there is nothing to optimise")
 
+
+def field_value(name: str, value: Any) -> Any:
+    """The exact value of one field of a recipe, from any form that `RecipeOverrides` names for it.
+
+    Raises `InvalidRecipeError` with every violation of the field's own rules.
+    """
+    kind, allowed = FIELD_TYPES[name], RANGES[name]
+    if value is None:
+        raise InvalidRecipeError([Violation(name, "must not be None; leave it out for the value of the preset")])
+    if name.endswith("_layers"):
+        return _layer_weights(name, value)
+    try:
+        if kind in (int, float):
+            exact: Any = whole_number(value) if kind is int else number(value)
+        else:
+            exact = choice(value, kind, OTHER_VALUES)
+    except ValueError as error:
+        raise InvalidRecipeError([Violation(name, str(error))]) from None
+    if allowed is not None and not allowed.low <= exact <= allowed.high:  # false for NaN too
+        rule = f"must be between {allowed.low:g} and {allowed.high:g}, got {shown_number(exact)}"
+        raise InvalidRecipeError([Violation(name, rule)])
+    if name == "smallest_size" and 0 < exact < MIN_SCALE:
+        rule = f"must be {MIN_SCALE} or more, or 0 to work at the final size only, got {exact}"
+        raise InvalidRecipeError([Violation(name, rule)])
+    return exact
+
+
+def _layer_weights(name: str, value: Any) -> tuple[LayerWeight, ...]:
+    items = list(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(items, str | bytes | LayerWeight) or not isinstance(items, Sequence):
+        hint = f"; write [{value!r}]" if isinstance(value, str) and len(value) <= MAX_LAYER_NAME else ""
+        rule = f'must be layers, like {{"relu1_1": 1.0}} or ["relu1_1"], got {shown(value)}{hint}'
+        raise InvalidRecipeError([Violation(name, rule)])
+    if len(items) > MAX_LAYERS:
+        raise InvalidRecipeError([Violation(name, f"must name at most {MAX_LAYERS} layers, got {len(items)}")])
+    violations, layers = [], []
+    for i, item in enumerate(items):
+        match item:
+            case str() as layer:
+                weight: Any = 1.0
+            case (str() as layer, weight):
+                pass
+            case _:
+                rule = f'must be the name of a layer or a pair like ("relu1_1", 1.0), got {shown(item)}'
+                violations.append(Violation(f"{name}[{i}]", rule))
+                continue
+        try:
+            weight = number(weight)
+            if not LAYER_WEIGHTS.low <= weight <= LAYER_WEIGHTS.high:
+                raise ValueError(f"must be between 0 and 1e+06, got {weight:g}")
+            layers.append(LayerWeight(str(layer), weight))
+        except ValueError as error:
+            violations.append(Violation(f"{name}[{i}].weight", str(error)))
+            layers.append(LayerWeight(str(layer), 0.0))
+    if len({layer for layer, _ in layers}) < len(layers):
+        violations.insert(0, Violation(name, "must name each layer once"))
+    if violations:
+        raise InvalidRecipeError(violations)
+    return tuple(layers)
+
+
+def _source(value: Any) -> str:
+    """A field's value as it can be given to `Recipe`."""
+    return repr(str(value)) if isinstance(value, str) else repr(value)
+
+
+FIELD_TYPES: Mapping[str, Any] = get_type_hints(Recipe)
+RANGES: Mapping[str, Range | None] = {f.name: f.metadata["range"] for f in fields(Recipe)}
 
 PRESETS: Mapping[str, Recipe] = {
     # A good picture in the fewest iterations. At 256 px, 47 evaluations reach a lower objective than 113 of Adam with
@@ -227,36 +337,79 @@ PRESETS: Mapping[str, Recipe] = {
 }
 
 
-class RecipeOverrides(TypedDict, total=False):
-    """Fields of a recipe that differ from its preset, as types of keyword arguments."""
+PresetName = Literal["fast", "quality", "textbook"]
 
-    content_layers: tuple[LayerWeight, ...]
-    style_layers: tuple[LayerWeight, ...]
-    alpha: float
-    beta: float
-    tv_weight: float
-    normalisation: Normalisation
-    pooling: Pooling
-    size: int
-    style_scale: float
-    start: Start
-    optimiser: Optimiser
-    step: float
-    iterations: int
-    coarse_iterations: int
-    smallest_size: int
-    average: float
-    time_budget: float
+Layers = Mapping[str, SupportsFloat] | Sequence[str | tuple[str, SupportsFloat]]
+"""Layers and their weights: {"relu1_1": 1.0}, `LayerWeight`s or other pairs, or names alone, whose weight is 1."""
+
+
+class RecipeOverrides(TypedDict, total=False):
+    """Fields of a recipe that differ from its preset, as types of keyword arguments. Numbers of numpy fit, too."""
+
+    content_layers: Layers
+    style_layers: Layers
+    alpha: float | SupportsFloat
+    beta: float | SupportsFloat
+    tv_weight: float | SupportsFloat
+    normalisation: Normalisation | Literal["none", "gatys", "elements", "relative"]
+    pooling: Pooling | Literal["max", "average"]
+    size: int | SupportsIndex
+    style_scale: float | SupportsFloat
+    start: Start | Literal["content", "noise", "image"]
+    optimiser: Optimiser | Literal["gradient-descent", "normalised-descent", "adam", "lbfgs"]
+    step: float | SupportsFloat
+    iterations: int | SupportsIndex
+    coarse_iterations: int | SupportsIndex
+    smallest_size: int | SupportsIndex
+    average: float | SupportsFloat
+    time_budget: float | SupportsFloat
 
 
 def preset(name: str, /, **overrides: Any) -> Recipe:
-    """Returns the named preset with some fields replaced.
+    """Returns the named preset with some fields replaced, in any form that `RecipeOverrides` names.
 
-    Raises `InvalidRecipeError` if the preset or a field does not exist, or if a value breaks a rule.
+    Raises `InvalidRecipeError` with every violation: an unknown preset, an unknown field, a value that breaks a rule.
     """
-    if name not in PRESETS:
-        raise InvalidRecipeError([Violation("preset", f"must be one of {', '.join(PRESETS)}, got {name!r}")])
-    unknown = overrides.keys() - {f.name for f in fields(Recipe)}
-    if unknown:
-        raise InvalidRecipeError(Violation(key, "is not a field of a recipe") for key in sorted(unknown))
-    return replace(PRESETS[name], **overrides)
+    violations: list[Violation] = []
+    try:
+        base = PRESETS[preset_name(name)]
+    except InvalidRecipeError as error:
+        violations += error.violations
+        base = PRESETS["fast"]
+    for key in sorted(overrides.keys() - FIELD_TYPES.keys()):
+        hint = did_you_mean(key, FIELD_TYPES, OTHER_NAMES)
+        violations.append(Violation(key, f"is not a field of a recipe{hint}"))
+    try:
+        recipe = replace(base, **{key: value for key, value in overrides.items() if key in FIELD_TYPES})
+    except InvalidRecipeError as error:
+        raise InvalidRecipeError([*violations, *error.violations]) from None
+    if violations:
+        raise InvalidRecipeError(violations)
+    return recipe
+
+
+def preset_name(name: Any) -> str:
+    """The name, if it is one of a preset. Raises `InvalidRecipeError`."""
+    if isinstance(name, str) and name in PRESETS:
+        return name
+    hint = did_you_mean(name, PRESETS, {}) if isinstance(name, str) else ""
+    raise InvalidRecipeError([Violation("preset", f"must be one of {', '.join(PRESETS)}, got {shown(name)}{hint}")])
+
+
+def field_help(name: str) -> str:
+    """One line about a field of a recipe: its meaning and unit, its range, its value in the presets."""
+    metadata = next(f.metadata for f in fields(Recipe) if f.name == name)
+    text: str = metadata["help"]
+    if allowed := metadata["range"]:
+        text += f"; {allowed.low:g} to {allowed.high:g}"
+    defaults = [_short(getattr(PRESETS["fast"], name))]
+    for other, recipe in PRESETS.items():
+        if (value := _short(getattr(recipe, name))) != defaults[0]:
+            defaults.append(f"{other} {value}")
+    return f"{text} (default {', '.join(defaults)})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{layer}:{_short(weight)}" for layer, weight in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 
+from gramophone.recipe import Start
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
 from gramophone_server.config import Limits
@@ -178,7 +179,7 @@ async def test_all_violations_are_reported_at_once_also_those_of_images():
 
 def test_violations_of_recipe_rules_do_not_hide_those_of_server_rules():
     def change(s):
-        set_recipe(beta=-1.0, size=4096, start="image")(s)
+        set_recipe(beta=-1.0, size=4096, start=Start.IMAGE)(s)
         set_layers(("relu9_1", 1.0))(s)
 
     fields = [violation.field for violation in violations(change)]
