@@ -20,6 +20,8 @@ GramophoneError
 ├── RequestIdTakenError        the request_id belongs to a job with another spec
 ├── ListingDisabledError       the server does not list its jobs
 ├── CallCancelledError         the call or the job was stopped
+│   └── ClientClosedError      the client was closed during the call, or before
+├── ClientUsageError           the client, or a stream of it, is used where it cannot work
 ├── DivergedError              the loss stopped being finite; `frame` is the last good picture
 └── ServerFailedError          a defect of the server, or an answer that this client does not understand
 """
@@ -27,6 +29,7 @@ GramophoneError
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import grpc
@@ -40,10 +43,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallCancelledError",
+    "ClientClosedError",
+    "ClientUsageError",
     "ConnectionFailedError",
     "DeadlineExceededError",
     "DeadlineUnattainableError",
     "DivergedError",
+    "ErrorReason",
     "ExhaustedError",
     "GramophoneError",
     "ImageNotFoundError",
@@ -65,6 +71,28 @@ __all__ = [
 ]
 
 
+class ErrorReason(StrEnum):
+    """Why the service refused or ended a call, as in the proto. gRPC's own errors have no reason."""
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    QUEUE_FULL = "QUEUE_FULL"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    DIVERGED = "DIVERGED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    INTERNAL = "INTERNAL"
+    NOT_READY = "NOT_READY"
+    JOB_NOT_FOUND = "JOB_NOT_FOUND"
+    REQUEST_ID_TAKEN = "REQUEST_ID_TAKEN"
+    CANCELLED = "CANCELLED"
+    SLOW_READER = "SLOW_READER"
+    LISTING_DISABLED = "LISTING_DISABLED"
+    DEADLINE_UNATTAINABLE = "DEADLINE_UNATTAINABLE"
+    JOB_CONTROLLED = "JOB_CONTROLLED"
+    IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
+    TOO_MANY_WATCHERS = "TOO_MANY_WATCHERS"
+    UNKNOWN = "UNKNOWN"  # a reason newer than this client
+
+
 class GramophoneError(Exception):
     """A call that failed. The message states what happened and what to do."""
 
@@ -73,18 +101,32 @@ class GramophoneError(Exception):
         message: str,
         *,
         code: grpc.StatusCode | None = None,
-        reason: str = "",
+        reason: ErrorReason | None = None,
         violations: tuple[Violation, ...] = (),
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code  # None if the call never left this process
-        self.reason = reason  # the service's ErrorReason without its prefix; "" if there is none
+        self.reason = reason  # None if the error is not the service's: gRPC's, a proxy's or this client's
         self.violations = violations
         self.retry_after_s = retry_after_s  # None if the server gave no time
         self.frame: Frame | None = None  # the newest picture that arrived before the error
         # The newest state that arrived before it; `resume` continues from there.
         self.checkpoint: Checkpoint | None = None
+
+    def __repr__(self) -> str:
+        shown = [repr(str(self))]
+        if self.code is not None:
+            shown.append(f"code={self.code.name}")
+        if self.reason is not None:
+            shown.append(f"reason={self.reason.name}")
+        if self.retry_after_s is not None:
+            shown.append(f"retry_after_s={self.retry_after_s:g}")
+        if self.frame is not None:
+            shown.append(f"frame of iteration {self.frame.iteration}")
+        if self.checkpoint is not None:
+            shown.append(f"checkpoint of iteration {self.checkpoint.iteration}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class InvalidRequestError(GramophoneError):
@@ -169,6 +211,15 @@ class CallCancelledError(GramophoneError):
     """The call was stopped because this client was closed, or the job by `cancel_job` or because it had no watcher."""
 
 
+class ClientClosedError(CallCancelledError):
+    """The client was closed during the call or before it."""
+
+
+class ClientUsageError(GramophoneError):
+    """The client, or a stream of it, is used where it cannot work: in another event loop than its own or without one,
+    in a process that was forked from its own, in its own thread, or after a stream was closed."""
+
+
 class DivergedError(GramophoneError):
     """The loss became NaN or infinite; `frame` is the last valid picture if the call streamed frames."""
 
@@ -177,23 +228,23 @@ class ServerFailedError(GramophoneError):
     """A defect of the server, whose log has the details, or an answer that this client does not understand."""
 
 
-REASONS: Mapping[str, type[GramophoneError]] = {
-    "INVALID_REQUEST": InvalidRequestError,
-    "NOT_READY": NotReadyError,
-    "QUEUE_FULL": QueueFullError,
-    "DEADLINE_UNATTAINABLE": DeadlineUnattainableError,
-    "TOO_MANY_WATCHERS": TooManyWatchersError,
-    "SHUTTING_DOWN": ShuttingDownError,
-    "DIVERGED": DivergedError,
-    "OUT_OF_MEMORY": OutOfDeviceMemoryError,
-    "INTERNAL": ServerFailedError,
-    "JOB_NOT_FOUND": JobNotFoundError,
-    "JOB_CONTROLLED": JobControlledError,
-    "IMAGE_NOT_FOUND": ImageNotFoundError,
-    "REQUEST_ID_TAKEN": RequestIdTakenError,
-    "LISTING_DISABLED": ListingDisabledError,
-    "CANCELLED": CallCancelledError,
-    "SLOW_READER": SlowReaderError,
+REASONS: Mapping[ErrorReason, type[GramophoneError]] = {
+    ErrorReason.INVALID_REQUEST: InvalidRequestError,
+    ErrorReason.NOT_READY: NotReadyError,
+    ErrorReason.QUEUE_FULL: QueueFullError,
+    ErrorReason.DEADLINE_UNATTAINABLE: DeadlineUnattainableError,
+    ErrorReason.TOO_MANY_WATCHERS: TooManyWatchersError,
+    ErrorReason.SHUTTING_DOWN: ShuttingDownError,
+    ErrorReason.DIVERGED: DivergedError,
+    ErrorReason.OUT_OF_MEMORY: OutOfDeviceMemoryError,
+    ErrorReason.INTERNAL: ServerFailedError,
+    ErrorReason.JOB_NOT_FOUND: JobNotFoundError,
+    ErrorReason.JOB_CONTROLLED: JobControlledError,
+    ErrorReason.IMAGE_NOT_FOUND: ImageNotFoundError,
+    ErrorReason.REQUEST_ID_TAKEN: RequestIdTakenError,
+    ErrorReason.LISTING_DISABLED: ListingDisabledError,
+    ErrorReason.CANCELLED: CallCancelledError,
+    ErrorReason.SLOW_READER: SlowReaderError,
 }
 
 # For errors of gRPC itself or of a proxy, and for reasons newer than this client.
@@ -211,9 +262,10 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
     """The exception for an error of gRPC, to be raised from it."""
     code, details = error.code(), error.details() or ""
     reason, violations, retry_after_s = _details(error)
-    kind = REASONS.get(reason) or CODES.get(code, ServerFailedError)
+    kind = REASONS.get(reason) if reason is not None else None
+    kind = kind or CODES.get(code, ServerFailedError)
     message = details or f"the server returned {code.name} without a message"
-    if not reason:
+    if reason is None:
         # gRPC's own messages for these name sockets and C++ files, and not what to do.
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             kind = MessageTooLargeError
@@ -231,9 +283,11 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
     return kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
 
 
-def _details(error: grpc.aio.AioRpcError) -> tuple[str, tuple[Violation, ...], float | None]:
-    """(reason, violations, seconds to wait) of the google.rpc details; "", () and None without them."""
-    reason, violations, retry_after_s = "", [], None
+def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorReason | None, tuple[Violation, ...], float | None]:
+    """(reason, violations, seconds to wait) of the google.rpc details; None, () and None without them."""
+    reason: ErrorReason | None = None
+    violations: list[Violation] = []
+    retry_after_s: float | None = None
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # a proxy changed the code or the message, so that the details no longer match
@@ -241,7 +295,8 @@ def _details(error: grpc.aio.AioRpcError) -> tuple[str, tuple[Violation, ...], f
     for detail in status.details if status is not None else ():
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == "gramophone":
-            reason = info.reason
+            known = info.reason in ErrorReason.__members__
+            reason = ErrorReason(info.reason) if known else ErrorReason.UNKNOWN
         elif detail.Unpack(bad):
             violations += [Violation(v.field, v.description) for v in bad.field_violations]
         elif detail.Unpack(retry):

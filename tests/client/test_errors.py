@@ -1,14 +1,27 @@
 """The errors of a call: each status of the server as the right exception."""
 
+import copy
+import pickle
+
 import grpc
 import pytest
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import AsyncGramophoneClient, errors
+from gramophone_client import AsyncGramophoneClient, Checkpoint, errors
 from gramophone_server import errors as server_errors
 from gramophone_server.rpc.status import CODES as SERVER_CODES
-from tests.support.fake_service import PAINTING, PHOTO, refused, rpc_status
+from gramophone_server.rpc.status import abort_status
+from tests.support.fake_service import (
+    NO_RETRIES,
+    PAINTING,
+    PHOTO,
+    accepted,
+    checkpoint,
+    frame,
+    refused,
+    rpc_status,
+)
 from tests.support.updates import collected
 
 ERROR_ARGUMENTS = {
@@ -49,8 +62,42 @@ async def test_every_error_of_the_server_is_rebuilt(service, kind):
 
 
 def test_every_reason_of_the_proto_has_its_exception():
-    reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()}  # noqa: SIM118
-    assert errors.REASONS.keys() == reasons - {"UNSPECIFIED"}
+    reasons = {name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()} - {"UNSPECIFIED"}  # noqa: SIM118
+    assert {reason.value for reason in errors.ErrorReason} == reasons | {"UNKNOWN"}
+    assert errors.REASONS.keys() == reasons
+
+
+async def test_a_reason_newer_than_this_client_is_unknown(service):
+    code, message, trailers = abort_status(server_errors.QueueFull(4, 4, 12.5))
+    newer = [(key, value.replace(b"QUEUE_FULL", b"MOON_PHASE")) for key, value in trailers if key.endswith("-bin")]
+    service.scripts = [[rpc_status(code, message, (*newer, *NO_RETRIES))]]
+    async with AsyncGramophoneClient(service.target, max_retries=0) as client:
+        with pytest.raises(errors.ExhaustedError) as raised:
+            await client.stylize(PHOTO, PAINTING)
+    assert (type(raised.value), raised.value.reason) == (errors.ExhaustedError, errors.ErrorReason.UNKNOWN)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+async def test_errors_can_be_sent_to_another_process(service, copied):
+    service.scripts = [[accepted(), frame(3), checkpoint(3), refused(server_errors.QueueFull(4, 4, 12.5))]]
+    async with AsyncGramophoneClient(service.target, max_retries=0) as client:
+        with pytest.raises(errors.QueueFullError) as raised:
+            await collected(client.stream(PHOTO, PAINTING))
+    error = raised.value
+    other = copied(error)
+    assert type(other) is errors.QueueFullError and str(other) == str(error)
+    assert vars(other) == vars(error) and other.frame.iteration == other.checkpoint.iteration == 3
+
+
+def test_an_error_shows_what_it_knows():
+    assert repr(errors.JobNotFoundError("none")) == "JobNotFoundError('none')"
+    error = errors.QueueFullError(
+        "full", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason=errors.ErrorReason.QUEUE_FULL, retry_after_s=2.5
+    )
+    shown = "code=RESOURCE_EXHAUSTED, reason=QUEUE_FULL, retry_after_s=2.5"
+    assert repr(error) == f"QueueFullError('full', {shown})"
+    error.checkpoint = Checkpoint(7, light=True, data=b"")
+    assert repr(error) == f"QueueFullError('full', {shown}, checkpoint of iteration 7)"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +126,7 @@ async def test_errors_without_a_reason_depend_on_the_code(service, code, message
 def test_the_docstring_draws_the_class_tree():
     drawn = [line for line in errors.__doc__.splitlines() if "──" in line]
     kinds = [line.split("── ")[1].split()[0] for line in drawn]
-    assert sorted([*kinds, "GramophoneError", "from_rpc"]) == errors.__all__
+    assert sorted([*kinds, "ErrorReason", "GramophoneError", "from_rpc"]) == errors.__all__
     for line, name in zip(drawn, kinds, strict=True):
         depth = line.index("──") // 4 + 1
         assert len(getattr(errors, name).__mro__) == depth + len(errors.GramophoneError.__mro__)

@@ -46,7 +46,7 @@ RETRY_PAUSE_S = (0.2, 2.0)  # first and longest pause before a retry; each is tw
 
 def is_connection_loss(error: GramophoneError) -> bool:
     """Whether only the connection has ended and the job may still run: an error of the service would have a reason."""
-    is_lost = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and not error.reason
+    is_lost = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and error.reason is None
     return is_lost or isinstance(error, SlowReaderError)
 
 

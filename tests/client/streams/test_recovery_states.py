@@ -44,9 +44,9 @@ def lost() -> errors.ConnectionFailedError:
 
 
 LOST = lost()
-DOWN = errors.ShuttingDownError("down", code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
-NOT_READY = errors.NotReadyError("starting", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
-SLOW = errors.SlowReaderError("slow", code=grpc.StatusCode.ABORTED, reason="SLOW_READER")
+DOWN = errors.ShuttingDownError("down", code=grpc.StatusCode.UNAVAILABLE, reason=errors.ErrorReason.SHUTTING_DOWN)
+NOT_READY = errors.NotReadyError("starting", code=grpc.StatusCode.UNAVAILABLE, reason=errors.ErrorReason.NOT_READY)
+SLOW = errors.SlowReaderError("slow", code=grpc.StatusCode.ABORTED, reason=errors.ErrorReason.SLOW_READER)
 FULL = errors.QueueFullError("full")
 CONTROLLED = errors.JobControlledError("controlled")
 MISSING = errors.JobNotFoundError("missing")
@@ -224,5 +224,6 @@ def test_pauses_end_with_the_time_that_is_left():
 def test_only_errors_without_a_reason_are_lost_connections():
     assert is_connection_loss(LOST) and is_connection_loss(SLOW)
     assert is_connection_loss(errors.ServerFailedError("reset", code=grpc.StatusCode.INTERNAL))
-    assert not is_connection_loss(errors.ServerFailedError("defect", code=grpc.StatusCode.INTERNAL, reason="INTERNAL"))
+    defect = {"code": grpc.StatusCode.INTERNAL, "reason": errors.ErrorReason.INTERNAL}
+    assert not is_connection_loss(errors.ServerFailedError("defect", **defect))
     assert not is_connection_loss(DOWN) and not is_connection_loss(FULL)
