@@ -72,7 +72,7 @@ def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_right_kernels_pass_and_every_kernel_is_launched(precision: str) -> None:
     emulated.launched()
     assert not choose_kernels(CPU, *TYPES[precision], ops=ENGINE_OPS).by_library
-    assert emulated.launched() == set(KERNELS)
+    assert emulated.launched() == set(KERNELS), "KERNELS, above, lists every kernel; cases of the op must launch it"
 
 
 @pytest.mark.parametrize(("kernel", "fault"), [(k, fault) for k, (_, faults) in KERNELS.items() for fault in faults])

@@ -26,7 +26,7 @@ def described(results: object) -> list[tuple[torch.Size, torch.dtype, tuple[int,
 @pytest.mark.parametrize("op", ENGINE_OPS)
 def test_results_have_the_types_and_layouts_of_the_kernels_results(op: str) -> None:
     of_op = [case for case in CASES if case.op == op]
-    assert of_op
+    assert of_op, f"add a case of {op} to ops/self_test_cases.py"
     for case in of_op:
         arguments = on_meta(case)
         by_kernel = getattr(functional, op)(*arguments)
