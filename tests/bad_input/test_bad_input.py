@@ -11,6 +11,7 @@ from google.protobuf import duration_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gramophone.recipe import FIELD_TYPES, LayerWeight
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.engine.fake import FakeEngine
@@ -159,12 +160,10 @@ durations = st.builds(duration_pb2.Duration, seconds=st.integers(-(2**63), 2**63
 layers = st.builds(
     pb.LayerWeights, layers=st.lists(st.builds(pb.LayerWeight, layer=texts, weight=numbers), max_size=20)
 )
-recipes = st.fixed_dictionaries({}, optional={
-    **dict.fromkeys(("preset", "normalisation", "pooling", "start", "optimiser", "size", "iterations"), whole),
-    **dict.fromkeys(("coarse_iterations", "smallest_size"), whole),
-    **dict.fromkeys(("alpha", "beta", "tv_weight", "style_scale", "step", "average", "time_budget"), numbers),
-    **dict.fromkeys(("content_layers", "style_layers"), layers),
-}).map(lambda fields: pb.Recipe(**fields))  # fmt: skip
+VALUES = {int: whole, float: numbers, tuple[LayerWeight, ...]: layers}  # else a number of an enum
+recipes = st.fixed_dictionaries(
+    {}, optional={"preset": whole, **{name: VALUES.get(kind, whole) for name, kind in FIELD_TYPES.items()}}
+).map(lambda fields: pb.Recipe(**fields))
 sources = st.one_of(
     st.just(pb.ImageSource()),
     st.builds(pb.ImageSource, data=st.binary(max_size=20)),

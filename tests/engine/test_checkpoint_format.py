@@ -115,6 +115,16 @@ def test_tensors_with_values_that_the_kernels_do_not_check_are_refused(state: Jo
             )
 
 
+def test_a_checkpoint_of_a_server_that_did_not_have_a_field_yet_can_be_read(state: JobState) -> None:
+    data = CHECKPOINTS.write(state, max_bytes=MAX_BYTES)
+    recipe = header(data)["recipe"]
+    assert isinstance(recipe, dict)
+    del recipe["style_scale"]
+    read = CHECKPOINTS.read(with_fields(data, recipe=recipe), max_bytes=MAX_BYTES)
+    assert read.recipe == state.recipe
+    assert read.restore(state.job).done == state.done
+
+
 def test_a_checkpoint_has_the_seed_and_the_updated_recipe(state: JobState) -> None:
     state = replace(state, job=replace(state.job, seed=2**64 - 1))
     state.update(beta=8.0, iterations=20)

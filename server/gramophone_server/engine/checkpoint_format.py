@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramophone.recipe import LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
+from gramophone.recipe import FIELD_TYPES, Recipe, Violation
 from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job_state import JobState, SlotTensors
 from gramophone_server.errors import InvalidRequest
@@ -184,18 +184,10 @@ def _check(tensors: SlotTensors, counts: dict[str, int]) -> None:
 
 
 def _recipe(fields: dict[str, Any]) -> Recipe:
-    layers = {
-        name: tuple(LayerWeight(str(layer), _number(weight)) for layer, weight in fields[name])
-        for name in ("content_layers", "style_layers")
-    }
-    choices = {"normalisation": Normalisation, "pooling": Pooling, "start": Start, "optimiser": Optimiser}
-    chosen = {name: choice(fields[name]) for name, choice in choices.items()}
-    whole = {name: _count(fields[name]) for name in ("size", "iterations", "coarse_iterations", "smallest_size")}
-    names = {f.name for f in dataclasses.fields(Recipe)}
-    if names != fields.keys():
+    """A field that is missing is newer than the checkpoint. Its default stands for what all servers did before."""
+    if fields.keys() - FIELD_TYPES.keys():
         raise ValueError
-    numbers = {name: _number(fields[name]) for name in names - layers.keys() - chosen.keys() - whole.keys()}
-    return Recipe(**layers, **chosen, **whole, **numbers)  # type: ignore[arg-type]
+    return Recipe(**fields)
 
 
 def _count(value: Any, below: int = 2**31) -> int:
