@@ -22,6 +22,7 @@ from email.message import Message
 from email.parser import Parser
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from google.protobuf import descriptor_pb2
@@ -32,6 +33,7 @@ import gramophone_server
 from check_spills import TARGETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, env_variable
+from gramophone_server.domain.job_state import RecipeUpdate
 
 ROOT = Path(__file__).parent.parent
 PROTO = "gramophone/v1/style_transfer.proto"
@@ -87,6 +89,12 @@ def test_stubs_are_generated(compiled: Path, suffix: str) -> None:
         for folder in (ROOT / "proto", compiled)
     )
     assert committed == fresh, "run `make proto` and commit the stubs"
+
+
+def test_the_fields_that_a_controller_can_change_are_the_same_in_proto_server_and_client() -> None:
+    (changes,) = get_args(get_type_hints(gramophone_client.AsyncJobControl.update)["changes"])
+    assert set(pb.UpdateCommand.DESCRIPTOR.fields_by_name) == RecipeUpdate.__annotations__.keys()
+    assert changes.__annotations__.keys() == RecipeUpdate.__annotations__.keys()
 
 
 # Names, lines and imports ---------------------------------------------------------------------------------------------
