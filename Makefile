@@ -2,12 +2,12 @@
 PYTHON ?= python3
 EXTRAS ?= server,dev
 BIN := .venv/bin
-PY := proto/gramophone server client tests benchmarks examples deploy tools setup.py
+PY := proto/gramophone server client tests benchmarks examples deploy tools docs setup.py
 OPS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel image clean
+.PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel image clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -41,6 +41,10 @@ lint: install ## check format, lint, types, imports, proto, dependencies and the
 fix: install ## fix what the linter can fix, and format all sources
 	$(BIN)/ruff check --fix $(PY) && $(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP)
+
+docs: install ## build the documentation: build/docs/index.html; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo build/docs/index.html
 
 cuda-build: ## compile the CUDA kernels for every target and check that none spills; needs nvcc, no GPU
 	@$(PYTHON) tools/check_spills.py $(filter %.cu,$(OPS))

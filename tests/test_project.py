@@ -17,7 +17,6 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from email.message import Message
 from email.parser import Parser
 from fnmatch import fnmatch
@@ -32,7 +31,6 @@ import gramophone_client
 import gramophone_server
 from check_spills import TARGETS
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job_state import RecipeUpdate
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +171,7 @@ OTHER_FOLDERS = {
     "benchmarks",
     "chaos",
     "cuda",
+    "docs",
     "emulator",
     "end_to_end",
     "gpu",
@@ -463,35 +462,6 @@ def test_check_spills_compiles_for_the_same_targets(configure: Configure) -> Non
 # Documents ------------------------------------------------------------------------------------------------------------
 
 
-def table(page: str, first_header: str) -> list[list[str]]:
-    """The cells of the Markdown table whose first header is `first_header`, without its header row."""
-    rows: list[list[str]] = []
-    for line in read(page).splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells and (rows or cells[0] == first_header):
-            rows.append(cells)
-        elif rows:
-            break
-    return rows[2:]  # without the header and the separator
-
-
-def test_the_readme_lists_every_rpc() -> None:
-    listed = [name for first, *_ in table("README.md", "RPC") for name in re.findall(r"`(\w+)`", first)]
-    assert sorted(listed) == sorted(SERVICE.methods_by_name)
-
-
-def test_the_readme_lists_every_limit_with_its_default() -> None:
-    listed = {}
-    for line in read("README.md").splitlines():
-        if line.startswith("|") and (name := re.search(r"`(GRAMOPHONE_MAX_\w+)`", line)):
-            listed[name[1]] = {int(number) for number in re.findall(r"\d+", re.sub(r"(?<=\d)[ ,_](?=\d)", "", line))}
-    assert listed.keys() == {env_variable(limit.name) for limit in fields(Limits)}
-    for limit in fields(Limits):
-        assert limit.default in listed[env_variable(limit.name)], (
-            f"the default of {env_variable(limit.name)} is {limit.default}"
-        )
-
-
 def test_make_help_lists_the_targets() -> None:
     makefile = read("Makefile")
     documented = dict(re.findall(r"^([\w-]+):.*?## (.+)$", makefile, re.MULTILINE))
@@ -502,7 +472,10 @@ def test_make_help_lists_the_targets() -> None:
     assert dict(re.findall(r"^ +make ([\w-]+) +(.+)$", helped.stdout, re.MULTILINE)) == documented
 
 
-@pytest.mark.parametrize("page", ["Dockerfile", ".ci/run", "README.md", "deploy/README.md"])
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", ["Dockerfile", ".ci/run", "README.md", *PAGES])
 def test_documents_name_existing_make_targets(page: str) -> None:
     targets = re.findall(r"^([\w-]+):.*?## ", read("Makefile"), re.MULTILINE)
     # Commands are at the start of a line, in backticks, or in a RUN line of the Dockerfile; elsewhere "make" is a word.

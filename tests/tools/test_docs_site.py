@@ -1,0 +1,132 @@
+"""tools/docs_site: docstrings, comments and generated references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import pytest
+from google.protobuf import text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+
+from docs_site import GENERATORS, replace_markers
+from docs_site.docstrings import examples_marked, field_comments, linked
+from docs_site.proto import Proto, messages, rpcs
+from docs_site.settings import number, prose
+
+
+@dataclass
+class Values:
+    """A value."""
+
+    size: int  # pixels
+    # Above it,
+    # in two lines.
+    depth: int = 3
+    plain: str = "# no comment"
+
+
+class Options(TypedDict, total=False):
+    """Options."""
+
+    seed: int  # of the noise.
+
+
+class Pair(NamedTuple):
+    """A pair."""
+
+    left: int  # first
+
+
+def test_comments_describe_the_fields_of_values() -> None:
+    assert field_comments(Values) == {"size": "Pixels.", "depth": "Above it, in two lines.", "plain": ""}
+    assert field_comments(Options) == {"seed": "Of the noise."}
+    assert field_comments(Pair) == {"left": "First."}
+
+
+def test_examples_become_code_and_prose_does_not() -> None:
+    docstring = ["Does it.", "", "with client() as c:", "    c.go()", "", "Returns a `Frame`s list.", "", "None."]
+    assert "\n".join(examples_marked(docstring)).split("\n") == [
+        "Does it.",
+        "",
+        ".. code-block:: python",
+        "",
+        "   with client() as c:",
+        "       c.go()",
+        "",
+        "Returns a :py:obj:`Frame`\\ s list.",
+        "",
+        "None.",
+        "",
+    ]
+
+
+def test_names_become_links_and_other_code_stays_code() -> None:
+    assert linked("`stream`") == ":py:obj:`stream`\\ "
+    assert linked("`timeout=3`, ``kept``, :py:obj:`kept`") == "``timeout=3``\\ , ``kept``, :py:obj:`kept`"
+    assert linked("`.frame`") == "``.frame``\\ "
+
+
+FILE = """
+name: "a.proto" package: "a.v1"
+message_type {
+  name: "JobSpec"
+  field { name: "size" number: 1 type: TYPE_INT32 label: LABEL_OPTIONAL }
+  field { name: "kind" number: 2 type: TYPE_ENUM type_name: ".a.v1.Kind" label: LABEL_REPEATED }
+}
+enum_type { name: "Kind" value { name: "KIND_FAST" number: 0 } }
+service {
+  name: "S"
+  method { name: "RunJob" input_type: ".a.v1.JobSpec" output_type: ".a.v1.JobSpec" server_streaming: true }
+}
+source_code_info {
+  location { path: [4, 0] leading_comments: " A JobSpec for RunJob.\\n" }
+  location {
+    path: [4, 0, 2, 0]
+    leading_comments: " In max_size * 2,\\n at most. See JobSpec.kind.\\n\\n Or KIND_FAST.\\n"
+  }
+  location { path: [6, 0, 2, 0] leading_comments: " Runs a JobSpec.\\n" }
+}
+"""
+PROTO = Proto(text_format.Parse(FILE, FileDescriptorProto()))
+
+
+def test_the_reference_of_a_proto_has_types_comments_and_links() -> None:
+    assert messages(PROTO) == (
+        "## Messages\n\n"
+        "(proto-jobspec)=\n### JobSpec\n\n"
+        "A `JobSpec` for [`RunJob`](#proto-runjob-rpc).\n\n"
+        "`size` · `int32` · 1\n"
+        ": In `max_size` \\* 2, at most. See `JobSpec.kind`.\n\n  Or [`KIND_FAST`](#proto-kind).\n\n"
+        "`kind` · repeated [`Kind`](#proto-kind) · 2\n: <!-- -->\n\n"
+        "## Enums\n\n"
+        "(proto-kind)=\n### Kind\n\n\n\n"
+        "`KIND_FAST` · 0\n: <!-- -->\n"
+    )
+
+
+def test_the_reference_of_a_service_has_its_rpcs() -> None:
+    described = rpcs(PROTO)
+    assert "(proto-runjob-rpc)=\n## RunJob\n" in described
+    assert "rpc RunJob(JobSpec) returns (stream JobSpec)" in described
+    assert "Runs a [`JobSpec`](#proto-jobspec)." in described
+
+
+def test_markers_are_replaced_and_unknown_ones_are_errors() -> None:
+    page = replace_markers("# Presets\n\n<!-- generated: presets -->\n")
+    assert page.startswith("# Presets\n\n| field | `fast` |") and "<!--" not in page
+    with pytest.raises(KeyError, match="prezets"):
+        replace_markers("<!-- generated: prezets -->")
+    assert all(generate() for generate in GENERATORS.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(64 * 2**20, "67108864 (64 MiB)"), (32_000_000, "32000000"), (50051, "50051"), (0.02, "0.02"), (1e15, "1e+15")],
+)
+def test_numbers_can_be_typed(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_help_texts_become_sentences() -> None:
+    assert prose("longest detach_grace with --engine fake") == "Longest `detach_grace` with `--engine` fake."

@@ -1,0 +1,166 @@
+"""How autodoc reads this project's docstrings.
+
+Names are in single backticks: `stream` becomes a link if the reference has it, else code. Examples are paragraphs of
+code without a marker. Fields of values are described by comments, which autodoc does not read.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import sys
+import textwrap
+import tokenize
+import typing
+from typing import Any
+
+from docutils import nodes  # type: ignore[import-untyped]
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.typing import stringify_annotation
+
+__all__ = ["connect", "examples_marked", "field_comments", "linked"]
+
+# Modules of values that a caller makes.
+CONSTRUCTED = ("gramophone.recipe", "gramophone_client.types.options")
+
+
+def connect(app: Sphinx) -> None:
+    """Connects the handlers below."""
+    app.connect("autodoc-process-signature", _on_signature)
+    app.connect("autodoc-process-docstring", _on_docstring)
+    app.connect("missing-reference", _on_missing_reference)
+
+
+def _on_signature(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, None] | None:
+    """Hides how a value is made that only the client makes."""
+    if what not in ("class", "exception") or typing.is_typeddict(value):
+        return None
+    return None if value.__module__ in CONSTRUCTED or name.endswith("GramophoneClient") else ("", None)
+
+
+def _on_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    if lines and lines[0].startswith("Create new instance of "):  # of a named tuple, by Python
+        lines.clear()
+        return
+    lines[:] = examples_marked(lines)
+    if what == "class" and (dataclasses.is_dataclass(value) or typing.is_typeddict(value) or hasattr(value, "_fields")):
+        hints = typing.get_type_hints(value)
+        for field, comment in field_comments(value).items():
+            annotation = stringify_annotation(hints[field], "smart")
+            lines += [f".. py:attribute:: {field}", f"   :type: {annotation}", "", f"   {linked(comment)}", ""]
+
+
+def examples_marked(lines: list[str]) -> list[str]:
+    """The docstring in reStructuredText: examples are blocks of Python, and names in backticks are links or code."""
+    marked: list[str] = []
+    for paragraph in re.split(r"\n(?:[ ]*\n)+", "\n".join(lines)):
+        plain = textwrap.dedent(paragraph)
+        if _is_code(plain):
+            marked += [".. code-block:: python", "", *(f"   {line}" for line in plain.split("\n"))]
+        else:
+            marked += linked(paragraph).split("\n")
+        marked.append("")
+    return marked
+
+
+def _is_code(paragraph: str) -> bool:
+    """Whether a paragraph is an example: statements of Python that call something."""
+    try:
+        statements = ast.parse(paragraph).body
+    except SyntaxError:
+        return False
+    return any(isinstance(node, ast.Call) for statement in statements for node in ast.walk(statement))
+
+
+def linked(text: str) -> str:
+    """The text with its single backticks as roles: a link for a name, code for anything else."""
+
+    def role(quoted: re.Match[str]) -> str:
+        name = re.fullmatch(r"[A-Za-z_][\w.]*(?:\(\))?", quoted[1])
+        # The escaped space ends the role where a letter follows: `Frame`s.
+        return f":py:obj:`{quoted[1]}`\\ " if name else f"``{quoted[1]}``\\ "
+
+    return re.sub(r"(?<![`:])`([^`]+)`(?!`)", role, text)
+
+
+def field_comments(value: type) -> dict[str, str]:
+    """The own fields of a dataclass or a typed dictionary, each with the comment at the end of its line or above it."""
+    source = textwrap.dedent(inspect.getsource(value))
+    comments = {
+        token.start[0]: (token.string.lstrip("#: "), token.line[: token.start[1]].strip() == "")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for statement in body.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            above: list[str] = []
+            line = statement.lineno - 1
+            while line in comments and comments[line][1]:
+                above.insert(0, comments[line][0])
+                line -= 1
+            behind = [comments[end][0] for end in [statement.end_lineno] if end in comments]
+            found[statement.target.id] = " ".join([*above, *behind])
+    if dataclasses.is_dataclass(value):
+        helped = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(value)}
+        found = {name: comment or helped[name] for name, comment in found.items()}
+    return {name: _sentence(comment) for name, comment in found.items()}
+
+
+def _sentence(comment: str) -> str:
+    if not comment:
+        return ""
+    return comment[0].upper() + comment[1:] + ("" if comment.endswith(".") else ".")
+
+
+def _on_missing_reference(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.Node | None:
+    """Resolves names as docstrings and annotations write them.
+
+    A name of a module of the client is that of the package. What Python can import, what the client defines without
+    exporting it, and in prose any name without a capital letter, is left as it is. Anything else is a wrong name, of
+    which Sphinx then warns.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target = node["reftarget"].removesuffix("()")
+    name = target.rpartition(".")[2]
+    python, is_prose = env.domains.python_domain, node["reftype"] == "obj"
+    documented = [known for known in python.objects if known.rpartition(".")[2] == name]
+    if not name[0].isupper():  # in prose, that of a method; a field would often be another class's
+        documented = [known for known in documented if is_prose and python.objects[known].objtype == "method"]
+    if len(documented) == 1:
+        return python.resolve_xref(env, node.get("refdoc", ""), app.builder, "obj", documented[0], node, content)
+    if _can_be_imported(target) or (is_prose and (not re.match(r"[A-Z]\w*[a-z]", name) or _is_defined(name))):
+        return content
+    return None
+
+
+def _can_be_imported(target: str) -> bool:
+    """Whether a name is Python's own or one of another package, which the reference does not have."""
+    if hasattr(builtins, target):
+        return True
+    module, _, name = target.rpartition(".")
+    if not module or module.partition(".")[0].startswith("gramophone"):
+        return False
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def _is_defined(name: str) -> bool:
+    """Whether a module of this project has the name."""
+    return any(hasattr(module, name) for key, module in list(sys.modules.items()) if key.startswith("gramophone"))
