@@ -182,6 +182,7 @@ OTHER_FOLDERS = {
 # Modules without a test module of their own, by what tests them: values and parts that only matter in what uses them.
 TESTED_THROUGH = {
     "tests/proto/test_recipe.py": ["gramophone.wire"],
+    "tests/rpc/test_validation.py": ["gramophone.options"],
     "tests/engine/test_engine.py": ["gramophone_server.domain.engine_api"],
     "tests/scheduling/test_worker.py": ["gramophone_server.domain.commands", "gramophone_server.domain.events"],
     "tests/scheduling/test_scheduler.py": ["gramophone_server.scheduling.*"],

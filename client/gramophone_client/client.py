@@ -19,10 +19,11 @@ from gramophone_client.async_client import (
 )
 from gramophone_client.deprecations import accepts_old_keywords
 from gramophone_client.errors import CallCancelledError
-from gramophone_client.streams.job_control import AsyncJobControl, Changes
+from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.recovery import PATIENCE_S
 from gramophone_client.transport.connection import CLOSED_MESSAGE, DEFAULT_MAX_RETRIES
 from gramophone_client.types.options import (
+    Changes,
     CheckpointOptions,
     FrameOptions,
     ImageInput,

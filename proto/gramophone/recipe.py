@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, get_type_hints
 
-from gramophone.values import choice, did_you_mean, number, shown, shown_number, whole_number
+from gramophone.values import MisfitError, choice, did_you_mean, number, shown, shown_number, whole_number
 
 __all__ = [
     "FIELD_TYPES",
@@ -251,8 +251,8 @@ def field_value(name: str, value: Any) -> Any:
         if kind in (int, float):
             exact: Any = whole_number(value) if kind is int else number(value)
         else:
-            exact = choice(value, kind, OTHER_VALUES)
-    except ValueError as error:
+            exact = kind(choice(value, kind, OTHER_VALUES))
+    except MisfitError as error:
         raise InvalidRecipeError([Violation(name, str(error))]) from None
     if allowed is not None and not allowed.low <= exact <= allowed.high:  # false for NaN too
         rule = f"must be between {allowed.low:g} and {allowed.high:g}, got {shown_number(exact)}"
@@ -285,9 +285,9 @@ def _layer_weights(name: str, value: Any) -> tuple[LayerWeight, ...]:
         try:
             weight = number(weight)
             if not LAYER_WEIGHTS.low <= weight <= LAYER_WEIGHTS.high:
-                raise ValueError(f"must be between 0 and 1e+06, got {weight:g}")
+                raise MisfitError(f"must be between 0 and 1e+06, got {weight:g}")
             layers.append(LayerWeight(str(layer), weight))
-        except ValueError as error:
+        except MisfitError as error:
             violations.append(Violation(f"{name}[{i}].weight", str(error)))
             layers.append(LayerWeight(str(layer), 0.0))
     if len({layer for layer, _ in layers}) < len(layers):

@@ -1,6 +1,6 @@
 """Converts what a Python caller gives to exact numbers and choices. Standard library only.
 
-Every function raises ValueError with a text that follows the name of a field: what fits, and what came.
+Every function raises `MisfitError` with a text that follows the name of a field: what fits, and what came.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sized
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
-__all__ = ["choice", "did_you_mean", "nearest", "number", "shown", "shown_number", "whole_number"]
-
-Choice = TypeVar("Choice", bound=StrEnum)
+__all__ = ["MisfitError", "choice", "did_you_mean", "nearest", "number", "shown", "shown_number", "whole_number"]
 
 MAX_SHOWN = 60  # characters of a value in an error
 MAX_WORD = 32  # characters of a word that are compared; every known word is shorter, and comparing long texts is slow
+
+
+class MisfitError(ValueError):
+    """A value that does not fit. The text follows the name of what it was given for."""
 
 
 def number(value: Any) -> float:
@@ -29,7 +31,7 @@ def number(value: Any) -> float:
             return math.inf if value > 0 else -math.inf
         except (TypeError, ValueError):
             pass
-    raise ValueError(f"must be a number, got {shown(value)}")
+    raise MisfitError(f"must be a number, got {shown(value)}")
 
 
 def whole_number(value: Any) -> int:
@@ -39,15 +41,16 @@ def whole_number(value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise ValueError(f"must be a whole number, got {shown(value)}")
+    raise MisfitError(f"must be a whole number, got {shown(value)}")
 
 
-def choice(value: Any, kind: type[Choice], others: Mapping[str, str]) -> Choice:
-    """A member of the enum, given as itself or as its text. `others` are as in `nearest`."""
-    if isinstance(value, str) and value in list(kind):
-        return kind(value)
-    hint = did_you_mean(value, kind, others) if isinstance(value, str) else ""
-    raise ValueError(f"must be one of {', '.join(kind)}, got {shown(value)}{hint}")
+def choice(value: Any, choices: Iterable[str], others: Mapping[str, str]) -> str:
+    """The value, if it is one of the choices. `others` are as in `nearest`."""
+    choices = list(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    hint = did_you_mean(value, choices, others) if isinstance(value, str) else ""
+    raise MisfitError(f"must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
 def nearest(word: str, known: Iterable[str], others: Mapping[str, str]) -> str | None:
@@ -69,7 +72,7 @@ def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str]) -> 
 def shown(value: Any) -> str:
     """A value in an error: itself if it is short, else what it is."""
     if value is None or isinstance(value, bool | str | int | float | complex):
-        if isinstance(value, int) and value.bit_length() > MAX_SHOWN:
+        if isinstance(value, int) and value.bit_length() > 3 * MAX_SHOWN:
             return shown_number(value)  # Python writes no number of more than 4300 digits
         text = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
         return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
@@ -77,7 +80,7 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     kind = type(value).__qualname__
     if type(value).__module__ != "builtins":
-        kind = f"{type(value).__module__.partition('.')[0]}.{kind}"
+        kind = f"{type(value).__module__.partition('.')[0].lstrip('_')}.{kind}"
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes"
     article = "an" if kind[0] in "aeiouAEIOU" else "a"

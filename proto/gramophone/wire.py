@@ -11,7 +11,7 @@ from gramophone import recipe as recipes
 from gramophone.recipe import FIELD_TYPES, InvalidRecipeError, LayerWeight, Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 
-__all__ = ["overrides_to_message", "recipe_from_message", "recipe_to_message"]
+__all__ = ["layers_to_message", "overrides_to_message", "recipe_from_message", "recipe_to_message"]
 
 
 def recipe_to_message(recipe: Recipe) -> pb.Recipe:
@@ -31,8 +31,7 @@ def overrides_to_message(overrides: Mapping[str, Any], preset: str | None = None
         if _is_enum(name):
             setattr(message, name, _numbers(name).Value(_prefix(name) + value.name))
         elif name.endswith("_layers"):
-            getattr(message, name).layers.extend(_layer_messages(value))
-            getattr(message, name).SetInParent()  # so that an empty list is sent, too
+            getattr(message, name).CopyFrom(layers_to_message(value))  # an empty list is sent, too
         else:
             setattr(message, name, value)
     return message
@@ -70,8 +69,9 @@ def recipe_from_message(message: pb.Recipe) -> Recipe:
     return recipe
 
 
-def _layer_messages(layers: Iterable[LayerWeight]) -> Iterable[pb.LayerWeight]:
-    return (pb.LayerWeight(layer=layer, weight=weight) for layer, weight in layers)
+def layers_to_message(layers: Iterable[LayerWeight]) -> pb.LayerWeights:
+    """Returns the message of a list of layers."""
+    return pb.LayerWeights(layers=[pb.LayerWeight(layer=layer, weight=weight) for layer, weight in layers])
 
 
 def _is_enum(name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 import gramophone_client
-from gramophone.recipe import InvalidRecipeError, Recipe, Violation
+from gramophone.recipe import Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import AsyncGramophoneClient, FrameOptions, Losses, errors
 from gramophone_server import errors as server_errors
@@ -73,13 +73,9 @@ def test_the_public_names_are_sorted_and_exist():
 async def test_unknown_fields_and_presets_are_not_sent(client, service):
     with pytest.raises(errors.InvalidRequestError, match="gamma") as raised:
         await client.stylize(PHOTO, PAINTING, gamma=1)
-    assert raised.value.violations == (Violation("gamma", "is not a field of a recipe"),)
-    assert isinstance(raised.value.__cause__, InvalidRecipeError)
+    assert raised.value.violations == (Violation("gamma", "is not an option of a job"),)
     with pytest.raises(errors.InvalidRequestError, match="must be one of fast"):
         await client.stylize(PHOTO, PAINTING, preset="best")
-    for values in ({"seed": -1}, {"size": 10**12}, {"result_format": "gif"}):
-        with pytest.raises(errors.InvalidRequestError, match="does not fit into the request"):
-            await client.stylize(PHOTO, PAINTING, **values)
     with pytest.raises(FileNotFoundError):
         await client.stylize("/no/such/photo.jpg", PAINTING)
     assert service.specs == []
@@ -141,8 +137,6 @@ async def test_the_grace_reaches_the_request(client, service):
     await client.stylize(PHOTO, PAINTING)
     graces = [spec.detach_grace.ToMilliseconds() if spec.HasField("detach_grace") else None for spec in service.specs]
     assert graces == [1500, 0, None]
-    with pytest.raises(errors.InvalidRequestError, match="does not fit into the request"):
-        await client.stylize(PHOTO, PAINTING, detach_grace=float("nan"))
 
 
 async def test_watching_yields_the_same_updates_as_streaming(client, service):
@@ -155,7 +149,7 @@ async def test_watching_yields_the_same_updates_as_streaming(client, service):
     updates = await collected(client.watch("j1", 3, frames=None))
     assert [update.sequence for update in updates] == [4, 5]
     assert service.watches[1] == pb.WatchJobRequest(job_id="j1", after_sequence=3)
-    with pytest.raises(errors.InvalidRequestError, match="does not fit into the request"):
+    with pytest.raises(errors.InvalidRequestError, match="after_sequence: must be a whole number from 0 to"):
         await collected(client.watch("j1", -1))
 
 

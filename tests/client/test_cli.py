@@ -98,7 +98,10 @@ def test_a_server_that_is_not_ready_is_an_exit_code(gramophone):
             "argument --seed: must be a whole number from 0 to 2**64-1, got '-1'",
         ),
         ("stylize photo.png painting.png -o out.png --iter 5", "unrecognized arguments: --iter"),
-        ("stylize photo.png painting.png -o out.png --frame-size 99999999999", "a value does not fit into the request"),
+        (
+            "stylize photo.png painting.png -o out.png --frame-size 99999999999",
+            "--frame-size: must be 16 to 16384, got 1e",
+        ),
         ("recipe missing.png", "missing.png: No such file"),
         ("stylize photo.png painting.png -o out.png --resume no", "no: there is no such file"),
         ("stylize photo.png painting.png -o out.png --checkpoint no/c", "no/c: there is no folder no; make it first"),

@@ -14,8 +14,8 @@ from gramophone_client.console.keyboard import pressed_keys
 from gramophone_client.console.outputs import Display, UsageError, display
 from gramophone_client.console.recipe_flags import value_of
 from gramophone_client.errors import InvalidRequestError, JobEndedError
-from gramophone_client.streams.job_control import AsyncJobControl, Changes
-from gramophone_client.types.options import FrameOptions
+from gramophone_client.streams.job_control import AsyncJobControl
+from gramophone_client.types.options import Changes, FrameOptions
 from gramophone_client.types.updates import Accepted, Changed, Paused, Resumed
 
 __all__ = ["CHANGEABLE", "KEYS_HELP", "change", "control"]

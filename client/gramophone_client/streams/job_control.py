@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
-from gramophone.recipe import LayerWeight, Violation
+from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import (
     CallCancelledError,
@@ -21,25 +21,13 @@ from gramophone_client.errors import (
 from gramophone_client.streams.recovery import Recovery, ResendableJob
 from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
-from gramophone_client.transport.job_spec import as_invalid_request, watch_request
-from gramophone_client.types.options import CheckpointOptions, FrameOptions
+from gramophone_client.transport.job_spec import update_command, watch_request
+from gramophone_client.types.options import Changes, CheckpointOptions, FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
-__all__ = ["AsyncJobControl", "Changes"]
+__all__ = ["AsyncJobControl"]
 
 OUTPUTS = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it
-
-
-class Changes(TypedDict, total=False):
-    """The fields that `update` can change. Their ranges are those of a recipe."""
-
-    alpha: float
-    beta: float
-    tv_weight: float
-    step: float
-    content_layers: Sequence[LayerWeight]  # all layers of the job, in the order of its recipe
-    style_layers: Sequence[LayerWeight]
-    iterations: int  # at the final size, including those that are done there
 
 
 @dataclass
@@ -164,20 +152,7 @@ class AsyncJobControl:
 
     async def update(self, **changes: Unpack[Changes]) -> int:
         """Changes the job from its next iteration on; what is not given stays as it is."""
-        command = pb.UpdateCommand()
-        with as_invalid_request():
-            for name, value in changes.items():
-                if name not in Changes.__annotations__:
-                    raise InvalidRequestError(
-                        f"{name} cannot be changed while a job runs; {', '.join(Changes.__annotations__)} can",
-                        violations=(Violation(f"update.{name}", "cannot be changed while a job runs"),),
-                    )
-                if isinstance(value, Sequence):
-                    layers = [pb.LayerWeight(layer=layer, weight=weight) for layer, weight in value]
-                    getattr(command, name).CopyFrom(pb.LayerWeights(layers=layers))
-                else:
-                    setattr(command, name, value)
-        return await self._command(update=command).answer
+        return await self._command(update=update_command(changes)).answer
 
     async def picture(self) -> Frame:
         """The current picture, in its full size and without loss."""

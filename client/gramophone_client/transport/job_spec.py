@@ -1,26 +1,38 @@
-"""Builds the `JobSpec` of a request from what a caller gives: paths, bytes, PIL images, keyword arguments."""
+"""Builds messages from what a caller gives: images, keyword arguments, options. Names every value that does not fit."""
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Unpack
+from typing import Any, NamedTuple, Unpack, get_args
 
 from google.protobuf.duration_pb2 import Duration
-from PIL import Image, ImageOps
 
-from gramophone.recipe import InvalidRecipeError, RecipeOverrides, Start, Violation
+from gramophone import recipe as recipes
+from gramophone.options import (
+    FRAME_SIDE,
+    FRAMES_IN_FLIGHT,
+    INTERVAL_S,
+    MAX_DURATION_S,
+    MAX_INT32,
+    MAX_STYLE_WEIGHT,
+    MAX_UINT64,
+    QUALITY,
+)
+from gramophone.recipe import FIELD_TYPES, OTHER_NAMES, InvalidRecipeError, Range, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.wire import overrides_to_message
+from gramophone.values import MisfitError, choice, did_you_mean, number, shown, shown_number, whole_number
+from gramophone.wire import layers_to_message, overrides_to_message
 from gramophone_client.errors import InvalidRequestError
+from gramophone_client.transport import images
 from gramophone_client.types.options import (
+    OPTIONS,
+    Changes,
     CheckpointOptions,
     FrameOptions,
     ImageInput,
+    JobOptions,
     Style,
     Styles,
     UploadedImage,
@@ -28,7 +40,20 @@ from gramophone_client.types.options import (
 from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
-__all__ = ["as_invalid_request", "image_bytes", "job_spec", "resumed_spec", "uploaded_images", "watch_request"]
+__all__ = ["image_bytes", "job_spec", "resumed_spec", "update_command", "uploaded_images", "watch_request"]
+
+# The keyword arguments of methods beside the options of a job. An unknown option may be one of them, misspelt.
+METHOD_KEYWORDS = ("timeout", "patience", "metadata", "request_id", "frames", "checkpoints")
+OTHER_OPTIONS: Mapping[str, str] = {
+    **OTHER_NAMES,
+    "init_image": "start_image",
+    "format": "result_format",
+    "output_format": "result_format",
+    "random_seed": "seed",
+    "checkpoint": "resume",
+}
+OTHER_FORMATS: Mapping[str, str] = {"jpg": "jpeg"}
+CHECKPOINT_FITS = "must be a Checkpoint, its bytes or a file of them"
 
 
 def job_spec(
@@ -37,49 +62,42 @@ def job_spec(
     *,
     frames: FrameOptions | None = None,
     checkpoints: CheckpointOptions | None = None,
-    preset: str | None = None,
-    seed: int | None = None,
-    start_image: ImageInput | None = None,
-    result_format: Format = "png",
-    result_quality: int = 95,
-    detach_grace: float | None = None,
-    resume: Checkpoint | bytes | str | os.PathLike[str] | None = None,
-    **overrides: Unpack[RecipeOverrides],
+    **job: Unpack[JobOptions],
 ) -> pb.JobSpec:
     """The message that describes a job. Reads files, so it may block.
 
-    `preset` is "fast" by default. `seed` (0 to 2**64 - 1) fixes the noise; None lets the server choose one. The picture
-    starts from `start_image`, if given. `result_quality`, 1 to 100, is that of JPEG and WebP. A job without a watcher
-    continues, or waits, for `detach_grace` seconds; without `detach_grace` it stops at once. `overrides` are the fields
-    of the recipe that differ from the preset.
-
-    `resume`, a `Checkpoint` of a job with the same images, its bytes or a file of them, continues that job from there.
-    It determines the recipe, the seed and the picture to start from, so none of them can be given with it.
-
-    Raises `InvalidRequestError` for an unknown preset or recipe field and for a value that its field cannot hold,
-    OSError for a file that cannot be read. The server checks everything else.
+    Raises `InvalidRequestError` with all options and images that do not fit, before a file is read if there are any,
+    and OSError for a file that cannot be read. Layer names and the server's limits are checked by the server.
     """
-    if resume is not None:
-        _check_resumable(preset=preset, seed=seed, start_image=start_image, **overrides)
-    if start_image is not None:
-        overrides.setdefault("start", Start.IMAGE)
-    with as_invalid_request():
-        spec = pb.JobSpec(
-            recipe=overrides_to_message(overrides, preset or "fast") if resume is None else None,
-            frames=_frame_options(frames) if frames is not None else None,
-            checkpoints=_checkpoint_options(checkpoints) if checkpoints is not None else None,
-            result_format=f"IMAGE_FORMAT_{result_format.upper()}",
-            result_quality=result_quality,
-            seed=seed,
-            detach_grace=_duration(detach_grace) if detach_grace is not None else None,
-        )
-    spec.content.CopyFrom(_image_source(content))
-    for image, weight in _as_styles(styles):
-        spec.styles.add(image=_image_source(image), weight=weight)
-    if start_image is not None:
-        spec.start_image.CopyFrom(_image_source(start_image))
-    if resume is not None:
-        spec.resume = _checkpoint_bytes(resume)
+    problems = _Problems()
+    for name in job.keys() - JobOptions.__annotations__.keys():
+        hint = did_you_mean(name, (*JobOptions.__annotations__, *METHOD_KEYWORDS), OTHER_OPTIONS)
+        problems.add(name, name, f"is not an option of a job{hint}")
+    options: dict[str, Any] = {name: job.get(name, option.default) for name, option in OPTIONS.items()}
+    resume, start_image = options["resume"], options["start_image"]
+    spec = pb.JobSpec()
+    if resume is None:
+        overrides = {name: value for name, value in job.items() if name in FIELD_TYPES}
+        if start_image is not None:
+            overrides.setdefault("start", "image")
+        _set_recipe(spec, "fast" if options["preset"] is None else options["preset"], overrides, problems)
+        if options["seed"] is not None:
+            with problems.of("seed", "spec.seed"):
+                spec.seed = _whole_number(options["seed"], MAX_UINT64)
+    else:
+        for name in ("preset", "seed", "start_image", *FIELD_TYPES):
+            if job.get(name) is not None:
+                path = f"spec.{name}" if name in ("seed", "start_image") else f"spec.recipe.{name}"
+                problems.add(name, path, "cannot be given with resume: the job continues with the checkpoint's")
+    with problems.of("result_format", "spec.result_format"):
+        spec.result_format = _format(options["result_format"])
+    with problems.of("result_quality", "spec.result_quality"):
+        spec.result_quality = _whole_number_in(options["result_quality"], QUALITY)
+    if options["detach_grace"] is not None:
+        with problems.of("detach_grace", "spec.detach_grace"):
+            spec.detach_grace.CopyFrom(_duration(options["detach_grace"], Range(0, MAX_DURATION_S)))
+    _set_watching(spec, frames, checkpoints, problems, "spec.")
+    _set_files(spec, content, styles, start_image, resume, problems)
     return spec
 
 
@@ -100,101 +118,231 @@ def uploaded_images(
     content: ImageInput, styles: Styles, start_image: ImageInput | None = None
 ) -> tuple[UploadedImage, ...]:
     """The images of a job that its spec names by digest only. Their bytes are not in the spec."""
-    images = (content, *(style.image for style in _as_styles(styles)), start_image)
-    return tuple(image for image in images if isinstance(image, UploadedImage))
-
-
-@contextmanager
-def as_invalid_request() -> Iterator[None]:
-    """Raises `InvalidRequestError` for values in the block that a message cannot hold."""
-    try:
-        yield
-    except InvalidRecipeError as error:
-        raise InvalidRequestError(str(error), violations=error.violations) from error
-    except (ValueError, OverflowError) as error:  # protobuf: a number too large, an unknown enum name
-        raise InvalidRequestError(f"a value does not fit into the request: {error}") from error
+    given = (content, *(image for image, _ in _as_styles(styles)), start_image)
+    return tuple(image for image in given if isinstance(image, UploadedImage))
 
 
 def watch_request(
     job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
 ) -> pb.WatchJobRequest:
-    """The message that asks for a job's events. Raises `InvalidRequestError` for a value that its field cannot hold."""
-    with as_invalid_request():
-        return pb.WatchJobRequest(
-            job_id=job_id,
-            after_sequence=after_sequence,
-            frames=_frame_options(frames) if frames is not None else None,
-            checkpoints=_checkpoint_options(checkpoints) if checkpoints is not None else None,
-        )
+    """The message that asks for a job's events. Raises `InvalidRequestError` with all values that do not fit."""
+    problems, request = _Problems(), pb.WatchJobRequest()
+    with problems.of("job_id", "job_id"):
+        if not isinstance(job_id, str):
+            raise MisfitError(f"must be a job's id, got {shown(job_id)}")
+        request.job_id = job_id
+    with problems.of("after_sequence", "after_sequence"):
+        request.after_sequence = _whole_number(after_sequence, MAX_UINT64)
+    _set_watching(request, frames, checkpoints, problems)
+    problems.raise_if_any()
+    return request
+
+
+def update_command(changes: Changes) -> pb.UpdateCommand:
+    """The command that changes a job. Raises `InvalidRequestError` with all changes that do not fit."""
+    problems, command = _Problems(), pb.UpdateCommand()
+    known = Changes.__annotations__
+    for name, value in changes.items():
+        if name not in known:
+            hint = did_you_mean(name, known, OTHER_NAMES) or f"; {', '.join(known)} can"
+            problems.add(name, f"update.{name}", f"cannot be changed while a job runs{hint}")
+            continue
+        try:
+            exact = recipes.field_value(name, value)
+        except InvalidRecipeError as error:
+            problems.add_all(error.violations, "update.")
+            continue
+        if name.endswith("_layers"):
+            getattr(command, name).CopyFrom(layers_to_message(exact))
+        else:
+            setattr(command, name, exact)
+    problems.raise_if_any()
+    return command
 
 
 def image_bytes(image: ImageInput) -> bytes:
-    """The bytes of an image file; reads the file, so it may block."""
-    if isinstance(image, UploadedImage):
-        return image.data
-    if isinstance(image, Image.Image):
-        return _as_png(image)
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+    """The bytes of an image file; reads the file, so it may block. Raises `InvalidRequestError` and OSError."""
+    problems = _Problems()
+    with problems.of("image", "image"):
+        return images.image_bytes(image)
+    raise problems.error()
 
 
-def _check_resumable(**options: object) -> None:
-    """Raises `InvalidRequestError` if an option is set that the checkpoint determines."""
-    names = [name for name, value in options.items() if value is not None]
-    if names:
-        rule = "cannot be given with resume: the job continues with the checkpoint's"
-        violations = tuple(Violation(name, rule) for name in names)
-        raise InvalidRequestError("; ".join(f"{name}: {rule}" for name in names), violations=violations)
+class _Problems:
+    """Collects what is wrong with a request, by the argument that the caller gave and its path in the request."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Violation]] = []
+
+    def add(self, argument: str, path: str, description: str) -> None:
+        self._found.append((argument, Violation(path, description)))
+
+    def add_all(self, violations: Iterable[Violation], prefix: str) -> None:
+        for field, description in violations:
+            self.add(field, f"{prefix}{field}", description)
+
+    @contextmanager
+    def of(self, argument: str, path: str) -> Iterator[None]:
+        """Adds a `MisfitError` of the block, whose text follows the name of the argument."""
+        try:
+            yield
+        except MisfitError as error:
+            self.add(argument, path, str(error))
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise self.error()
+
+    def error(self) -> InvalidRequestError:
+        text = "; ".join(f"{argument}: {violation.description}" for argument, violation in self._found)
+        return InvalidRequestError(text, violations=tuple(violation for _, violation in self._found))
 
 
-def _checkpoint_bytes(resume: Checkpoint | bytes | str | os.PathLike[str]) -> bytes:
-    if isinstance(resume, Checkpoint):
-        return resume.data
-    data = resume if isinstance(resume, bytes) else Path(resume).read_bytes()
-    if not data:
-        source = "the bytes are" if isinstance(resume, bytes) else f"{os.fspath(resume)} is"
-        raise InvalidRequestError(f"resume: {source} empty, and not a checkpoint")
-    return data
+class _ImageSlot(NamedTuple):
+    """An image that a caller gave: its argument, its path in the request, and its message there."""
+
+    argument: str
+    path: str
+    image: Any
+    message: pb.ImageSource
 
 
-def _checkpoint_options(checkpoints: CheckpointOptions) -> pb.CheckpointOptions:
-    return pb.CheckpointOptions(min_interval=_duration(checkpoints.every_s), light=checkpoints.light)
+def _set_recipe(spec: pb.JobSpec, preset: Any, overrides: Mapping[str, Any], problems: _Problems) -> None:
+    try:
+        recipe = recipes.preset(preset, **overrides)
+    except InvalidRecipeError as error:
+        return problems.add_all(error.violations, "spec.recipe.")
+    exact = {name: getattr(recipe, name) for name in overrides}
+    spec.recipe.CopyFrom(overrides_to_message(exact, preset))
 
 
-def _frame_options(frames: FrameOptions) -> pb.FrameOptions:
-    return pb.FrameOptions(
-        every_iterations=frames.every_iterations,
-        min_interval=_duration(frames.min_interval_s),
-        max_side=frames.max_side,
-        format=f"IMAGE_FORMAT_{frames.format.upper()}",
-        quality=frames.quality,
-        max_in_flight=frames.max_in_flight,
-    )
+def _set_watching(
+    message: pb.JobSpec | pb.WatchJobRequest,
+    frames: FrameOptions | None,
+    checkpoints: CheckpointOptions | None,
+    problems: _Problems,
+    prefix: str = "",
+) -> None:
+    """Sets the fields `frames` and `checkpoints`, whose paths begin with the prefix."""
+    if isinstance(frames, FrameOptions):
+        target = message.frames
+        target.SetInParent()
+        with problems.of("frames.every_iterations", f"{prefix}frames.every_iterations"):
+            target.every_iterations = _whole_number(frames.every_iterations, MAX_INT32)
+        with problems.of("frames.min_interval_s", f"{prefix}frames.min_interval"):
+            target.min_interval.CopyFrom(_duration(frames.min_interval_s, INTERVAL_S))
+        with problems.of("frames.max_side", f"{prefix}frames.max_side"):
+            # 0 keeps the picture's size
+            target.max_side = _whole_number_in(frames.max_side, FRAME_SIDE) if frames.max_side != 0 else 0
+        with problems.of("frames.format", f"{prefix}frames.format"):
+            target.format = _format(frames.format)
+        with problems.of("frames.quality", f"{prefix}frames.quality"):
+            target.quality = _whole_number_in(frames.quality, QUALITY)
+        with problems.of("frames.max_in_flight", f"{prefix}frames.max_in_flight"):
+            target.max_in_flight = _whole_number_in(frames.max_in_flight, FRAMES_IN_FLIGHT)
+    elif frames is not None:
+        problems.add("frames", f"{prefix}frames", f"must be FrameOptions or None, got {shown(frames)}")
+    if isinstance(checkpoints, CheckpointOptions):
+        with problems.of("checkpoints.every_s", f"{prefix}checkpoints.min_interval"):
+            message.checkpoints.min_interval.CopyFrom(_duration(checkpoints.every_s, INTERVAL_S))
+        message.checkpoints.light = bool(checkpoints.light)
+    elif checkpoints is not None:
+        description = f"must be CheckpointOptions or None, got {shown(checkpoints)}"
+        problems.add("checkpoints", f"{prefix}checkpoints", description)
 
 
-def _duration(seconds: float) -> Duration:
+def _set_files(spec: pb.JobSpec, content: Any, styles: Any, start_image: Any, resume: Any, problems: _Problems) -> None:
+    """Sets the images and the checkpoint. Reads files only if nothing is wrong so far."""
+    slots = [_ImageSlot("content", "spec.content.data", content, spec.content)]
+    with problems.of("styles", "spec.styles"):
+        is_list = _is_list(styles)
+        for i, (image, weight) in enumerate(_as_styles(styles)):
+            style = spec.styles.add()
+            argument = f"styles[{i}]" if is_list else "styles"
+            slots.append(_ImageSlot(argument, f"spec.styles[{i}].image.data", image, style.image))
+            with problems.of(f"{argument}.weight", f"spec.styles[{i}].weight"):
+                style.weight = _style_weight(weight)
+    if start_image is not None and resume is None:
+        slots.append(_ImageSlot("start_image", "spec.start_image.data", start_image, spec.start_image))
+    for slot in slots:
+        with problems.of(slot.argument, slot.path):
+            images.check_image(slot.image)
+    is_checkpoint = isinstance(resume, Checkpoint)
+    if resume is not None and not is_checkpoint:
+        with problems.of("resume", "spec.resume"):
+            images.check_file(resume, CHECKPOINT_FITS)
+    problems.raise_if_any()
+
+    for slot in slots:
+        with problems.of(slot.argument, slot.path):
+            if isinstance(slot.image, UploadedImage):
+                slot.message.digest = slot.image.digest
+            else:
+                slot.message.data = images.image_bytes(slot.image)
+    if resume is not None:
+        with problems.of("resume", "spec.resume"):
+            spec.resume = resume.data if is_checkpoint else images.file_bytes(resume)
+    problems.raise_if_any()
+
+
+def _as_styles(styles: Any) -> list[tuple[Any, Any]]:
+    """Pairs of an image and its weight. Raises `MisfitError` for a list of none, or an iterator."""
+    if not _is_list(styles):
+        return [_as_style(styles)]
+    if not styles:
+        raise MisfitError("must be one style image or several, got an empty list")
+    return [_as_style(style) for style in styles]
+
+
+def _as_style(style: Any) -> tuple[Any, Any]:
+    return (style[0], style[1]) if _is_pair(style) else (style, 1.0)
+
+
+def _is_list(styles: Any) -> bool:
+    if isinstance(styles, str | bytes | bytearray | memoryview) or _is_pair(styles):
+        return False
+    if isinstance(styles, Iterator) and not hasattr(styles, "read"):
+        raise MisfitError(f"must be one style image or a list of them, got {shown(styles)}; write list(...)")
+    return isinstance(styles, Sequence)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether the value is a `Style`, or a tuple like one. A tuple of two images is none."""
+    return isinstance(value, Style) or (isinstance(value, tuple) and len(value) == 2 and hasattr(value[1], "__float__"))
+
+
+def _style_weight(value: Any) -> float:
+    weight = number(value)
+    if not 0 < weight <= MAX_STYLE_WEIGHT:  # true for NaN too
+        raise MisfitError(
+            f"must be above 0 and at most {MAX_STYLE_WEIGHT:g}, got {weight:g}; leave a style out to give it no weight"
+        )
+    return weight
+
+
+def _whole_number(value: Any, high: int) -> int:
+    exact = whole_number(value)
+    if not 0 <= exact <= high:
+        shown_high = "2**64-1" if high == MAX_UINT64 else f"{high}"
+        raise MisfitError(f"must be a whole number from 0 to {shown_high}, got {shown(exact)}")
+    return exact
+
+
+def _whole_number_in(value: Any, allowed: Range) -> int:
+    exact = whole_number(value)
+    if not allowed.low <= exact <= allowed.high:
+        raise MisfitError(f"must be {allowed.low:g} to {allowed.high:g}, got {shown_number(exact)}")
+    return exact
+
+
+def _duration(value: Any, allowed: Range) -> Duration:
+    seconds = number(value)
+    if not allowed.low <= seconds <= allowed.high:  # true for NaN too
+        raise MisfitError(f"must be {allowed.low:g} to {allowed.high:g} seconds, got {seconds:g}")
     duration = Duration()
     duration.FromTimedelta(timedelta(seconds=seconds))
     return duration
 
 
-def _as_styles(styles: Styles) -> list[Style]:
-    if isinstance(styles, Style):
-        return [styles]
-    if isinstance(styles, str | bytes | os.PathLike | Image.Image | UploadedImage):
-        return [Style(styles)]
-    return [style if isinstance(style, Style) else Style(style) for style in styles]
-
-
-def _image_source(image: ImageInput) -> pb.ImageSource:
-    if isinstance(image, UploadedImage):
-        return pb.ImageSource(digest=image.digest)
-    return pb.ImageSource(data=image_bytes(image))
-
-
-def _as_png(image: Image.Image) -> bytes:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode not in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}:  # PNG has no other modes
-        upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-    out = io.BytesIO()
-    upright.save(out, "png", compress_level=1)  # level 6 takes four times as long for a tenth less
-    return out.getvalue()
+def _format(value: Any) -> Any:
+    return pb.ImageFormat.Value(f"IMAGE_FORMAT_{choice(value, get_args(Format), OTHER_FORMATS).upper()}")

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, SupportsFloat, SupportsIndex, TypedDict
 
 from PIL import Image
 
-from gramophone.recipe import RecipeOverrides
+from gramophone.recipe import Layers, PresetName, RecipeOverrides
+from gramophone.values import shown
 from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
-__all__ = ["CheckpointOptions", "FrameOptions", "ImageInput", "JobOptions", "Style", "Styles", "UploadedImage"]
+__all__ = [
+    "OPTIONS",
+    "Array",
+    "BinaryFile",
+    "Changes",
+    "CheckpointOptions",
+    "FileInput",
+    "FrameOptions",
+    "ImageInput",
+    "JobOptions",
+    "Option",
+    "Style",
+    "Styles",
+    "UploadedImage",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +45,26 @@ class UploadedImage:
     data: bytes = field(repr=False)
 
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | UploadedImage
-"""A path, the bytes of a JPEG, PNG or WebP file, a PIL image, or a value that `upload` returned."""
+class BinaryFile(Protocol):
+    """A file that is open for reading bytes. It is read once, from its current position to its end."""
+
+    def read(self) -> bytes:
+        """All bytes from the current position on."""
+
+
+class Array(Protocol):
+    """An array of numpy, or of another package with numpy's interface."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+FileInput = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile
+"""A file: its path, its bytes, or the file itself, open for reading bytes."""
+
+ImageInput = FileInput | Array | Image.Image | UploadedImage
+"""A JPEG, PNG or WebP file (its path, its bytes, or an open file), a uint8 array of shape (H, W), (H, W, 1), (H, W, 3)
+in the order red, green, blue, or (H, W, 4) with transparency, a PIL image, or a value that `upload` returned."""
 
 
 class Style(NamedTuple):
@@ -40,9 +73,13 @@ class Style(NamedTuple):
     image: ImageInput
     weight: float = 1.0
 
+    def __repr__(self) -> str:
+        return f"Style({shown(self.image)}, weight={self.weight})"
 
-Styles = ImageInput | Style | Sequence[ImageInput | Style]
-"""One or several style images. An image without a weight has weight 1."""
+
+Styles = ImageInput | Style | tuple[ImageInput, SupportsFloat] | Sequence[ImageInput | tuple[ImageInput, SupportsFloat]]
+"""One or several style images, each alone or in a `Style`, or another pair, with its weight. An image without a weight
+has weight 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +110,49 @@ class CheckpointOptions:
 
 
 class JobOptions(RecipeOverrides, total=False):
-    """The options of a job that are not its images: the keyword arguments of `job_spec`, which explains them, and the
-    fields of a recipe."""
+    """The options of a job that are not its images: the keyword arguments that `OPTIONS` explains, and the fields of a
+    recipe."""
 
-    preset: str | None
-    seed: int | None
+    preset: PresetName | str | None  # the names are for editors
+    seed: int | SupportsIndex | None
     start_image: ImageInput | None
     result_format: Format
-    result_quality: int
+    result_quality: int | SupportsIndex
     detach_grace: float | None
-    resume: Checkpoint | bytes | str | os.PathLike[str] | None
+    resume: Checkpoint | FileInput | None
+
+
+class Option(NamedTuple):
+    """The default and the meaning of an option that is not a field of a recipe."""
+
+    default: Any
+    help: str
+
+
+OPTIONS: Mapping[str, Option] = {
+    "preset": Option("fast", "the recipe, whose fields the other options override: fast, quality or textbook"),
+    "seed": Option(None, "seed of the noise, 0 to 2**64-1; None: chosen by the server"),
+    "start_image": Option(None, "picture to start from"),
+    "result_format": Option("png", "encoding of the result: jpeg, png or webp"),
+    "result_quality": Option(95, "quality of a JPEG or WebP result, 1 to 100"),
+    "detach_grace": Option(
+        None, "seconds for which the job continues, or waits, without a client that watches it; None: 0"
+    ),
+    "resume": Option(
+        None,
+        "a Checkpoint of a job with the same images, its bytes or a file of them; it has the recipe, the seed and the "
+        "picture to start from, so these cannot be given with it",
+    ),
+}
+
+
+class Changes(TypedDict, total=False):
+    """The fields of a recipe that a running job's controller can change, in the forms of `RecipeOverrides`."""
+
+    alpha: float | SupportsFloat
+    beta: float | SupportsFloat
+    tv_weight: float | SupportsFloat
+    step: float | SupportsFloat
+    content_layers: Layers  # all layers of the job, in the order of its recipe
+    style_layers: Layers
+    iterations: int | SupportsIndex  # at the final size, including those that are done there

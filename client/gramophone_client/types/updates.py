@@ -87,7 +87,9 @@ class Progress(NumberedUpdate):
     losses: Losses  # at the picture before this iteration's step
     iterations_per_second: float  # at the current scale, since the last pause; 0 if not measured yet
     time_left_s: float | None  # None if the server has no estimate
-    scale: int = 0  # the current scale, 1 (the coarsest) to `scales`; both are 0 if the server is too old to report them
+    scale: int = (
+        0  # the current scale, 1 (the coarsest) to `scales`; both are 0 if the server is too old to report them
+    )
     scales: int = 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf import duration_pb2
 
-from gramophone.recipe import InvalidRecipeError, LayerWeight, Recipe, Start, Violation
+from gramophone.options import FRAME_SIDE, FRAMES_IN_FLIGHT, INTERVAL_S, MAX_STYLE_WEIGHT
+from gramophone.recipe import InvalidRecipeError, LayerWeight, Range, Recipe, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, env_variable
@@ -29,12 +30,8 @@ __all__ = [
     "raise_violations",
 ]
 
-MAX_STYLE_WEIGHT = 1000.0
-MAX_INTERVAL_S = 3600.0  # between two frames, or two checkpoints
-MAX_IN_FLIGHT = 16  # unacknowledged frames
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-MAX_FRAME_SIDE = 16384  # pixels; above the largest `max_size` that a server can have
 
 
 def raise_violations(violations: Iterable[Violation]) -> None:
@@ -197,10 +194,10 @@ def check_frames(frames: pb.FrameOptions, field: str) -> Iterator[Violation]:
         yield Violation(f"{field}.every_iterations", f"must be 0 or more, got {frames.every_iterations}")
     yield from _check_interval(f"{field}.min_interval", frames.min_interval)
     if frames.max_side:
-        yield from _check_range(f"{field}.max_side", frames.max_side, MIN_SIDE, MAX_FRAME_SIDE)
+        yield from _check_range(f"{field}.max_side", frames.max_side, FRAME_SIDE)
     yield from _check_format(f"{field}.format", frames.format)
     yield from _check_quality(f"{field}.quality", frames.quality)
-    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, 0, MAX_IN_FLIGHT)
+    yield from _check_range(f"{field}.max_in_flight", frames.max_in_flight, FRAMES_IN_FLIGHT)
 
 
 def check_checkpoints(checkpoints: pb.CheckpointOptions, field: str) -> Iterator[Violation]:
@@ -234,13 +231,13 @@ def check_first_message(request: pb.StylizeInteractiveRequest | None) -> Iterato
 
 def _check_interval(field: str, interval: duration_pb2.Duration) -> Iterator[Violation]:
     interval_s = interval.seconds + interval.nanos / 1e9
-    if not 0 <= interval_s <= MAX_INTERVAL_S:
-        yield Violation(field, f"must be 0 to {MAX_INTERVAL_S:g} seconds, got {interval_s:g}")
+    if not INTERVAL_S.low <= interval_s <= INTERVAL_S.high:
+        yield Violation(field, f"must be {INTERVAL_S.low:g} to {INTERVAL_S.high:g} seconds, got {interval_s:g}")
 
 
-def _check_range(field: str, value: int, low: int, high: int) -> Iterator[Violation]:
-    if not low <= value <= high:
-        yield Violation(field, f"must be {low} to {high}, got {value}")
+def _check_range(field: str, value: int, allowed: Range) -> Iterator[Violation]:
+    if not allowed.low <= value <= allowed.high:
+        yield Violation(field, f"must be {allowed.low:g} to {allowed.high:g}, got {value}")
 
 
 def _check_quality(field: str, value: int) -> Iterator[Violation]:

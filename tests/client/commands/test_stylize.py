@@ -65,10 +65,10 @@ def test_flags_reach_the_request(gramophone, service):
 
 
 def test_frames_are_numbered_files(gramophone, service, folder):
-    code, _, _ = gramophone("stylize photo.png painting.png -o out.png --frames f --frame-every 10 --frame-size 12")
+    code, _, _ = gramophone("stylize photo.png painting.png -o out.png --frames f --frame-every 10 --frame-size 16")
     assert code == 0
     assert sorted(os.listdir("f")) == ["frame-0001.jpg", "frame-0002.jpg"]
-    assert (service.specs[0].frames.every_iterations, service.specs[0].frames.max_side) == (10, 12)
+    assert (service.specs[0].frames.every_iterations, service.specs[0].frames.max_side) == (10, 16)
     code, _, err = gramophone("stylize photo.png painting.png -o out.png --frames f")
     assert (code, len(service.specs)) == (2, 1)
     assert "name an empty folder" in err[0]

@@ -1,41 +1,25 @@
-import inspect
 import io
+import math
 
+import numpy as np
 import pytest
-from PIL import Image
 
-from gramophone.recipe import LayerWeight, Recipe, Start
+from gramophone.recipe import LayerWeight, Optimiser, RecipeOverrides, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import Checkpoint, FrameOptions, Style, errors
-from gramophone_client.transport.job_spec import job_spec
-from gramophone_client.types.options import JobOptions
+from gramophone_client import Checkpoint, CheckpointOptions, FrameOptions, Style, errors
+from gramophone_client.transport.job_spec import image_bytes, job_spec, update_command, watch_request
+from gramophone_client.types.options import OPTIONS, JobOptions
 from tests.support.fake_service import PAINTING, PHOTO, accepted, result
 
+IMAGE_FITS = (
+    "must be an image: a path, the bytes of a file, an open binary file, a uint8 array, a PIL image or an upload"
+)
 
-@pytest.mark.parametrize("kind", ["bytes", "str", "path", "pil"])
-async def test_images_are_paths_bytes_or_pil_images(client, service, tmp_path, kind):
-    path = tmp_path / "photo.png"
-    path.write_bytes(PHOTO)
-    given = {"bytes": PHOTO, "str": str(path), "path": path, "pil": Image.open(io.BytesIO(PHOTO))}[kind]
-    await client.stylize(given, given)
+
+async def test_images_reach_the_request(client, service):
+    await client.stylize(PHOTO, PAINTING, start_image=PHOTO)
     spec = service.specs[0]
-    for data in (spec.content.data, spec.styles[0].image.data):
-        with Image.open(io.BytesIO(data)) as image:
-            assert (image.format, image.size, image.convert("RGB").getpixel((0, 0))) == ("PNG", (24, 18), (255, 0, 0))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "F", "HSV", "I;16"])
-def test_pil_images_of_every_mode_can_be_sent(mode):
-    data = job_spec(Image.new(mode, (20, 16)), PAINTING).content.data
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.size == (20, 16)
-
-
-def test_pil_images_are_sent_upright():
-    turned = Image.new("RGB", (20, 16))
-    turned.getexif()[0x0112] = 6  # Orientation: a quarter turn
-    with Image.open(io.BytesIO(job_spec(turned, PAINTING).content.data)) as image:
-        assert image.size == (16, 20)
+    assert (spec.content.data, spec.styles[0].image.data, spec.start_image.data) == (PHOTO, PAINTING, PHOTO)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +30,12 @@ def test_pil_images_are_sent_upright():
         ([PAINTING], [1]),
         ([PAINTING, Style(PAINTING, 0.5)], [1, 0.5]),
         ((PAINTING, PAINTING), [1, 1]),
+        ([(PAINTING, 2), (PAINTING, 0.5)], [2, 0.5]),
+        ((PAINTING, 2), [2]),
+        ((PAINTING, np.float32(0.5)), [0.5]),
+        (bytearray(PAINTING), [1]),
+        ([memoryview(PAINTING), bytearray(PAINTING)], [1, 1]),
+        (io.BytesIO(PAINTING), [1]),
     ],
 )
 def test_styles_are_one_or_several(styles, weights):
@@ -86,22 +76,203 @@ def test_what_is_not_given_is_left_to_the_server():
     assert job_spec(PHOTO, PAINTING, start_image=PHOTO, start=Start.NOISE).recipe.start == pb.START_NOISE
 
 
-def test_the_options_of_a_job_are_the_keywords_of_its_spec():
-    keywords = {name for name, p in inspect.signature(job_spec).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    fields = {field for field in JobOptions.__annotations__ if field not in Recipe.__annotations__}
-    assert fields == keywords - {"frames", "checkpoints"}
+def test_numbers_of_numpy_and_texts_of_choices_reach_the_request():
+    spec = job_spec(
+        PHOTO,
+        PAINTING,
+        frames=FrameOptions(every_iterations=np.int64(5), min_interval_s=np.float32(0.25), quality=np.uint8(50)),
+        checkpoints=CheckpointOptions(every_s=np.float64(2.5)),
+        seed=np.uint64(2**64 - 1),
+        result_quality=np.int16(80),
+        detach_grace=np.float32(1.5),
+        beta=np.float32(2.5),
+        size=np.int64(64),
+        optimiser="adam",
+        style_layers={"relu1_1": np.float32(2)},
+    )
+    assert spec == job_spec(
+        PHOTO,
+        PAINTING,
+        frames=FrameOptions(every_iterations=5, min_interval_s=0.25, quality=50),
+        checkpoints=CheckpointOptions(every_s=2.5),
+        seed=2**64 - 1,
+        result_quality=80,
+        detach_grace=1.5,
+        beta=2.5,
+        size=64,
+        optimiser=Optimiser.ADAM,
+        style_layers=(LayerWeight("relu1_1", 2.0),),
+    )
+
+
+def test_the_options_of_a_job_are_the_recipe_and_those_with_a_help():
+    assert JobOptions.__annotations__.keys() == RecipeOverrides.__annotations__.keys() | OPTIONS.keys()
+    assert job_spec(PHOTO, PAINTING, **{name: option.default for name, option in OPTIONS.items()}) == job_spec(
+        PHOTO, PAINTING
+    )
+
+
+# --- values that do not fit
+
+BAD = [
+    ("sise", 3, "sise", "is not an option of a job; did you mean size?"),
+    ("lr", 0.1, "lr", "is not an option of a job; did you mean step?"),
+    ("init_image", PHOTO, "init_image", "is not an option of a job; did you mean start_image?"),
+    ("timout", 3, "timout", "is not an option of a job; did you mean timeout?"),
+    ("size", "big", "spec.recipe.size", "must be a whole number, got 'big'"),
+    ("size", 10**12, "spec.recipe.size", "must be between 16 and 16384, got 1e+12"),
+    (
+        "optimiser",
+        "adma",
+        "spec.recipe.optimiser",
+        "must be one of gradient-descent, normalised-descent, adam, lbfgs, got 'adma'; did you mean adam?",
+    ),
+    ("style_layers", {"relu1_1": -1}, "spec.recipe.style_layers[0].weight", "must be between 0 and 1e+06, got -1"),
+    ("preset", "fsat", "spec.recipe.preset", "must be one of fast, quality, textbook, got 'fsat'; did you mean fast?"),
+    ("preset", "", "spec.recipe.preset", "must be one of fast, quality, textbook, got ''"),
+    ("seed", -1, "spec.seed", "must be a whole number from 0 to 2**64-1, got -1"),
+    ("seed", 2**64, "spec.seed", "must be a whole number from 0 to 2**64-1, got 18446744073709551616"),
+    ("seed", True, "spec.seed", "must be a whole number, got True"),
+    ("result_format", "jpg", "spec.result_format", "must be one of jpeg, png, webp, got 'jpg'; did you mean jpeg?"),
+    ("result_format", None, "spec.result_format", "must be one of jpeg, png, webp, got None"),
+    ("result_quality", 2**40, "spec.result_quality", "must be 1 to 100, got 1.09951e+12"),
+    ("detach_grace", math.nan, "spec.detach_grace", "must be 0 to 3.15576e+11 seconds, got nan"),
+    ("detach_grace", 1e300, "spec.detach_grace", "must be 0 to 3.15576e+11 seconds, got 1e+300"),
+    ("detach_grace", "10", "spec.detach_grace", "must be a number, got '10'"),
+    ("start_image", 3, "spec.start_image.data", f"{IMAGE_FITS}, got 3"),
+    ("frames", True, "spec.frames", "must be FrameOptions or None, got True"),
+    ("checkpoints", {"light": True}, "spec.checkpoints", "must be CheckpointOptions or None, got a dict of 1"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "path", "description"), BAD)
+def test_a_wrong_value_is_named_with_what_fits(option, value, path, description):
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        job_spec(PHOTO, PAINTING, **{option: value})
+    assert str(raised.value) == f"{path.rpartition('recipe.')[2] if 'recipe' in path else option}: {description}"
+    assert raised.value.violations == (Violation(path, description),)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument", "path", "description"),
+    [
+        (FrameOptions(every_iterations=-1), "every_iterations", "every_iterations", "from 0 to 2147483647, got -1"),
+        (FrameOptions(every_iterations=2.0), "every_iterations", "every_iterations", "a whole number, got 2.0"),
+        (FrameOptions(min_interval_s=3601), "min_interval_s", "min_interval", "must be 0 to 3600 seconds, got 3601"),
+        (FrameOptions(max_side=8), "max_side", "max_side", "must be 16 to 16384, got 8"),
+        (FrameOptions(format="jpg"), "format", "format", "got 'jpg'; did you mean jpeg?"),
+        (FrameOptions(quality=0), "quality", "quality", "must be 1 to 100, got 0"),
+        (FrameOptions(max_in_flight=17), "max_in_flight", "max_in_flight", "must be 0 to 16, got 17"),
+        (CheckpointOptions(every_s=-1), "every_s", "min_interval", "must be 0 to 3600 seconds, got -1"),
+        (CheckpointOptions(every_s=None), "every_s", "min_interval", "must be a number, got None"),
+    ],
+)
+def test_a_wrong_value_of_options_is_named_with_what_fits(options, argument, path, description):
+    kind = "frames" if isinstance(options, FrameOptions) else "checkpoints"
+    given = {"frames": None, "checkpoints": None} | {kind: options}
+    for prefix, make in (("spec.", lambda: job_spec(PHOTO, PAINTING, **given)), ("", lambda: watch("j1", **given))):
+        with pytest.raises(errors.InvalidRequestError) as raised:
+            make()
+        (violation,) = raised.value.violations
+        assert str(raised.value) == f"{kind}.{argument}: {violation.description}"
+        assert violation.field == f"{prefix}{kind}.{path}" and violation.description.endswith(description)
+
+
+def watch(job_id, after_sequence=0, **options):
+    return watch_request(job_id, after_sequence, **options)
+
+
+def test_a_job_is_watched_by_its_id():
+    with pytest.raises(errors.InvalidRequestError, match="job_id: must be a job's id, got None; after_sequence: must"):
+        watch(None, 1.5, frames=None, checkpoints=None)
+
+
+@pytest.mark.parametrize(
+    ("styles", "argument", "path", "description"),
+    [
+        (None, "styles", "spec.styles[0].image.data", f"{IMAGE_FITS}, got None"),
+        ([], "styles", "spec.styles", "must be one style image or several, got an empty list"),
+        ((PAINTING for _ in range(2)), "styles", "spec.styles", "got a generator; write list(...)"),
+        ([PAINTING, 3], "styles[1]", "spec.styles[1].image.data", f"{IMAGE_FITS}, got 3"),
+        ([PAINTING, [PAINTING]], "styles[1]", "spec.styles[1].image.data", "got a list of 1; give one image"),
+        (
+            [(PAINTING, 0)],
+            "styles[0].weight",
+            "spec.styles[0].weight",
+            "above 0 and at most 1000, got 0; leave",
+        ),
+        (Style(PAINTING, "1"), "styles.weight", "spec.styles[0].weight", "must be a number, got '1'"),
+        (Style(PAINTING, math.nan), "styles.weight", "spec.styles[0].weight", "got nan; leave a style out"),
+    ],
+)
+def test_a_wrong_style_is_named_with_what_fits(styles, argument, path, description):
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        job_spec(PHOTO, styles)
+    (violation,) = raised.value.violations
+    assert str(raised.value) == f"{argument}: {violation.description}"
+    assert violation.field == path and description in violation.description
+
+
+def test_everything_that_is_wrong_is_named_at_once_and_no_file_is_read():
+    file = io.BytesIO(PAINTING)
+    wrong = {option: value for option, value, *_ in BAD if option not in ("frames", "checkpoints")}
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        job_spec(None, [file, 3], frames=FrameOptions(quality=101, max_side=-1), **wrong)
+    paths = {violation.field for violation in raised.value.violations}
+    assert paths >= {"spec.content.data", "spec.styles[1].image.data", "spec.frames.quality", "spec.frames.max_side"}
+    assert len(paths) == len(raised.value.violations) == len(wrong) + 4
+    assert file.tell() == 0
+
+
+def test_all_files_without_contents_are_named_at_once(tmp_path):
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        job_spec(tmp_path / "empty.png", [PAINTING, io.BytesIO()])
+    assert [violation.field for violation in raised.value.violations] == [
+        "spec.content.data",
+        "spec.styles[1].image.data",
+    ]
+
+
+def test_changes_have_the_forms_of_options():
+    command = update_command({"beta": np.float32(2), "iterations": np.int64(7), "style_layers": {"relu1_1": 2}})
+    assert command == pb.UpdateCommand(
+        beta=2, iterations=7, style_layers=pb.LayerWeights(layers=[pb.LayerWeight(layer="relu1_1", weight=2)])
+    )
+
+
+def test_wrong_changes_are_named_at_once():
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        update_command({"size": 64, "style_weight": 2, "beta": -1, "iterations": "many", "style_layers": ["a", 3]})
+    assert raised.value.violations == (
+        Violation(
+            "update.size",
+            "cannot be changed while a job runs; "
+            "alpha, beta, tv_weight, step, content_layers, style_layers, iterations can",
+        ),
+        Violation("update.style_weight", "cannot be changed while a job runs; did you mean beta?"),
+        Violation("update.beta", "must be between 0 and 1e+15, got -1"),
+        Violation("update.iterations", "must be a whole number, got 'many'"),
+        Violation("update.style_layers[1]", 'must be the name of a layer or a pair like ("relu1_1", 1.0), got 3'),
+    )
+
+
+def test_an_image_to_upload_is_named():
+    with pytest.raises(errors.InvalidRequestError, match=f"^image: {IMAGE_FITS}, got None$"):
+        image_bytes(None)
 
 
 # --- resuming from a checkpoint
 
 
-@pytest.mark.parametrize("kind", ["bytes", "path", "checkpoint"])
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "path", "file", "checkpoint"])
 async def test_a_checkpoint_is_bytes_a_file_or_an_update(client, service, tmp_path, kind):
     state = Checkpoint(4, True, b"state after 4")
     state.save(tmp_path / "job.checkpoint")
-    given = {"bytes": state.data, "path": tmp_path / "job.checkpoint", "checkpoint": state}[kind]
+    forms = {"bytearray": bytearray(state.data), "file": io.BytesIO(state.data)}
+    given = forms | {"bytes": state.data, "path": tmp_path / "job.checkpoint", "checkpoint": state}
     service.scripts = [[accepted(resumed_at=4), result()]]
-    stylized = await client.stylize(PHOTO, PAINTING, resume=given, result_format="webp")
+    stylized = await client.stylize(PHOTO, PAINTING, resume=given[kind], result_format="webp")
     assert stylized.job_id == "j1"
     assert (service.specs[0].resume, service.specs[0].HasField("recipe")) == (b"state after 4", False)
 
@@ -114,10 +285,17 @@ def test_a_checkpoint_brings_the_recipe(given):
         errors.InvalidRequestError, match="cannot be given with resume: the job continues with"
     ) as raised:
         job_spec(PHOTO, PAINTING, resume=b"state", **given)
-    assert [violation.field for violation in raised.value.violations] == list(given)
+    paths = {"seed": "spec.seed", "start_image": "spec.start_image"}
+    expected = [paths.get(name, f"spec.recipe.{name}") for name in given]
+    assert [violation.field for violation in raised.value.violations] == expected
 
 
-def test_an_empty_checkpoint_is_refused(tmp_path):
+def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").touch()
-    with pytest.raises(errors.InvalidRequestError, match="empty is empty, and not a checkpoint"):
-        job_spec(PHOTO, PAINTING, resume=tmp_path / "empty")
+    for resume, problem in (
+        (tmp_path / "empty", "got the empty file .*empty"),
+        (3, "a Checkpoint, its bytes or a file"),
+    ):
+        with pytest.raises(errors.InvalidRequestError, match=f"resume: must be .*{problem}") as raised:
+            job_spec(PHOTO, PAINTING, resume=resume)
+        assert [violation.field for violation in raised.value.violations] == ["spec.resume"]

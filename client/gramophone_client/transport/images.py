@@ -1,0 +1,185 @@
+"""The bytes of what a caller gives: images of every form that `ImageInput` names, and files.
+
+Functions raise `MisfitError` with a text that follows the name of the argument: what fits, and what came. They raise
+OSError if a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from gramophone.values import MisfitError, shown
+from gramophone_client.types.options import UploadedImage
+
+__all__ = ["check_file", "check_image", "file_bytes", "image_bytes"]
+
+FITS = "must be an image: a path, the bytes of a file, an open binary file, a uint8 array, a PIL image or an upload"
+ARRAY_FITS = "must be a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
+PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+URL = re.compile(r"(?:[a-z][a-z0-9+.-]+://|data:)", re.IGNORECASE)
+MAX_PATH = 4096  # characters; no longer path can be opened
+DTYPES = {"b": "bool", "u": "uint", "i": "int", "f": "float", "c": "complex"}  # by the kind of a typestr
+
+
+def check_image(image: Any) -> None:
+    """Raises `MisfitError` if the value cannot be an image. Reads nothing."""
+    if isinstance(image, UploadedImage):
+        return
+    if isinstance(image, Image.Image):
+        if not (image.width and image.height):
+            raise MisfitError(f"must have pixels, got a PIL image of {image.width}x{image.height}")
+    elif hasattr(image, "__array_interface__"):
+        _check_array(image)
+    else:
+        hint = ""
+        if type(image).__module__.partition(".")[0] == "torch":
+            hint = "; convert it: (tensor.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()"
+        elif hasattr(image, "__array__"):
+            hint = "; convert it: numpy.asarray(...)"
+        elif isinstance(image, list | tuple):
+            hint = "; give one image"
+        check_file(image, FITS, hint)
+
+
+def image_bytes(image: Any) -> bytes:
+    """The bytes of an image file. PIL images and arrays become PNG; a file is read from its current position."""
+    check_image(image)
+    if isinstance(image, UploadedImage):
+        return image.data
+    if isinstance(image, Image.Image):
+        return _as_png(image)
+    if hasattr(image, "__array_interface__"):
+        return _as_png(_array_image(image))
+    return file_bytes(image)
+
+
+def check_file(source: Any, fits: str, hint: str = "") -> None:
+    """Raises `MisfitError` if the value is not a path, bytes, or an open binary file. Reads nothing.
+
+    `fits` states what the value must be, and `hint` what to do.
+    """
+    if isinstance(source, str | os.PathLike):
+        if isinstance(source, str) and URL.match(source):
+            raise MisfitError(f"must be a path, got the URL {shown(source)}; download it, and give the bytes")
+        if len(os.fspath(source)) > MAX_PATH:
+            raise MisfitError(f"must be a path, got a text of {len(os.fspath(source))} characters; decode base64 first")
+        if os.path.isdir(source):
+            raise MisfitError(f"must be a file, got the folder {os.fsdecode(source)!r}")
+        if not os.fspath(source):
+            raise MisfitError("must be the path of a file, got ''")
+    elif isinstance(source, bytes | bytearray | memoryview):
+        if not len(source):
+            raise MisfitError("must be the bytes of a file, got 0 bytes")
+    elif not callable(read := getattr(source, "read", None)) or isinstance(source, type):
+        raise MisfitError(f"{fits}, got {shown(source)}{hint}")
+    elif isinstance(source, io.TextIOBase):
+        raise MisfitError(f"must be a binary file, got {shown(source)}; open it with mode 'rb'")
+    elif inspect.iscoroutinefunction(read):
+        raise MisfitError(f"must be a binary file, got an asynchronous one, {shown(source)}; give `await file.read()`")
+
+
+def file_bytes(source: Any) -> bytes:
+    """The bytes of a path, of bytes, or of an open binary file from its current position on."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, str | os.PathLike):
+        data = Path(os.fsdecode(source)).read_bytes()
+        if not data:
+            raise MisfitError(f"must be a file with contents, got the empty file {os.fsdecode(source)!r}")
+        return data
+    try:
+        data = source.read()
+    except ValueError as error:  # closed, or not open for reading
+        raise MisfitError(f"must be a readable file: {error}") from None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise MisfitError(f"must be a binary file, got one whose read() returns {shown(data)}; open it with mode 'rb'")
+    if not len(data):
+        at = _position(source)
+        hint = f"; it is at its end, byte {at}: call seek(0) first" if at else ""
+        raise MisfitError(f"must be a file with contents, got {shown(source)} without any{hint}")
+    return bytes(data)
+
+
+def _position(file: Any) -> int:
+    """The position of a file; 0 if it has none."""
+    tell: Callable[[], int] | None = getattr(file, "tell", None)
+    try:
+        return tell() if tell is not None else 0
+    except OSError:  # a pipe or a socket
+        return 0
+
+
+def _check_array(array: Any) -> None:
+    interface = array.__array_interface__
+    shape, kind = tuple(interface["shape"]), interface["typestr"][1:]
+    if kind == "u1" and len(shape) in (2, 3) and all(shape) and (len(shape) == 2 or shape[2] in MODES):
+        return
+    dtype = DTYPES.get(kind[0], kind)
+    if kind[0] in "uifc":
+        dtype += str(8 * int(kind[1:]))
+    raise MisfitError(f"{ARRAY_FITS}, got {dtype} of shape {shape}{_conversion(shape, kind)}")
+
+
+def _conversion(shape: tuple[int, ...], kind: str) -> str:
+    """The end of an error with the expression that makes an image of an array; "" if none is known to."""
+    if kind == "u1" and len(shape) == 1 and shape[0]:
+        return "; if these are the bytes of an image file, give array.tobytes()"
+    pixels = "array"
+    if len(shape) == 4 and shape[0] == 1:
+        pixels, shape = "array[0]", shape[1:]
+    if len(shape) == 3 and shape[2] not in MODES and shape[0] in MODES:
+        pixels, shape = f"{pixels}.transpose(1, 2, 0)", (*shape[1:], shape[0])
+    if not all(shape) or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in MODES):
+        return ""
+    match kind:
+        case "u1":
+            return f"; convert it: {pixels}"
+        case "b1":
+            return f"; convert it: {pixels}.astype('uint8') * 255"
+        case "u2":
+            return f"; convert it: ({pixels} // 257).astype('uint8')"
+        case _ if kind[0] == "f":
+            return f"; if its values are 0 to 1, convert it: ({pixels}.clip(0, 1) * 255).round().astype('uint8')"
+        case _ if kind[0] in "ui":
+            return f"; if its values are 0 to 255, convert it: {pixels}.astype('uint8')"
+    return ""
+
+
+def _array_image(array: Any) -> Image.Image:
+    interface = array.__array_interface__
+    height, width, *channels = interface["shape"]
+    mode = MODES[channels[0] if channels else 1]
+    return Image.frombytes(mode, (width, height), _array_bytes(array, interface, height * width * len(mode)))
+
+
+def _array_bytes(array: Any, interface: dict[str, Any], count: int) -> bytes:
+    """The bytes of an array in the order of its axes: of its buffer, else of the memory that its interface names."""
+    try:
+        return memoryview(array).tobytes()
+    except TypeError:  # it has no buffer
+        pass
+    if interface.get("strides") is not None or not isinstance(interface.get("data"), tuple):
+        raise MisfitError(f"must have its pixels in one piece, got {shown(array)}; convert it: numpy.array(...)")
+    return ctypes.string_at(interface["data"][0], count)
+
+
+def _as_png(image: Image.Image) -> bytes:
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode not in PNG_MODES:
+            upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+        out = io.BytesIO()
+        upright.save(out, "png", compress_level=1)  # level 6 takes four times as long for a tenth less
+    except (OSError, ValueError) as error:  # its file is damaged or closed
+        raise MisfitError(f"must be an image that PIL can read: {error}") from error
+    return out.getvalue()
