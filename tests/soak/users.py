@@ -164,15 +164,15 @@ async def resume(user: User) -> str:
 
 
 async def send_invalid(user: User) -> str:
-    """Sends a job that is invalid in one way."""
+    """Sends a job that the server, and not the client alone, finds invalid in one way."""
     valid = user.job()
     changes = user.rng.choice(
         [
             {"content": valid["content"][: user.rng.randrange(1, 200)]},
             {"styles": user.rng.randbytes(500)},
-            {"size": 10**6},
-            {"iterations": -1},
-            {"beta": float("nan")},
+            {"size": 16_384},
+            {"iterations": 100_000},
+            {"style_layers": {"relu9_9": 1.0}},
             {"resume": user.rng.randbytes(100), **dict.fromkeys(RECIPE)},
         ]
     )
