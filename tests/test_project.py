@@ -35,7 +35,6 @@ from gramophone_server.domain.job_state import RecipeUpdate
 
 ROOT = Path(__file__).parent.parent
 PROTO = "gramophone/v1/style_transfer.proto"
-SERVICE = pb.DESCRIPTOR.services_by_name["StyleTransferService"]
 MAX_MODULE_LINES = 400  # a longer module has more than one reason to change
 MODULES = sorted(
     info.name

@@ -40,11 +40,19 @@ def connect(app: Sphinx) -> None:
 
 def _on_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: str | None
-) -> tuple[str, None] | None:
-    """Hides how a value is made that only the client makes."""
-    if what not in ("class", "exception") or typing.is_typeddict(value):
+) -> tuple[str, str | None] | None:
+    """Hides how a value is made that only the client makes, and shows the values of defaults that are constants."""
+    is_class = what in ("class", "exception") and not typing.is_typeddict(value)
+    if is_class and value.__module__ not in CONSTRUCTED and not name.endswith("GramophoneClient"):
+        return "", None
+    if signature is None or not hasattr(value, "__module__"):
         return None
-    return None if value.__module__ in CONSTRUCTED or name.endswith("GramophoneClient") else ("", None)
+    constants = vars(sys.modules[value.__module__])
+
+    def shown(default: re.Match[str]) -> str:
+        return f"= {constants[default[1]]!r}" if default[1] in constants else default[0]
+
+    return re.sub(r"= ([A-Z][A-Z_]+)\b", shown, signature), returns
 
 
 def _on_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
