@@ -23,7 +23,8 @@ from docutils import nodes  # type: ignore[import-untyped]
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.util.typing import stringify_annotation
+
+from gramophone_client.types.options import OPTIONS, JobOptions
 
 __all__ = ["connect", "examples_marked", "field_comments", "linked"]
 
@@ -61,9 +62,9 @@ def _on_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, l
         return
     lines[:] = examples_marked(lines)
     if what == "class" and (dataclasses.is_dataclass(value) or typing.is_typeddict(value) or hasattr(value, "_fields")):
-        hints = typing.get_type_hints(value)
+        annotations = inspect.get_annotations(value)  # as they are written, with the names of types and not their parts
         for field, comment in field_comments(value).items():
-            annotation = stringify_annotation(hints[field], "smart")
+            annotation = annotations[field]
             lines += [f".. py:attribute:: {field}", f"   :type: {annotation}", "", f"   {linked(comment)}", ""]
 
 
@@ -101,7 +102,7 @@ def linked(text: str) -> str:
 
 
 def field_comments(value: type) -> dict[str, str]:
-    """The own fields of a dataclass or a typed dictionary, each with the comment at the end of its line or above it."""
+    """The own fields of a value, each with the comment at the end of its line or above it, or else its help text."""
     source = textwrap.dedent(inspect.getsource(value))
     comments = {
         token.start[0]: (token.string.lstrip("#: "), token.line[: token.start[1]].strip() == "")
@@ -120,9 +121,10 @@ def field_comments(value: type) -> dict[str, str]:
                 line -= 1
             behind = [comments[end][0] for end in [statement.end_lineno] if end in comments]
             found[statement.target.id] = " ".join([*above, *behind])
+    helped = {name: option.help for name, option in OPTIONS.items()} if value is JobOptions else {}
     if dataclasses.is_dataclass(value):
         helped = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(value)}
-        found = {name: comment or helped[name] for name, comment in found.items()}
+    found = {name: comment or helped.get(name, "") for name, comment in found.items()}
     return {name: _sentence(comment) for name, comment in found.items()}
 
 
@@ -151,7 +153,7 @@ def _on_missing_reference(
         documented = [known for known in documented if is_prose and python.objects[known].objtype == "method"]
     if len(documented) == 1:
         return python.resolve_xref(env, node.get("refdoc", ""), app.builder, "obj", documented[0], node, content)
-    if _can_be_imported(target) or (is_prose and (not re.match(r"[A-Z]\w*[a-z]", name) or _is_defined(name))):
+    if _can_be_imported(target) or _is_defined(name) or (is_prose and not re.match(r"[A-Z]\w*[a-z]", name)):
         return content
     return None
 
