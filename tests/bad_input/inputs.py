@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
-from gramophone.recipe import Recipe
+from gramophone.recipe import Recipe, Start
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
 from gramophone_server.config import Limits
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.engine.fake import FakeEngine
 from gramophone_server.images import codec
+from gramophone_server.telemetry.metrics import SERVICE
 from tests.support.bad_pictures import BOMBS, damaged, in_jpeg, in_png, valid_pictures
 
 JOB_ID = "00000000-0000-4000-8000-000000000000"  # in inputs; replaced by the id of an existing job when sent
 RECIPE: dict[str, Any] = {"size": 32, "smallest_size": 0, "iterations": 6}
-REQUESTS = {
-    "Stylize": pb.StylizeRequest, "StylizeStream": pb.StylizeStreamRequest,
-    "StylizeInteractive": pb.StylizeInteractiveRequest, "WatchJob": pb.WatchJobRequest, "GetJob": pb.GetJobRequest,
-    "ListJobs": pb.ListJobsRequest, "CancelJob": pb.CancelJobRequest, "UploadImage": pb.UploadImageRequest,
-    "GetServerInfo": pb.GetServerInfoRequest,
-}  # fmt: skip
+REQUESTS = {method.name: GetMessageClass(method.input_type) for method in SERVICE.methods}
 
 
 class Input(NamedTuple):
@@ -138,7 +135,9 @@ def _picture(rng: random.Random) -> Input:
         case 1:
             return Input("picture", "Stylize", (request(styles=[data, in_png()]),))
         case 2:
-            spec = job(start_image=pb.ImageSource(data=data), recipe=overrides_to_message({**RECIPE, "start": "image"}))
+            spec = job(
+                start_image=pb.ImageSource(data=data), recipe=overrides_to_message({**RECIPE, "start": Start.IMAGE})
+            )
             return Input("picture", "StylizeStream", (pb.StylizeStreamRequest(spec=spec).SerializeToString(),))
         case _:
             return Input("picture", "Stylize", (request(content=data),))
