@@ -196,15 +196,17 @@ TESTED_THROUGH = {
     "tests/client/commands/test_control.py": ["gramophone_client.console.keyboard"],
     "tests/client/commands/test_info.py": ["gramophone_client.types.recipe_metadata"],
     "tests/client/transport/test_job_spec.py": ["gramophone_client.types.options"],
-    "tests/client/test_client.py": ["gramophone_client.types.server_info", "gramophone_client.types.updates"],
+    "tests/client/test_client.py": ["gramophone_client.types.server_info"],
     "tests/client/bench": ["gramophone_client.bench.*"],
 }
-# Public names of named tuples, `os` and `torch.cuda`.
+# Public names of named tuples, `os`, `torch.cuda` and notebooks.
 NOT_PRIVATE = {
     "_asdict",
     "_exit",
     "_fields",
     "_replace",
+    "_repr_jpeg_",
+    "_repr_png_",
     "_sleep",
 }
 

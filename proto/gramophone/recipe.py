@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, get_type_hints
 
-from gramophone.values import MisfitError, choice, did_you_mean, number, shown, shown_number, whole_number
+from gramophone.values import MisfitError, choice, did_you_mean, number, own_values, shown, shown_number, whole_number
 
 __all__ = [
     "FIELD_TYPES",
@@ -213,8 +213,7 @@ class Recipe:
 
     def __repr__(self) -> str:
         """Only the fields that differ from the preset `fast`."""
-        own = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"Recipe({', '.join(f'{f.name}={_source(getattr(self, f.name))}' for f in own)})"
+        return own_values(self)
 
     def scale_sizes(self) -> tuple[int, ...]:
         """Longest sides of the scales in pixels, coarsest first; the last is `size`."""
@@ -295,11 +294,6 @@ def _layer_weights(name: str, value: Any) -> tuple[LayerWeight, ...]:
     if violations:
         raise InvalidRecipeError(violations)
     return tuple(layers)
-
-
-def _source(value: Any) -> str:
-    """A field's value as it can be given to `Recipe`."""
-    return repr(str(value)) if isinstance(value, str) else repr(value)
 
 
 FIELD_TYPES: Mapping[str, Any] = get_type_hints(Recipe)

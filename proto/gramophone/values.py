@@ -9,10 +9,21 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import fields
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["MisfitError", "choice", "did_you_mean", "nearest", "number", "shown", "shown_number", "whole_number"]
+__all__ = [
+    "MisfitError",
+    "choice",
+    "did_you_mean",
+    "nearest",
+    "number",
+    "own_values",
+    "shown",
+    "shown_number",
+    "whole_number",
+]
 
 MAX_SHOWN = 60  # characters of a value in an error
 MAX_WORD = 32  # characters of a word that are compared; every known word is shorter, and comparing long texts is slow
@@ -97,6 +108,14 @@ def shown_number(value: float) -> str:
         return f"{value:g}"
     except OverflowError:  # a whole number of more than 308 digits
         return f"a number of {int(value).bit_length()} bits"
+
+
+def own_values(value: Any) -> str:
+    """The text of a frozen dataclass as it can be written in Python, with only the fields that differ from their
+    defaults."""
+    given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    texts = (f"{name}={repr(str(own)) if isinstance(own, StrEnum) else repr(own)}" for name, own in given.items())
+    return f"{type(value).__name__}({', '.join(texts)})"
 
 
 def _plain(word: str) -> str:

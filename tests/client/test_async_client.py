@@ -159,7 +159,7 @@ async def test_jobs_can_be_looked_up_cancelled_and_listed(client, service):
         job(losses=pb.Losses(total=3), start_time={"seconds": 1_750_000_001}),
     ]
     status = await client.get_job("j1")
-    assert (status.state, status.iteration, status.losses.total, status.stop_reason) == ("RUNNING", 10, 3, "")
+    assert (status.state, status.iteration, status.losses.total, status.stop_reason) == ("RUNNING", 10, 3, None)
     assert status.create_time == datetime.fromtimestamp(1_750_000_000, UTC)
     assert status.start_time == datetime.fromtimestamp(1_750_000_001, UTC)
     assert (status.end_time, status.expire_time) == (None, None)

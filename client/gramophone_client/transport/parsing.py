@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
@@ -22,12 +24,14 @@ from gramophone_client.types.updates import (
     Changed,
     Checkpoint,
     Frame,
+    JobState,
     JobStatus,
     Losses,
     Paused,
     Progress,
     Result,
     Resumed,
+    StopReason,
     Stylized,
     Update,
     Waiting,
@@ -35,7 +39,13 @@ from gramophone_client.types.updates import (
 
 __all__ = ["job_status", "server_info", "stylized", "update"]
 
-FORMATS: Mapping[str, Format] = {"jpeg": "jpeg", "png": "png", "webp": "webp"}
+FORMATS: Mapping[int, Format] = {
+    pb.IMAGE_FORMAT_JPEG: "jpeg",
+    pb.IMAGE_FORMAT_PNG: "png",
+    pb.IMAGE_FORMAT_WEBP: "webp",
+}
+
+Member = TypeVar("Member", bound=StrEnum)
 
 
 def update(message: pb.JobEvent) -> Update | None:
@@ -82,7 +92,7 @@ def job_status(message: pb.Job) -> JobStatus:
 
     return JobStatus(
         job_id=message.job_id,
-        state=_name(pb.JobState, message.state, "JOB_STATE_"),
+        state=_member(JobState, pb.JobState, message.state, "JOB_STATE_"),
         create_time=_time(message.create_time),
         start_time=time("start_time"),
         end_time=time("end_time"),
@@ -92,7 +102,7 @@ def job_status(message: pb.Job) -> JobStatus:
         width=message.width,
         height=message.height,
         losses=_losses(message.losses) if message.HasField("losses") else None,
-        stop_reason=_name(pb.StopReason, message.stop_reason, "STOP_REASON_") if message.stop_reason else "",
+        stop_reason=_stop_reason(message.stop_reason) if message.stop_reason else None,
         queue_position=message.queue_position,
     )
 
@@ -158,7 +168,7 @@ def _result(message: pb.Result) -> Result:
         picture=_picture(message.image),
         losses=_losses(message.losses),
         iterations=message.iterations,
-        stop_reason=_name(pb.StopReason, message.stop_reason, "STOP_REASON_"),
+        stop_reason=_stop_reason(message.stop_reason),
         elapsed_s=_seconds(message.elapsed),
     )
 
@@ -175,10 +185,9 @@ def _losses(message: pb.Losses) -> Losses:
 
 
 def _picture(message: pb.Image) -> Picture:
-    name = _name(pb.ImageFormat, message.format, "IMAGE_FORMAT_").lower()
-    if name not in FORMATS:
-        raise ServerFailedError(f"the server sent a picture in an unknown format ({name}); update the client")
-    return Picture(format=FORMATS[name], width=message.width, height=message.height, data=message.data)
+    if message.format not in FORMATS:
+        raise ServerFailedError(f"the server sent a picture in an unknown format ({message.format}); update the client")
+    return Picture(format=FORMATS[message.format], width=message.width, height=message.height, data=message.data)
 
 
 def _recipe(message: pb.Recipe) -> Recipe:
@@ -190,9 +199,14 @@ def _recipe(message: pb.Recipe) -> Recipe:
         ) from error
 
 
-def _name(numbers: EnumTypeWrapper, number: int, prefix: str) -> str:
-    """The enum value's name without its prefix; its number if it is newer than this client."""
-    return numbers.Name(number).removeprefix(prefix) if number in numbers.values() else str(number)
+def _stop_reason(number: int) -> StopReason:
+    return _member(StopReason, pb.StopReason, number, "STOP_REASON_")
+
+
+def _member(kind: type[Member], numbers: EnumTypeWrapper, number: int, prefix: str) -> Member:
+    """The client's member for a number of the proto; UNKNOWN for one that is not set, or newer than this client."""
+    name = numbers.Name(number).removeprefix(prefix) if number in numbers.values() else ""
+    return kind(name) if name in list(kind) else kind("UNKNOWN")
 
 
 def _seconds(duration: Duration) -> float:

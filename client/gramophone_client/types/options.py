@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, SupportsFloat, SupportsIndex, Type
 from PIL import Image
 
 from gramophone.recipe import Layers, PresetName, RecipeOverrides
-from gramophone.values import shown
+from gramophone.values import own_values, shown
 from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
@@ -74,7 +74,8 @@ class Style(NamedTuple):
     weight: float = 1.0
 
     def __repr__(self) -> str:
-        return f"Style({shown(self.image)}, weight={self.weight})"
+        is_short = isinstance(self.image, str | os.PathLike | UploadedImage)
+        return f"Style({repr(self.image) if is_short else shown(self.image)}, weight={self.weight!r})"
 
 
 Styles = ImageInput | Style | tuple[ImageInput, SupportsFloat] | Sequence[ImageInput | tuple[ImageInput, SupportsFloat]]
@@ -97,6 +98,9 @@ class FrameOptions:
     # Frames in flight without an acknowledgement, 1 to 16; only for `control`. 0: as many as the connection holds
     max_in_flight: int = 0
 
+    def __repr__(self) -> str:
+        return own_values(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
@@ -107,6 +111,9 @@ class CheckpointOptions:
     # optimiser restarts. A job continues from a full checkpoint bit for bit. The server sends a light one in place of a
     # full one that is larger than its limit.
     light: bool = True
+
+    def __repr__(self) -> str:
+        return own_values(self)
 
 
 class JobOptions(RecipeOverrides, total=False):

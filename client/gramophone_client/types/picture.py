@@ -53,6 +53,16 @@ class Picture:
         wanted = format_of(path)
         write_atomically(path, self.data if wanted == self.format else self._encoded_as(wanted))
 
+    # Notebooks show a value by the methods `_repr_png_` and `_repr_jpeg_`; one that returns None is left out.
+
+    def _repr_png_(self) -> bytes | None:
+        if self.format == "jpeg":
+            return None
+        return self.data if self.format == "png" else self._encoded_as("png")
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.data if self.format == "jpeg" else None
+
     def _encoded_as(self, wanted: Format) -> bytes:
         out, image = io.BytesIO(), self.image()
         text, exif = PngImagePlugin.PngInfo(), Image.Exif()

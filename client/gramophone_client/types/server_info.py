@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gramophone.recipe import Recipe
 
@@ -44,22 +44,22 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """The server at the time of the call."""
+    """The server at the time of the call. Its `repr` has what fits on a line."""
 
     version: str
     device: str
     precision: str
     backbone: str
-    weights: str  # source, sha256 and attribution
-    layers: tuple[str, ...]  # in the order of the network
-    limits: Limits
-    presets: Mapping[str, Recipe]
+    weights: str = field(repr=False)  # source, sha256 and attribution
+    layers: tuple[str, ...] = field(repr=False)  # in the order of the network
+    limits: Limits = field(repr=False)
+    presets: Mapping[str, Recipe] = field(repr=False)
     running_jobs: int
     queued_jobs: int
     paused_jobs: int
-    style_cache: CacheStats  # Gram matrices of style images, on the device
-    uploads: CacheStats  # images of `upload`; a hit is an image of a job that was found
+    style_cache: CacheStats = field(repr=False)  # Gram matrices of style images, on the device
+    uploads: CacheStats = field(repr=False)  # images of `upload`; a hit is an image of a job that was found
     estimated_wait_s: float | None  # of a job sent now; None before the first measurement
     # The ops that run through torch's library instead of a kernel of the server, which is slower, and the reasons.
-    library_ops: Mapping[str, str]
+    library_ops: Mapping[str, str] = field(repr=False)
     self_test_s: float  # how long the self-test of the kernels took when the server started

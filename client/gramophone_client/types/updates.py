@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 
 from PIL import Image
 
@@ -17,16 +18,39 @@ __all__ = [
     "Changed",
     "Checkpoint",
     "Frame",
+    "JobState",
     "JobStatus",
     "Losses",
     "Paused",
     "Progress",
     "Result",
     "Resumed",
+    "StopReason",
     "Stylized",
     "Update",
     "Waiting",
 ]
+
+
+class JobState(StrEnum):
+    """The stage of a job's life."""
+
+    QUEUED = "QUEUED"  # its images are being decoded, or it waits in the queue
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"  # by its controller
+    SUCCEEDED = "SUCCEEDED"  # it has a result
+    FAILED = "FAILED"  # `watch` raises its error
+    CANCELLED = "CANCELLED"  # by `cancel_job`, or because it had no watcher
+    UNKNOWN = "UNKNOWN"  # a state newer than this client
+
+
+class StopReason(StrEnum):
+    """Why a job ended with a result."""
+
+    ITERATIONS_DONE = "ITERATIONS_DONE"  # all iterations of its recipe
+    TIME_BUDGET = "TIME_BUDGET"  # the recipe's `time_budget` was used up
+    FINISHED = "FINISHED"  # by its controller
+    UNKNOWN = "UNKNOWN"  # a reason newer than this client
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,9 @@ class Losses:
     tv: float
     content_layers: Mapping[str, float]  # by layer name
     style_layers: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        return f"Losses(total={self.total:g}, content={self.content:g}, style={self.style:g}, tv={self.tv:g})"
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,12 @@ class Frame(NumberedUpdate):
     picture: Picture
     dropped: int  # frames that newer ones have replaced since the last frame
 
+    def _repr_png_(self) -> bytes | None:
+        return self.picture._repr_png_()
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.picture._repr_jpeg_()
+
 
 @dataclass(frozen=True)
 class Checkpoint(NumberedUpdate):
@@ -145,8 +178,7 @@ class Result(NumberedUpdate):
     picture: Picture
     losses: Losses
     iterations: int  # done, over all scales
-    # "ITERATIONS_DONE", "TIME_BUDGET", or "FINISHED" (by the job's controller); newer servers may add others.
-    stop_reason: str
+    stop_reason: StopReason
     elapsed_s: float  # from the start of the first iteration to the end of the last, including pauses
 
     def image(self) -> Image.Image:
@@ -156,6 +188,12 @@ class Result(NumberedUpdate):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the picture; see `Picture.save`."""
         self.picture.save(path)
+
+    def _repr_png_(self) -> bytes | None:
+        return self.picture._repr_png_()
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.picture._repr_jpeg_()
 
 
 Update = Accepted | Waiting | Progress | Frame | Checkpoint | Paused | Resumed | Changed | Result
@@ -175,15 +213,16 @@ class JobStatus:
     """The status of a job at the time of the call."""
 
     job_id: str
-    state: str  # "QUEUED", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"; newer servers may add others
-    create_time: datetime  # all times are in UTC
-    start_time: datetime | None  # None until it runs
-    end_time: datetime | None  # None until it has ended
-    expire_time: datetime | None  # when it is removed, or stopped if it has no watcher; None while it has one
+    state: JobState
+    create_time: datetime = field(repr=False)  # all times are in UTC
+    start_time: datetime | None = field(repr=False)  # None until it runs
+    end_time: datetime | None = field(repr=False)  # None until it has ended
+    # When it is removed, or stopped if it has no watcher; None while it has one
+    expire_time: datetime | None = field(repr=False)
     iteration: int  # done, over all scales
     iterations: int
     width: int  # of the result, in pixels; 0 while the images are being decoded
     height: int
     losses: Losses | None  # None before the first iteration
-    stop_reason: str  # as in `Result`; "" unless the job succeeded
+    stop_reason: StopReason | None  # None unless the job succeeded
     queue_position: int  # position in the queue while it is queued; 0: starts next

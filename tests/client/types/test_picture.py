@@ -1,10 +1,13 @@
+import io
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from gramophone_client import Frame, Losses, Result, StopReason
 from gramophone_client.types import picture
-from gramophone_client.types.picture import write_atomically
+from gramophone_client.types.picture import Picture, write_atomically
 from tests.support.fake_service import PAINTING, PHOTO, accepted, encoded, result
 
 
@@ -34,3 +37,22 @@ def test_files_are_written_atomically(folder, monkeypatch):
     assert raised.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(folder)) == ["out.png", "painting.png", "photo.png"]
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_notebook_shows_pictures_frames_and_results(format):
+    shown = Picture(format=format, width=24, height=18, data=encoded("green", format))
+    losses = Losses(1, 1, 0, 0, {}, {})
+    values = [
+        shown,
+        Frame(iteration=1, picture=shown, dropped=0),
+        Result(picture=shown, losses=losses, iterations=1, stop_reason=StopReason.FINISHED, elapsed_s=1),
+    ]
+    for value in values:
+        png, jpeg = value._repr_png_(), value._repr_jpeg_()
+        assert (png is None, jpeg is None) == ((True, False) if format == "jpeg" else (False, True))
+        with Image.open(io.BytesIO(png or jpeg)) as image:
+            assert image.format == ("JPEG" if format == "jpeg" else "PNG")
+            assert np.allclose(np.asarray(image.convert("RGB")), np.asarray(shown.image().convert("RGB")))
+        if format != "webp":
+            assert (png or jpeg) is shown.data  # not encoded again
