@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, TypedDict
 
 import pytest
@@ -10,9 +11,11 @@ from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 from docs_site import GENERATORS, replace_markers
-from docs_site.docstrings import examples_marked, field_comments, linked
+from docs_site.docstrings import described_fields, examples_marked, field_comments, linked
 from docs_site.proto import Proto, messages, rpcs
 from docs_site.settings import number, prose
+from gramophone.recipe import Recipe
+from gramophone_client.types.options import JobOptions
 
 
 @dataclass
@@ -32,6 +35,13 @@ class Options(TypedDict, total=False):
     seed: int  # of the noise.
 
 
+class Kind(StrEnum):
+    """Kinds."""
+
+    FAST = "fast"  # the default
+    SLOW = "slow"
+
+
 class Pair(NamedTuple):
     """A pair."""
 
@@ -42,6 +52,15 @@ def test_comments_describe_the_fields_of_values() -> None:
     assert field_comments(Values) == {"size": "Pixels.", "depth": "Above it, in two lines.", "plain": ""}
     assert field_comments(Options) == {"seed": "Of the noise."}
     assert field_comments(Pair) == {"left": "First."}
+
+
+def test_fields_have_their_types_and_members_their_values() -> None:
+    assert described_fields(Pair) == {"left": ("int", "First.")}
+    assert described_fields(Kind) == {"FAST": ("'fast'", "The default."), "SLOW": ("'slow'", "")}
+    assert described_fields(str) == {}
+    assert described_fields(JobOptions)["detach_grace"][1].startswith("Seconds for which the job continues")
+    assert described_fields(JobOptions).keys() == JobOptions.__annotations__.keys()
+    assert described_fields(Recipe)["beta"] == ("float", "Weight of the style: the strength of the painting.")
 
 
 def test_examples_become_code_and_prose_does_not() -> None:

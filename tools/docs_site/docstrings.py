@@ -17,16 +17,18 @@ import sys
 import textwrap
 import tokenize
 import typing
-from typing import Any
+from enum import Enum
+from typing import Any, ForwardRef
 
 from docutils import nodes  # type: ignore[import-untyped]
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+from gramophone.recipe import Recipe
 from gramophone_client.types.options import OPTIONS, JobOptions
 
-__all__ = ["connect", "examples_marked", "field_comments", "linked"]
+__all__ = ["connect", "described_fields", "examples_marked", "field_comments", "linked"]
 
 # Modules of values that a caller makes.
 CONSTRUCTED = ("gramophone.recipe", "gramophone_client.types.options")
@@ -44,7 +46,8 @@ def _on_signature(
 ) -> tuple[str, str | None] | None:
     """Hides how a value is made that only the client makes, and shows the values of defaults that are constants."""
     is_class = what in ("class", "exception") and not typing.is_typeddict(value)
-    if is_class and value.__module__ not in CONSTRUCTED and not name.endswith("GramophoneClient"):
+    is_made = is_class and (value.__module__ in CONSTRUCTED or name.endswith("GramophoneClient"))
+    if is_class and (not is_made or issubclass(value, Enum)):
         return "", None
     if signature is None or not hasattr(value, "__module__"):
         return None
@@ -61,11 +64,11 @@ def _on_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, l
         lines.clear()
         return
     lines[:] = examples_marked(lines)
-    if what == "class" and (dataclasses.is_dataclass(value) or typing.is_typeddict(value) or hasattr(value, "_fields")):
-        annotations = inspect.get_annotations(value)  # as they are written, with the names of types and not their parts
-        for field, comment in field_comments(value).items():
-            annotation = annotations[field]
-            lines += [f".. py:attribute:: {field}", f"   :type: {annotation}", "", f"   {linked(comment)}", ""]
+    if what != "class":
+        return
+    for field, (annotation, comment) in described_fields(value).items():
+        kind = "value" if issubclass(value, Enum) else "type"
+        lines += [f".. py:attribute:: {field}", f"   :{kind}: {annotation}", "", f"   {linked(comment)}", ""]
 
 
 def examples_marked(lines: list[str]) -> list[str]:
@@ -101,8 +104,33 @@ def linked(text: str) -> str:
     return re.sub(r"(?<![`:])`([^`]+)`(?!`)", role, text)
 
 
+def described_fields(value: type) -> dict[str, tuple[str, str]]:
+    """The fields of a dataclass, a named tuple or a typed dictionary, as {name: (annotation, comment)}, as written.
+
+    Of an enum, the members with their values; of any other class, nothing.
+    """
+    if issubclass(value, Enum):
+        comments = field_comments(value)
+        return {name: (repr(member.value), comments[name]) for name, member in value.__members__.items()}
+    if value is JobOptions:
+        helped = {name: option.help for name, option in OPTIONS.items()}
+        helped |= {field.name: field.metadata["help"] for field in dataclasses.fields(Recipe)}
+        return {name: (_as_written(value.__annotations__[name]), _sentence(text)) for name, text in helped.items()}
+    if not (dataclasses.is_dataclass(value) or typing.is_typeddict(value) or hasattr(value, "_fields")):
+        return {}
+    comments = field_comments(value)
+    if value is Recipe:
+        comments |= {field.name: _sentence(field.metadata["help"]) for field in dataclasses.fields(value)}
+    annotations = inspect.get_annotations(value)
+    return {name: (_as_written(annotations[name]), comment) for name, comment in comments.items()}
+
+
+def _as_written(annotation: Any) -> str:
+    return annotation.__forward_arg__ if isinstance(annotation, ForwardRef) else str(annotation)
+
+
 def field_comments(value: type) -> dict[str, str]:
-    """The own fields of a value, each with the comment at the end of its line or above it, or else its help text."""
+    """The own fields of a class, each with the comment at the end of its line or above it, as a sentence."""
     source = textwrap.dedent(inspect.getsource(value))
     comments = {
         token.start[0]: (token.string.lstrip("#: "), token.line[: token.start[1]].strip() == "")
@@ -113,19 +141,16 @@ def field_comments(value: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found = {}
     for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            above: list[str] = []
-            line = statement.lineno - 1
-            while line in comments and comments[line][1]:
-                above.insert(0, comments[line][0])
-                line -= 1
-            behind = [comments[end][0] for end in [statement.end_lineno] if end in comments]
-            found[statement.target.id] = " ".join([*above, *behind])
-    helped = {name: option.help for name, option in OPTIONS.items()} if value is JobOptions else {}
-    if dataclasses.is_dataclass(value):
-        helped = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(value)}
-    found = {name: comment or helped.get(name, "") for name, comment in found.items()}
-    return {name: _sentence(comment) for name, comment in found.items()}
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
+                above: list[str] = []
+                line = statement.lineno - 1
+                while line in comments and comments[line][1]:
+                    above.insert(0, comments[line][0])
+                    line -= 1
+                behind = [comments[end][0] for end in [statement.end_lineno] if end in comments]
+                found[name] = _sentence(" ".join([*above, *behind]))
+    return found
 
 
 def _sentence(comment: str) -> str:
