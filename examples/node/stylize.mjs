@@ -2,7 +2,7 @@
 // Paints a photo in the style of a painting. Needs only the proto of a Gramophone server.
 //
 //   node stylize.mjs photo.jpg painting.jpg -o out.png [--target 127.0.0.1:50051] [--preset fast] [--size 512]
-//                    [--iterations 100] [--frames FOLDER] [--timeout 600]
+//                    [--iterations 100] [--frames FOLDER] [--timeout 600] [--keepalive 20]
 //   node stylize.mjs --info
 //
 // The exit codes are those of the command `gramophone`: 0 done, 2 bad request, 3 no server, 4 no room or no time, 5 failed,
@@ -47,11 +47,11 @@ const api = grpc.loadPackageDefinition(
   }),
 ).gramophone.v1;
 
-function connected(target) {
+/** @param {number} keepaliveS - seconds without data before a ping; the server allows one per 10 s. 0: no pings */
+function connected(target, keepaliveS) {
   return new api.StyleTransferService(target, grpc.credentials.createInsecure(), {
     'grpc.max_receive_message_length': LARGEST_MESSAGE,
-    'grpc.max_send_message_length': LARGEST_MESSAGE,
-    'grpc.keepalive_time_ms': 20_000, // the server allows one ping per 10 s
+    ...(keepaliveS && { 'grpc.keepalive_time_ms': 1000 * keepaliveS }),
   });
 }
 
@@ -64,7 +64,7 @@ function details(error) {
   const parsed = { reason: '', violations: [], retryS: undefined };
   const [bytes] = error.metadata?.get('grpc-status-details-bin') ?? [];
   if (!bytes) return parsed;
-  const root = protobuf.loadSync(path.join(HERE, 'rpc_errors.proto'));
+  const root = protobuf.loadSync(path.join(HERE, '..', 'rpc_errors.proto'));
   for (const { typeUrl, value } of root.lookupType('google.rpc.Status').decode(bytes).details) {
     const name = typeUrl.split('/').at(-1);
     if (name === 'google.rpc.ErrorInfo') parsed.reason = root.lookupType(name).decode(value).reason;
@@ -162,13 +162,14 @@ async function main() {
       iterations: { type: 'string' },
       frames: { type: 'string' },
       timeout: { type: 'string', default: '600' },
+      keepalive: { type: 'string', default: '20' },
       info: { type: 'boolean', default: false },
     },
   });
   if (!options.info && (images.length !== 2 || !options.output)) {
     throw new Usage('usage: node stylize.mjs PHOTO PAINTING -o OUT.png, or node stylize.mjs --info');
   }
-  const client = connected(options.target);
+  const client = connected(options.target, whole('keepalive', options.keepalive));
   try {
     if (options.info) {
       const { version, device, precision, backbone, weights, runningJobs, queuedJobs } = await info(client);

@@ -1,4 +1,4 @@
-"""Clients that share no code with the Python client, against a real server: Node.js and k6.
+"""Clients that share no code with the Python client, against a real server: Node.js, Go, Java, C++ and k6.
 
 They need `make other-clients`.
 """
@@ -12,25 +12,94 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import grpc
 import pytest
 from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from tests.support.processes import PHOTO, ROOT, Server
 
 NODE_CLIENT = ROOT / "examples" / "node" / "stylize.mjs"
 K6_SCRIPT = ROOT / "benchmarks" / "k6" / "stylize_stream.js"
 K6 = shutil.which("k6") or shutil.which("k6", path=str(Path(sys.executable).parent))
 PAINTING = ROOT / "examples" / "styles" / "brushwork.jpg"
+COMPILED = {language: ROOT / "build" / "clients" / language / "stylize" for language in ("go", "java", "cpp")}
+KEEPALIVE_S = 10  # the shortest interval that gRPC for Go and Java allow, and the shortest that the server promises
+# Without permission, gRPC's server ends a call at its fourth ping.
+SILENT_S = 4.5 * KEEPALIVE_S
 
-needs_node = pytest.mark.skipif(
-    not (shutil.which("node") and (NODE_CLIENT.parent / "node_modules").exists()),
-    reason="Node.js or its packages are not installed: make other-clients",
+HAVE_NODE = bool(shutil.which("node")) and (NODE_CLIENT.parent / "node_modules").exists()
+needs_node = pytest.mark.skipif(not HAVE_NODE, reason="Node.js or its packages are not installed: make other-clients")
+each_compiled = pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param(
+            path,
+            id=language,
+            marks=pytest.mark.skipif(not path.exists(), reason=f"no client in {language} is built: make other-clients"),
+        )
+        for language, path in COMPILED.items()
+    ],
 )
 needs_k6 = pytest.mark.skipif(K6 is None, reason="k6 is not installed: make other-clients")
+
+
+class SilentCalls(NamedTuple):
+    """Clients that ping during a call without messages: their jobs wait for another one to end."""
+
+    stub: Any
+    job_before: str
+    clients: Mapping[str, subprocess.Popen[bytes]]
+    folder: Path
+    began: float
+
+    def output(self, language: str) -> str:
+        """What a client has printed."""
+        return (self.folder / f"{language}.txt").read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SilentCalls]:
+    """Started before all tests of this module, so that the others run during the silence."""
+    folder = tmp_path_factory.mktemp("silent")
+    with (
+        Server("--engine", "fake", "--iter-ms", "50", "--max-running", "1", cwd=folder) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        server.line("ready in ")
+        stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        job = pb.JobSpec(recipe=pb.Recipe(size=32, iterations=5000))
+        job.content.data = PHOTO.read_bytes()
+        job.styles.add().image.data = PAINTING.read_bytes()
+        job.detach_grace.FromSeconds(300)
+        stream = stub.StylizeStream(pb.StylizeStreamRequest(spec=job))
+        job_before = next(stream).event.accepted.job_id
+        stream.cancel()
+        arguments = [server.address, PHOTO, PAINTING, "32"]
+        commands = {
+            language: [path, *arguments, folder / f"{language}.png", str(KEEPALIVE_S)]
+            for language, path in COMPILED.items()
+            if path.exists()
+        }
+        if HAVE_NODE:
+            node_arguments = ["--keepalive", str(KEEPALIVE_S), "--size", "32", "--target", server.address]
+            commands["node"] = ["node", NODE_CLIENT, PHOTO, PAINTING, "-o", folder / "node.png", *node_arguments]
+        clients = {}
+        for language, command in commands.items():
+            with (folder / f"{language}.txt").open("w") as printed:
+                clients[language] = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        try:
+            until(lambda: stub.GetServerInfo(pb.GetServerInfoRequest()).queued_jobs == len(clients))
+            yield SilentCalls(stub, job_before, clients, folder, time.monotonic())
+        finally:
+            for client in clients.values():
+                client.kill()
+                client.wait()
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +139,17 @@ def test_node_prints_the_error_of_each_field(server: Server, tmp_path: Path) -> 
 
 
 def wait_for_running_jobs(server: Server, expected: int) -> None:
-    for _ in range(100):
-        running = json.loads(node("--info", "--target", server.address)[1])["runningJobs"]
-        if running == expected:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{running} jobs run, expected {expected}")
+    with grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
+        until(lambda: stub.GetServerInfo(pb.GetServerInfoRequest()).running_jobs == expected)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits until a condition holds, for at most 20 s."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.05)
 
 
 @needs_node
@@ -110,6 +184,69 @@ def test_node_prints_when_to_retry_and_interrupts_its_job(server: Server, tmp_pa
 def test_node_prints_errors_in_one_line(arguments: list[object], code: int, words: str) -> None:
     got, _, errors = node(*arguments)
     assert got == code and words in errors and len(errors.splitlines()) == 1
+
+
+def run(client: Path, *arguments: object) -> tuple[int, str, str]:
+    command = [client, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@each_compiled
+def test_a_compiled_client_paints_a_picture(client: Path, server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    code, printed, errors = run(client, server.address, PHOTO, PAINTING, 64, out)
+    assert code == 0, errors
+    *progress, last = printed.splitlines()
+    assert last == f"{out}: 64 x 43 px"
+    assert progress and all(re.fullmatch(r"iteration \d+ of \d+", line) for line in progress)
+    with Image.open(out) as picture:
+        assert picture.size == (64, 43) and "gramophone" in picture.info
+
+
+@each_compiled
+def test_a_compiled_client_prints_the_code_and_the_reason_of_an_error(
+    client: Path, server: Server, tmp_path: Path
+) -> None:
+    code, _, errors = run(client, server.address, PHOTO, PAINTING, 1, tmp_path / "out.png")
+    (line,) = errors.splitlines()
+    assert code == 1 and line.startswith("stylize: spec.recipe.size") and "got 1" in line
+    assert re.search(r"\((code 3|InvalidArgument|INVALID_ARGUMENT), INVALID_REQUEST\)$", line)
+
+
+@each_compiled
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "usage: "),
+        (["127.0.0.1:1", PHOTO, PAINTING, 64, "out.png"], 1, "onnection refused"),
+        (["127.0.0.1:1", "none.jpg", PAINTING, 64, "out.png"], 1, "none.jpg"),
+        (["127.0.0.1:1", PHOTO, PAINTING, "large", "out.png"], 1, "large"),
+    ],
+)
+def test_a_compiled_client_prints_errors_in_one_line(
+    client: Path, arguments: list[object], code: int, words: str
+) -> None:
+    got, _, errors = run(client, *arguments)
+    assert got == code and words in errors and len(errors.splitlines()) == 1
+
+
+@each_compiled
+def test_ctrl_c_cancels_the_job_of_a_compiled_client(client: Path, server: Server, tmp_path: Path) -> None:
+    wait_for_running_jobs(server, 0)
+    out = tmp_path / "out.png"
+    command = [client, server.address, PHOTO, PAINTING, "512", out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline().startswith("iteration ")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert "cancel" in process.stderr.read().lower()
+        finally:
+            process.kill()
+    wait_for_running_jobs(server, 0)
+    assert not out.exists()
 
 
 @needs_k6
@@ -157,3 +294,15 @@ def test_the_scripts_use_names_of_the_proto(script: Path) -> None:
         for name in names.split():
             assert re.search(rf"\b{name}\b", text), f"{script.name} does not use {name} any more; remove it here"
             assert name in {field.json_name for field in message.DESCRIPTOR.fields}, (message.DESCRIPTOR.name, name)
+
+
+def test_clients_may_ping_during_silence(silent_calls: SilentCalls) -> None:
+    if not silent_calls.clients:
+        pytest.skip("no other client is installed: make other-clients")
+    time.sleep(max(0.0, silent_calls.began + SILENT_S - time.monotonic()))
+    ended = [language for language, client in silent_calls.clients.items() if client.poll() is not None]
+    assert not ended, silent_calls.output(ended[0])
+    silent_calls.stub.CancelJob(pb.CancelJobRequest(job_id=silent_calls.job_before))
+    for language, client in silent_calls.clients.items():
+        assert client.wait(20) == 0, silent_calls.output(language)
+        assert f"{language}.png: 32 x " in silent_calls.output(language)

@@ -1,0 +1,96 @@
+// Paints a photo in the style of a painting: Stylize SERVER PHOTO PAINTING SIZE OUT.png [KEEPALIVE_S]
+
+import static java.util.concurrent.TimeUnit.SECONDS;
+
+import com.google.protobuf.ByteString;
+import com.google.protobuf.InvalidProtocolBufferException;
+import google.rpc.RpcErrors;
+import gramophone.v1.StyleTransfer.ImageSource;
+import gramophone.v1.StyleTransfer.JobSpec;
+import gramophone.v1.StyleTransfer.Recipe;
+import gramophone.v1.StyleTransfer.StyleSource;
+import gramophone.v1.StyleTransfer.StylizeStreamRequest;
+import gramophone.v1.StyleTransferServiceGrpc;
+import io.grpc.Context;
+import io.grpc.ManagedChannel;
+import io.grpc.ManagedChannelBuilder;
+import io.grpc.Metadata;
+import io.grpc.StatusRuntimeException;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+
+class Stylize {
+  static final int LARGEST_MESSAGE = 64 << 20; // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
+  static final Metadata.Key<byte[]> DETAILS =
+      Metadata.Key.of("grpc-status-details-bin", Metadata.BINARY_BYTE_MARSHALLER);
+
+  public static void main(String[] args) throws Exception {
+    if (args.length < 5) {
+      System.err.println("usage: Stylize SERVER PHOTO PAINTING SIZE OUT.png [KEEPALIVE_S]");
+      System.exit(2);
+    }
+    var builder = ManagedChannelBuilder.forTarget(args[0]).usePlaintext().maxInboundMessageSize(LARGEST_MESSAGE);
+    if (args.length > 5) builder.keepAliveTime(Long.parseLong(args[5]), SECONDS);
+    var channel = builder.build();
+    var call = Context.current().withCancellation();
+    // Ctrl-C ends the program with exit code 130. It first cancels the call, which stops the job.
+    Runtime.getRuntime().addShutdownHook(new Thread(() -> cancel(call, channel)));
+    try {
+      call.call(() -> stylize(channel, args));
+    } catch (StatusRuntimeException error) {
+      System.err.println("stylize: " + message(error));
+      System.exit(1);
+    } catch (IOException | NumberFormatException error) {
+      System.err.println("stylize: " + error);
+      System.exit(1);
+    }
+  }
+
+  static Void stylize(ManagedChannel channel, String[] args) throws IOException {
+    var spec = JobSpec.newBuilder()
+                   .setContent(image(args[1]))
+                   .addStyles(StyleSource.newBuilder().setImage(image(args[2])))
+                   .setRecipe(Recipe.newBuilder().setSize(Integer.parseInt(args[3])));
+    var request = StylizeStreamRequest.newBuilder().setSpec(spec).build();
+    var responses = StyleTransferServiceGrpc.newBlockingStub(channel).stylizeStream(request);
+    while (responses.hasNext()) {
+      var event = responses.next().getEvent();
+      if (event.hasProgress()) {
+        System.out.printf(
+            "iteration %d of %d%n", event.getProgress().getIteration(), event.getProgress().getIterations());
+      } else if (event.hasResult()) {
+        var picture = event.getResult().getImage();
+        Files.write(Path.of(args[4]), picture.getData().toByteArray());
+        System.out.printf("%s: %d x %d px%n", args[4], picture.getWidth(), picture.getHeight());
+      }
+    }
+    return null;
+  }
+
+  static ImageSource image(String path) throws IOException {
+    return ImageSource.newBuilder().setData(ByteString.copyFrom(Files.readAllBytes(Path.of(path)))).build();
+  }
+
+  static void cancel(Context.CancellableContext call, ManagedChannel channel) {
+    call.cancel(null);
+    try {
+      channel.shutdown().awaitTermination(5, SECONDS);
+    } catch (InterruptedException error) {
+      channel.shutdownNow();
+    }
+  }
+
+  /** The text of a call's error, its code and, if the server sent one, its reason. */
+  static String message(StatusRuntimeException error) throws InvalidProtocolBufferException {
+    var cause = error.getCause() == null ? "" : ": " + error.getCause().getMessage(); // such as "connection refused"
+    var text = error.getStatus().getDescription() + cause + " (" + error.getStatus().getCode();
+    var details = error.getTrailers() == null ? null : error.getTrailers().get(DETAILS);
+    if (details == null) return text + ")";
+    for (var detail : RpcErrors.Status.parseFrom(details).getDetailsList()) {
+      if (detail.getTypeUrl().endsWith("/google.rpc.ErrorInfo"))
+        text += ", " + RpcErrors.ErrorInfo.parseFrom(detail.getValue()).getReason();
+    }
+    return text + ")";
+  }
+}
