@@ -177,6 +177,7 @@ OTHER_FOLDERS = {
     "soak",
     "support",
     "tools",
+    "typing",
 }
 # Modules without a test module of their own, by what tests them: values and parts that only matter in what uses them.
 TESTED_THROUGH = {

@@ -4,7 +4,7 @@ with GramophoneClient() as client:
     client.stylize("photo.jpg", "painting.jpg").save("out.png")
 """
 
-from gramophone.recipe import LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
+from gramophone.recipe import PRESETS, LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
 from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.client import GramophoneClient, JobControl
 from gramophone_client.errors import (
@@ -35,8 +35,17 @@ from gramophone_client.errors import (
     TooManyWatchersError,
 )
 from gramophone_client.streams.job_control import AsyncJobControl
-from gramophone_client.types.options import CheckpointOptions, FrameOptions, Style, UploadedImage
+from gramophone_client.types.options import (
+    CheckpointOptions,
+    FrameOptions,
+    ImageInput,
+    JobOptions,
+    Style,
+    Styles,
+    UploadedImage,
+)
 from gramophone_client.types.picture import Picture
+from gramophone_client.types.recipe_metadata import ImageRecipe, NoRecipeError, recipe_of
 from gramophone_client.types.server_info import CacheStats, Limits, ServerInfo
 from gramophone_client.types.updates import (
     Accepted,
@@ -57,6 +66,7 @@ from gramophone_client.types.updates import (
 )
 
 __all__ = [
+    "PRESETS",
     "Accepted",
     "AsyncGramophoneClient",
     "AsyncJobControl",
@@ -77,12 +87,15 @@ __all__ = [
     "FrameOptions",
     "GramophoneClient",
     "GramophoneError",
+    "ImageInput",
     "ImageNotFoundError",
+    "ImageRecipe",
     "InvalidRequestError",
     "JobControl",
     "JobControlledError",
     "JobEndedError",
     "JobNotFoundError",
+    "JobOptions",
     "JobState",
     "JobStatus",
     "LayerWeight",
@@ -90,6 +103,7 @@ __all__ = [
     "ListingDisabledError",
     "Losses",
     "MessageTooLargeError",
+    "NoRecipeError",
     "Normalisation",
     "NotReadyError",
     "Optimiser",
@@ -110,10 +124,12 @@ __all__ = [
     "Start",
     "StopReason",
     "Style",
+    "Styles",
     "Stylized",
     "TooManyWatchersError",
     "Update",
     "UploadedImage",
     "Violation",
     "Waiting",
+    "recipe_of",
 ]

@@ -94,7 +94,7 @@ class InvalidRecipeError(ValueError):
     """A recipe that breaks its rules. `violations` lists all of them."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
-        self.violations = tuple(violations)
+        self.violations: tuple[Violation, ...] = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
 
 

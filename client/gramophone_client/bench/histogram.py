@@ -25,9 +25,9 @@ class Histogram:
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total_s = 0.0
-        self.max_s = 0.0
+        self.count: int = 0
+        self.total_s: float = 0.0
+        self.max_s: float = 0.0
         self._buckets: Counter[int] = Counter()
 
     def record(self, seconds: float) -> None:

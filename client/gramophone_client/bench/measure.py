@@ -177,12 +177,12 @@ class Recorder:
         self.windows: list[Tally] = []
         self.timeline: list[Counter[str]] = []  # statuses in each second of the step, including the warm-up
         self.in_flight: dict[int, float] = {}  # due time of each unfinished job, by its number
-        self.late_s = 0.0  # longest delay between the due time of a job and its sending
-        self.is_warm = warm_up_s == 0
-        self.is_stable = False  # True if the last three windows agree
-        self.current = Tally()
-        self.is_closed = isinstance(load, ClosedLoop)
-        self.callers = load.concurrency if isinstance(load, ClosedLoop) else 1
+        self.late_s: float = 0.0  # longest delay between the due time of a job and its sending
+        self.is_warm: bool = warm_up_s == 0
+        self.is_stable: bool = False  # True if the last three windows agree
+        self.current: Tally = Tally()
+        self.is_closed: bool = isinstance(load, ClosedLoop)
+        self.callers: int = load.concurrency if isinstance(load, ClosedLoop) else 1
         self._window_start_s = 0.0
         self._warm_up_s, self._window_s = warm_up_s, window_s
         self._fewest_jobs = max(MIN_JOBS_PER_KIND * kinds, 0 if self.is_closed else MIN_OPEN_LOOP_JOBS)

@@ -42,14 +42,14 @@ class Outputs:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out: Path = args.out
-        self.out_is_old = self.out.exists()
+        self.out_is_old: bool = self.out.exists()
         self.checkpoint: Path | None = getattr(args, "checkpoint", None)  # `watch` has none
         for path in (self.out, args.timelapse, self.checkpoint):
             if path and not path.parent.is_dir():
                 raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
         self.accepted: Accepted | None = None
         self.frame: Frame | None = None
-        self.frames_written = 0
+        self.frames_written: int = 0
         self.timelapse: Timelapse | None = None
 
     def make_frames_folder(self) -> None:

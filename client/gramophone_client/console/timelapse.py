@@ -40,7 +40,7 @@ class Timelapse:
 
     def __init__(self, size: tuple[int, int], *, max_side: int = MAX_SIDE, max_frames: int = MAX_FRAMES) -> None:
         scale = min(1.0, max_side / max(size))
-        self.size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+        self.size: tuple[int, int] = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         self.frames: list[Image.Image] = []
         self._max_frames = max_frames
         self._every = 1  # 2: every second frame is added

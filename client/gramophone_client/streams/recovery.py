@@ -48,8 +48,8 @@ class Recovery:
         self, connection: Connection, *, timeout_s: float, grace_s: float, job_id: str = "", sequence: int = 0
     ) -> None:
         self.timeout_s = timeout_s
-        self.job_id = job_id
-        self.sequence = sequence  # of the newest event
+        self.job_id: str = job_id
+        self.sequence: int = sequence  # of the newest event
         self.job: ResendableJob | None = None
         self.frame: Frame | None = None
         self.checkpoint: Checkpoint | None = None

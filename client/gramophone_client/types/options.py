@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, SupportsFloat, SupportsIndex, TypedDict
+from typing import Any, NamedTuple, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from PIL import Image
 
@@ -59,10 +59,10 @@ class Array(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
-FileInput = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile
+FileInput: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile
 """A file: its path, its bytes, or the file itself, open for reading bytes."""
 
-ImageInput = FileInput | Array | Image.Image | UploadedImage
+ImageInput: TypeAlias = FileInput | Array | Image.Image | UploadedImage
 """A JPEG, PNG or WebP file (its path, its bytes, or an open file), a uint8 array of shape (H, W), (H, W, 1), (H, W, 3)
 in the order red, green, blue, or (H, W, 4) with transparency, a PIL image, or a value that `upload` returned."""
 
@@ -78,7 +78,9 @@ class Style(NamedTuple):
         return f"Style({repr(self.image) if is_short else shown(self.image)}, weight={self.weight!r})"
 
 
-Styles = ImageInput | Style | tuple[ImageInput, SupportsFloat] | Sequence[ImageInput | tuple[ImageInput, SupportsFloat]]
+Styles: TypeAlias = (
+    ImageInput | Style | tuple[ImageInput, SupportsFloat] | Sequence[ImageInput | tuple[ImageInput, SupportsFloat]]
+)
 """One or several style images, each alone or in a `Style`, or another pair, with its weight. An image without a weight
 has weight 1."""
 
