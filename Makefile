@@ -24,7 +24,9 @@ install: .venv/installed ## create .venv with the pinned packages and compile th
 	touch $@
 
 demo: install ## stylize a photo: out/demo.png and out/demo.gif
-	@$(BIN)/python examples/demo.py
+	@mkdir -p out
+	@$(BIN)/gramophone stylize examples/photos/cat.jpg examples/styles/brushwork.jpg -o out/demo.png \
+	  --timelapse out/demo.gif --size 512 --seed 1 --local
 
 test: install ## run all tests; needs no GPU and no network
 	$(BIN)/python -m pytest

@@ -192,8 +192,16 @@ TESTED_THROUGH = {
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
     "tests/ops": ["gramophone_server.ops.*"],  # by family of ops, as csrc
-    "tests/client/test_cli.py": ["gramophone_client.commands.parser", "gramophone_client.console.exit_codes"],
-    "tests/client/commands/test_stylize.py": ["gramophone_client.console.outputs"],
+    "tests/client/test_cli.py": [
+        "gramophone_client.__main__",
+        "gramophone_client.commands.options",
+        "gramophone_client.commands.parser",
+        "gramophone_client.console.exit_codes",
+    ],
+    "tests/client/commands/test_stylize.py": [
+        "gramophone_client.commands.clients",
+        "gramophone_client.console.outputs",
+    ],
     "tests/client/commands/test_control.py": ["gramophone_client.console.keyboard"],
     "tests/client/commands/test_info.py": ["gramophone_client.types.recipe_metadata"],
     "tests/client/transport/test_job_spec.py": ["gramophone_client.types.options"],

@@ -7,7 +7,6 @@ and help texts are defined only here. Standard library only.
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import importlib.metadata
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gramophone.recipe import Range
+from gramophone.values import did_you_mean
 from gramophone_server.errors import StartupError
 
 __all__ = ["DECODERS", "Limits", "Settings", "env_variable", "from_command_line", "load", "version"]
@@ -219,8 +219,7 @@ def _unknown(word: str) -> str:
     if not flag.startswith("-"):
         return f"{word!r} does not belong to any flag; settings are given as --flag VALUE"
     flags = ["--help", "--version", "--print-config", *(_flag(f.name) for f in fields(Settings))]
-    similar = difflib.get_close_matches(flag, flags, n=1)
-    return f"there is no flag {flag}; " + (f"did you mean {similar[0]}?" if similar else "--help lists all flags")
+    return f"there is no flag {flag}" + (did_you_mean(flag, flags, {}) or "; --help lists all flags")
 
 
 def _flag(name: str) -> str:

@@ -47,6 +47,9 @@ def gramophone(
 ) -> Callable[[str], tuple[int, str, list[str]]]:
     """Runs a command against the fake service; returns (exit code, standard output, lines of standard error)."""
     monkeypatch.setenv("GRAMOPHONE_SERVER", service.target)
+    for name in ("GRAMOPHONE_TARGET", "GRAMOPHONE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))  # not the user's own file of targets
 
     def run(command: str) -> tuple[int, str, list[str]]:
         try:

@@ -41,6 +41,7 @@ async def test_updates_are_typed_and_in_order(client):
     assert (start.job_id, start.recipe, start.seed, start.width, start.height) == ("j1", Recipe(), 7, 24, 18)
     losses = Losses(3, 1, 2, 0, content_layers={}, style_layers={"relu1_1": 2})
     assert (first.iteration, first.iterations, first.losses, first.time_left_s) == (10, 300, losses, 90.5)
+    assert (first.width, first.height, first.scale, first.scales) == (12, 9, 1, 2)
     assert (picture.iteration, picture.picture.format, picture.dropped) == (10, "jpeg", 2)
     assert picture.picture.image().size == (12, 9)
     assert (end.stop_reason, end.elapsed_s, end.iterations) == ("ITERATIONS_DONE", 2.25, 300)

@@ -60,6 +60,8 @@ def progress(iteration: int) -> pb.JobEvent:
             iterations=300,
             width=12,
             height=9,
+            scale=1,
+            scales=2,
             losses=losses,
             iterations_per_second=8,
             time_left=Duration(seconds=90, nanos=500_000_000),

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 PHOTO = ROOT / "examples" / "photos" / "cat.jpg"  # 768 x 511
 PAINTING = ROOT / "examples" / "styles" / "woodcut.jpg"
@@ -30,6 +32,7 @@ class Process:
         # The environment may have settings of a server, and this checkout need not be installed.
         env = {name: value for name, value in os.environ.items() if not name.startswith("GRAMOPHONE_")}
         env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client", "."))
+        env["GRAMOPHONE_CONFIG"] = os.devnull  # no named targets
         env |= settings
         self.command = tuple(str(word) for word in command)
         self.output = ""
@@ -96,6 +99,20 @@ class Process:
             for line in lines:
                 self._lines.put(line)
         self._lines.put(None)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The processes with this working folder: each test has its own. Skips the test where there is no /proc."""
+    if not Path("/proc/self/cwd").exists():
+        pytest.skip("finds processes in /proc")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder and "(zombie)" not in (process / "status").read_text():
+                found.append(int(process.name))
+        except OSError:  # has ended, or belongs to another user
+            continue
+    return found
 
 
 class Server(Process):

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import shtab
 from rich.console import Console
 
 from gramophone.recipe import PRESETS
@@ -28,8 +29,10 @@ from gramophone_client.bench.report import InvalidReport, Report, read_report
 from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.table import print_comparison, print_report
 from gramophone_client.bench.workload import InvalidWorkload, JobKind, read_workload
+from gramophone_client.console.arguments import CommandParser, complete, seconds, seconds_above_0, whole_number
 from gramophone_client.console.outputs import UsageError
-from gramophone_client.console.recipe_flags import add_recipe_flags, recipe_overrides
+from gramophone_client.console.recipe_flags import add_recipe_flags, preset_argument, recipe_overrides
+from gramophone_client.console.targets import chosen_target
 from gramophone_client.types.picture import write_atomically
 from gramophone_client.types.server_info import ServerInfo
 
@@ -58,32 +61,30 @@ examples:
   gramophone bench --rate 0.5,1,2 --mix mix.toml --json today.json
   gramophone bench --compare yesterday.json today.json --html changes.html
 
-a mix file (recipe flags on the command line override the fields of all its jobs):
+a mix file (recipe options on the command line override the fields of all jobs):
   [[job]]
   name = "thumbnail"
-  weight = 3            # three of these jobs for each job of weight 1
-  size = 128            # any field of a recipe, or preset
-  cancel = 0.1          # one in ten is cancelled before its end and counts as LEFT, not as a failure
+  weight = 3        # three of these jobs for each job of weight 1
+  size = 128        # any field of a recipe, or preset
+  cancel = 0.1      # one in ten is cancelled early and counts as LEFT
 
   [[job]]
   preset = "quality"
-  frames = false        # the unary call without frames; in a stream, frame_every and frame_size limit the frames
+  frames = false    # the unary call; in a stream, frame_every and frame_size
   deadline_s = 300
 """
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_bench(commands: argparse._SubParsersAction[CommandParser]) -> CommandParser:
     """Adds the command without its server flags, which the caller adds."""
     parser = commands.add_parser(
         "bench",
         help="measure the throughput and latency of a server",
-        allow_abbrev=False,
         usage="gramophone bench [options] [CONTENT STYLE [STYLE ...]]",
         description="Send jobs to a server at several loads and report throughput, latency and failures.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    pictures = parser.add_argument(
         "pictures",
         metavar="CONTENT STYLE",
         type=Path,
@@ -101,15 +102,18 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     load.add_argument(
         "--rate", type=_comma_separated(_rate), metavar="X,...", help="open loop: one step for each rate, in jobs/s"
     )
-    load.add_argument(
+    mix = load.add_argument(
         "--mix", type=Path, metavar="FILE", help="TOML file with the kinds of jobs (default: one kind, from the flags)"
     )
     load.add_argument(
-        "--preset", choices=list(PRESETS), help="the recipe to start from (default fast, or that of the mix file)"
+        "--preset",
+        type=preset_argument,
+        choices=list(PRESETS),
+        help="the recipe to start from (default fast, or that of the mix file)",
     )
     load.add_argument(
         "--seed",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
         help="seed of the arrival times, the order of jobs, and the synthetic images (default 0)",
@@ -117,32 +121,34 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     time = parser.add_argument_group("time")
     time.add_argument(
         "--warm-up",
-        type=_seconds,
+        type=seconds,
         default=5.0,
         metavar="SECONDS",
         help="start of each step that is not measured (default 5)",
     )
     time.add_argument(
-        "--window", type=_above_0, default=5.0, metavar="SECONDS", help="minimum length of a window (default 5)"
+        "--window", type=seconds_above_0, default=5.0, metavar="SECONDS", help="minimum length of a window (default 5)"
     )
     time.add_argument(
         "--duration",
-        type=_above_0,
+        type=seconds_above_0,
         default=60.0,
         metavar="SECONDS",
         help="maximum length of a step, including its warm-up (default 60)",
     )
     time.add_argument(
-        "--deadline", type=_above_0, default=120.0, metavar="SECONDS", help="deadline of each job (default 120)"
+        "--deadline", type=seconds_above_0, default=120.0, metavar="SECONDS", help="deadline of each job (default 120)"
     )
     out = parser.add_argument_group("report")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON, for --compare")
-    out.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page with charts")
-    out.add_argument(
+    json = out.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON, for --compare")
+    html = out.add_argument("--html", type=Path, metavar="FILE", help="write the report as an HTML page with charts")
+    compared = out.add_argument(
         "--compare", type=Path, nargs=2, metavar="FILE", help="compare two reports written by --json; sends no jobs"
     )
     out.add_argument("--quiet", action="store_true", help="no live display, only the final table")
     add_recipe_flags(parser)
+    for argument in (pictures, mix, json, html, compared):
+        complete(argument, shtab.FILE)
     parser.set_defaults(run=bench)
     return parser
 
@@ -177,8 +183,10 @@ def _compare(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     running, start_time = Bench(_plan(args)), datetime.now(UTC)
 
+    target = chosen_target(args)
+
     async def measure() -> None:
-        async with AsyncGramophoneClient(args.server, timeout=args.deadline, max_retries=0) as client:
+        async with AsyncGramophoneClient(target.address, timeout=args.deadline, max_retries=0) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             async with live_display(running, Console(stderr=True, quiet=args.quiet)):
@@ -304,18 +312,6 @@ def _rate(text: str) -> float:
     if not 0 < rate <= MAX_RATE:
         raise argparse.ArgumentTypeError(f"expected jobs/s above 0, at most {MAX_RATE:g}, like 0.5,1,2, got {text!r}")
     return rate
-
-
-def _seconds(text: str) -> float:
-    if not 0 <= _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
-    return float(text)
-
-
-def _above_0(text: str) -> float:
-    if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return float(text)
 
 
 def _number(text: str) -> float:

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from gramophone import recipe as recipes
-from gramophone.recipe import InvalidRecipeError, LayerWeight, Recipe, RecipeOverrides
-from gramophone_client.console.recipe_flags import FIELD_TYPES
+from gramophone.recipe import FIELD_TYPES, InvalidRecipeError, LayerWeight, Recipe, RecipeOverrides
 
 __all__ = ["InvalidWorkload", "JobKind", "PlannedJob", "planned_jobs", "read_workload"]
 

@@ -9,10 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gramophone_client.async_client import AsyncGramophoneClient
+from gramophone.recipe import OTHER_NAMES
+from gramophone.values import nearest
+from gramophone_client.commands.clients import async_client
 from gramophone_client.console.keyboard import pressed_keys
 from gramophone_client.console.outputs import Display, UsageError, display
 from gramophone_client.console.recipe_flags import value_of
+from gramophone_client.console.targets import Target, chosen_target
 from gramophone_client.errors import InvalidRequestError, JobEndedError
 from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.types.options import Changes, FrameOptions
@@ -20,7 +23,7 @@ from gramophone_client.types.updates import Accepted, Changed, Paused, Resumed
 
 __all__ = ["CHANGEABLE", "KEYS_HELP", "change", "control"]
 
-CHANGEABLE = [name.replace("_", "-") for name in Changes.__annotations__]
+CHANGEABLE = list(Changes.__annotations__)  # fields of a recipe
 KEYS_HELP = "p pause or go on, + - style strength, s save the picture, c checkpoint, f finish, q leave"
 BETA_FACTOR = 1.25  # + multiplies beta by it, - divides
 PREVIEW = FrameOptions(min_interval_s=0.2, max_side=360, max_in_flight=2)
@@ -29,13 +32,18 @@ PREVIEW = FrameOptions(min_interval_s=0.2, max_side=360, max_in_flight=2)
 def change(text: str) -> tuple[str, Any]:
     """Parses a change like `beta=5`. Raises argparse.ArgumentTypeError."""
     name, equals, value = text.partition("=")
-    if not equals or name.replace("_", "-") not in CHANGEABLE:
-        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a field of {', '.join(CHANGEABLE)}, got {text!r}")
     field = name.replace("-", "_")
+    if not equals or field not in CHANGEABLE:
+        flags = [field.replace("_", "-") for field in CHANGEABLE]
+        meant = nearest(name, CHANGEABLE, OTHER_NAMES) if field not in CHANGEABLE else None
+        raise argparse.ArgumentTypeError(
+            f"expected FIELD=VALUE with a field of {', '.join(flags)}, got {text!r}"
+            + (f"; did you mean {meant.replace('_', '-')}?" if meant else "")
+        )
     try:
         return field, value_of(field, value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{name}: expected a number, got {value!r}") from None
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
 
 
 def control(args: argparse.Namespace) -> None:
@@ -44,10 +52,11 @@ def control(args: argparse.Namespace) -> None:
         if path and not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
     if args.pause or args.resume or args.changes or args.save or args.checkpoint or args.finish:
-        asyncio.run(_by_options(args))
+        asyncio.run(_by_options(chosen_target(args), args))
     elif sys.stdin.isatty():
+        target = chosen_target(args)
         with display(args) as shown:
-            asyncio.run(_by_keys(args, shown))
+            asyncio.run(_by_keys(target, args, shown))
     else:
         raise UsageError(
             "standard input is not a terminal, so that no keys can be read; use --pause, --resume, --set, --save, "
@@ -55,32 +64,30 @@ def control(args: argparse.Namespace) -> None:
         )
 
 
-async def _by_options(args: argparse.Namespace) -> None:
-    async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
-        if args.wait:
-            await client.wait_until_ready(args.wait)
-        async with client.control_job(args.job_id, frames=None, detach_grace=args.detach) as job:
-            if args.pause:
-                print(f"paused before iteration {await job.pause()}")
-            if args.resume:
-                print(f"goes on with iteration {await job.resume()}")
-            if args.changes:
-                print(f"changed from iteration {await job.update(**dict(args.changes))} on")
-            if args.save:
-                (await job.picture()).picture.save(args.save)
-                print(args.save)
-            if args.checkpoint:
-                (await job.checkpoint()).save(args.checkpoint)
-                print(args.checkpoint)
-            if args.finish:
-                await job.finish()
-                print(f"finished after {(await job.result()).iterations} iterations")
+async def _by_options(target: Target, args: argparse.Namespace) -> None:
+    async with (
+        async_client(target, args) as client,
+        client.control_job(args.job_id, frames=None, detach_grace=args.detach) as job,
+    ):
+        if args.pause:
+            print(f"paused before iteration {await job.pause()}")
+        if args.resume:
+            print(f"goes on with iteration {await job.resume()}")
+        if args.changes:
+            print(f"changed from iteration {await job.update(**dict(args.changes))} on")
+        if args.save:
+            (await job.picture()).picture.save(args.save)
+            print(args.save)
+        if args.checkpoint:
+            (await job.checkpoint()).save(args.checkpoint)
+            print(args.checkpoint)
+        if args.finish:
+            await job.finish()
+            print(f"finished after {(await job.result()).iterations} iterations")
 
 
-async def _by_keys(args: argparse.Namespace, shown: Display | None) -> None:
-    async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
-        if args.wait:
-            await client.wait_until_ready(args.wait)
+async def _by_keys(target: Target, args: argparse.Namespace, shown: Display | None) -> None:
+    async with async_client(target, args) as client:
         frames = PREVIEW if args.preview else None
         async with client.control_job(args.job_id, frames=frames, detach_grace=args.detach) as job:
             with pressed_keys(sys.stdin) as keys:

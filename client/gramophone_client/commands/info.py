@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import asdict
 
-from gramophone_client.client import GramophoneClient
+from gramophone_client.commands.clients import client
 from gramophone_client.console.recipe_flags import as_flags
 from gramophone_client.types.recipe_metadata import recipe_of
 from gramophone_client.types.server_info import CacheStats, ServerInfo
@@ -18,10 +18,8 @@ __all__ = ["info", "recipe"]
 
 def info(args: argparse.Namespace) -> None:
     """`gramophone info`."""
-    with GramophoneClient(args.server) as client:
-        if args.wait:
-            client.wait_until_ready(args.wait)
-        server = client.server_info()
+    with client(args) as connected:
+        server = connected.server_info()
     print(json.dumps(asdict(server), indent=2) if args.json else _described(server))
 
 

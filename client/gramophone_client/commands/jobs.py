@@ -8,9 +8,9 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 
-from gramophone_client.async_client import AsyncGramophoneClient
-from gramophone_client.client import GramophoneClient
+from gramophone_client.commands.clients import async_client, client
 from gramophone_client.console.outputs import Display, Outputs, display
+from gramophone_client.console.targets import chosen_target
 from gramophone_client.errors import GramophoneError
 from gramophone_client.types.updates import JobStatus
 
@@ -19,14 +19,12 @@ __all__ = ["cancel", "jobs", "watch"]
 
 def watch(args: argparse.Namespace) -> None:
     """`gramophone watch`."""
-    outputs = Outputs(args)
+    outputs, target = Outputs(args), chosen_target(args)
     outputs.make_frames_folder()
 
     async def follow(shown: Display | None) -> None:
-        async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
-            if args.wait:
-                await client.wait_until_ready(args.wait)
-            updates = client.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)
+        async with async_client(target, args) as connected:
+            updates = connected.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)
             await outputs.follow(updates, shown)
 
     try:
@@ -40,18 +38,14 @@ def watch(args: argparse.Namespace) -> None:
 
 def cancel(args: argparse.Namespace) -> None:
     """`gramophone cancel`."""
-    with GramophoneClient(args.server) as client:
-        if args.wait:
-            client.wait_until_ready(args.wait)
-        print(_line(client.cancel_job(args.job_id)))
+    with client(args) as connected:
+        print(_line(connected.cancel_job(args.job_id)))
 
 
 def jobs(args: argparse.Namespace) -> None:
     """`gramophone jobs`."""
-    with GramophoneClient(args.server) as client:
-        if args.wait:
-            client.wait_until_ready(args.wait)
-        statuses = client.list_jobs()
+    with client(args) as connected:
+        statuses = connected.list_jobs()
     if args.json:
         print(json.dumps([asdict(job) for job in statuses], indent=2, default=datetime.isoformat))
     else:

@@ -3,61 +3,286 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
-import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import shtab
 
 from gramophone.recipe import PRESETS
-from gramophone_client.async_client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from gramophone.values import did_you_mean
 from gramophone_client.bench.command import add_bench
+from gramophone_client.commands.completion import SHELLS, completion
 from gramophone_client.commands.control import CHANGEABLE, KEYS_HELP, change, control
 from gramophone_client.commands.info import info, recipe
 from gramophone_client.commands.jobs import cancel, jobs, watch
+from gramophone_client.commands.options import (
+    add_detach,
+    add_display,
+    add_job,
+    add_out,
+    add_server,
+    add_timeout,
+    add_watching,
+)
 from gramophone_client.commands.stylize import CHECKPOINT_EVERY_S, stylize
+from gramophone_client.commands.targets import targets
+from gramophone_client.console.arguments import CommandParser, complete, one_of, path_with, whole_number
 from gramophone_client.console.exit_codes import EXIT_CODES
-from gramophone_client.console.recipe_flags import add_recipe_flags
-from gramophone_client.console.timelapse import film_format
+from gramophone_client.console.recipe_flags import add_recipe_flags, preset_argument
 from gramophone_client.types.picture import format_of
 
-__all__ = ["command_line"]
+__all__ = ["SHORT_HELP", "CommandLine"]
+
+SHORT_HELP = """\
+gramophone paints photos in the style of pictures, on a gramophone server.
+
+  gramophone stylize PHOTO PAINTING -o OUT    paint a photo
+  gramophone watch JOB_ID -o OUT              follow a job that runs already
+  gramophone info                             what the server is, and its limits
+
+gramophone --help lists all commands, gramophone COMMAND --help their options.
+"""
+EPILOG = f"""\
+{EXIT_CODES}
+The server is that of --target, else of $GRAMOPHONE_TARGET or $GRAMOPHONE_SERVER, else the default of the file of named
+targets; see `gramophone targets`."""
+# What other programs, or other spellings, call our commands.
+OTHER_COMMANDS: Mapping[str, str] = {
+    "attach": "watch",
+    "benchmark": "bench",
+    "config": "targets",
+    "follow": "watch",
+    "help": "--help",
+    "kill": "cancel",
+    "list": "jobs",
+    "ls": "jobs",
+    "paint": "stylize",
+    "profiles": "targets",
+    "ps": "jobs",
+    "run": "stylize",
+    "serve": "gramophone-server",
+    "server": "gramophone-server",
+    "status": "info",
+    "stop": "cancel",
+    "style": "stylize",
+    "transfer": "stylize",
+    "version": "--version",
+}
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands. Each command sets `run`, a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gramophone",
-        allow_abbrev=False,
-        description="Paint photos in the style of pictures, on a gramophone server.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"gramophone {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_stylize(commands)
-    _add_jobs(commands)
-    _add_control(commands)
-    _add_server(add_bench(commands))
+class CommandLine:
+    """All commands. Parsed arguments have `run`, a function of them."""
 
-    info_parser = commands.add_parser(
-        "info",
-        help="show the server's version, limits and load",
-        description="Print version, device, network, limits and load of the server.",
-    )
-    _add_server(info_parser)
-    info_parser.add_argument("--json", action="store_true", help="as JSON, with all layers and presets")
-    info_parser.set_defaults(run=info)
+    def __init__(self) -> None:
+        self.parser = CommandParser(
+            prog="gramophone",
+            usage="gramophone COMMAND ...",
+            description="Paint photos in the style of pictures, on a gramophone server.",
+            epilog=EPILOG,
+        )
+        self.parser.add_argument("--version", action="version", version=f"gramophone {_version()}")
+        self._commands = self.parser.add_subparsers(
+            required=True, title="commands", metavar="COMMAND", prog="gramophone", parser_class=CommandParser
+        )
+        self._add_stylize()
+        self._add_jobs()
+        self._add_control()
+        self._add_info()
+        add_server(add_bench(self._commands))
+        self._add_completion()
 
-    recipe_parser = commands.add_parser(
-        "recipe",
-        help="show how a picture was made",
-        description="Print the flags of `gramophone stylize` that made this picture, from the metadata in it.",
-    )
-    recipe_parser.add_argument("picture", metavar="PICTURE", type=Path, help="result of `gramophone stylize`")
-    recipe_parser.add_argument("--json", action="store_true", help="as JSON")
-    recipe_parser.set_defaults(run=recipe)
-    return parser
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """Parses the words after `gramophone`. Exits with code 2, and a suggestion, if they are wrong."""
+        parsers: Mapping[str, CommandParser] = self._commands.choices
+        if words and words[0] in parsers:
+            parsers[words[0]].check_options(words[1:])
+        elif words and words[0].startswith("-"):
+            self.parser.check_options(words[:1])
+        elif words:
+            known = [*parsers, "--help", "--version", "gramophone-server"]
+            self.parser.error(f"there is no command {words[0]!r}{did_you_mean(words[0], known, OTHER_COMMANDS)}")
+        return self.parser.parse_args(words)
+
+    def _add(self, name: str, run: Callable[[argparse.Namespace], None], help: str, **options: Any) -> CommandParser:
+        parser: CommandParser = self._commands.add_parser(name, help=help, **options)
+        parser.set_defaults(run=run)
+        return parser
+
+    def _add_stylize(self) -> None:
+        parser = self._add(
+            "stylize",
+            stylize,
+            "paint a photo",
+            usage="gramophone stylize [options] CONTENT STYLE [STYLE ...] -o OUT",
+            description="Paint CONTENT in the style of the STYLEs. Prints the path of the picture when it is done.",
+        )
+        pictures = parser.add_argument_group("pictures")
+        photo = pictures.add_argument("content", metavar="CONTENT", type=Path, help="photo: JPEG, PNG or WebP")
+        styles = pictures.add_argument("styles", metavar="STYLE", type=Path, nargs="+", help="one or several paintings")
+        pictures.add_argument(
+            "--style-weights", type=_weights, metavar="X,...", help="weights of the STYLEs (default: equal)"
+        )
+        start = pictures.add_argument("--start-image", type=Path, metavar="FILE", help="picture to start from")
+        add_out(pictures)
+        pictures.add_argument(
+            "--result-quality",
+            type=whole_number,
+            default=95,
+            metavar="N",
+            help="quality of .jpg and .webp, 1 to 100 (default 95)",
+        )
+        base = parser.add_argument_group("recipe", "The options of the next four groups change fields of the preset.")
+        base.add_argument(
+            "--preset", type=preset_argument, choices=list(PRESETS), help="a complete recipe (default fast)"
+        )
+        base.add_argument("--seed", type=_seed, metavar="N", help="seed of the noise, 0 to 2**64-1 (default: random)")
+        add_recipe_flags(parser)
+
+        add_watching(parser)
+        files = parser.add_argument_group("checkpoints")
+        checkpoint = files.add_argument(
+            "--checkpoint",
+            type=Path,
+            metavar="FILE",
+            help=f"write the job's state to FILE every {CHECKPOINT_EVERY_S:g} s, for --resume",
+        )
+        resume = files.add_argument(
+            "--resume",
+            type=Path,
+            metavar="FILE",
+            help="continue from this checkpoint of a job with the same pictures, with its recipe and seed",
+        )
+        server = add_server(parser)
+        server.add_argument(
+            "--local", action="store_true", help="start a server on this machine for this job, and stop it at the end"
+        )
+        add_timeout(server)
+        add_detach(
+            server,
+            "let the job continue this long after the connection is lost or this command ends, and look for it this "
+            "long (default 0)",
+        )
+        for argument in (photo, styles, start, checkpoint, resume):
+            complete(argument, shtab.FILE)
+
+    def _add_jobs(self) -> None:
+        watching = self._add(
+            "watch",
+            watch,
+            "follow a job that runs already",
+            usage="gramophone watch [options] JOB_ID -o OUT",
+            description="Follow a job of `gramophone stylize --detach` to its end. Prints the path of the picture.",
+        )
+        add_out(add_job(watching))
+        add_watching(watching)
+        server = add_server(watching)
+        add_timeout(server)
+        add_detach(server)
+
+        cancelling = self._add(
+            "cancel",
+            cancel,
+            "stop a job",
+            usage="gramophone cancel [options] JOB_ID",
+            description="Stop a job, for all of its watchers. Prints its status.",
+        )
+        add_job(cancelling)
+        add_server(cancelling)
+
+        listing = self._add(
+            "jobs",
+            jobs,
+            "list the server's jobs",
+            usage="gramophone jobs [options]",
+            description="Print the server's jobs, newest first, if its operator allows it.",
+        )
+        listing.add_argument("--json", action="store_true", help="as JSON, with all losses and times")
+        add_server(listing)
+
+    def _add_control(self) -> None:
+        parser = self._add(
+            "control",
+            control,
+            "pause, change or end a job while it runs",
+            usage="gramophone control [options] JOB_ID",
+            description="Take control of a running job. The commands are carried out in the order of this list; then "
+            f"the program ends. Without them, on a terminal, single keys control the job: {KEYS_HELP}. Leaving stops a "
+            "job without other watchers, unless it was started with `gramophone stylize --detach`.",
+        )
+        add_job(parser)
+        commands = parser.add_argument_group("commands")
+        pausing = commands.add_mutually_exclusive_group()
+        pausing.add_argument("--pause", action="store_true", help="pause the job")
+        pausing.add_argument("--resume", action="store_true", help="continue the job")
+        commands.add_argument(
+            "--set",
+            dest="changes",
+            type=change,
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            help=f"change one of {', '.join(field.replace('_', '-') for field in CHANGEABLE)}; may be repeated",
+        )
+        picture = commands.add_argument(
+            "--save", type=path_with(format_of), metavar="FILE", help="write the current picture"
+        )
+        state = commands.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the current state")
+        commands.add_argument("--finish", action="store_true", help="end the job with the current picture")
+        add_display(parser.add_argument_group("watching"), "with keys: ")
+        server = add_server(parser)
+        add_timeout(server)
+        add_detach(server)
+        for argument in (picture, state):
+            complete(argument, shtab.FILE)
+
+    def _add_info(self) -> None:
+        about = self._add(
+            "info",
+            info,
+            "show the server's version, limits and load",
+            usage="gramophone info [options]",
+            description="Print version, device, network, limits and load of the server.",
+        )
+        about.add_argument("--json", action="store_true", help="as JSON, with all layers and presets")
+        add_server(about)
+
+        made = self._add(
+            "recipe",
+            recipe,
+            "show how a picture was made",
+            usage="gramophone recipe [--json] PICTURE",
+            description="Print the options of `gramophone stylize` that made this picture, from the metadata in it.",
+        )
+        picture = made.add_argument("picture", metavar="PICTURE", type=Path, help="result of `gramophone stylize`")
+        complete(picture, shtab.FILE)
+        made.add_argument("--json", action="store_true", help="as JSON")
+
+        named = self._add(
+            "targets",
+            targets,
+            "list the named servers, and where they are named",
+            usage="gramophone targets [--json]",
+            description="Print the file of named targets, its targets (* is the default), and the one that is used "
+            "now. The file is $GRAMOPHONE_CONFIG, else ~/.config/gramophone/config.toml.",
+        )
+        named.add_argument("--json", action="store_true", help="as JSON")
+        named.add_argument("--names", action="store_true", help=argparse.SUPPRESS)  # for the shells' completion
+        named.set_defaults(target=None, metadata=[])
+
+    def _add_completion(self) -> None:
+        places = "\n".join(f"  {shell:<4}  {place}" for shell, place in SHELLS.items())
+        parser = self._add(
+            "completion",
+            functools.partial(completion, self.parser),
+            "print a script that completes commands in a shell",
+            usage=f"gramophone completion {{{','.join(SHELLS)}}}",
+            description="Print the script that completes commands, options, values and paths in a shell.",
+            epilog=f"write it to:\n{places}\n\nA new shell then completes.",
+        )
+        parser.add_argument("shell", metavar="SHELL", type=one_of(SHELLS), choices=list(SHELLS), help=", ".join(SHELLS))
 
 
 def _version() -> str:
@@ -67,214 +292,10 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _add_stylize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "stylize",
-        help="paint a photo",
-        allow_abbrev=False,
-        usage="gramophone stylize [options] CONTENT STYLE [STYLE ...] -o OUT",
-        description="Paint CONTENT in the style of the STYLEs. Prints the path of the picture when it is done.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("content", metavar="CONTENT", type=Path, help="photo: JPEG, PNG or WebP")
-    parser.add_argument("styles", metavar="STYLE", type=Path, nargs="+", help="one or several style pictures")
-    _add_out(parser)
-    parser.add_argument("--preset", choices=list(PRESETS), help="a complete recipe (default fast)")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the noise, 0 to 2**64-1 (default: random)")
-    parser.add_argument(
-        "--style-weights", type=_weights, metavar="X,...", help="weights of the STYLEs (default: equal)"
-    )
-    parser.add_argument("--start-image", type=Path, metavar="PATH", help="picture to start from")
-    parser.add_argument(
-        "--result-quality", type=int, default=95, metavar="N", help="quality of .jpg and .webp, 1 to 100 (default 95)"
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="continue from this checkpoint of a job with the same pictures, with its recipe and seed",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help=f"write the job's state to FILE every {CHECKPOINT_EVERY_S:g} s, for --resume",
-    )
-    add_recipe_flags(parser)
-
-    _add_watching(parser)
-    _add_detach(
-        _add_server(parser),
-        "how long the job continues after the connection is lost or this command ends, and how long this command "
-        "looks for it (default 0)",
-    )
-    parser.set_defaults(run=stylize)
-
-
-def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    watching = commands.add_parser(
-        "watch",
-        help="follow an existing job",
-        allow_abbrev=False,
-        description="Follow a job of `gramophone stylize --detach` to its end. Prints the path of the picture.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    watching.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
-    _add_out(watching)
-    _add_watching(watching)
-    _add_detach(_add_server(watching))
-    watching.set_defaults(run=watch)
-
-    cancelling = commands.add_parser(
-        "cancel", help="stop a job", description="Stop a job, for all of its watchers. Prints its status."
-    )
-    cancelling.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
-    _add_server(cancelling)
-    cancelling.set_defaults(run=cancel)
-
-    listing = commands.add_parser(
-        "jobs",
-        help="list the server's jobs",
-        description="Print the server's jobs, newest first, if its operator allows it.",
-    )
-    listing.add_argument("--json", action="store_true", help="as JSON, with all losses and times")
-    _add_server(listing)
-    listing.set_defaults(run=jobs)
-
-
-def _add_control(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "control",
-        help="pause, change or end a job while it runs",
-        allow_abbrev=False,
-        description="Take control of a running job. Options are carried out in the order of this list; then the "
-        f"command ends. Without options, on a terminal, single keys control the job: {KEYS_HELP}. Leaving stops a job "
-        "without other watchers, unless it was started with `gramophone stylize --detach`.",
-    )
-    parser.add_argument("job_id", metavar="JOB_ID", help="as `gramophone stylize` printed it")
-    pausing = parser.add_mutually_exclusive_group()
-    pausing.add_argument("--pause", action="store_true", help="pause the job")
-    pausing.add_argument("--resume", action="store_true", help="continue the job")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        type=change,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help=f"change one of {', '.join(CHANGEABLE)}; may be given several times",
-    )
-    parser.add_argument("--save", type=_path_with(format_of), metavar="PATH", help="write the current picture")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the current state")
-    parser.add_argument("--finish", action="store_true", help="end the job with the current picture")
-    display = parser.add_mutually_exclusive_group()
-    display.add_argument("--preview", action="store_true", help="with keys: draw the picture in the terminal")
-    display.add_argument("--quiet", action="store_true", help="with keys: no progress, only errors")
-    _add_detach(_add_server(parser))
-    parser.set_defaults(run=control)
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=_path_with(format_of),
-        required=True,
-        help="picture to write: .png, .jpg or .webp; replaces an existing file",
-    )
-
-
-def _add_watching(parser: argparse.ArgumentParser) -> None:
-    watching = parser.add_argument_group("watching")
-    watching.add_argument("--frames", type=Path, metavar="DIR", help="write every frame to DIR: frame-0001.jpg, ...")
-    watching.add_argument(
-        "--frame-every", type=int, default=0, metavar="N", help="a frame every N iterations (default: by time)"
-    )
-    watching.add_argument(
-        "--frame-size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="reduce frames to at most N pixels per side (default: full size)",
-    )
-    watching.add_argument(
-        "--timelapse", type=_path_with(film_format), metavar="PATH", help="film of the frames, .gif or .webp"
-    )
-    display = watching.add_mutually_exclusive_group()
-    display.add_argument("--preview", action="store_true", help="draw the picture in the terminal while it forms")
-    display.add_argument("--quiet", action="store_true", help="no progress, only errors")
-
-
-def _add_timeout(server: argparse._ArgumentGroup) -> None:
-    server.add_argument(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="SECONDS",
-        help=f"give up after this long (default {DEFAULT_TIMEOUT_S:g})",
-    )
-
-
-def _add_detach(
-    server: argparse._ArgumentGroup, help: str = "how long to look for the job after the connection is lost (default 0)"
-) -> None:
-    _add_timeout(server)
-    server.add_argument(
-        "--detach",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help=help,
-    )
-
-
-def _add_server(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--server",
-        metavar="HOST:PORT",
-        default=os.environ.get("GRAMOPHONE_SERVER", DEFAULT_TARGET),
-        help=f"(default: $GRAMOPHONE_SERVER, else {DEFAULT_TARGET})",
-    )
-    group.add_argument(
-        "--wait",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="how long to wait until the server is ready (default 0)",
-    )
-    return group
-
-
-def _path_with(rule: Callable[[str], object]) -> Callable[[str], Path]:
-    """Makes an argument type: a path whose name `rule` accepts."""
-
-    def path(text: str) -> Path:
-        try:
-            rule(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return Path(text)
-
-    return path
-
-
 def _seed(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**64:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**64-1, got {text!r}")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
-    return seconds
 
 
 def _weights(text: str) -> list[float]:

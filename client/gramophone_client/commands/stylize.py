@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 
 from gramophone import recipe as recipes
-from gramophone_client.async_client import AsyncGramophoneClient
+from gramophone_client.commands.clients import async_client
+from gramophone_client.commands.local_server import LocalServerError, local_server, server_is_installed
+from gramophone_client.console.display import print_errors
 from gramophone_client.console.outputs import Display, Outputs, UsageError, display
 from gramophone_client.console.recipe_flags import flag, recipe_overrides
-from gramophone_client.errors import GramophoneError
+from gramophone_client.console.targets import Target, chosen_target
+from gramophone_client.errors import ConnectionFailedError, GramophoneError
+from gramophone_client.streams.recovery import PATIENCE_S
 from gramophone_client.types.options import CheckpointOptions, Style
 from gramophone_client.types.picture import format_of
 
@@ -19,15 +24,39 @@ CHECKPOINT_EVERY_S = 10.0  # a checkpoint with the optimiser's state can have te
 
 
 def stylize(args: argparse.Namespace) -> None:
-    """Runs the command. Raises `UsageError`, `InvalidRecipeError`, `GramophoneError`, OSError and KeyboardInterrupt."""
+    """Runs the command. Raises `UsageError`, `InvalidRecipeError`, `GramophoneError`, `LocalServerError`, OSError and
+    KeyboardInterrupt."""
     job = _Job(args)
+    target = None if args.local else chosen_target(args)
     try:
-        with display(args) as shown:
-            asyncio.run(job.run(shown))
-    except (KeyboardInterrupt, GramophoneError, OSError):
+        try:
+            job.run(target)
+        except ConnectionFailedError as error:
+            if job.accepted is not None or target is None or not target.is_built_in or not server_is_installed():
+                raise
+            if not _agrees(target, args):
+                error.add_note("or let the command start one for this job: add --local")
+                raise
+            job.run(None)
+    except (KeyboardInterrupt, GramophoneError, LocalServerError, OSError) as error:
         job.keep_unfinished()
+        if isinstance(error, KeyboardInterrupt) and args.detach and job.accepted is not None:
+            job_id = job.accepted.job_id
+            print_errors(
+                f"job {job_id} continues for {args.detach:g} s; to follow it: gramophone watch {job_id} -o {args.out}"
+            )
         raise
     print(args.out)
+
+
+def _agrees(target: Target, args: argparse.Namespace) -> bool:
+    """Asks in a terminal whether to start a server for this job. False elsewhere."""
+    if args.quiet or args.detach or not sys.stdin.isatty() or not sys.stderr.isatty():
+        return False
+    question = f"There is no server at {target.address}. Start one for this job? [Y/n] "
+    print(question, end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()  # not `input`, whose prompt would go to standard output
+    return bool(answer) and answer.strip().lower() in ("", "y", "yes")
 
 
 class _Job(Outputs):
@@ -40,27 +69,37 @@ class _Job(Outputs):
                 raise UsageError(f"{path}: {'is not a file' if path.exists() else 'there is no such file'}")
         self.styles = _styles(args)
         self.overrides = recipe_overrides(args)
+        if args.local:
+            self._check_local()
         if args.resume:
             self._check_resumable()
         else:
             recipes.preset(args.preset or "fast", **self.overrides)  # raises, before the server would refuse it
         self.make_frames_folder()
 
-    async def run(self, shown: Display | None) -> None:
-        """Runs the job until its files are written."""
+    def run(self, target: Target | None) -> None:
+        """Runs the job until its files are written; None: on a server that is started for it."""
+        with display(self.args) as shown:
+            if target is not None:
+                asyncio.run(self._run(target, shown, patience=PATIENCE_S))
+                return
+            with local_server(shown.set_status if shown is not None else lambda _: None) as address:
+                # A server that ends does not come back, so there is nothing to be patient for.
+                asyncio.run(self._run(Target(address, "--local"), shown, patience=0.0))
+
+    async def _run(self, target: Target, shown: Display | None, *, patience: float) -> None:
         args = self.args
         # Without a file, light checkpoints are enough to continue from after the server is lost.
         checkpoints = (
             CheckpointOptions(every_s=CHECKPOINT_EVERY_S, light=False) if args.checkpoint else CheckpointOptions()
         )
-        async with AsyncGramophoneClient(args.server, timeout=args.timeout) as client:
-            if args.wait:
-                await client.wait_until_ready(args.wait)
+        async with async_client(target, args) as client:
             updates = client.stream(
                 args.content,
                 self.styles,
                 frames=self.frame_options(),
                 checkpoints=checkpoints,
+                patience=patience,
                 resume=args.resume,
                 preset=args.preset,
                 seed=args.seed,
@@ -71,6 +110,15 @@ class _Job(Outputs):
                 **self.overrides,
             )
             await self.follow(updates, shown)
+
+    def _check_local(self) -> None:
+        args = self.args
+        options = {"--target": args.target, "--metadata": args.metadata, "--wait": args.wait, "--detach": args.detach}
+        if flags := [name for name, value in options.items() if value]:
+            raise UsageError(
+                f"{', '.join(flags)}: cannot be given with --local, which starts a server for this job alone, waits "
+                "until it is ready, and stops it at the end"
+            )
 
     def _check_resumable(self) -> None:
         args = self.args

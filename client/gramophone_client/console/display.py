@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -28,6 +28,7 @@ __all__ = ["HalfBlocks", "LiveDisplay", "PlainDisplay", "print_errors"]
 LINES_EVERY_S = 2.0
 REFRESHES_PER_S = 5
 BAR_COLUMNS = (8, 40)  # fewest, most
+CURSOR_LINES = 1  # below a live display
 
 
 def print_errors(*lines: str) -> None:
@@ -59,14 +60,12 @@ class PlainDisplay:
             self._iteration = update.iteration
         match update:
             case Accepted():
-                self.print_line(_accepted(update, self._iteration))
+                self.print_line(": ".join(_accepted(update, self._iteration)))
                 self._next_s = time.monotonic() + self._every_s
-            case Waiting() if time.monotonic() >= self._next_s:
-                self.print_line(_waiting(update))
-                self._next_s = time.monotonic() + self._every_s
-            case Progress() if time.monotonic() >= self._next_s:
-                self.print_line(", ".join(_progress(update)))
-                self._next_s = time.monotonic() + self._every_s
+            case Waiting():
+                self.set_status(_waiting(update))
+            case Progress():
+                self.set_status(", ".join(text for text, _ in _progress(update)))
             case Paused() | Resumed() | Changed():
                 self.print_line(_controlled(update))
             case Result():
@@ -77,6 +76,12 @@ class PlainDisplay:
     def print_line(self, text: str) -> None:
         """Prints a line."""
         print(text, file=self._stream, flush=True)
+
+    def set_status(self, text: str) -> None:
+        """Prints the text if the last line is `every_s` old."""
+        if time.monotonic() >= self._next_s:
+            self.print_line(text)
+            self._next_s = time.monotonic() + self._every_s
 
 
 class LiveDisplay:
@@ -101,18 +106,21 @@ class LiveDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Nothing that was only waited for stays on the screen.
+        self._live.transient = error is not None and self._iteration is None
         self._live.__exit__(kind, error, traceback)
 
     def show(self, update: Update) -> None:
         """Shows the update at the next refresh."""
         match update:
             case Accepted():
-                if self._iteration is not None:
-                    self.print_line(_accepted(update, self._iteration))
-                self.set_status(_accepted(update, None))
+                # Permanent, so that the job's id is there for `gramophone watch` after the end, too.
+                job, details = _accepted(update, self._iteration)
+                self.set_status(details)
+                self.print_line(job)
                 self._iteration = update.resumed_at
             case Waiting():
-                self._status = _waiting(update)
+                self.set_status(_waiting(update))
             case Progress():
                 self._progress, self._iteration = update, update.iteration
             case Paused() | Resumed() | Changed():
@@ -133,17 +141,25 @@ class LiveDisplay:
 
     def renderable(self) -> RenderableType:
         """What the display shows at the next refresh."""
-        rows = Table.grid()
-        if self._picture is not None:
-            rows.add_row(self._picture)
-        rows.add_row(
-            _ProgressLine(self._progress) if self._progress is not None else Text(self._status, overflow="ellipsis")
-        )
-        return rows
+        status = _ProgressLine(self._progress) if self._progress is not None else Text(self._status, overflow="fold")
+        return status if self._picture is None else _Screen(self._picture, status)
 
     def _set_picture(self, picture: Picture) -> None:
         if self._preview:
             self._picture = HalfBlocks(picture)
+
+
+class _Screen:
+    """A picture, and below it a status with as many lines as it needs."""
+
+    def __init__(self, picture: HalfBlocks, status: RenderableType) -> None:
+        self._picture = picture
+        self._status = status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = len(console.render_lines(self._status, options))
+        yield from console.render(self._picture, options.update_height(console.size.height - lines - CURSOR_LINES))
+        yield self._status
 
 
 class _ProgressLine:
@@ -153,12 +169,11 @@ class _ProgressLine:
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        words = list(_progress(self._progress))
-        # A constant width: otherwise the bar would shrink at iterations 10, 100, ...
-        words[0] = words[0].rjust(2 * len(str(self._progress.iterations)) + 1)
-        while len(words) > 1 and cell_len("  ".join(words)) > options.max_width:
-            words.pop()
-        text = Text("  ".join(words), no_wrap=True, overflow="ellipsis")
+        parts = dict(_progress(self._progress))
+        shown = list(parts)
+        while len(shown) > 1 and cell_len(self._line(shown)) > options.max_width:
+            shown.remove(max(shown, key=lambda part: parts[part]))
+        text = Text(self._line(shown), no_wrap=True, overflow="ellipsis")
         fewest, most = BAR_COLUMNS
         columns = min(most, options.max_width - text.cell_len - 2)
         line = Table.grid(padding=(0, 2, 0, 0))
@@ -168,6 +183,10 @@ class _ProgressLine:
         else:
             line.add_row(text)
         yield line
+
+    def _line(self, parts: Sequence[str]) -> str:
+        # The first has a constant width: otherwise the bar would shrink at iterations 10, 100, ...
+        return "  ".join([parts[0].rjust(2 * len(str(self._progress.iterations)) + 1), *parts[1:]])
 
 
 class HalfBlocks:
@@ -182,7 +201,7 @@ class HalfBlocks:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         coloured = console.color_system in ("truecolor", "256") and not console.no_color
-        room = (options.max_width, max(1, console.size.height - 2))  # two lines for the progress and the cursor
+        room = (options.max_width, max(1, options.height or console.size.height - CURSOR_LINES))
         drawn_for = (room, coloured, options.encoding)
         if self._cells is None or self._cells[0] != drawn_for:  # the live display draws the same picture many times
             image = self._fitted(*room)
@@ -217,17 +236,16 @@ def _shaded(image: Image.Image, encoding: str) -> Iterable[Segment]:
         yield Segment.line()
 
 
-def _accepted(accepted: Accepted, lost_at: int | None) -> str:
-    """`lost_at` is the last reported iteration of the job that this one continues; None for a new job."""
+def _accepted(accepted: Accepted, lost_at: int | None) -> tuple[str, str]:
+    """(the job's id, its properties). `lost_at` is the last reported iteration of the job that this one continues; None
+    for a new job."""
     wait = f", {_wait(accepted.queue_position, accepted.estimated_wait_s)}" if accepted.queue_position else ""
     if lost_at is not None:
         start = f"from iteration {accepted.resumed_at}" if accepted.resumed_at else "from its beginning"
-        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id} {start}{wait}"
+        return f"server lost at iteration {lost_at}, going on as job {accepted.job_id}", f"{start}{wait}"
     resumed = f", from iteration {accepted.resumed_at}" if accepted.resumed_at else ""
-    return (
-        f"job {accepted.job_id}: {accepted.width}x{accepted.height}, {accepted.iterations} iterations, "
-        f"seed {accepted.seed}{resumed}{wait}"
-    )
+    size = f"{accepted.width}x{accepted.height}"
+    return f"job {accepted.job_id}", f"{size} px, {accepted.iterations} iterations, seed {accepted.seed}{resumed}{wait}"
 
 
 def _waiting(waiting: Waiting) -> str:
@@ -253,22 +271,22 @@ def _controlled(update: Paused | Resumed | Changed) -> str:
             )
 
 
-def _progress(progress: Progress) -> Iterable[str]:
-    """The parts of a progress line, most important first."""
-    yield f"{progress.iteration}/{progress.iterations}"
-    yield f"loss {progress.losses.total:.4g}"
+def _progress(progress: Progress) -> Iterable[tuple[str, int]]:
+    """The parts of a progress line, each with its rank: where there is too little room, the last rank goes first."""
+    yield f"{progress.iteration}/{progress.iterations}", 0
+    if progress.scales > 1:  # 0: the server is too old to report it
+        yield f"scale {progress.scale}/{progress.scales}", 1
+    yield f"{progress.width}x{progress.height} px", 3
     if progress.time_left_s is not None:
-        yield f"{_clock(progress.time_left_s)} left"
+        yield f"{_clock(progress.time_left_s)} left", 2
+    yield f"loss {progress.losses.total:.4g}", 4
     if progress.iterations_per_second > 0:
-        yield f"{progress.iterations_per_second:.3g} it/s"
-    yield f"{progress.width}x{progress.height}"
+        yield f"{progress.iterations_per_second:.3g} it/s", 5
 
 
 def _result(result: Result) -> str:
-    return (
-        f"{result.picture.width}x{result.picture.height}, {result.iterations} iterations in {result.elapsed_s:.1f} s, "
-        f"loss {result.losses.total:.4g}"
-    )
+    size = f"{result.picture.width}x{result.picture.height} px"
+    return f"{size}, {result.iterations} iterations in {result.elapsed_s:.1f} s, loss {result.losses.total:.4g}"
 
 
 def _clock(seconds: float) -> str:

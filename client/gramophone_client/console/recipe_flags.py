@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import Field, fields
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from enum import StrEnum
-from typing import Any, get_type_hints
+from typing import Any
 
-from gramophone.recipe import PRESETS, LayerWeight, Recipe, RecipeOverrides
+from gramophone.recipe import (
+    FIELD_TYPES,
+    InvalidRecipeError,
+    LayerWeight,
+    Recipe,
+    RecipeOverrides,
+    field_help,
+    field_value,
+    preset_name,
+)
+from gramophone_client.console.arguments import number, whole_number
 
-__all__ = ["FIELD_TYPES", "add_recipe_flags", "as_flags", "flag", "recipe_overrides", "value_of"]
+__all__ = ["GROUPS", "add_recipe_flags", "as_flags", "flag", "preset_argument", "recipe_overrides", "value_of"]
 
-FIELD_TYPES: Mapping[str, Any] = get_type_hints(Recipe)
+# The groups of the help, with the fields in the order of their importance.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "recipe: strength": ("beta", "alpha", "tv_weight"),
+    "recipe: scales": ("size", "iterations", "coarse_iterations", "smallest_size", "style_scale"),
+    "recipe: optimiser": ("start", "optimiser", "step", "average", "time_budget"),
+    "recipe: network": ("style_layers", "content_layers", "normalisation", "pooling"),
+}
 
 
 def flag(field: str) -> str:
@@ -22,38 +39,58 @@ def flag(field: str) -> str:
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag per field; without the flag, the field has the preset's value."""
-    group = parser.add_argument_group("recipe", "Each flag overrides one field of the preset.")
-    for field in fields(Recipe):
-        kind = FIELD_TYPES[field.name]
-        options: dict[str, Any]
-        if kind in (int, float):
-            options = {"type": kind, "metavar": "N" if kind is int else "X"}
-        elif isinstance(kind, type) and issubclass(kind, StrEnum):
-            options = {"choices": [str(choice) for choice in kind]}
-        else:
-            options = {"type": _layers, "metavar": "LAYER:WEIGHT,..."}
-        group.add_argument(flag(field.name), help=_help(field), **options)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            kind = FIELD_TYPES[name]
+            options: dict[str, Any]
+            if kind in (int, float):
+                options = {"type": whole_number if kind is int else number, "metavar": "N" if kind is int else "X"}
+            elif isinstance(kind, type) and issubclass(kind, StrEnum):
+                options = {"type": _checked(functools.partial(field_value, name)), "choices": list(kind)}
+            else:
+                options = {"type": _layers, "metavar": "LAYER:WEIGHT,..."}
+            group.add_argument(flag(name), help=field_help(name).replace("%", "%%"), **options)
+
+
+def preset_argument(text: str) -> str:
+    """An argument type: the name of a preset."""
+    return str(_checked(preset_name)(text))
 
 
 def recipe_overrides(args: argparse.Namespace) -> RecipeOverrides:
     """The fields whose flags were given."""
     overrides = RecipeOverrides()
-    for name, kind in FIELD_TYPES.items():
+    for name in FIELD_TYPES:
         value = getattr(args, name)
         if value is not None:
-            overrides[name] = kind(value) if isinstance(kind, type) else value  # type: ignore[literal-required]
+            overrides[name] = value  # type: ignore[literal-required]
     return overrides
 
 
 def value_of(field: str, text: str) -> Any:
-    """Parses the value of a recipe's field. Raises ValueError or argparse.ArgumentTypeError."""
+    """Parses the value of a recipe's field. Raises argparse.ArgumentTypeError."""
     kind = FIELD_TYPES[field]
-    return kind(text) if isinstance(kind, type) else _layers(text)
+    if kind in (int, float):
+        return (whole_number if kind is int else number)(text)
+    return _layers(text) if not isinstance(kind, type) else _checked(functools.partial(field_value, field))(text)
 
 
 def as_flags(recipe: Recipe) -> list[str]:
     """The flags for all fields of a recipe, independent of the presets."""
     return [word for field in fields(Recipe) for word in (flag(field.name), _shown(getattr(recipe, field.name)))]
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Makes an argument type of a function that raises `InvalidRecipeError`."""
+
+    def value(text: str) -> Any:
+        try:
+            return parse(text)
+        except InvalidRecipeError as error:
+            raise argparse.ArgumentTypeError(error.violations[0].description) from None
+
+    return value
 
 
 def _layers(text: str) -> tuple[LayerWeight, ...]:
@@ -68,18 +105,6 @@ def _layers(text: str) -> tuple[LayerWeight, ...]:
                 f"expected LAYER:WEIGHT,... like relu1_1:1,relu2_1:0.5, got {word!r}"
             ) from None
     return tuple(layers)
-
-
-def _help(field: Field[Any]) -> str:
-    text: str = field.metadata["help"]
-    if allowed := field.metadata["range"]:
-        text += f"; {allowed.low:g} to {allowed.high:g}"
-    shown = {name: _shown(getattr(recipe, field.name)) for name, recipe in PRESETS.items()}
-    if len(set(shown.values())) == 1:
-        text += f" (default {shown['fast']})"
-    else:
-        text += f" (default {', '.join(f'{name} {value}' for name, value in shown.items())})"
-    return text.replace("%", "%%")
 
 
 def _shown(value: Any) -> str:

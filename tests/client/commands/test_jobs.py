@@ -15,7 +15,7 @@ from tests.support.fake_service import accepted, frame, job, refused
 def test_watch_writes_what_stylize_would(gramophone, service, folder):
     code, out, err = gramophone("watch j1 -o out.jpg --frames f --frame-every 10 --timelapse film.gif")
     assert (code, out) == (0, "out.jpg\n")
-    assert err == ["job j1: 24x18, 300 iterations, seed 7", "24x18, 300 iterations in 2.2 s, loss 0.5"]
+    assert err == ["job j1: 24x18 px, 300 iterations, seed 7", "24x18 px, 300 iterations in 2.2 s, loss 0.5"]
     assert sorted(os.listdir("f")) == ["frame-0001.jpg", "frame-0002.jpg"]
     assert (folder / "film.gif").exists()
     with Image.open("out.jpg") as image:

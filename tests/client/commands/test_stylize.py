@@ -1,6 +1,8 @@
 import io
 import os
+import re
 import signal
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -8,7 +10,9 @@ from PIL import Image
 from gramophone.recipe import PRESETS, LayerWeight
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import Frame
+from gramophone_client import Frame, Progress
+from gramophone_client.commands import local_server, stylize
+from gramophone_client.console import targets
 from gramophone_client.console.display import PlainDisplay
 from gramophone_client.console.timelapse import Timelapse
 from gramophone_client.transport.parsing import update
@@ -17,6 +21,7 @@ from gramophone_server import errors as server_errors
 from tests.support.fake_service import (
     HANG,
     LOST,
+    NOWHERE,
     accepted,
     checkpoint,
     encoded,
@@ -35,8 +40,8 @@ def test_stylize_writes_the_picture_and_prints_its_path(gramophone, service, fol
     assert (code, out) == (0, "out.png\n")
     assert (folder / "out.png").read_bytes() == encoded("green")
     assert err == [
-        "job j1: 24x18, 300 iterations, seed 7",
-        "24x18, 300 iterations in 2.2 s, loss 0.5",
+        "job j1: 24x18 px, 300 iterations, seed 7",
+        "24x18 px, 300 iterations in 2.2 s, loss 0.5",
     ]
     assert service.specs[0].content.data == encoded("red")
     assert service.specs[0].result_format == pb.IMAGE_FORMAT_PNG
@@ -103,7 +108,7 @@ def test_lines_without_a_terminal_are_few_and_plain(service, gramophone):
         for _ in range(199):
             display.show(update(progress(10)))
         assert len(out.getvalue().splitlines()) == lines
-        assert lines == 1 or out.getvalue().splitlines()[1] == "10/300, loss 3, 1:30 left, 8 it/s, 12x9"
+        assert lines == 1 or out.getvalue().splitlines()[1] == "10/300, scale 1/2, 12x9 px, 1:30 left, loss 3, 8 it/s"
         out.truncate(0)
 
 
@@ -213,7 +218,7 @@ def test_a_job_continues_from_a_file(gramophone, service, folder):
     assert (service.specs[0].checkpoints.light, service.specs[0].checkpoints.min_interval.seconds) == (False, 10)
     service.scripts = [[accepted(resumed_at=20), result()]]
     code, _, err = gramophone("stylize photo.png painting.png -o again.png --resume job.checkpoint")
-    assert (code, err[0]) == (0, "job j1: 24x18, 300 iterations, seed 7, from iteration 20")
+    assert (code, err[0]) == (0, "job j1: 24x18 px, 300 iterations, seed 7, from iteration 20")
     assert (service.specs[1].resume, service.specs[1].HasField("recipe")) == (b"state after 20", False)
     assert service.specs[1].checkpoints.light  # enough to continue on another server
 
@@ -227,13 +232,119 @@ def test_a_resent_job_is_reported(gramophone, service):
     code, _, err = gramophone("stylize photo.png painting.png -o out.png")
     assert code == 0
     assert err[1:3] == [
-        "server lost at iteration 40, going on as job j2 from iteration 38",
-        "server lost at iteration 38, going on as job j3 from iteration 38",
+        "server lost at iteration 40, going on as job j2: from iteration 38",
+        "server lost at iteration 38, going on as job j3: from iteration 38",
     ]
     out = io.StringIO()
     display = PlainDisplay(out)
     for event in (accepted(), accepted(job_id="j2", queue_position=2)):
         display.show(update(event))
     assert out.getvalue().splitlines()[1] == (
-        "server lost at iteration 0, going on as job j2 from its beginning, waits at place 2 of the queue"
+        "server lost at iteration 0, going on as job j2: from its beginning, waits at place 2 of the queue"
     )
+
+
+# --- no server
+
+
+@pytest.fixture
+def nowhere(monkeypatch, service):
+    """The built-in address leads to no server, and nothing else is set. A local server is the fake service."""
+    started = []
+
+    @contextmanager
+    def local(report):
+        started.append(True)
+        report("starting")
+        yield service.target
+
+    monkeypatch.delenv("GRAMOPHONE_SERVER")
+    monkeypatch.setattr(targets, "BUILT_IN_ADDRESS", NOWHERE)
+    monkeypatch.setattr(stylize, "local_server", local)
+    return started
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+STYLIZE = "stylize photo.png painting.png -o out.png"
+
+
+def test_without_a_server_the_error_names_the_commands_that_start_one(gramophone, nowhere, monkeypatch):
+    code, out, err = gramophone(STYLIZE)
+    assert (code, out, nowhere) == (3, "", [])
+    assert err[-3].startswith(f"gramophone: no connection to a gramophone server at {NOWHERE} (")
+    assert re.fullmatch(r"gramophone: start one: (gramophone-server|\S+ -m gramophone_server.main) --port 1", err[-2])
+    assert err[-1] == "gramophone: or let the command start one for this job: add --local"
+    monkeypatch.setattr(local_server, "SERVER", "no_such_package")
+    code, _, err = gramophone(STYLIZE)
+    assert (code, err[-1].partition("; ")[0]) == (3, "gramophone: the server is not installed in this Python")
+
+
+def test_the_error_of_a_target_that_was_chosen_proposes_no_other_one(gramophone, nowhere):
+    _, _, err = gramophone(f"{STYLIZE} --target gpu-1.invalid:50051")
+    assert len(err) == 1 and "gpu-1.invalid:50051" in err[0]
+
+
+@pytest.mark.parametrize(("answer", "code"), [("\n", 0), ("y\n", 0), ("Yes\n", 0), ("n\n", 3), ("", 3)])
+def test_a_person_at_a_terminal_is_asked(gramophone, nowhere, monkeypatch, answer, code):
+    asked = Terminal()
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stderr", asked)
+    got, out, _ = gramophone(STYLIZE)
+    assert (got, nowhere) == (code, [True] * (code == 0))
+    assert out == ("out.png\n" if code == 0 else "")
+    assert asked.getvalue().count("There is no server at 127.0.0.1:1. Start one for this job? [Y/n] ") == 1
+    assert ("no connection to a gramophone server" in asked.getvalue()) == (code != 0)
+
+
+@pytest.mark.parametrize("flags", ["--quiet", f"--target {NOWHERE}", "--detach 5"])
+def test_nobody_is_asked_who_did_not_mean_this_machine_or_wants_silence(gramophone, nowhere, monkeypatch, flags):
+    asked = Terminal()
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    monkeypatch.setattr("sys.stderr", asked)
+    assert gramophone(f"{STYLIZE} {flags}")[0] == 3
+    assert nowhere == [] and "[Y/n]" not in asked.getvalue()
+
+
+def test_a_local_job_reports_its_server_and_is_painted(gramophone, nowhere, service):
+    code, out, err = gramophone(f"{STYLIZE} --local --checkpoint job.state")
+    assert (code, out, nowhere) == (0, "out.png\n", [True])
+    assert err[:2] == ["starting", "job j1: 24x18 px, 300 iterations, seed 7"]
+
+
+@pytest.mark.parametrize("flags", ["--target a:1", "--server studio", "--wait 5", "--detach 5", "--metadata token=1"])
+def test_options_that_make_no_sense_with_a_local_server_are_refused(gramophone, nowhere, flags):
+    code, _, err = gramophone(f"{STYLIZE} --local {flags}")
+    name = flags.split()[0].replace("--server", "--target")
+    assert (code, nowhere) == (2, [])
+    assert len(err) == 1
+    assert err[0].startswith(f"gramophone: {name}: cannot be given with --local, which starts a server for this job ")
+
+
+def test_an_interrupted_job_that_continues_says_how_to_follow_it(gramophone, service, monkeypatch):
+    service.scripts = [[accepted(), frame(120), HANG]]
+    monkeypatch.setattr(
+        PlainDisplay, "show", lambda _, update: isinstance(update, Frame) and signal.raise_signal(signal.SIGINT)
+    )
+    code, _, err = gramophone(f"{STYLIZE} --detach 60")
+    assert code == 130
+    assert err[-2:] == [
+        "gramophone: job j1 continues for 60 s; to follow it: gramophone watch j1 -o out.png",
+        "gramophone: interrupted",
+    ]
+
+
+def test_sigterm_ends_a_job_as_an_interrupt_does(gramophone, service, monkeypatch):
+    service.scripts = [[accepted(), frame(120), progress(121), HANG]]
+    monkeypatch.setattr(
+        PlainDisplay, "show", lambda _, update: isinstance(update, Progress) and signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = gramophone(STYLIZE)
+    assert (code, err[-1]) == (143, "gramophone: terminated")
+    assert "iteration 120 of 300 is kept as out.png" in err[-2]
+    assert service.call_ended.wait(5) and service.cancelled
+    assert signal.getsignal(signal.SIGTERM) == before
