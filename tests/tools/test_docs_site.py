@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, TypedDict
@@ -11,11 +13,11 @@ from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 from docs_site import GENERATORS, replace_markers
-from docs_site.docstrings import described_fields, examples_marked, field_comments, linked
+from docs_site.docstrings import described_fields, examples_marked, field_comments, linked, written_signature
 from docs_site.proto import Proto, messages, rpcs
 from docs_site.settings import number, prose
 from gramophone.recipe import Recipe
-from gramophone_client.types.options import JobOptions
+from gramophone_client.types.options import FrameOptions, ImageInput, JobOptions
 
 
 @dataclass
@@ -61,6 +63,25 @@ def test_fields_have_their_types_and_members_their_values() -> None:
     assert described_fields(JobOptions)["detach_grace"][1].startswith("Seconds for which the job continues")
     assert described_fields(JobOptions).keys() == JobOptions.__annotations__.keys()
     assert described_fields(Recipe)["beta"] == ("float", "Weight of the style: the strength of the painting.")
+
+
+def test_signatures_are_as_written() -> None:
+    def method(
+        self: object,
+        image: ImageInput,
+        *,
+        frames: FrameOptions | None = FrameOptions(max_side=64),  # noqa: B008  (frozen)
+        size: int = 3,
+    ) -> Pair:
+        """A method."""
+
+    @functools.wraps(method)
+    def wrapper(*arguments: object) -> None:
+        """Does something before."""
+
+    wrapper.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
+    shown = "(image: ImageInput, *, frames: FrameOptions | None = FrameOptions(max_side=64), size: int = 3)"
+    assert written_signature(wrapper) == (shown, "Pair")
 
 
 def test_examples_become_code_and_prose_does_not() -> None:

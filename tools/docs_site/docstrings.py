@@ -16,6 +16,7 @@ import re
 import sys
 import textwrap
 import tokenize
+import types
 import typing
 from enum import Enum
 from typing import Any, ForwardRef
@@ -28,7 +29,7 @@ from sphinx.environment import BuildEnvironment
 from gramophone.recipe import Recipe
 from gramophone_client.types.options import OPTIONS, JobOptions
 
-__all__ = ["connect", "described_fields", "examples_marked", "field_comments", "linked"]
+__all__ = ["connect", "described_fields", "examples_marked", "field_comments", "linked", "written_signature"]
 
 # Modules of values that a caller makes.
 CONSTRUCTED = ("gramophone.recipe", "gramophone_client.types.options")
@@ -44,25 +45,60 @@ def connect(app: Sphinx) -> None:
 def _on_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str, str | None] | None:
-    """Hides how a value is made that only the client makes, and shows the values of defaults that are constants."""
-    is_class = what in ("class", "exception") and not typing.is_typeddict(value)
-    is_made = is_class and (value.__module__ in CONSTRUCTED or name.endswith("GramophoneClient"))
-    if is_class and (not is_made or issubclass(value, Enum)):
-        return "", None
-    if signature is None or not hasattr(value, "__module__"):
+    """Shows signatures as they are written, and hides how a value is made that only the client makes."""
+    if inspect.isfunction(value):
+        return written_signature(value)
+    if what not in ("class", "exception") or typing.is_typeddict(value):
         return None
-    constants = vars(sys.modules[value.__module__])
+    if name.endswith("GramophoneClient"):
+        return written_signature(value.__init__)[0], None
+    return None if value.__module__ in CONSTRUCTED and not issubclass(value, Enum) else ("", None)
 
-    def shown(default: re.Match[str]) -> str:
-        return f"= {constants[default[1]]!r}" if default[1] in constants else default[0]
 
-    return re.sub(r"= ([A-Z][A-Z_]+)\b", shown, signature), returns
+def written_signature(function: Any) -> tuple[str, str | None]:
+    """The parameters of a method, without the first, and its result, with the names of types as in its source.
+
+    Neither wrappers nor a signature that is set at run time count. A default that is a dataclass has only the arguments
+    that differ from its own defaults.
+    """
+    function = inspect.unwrap(function)
+    plain = types.FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
+    plain.__defaults__, plain.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    plain.__annotations__ = function.__annotations__
+    signature = inspect.signature(plain)
+    shown = [
+        parameter.replace(annotation=_Text(parameter.annotation), default=_default(parameter.default))
+        if parameter.annotation is not parameter.empty
+        else parameter
+        for parameter in list(signature.parameters.values())[1:]
+    ]
+    returns = signature.return_annotation
+    return str(inspect.Signature(shown)), None if returns is signature.empty else str(returns)
+
+
+class _Text(str):
+    """A text without quotes in the place of an annotation or a default."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _default(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    given = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    own = {field.name: field.default for field in dataclasses.fields(value)}
+    return _Text(f"{type(value).__name__}({', '.join(f'{n}={v!r}' for n, v in given.items() if v != own[n])})")
 
 
 def _on_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     if lines and lines[0].startswith("Create new instance of "):  # of a named tuple, by Python
         lines.clear()
         return
+    if "Options:" in lines:  # for help(); here JobOptions has them
+        del lines[lines.index("Options:") :]
     lines[:] = examples_marked(lines)
     if what != "class":
         return
