@@ -48,7 +48,7 @@ def _on_signature(
     """Shows signatures as they are written, and hides how a value is made that only the client makes."""
     if inspect.isfunction(value):
         return written_signature(value)
-    if what not in ("class", "exception") or typing.is_typeddict(value):
+    if what not in ("class", "exception") or signature is None:
         return None
     if name.endswith("GramophoneClient"):
         return written_signature(value.__init__)[0], None
