@@ -38,7 +38,7 @@ def check_image(image: Any) -> None:
     if isinstance(image, Image.Image):
         if not (image.width and image.height):
             raise MisfitError(f"must have pixels, got a PIL image of {image.width}x{image.height}")
-    elif hasattr(image, "__array_interface__"):
+    elif hasattr(image, "__array_interface__") and not isinstance(image, type):
         _check_array(image)
     else:
         hint = ""
@@ -78,6 +78,8 @@ def check_file(source: Any, fits: str, hint: str = "") -> None:
         if not os.fspath(source):
             raise MisfitError("must be the path of a file, got ''")
     elif isinstance(source, bytes | bytearray | memoryview):
+        if isinstance(source, memoryview) and source.ndim != 1:
+            raise MisfitError(f"must be the bytes of a file, got {shown(source)}; give the array itself")
         if not len(source):
             raise MisfitError("must be the bytes of a file, got 0 bytes")
     elif not callable(read := getattr(source, "read", None)) or isinstance(source, type):

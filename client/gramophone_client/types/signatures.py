@@ -29,6 +29,20 @@ class _Text(str):
         return str(self)
 
 
+class _Signature(inspect.Signature):
+    """A signature of many parameters, which `help()` shows on a line each."""
+
+    def __str__(self) -> str:
+        shown = [str(parameter) for parameter in self.parameters.values()]
+        kinds = [parameter.kind for parameter in self.parameters.values()]
+        if inspect.Parameter.KEYWORD_ONLY in kinds:
+            shown.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+        returned = (
+            "" if self.return_annotation is self.empty else f" -> {inspect.formatannotation(self.return_annotation)}"
+        )
+        return "".join(["(\n", *(f"    {line},\n" for line in shown), ")", returned])
+
+
 OF_THE_PRESET = _Text("<of the preset>")
 UNCHANGED = _Text("<unchanged>")
 
@@ -55,7 +69,7 @@ def shows_options(function: F) -> F:
         )
         for name in names
     ]
-    shown = signature.replace(parameters=parameters, return_annotation=_text(signature.return_annotation))
+    shown = _Signature(parameters, return_annotation=_text(signature.return_annotation))
     function.__signature__ = shown  # type: ignore[attr-defined]
     if function.__doc__:
         lines = (_line(name) for name in names)

@@ -254,6 +254,12 @@ class AsyncFile:
         (3, "must be an image: .*, got 3"),
         (Image, "must be an image: .*, got a module"),
         (io.BytesIO, "must be an image: .*, got the class BytesIO"),
+        (np.ndarray, "must be an image: .*, got the class ndarray"),
+        (
+            memoryview(np.ones((2, 3, 3), np.uint8)),
+            r"must be the bytes of a file, got a memoryview of shape \(2, 3, 3\); give the array itself",
+        ),
+        (np.uint8(5), r"must be a uint8 array of shape .*, got uint8 of shape \(\)"),
         ([PHOTO], "must be an image: .*, got a list of 1; give one image"),
         (b"", "must be the bytes of a file, got 0 bytes"),
         (bytearray(), "must be the bytes of a file, got 0 bytes"),

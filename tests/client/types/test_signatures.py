@@ -1,3 +1,4 @@
+import ast
 import inspect
 import pydoc
 from typing import Unpack, get_type_hints
@@ -51,7 +52,8 @@ def test_a_default_is_the_value_of_all_presets_or_says_that_they_differ():
 
 def test_help_shows_types_as_they_are_written_and_a_line_for_each_option():
     text = pydoc.render_doc(Client.stylize, renderer=pydoc.plaintext)
-    assert "content: str" in text and "-> int" in text
+    assert "(\n    self,\n    content: str,\n    *,\n    timeout: float | None = None,\n    preset: " in text
+    assert ",\n) -> int\n" in text
     assert "size: int | SupportsIndex = 512" in text
     assert "pooling: Pooling | Literal['max', 'average'] = 'max'" in text
     assert "beta: float | SupportsFloat = <of the preset>" in text
@@ -68,6 +70,13 @@ async def test_calls_and_the_types_of_checkers_stay_as_they_are():
     assert Client().update(beta=2) == {"beta": 2}
     assert inspect.iscoroutinefunction(Client.stylize)
     assert get_type_hints(Client.stylize)["job"] == Unpack[JobOptions]
+
+
+def test_the_signature_is_one_of_python():
+    (definition,) = ast.parse(f"def stylize{inspect.signature(Client.update)}: ...".replace("<unchanged>", "...")).body
+    assert [argument.arg for argument in definition.args.kwonlyargs] == list(Changes.__annotations__)
+    bound = inspect.signature(Client().stylize).bind("photo.jpg", size=64)
+    assert bound.arguments == {"content": "photo.jpg", "size": 64}
 
 
 def test_a_function_without_options_is_refused():
