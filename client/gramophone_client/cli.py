@@ -13,7 +13,7 @@ from types import FrameType
 
 from gramophone.recipe import FIELD_TYPES, InvalidRecipeError, Violation
 from gramophone_client.commands.local_server import LocalServerError
-from gramophone_client.commands.parser import SHORT_HELP, CommandLine
+from gramophone_client.commands.parser import SHORT_HELP, parse
 from gramophone_client.console.display import print_errors
 from gramophone_client.console.exit_codes import BAD_REQUEST, DONE, INTERRUPTED, NO_SERVER, TERMINATED, exit_code
 from gramophone_client.console.outputs import UsageError
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         print(SHORT_HELP, end="")
         return DONE
-    args = CommandLine().parse(words)
+    args = parse(words)
     try:
         with _sigterm_raises():
             run: Callable[[argparse.Namespace], None] = args.run

@@ -34,7 +34,7 @@ from gramophone_client.console.exit_codes import EXIT_CODES
 from gramophone_client.console.recipe_flags import add_recipe_flags, preset_argument
 from gramophone_client.types.picture import format_of
 
-__all__ = ["SHORT_HELP", "CommandLine"]
+__all__ = ["SHORT_HELP", "command_line", "parse"]
 
 SHORT_HELP = """\
 gramophone paints photos in the style of pictures, on a gramophone server.
@@ -73,9 +73,18 @@ OTHER_COMMANDS: Mapping[str, str] = {
 }
 
 
-class CommandLine:
-    """All commands. Parsed arguments have `run`, a function of them."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """Parses the words after `gramophone`; the result has `run`, a function of it. Exits with code 2, and a suggestion,
+    if they are wrong."""
+    return _CommandLine().parse(words)
 
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands, for the reference."""
+    return _CommandLine().parser
+
+
+class _CommandLine:
     def __init__(self) -> None:
         self.parser = CommandParser(
             prog="gramophone",
@@ -95,7 +104,6 @@ class CommandLine:
         self._add_completion()
 
     def parse(self, words: list[str]) -> argparse.Namespace:
-        """Parses the words after `gramophone`. Exits with code 2, and a suggestion, if they are wrong."""
         parsers: Mapping[str, CommandParser] = self._commands.choices
         if words and words[0] in parsers:
             parsers[words[0]].check_options(words[1:])
