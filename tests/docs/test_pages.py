@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {"results.md", "changelog.md"}  # include a page of another folder, which has links of its own
 PAGES = [
     path.relative_to(ROOT).as_posix()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if path.name not in GENERATED
 ]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
