@@ -5,6 +5,8 @@ Their values are tested with those of the kernels: `by_kernels_and_library` in t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,3 +49,11 @@ def test_float64_arguments_have_float64_results(op: str) -> None:
             )
             results = [x for x in tree_leaves(getattr(library, op)(*doubles)) if isinstance(x, Tensor)]
             assert all(x.dtype in (torch.float64, torch.uint8) for x in results)
+
+
+@pytest.mark.parametrize("op", ENGINE_OPS)
+def test_every_op_runs_under_the_sanitizer(op: str) -> None:
+    """Directly or, for the steps of the optimisers, through the engine's."""
+    root = Path(__file__).parents[2]
+    programs = [root / "tests/gpu/small_shapes.py", root / "server/gramophone_server/engine/optimisers.py"]
+    assert any(f"ops.{op}(" in program.read_text() for program in programs), f"call {op} in tests/gpu/small_shapes.py"
