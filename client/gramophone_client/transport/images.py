@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 
 from gramophone.values import MisfitError, shown
 from gramophone_client.types.options import UploadedImage
+from gramophone_client.types.picture import Picture
+from gramophone_client.types.updates import Frame, Result
 
 __all__ = ["check_file", "check_image", "file_bytes", "image_bytes"]
 
@@ -46,6 +48,8 @@ def check_image(image: Any) -> None:
             hint = "; convert it: (tensor.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()"
         elif hasattr(image, "__array__"):
             hint = "; convert it: numpy.asarray(...)"
+        elif isinstance(image, Picture | Frame | Result):
+            hint = f"; give its {'data' if isinstance(image, Picture) else 'picture.data'}"
         elif isinstance(image, list | tuple):
             hint = "; give one image"
         check_file(image, FITS, hint)

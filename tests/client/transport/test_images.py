@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from gramophone.values import MisfitError
-from gramophone_client import UploadedImage
+from gramophone_client import Frame, Picture, UploadedImage
 from gramophone_client.transport.images import check_image, image_bytes
 from tests.support.fake_service import PHOTO
 
@@ -260,6 +260,11 @@ class AsyncFile:
             r"must be the bytes of a file, got a memoryview of shape \(2, 3, 3\); give the array itself",
         ),
         (np.uint8(5), r"must be a uint8 array of shape .*, got uint8 of shape \(\)"),
+        (Picture("png", 24, 18, PHOTO), "must be an image: .*, got a gramophone_client.Picture; give its data"),
+        (
+            Frame(iteration=1, picture=Picture("png", 24, 18, PHOTO), dropped=0),
+            "must be an image: .*, got a gramophone_client.Frame; give its picture.data",
+        ),
         ([PHOTO], "must be an image: .*, got a list of 1; give one image"),
         (b"", "must be the bytes of a file, got 0 bytes"),
         (bytearray(), "must be the bytes of a file, got 0 bytes"),
