@@ -206,7 +206,10 @@ TESTED_THROUGH = {
     ],
     "tests/client/commands/test_control.py": ["gramophone_client.console.keyboard"],
     "tests/client/commands/test_info.py": ["gramophone_client.types.recipe_metadata"],
-    "tests/client/transport/test_job_spec.py": ["gramophone_client.types.options"],
+    "tests/client/transport/test_job_spec.py": [
+        "gramophone_client.transport.problems",
+        "gramophone_client.types.options",
+    ],
     "tests/client/test_client.py": ["gramophone_client.types.server_info"],
     "tests/client/bench": ["gramophone_client.bench.*"],
 }

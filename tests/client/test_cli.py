@@ -102,7 +102,7 @@ def test_a_server_that_is_not_ready_is_an_exit_code(gramophone):
         ("stylize photo.png painting.png -o out.png --iter 5", "there is no option --iter; did you mean --iterations?"),
         (
             "stylize photo.png painting.png -o out.png --frame-size 99999999999",
-            "--frame-size: must be 16 to 16384, got 1e",
+            "--frame-size: must be 16 to 16384, or 0, got 1e",
         ),
         ("recipe missing.png", "missing.png: No such file"),
         ("stylize photo.png painting.png -o out.png --resume no", "no: there is no such file"),

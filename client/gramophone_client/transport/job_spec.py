@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, NamedTuple, Unpack, get_args
-
-from google.protobuf.duration_pb2 import Duration
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
 
 from gramophone import recipe as recipes
 from gramophone.options import (
@@ -16,16 +12,15 @@ from gramophone.options import (
     INTERVAL_S,
     MAX_DURATION_S,
     MAX_INT32,
-    MAX_STYLE_WEIGHT,
     MAX_UINT64,
     QUALITY,
 )
-from gramophone.recipe import FIELD_TYPES, OTHER_NAMES, InvalidRecipeError, Range, Violation
+from gramophone.recipe import FIELD_TYPES, OTHER_NAMES, InvalidRecipeError, Range
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone.values import MisfitError, choice, did_you_mean, number, shown, shown_number, whole_number
+from gramophone.values import MisfitError, did_you_mean, shown
 from gramophone.wire import layers_to_message, overrides_to_message
-from gramophone_client.errors import InvalidRequestError
 from gramophone_client.transport import images
+from gramophone_client.transport.problems import Problems, count, duration, image_format, in_range, style_weight
 from gramophone_client.types.options import (
     OPTIONS,
     Changes,
@@ -37,7 +32,6 @@ from gramophone_client.types.options import (
     Styles,
     UploadedImage,
 )
-from gramophone_client.types.picture import Format
 from gramophone_client.types.updates import Checkpoint
 
 __all__ = ["image_bytes", "job_spec", "resumed_spec", "update_command", "uploaded_images", "watch_request"]
@@ -52,7 +46,6 @@ OTHER_OPTIONS: Mapping[str, str] = {
     "random_seed": "seed",
     "checkpoint": "resume",
 }
-OTHER_FORMATS: Mapping[str, str] = {"jpg": "jpeg"}
 CHECKPOINT_FITS = "must be a Checkpoint, its bytes or a file of them"
 
 
@@ -69,8 +62,8 @@ def job_spec(
     Raises `InvalidRequestError` with all options and images that do not fit, before a file is read if there are any,
     and OSError for a file that cannot be read. Layer names and the server's limits are checked by the server.
     """
-    problems = _Problems()
-    for name in job.keys() - JobOptions.__annotations__.keys():
+    problems = Problems()
+    for name in (name for name in job if name not in JobOptions.__annotations__):
         hint = did_you_mean(name, (*JobOptions.__annotations__, *METHOD_KEYWORDS), OTHER_OPTIONS)
         problems.add(name, name, f"is not an option of a job{hint}")
     options: dict[str, Any] = {name: job.get(name, option.default) for name, option in OPTIONS.items()}
@@ -83,19 +76,19 @@ def job_spec(
         _set_recipe(spec, "fast" if options["preset"] is None else options["preset"], overrides, problems)
         if options["seed"] is not None:
             with problems.of("seed", "spec.seed"):
-                spec.seed = _whole_number(options["seed"], MAX_UINT64)
+                spec.seed = count(options["seed"], MAX_UINT64)
     else:
         for name in ("preset", "seed", "start_image", *FIELD_TYPES):
-            if job.get(name) is not None:
+            if job.get(name) is not None or (name in FIELD_TYPES and name in job):
                 path = f"spec.{name}" if name in ("seed", "start_image") else f"spec.recipe.{name}"
                 problems.add(name, path, "cannot be given with resume: the job continues with the checkpoint's")
     with problems.of("result_format", "spec.result_format"):
-        spec.result_format = _format(options["result_format"])
+        spec.result_format = image_format(options["result_format"])
     with problems.of("result_quality", "spec.result_quality"):
-        spec.result_quality = _whole_number_in(options["result_quality"], QUALITY)
+        spec.result_quality = in_range(options["result_quality"], QUALITY)
     if options["detach_grace"] is not None:
         with problems.of("detach_grace", "spec.detach_grace"):
-            spec.detach_grace.CopyFrom(_duration(options["detach_grace"], Range(0, MAX_DURATION_S)))
+            spec.detach_grace.CopyFrom(duration(options["detach_grace"], Range(0, MAX_DURATION_S)))
     _set_watching(spec, frames, checkpoints, problems, "spec.")
     _set_files(spec, content, styles, start_image, resume, problems)
     return spec
@@ -126,13 +119,13 @@ def watch_request(
     job_id: str, after_sequence: int, frames: FrameOptions | None, checkpoints: CheckpointOptions | None
 ) -> pb.WatchJobRequest:
     """The message that asks for a job's events. Raises `InvalidRequestError` with all values that do not fit."""
-    problems, request = _Problems(), pb.WatchJobRequest()
+    problems, request = Problems(), pb.WatchJobRequest()
     with problems.of("job_id", "job_id"):
         if not isinstance(job_id, str):
             raise MisfitError(f"must be a job's id, got {shown(job_id)}")
         request.job_id = job_id
     with problems.of("after_sequence", "after_sequence"):
-        request.after_sequence = _whole_number(after_sequence, MAX_UINT64)
+        request.after_sequence = count(after_sequence, MAX_UINT64)
     _set_watching(request, frames, checkpoints, problems)
     problems.raise_if_any()
     return request
@@ -140,7 +133,7 @@ def watch_request(
 
 def update_command(changes: Changes) -> pb.UpdateCommand:
     """The command that changes a job. Raises `InvalidRequestError` with all changes that do not fit."""
-    problems, command = _Problems(), pb.UpdateCommand()
+    problems, command = Problems(), pb.UpdateCommand()
     known = Changes.__annotations__
     for name, value in changes.items():
         if name not in known:
@@ -162,40 +155,10 @@ def update_command(changes: Changes) -> pb.UpdateCommand:
 
 def image_bytes(image: ImageInput) -> bytes:
     """The bytes of an image file; reads the file, so it may block. Raises `InvalidRequestError` and OSError."""
-    problems = _Problems()
+    problems = Problems()
     with problems.of("image", "image"):
         return images.image_bytes(image)
     raise problems.error()
-
-
-class _Problems:
-    """Collects what is wrong with a request, by the argument that the caller gave and its path in the request."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[str, Violation]] = []
-
-    def add(self, argument: str, path: str, description: str) -> None:
-        self._found.append((argument, Violation(path, description)))
-
-    def add_all(self, violations: Iterable[Violation], prefix: str) -> None:
-        for field, description in violations:
-            self.add(field, f"{prefix}{field}", description)
-
-    @contextmanager
-    def of(self, argument: str, path: str) -> Iterator[None]:
-        """Adds a `MisfitError` of the block, whose text follows the name of the argument."""
-        try:
-            yield
-        except MisfitError as error:
-            self.add(argument, path, str(error))
-
-    def raise_if_any(self) -> None:
-        if self._found:
-            raise self.error()
-
-    def error(self) -> InvalidRequestError:
-        text = "; ".join(f"{argument}: {violation.description}" for argument, violation in self._found)
-        return InvalidRequestError(text, violations=tuple(violation for _, violation in self._found))
 
 
 class _ImageSlot(NamedTuple):
@@ -207,7 +170,7 @@ class _ImageSlot(NamedTuple):
     message: pb.ImageSource
 
 
-def _set_recipe(spec: pb.JobSpec, preset: Any, overrides: Mapping[str, Any], problems: _Problems) -> None:
+def _set_recipe(spec: pb.JobSpec, preset: Any, overrides: Mapping[str, Any], problems: Problems) -> None:
     try:
         recipe = recipes.preset(preset, **overrides)
     except InvalidRecipeError as error:
@@ -220,7 +183,7 @@ def _set_watching(
     message: pb.JobSpec | pb.WatchJobRequest,
     frames: FrameOptions | None,
     checkpoints: CheckpointOptions | None,
-    problems: _Problems,
+    problems: Problems,
     prefix: str = "",
 ) -> None:
     """Sets the fields `frames` and `checkpoints`, whose paths begin with the prefix."""
@@ -228,30 +191,32 @@ def _set_watching(
         target = message.frames
         target.SetInParent()
         with problems.of("frames.every_iterations", f"{prefix}frames.every_iterations"):
-            target.every_iterations = _whole_number(frames.every_iterations, MAX_INT32)
+            target.every_iterations = count(frames.every_iterations, MAX_INT32)
         with problems.of("frames.min_interval_s", f"{prefix}frames.min_interval"):
-            target.min_interval.CopyFrom(_duration(frames.min_interval_s, INTERVAL_S))
+            target.min_interval.CopyFrom(duration(frames.min_interval_s, INTERVAL_S))
         with problems.of("frames.max_side", f"{prefix}frames.max_side"):
-            # 0 keeps the picture's size
-            target.max_side = _whole_number_in(frames.max_side, FRAME_SIDE) if frames.max_side != 0 else 0
+            target.max_side = in_range(frames.max_side, FRAME_SIDE, or_zero=True)
         with problems.of("frames.format", f"{prefix}frames.format"):
-            target.format = _format(frames.format)
+            target.format = image_format(frames.format)
         with problems.of("frames.quality", f"{prefix}frames.quality"):
-            target.quality = _whole_number_in(frames.quality, QUALITY)
+            target.quality = in_range(frames.quality, QUALITY)
         with problems.of("frames.max_in_flight", f"{prefix}frames.max_in_flight"):
-            target.max_in_flight = _whole_number_in(frames.max_in_flight, FRAMES_IN_FLIGHT)
+            target.max_in_flight = in_range(frames.max_in_flight, FRAMES_IN_FLIGHT)
     elif frames is not None:
         problems.add("frames", f"{prefix}frames", f"must be FrameOptions or None, got {shown(frames)}")
     if isinstance(checkpoints, CheckpointOptions):
         with problems.of("checkpoints.every_s", f"{prefix}checkpoints.min_interval"):
-            message.checkpoints.min_interval.CopyFrom(_duration(checkpoints.every_s, INTERVAL_S))
-        message.checkpoints.light = bool(checkpoints.light)
+            message.checkpoints.min_interval.CopyFrom(duration(checkpoints.every_s, INTERVAL_S))
+        with problems.of("checkpoints.light", f"{prefix}checkpoints.light"):
+            if not isinstance(checkpoints.light, bool):
+                raise MisfitError(f"must be True or False, got {shown(checkpoints.light)}")
+            message.checkpoints.light = checkpoints.light
     elif checkpoints is not None:
         description = f"must be CheckpointOptions or None, got {shown(checkpoints)}"
         problems.add("checkpoints", f"{prefix}checkpoints", description)
 
 
-def _set_files(spec: pb.JobSpec, content: Any, styles: Any, start_image: Any, resume: Any, problems: _Problems) -> None:
+def _set_files(spec: pb.JobSpec, content: Any, styles: Any, start_image: Any, resume: Any, problems: Problems) -> None:
     """Sets the images and the checkpoint. Reads files only if nothing is wrong so far."""
     slots = [_ImageSlot("content", "spec.content.data", content, spec.content)]
     with problems.of("styles", "spec.styles"):
@@ -261,7 +226,7 @@ def _set_files(spec: pb.JobSpec, content: Any, styles: Any, start_image: Any, re
             argument = f"styles[{i}]" if is_list else "styles"
             slots.append(_ImageSlot(argument, f"spec.styles[{i}].image.data", image, style.image))
             with problems.of(f"{argument}.weight", f"spec.styles[{i}].weight"):
-                style.weight = _style_weight(weight)
+                style.weight = style_weight(weight)
     if start_image is not None and resume is None:
         slots.append(_ImageSlot("start_image", "spec.start_image.data", start_image, spec.start_image))
     for slot in slots:
@@ -309,40 +274,3 @@ def _is_list(styles: Any) -> bool:
 def _is_pair(value: Any) -> bool:
     """Whether the value is a `Style`, or a tuple like one. A tuple of two images is none."""
     return isinstance(value, Style) or (isinstance(value, tuple) and len(value) == 2 and hasattr(value[1], "__float__"))
-
-
-def _style_weight(value: Any) -> float:
-    weight = number(value)
-    if not 0 < weight <= MAX_STYLE_WEIGHT:  # true for NaN too
-        raise MisfitError(
-            f"must be above 0 and at most {MAX_STYLE_WEIGHT:g}, got {weight:g}; leave a style out to give it no weight"
-        )
-    return weight
-
-
-def _whole_number(value: Any, high: int) -> int:
-    exact = whole_number(value)
-    if not 0 <= exact <= high:
-        shown_high = "2**64-1" if high == MAX_UINT64 else f"{high}"
-        raise MisfitError(f"must be a whole number from 0 to {shown_high}, got {shown(exact)}")
-    return exact
-
-
-def _whole_number_in(value: Any, allowed: Range) -> int:
-    exact = whole_number(value)
-    if not allowed.low <= exact <= allowed.high:
-        raise MisfitError(f"must be {allowed.low:g} to {allowed.high:g}, got {shown_number(exact)}")
-    return exact
-
-
-def _duration(value: Any, allowed: Range) -> Duration:
-    seconds = number(value)
-    if not allowed.low <= seconds <= allowed.high:  # true for NaN too
-        raise MisfitError(f"must be {allowed.low:g} to {allowed.high:g} seconds, got {seconds:g}")
-    duration = Duration()
-    duration.FromTimedelta(timedelta(seconds=seconds))
-    return duration
-
-
-def _format(value: Any) -> Any:
-    return pb.ImageFormat.Value(f"IMAGE_FORMAT_{choice(value, get_args(Format), OTHER_FORMATS).upper()}")

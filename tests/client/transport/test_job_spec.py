@@ -159,11 +159,13 @@ def test_a_wrong_value_is_named_with_what_fits(option, value, path, description)
         (FrameOptions(every_iterations=-1), "every_iterations", "every_iterations", "from 0 to 2147483647, got -1"),
         (FrameOptions(every_iterations=2.0), "every_iterations", "every_iterations", "a whole number, got 2.0"),
         (FrameOptions(min_interval_s=3601), "min_interval_s", "min_interval", "must be 0 to 3600 seconds, got 3601"),
-        (FrameOptions(max_side=8), "max_side", "max_side", "must be 16 to 16384, got 8"),
+        (FrameOptions(max_side=8), "max_side", "max_side", "must be 16 to 16384, or 0, got 8"),
+        (FrameOptions(max_side=False), "max_side", "max_side", "must be a whole number, got False"),
         (FrameOptions(format="jpg"), "format", "format", "got 'jpg'; did you mean jpeg?"),
         (FrameOptions(quality=0), "quality", "quality", "must be 1 to 100, got 0"),
         (FrameOptions(max_in_flight=17), "max_in_flight", "max_in_flight", "must be 0 to 16, got 17"),
         (CheckpointOptions(every_s=-1), "every_s", "min_interval", "must be 0 to 3600 seconds, got -1"),
+        (CheckpointOptions(light="no"), "light", "light", "must be True or False, got 'no'"),
         (CheckpointOptions(every_s=None), "every_s", "min_interval", "must be a number, got None"),
     ],
 )
@@ -278,7 +280,15 @@ async def test_a_checkpoint_is_bytes_a_file_or_an_update(client, service, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "given", [{"beta": 2.0}, {"seed": 0}, {"start_image": PHOTO}, {"preset": "fast"}, {"alpha": 0.0, "step": 1.0}]
+    "given",
+    [
+        {"beta": 2.0},
+        {"seed": 0},
+        {"start_image": PHOTO},
+        {"preset": "fast"},
+        {"alpha": 0.0, "step": 1.0},
+        {"beta": None},
+    ],
 )
 def test_a_checkpoint_brings_the_recipe(given):
     with pytest.raises(
