@@ -74,8 +74,9 @@ def test_a_server_that_is_not_ready_is_an_exit_code(gramophone):
     for command in ("info", "stylize photo.png painting.png -o out.png"):
         code, out, err = gramophone(f"{command} --wait 0.1 --server 127.0.0.1:1")
         assert (code, out) == (3, "")
-        assert re.match(r"gramophone: the server at 127\.0\.0\.1:1 is not ready after 0\.1 s", err[-2])
-        assert re.match(r"gramophone: start one: .*gramophone.server.* --port 1$", err[-1])
+        assert re.match(
+            r"gramophone: the server at 127\.0\.0\.1:1 is not ready after 0\.1 s: .*; start it, or", err[-1]
+        )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_the_help_of_all_commands_is_tested(gramophone):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("recipe", "targets", "completion")])
 def test_every_command_that_talks_to_a_server_takes_a_target_in_both_spellings(gramophone, command):
     _, out, _ = gramophone(f"{command} --help")
-    assert "--target TARGET, --server TARGET" in out
+    assert re.search("--target( TARGET)?, --server TARGET", out)  # Python 3.13 and newer write TARGET once
     assert "--metadata KEY=VALUE" in out
 
 

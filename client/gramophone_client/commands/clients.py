@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager, contextmanager
 from gramophone_client.async_client import DEFAULT_TIMEOUT_S, AsyncGramophoneClient
 from gramophone_client.client import GramophoneClient
 from gramophone_client.commands.local_server import INSTALL_HINT, server_is_installed
-from gramophone_client.console.targets import Target, chosen_target
-from gramophone_client.errors import ConnectionFailedError
+from gramophone_client.console.targets import LOCAL, Target, chosen_target
+from gramophone_client.errors import ConnectionFailedError, NotReadyError
 
 __all__ = ["async_client", "client"]
 
@@ -49,7 +49,8 @@ def _start_hint(target: Target) -> Iterator[None]:
         yield
     except ConnectionFailedError as error:
         place = THIS_MACHINE.fullmatch(target.address)
-        if place is not None and target.source != "--local" and not error.reason:
+        is_missing = error.reason is None and not isinstance(error, NotReadyError)
+        if place is not None and is_missing and target.source != LOCAL:
             error.add_note(_start_command(place[2]) if server_is_installed() else INSTALL_HINT)
         raise
 

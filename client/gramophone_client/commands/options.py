@@ -80,7 +80,7 @@ def add_server(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default=[],
         metavar="KEY=VALUE",
         help="send this with every call; may be repeated. Others on this machine can see it in the list of processes, "
-        "so tokens belong into the file of targets",
+        "so tokens belong in the file of targets",
     )
     group.add_argument(
         "--wait", type=seconds, default=0.0, metavar="SECONDS", help="wait this long until it is ready (default 0)"

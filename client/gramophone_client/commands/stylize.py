@@ -12,8 +12,8 @@ from gramophone_client.commands.local_server import LocalServerError, local_serv
 from gramophone_client.console.display import print_errors
 from gramophone_client.console.outputs import Display, Outputs, UsageError, display
 from gramophone_client.console.recipe_flags import flag, recipe_overrides
-from gramophone_client.console.targets import Target, chosen_target
-from gramophone_client.errors import ConnectionFailedError, GramophoneError
+from gramophone_client.console.targets import LOCAL, Target, chosen_target
+from gramophone_client.errors import ConnectionFailedError, GramophoneError, NotReadyError
 from gramophone_client.streams.recovery import PATIENCE_S
 from gramophone_client.types.options import CheckpointOptions, Style
 from gramophone_client.types.picture import format_of
@@ -32,7 +32,7 @@ def stylize(args: argparse.Namespace) -> None:
         try:
             job.run(target)
         except ConnectionFailedError as error:
-            if job.accepted is not None or target is None or not target.is_built_in or not server_is_installed():
+            if target is None or not job.may_run_locally(target, error):
                 raise
             if not _agrees(target, args):
                 error.add_note("or let the command start one for this job: add --local")
@@ -51,11 +51,15 @@ def stylize(args: argparse.Namespace) -> None:
 
 def _agrees(target: Target, args: argparse.Namespace) -> bool:
     """Asks in a terminal whether to start a server for this job. False elsewhere."""
-    if args.quiet or args.detach or not sys.stdin.isatty() or not sys.stderr.isatty():
+    if args.quiet or not sys.stdin.isatty() or not sys.stderr.isatty():
         return False
     question = f"There is no server at {target.address}. Start one for this job? [Y/n] "
     print(question, end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline()  # not `input`, whose prompt would go to standard output
+    try:
+        answer = sys.stdin.readline()  # not `input`, whose prompt would go to standard output
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # what follows is on a line of its own
+        raise
     return bool(answer) and answer.strip().lower() in ("", "y", "yes")
 
 
@@ -85,7 +89,12 @@ class _Job(Outputs):
                 return
             with local_server(shown.set_status if shown is not None else lambda _: None) as address:
                 # A server that ends does not come back, so there is nothing to be patient for.
-                asyncio.run(self._run(Target(address, "--local"), shown, patience=0.0))
+                asyncio.run(self._run(Target(address, LOCAL), shown, patience=0.0))
+
+    def may_run_locally(self, target: Target, error: ConnectionFailedError) -> bool:
+        """Whether the job, which ended with `error` at `target`, could be run on a server that is started for it."""
+        is_missing = self.accepted is None and error.reason is None and not isinstance(error, NotReadyError)
+        return is_missing and target.is_built_in and not self._not_for_local() and server_is_installed()
 
     async def _run(self, target: Target, shown: Display | None, *, patience: float) -> None:
         args = self.args
@@ -111,10 +120,13 @@ class _Job(Outputs):
             )
             await self.follow(updates, shown)
 
-    def _check_local(self) -> None:
+    def _not_for_local(self) -> list[str]:
         args = self.args
         options = {"--target": args.target, "--metadata": args.metadata, "--wait": args.wait, "--detach": args.detach}
-        if flags := [name for name, value in options.items() if value]:
+        return [name for name, value in options.items() if value]
+
+    def _check_local(self) -> None:
+        if flags := self._not_for_local():
             raise UsageError(
                 f"{', '.join(flags)}: cannot be given with --local, which starts a server for this job alone, waits "
                 "until it is ready, and stops it at the end"

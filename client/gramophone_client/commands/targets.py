@@ -31,7 +31,7 @@ def targets(args: argparse.Namespace) -> None:
         for name in file.targets:
             print(name)
         return
-    used = chosen_target(args)
+    used = chosen_target(args, file)
     if args.json:
         named = {name: _properties(target) for name, target in file.targets.items()}
         used_now = {"source": used.source, "name": used.name or None} | _properties(used)

@@ -26,9 +26,19 @@ from gramophone.values import did_you_mean, shown
 from gramophone_client.console.display import print_errors
 from gramophone_client.console.outputs import UsageError
 
-__all__ = ["BUILT_IN_ADDRESS", "VARIABLES", "Target", "TargetsFile", "chosen_target", "metadata_entry", "targets_path"]
+__all__ = [
+    "BUILT_IN_ADDRESS",
+    "LOCAL",
+    "VARIABLES",
+    "Target",
+    "TargetsFile",
+    "chosen_target",
+    "metadata_entry",
+    "targets_path",
+]
 
 BUILT_IN_ADDRESS = "127.0.0.1:50051"
+BUILT_IN, LOCAL = "built in", "--local"  # sources of a target, beside options, variables and files
 VARIABLES = ("GRAMOPHONE_TARGET", "GRAMOPHONE_SERVER")  # the first that is set wins
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a target; an address has a colon or a dot
 
@@ -38,15 +48,15 @@ class Target:
     """A server, and what is sent to it with every call."""
 
     address: str  # as gRPC takes it
-    source: str = ""  # what chose this target: "--target", "$GRAMOPHONE_TARGET", a file's path, or "built in"
+    source: str  # what chose it: "--target", "$GRAMOPHONE_TARGET", the path of the file, BUILT_IN or LOCAL
     name: str = ""  # in the file of targets; "" if it is an address
     timeout: float | None = None  # seconds for a job, unless --timeout is given
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # its values are secrets
 
     @property
     def is_built_in(self) -> bool:
-        """Whether nobody has chosen a target."""
-        return self.source == "built in"
+        """Whether no target was chosen."""
+        return self.source == BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -110,20 +120,21 @@ def targets_path() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gramophone" / "config.toml"
 
 
-def chosen_target(args: argparse.Namespace) -> Target:
-    """The target of a command. --target wins over the variables, these over the file's default.
-
-    Raises `UsageError` and OSError, if the file is needed and cannot be used.
+def chosen_target(args: argparse.Namespace, file: TargetsFile | None = None) -> Target:
+    """The target of a command. --target wins over the variables, these over the default of the file, which is read only
+    if it is needed and not given. Raises `UsageError` and OSError if it cannot be used then.
     """
     options = {"--target": args.target} | {f"${name}": os.environ.get(name) for name in VARIABLES}
     for source, text in options.items():
         if text:
-            named = NAME.fullmatch(text)
-            target = TargetsFile.read(targets_path()).find(text, source) if named else Target(text, source)
+            if NAME.fullmatch(text):
+                target = (file or TargetsFile.read(targets_path())).find(text, source)
+            else:
+                target = Target(text, source)
             break
     else:
-        file = TargetsFile.read(targets_path())
-        target = file.targets[file.default] if file.default else Target(BUILT_IN_ADDRESS, "built in")
+        file = file or TargetsFile.read(targets_path())
+        target = file.targets[file.default] if file.default else Target(BUILT_IN_ADDRESS, BUILT_IN)
     if not args.metadata:
         return target
     given = {key for key, _ in args.metadata}

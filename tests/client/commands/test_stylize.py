@@ -300,7 +300,7 @@ def test_a_person_at_a_terminal_is_asked(gramophone, nowhere, monkeypatch, answe
     assert ("no connection to a gramophone server" in asked.getvalue()) == (code != 0)
 
 
-@pytest.mark.parametrize("flags", ["--quiet", f"--target {NOWHERE}", "--detach 5"])
+@pytest.mark.parametrize("flags", ["--quiet", f"--target {NOWHERE}", "--detach 5", "--wait 0.1"])
 def test_nobody_is_asked_who_did_not_mean_this_machine_or_wants_silence(gramophone, nowhere, monkeypatch, flags):
     asked = Terminal()
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))

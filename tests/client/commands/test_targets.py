@@ -72,6 +72,14 @@ def test_without_a_file_an_example_is_printed(gramophone, file, monkeypatch):
     assert gramophone("targets --names") == (0, "", [])
 
 
+def test_a_file_that_others_can_read_is_warned_of_once(gramophone, file):
+    write(file)
+    file.chmod(0o644)
+    code, _, err = gramophone("targets")
+    assert (code, len(err)) == (0, 1)
+    assert err[0].endswith(f"chmod 600 {file}")
+
+
 def test_an_example_is_a_file_that_fits(gramophone, file):
     _, out, _ = gramophone("targets")
     file.parent.mkdir(parents=True)
