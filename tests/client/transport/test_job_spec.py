@@ -9,6 +9,9 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Checkpoint, CheckpointOptions, FrameOptions, Style, errors
 from gramophone_client.transport.job_spec import image_bytes, job_spec, update_command, watch_request
 from gramophone_client.types.options import OPTIONS, JobOptions
+from gramophone_server.config import Limits
+from gramophone_server.rpc.validation import check_spec
+from tests.support.engines import FakeEngine
 from tests.support.fake_service import PAINTING, PHOTO, accepted, result
 
 IMAGE_FITS = (
@@ -178,6 +181,55 @@ def test_a_wrong_value_of_options_is_named_with_what_fits(options, argument, pat
         (violation,) = raised.value.violations
         assert str(raised.value) == f"{kind}.{argument}: {violation.description}"
         assert violation.field == f"{prefix}{kind}.{path}" and violation.description.endswith(description)
+
+
+# The same wrong value as an argument, and as a message of a client without these checks.
+WRONG_IN_BOTH = {
+    "spec.recipe.preset": ({"preset": "best"}, lambda s: setattr(s.recipe, "preset", 99)),
+    "spec.recipe.size": ({"size": 8}, lambda s: setattr(s.recipe, "size", 8)),
+    "spec.recipe.beta": ({"beta": -1}, lambda s: setattr(s.recipe, "beta", -1)),
+    "spec.recipe.optimiser": ({"optimiser": "sgd"}, lambda s: setattr(s.recipe, "optimiser", 99)),
+    "spec.recipe.style_layers[0].weight": (
+        {"style_layers": {"relu1_1": -1}},
+        lambda s: s.recipe.style_layers.layers.add(layer="relu1_1", weight=-1),
+    ),
+    "spec.recipe.content_layers": ({"content_layers": []}, lambda s: s.recipe.content_layers.SetInParent()),
+    "spec.styles[0].weight": ({"styles": Style(PAINTING, 0)}, lambda s: setattr(s.styles[0], "weight", 0)),
+    "spec.styles": ({"styles": []}, lambda s: s.ClearField("styles")),
+    "spec.frames.every_iterations": (
+        {"frames": FrameOptions(every_iterations=-1)},
+        lambda s: setattr(s.frames, "every_iterations", -1),
+    ),
+    "spec.frames.min_interval": (
+        {"frames": FrameOptions(min_interval_s=3601)},
+        lambda s: setattr(s.frames.min_interval, "seconds", 3601),
+    ),
+    "spec.frames.max_side": ({"frames": FrameOptions(max_side=8)}, lambda s: setattr(s.frames, "max_side", 8)),
+    "spec.frames.format": ({"frames": FrameOptions(format="gif")}, lambda s: setattr(s.frames, "format", 99)),
+    "spec.frames.quality": ({"frames": FrameOptions(quality=101)}, lambda s: setattr(s.frames, "quality", 101)),
+    "spec.frames.max_in_flight": (
+        {"frames": FrameOptions(max_in_flight=17)},
+        lambda s: setattr(s.frames, "max_in_flight", 17),
+    ),
+    "spec.checkpoints.min_interval": (
+        {"checkpoints": CheckpointOptions(every_s=3601)},
+        lambda s: setattr(s.checkpoints.min_interval, "seconds", 3601),
+    ),
+    "spec.detach_grace": ({"detach_grace": -1}, lambda s: setattr(s.detach_grace, "seconds", -1)),
+    "spec.result_format": ({"result_format": "gif"}, lambda s: setattr(s, "result_format", 99)),
+    "spec.result_quality": ({"result_quality": 101}, lambda s: setattr(s, "result_quality", 101)),
+}
+
+
+@pytest.mark.parametrize("path", WRONG_IN_BOTH)
+def test_paths_are_those_of_the_server(path):
+    wrong, spoil = WRONG_IN_BOTH[path]
+    spec = job_spec(PHOTO, PAINTING)
+    spoil(spec)
+    assert [violation.field for violation in check_spec(spec, Limits(), FakeEngine.layers)][:1] == [path]
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        job_spec(PHOTO, **{"styles": PAINTING} | wrong)
+    assert [violation.field for violation in raised.value.violations] == [path]
 
 
 def watch(job_id, after_sequence=0, **options):
