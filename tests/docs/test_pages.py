@@ -16,7 +16,7 @@ import gramophone_client
 from gramophone.recipe import RecipeOverrides
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import GramophoneClient, errors
-from gramophone_client.commands.parser import command_line
+from gramophone_client.commands.parser import CommandLine
 from gramophone_client.types.options import JobOptions
 from gramophone_server import config
 
@@ -28,7 +28,7 @@ PAGES = [
     if path.name not in GENERATED
 ]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^ *(?:if ! )?(?:\.venv/bin/)?(gramophone(?:-server)?) ([^;\n]*)", re.MULTILINE)
+COMMAND = re.compile(r"^ *(?:if ! )?(?:\.venv/bin/)?(gramophone(?:-server)?) ([^;>\n]*)", re.MULTILINE)
 MAX_README_LINES = 130
 CLIENT_METHODS = {name: value for name, value in vars(GramophoneClient).items() if inspect.isfunction(value)}
 JOB_OPTIONS = JobOptions.__annotations__.keys() | RecipeOverrides.__annotations__.keys()
@@ -93,7 +93,7 @@ def test_commands_are_those_of_the_parser(page: str) -> None:
         for program, line in found:
             words = shlex.split(line, comments=True)
             if program == "gramophone" and "--help" not in words:
-                command_line().parse_args(words)
+                CommandLine().parse(words)
             elif program == "gramophone-server" and "--help" not in words:
                 config.load(words, {})
 

@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 from docs_site import GENERATORS, replace_markers
+from docs_site.command_line import described
 from docs_site.docstrings import described_fields, examples_marked, field_comments, linked, written_signature
 from docs_site.proto import Proto, messages, rpcs
 from docs_site.settings import number, prose
@@ -150,6 +151,13 @@ def test_the_reference_of_a_service_has_its_rpcs() -> None:
     assert "(proto-runjob-rpc)=\n## RunJob\n" in described
     assert "rpc RunJob(JobSpec) returns (stream JobSpec)" in described
     assert "Runs a [`JobSpec`](#proto-jobspec)." in described
+
+
+def test_descriptions_of_commands_keep_indented_parts() -> None:
+    prose, codes, last = described("Follow `gramophone stylize --detach`\nto its end.\n\ncodes:\n  0  done\n\nMore.")
+    assert [type(child).__name__ for child in prose.children] == ["Text", "literal", "Text"]
+    assert codes.astext() == "codes:\n  0  done" and codes.tagname == "literal_block"
+    assert last.astext() == "More."
 
 
 def test_markers_are_replaced_and_unknown_ones_are_errors() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from docs_site import docstrings, errors, proto, recipe, settings
+from docs_site import command_line, docstrings, errors, proto, recipe, settings
 
 __all__ = ["GENERATORS", "MARKER", "replace_markers", "setup"]
 
@@ -42,5 +42,6 @@ def _on_source_read(app: Sphinx, document: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("source-read", _on_source_read)
+    command_line.connect(app)
     docstrings.connect(app)
     return {"parallel_read_safe": True}
