@@ -16,7 +16,7 @@ import gramophone_client
 from gramophone.recipe import RecipeOverrides
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import GramophoneClient, errors
-from gramophone_client.commands.parser import CommandLine
+from gramophone_client.commands.parser import parse
 from gramophone_client.types.options import JobOptions
 from gramophone_server import config
 
@@ -93,7 +93,7 @@ def test_commands_are_those_of_the_parser(page: str) -> None:
         for program, line in found:
             words = shlex.split(line, comments=True)
             if program == "gramophone" and "--help" not in words:
-                CommandLine().parse(words)
+                parse(words)
             elif program == "gramophone-server" and "--help" not in words:
                 config.load(words, {})
 

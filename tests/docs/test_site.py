@@ -19,7 +19,7 @@ from sphinx.util.inventory import InventoryFile
 import gramophone_client
 from gramophone.recipe import PRESETS, Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.commands.parser import CommandLine
+from gramophone_client.commands.parser import command_line
 from gramophone_server.config import Limits, Settings, env_variable
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_every_field_of_a_recipe_is_in_the_reference_with_its_range(site: Path) 
 
 def test_every_command_and_flag_is_in_the_reference(site: Path) -> None:
     described = text(site, "reference/command-line.html")
-    parser = CommandLine().parser
+    parser = command_line()
     help_texts = [parser.format_help()]
     (commands,) = [action.choices for action in vars(parser)["_actions"] if isinstance(action.choices, dict)]
     for name, command in commands.items():

@@ -1,21 +1,13 @@
-"""The reference of `gramophone`: its parser as sphinx-argparse-cli asks for it, and names in the texts of the help."""
+"""The reference of the command line, as sphinx-argparse-cli makes it: the format of its descriptions."""
 
 from __future__ import annotations
 
-import argparse
 import re
 
 from docutils import nodes  # type: ignore[import-untyped]
 from sphinx.application import Sphinx
 
-from gramophone_client.commands.parser import CommandLine
-
-__all__ = ["command_line", "connect", "described"]
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    return CommandLine().parser
+__all__ = ["connect", "described"]
 
 
 def connect(app: Sphinx) -> None:
