@@ -21,11 +21,15 @@ from gramophone_client.types.options import JobOptions
 from gramophone_server import config
 
 ROOT = Path(__file__).parents[2]
-GENERATED = {"results.md", "changelog.md"}  # include a page of another folder, which has links of its own
+INCLUDING = {
+    "results.md",
+    "changelog.md",
+    "contributing.md",
+}  # include a page of another folder, which has links of its own
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    if path.name not in GENERATED
+    if path.name not in INCLUDING
 ]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^ *(?:if ! )?(?:\.venv/bin/)?(gramophone(?:-server)?) ([^;>\n]*)", re.MULTILINE)
