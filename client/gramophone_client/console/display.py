@@ -12,7 +12,7 @@ from typing import Self, TextIO
 from PIL import Image
 from rich.cells import cell_len
 from rich.color import Color
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
@@ -29,6 +29,7 @@ LINES_EVERY_S = 2.0
 REFRESHES_PER_S = 5
 BAR_COLUMNS = (8, 40)  # fewest, most
 CURSOR_LINES = 1  # below a live display
+ECHO_COLUMNS = 2  # behind a progress line: where a terminal writes ^C; in a new line, it would move the display
 
 
 def print_errors(*lines: str) -> None:
@@ -85,7 +86,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """One line that changes in place, and with `preview` the intermediate picture above it.
+    """The job's id and a line that changes, in place, and with `preview` the intermediate picture above them.
 
     It fits the width and the colours of the terminal, also after they change.
     """
@@ -95,6 +96,7 @@ class LiveDisplay:
         self._preview = preview
         self._picture: HalfBlocks | None = None
         self._status = "waiting for the server"
+        self._job = ""  # its id, which stays on the screen for `gramophone watch`
         self._progress: Progress | None = None
         self._iteration: int | None = None  # the last one shown; None before `Accepted`
         self._live = Live(console=console, get_renderable=self.renderable, refresh_per_second=REFRESHES_PER_S)
@@ -114,10 +116,11 @@ class LiveDisplay:
         """Shows the update at the next refresh."""
         match update:
             case Accepted():
-                # Permanent, so that the job's id is there for `gramophone watch` after the end, too.
                 job, details = _accepted(update, self._iteration)
+                if self._iteration is not None:
+                    self.print_line(job)
+                self._job = f"job {update.job_id}"
                 self.set_status(details)
-                self.print_line(job)
                 self._iteration = update.resumed_at
             case Waiting():
                 self.set_status(_waiting(update))
@@ -142,7 +145,8 @@ class LiveDisplay:
     def renderable(self) -> RenderableType:
         """What the display shows at the next refresh."""
         status = _ProgressLine(self._progress) if self._progress is not None else Text(self._status, overflow="fold")
-        return status if self._picture is None else _Screen(self._picture, status)
+        lines = Group(Text(self._job, overflow="fold"), status) if self._job else status
+        return lines if self._picture is None else _Screen(self._picture, lines)
 
     def _set_picture(self, picture: Picture) -> None:
         if self._preview:
@@ -150,16 +154,16 @@ class LiveDisplay:
 
 
 class _Screen:
-    """A picture, and below it a status with as many lines as it needs."""
+    """A picture, and below it the other lines, as many as they need."""
 
-    def __init__(self, picture: HalfBlocks, status: RenderableType) -> None:
+    def __init__(self, picture: HalfBlocks, lines: RenderableType) -> None:
         self._picture = picture
-        self._status = status
+        self._lines = lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = len(console.render_lines(self._status, options))
-        yield from console.render(self._picture, options.update_height(console.size.height - lines - CURSOR_LINES))
-        yield self._status
+        rows = console.size.height - len(console.render_lines(self._lines, options)) - CURSOR_LINES
+        yield from console.render(self._picture, options.update_height(rows))
+        yield self._lines
 
 
 class _ProgressLine:
@@ -171,11 +175,12 @@ class _ProgressLine:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts = dict(_progress(self._progress))
         shown = list(parts)
-        while len(shown) > 1 and cell_len(self._line(shown)) > options.max_width:
+        room = options.max_width - ECHO_COLUMNS
+        while len(shown) > 1 and cell_len(self._line(shown)) > room:
             shown.remove(max(shown, key=lambda part: parts[part]))
         text = Text(self._line(shown), no_wrap=True, overflow="ellipsis")
         fewest, most = BAR_COLUMNS
-        columns = min(most, options.max_width - text.cell_len - 2)
+        columns = min(most, room - text.cell_len - 2)
         line = Table.grid(padding=(0, 2, 0, 0))
         if columns >= fewest:
             bar = ProgressBar(self._progress.iterations, self._progress.iteration, width=columns)

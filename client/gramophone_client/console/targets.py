@@ -207,4 +207,5 @@ def _key_problem(key: str) -> str:
 def _value_problem(value: Any) -> str:
     if not isinstance(value, str):
         return "must be a text"
-    return "" if re.fullmatch(r"[ -~]*", value) else "must be printable ASCII"
+    fits = value.strip(" ") == value and re.fullmatch(r"[ -~]*", value)  # gRPC drops spaces at the ends
+    return "" if fits else "must be printable ASCII without spaces at the ends"

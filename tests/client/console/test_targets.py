@@ -139,7 +139,8 @@ def test_a_file_that_the_variable_names_must_exist(tmp_path, file):
                 ('grpc-timeout = "s3cret"', "grpc-timeout: must not start with grpc-, which gRPC uses itself"),
                 ('token-bin = "s3cret"', "token-bin: must not end in -bin, because its values would be bytes"),
                 ("token = 3", "token: must be a text"),
-                ('token = "s3cret\\n"', "token: must be printable ASCII"),
+                ('token = "s3cret\\n"', "token: must be printable ASCII without spaces at the ends"),
+                ('token = "s3cret "', "token: must be printable ASCII without spaces at the ends"),
             )
         ),
     ],
