@@ -27,7 +27,7 @@ SERVER = "gramophone_server"
 INSTALL_HINT = "the server is not installed in this Python; install it with `make install` in a clone of gramophone"
 COMMAND = (sys.executable, "-m", f"{SERVER}.main", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1")
 REFRESH_S = 0.2
-ENDED_WITHIN_S = 2.0
+ENDED_WITHIN_S = 2.0  # a server whose connection was lost, if it has ended
 STOP_WITHIN_S = 40.0  # longer than the server's own drain
 LOG_LINES = 10  # that are printed of a server that failed
 

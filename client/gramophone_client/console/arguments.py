@@ -115,16 +115,13 @@ def complete(argument: argparse.Action, candidates: Mapping[str, Any]) -> None:
     argument.complete = candidates  # type: ignore[attr-defined]  # shtab looks there
 
 
-def one_of(choices: Collection[str], others: Mapping[str, str] | None = None) -> Callable[[str], str]:
-    """Makes an argument type: one of some words. Give `choices` to the argument, too, for its help.
-
-    `others` are the words of other programs, as in `nearest`.
-    """
+def one_of(choices: Collection[str]) -> Callable[[str], str]:
+    """Makes an argument type: one of some words. Give `choices` to the argument, too, for its help."""
 
     def choice(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(
-                f"expected one of {', '.join(choices)}, got {shown(text)}{did_you_mean(text, choices, others or {})}"
+                f"expected one of {', '.join(choices)}, got {shown(text)}{did_you_mean(text, choices, {})}"
             )
         return text
 
