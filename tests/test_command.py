@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gramophone_server import command
-from tests.support.processes import Process, Server
+from tests.support.processes import Process, Server, environment
 
 
 def run(monkeypatch, *arguments):
@@ -69,10 +69,9 @@ def test_a_server_stops_at_the_end_of_standard_input_if_set(tmp_path):
 
 
 def test_standard_input_is_a_pipe_from_the_program_that_started_the_server(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRAMOPHONE_")}
     words = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--engine", "fake", "--stop-at-eof"]
     with subprocess.Popen(
-        words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        words, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
         assert server.stdout.readline().startswith("listening on ")
         assert server.stdout.readline().startswith("ready in ")

@@ -22,6 +22,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.telemetry.metrics import SERVICE
 from tests.bad_input.inputs import JOB_ID, Input, request
+from tests.support.processes import environment
 
 SLOW_S = 2.0  # for each image of a call; a slower call is repeated
 MAX_REPEATS = 2
@@ -279,7 +280,9 @@ async def running_server(log_path: str) -> AsyncIterator[ServerUnderTest]:
     limits = (part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value)))
     command = (sys.executable, "-m", "gramophone_server.main", *FLAGS, *limits)
     with open(log_path, "w") as log:  # noqa: ASYNC230 - the event loop has nothing else to do yet
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment()
+        )
     assert process.stdout is not None
     try:
         address = (await process.stdout.readline()).decode().split()[-1]

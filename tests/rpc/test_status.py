@@ -57,7 +57,12 @@ def test_details_stay_within_4_kib(count, length):
     assert len(got.message) <= 400
 
 
-@pytest.mark.parametrize("name", RAISED)
+def test_every_exception_has_a_code_and_an_example():
+    assert status.CODES.keys() == set(RAISED.values()), "CODES of rpc/status.py has the code of each exception"
+    assert EXAMPLES.keys() == RAISED.keys(), "EXAMPLES, above, has one of each exception"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 async def test_every_exception_has_its_code_reason_and_details(name):
     error = EXAMPLES[name]
     code, reason = status.CODES[RAISED[name]]
@@ -88,7 +93,7 @@ async def test_every_exception_has_its_code_reason_and_details(name):
                 "TooManyWatchers": -1,
             }.get(name),
         )
-        for name in RAISED
+        for name in EXAMPLES
     ],
 )
 def test_retry_pushback_is_a_delay_or_never(name, least):

@@ -25,22 +25,25 @@ PAINTING = ROOT / "examples" / "styles" / "woodcut.jpg"
 WITHIN_S = 60.0  # the limit of each wait; a server is ready after 2 s, and a small job takes less
 
 
+def environment() -> dict[str, str]:
+    """Without settings of a server or a client, and with the packages of this checkout, which need not be installed."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GRAMOPHONE_")}
+    own["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client", "."))
+    own["GRAMOPHONE_CONFIG"] = os.devnull  # no named targets
+    return own
+
+
 class Process:
     """A Python program of this checkout, with both of its outputs. It is killed at the end of the block."""
 
     def __init__(self, *command: str | Path, cwd: Path, **settings: str) -> None:
-        # The environment may have settings of a server, and this checkout need not be installed.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("GRAMOPHONE_")}
-        env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proto", "server", "client", "."))
-        env["GRAMOPHONE_CONFIG"] = os.devnull  # no named targets
-        env |= settings
         self.command = tuple(str(word) for word in command)
         self.output = ""
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, *self.command],
             cwd=cwd,
-            env=env,
+            env=environment() | settings,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
