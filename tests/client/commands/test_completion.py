@@ -104,10 +104,17 @@ class ZshTerminal:
         functions = folder.parent / "functions"
         functions.mkdir()
         script("zsh", functions / "_gramophone", environment)
-        self._pid, self._terminal = pty.fork()
-        if self._pid == 0:
-            os.chdir(folder)
-            os.execvpe("zsh", ["zsh", "-f", "-i"], environment | {"COLUMNS": "200"})
+        self._terminal, theirs = pty.openpty()
+        self._shell = subprocess.Popen(
+            ["zsh", "-f", "-i"],
+            cwd=folder,
+            env=environment,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
         # The whole list below the line, without a question, whatever its length.
         self._type(
             f"PS1='> '; stty columns 200; fpath=({functions} $fpath); LISTMAX=0; zstyle ':completion:*' menu no\n"
@@ -119,9 +126,9 @@ class ZshTerminal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.kill(self._pid, 9)
+        self._shell.kill()
+        self._shell.wait()
         os.close(self._terminal)
-        os.waitpid(self._pid, 0)
 
     def complete(self, line: str) -> Sequence[str]:
         """All words on the screen after the keys TAB and ^D, which lists; the line's own words among them."""
