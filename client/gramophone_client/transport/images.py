@@ -45,7 +45,7 @@ def check_image(image: Any) -> None:
     else:
         hint = ""
         if type(image).__module__.partition(".")[0] == "torch":
-            hint = "; convert it: (tensor.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()"
+            hint = _tensor_conversion(image)
         elif hasattr(image, "__array__"):
             hint = "; convert it: numpy.asarray(...)"
         elif isinstance(image, Picture | Frame | Result):
@@ -136,13 +136,26 @@ def _check_array(array: Any) -> None:
     raise MisfitError(f"{ARRAY_FITS}, got {dtype} of shape {shape}{_conversion(shape, kind)}")
 
 
-def _conversion(shape: tuple[int, ...], kind: str) -> str:
-    """The end of an error with the expression that makes an image of an array; "" if none is known to."""
+def _tensor_conversion(tensor: Any) -> str:
+    """The same as `_conversion`, for a tensor of torch."""
+    if not hasattr(tensor, "shape"):
+        return ""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if "float" in dtype:  # numpy has no bfloat16
+        return _conversion(tuple(tensor.shape), "f4", "tensor.detach().float().cpu().numpy()")
+    kind = {"uint8": "u1", "bool": "b1"}.get(dtype, "i8")
+    return _conversion(tuple(tensor.shape), kind, "tensor.cpu().numpy()")
+
+
+def _conversion(shape: tuple[int, ...], kind: str, pixels: str = "array") -> str:
+    """The end of an error with the expression that makes an image of an array; "" if none is known to.
+
+    `pixels` is how the array is written there.
+    """
     if kind == "u1" and len(shape) == 1 and shape[0]:
-        return "; if these are the bytes of an image file, give array.tobytes()"
-    pixels = "array"
+        return f"; if these are the bytes of an image file, give {pixels}.tobytes()"
     if len(shape) == 4 and shape[0] == 1:
-        pixels, shape = "array[0]", shape[1:]
+        pixels, shape = f"{pixels}[0]", shape[1:]
     if len(shape) == 3 and shape[2] not in MODES and shape[0] in MODES:
         pixels, shape = f"{pixels}.transpose(1, 2, 0)", (*shape[1:], shape[0])
     if not all(shape) or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in MODES):

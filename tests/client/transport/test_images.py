@@ -196,13 +196,19 @@ def test_the_bytes_of_a_file_in_an_array_have_a_hint():
         check_image(np.frombuffer(PHOTO, np.uint8))
 
 
-def test_a_tensor_is_refused_with_a_conversion_that_works():
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "uint8", "int64"])
+@pytest.mark.parametrize("axes", ["HWC", "CHW", "NCHW", "NHWC"])
+def test_a_tensor_is_refused_with_a_conversion_that_works(dtype, axes):
+    dtype = getattr(torch, dtype)
     array = RNG.integers(0, 256, (18, 24, 3), dtype=np.uint8)
-    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
-    with pytest.raises(MisfitError, match=r"got a torch.Tensor of shape \(3, 18, 24\); convert it: ") as raised:
+    tensor = torch.from_numpy(array).permute(2, 0, 1) if "CH" in axes else torch.from_numpy(array)
+    tensor = (tensor / 255 if dtype.is_floating_point else tensor).to(dtype)
+    tensor = tensor[None] if "N" in axes else tensor
+    tensor = tensor.requires_grad_() if dtype.is_floating_point else tensor
+    with pytest.raises(MisfitError, match=r"got a torch\.Tensor of shape .*convert it: ") as raised:
         check_image(tensor)
     given = eval(str(raised.value).partition("convert it: ")[2])
-    assert np.abs(decoded(image_bytes(given)).astype(int) - array).max() <= 1  # byte() cuts off
+    assert np.abs(decoded(image_bytes(given)).astype(int) - array).max() <= (1 if dtype is torch.bfloat16 else 0)
 
 
 # PIL images -----------------------------------------------------------------------------------------------------------
