@@ -7,7 +7,7 @@ OPS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h) examples/cpp/stylize.cpp
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel image clean
+.PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel release-check image clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -105,6 +105,9 @@ serve: install ## run the server on its default port
 wheel: install ## build dist/gramophone-*.whl with the ops compiled for this Python and torch
 	rm -rf build/lib* # setuptools keeps deleted modules there and would pack them
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+
+release-check: install ## build sdist and wheels, install them in empty environments, run a job there; needs a network, 3 minutes
+	PYTHONPATH=tools $(BIN)/python -m release_check
 
 image: ## build a container image; DEVICE=cuda for a GPU
 	docker build --build-arg DEVICE=$(or $(DEVICE),cpu) -t gramophone .

