@@ -106,7 +106,7 @@ wheel: install ## build dist/gramophone-*.whl with the ops compiled for this Pyt
 	rm -rf build/lib* # setuptools keeps deleted modules there and would pack them
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
-release-check: install ## build sdist and wheels, install them in empty environments, run a job there; needs a network, 3 minutes
+release-check: install ## build sdist and wheels, install them in empty environments, run a job there; needs a network, five minutes
 	PYTHONPATH=tools $(BIN)/python -m release_check
 
 image: ## build a container image; DEVICE=cuda for a GPU

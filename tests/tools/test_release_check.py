@@ -14,6 +14,7 @@ from release_check import building, changelog, contents, environment, metadata, 
 from tests.support.processes import Server
 
 TODAY = date(2026, 11, 28)
+FILES = building.listed()
 RELEASED = changelog.released((building.ROOT / "CHANGELOG.md").read_text())[0].version
 
 
@@ -55,10 +56,10 @@ def test_a_change_log_without_a_release_ends_the_check() -> None:
 
 def make_wheel(path: Path, *names: str, without: str = "", metadata: str = "") -> Path:
     """A wheel with the files of the client, without one and with others."""
-    folders = {name.partition("/")[2] for name in building.listed("proto", "client") if name.endswith(contents.PACKED)}
+    modules = contents.modules_of(FILES, contents.CLIENT)
     info = {f"gramophone-1.0.dist-info/{name}" for name in contents.DIST_INFO}
     with zipfile.ZipFile(path, "w") as wheel:
-        for name in folders | info | set(names):
+        for name in modules | info | set(names):
             if name != without:
                 wheel.writestr(name, metadata if name.endswith("/METADATA") else "")
     return path
@@ -78,15 +79,16 @@ def make_wheel(path: Path, *names: str, without: str = "", metadata: str = "") -
 def test_files_of_a_wheel_that_do_not_belong_there_are_named(
     tmp_path: Path, name: str, more: list[str], without: str, problem: str | None
 ) -> None:
-    found = contents.wheel_problems(make_wheel(tmp_path / name, *more, without=without), server=False)
+    found = contents.wheel_problems(make_wheel(tmp_path / name, *more, without=without), FILES, server=False)
     assert not found if problem is None else [each for each in found if problem in each] == found != []
 
 
 def test_tests_in_an_sdist_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        for name in {*building.listed("csrc", *contents.SERVER), *contents.IN_SDIST, "PKG-INFO", "tests/test_a.py"}:
+        for name in {"proto/a.py", "csrc/a.h", *building.ROOT_FILES, "PKG-INFO", "tests/test_a.py"}:
             archive.addfile(tarfile.TarInfo(f"gramophone-1.0/{name}"), io.BytesIO())
-    assert contents.sdist_problems(tmp_path / "a.tar.gz") == ["has tests/test_a.py, which does not belong there"]
+    files = ["proto/a.py", "csrc/a.h", "tools/a.py"]
+    assert contents.sdist_problems(tmp_path / "a.tar.gz", files) == ["has tests/test_a.py, which does not belong there"]
 
 
 # Metadata -------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_a_build_that_fails_ends_the_check_with_its_output() -> None:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return building.sdist(tmp_path_factory.mktemp("sdist"))
+    return building.sdist(FILES, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +143,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_sdist_and_the_wheel_of_the_client_have_their_files(sdist: Path, wheel: Path) -> None:
-    assert contents.sdist_problems(sdist) == []
-    assert contents.wheel_problems(wheel, server=False) == []
+    assert contents.sdist_problems(sdist, FILES) == []
+    assert contents.wheel_problems(wheel, FILES, server=False) == []
 
 
 def test_the_metadata_of_the_client_can_be_shown(wheel: Path) -> None:

@@ -125,7 +125,8 @@ def compile_ops(python: Path, folder: Path) -> Path:
         copy = SCRATCH / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
-    for name in ("CHANGELOG.md", "proto", "client", "server"):  # setup.py reads the version and finds the packages
+    # setup.py reads the version and the description, and finds the packages.
+    for name in ("CHANGELOG.md", "README.md", "proto", "client", "server"):
         if not (SCRATCH / name).exists():
             (SCRATCH / name).symlink_to(ROOT / name)
     settings = {"GRAMOPHONE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}

@@ -50,14 +50,15 @@ def check(folder: Path) -> list[str]:
     text = (ROOT / "CHANGELOG.md").read_text()
     run("change log", lambda: changelog.problems(text, date.today()))
     version = changelog.released(text)[0].version
-    print(f"  version {version}; {changelog.unreleased(text)} entries below it are not released yet")
+    print(f"  version {version}; [Unreleased] has {changelog.unreleased(text)} entries, which are not in it")
 
-    sdist = building.sdist(folder / "sdist")
-    run("files of the sdist", lambda: contents.sdist_problems(sdist))
+    files = building.listed()
+    sdist = building.sdist(files, folder / "sdist")
+    run("files of the sdist", lambda: contents.sdist_problems(sdist, files))
     client = building.wheel(sdist, folder / "client", client_only=True)
-    run("files of the client's wheel", lambda: contents.wheel_problems(client, server=False))
+    run("files of the client's wheel", lambda: contents.wheel_problems(client, files, server=False))
     server = building.wheel(sdist, folder / "server", client_only=False)
-    run("files of the server's wheel", lambda: contents.wheel_problems(server, server=True))
+    run("files of the server's wheel", lambda: contents.wheel_problems(server, files, server=True))
 
     run("metadata", lambda: metadata.problems([client, server], version))
     run("twine check", lambda: metadata.twine_problems([sdist, client, server], folder / "twine"))

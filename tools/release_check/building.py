@@ -1,4 +1,4 @@
-"""Builds the sdist from a copy of what git has, and wheels from the sdist."""
+"""Builds the sdist from a copy of the sources, and wheels from the sdist."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+ROOT_FILES = ("LICENSE", "CHANGELOG.md", "MANIFEST.in", "README.md", "constraints.txt", "pyproject.toml", "setup.py")
 SOURCES = ("proto", "client", "server", "csrc", "tests")  # tests, because setuptools would pack some of them
 # The backend of pyproject.toml, with the packages of this environment.
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 
-def sdist(folder: Path) -> Path:
-    """The path of a new sdist."""
+def sdist(files: Collection[str], folder: Path) -> Path:
+    """The path of a new sdist of these files of the checkout."""
     copy = folder / "source"
-    copy_sources(copy)
+    copy_sources(files, copy)
     run("building the sdist", [sys.executable, "-c", BUILD_SDIST, str(folder)], cwd=copy)
     (built,) = folder.glob("*.tar.gz")
     return built
@@ -40,19 +41,18 @@ def wheel(sdist: Path, folder: Path, *, client_only: bool) -> Path:
     return built
 
 
-def copy_sources(to: Path) -> None:
-    """Copies the files that git knows or would add: neither builds nor caches of this checkout."""
-    for name in listed():
-        if name.partition("/")[0] in SOURCES or "/" not in name:
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
+def copy_sources(files: Collection[str], to: Path) -> None:
+    """Copies files of the checkout."""
+    for name in files:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, to / name)
 
 
-def listed(*folders: str) -> set[str]:
-    """The names of the files in these folders, or everywhere, that git knows or would add."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    return {name for name in names if name and (ROOT / name).is_file()}
+def listed() -> set[str]:
+    """The names of the files that a build could read: neither builds nor caches of this checkout."""
+    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file()]
+    names = {path.relative_to(ROOT).as_posix() for path in paths if path.suffix not in (".so", ".pyc")}
+    return {name for name in names if "/." not in name and ".egg-info/" not in name} | set(ROOT_FILES)
 
 
 def run(name: str, command: Sequence[str], settings: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
