@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import re
 import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc._cython import cygrpc
 
 from gramophone_server import main
@@ -49,6 +51,14 @@ def test_grpc_knows_every_option_that_is_set() -> None:
     unknown = {name: str(path.relative_to(ROOT)) for name, path in used.items() if not is_known(name)}
     assert not unknown
     assert not is_known(UNKNOWN)
+
+
+def test_node_knows_every_option_that_its_client_sets() -> None:
+    known = ROOT / "examples/node/node_modules/@grpc/grpc-js/build/src/channel-options.js"
+    if not known.exists():
+        pytest.skip("the packages of Node.js are not installed: make other-clients")
+    used = re.findall(r"'(grpc\.[\w.]+)':", (ROOT / "examples/node/stylize.mjs").read_text())
+    assert used and [name for name in used if f"'{name}'" not in known.read_text()] == []
 
 
 @contextlib.asynccontextmanager

@@ -22,7 +22,7 @@ from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from tests.support.processes import PHOTO, ROOT, Server
+from tests.support.processes import PHOTO, ROOT, WITHIN_S, Server
 
 NODE_CLIENT = ROOT / "examples" / "node" / "stylize.mjs"
 K6_SCRIPT = ROOT / "benchmarks" / "k6" / "stylize_stream.js"
@@ -145,10 +145,10 @@ def wait_for_running_jobs(server: Server, expected: int) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Waits until a condition holds, for at most 20 s."""
-    end = time.monotonic() + 20
+    """Waits until a condition holds, for at most `WITHIN_S`."""
+    end = time.monotonic() + WITHIN_S
     while not condition():
-        assert time.monotonic() < end, "the condition did not become true"
+        assert time.monotonic() < end, f"the condition did not become true within {WITHIN_S:g} s"
         time.sleep(0.05)
 
 
@@ -247,6 +247,20 @@ def test_ctrl_c_cancels_the_job_of_a_compiled_client(client: Path, server: Serve
             process.kill()
     wait_for_running_jobs(server, 0)
     assert not out.exists()
+
+
+def test_without_apt_and_compilers_the_missing_packages_are_listed(tmp_path: Path) -> None:
+    make = shutil.which("make")
+    assert make is not None
+    for name in ("id", "ls"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    command = [make, "-C", ROOT / "examples", "packages", "clients", f"OUT={tmp_path}"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    listed = done.stderr
+    assert "not installed; the clients in Go, Java and C++ need these packages of Debian: protobuf-compiler" in listed
+    for language, package in {"go": "golang-go", "java": "libgrpc-java", "cpp": r"libgrpc\+\+-dev"}.items():
+        assert re.search(rf"^no client in {language}: packages are missing \(.*{package}", listed, re.MULTILINE)
 
 
 @needs_k6

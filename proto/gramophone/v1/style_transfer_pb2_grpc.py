@@ -33,6 +33,10 @@ class StyleTransferServiceStub:
     or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
+
+    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
+    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
+    call is open.
     """
 
     def __init__(self, channel):
@@ -96,6 +100,10 @@ class StyleTransferServiceServicer:
     or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
+
+    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
+    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
+    call is open.
     """
 
     def Stylize(self, request, context):
@@ -249,6 +257,10 @@ class StyleTransferService:
     or after JobSpec.detach_grace. Until then, and for a while after its end, WatchJob, GetJob and CancelJob find it by
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
+
+    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
+    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
+    call is open.
     """
 
     @staticmethod
