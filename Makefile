@@ -7,7 +7,7 @@ OPS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 CPP := $(OPS) $(wildcard tests/emulator/*.cpp tests/emulator/*.h) examples/cpp/stylize.cpp
 SOURCES := setup.py pyproject.toml constraints.txt $(OPS)
 
-.PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto gallery bench bench-load chaos soak serve wheel release-check image clean
+.PHONY: help install demo test lint fix docs fuzz cuda-build gpu-check gpu-bundle gpu-rehearsal other-clients proto sync-client gallery bench bench-load chaos soak serve wheel release-check image clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -75,6 +75,9 @@ other-clients: install ## install or build what tests with other clients need: N
 proto: install ## generate the stubs from the proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
 	  gramophone/v1/style_transfer.proto
+
+sync-client: install ## generate the synchronous client from the asynchronous one
+	$(BIN)/python tools/sync_client.py
 
 gallery: install ## make examples/gallery.jpg, a contact sheet of all presets
 	$(BIN)/python examples/gallery.py

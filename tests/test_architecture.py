@@ -12,20 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 SERVER = ROOT / "server" / "gramophone_server"
+CLIENT = ROOT / "client" / "gramophone_client"
 PATHS = sorted(set(re.findall(r"(?<![\w./])(?:[\w-]+/)+(?:[\w-]+\.(?:py|cpp|toml)|(?![\w<.]))", PAGE)))
 MEMBERS = sorted(set(re.findall(r"\b([A-Z]\w+)\.([A-Za-z_]\w*)", PAGE)))
 WORDS = sorted(set(re.findall(r"`([A-Za-z_]\w+)`", PAGE)))
-LAYERS = re.search(r'containers = \["gramophone_server"\]\s*layers = \[(.*?)\]', (ROOT / "pyproject.toml").read_text())
-
 
 PLACED = [line for line in PAGE.splitlines() if re.search(r"^    .*[a-z]\w+\(?.*  +.*\b\w+/\w+\.py", line)]
 
 
 def definitions() -> tuple[dict[str, set[str]], set[str]]:
-    """The members of each class of the server, and all names that its modules define."""
+    """The members of each class of the server and the client, and all names that their modules define."""
     members: dict[str, set[str]] = defaultdict(set)
     names: set[str] = set()
-    for path in SERVER.rglob("*.py"):
+    for path in (*SERVER.rglob("*.py"), *CLIENT.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.ClassDef():
@@ -71,12 +70,16 @@ def test_what_stands_beside_a_path_is_defined_there(line: str) -> None:
 
 @pytest.mark.parametrize("word", WORDS)
 def test_names_exist(word: str) -> None:
-    rpcs = CLASSES["Servicer"]
-    assert word in NAMES | rpcs | {path.name for path in SERVER.iterdir()} | {"main", "detach_grace"}, word
+    others = {"main", "detach_grace", "gramophone", *(path.name for path in SERVER.iterdir())}
+    assert word in NAMES | CLASSES["Servicer"] | others, word
 
 
-def test_the_rooms_are_those_of_the_contract() -> None:
-    assert LAYERS is not None
-    contract = [room for layer in re.findall(r'"([^"]+)"', LAYERS[1]) for room in layer.split(" | ")]
-    block = PAGE.split("## The server's rooms")[1].split("Two further contracts")[0]
-    assert re.findall(r"^    (?:  \| )?(\w+)  ", block, re.MULTILINE) == contract
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_the_rooms_are_those_of_the_contract(side: str) -> None:
+    layers = re.search(
+        rf'containers = \["gramophone_{side}"\]\s*layers = \[(.*?)\]', (ROOT / "pyproject.toml").read_text(), re.DOTALL
+    )
+    assert layers is not None
+    contract = [room for layer in re.findall(r'"([^"]+)"', layers[1]) for room in layer.split(" | ")]
+    rooms = next(part for part in PAGE.split(f"## The {side}'s rooms")[1].split("\n\n") if part.startswith("    "))
+    assert re.findall(r"^    (?:  \| )?(\w+)  ", rooms, re.MULTILINE) == contract

@@ -206,7 +206,9 @@ TESTED_THROUGH = {
         "gramophone_client.transport.problems",
         "gramophone_client.types.options",
     ],
-    "tests/client/test_client.py": ["gramophone_client.types.server_info"],
+    "tests/client/test_client.py": ["gramophone_client.blocking.*", "gramophone_client.types.server_info"],
+    "tests/client/streams/test_job_control.py": ["gramophone_client.streams.job_commands"],
+    "tests/client/streams/test_job_stream.py": ["gramophone_client.streams.submission"],
     "tests/client/bench": ["gramophone_client.bench.*"],
 }
 # Public names of named tuples, `os`, `torch.cuda` and notebooks.

@@ -4,9 +4,15 @@ with GramophoneClient() as client:
     client.stylize("photo.jpg", "painting.jpg").save("out.png")
 """
 
+import importlib.metadata as _metadata
+import logging as _logging
+import typing as _typing
+
 from gramophone.recipe import PRESETS, LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
 from gramophone_client.async_client import AsyncGramophoneClient
-from gramophone_client.client import GramophoneClient, JobControl
+from gramophone_client.blocking.job_streams import JobControl, JobStream
+from gramophone_client.client import GramophoneClient
+from gramophone_client.deprecations import of_old_name as _of_old_name
 from gramophone_client.errors import (
     CallCancelledError,
     ClientClosedError,
@@ -35,6 +41,8 @@ from gramophone_client.errors import (
     TooManyWatchersError,
 )
 from gramophone_client.streams.job_control import AsyncJobControl
+from gramophone_client.streams.job_stream import AsyncJobStream
+from gramophone_client.transport.call_options import Metadata
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -70,6 +78,7 @@ __all__ = [
     "Accepted",
     "AsyncGramophoneClient",
     "AsyncJobControl",
+    "AsyncJobStream",
     "CacheStats",
     "CallCancelledError",
     "Changed",
@@ -98,11 +107,13 @@ __all__ = [
     "JobOptions",
     "JobState",
     "JobStatus",
+    "JobStream",
     "LayerWeight",
     "Limits",
     "ListingDisabledError",
     "Losses",
     "MessageTooLargeError",
+    "Metadata",
     "NoRecipeError",
     "Normalisation",
     "NotReadyError",
@@ -133,3 +144,15 @@ __all__ = [
     "Waiting",
     "recipe_of",
 ]
+
+__version__: str
+
+# The program decides what of the log is shown.
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())
+
+if not _typing.TYPE_CHECKING:  # unseen by type checkers, which would accept any name otherwise
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return _metadata.version("gramophone")
+        return _of_old_name(__name__, name)

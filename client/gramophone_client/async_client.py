@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
@@ -17,10 +16,12 @@ from gramophone_client.deprecations import accepts_old_keywords
 from gramophone_client.errors import ConnectionFailedError, DeadlineExceededError, GramophoneError, NotReadyError
 from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.job_stream import AsyncJobStream
-from gramophone_client.streams.recovery import PATIENCE_S, Recovery, ResendableJob
+from gramophone_client.streams.recovery import PATIENCE_S, Recovery
+from gramophone_client.streams.submission import prepare_job
 from gramophone_client.transport import parsing, uploads
-from gramophone_client.transport.connection import DEFAULT_MAX_RETRIES, SERVICE, Connection
-from gramophone_client.transport.job_spec import image_bytes, job_spec, uploaded_images
+from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES, Metadata, checked_seconds
+from gramophone_client.transport.connection import Connection
+from gramophone_client.transport.job_spec import image_bytes
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -30,7 +31,8 @@ from gramophone_client.types.options import (
     UploadedImage,
 )
 from gramophone_client.types.server_info import ServerInfo
-from gramophone_client.types.updates import JobStatus, Stylized, Update
+from gramophone_client.types.signatures import shows_options
+from gramophone_client.types.updates import JobStatus, Stylized
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "AsyncGramophoneClient"]
 
@@ -40,7 +42,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20  # a request with a checkpoint of 64 MiB
 
 
 class AsyncGramophoneClient:
-    """A connection to one server. It belongs to the event loop that runs when it is made.
+    """A connection to one server, for the event loop that runs where it is made.
 
     async with AsyncGramophoneClient("gpu-1:50051") as client:
         stylized = await client.stylize("photo.jpg", "painting.jpg", beta=5)
@@ -63,24 +65,36 @@ class AsyncGramophoneClient:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
         max_retries: int = DEFAULT_MAX_RETRIES,
+        metadata: Metadata | None = None,
     ) -> None:
-        """`credentials` are those of `grpc.ssl_channel_credentials`; None connects in plaintext.
+        """`timeout` is the time of a call, in seconds, that is given none itself. `credentials` are those of
+        `grpc.ssl_channel_credentials`; None connects in plaintext.
 
         `max_retries`, 0 to 4, is how often a call is repeated that the server refuses because it is full or that finds
         no server, and how often a job that loses its servers is sent again without a newer checkpoint. With 0 a refused
         call fails at once, so that refusals can be counted, and no job is sent again.
+
+        `metadata` is sent with every call, after which comes that of the call itself: a token for a proxy, for example,
+        or a `traceparent`, whose trace the server's access log names. See `Metadata`.
         """
-        asyncio.get_running_loop()  # raises without one; gRPC would silently use another loop for the channel
-        self.target = target
-        self.timeout = timeout
         self._connection = Connection(
             target,
-            timeout_s=timeout,
+            timeout=timeout,
             max_message_bytes=max_message_bytes,
             credentials=credentials,
             max_retries=max_retries,
+            metadata=metadata,
         )
-        self._service: Any = self._connection.service
+
+    @property
+    def target(self) -> str:
+        """The address of the server, or of several."""
+        return self._connection.target
+
+    @property
+    def timeout(self) -> float:
+        """The seconds of a call that is given no `timeout` itself."""
+        return self._connection.timeout_s
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,9 +105,10 @@ class AsyncGramophoneClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends all calls and closes the connection."""
+        """Ends all calls, which then raise `ClientClosedError`, and closes the connection."""
         await self._connection.close()
 
+    @shows_options
     @accepts_old_keywords
     async def stylize(
         self,
@@ -103,36 +118,36 @@ class AsyncGramophoneClient:
         patience: float = PATIENCE_S,
         timeout: float | None = None,
         request_id: str | None = None,
+        metadata: Metadata | None = None,
         **job: Unpack[JobOptions],
     ) -> Stylized:
         """Paints `content` in the style of one or several pictures and returns the finished picture.
 
         `job` takes `preset`, `seed`, `start_image`, `result_format`, `result_quality`, `detach_grace`, `resume` and
-        every field of a recipe; see `job_spec`. The call is retried up to `max_retries` times if the server is full or
-        cannot be reached. If the server is not ready, shuts down or is lost during the call, it is retried for
-        `patience` seconds, on any server that the target leads to.
+        every field of a recipe; see `JobOptions`.
+
+        The call is retried up to `max_retries` times if the server is full or cannot be reached. If the server is not
+        ready, shuts down or is lost during the call, it is retried for `patience` seconds, on any server that the
+        target leads to.
 
         A call with the `request_id` (a UUID) of an existing job finds that job instead of making another one. None
         makes a new id, so that retries never make a second job.
         """
-        spec = await asyncio.to_thread(job_spec, content, styles, **job)
-        request = pb.StylizeRequest(spec=spec, request_id=_request_id(request_id))
-        recovery = Recovery(self._connection, timeout_s=self._timeout(timeout), grace_s=0.0)
-
-        async def call(left_s: float) -> Any:
-            with self._connection.errors_rebuilt(recovery.timeout_s):
-                return await self._service.Stylize(request, timeout=left_s)
-
-        # `with_uploads` uploads these again if necessary; `recovery` does not.
-        images = uploaded_images(content, styles, job.get("start_image"))
-        recovery.start(ResendableJob(spec, request.request_id, (), await self._patience_s(patience)))
+        connection = self._calling(metadata)
+        timeout_s, patience_s = connection.timeout(timeout), checked_seconds("patience", patience, or_zero=True)
+        sent = await prepare_job(connection, content, styles, job, patience_s=patience_s, request_id=request_id)
+        request = pb.StylizeRequest(spec=sent.spec, request_id=sent.request_id)
+        recovery = Recovery(connection, timeout_s=timeout_s, grace_s=0.0)
+        recovery.start(sent)
         while True:
             recovery.start_call()
             try:
-                return parsing.stylized(await uploads.with_uploads(self._connection, images, call, recovery.left_s))
+                with connection.errors_rebuilt(timeout_s):
+                    return parsing.stylized(await connection.start("Stylize", request, recovery.left_s))
             except GramophoneError as error:
                 await recovery.next_attempt(error)
 
+    @shows_options
     @accepts_old_keywords
     def stream(
         self,
@@ -144,14 +159,20 @@ class AsyncGramophoneClient:
         patience: float = PATIENCE_S,
         timeout: float | None = None,
         request_id: str | None = None,
+        metadata: Metadata | None = None,
         **job: Unpack[JobOptions],
-    ) -> AsyncGenerator[Update, None]:
+    ) -> AsyncJobStream:
         """Runs a job like `stylize` and yields its updates: `Accepted`, then `Progress` and `Frame`s, then `Result`.
 
-        A slow reader gets the newest frame, never a backlog; `frames=None` asks for no frames. Leaving the iteration
-        stops the job at the server, or leaves it without a watcher for `detach_grace` seconds: at once with
-        `contextlib.aclosing`, else when Python drops the generator. An error carries the newest frame as `.frame` and
-        the newest checkpoint as `.checkpoint`.
+        async with client.stream("photo.jpg", "painting.jpg") as updates:
+            async for update in updates:
+                if isinstance(update, Frame):
+                    update.picture.save("now.jpg")
+
+        Entering sends the job, and raises the error if the server refuses it. A slow reader gets the newest frame,
+        never a backlog; `frames=None` asks for no frames. Leaving the context stops the job at the server, or leaves it
+        without a watcher for `detach_grace` seconds. Without a context that happens when Python drops the stream. An
+        error carries the newest frame as `.frame` and the newest checkpoint as `.checkpoint`.
 
         With `detach_grace`, the client reconnects after a connection is lost, until that time has passed, and the
         iteration continues with the next update.
@@ -165,15 +186,26 @@ class AsyncGramophoneClient:
         Before `Accepted` the same request is sent again for `patience` if the server is not ready, shuts down or is
         lost. If no connection could be made at all, the error is raised at once.
         """
-
-        return AsyncJobStream(
-            self._connection,
+        connection = self._connection.with_metadata(metadata)
+        prepare = partial(
+            prepare_job,
+            connection,
+            content,
+            styles,
+            job,
+            patience_s=checked_seconds("patience", patience, or_zero=True),
+            request_id=request_id,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout),
+        )
+        return AsyncJobStream(
+            connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=connection.timeout(timeout),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._job_maker(content, styles, frames, checkpoints, patience, request_id, job),
-        ).updates()
+            prepare=prepare,
+        )
 
     @accepts_old_keywords
     def watch(
@@ -185,7 +217,8 @@ class AsyncGramophoneClient:
         checkpoints: CheckpointOptions | None = None,
         timeout: float | None = None,
         detach_grace: float = 0.0,
-    ) -> AsyncGenerator[Update, None]:
+        metadata: Metadata | None = None,
+    ) -> AsyncJobStream:
         """Yields the updates of a job that exists already. Updates and errors are those of `stream`.
 
         They start after the update whose `sequence` is `after_sequence`, if the server still has them; 0 starts
@@ -193,15 +226,16 @@ class AsyncGramophoneClient:
         job is not sent again, because the client does not have its images.
         """
         return AsyncJobStream(
-            self._connection,
+            self._connection.with_metadata(metadata),
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout),
+            timeout_s=self._connection.timeout(timeout),
             grace_s=detach_grace,
             job_id=job_id,
             sequence=after_sequence,
-        ).updates()
+        )
 
+    @shows_options
     @accepts_old_keywords
     def control(
         self,
@@ -213,6 +247,7 @@ class AsyncGramophoneClient:
         patience: float = PATIENCE_S,
         timeout: float | None = None,
         request_id: str | None = None,
+        metadata: Metadata | None = None,
         **job: Unpack[JobOptions],
     ) -> AsyncJobControl:
         """Runs a job like `stream`, with control of it: pause it, change weights, get a picture, end it early.
@@ -225,14 +260,25 @@ class AsyncGramophoneClient:
         Entering sends the job, and raises the error if the server refuses it. A job that is lost with its server is
         sent again as in `stream`, and continues with the changes of all commands. See `AsyncJobControl`.
         """
-
-        return AsyncJobControl(
-            self._connection,
+        connection = self._connection.with_metadata(metadata)
+        prepare = partial(
+            prepare_job,
+            connection,
+            content,
+            styles,
+            job,
+            patience_s=checked_seconds("patience", patience, or_zero=True),
+            request_id=request_id,
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout),
+        )
+        return AsyncJobControl(
+            connection,
+            frames=frames,
+            checkpoints=checkpoints,
+            timeout_s=connection.timeout(timeout),
             grace_s=job.get("detach_grace") or 0.0,
-            prepare=self._job_maker(content, styles, frames, checkpoints, patience, request_id, job),
+            prepare=prepare,
         )
 
     @accepts_old_keywords
@@ -244,6 +290,7 @@ class AsyncGramophoneClient:
         checkpoints: CheckpointOptions | None = None,
         timeout: float | None = None,
         detach_grace: float = 0.0,
+        metadata: Metadata | None = None,
     ) -> AsyncJobControl:
         """Takes control of a job that exists already. Raises `JobControlledError` if another client controls it.
 
@@ -251,68 +298,80 @@ class AsyncGramophoneClient:
         again, because the client does not have its images.
         """
         return AsyncJobControl(
-            self._connection,
+            self._connection.with_metadata(metadata),
             frames=frames,
             checkpoints=checkpoints,
-            timeout_s=self._timeout(timeout),
+            timeout_s=self._connection.timeout(timeout),
             grace_s=detach_grace,
             job_id=job_id,
         )
 
     @accepts_old_keywords
-    async def upload(self, image: ImageInput, *, timeout: float | None = None) -> UploadedImage:
+    async def upload(
+        self, image: ImageInput, *, timeout: float | None = None, metadata: Metadata | None = None
+    ) -> UploadedImage:
         """Uploads an image once, so that any number of jobs can name it instead of sending it.
 
         The returned value can be used in place of any image. It is uploaded again automatically if the server no longer
         has the image when a job names it, or if another server gets the job.
         """
+        connection = self._calling(metadata)
         data = await asyncio.to_thread(image_bytes, image)
-        return await uploads.upload(self._connection, data, timeout)
+        return await uploads.upload(connection, data, connection.timeout(timeout))
 
     @accepts_old_keywords
-    async def get_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
+    async def get_job(
+        self, job_id: str, *, timeout: float | None = 10.0, metadata: Metadata | None = None
+    ) -> JobStatus:
         """The current status of a job."""
-        answer = await self._connection.call_unary(self._service.GetJob, pb.GetJobRequest(job_id=job_id), timeout)
+        connection = self._calling(metadata)
+        answer = await connection.call("GetJob", pb.GetJobRequest(job_id=job_id), connection.timeout(timeout))
         return parsing.job_status(answer.job)
 
     @accepts_old_keywords
-    async def cancel_job(self, job_id: str, *, timeout: float | None = 10.0) -> JobStatus:
+    async def cancel_job(
+        self, job_id: str, *, timeout: float | None = 10.0, metadata: Metadata | None = None
+    ) -> JobStatus:
         """Stops a job and returns its status. A job that has ended stays as it is."""
-        answer = await self._connection.call_unary(self._service.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout)
+        connection = self._calling(metadata)
+        answer = await connection.call("CancelJob", pb.CancelJobRequest(job_id=job_id), connection.timeout(timeout))
         return parsing.job_status(answer.job)
 
     @accepts_old_keywords
-    async def list_jobs(self, *, timeout: float | None = 10.0) -> list[JobStatus]:
+    async def list_jobs(self, *, timeout: float | None = 10.0, metadata: Metadata | None = None) -> list[JobStatus]:
         """The jobs of the server, newest first. Raises `ListingDisabledError` unless the server's operator allows it.
 
         `timeout` applies to each page of 100 jobs.
         """
+        connection = self._calling(metadata)
         jobs: list[JobStatus] = []
         token = ""
         while True:
             request = pb.ListJobsRequest(page_size=100, page_token=token)
-            page = await self._connection.call_unary(self._service.ListJobs, request, timeout)
+            page = await connection.call("ListJobs", request, connection.timeout(timeout))
             jobs += [parsing.job_status(job) for job in page.jobs]
             token = page.next_page_token
             if not token:
                 return jobs
 
     @accepts_old_keywords
-    async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
+    async def server_info(self, *, timeout: float | None = 10.0, metadata: Metadata | None = None) -> ServerInfo:
         """The server's version, device, network, layers, limits, presets and load."""
-        answer = await self._connection.call_unary(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout)
+        connection = self._calling(metadata)
+        answer = await connection.call("GetServerInfo", pb.GetServerInfoRequest(), connection.timeout(timeout))
         return parsing.server_info(answer)
 
     @accepts_old_keywords
-    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+    async def wait_until_ready(self, timeout: float | None = 60.0, *, metadata: Metadata | None = None) -> None:
         """Returns as soon as the server's health status is SERVING. Raises `NotReadyError` after `timeout`."""
-        end = time.monotonic() + timeout
+        connection = self._calling(metadata)
+        timeout_s = connection.timeout(timeout)
+        end = time.monotonic() + timeout_s
         problem = "no connection"
         while (left_s := end - time.monotonic()) > 0:
-            request = health_pb2.HealthCheckRequest(service=SERVICE)
-            call = self._connection.health.Watch(request, timeout=left_s, wait_for_ready=True)
+            call = connection.watch_health(left_s)
             try:
-                with self._connection.errors_rebuilt(left_s):
+                with connection.errors_rebuilt(left_s):
                     async for response in call:
                         if response.status == health_pb2.HealthCheckResponse.SERVING:
                             return
@@ -326,39 +385,10 @@ class AsyncGramophoneClient:
                 call.cancel()
             await asyncio.sleep(0.1)  # a server that shuts down ends every watch at once
         raise NotReadyError(
-            f"the server at {self.target} is not ready after {timeout:g} s: {problem}; start it, or wait for longer"
+            f"the server at {self.target} is not ready after {timeout_s:g} s: {problem}; start it, or wait for longer"
         )
 
-    def _job_maker(
-        self,
-        content: ImageInput,
-        styles: Styles,
-        frames: FrameOptions | None,
-        checkpoints: CheckpointOptions | None,
-        patience: float,
-        request_id: str | None,
-        job: JobOptions,
-    ) -> Callable[[], Awaitable[ResendableJob]]:
-        """Returns a function that reads the job's files and builds the job's message."""
-
-        async def prepare() -> ResendableJob:
-            spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **job)
-            images = uploaded_images(content, styles, job.get("start_image"))
-            return ResendableJob(spec, _request_id(request_id), images, await self._patience_s(patience))
-
-        return prepare
-
-    async def _patience_s(self, asked_s: float) -> float:
-        """0 without retries. Otherwise first waits until the channel is connected or has failed, so that a later
-        loss can be told from a server that was never there; see `Recovery`."""
-        if self._connection.max_retries == 0:
-            return 0.0
-        await self._connection.wait_until_connected()
-        return asked_s
-
-    def _timeout(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else timeout
-
-
-def _request_id(given: str | None) -> str:
-    return str(uuid.uuid4()) if given is None else given
+    def _calling(self, metadata: Metadata | None) -> Connection:
+        """The connection for a call with `metadata`. Raises the error of a client that cannot be used here."""
+        self._connection.check()
+        return self._connection.with_metadata(metadata)

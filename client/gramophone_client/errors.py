@@ -37,9 +37,15 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from gramophone.recipe import Violation
+from gramophone_client.deprecations import of_old_name
 
 if TYPE_CHECKING:
     from gramophone_client.types.updates import Checkpoint, Frame
+else:  # unseen by type checkers, which would accept any name otherwise
+
+    def __getattr__(name: str) -> object:
+        return of_old_name(__name__, name)
+
 
 __all__ = [
     "CallCancelledError",

@@ -6,10 +6,11 @@ field for field. Defaults, ranges and help texts are defined only here. Standard
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict, get_type_hints
 
 from gramophone.values import MisfitError, choice, did_you_mean, number, own_values, shown, shown_number, whole_number
 
@@ -96,6 +97,15 @@ class InvalidRecipeError(ValueError):
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations: tuple[Violation, ...] = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+if not TYPE_CHECKING:  # unseen by type checkers, which would accept any name otherwise
+
+    def __getattr__(name: str) -> object:
+        if name != "InvalidRecipe":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn("InvalidRecipe is deprecated; write InvalidRecipeError", DeprecationWarning, stacklevel=2)
+        return InvalidRecipeError
 
 
 # What other programs call the fields and their values. An unknown name is refused with ours as a proposal.

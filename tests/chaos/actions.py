@@ -7,7 +7,7 @@ import signal
 import socket
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +17,7 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client import (
     Accepted,
     AsyncGramophoneClient,
+    AsyncJobStream,
     Checkpoint,
     ConnectionFailedError,
     Frame,
@@ -42,7 +43,7 @@ from tests.chaos.environment import (
 from tests.support.monitoring import RuleViolation
 from tests.support.processes import Server
 
-Updates: TypeAlias = AsyncGenerator[Update, None]
+Updates: TypeAlias = AsyncIterator[Update]
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------------
@@ -61,17 +62,19 @@ async def wait_until_started(stream: Updates) -> str:
 
 async def start_and_detach(client: AsyncGramophoneClient, grace_s: float) -> str:
     """Starts a job and disconnects from it. Returns its id."""
-    async with aclosing(client.stream(CONTENT, STYLE, detach_grace=grace_s, **LONG)) as stream:
+    async with client.stream(CONTENT, STYLE, detach_grace=grace_s, **LONG) as stream:
         return await wait_until_started(stream)
 
 
-async def finish_when_running(client: AsyncGramophoneClient, stream: Updates, job_id: str = "") -> Updates:
+async def finish_when_running(
+    client: AsyncGramophoneClient, stream: AsyncJobStream, job_id: str = ""
+) -> AsyncGenerator[Update, None]:
     """Yields the remaining updates of a job, and finishes the job early when it makes progress.
 
     Without an id, this waits until the job is accepted again.
     """
     finished = False
-    async with aclosing(stream):
+    async with stream:
         async for update in stream:
             yield update
             if isinstance(update, Accepted):
@@ -168,9 +171,9 @@ async def signal_under_load(env: ChaosEnvironment, server: Server, number: signa
     saved = asyncio.Semaphore(0)
 
     async def run_job(target: str = both, allowed: ErrorTypes = (), **options: Any) -> Result | GramophoneError:
-        async def release_at_checkpoint(stream: Updates) -> Updates:
+        async def release_at_checkpoint(stream: AsyncJobStream) -> AsyncGenerator[Update, None]:
             has_checkpoint = False
-            async with aclosing(stream):
+            async with stream:
                 async for update in stream:
                     if isinstance(update, Checkpoint) and not has_checkpoint:
                         has_checkpoint = True

@@ -18,6 +18,7 @@ from typing import Any
 from gramophone_client import (
     Accepted,
     AsyncGramophoneClient,
+    AsyncJobStream,
     Checkpoint,
     FrameOptions,
     GramophoneError,
@@ -93,12 +94,12 @@ class ChaosEnvironment:
     # How jobs end -----------------------------------------------------------------------------------------------------
 
     async def read_to_end(
-        self, updates: AsyncGenerator[Update, None], allowed: ErrorTypes = ()
+        self, updates: AsyncJobStream | AsyncGenerator[Update, None], allowed: ErrorTypes = ()
     ) -> Result | GramophoneError:
         """Reads a job's updates to the end, which must be its result or one of the allowed errors."""
         last = None
         try:
-            async with contextlib.aclosing(updates):
+            async with updates if isinstance(updates, AsyncJobStream) else contextlib.aclosing(updates):
                 async for update in updates:
                     check_update(update, last)
                     last = update

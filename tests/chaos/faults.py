@@ -17,7 +17,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_client import CheckpointOptions, OutOfDeviceMemoryError, Result, ServerFailedError, SlowReaderError
 from gramophone_client.console.exit_codes import BAD_REQUEST
-from gramophone_client.transport.connection import channel_options
+from gramophone_client.transport.channel import channel_options
 from gramophone_client.transport.job_spec import job_spec
 from tests.chaos.actions import (
     error_of,

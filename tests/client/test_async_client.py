@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import gc
 import uuid
 from datetime import UTC, datetime
@@ -176,7 +175,7 @@ async def test_jobs_can_be_looked_up_cancelled_and_listed(client, service):
 
 async def test_leaving_the_iteration_cancels_the_call(client, service):
     service.scripts = [[accepted(), frame(1), HANG]]
-    async with contextlib.aclosing(client.stream(PHOTO, PAINTING)) as updates:
+    async with client.stream(PHOTO, PAINTING) as updates:
         async for _ in updates:
             break
     assert await asyncio.to_thread(service.call_ended.wait, 5)
@@ -234,7 +233,7 @@ async def test_a_finished_job_is_not_cancelled(client, service):
 
 
 def test_a_client_needs_a_running_loop():
-    with pytest.raises(RuntimeError, match="no running event loop"):
+    with pytest.raises(errors.ClientUsageError, match=r"as with asyncio\.run\(main\(\)\); GramophoneClient needs none"):
         AsyncGramophoneClient(NOWHERE)
 
 

@@ -1,6 +1,5 @@
 """Frames with acknowledgements, and clients that read slowly or not at all."""
 
-import contextlib
 import time
 
 import grpc
@@ -99,7 +98,7 @@ async def test_a_slow_reader_of_small_frames_lags_by_less_than_three():
         updates = client.stream(
             png(), png(), size=64, smallest_size=0, iterations=5000, frames=FrameOptions(format="png")
         )
-        async with contextlib.aclosing(updates):
+        async with updates:
             while len(lags) < 5:
                 if isinstance(update := await anext(updates), Seen):
                     lags.append(sum(iteration > update.iteration for iteration in engine.snapshot_times))

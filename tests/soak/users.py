@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +117,7 @@ async def cancel(user: User) -> str:
 async def leave(user: User) -> str:
     """Disconnects from a job, with or without a grace period."""
     grace_s = user.rng.choice((None, 0.2))
-    async with aclosing(user.client.stream(detach_grace=grace_s, **user.job(200))) as updates:
+    async with user.client.stream(detach_grace=grace_s, **user.job(200)) as updates:
         await wait_until_started(updates)
     return "left"
 
@@ -153,7 +152,7 @@ async def resume(user: User) -> str:
     """Disconnects from a job after a checkpoint, and resumes it from there."""
     light, job = user.rng.random() < 0.5, user.job(30)
     updates = user.client.stream(checkpoints=CheckpointOptions(light=light), **job)
-    async with aclosing(updates):
+    async with updates:
         async for update in updates:
             if isinstance(update, Checkpoint):
                 break
@@ -221,7 +220,7 @@ ACTIONS: Mapping[str, Action] = {
 }
 
 
-async def wait_until_started(updates: AsyncGenerator[Update, None]) -> str:
+async def wait_until_started(updates: AsyncIterator[Update]) -> str:
     """Reads a job's updates until it has made progress. Returns its id."""
     job_id = ""
     async for update in updates:
@@ -232,7 +231,7 @@ async def wait_until_started(updates: AsyncGenerator[Update, None]) -> str:
     raise RuleViolation("a job ended before it had started")
 
 
-async def read_to_end(updates: AsyncGenerator[Update, None]) -> None:
+async def read_to_end(updates: AsyncIterator[Update]) -> None:
     """Reads all further updates."""
     async for _ in updates:
         pass

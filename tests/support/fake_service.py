@@ -145,6 +145,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.request_ids: list[str] = []
         self.watches: list[pb.WatchJobRequest] = []
         self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
+        self.metadata: list[tuple[str, dict[str, str | bytes]]] = []  # of each call, by its name
         self.images: dict[str, bytes] = {}  # uploaded, by digest
         self.uploads = 0
         self.max_upload_bytes = 2**30  # an upload is refused as soon as it has more
@@ -297,6 +298,16 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             yield step
 
 
+class _MetadataReader(grpc.ServerInterceptor):
+    def __init__(self, service: FakeService) -> None:
+        self._service = service
+
+    def intercept_service(self, continuation, details):
+        name = details.method.rpartition("/")[2]
+        self._service.metadata.append((name, dict(details.invocation_metadata)))
+        return continuation(details)
+
+
 @contextmanager
 def serving() -> Iterator[FakeService]:
     """A fake service on a free port of the loopback."""
@@ -304,7 +315,7 @@ def serving() -> Iterator[FakeService]:
     # Not grpc.aio: the client under test may have an event loop in another thread, and grpc.aio does not poll reliably
     # for two loops.
     with futures.ThreadPoolExecutor(8) as threads:
-        server = grpc.server(threads, options=[("grpc.so_reuseport", 0)])
+        server = grpc.server(threads, interceptors=[_MetadataReader(service)], options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_StyleTransferServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
         service.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from gramophone_client.async_client import AsyncGramophoneClient
@@ -195,7 +195,7 @@ class Bench:
             **kind.overrides,
         )
         try:
-            async with aclosing(updates):
+            async with updates:
                 async for update in updates:
                     match update:
                         case Accepted():

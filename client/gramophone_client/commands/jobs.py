@@ -23,8 +23,11 @@ def watch(args: argparse.Namespace) -> None:
     outputs.make_frames_folder()
 
     async def follow(shown: Display | None) -> None:
-        async with async_client(target, args) as connected:
-            updates = connected.watch(args.job_id, frames=outputs.frame_options(), detach_grace=args.detach)
+        frames = outputs.frame_options()
+        async with (
+            async_client(target, args) as connected,
+            connected.watch(args.job_id, frames=frames, detach_grace=args.detach) as updates,
+        ):
             await outputs.follow(updates, shown)
 
     try:

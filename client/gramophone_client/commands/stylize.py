@@ -118,7 +118,8 @@ class _Job(Outputs):
                 detach_grace=args.detach or None,
                 **self.overrides,
             )
-            await self.follow(updates, shown)
+            async with updates:
+                await self.follow(updates, shown)
 
     def _not_for_local(self) -> list[str]:
         args = self.args

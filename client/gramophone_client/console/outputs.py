@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -68,27 +68,26 @@ class Outputs:
             interval_s = DISPLAY_INTERVAL_S if args.timelapse or args.preview else FALLBACK_INTERVAL_S
         return FrameOptions(every_iterations=args.frame_every, min_interval_s=interval_s, max_side=args.frame_size)
 
-    async def follow(self, updates: AsyncGenerator[Update, None], display: Display | None) -> None:
+    async def follow(self, updates: AsyncIterator[Update], display: Display | None) -> None:
         """Shows the updates and writes the files until the job ends."""
         args = self.args
-        async with aclosing(updates):
-            async for update in updates:
-                if display is not None:
-                    display.show(update)
-                match update:
-                    case Accepted():
-                        self.accepted = update
-                        if args.timelapse and self.timelapse is None:  # not again after the job was sent again
-                            self.timelapse = Timelapse((update.width, update.height))
-                    case Frame():
-                        self._keep_frame(update)
-                    case Checkpoint() if self.checkpoint is not None:
-                        await asyncio.to_thread(update.save, self.checkpoint)
-                    case Result():
-                        self.frame = None  # the result replaces it
-                        update.save(self.out)
-                        if self.timelapse is not None:
-                            self.timelapse.save(args.timelapse, last=update.picture)
+        async for update in updates:
+            if display is not None:
+                display.show(update)
+            match update:
+                case Accepted():
+                    self.accepted = update
+                    if args.timelapse and self.timelapse is None:  # not again after the job was sent again
+                        self.timelapse = Timelapse((update.width, update.height))
+                case Frame():
+                    self._keep_frame(update)
+                case Checkpoint() if self.checkpoint is not None:
+                    await asyncio.to_thread(update.save, self.checkpoint)
+                case Result():
+                    self.frame = None  # the result replaces it
+                    update.save(self.out)
+                    if self.timelapse is not None:
+                        self.timelapse.save(args.timelapse, last=update.picture)
 
     def keep_unfinished(self) -> None:
         """Writes the newest frame as OUT, or next to an OUT that existed before. Prints its path, or the error."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,48 +13,35 @@ from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import (
     CallCancelledError,
+    ClientUsageError,
     GramophoneError,
     InvalidRequestError,
     JobEndedError,
     ServerFailedError,
 )
+from gramophone_client.streams.job_commands import Command
 from gramophone_client.streams.recovery import Recovery, ResendableJob
 from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import update_command, watch_request
 from gramophone_client.types.options import Changes, CheckpointOptions, FrameOptions
+from gramophone_client.types.signatures import shows_options
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
 
 __all__ = ["AsyncJobControl"]
 
+
 OUTPUTS = {"frame": Frame, "checkpoint": Checkpoint}  # by the command that asks for it
 
 
-@dataclass
-class _Command:
-    """A command, sent again until it is answered. `output` is the picture or state that it asks for, which arrives
-    after the answer."""
-
-    request: pb.StylizeInteractiveRequest
-    is_replay: bool = False  # answered before: sent to a server that continues from an older state of the job
-    answer: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    output: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def kind(self) -> str:
-        return self.request.WhichOneof("command") or ""
-
-    def fail(self, error: GramophoneError) -> None:
-        """Raises the error in the caller that waits for the command."""
-        for future in (self.answer, self.output):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # marks it as retrieved; otherwise asyncio logs that of the future without a waiter
-
-
 class AsyncJobControl:
-    """A job under control, from `AsyncGramophoneClient.control` or `control_job`: an asynchronous context manager, and
-    an asynchronous iterator of its updates.
+    """A job under control, from `AsyncGramophoneClient.control` or `control_job`.
+
+    It is an asynchronous context manager and an asynchronous iterator of the job's updates:
+
+    async with client.control("photo.jpg", "painting.jpg") as job:
+        async for update in job:
+            ...
 
     Commands can be given with and without a running iteration. Each returns the first iteration for which it holds
     (`finish`: the iteration of the result), or what it asked for. It raises `InvalidRequestError` with the fields that
@@ -83,7 +70,6 @@ class AsyncJobControl:
         job_id: str = "",
         prepare: Callable[[], Awaitable[ResendableJob]] | None = None,
     ) -> None:
-        self.accepted: Accepted | None = None  # set on entering, and again after the job was sent again
         self._connection = connection
         self._frames = frames
         self._checkpoints = checkpoints
@@ -91,11 +77,12 @@ class AsyncJobControl:
         self._recovery = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id)
         self._outgoing: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
         self._takes_commands = False  # the current call does
-        self._reader: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None  # since the context was entered
+        self._is_given_up = False  # closed before the end of the job
         self._command_ids = itertools.count(1)
-        self._unanswered: dict[int, _Command] = {}  # by id, oldest first
+        self._unanswered: dict[int, Command] = {}  # by id, oldest first
         # Of answered commands, with the iteration of the output.
-        self._awaited_outputs: dict[type, tuple[int, _Command]] = {}
+        self._awaited_outputs: dict[type, tuple[int, Command]] = {}
         # The combined effect of answered commands, by kind.
         self._in_force: dict[str, pb.StylizeInteractiveRequest] = {}
         self._unread: dict[type, Update] = {}  # the newest of each kind, oldest first
@@ -103,6 +90,9 @@ class AsyncJobControl:
         self._error: GramophoneError | None = None
 
     async def __aenter__(self) -> Self:
+        self._connection.check()
+        if self._reader is not None or self._is_given_up:
+            raise ClientUsageError("the context of a controlled job can be entered once; call `control_job` to return")
         self._recovery.start(None if self._prepare is None else await self._prepare())
         self._reader = asyncio.create_task(self._read_updates())
         try:
@@ -117,14 +107,13 @@ class AsyncJobControl:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
+        await self.close()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Update:
+        self._check_entered()
         while not self._unread:
             if self._has_ended.is_set():
                 if self._error is not None:
@@ -134,8 +123,31 @@ class AsyncJobControl:
             await self._has_news.wait()
         return self._unread.pop(next(iter(self._unread)))
 
+    @property
+    def job_id(self) -> str | None:
+        """The job's id; None until the job was accepted. A job that was lost and sent again has a new one."""
+        return self._recovery.job_id or None
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
+        return self._recovery.accepted
+
+    async def close(self) -> None:
+        """Gives up control, which for the job counts as the loss of a watcher. A second call does nothing, nor does the
+        first after the end of the job."""
+        if self._connection.is_forked:  # the job is the parent's
+            return
+        self._connection.check_loop()
+        if self._reader is None:
+            self._is_given_up = True
+        else:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+
     async def result(self) -> Result:
         """Waits for the end of the job and returns its result. Iterating yields the result as well."""
+        self._check_entered()
         await self._has_ended.wait()
         if self._error is not None:
             raise self._error
@@ -150,6 +162,7 @@ class AsyncJobControl:
         """Continues a paused job."""
         return await self._command(resume=pb.ResumeCommand()).answer
 
+    @shows_options
     async def update(self, **changes: Unpack[Changes]) -> int:
         """Changes the job from its next iteration on; what is not given stays as it is."""
         return await self._command(update=update_command(changes)).answer
@@ -193,7 +206,7 @@ class AsyncJobControl:
         except GramophoneError as error:
             self._error = recovery.with_partial_result(error)
         except asyncio.CancelledError:
-            self._error = CallCancelledError("control of the job was given up")
+            self._is_given_up, self._error = True, CallCancelledError("control of the job was given up")
             raise
         finally:
             if recovery.result is not None and self._error is None:
@@ -214,8 +227,8 @@ class AsyncJobControl:
         call: Any = None
         try:
             with self._connection.errors_rebuilt(recovery.timeout_s):
-                stylize = self._connection.service.StylizeInteractive
-                call = self._connection.call_streaming(stylize, _until_none(outgoing), recovery.left_s)
+                requests = _until_none(outgoing)
+                call = self._connection.start_with_stream("StylizeInteractive", requests, recovery.left_s)
                 if not sends and self.accepted is not None:  # a paused job may send no event before the next command
                     self._send_pending(is_resend)
                 async for response in call:
@@ -251,7 +264,7 @@ class AsyncJobControl:
         pending = [*(command for _, command in self._awaited_outputs.values()), *self._unanswered.values()]
         if is_resend:
             pending = [command for command in pending if not command.is_replay]
-            pending[:0] = [_Command(request, is_replay=True) for request in self._in_force.values()]
+            pending[:0] = [Command(request, is_replay=True) for request in self._in_force.values()]
         self._awaited_outputs.clear()
         self._unanswered.clear()
         self._takes_commands = True
@@ -289,8 +302,6 @@ class AsyncJobControl:
                 command.output.set_result(arrived)
             return
         match arrived:
-            case Accepted():
-                self.accepted = arrived
             case Paused():
                 self._in_force["pause"] = pb.StylizeInteractiveRequest(pause=pb.PauseCommand())
             case Resumed():
@@ -308,16 +319,28 @@ class AsyncJobControl:
         self._unread[kind] = arrived
         self._has_news.set()
 
-    def _command(self, **fields: Any) -> _Command:
+    def _command(self, **fields: Any) -> Command:
         """Sends a command; `fields` are those of its request."""
-        command = _Command(pb.StylizeInteractiveRequest(**fields))
+        self._check_entered()
+        command = Command(pb.StylizeInteractiveRequest(**fields))
         if self._has_ended.is_set():
             self._fail_as_ended(command)
         else:
             self._send(command)
         return command
 
-    def _send(self, command: _Command) -> None:
+    def _check_entered(self) -> None:
+        """Raises `ClientUsageError` where the job cannot be controlled: by another process or event loop, before the
+        context was entered, and after it was closed before the job's end."""
+        if self._connection.is_forked:
+            self._connection.check()
+        self._connection.check_loop()
+        if self._is_given_up:
+            raise ClientUsageError("control of the job was given up; call `control_job` to take it again")
+        if self._reader is None:
+            raise ClientUsageError("the job is not sent yet; enter its context first: `async with`, or `with`")
+
+    def _send(self, command: Command) -> None:
         """Sends a command now, or when the job takes commands again."""
         number = next(self._command_ids)
         self._unanswered[number] = command
@@ -326,7 +349,7 @@ class AsyncJobControl:
             numbered.MergeFrom(command.request)
             self._outgoing.put_nowait(numbered)
 
-    def _fail_as_ended(self, command: _Command) -> None:
+    def _fail_as_ended(self, command: Command) -> None:
         command.fail(
             self._error or JobEndedError(f"the job ended with its result before it took the command {command.kind!r}")
         )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.errors import GramophoneError, ServerFailedError
+from gramophone_client.deprecations import warn_of_old_name
+from gramophone_client.errors import CallCancelledError, ClientUsageError, GramophoneError, ServerFailedError
 from gramophone_client.streams.recovery import Recovery, ResendableJob
 from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
-from gramophone_client.types.updates import Result, Update
+from gramophone_client.types.updates import Accepted, Result, Update
 
 __all__ = ["AsyncJobStream", "newest_responses"]
 
@@ -22,11 +24,16 @@ COALESCED = frozenset({"waiting", "progress", "frame", "checkpoint"})  # a slow 
 
 
 class AsyncJobStream:
-    """Follows one job to its end, over lost connections, and over lost servers if it was sent from here; see
-    `Recovery`.
+    """The updates of a job, from `AsyncGramophoneClient.stream` or `watch`.
 
-    `prepare` makes the job that is sent. Without it the job `job_id` exists already, and `sequence` is that of the last
-    event that the caller has.
+    It is an asynchronous context manager and an asynchronous iterator:
+
+    async with client.stream("photo.jpg", "painting.jpg") as updates:
+        async for update in updates:
+            ...
+
+    Entering the context sends the job, and raises the error if the server refuses it; leaving it leaves the job.
+    Without a context the first step of the iteration sends the job, and it is left when Python drops the stream.
     """
 
     def __init__(
@@ -42,10 +49,116 @@ class AsyncJobStream:
         prepare: Callable[[], Awaitable[ResendableJob]] | None = None,
     ) -> None:
         self._connection = connection
+        self._recovery = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id, sequence=sequence)
+        # The generator does not hold this object: a cycle would keep a dropped stream until the next collection.
+        self._updates = _Follower(connection, self._recovery, frames, checkpoints, prepare).updates()
+        self._begins_with_accepted = sequence == 0
+        self._reader: asyncio.Task[Any] | None = None  # waits for the next update
+        self._one_reader = asyncio.Lock()
+        self._first: Update | None = None  # read on entering, and not yet by the caller
+        self._has_ended = self._is_closed = False
+        self._error: GramophoneError | None = None
+
+    async def __aenter__(self) -> Self:
+        # A job that is watched from its middle may have no update for a long time.
+        if self._begins_with_accepted and self.accepted is None:
+            self._first = await self._read()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Update:
+        arrived = await self._read()
+        if arrived is None:
+            raise StopAsyncIteration
+        return arrived
+
+    @property
+    def job_id(self) -> str | None:
+        """The job's id; None until the job was accepted. A job that was lost and sent again has a new one."""
+        return self._recovery.job_id or None
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
+        return self._recovery.accepted
+
+    async def close(self) -> None:
+        """Leaves the job: it stops, or continues without this watcher for its `detach_grace`. A second call does
+        nothing, nor does the first after the end of the job."""
+        if self._connection.is_forked:  # the job is the parent's
+            return
+        self._connection.check_loop()
+        self._is_closed = True
+        if self._reader is not None:
+            self._reader.cancel()
+        async with self._one_reader:
+            await self._updates.aclose()
+
+    async def aclose(self) -> None:
+        """Deprecated: `close`."""
+        warn_of_old_name("aclose() is deprecated; write close(), or `async with` without contextlib.aclosing")
+        await self.close()
+
+    async def _read(self) -> Update | None:
+        """The next update; None after the last. Raises the error that ended the stream each time."""
+        if not self._has_ended:
+            self._connection.check()
+            async with self._one_reader:
+                if not self._has_ended:
+                    return await self._read_next()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def _read_next(self) -> Update | None:
+        if self._is_closed:
+            raise ClientUsageError("the stream was closed before its end; make another one, or `watch` its job again")
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        task = self._reader = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
+        try:
+            arrived = await anext(self._updates, None)
+        except GramophoneError as error:
+            self._has_ended, self._error = True, error
+            raise
+        except asyncio.CancelledError:
+            was_closed, self._is_closed = self._is_closed, True  # a generator that was cancelled has ended
+            if was_closed and task.uncancel() <= cancellations:  # by `close` alone, as in `asyncio.timeout`
+                raise CallCancelledError("the stream was closed while its next update was awaited") from None
+            raise
+        finally:
+            self._reader = None
+        self._has_ended = arrived is None
+        return arrived
+
+
+class _Follower:
+    """Follows one job to its end, over lost connections, and over lost servers if it was sent from here; see
+    `Recovery`. `prepare` makes the job that is sent; without it the job exists already."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        recovery: Recovery,
+        frames: FrameOptions | None,
+        checkpoints: CheckpointOptions | None,
+        prepare: Callable[[], Awaitable[ResendableJob]] | None,
+    ) -> None:
+        self._connection = connection
+        self._recovery = recovery
         self._frames = frames
         self._checkpoints = checkpoints
         self._prepare = prepare
-        self._recovery = Recovery(connection, timeout_s=timeout_s, grace_s=grace_s, job_id=job_id, sequence=sequence)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """All updates of the job. An error carries the newest `frame` and `checkpoint`."""
@@ -82,17 +195,17 @@ class AsyncJobStream:
 
     def _start_call(self, *, sends: bool) -> Any:
         """A call that sends the job, or one that asks for it where it was."""
-        recovery, service = self._recovery, self._connection.service
+        recovery = self._recovery
         recovery.start_call()
         request: pb.StylizeStreamRequest | pb.WatchJobRequest
         if sends and recovery.job is not None:
             request = pb.StylizeStreamRequest(spec=recovery.job.spec, request_id=recovery.job.request_id)
-            method = service.StylizeStream
+            method = "StylizeStream"
         else:
             request = watch_request(recovery.job_id, recovery.sequence, self._frames, self._checkpoints)
-            method = service.WatchJob
+            method = "WatchJob"
         with self._connection.errors_rebuilt(recovery.timeout_s):
-            return method(request, timeout=recovery.left_s)
+            return self._connection.start(method, request, recovery.left_s)
 
 
 async def newest_responses(call: Any) -> AsyncGenerator[Any, None]:

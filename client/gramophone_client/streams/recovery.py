@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import GramophoneError, ImageNotFoundError
-from gramophone_client.streams.recovery_states import NextCall, RecoveryState, RecoveryStates
+from gramophone_client.streams.recovery_states import NextCall, RecoveryState, RecoveryStates, Retry
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import resumed_spec
 from gramophone_client.transport.parsing import update
@@ -19,6 +20,8 @@ from gramophone_client.types.options import UploadedImage
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
 
 __all__ = ["PATIENCE_S", "Recovery", "ResendableJob"]
+
+log: logging.Logger = logging.getLogger("gramophone_client")
 
 PATIENCE_S = 30.0  # without any server, before a lost job is given up
 
@@ -51,6 +54,7 @@ class Recovery:
         self.job_id: str = job_id
         self.sequence: int = sequence  # of the newest event
         self.job: ResendableJob | None = None
+        self.accepted: Accepted | None = None  # the newest
         self.frame: Frame | None = None
         self.checkpoint: Checkpoint | None = None
         self.result: Result | None = None
@@ -60,7 +64,6 @@ class Recovery:
         self._known_sequence = 0  # of the newest event before the current call
         self._was_connected = False  # when the current call started
         self._has_renewed_images = False  # the images of the current request were uploaded again
-        self._seed = 0
         self._states = self._new_states(patience_s=0.0)
 
     def start(self, job: ResendableJob | None) -> None:
@@ -96,7 +99,7 @@ class Recovery:
         arrived = update(event)
         match arrived:
             case Accepted():
-                self.job_id, self._seed = arrived.job_id, arrived.seed
+                self.job_id, self.accepted = arrived.job_id, arrived
                 self._states.accepted()
             case Frame():
                 self.frame = arrived
@@ -119,6 +122,7 @@ class Recovery:
         job = self.job
         if isinstance(error, ImageNotFoundError) and job is not None and job.images and not self._has_renewed_images:
             self._has_renewed_images = True
+            log.info("%s: its server does not have its %d uploaded images; uploads them again", self, len(job.images))
             try:
                 for image in job.images:
                     await upload(self._connection, image.data, self.left_s)
@@ -128,12 +132,30 @@ class Recovery:
         retry = self._states.call_failed(
             error, now_s=time.monotonic(), left_s=self.left_s, was_connected=self._was_connected
         )
+        self._log(retry, error)
         await asyncio.sleep(retry.pause_s)
         if retry.call is NextCall.ATTACH or job is None:
             return False
+        self._has_renewed_images = False  # the call may reach another server
         if retry.call is NextCall.RESEND:
-            if self._states.state is RecoveryState.RESENDING:
-                job.spec, job.request_id = resumed_spec(job.spec, self._seed, self.checkpoint), str(uuid.uuid4())
-            self._has_renewed_images, self.sequence = False, 0
+            if self._states.state is RecoveryState.RESENDING and self.accepted is not None:
+                job.spec = resumed_spec(job.spec, self.accepted.seed, self.checkpoint)
+                job.request_id = str(uuid.uuid4())
+            self.sequence = 0
         await self._connection.wait_until_connected()
         return True
+
+    def __str__(self) -> str:
+        """The job in the log. Whoever knows all of its id can use it, and the messages of errors have it."""
+        return f"job {self.job_id[:8]}" if self.job_id else "a job without an id yet"
+
+    def _log(self, retry: Retry, error: GramophoneError) -> None:
+        kind, pause_s = type(error).__name__, retry.pause_s
+        match retry.call:
+            case NextCall.ATTACH:
+                log.warning("%s: %s; asks for it again in %.1f s", self, kind, pause_s)
+            case NextCall.REPEAT:
+                log.info("%s: %s; sends it again in %.1f s", self, kind, pause_s)
+            case NextCall.RESEND:
+                since = "its start" if self.checkpoint is None else f"iteration {self.checkpoint.iteration}"
+                log.warning("%s: %s; sends it again from %s in %.1f s", self, kind, since, pause_s)

@@ -377,7 +377,7 @@ async def test_leaving_ends_the_control_of_a_call_that_fails_at_the_same_time(cl
             calls.append(self)
 
     calls = []
-    monkeypatch.setattr(Connection, "call_streaming", lambda *_: Call())
+    monkeypatch.setattr(Connection, "start_with_stream", lambda *_: Call())
     async with asyncio.timeout(WITHIN_S), client.control(PHOTO, PAINTING):
         pass
     assert len(calls) == 1  # the job is not sent again

@@ -11,7 +11,8 @@ from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
 from gramophone_client.streams import recovery
-from gramophone_client.transport.connection import DEFAULT_MAX_RETRIES, Connection
+from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES
+from gramophone_client.transport.connection import Connection
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import (
     HANG,

@@ -1,77 +1,98 @@
-"""The channel's options, and what gRPC retries by itself."""
+"""What is sent with every call, and the log of the calls."""
 
-import json
-import time
+import logging
 
-import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 
-from gramophone.recipe import Violation
-from gramophone_client import AsyncGramophoneClient, errors
-from gramophone_client.transport.connection import MAX_RETRIES, channel_options
+from gramophone_client import AsyncGramophoneClient, GramophoneClient
 from gramophone_server import errors as server_errors
-from tests.support.fake_service import NOWHERE, PAINTING, PHOTO, accepted, encoded, refused, rpc_status
+from tests.support.fake_service import LOST, PAINTING, PHOTO, accepted, checkpoint, refused, result
 from tests.support.updates import collected
 
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+OWN = {"authorization": "Bearer t0ken"}  # of the client
+CALLS = {"CancelJob", "GetJob", "GetServerInfo", "ListJobs", "Stylize", "StylizeInteractive", "StylizeStream"}
+CALLS |= {"UploadImage", "Watch", "WatchJob"}  # `Watch` is that of the health service
 
-@pytest.mark.parametrize("how", ["unary", "stream"])
-async def test_a_job_that_was_not_accepted_is_sent_again(client, service, how):
-    # Larger than gRPC's own retry buffer of 256 KiB, above which it would not be sent twice.
-    photo = encoded() + bytes(300_000)
-    service.scripts = [
-        [rpc_status(grpc.StatusCode.UNAVAILABLE)],
-        [refused(server_errors.QueueFull(4, 4, 0.05))],
-        service.scripts[0],
+
+def check(service, expected):
+    """Every call was made, each with the expected metadata."""
+    assert {name for name, _ in service.metadata} == CALLS
+    for name, metadata in service.metadata:
+        assert expected.items() <= metadata.items(), name
+
+
+async def test_metadata_is_sent_with_every_call(service):
+    service.set_health(HealthCheckResponse.SERVING)
+    more = {"metadata": {"traceparent": TRACE, "raw-bin": b"\x00\xff"}}
+    async with AsyncGramophoneClient(service.target, metadata=OWN) as client:
+        await client.wait_until_ready(5, **more)
+        await client.server_info(**more)
+        image = await client.upload(PAINTING, **more)
+        await client.stylize(PHOTO, image, **more)
+        await collected(client.stream(PHOTO, image, **more))
+        await collected(client.watch("j1", **more))
+        async with client.control(PHOTO, image, **more) as job:
+            await job.result()
+        async with client.control_job("j1", **more) as job:
+            await job.result()
+        await client.get_job("j1", **more)
+        await client.list_jobs(**more)
+        await client.cancel_job("j1", **more)
+        check(service, OWN | more["metadata"])
+        service.metadata.clear()
+        await client.get_job("j1")
+        ((_, plain),) = service.metadata
+        assert OWN.items() <= plain.items() and "traceparent" not in plain
+
+
+def test_metadata_is_sent_with_every_synchronous_call(service):
+    service.set_health(HealthCheckResponse.SERVING)
+    more = {"metadata": [("traceparent", TRACE)]}
+    with GramophoneClient(service.target, metadata=OWN) as client:
+        client.wait_until_ready(5, **more)
+        client.server_info(**more)
+        image = client.upload(PAINTING, **more)
+        client.stylize(PHOTO, image, **more)
+        list(client.stream(PHOTO, image, **more))
+        list(client.watch("j1", **more))
+        with client.control(PHOTO, image, **more) as job:
+            job.result()
+        with client.control_job("j1", **more) as job:
+            job.result()
+        client.get_job("j1", **more)
+        client.list_jobs(**more)
+        client.cancel_job("j1", **more)
+        check(service, OWN | {"traceparent": TRACE})
+
+
+@pytest.mark.usefixtures("short_pauses")
+async def test_metadata_is_sent_again_after_a_loss(service):
+    gone = refused(server_errors.JobNotFound("j1"))
+    service.scripts = [[accepted(), checkpoint(2), LOST], [gone], [accepted(resumed_at=2), result()]]
+    async with AsyncGramophoneClient(service.target, metadata=OWN) as client:
+        image = await client.upload(PAINTING)
+        service.images.clear()  # so that it is uploaded again as well
+        await collected(client.stream(PHOTO, image, detach_grace=0.5, metadata={"traceparent": TRACE}))
+    names = [name for name, _ in service.metadata]
+    assert {"StylizeStream", "WatchJob", "UploadImage"} == set(names) and names.count("StylizeStream") > 2
+    assert all(metadata["authorization"] == OWN["authorization"] for _, metadata in service.metadata)
+    assert all(metadata["traceparent"] == TRACE for _, metadata in service.metadata[1:])
+
+
+async def test_a_key_may_have_several_values(service):
+    async with AsyncGramophoneClient(service.target, metadata=[("tag", "a"), ("tag", "b")]) as client:
+        await client.get_job("j1", metadata=[("tag", "c")])
+    ((_, metadata),) = service.metadata
+    assert metadata["tag"] == "c"  # the last of them
+
+
+async def test_calls_are_logged_without_their_contents(client, service, caplog):
+    caplog.set_level(logging.DEBUG, "gramophone_client")
+    await client.stylize(PHOTO, PAINTING, metadata={"authorization": "Bearer t0ken"})
+    await client.get_job("j1")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Stylize of {service.target}, within 10.0 s",
+        f"GetJob of {service.target}, within 10.0 s",
     ]
-    if how == "unary":
-        await client.stylize(photo, PAINTING)
-    else:
-        await collected(client.stream(photo, PAINTING))
-    assert [len(spec.content.data) for spec in service.specs] == [len(photo)] * 3
-
-
-async def test_retries_wait_as_long_as_the_server_requests(client, service):
-    service.scripts = [[refused(server_errors.QueueFull(4, 4, 0.4))], service.scripts[0]]
-    started = time.monotonic()
-    await client.stylize(PHOTO, PAINTING)
-    assert time.monotonic() - started >= 0.4
-
-
-async def test_without_patience_nothing_is_sent_again_after_the_first_message(client, service):
-    service.scripts = [[accepted(), rpc_status(grpc.StatusCode.UNAVAILABLE, "going down")], service.scripts[0]]
-    with pytest.raises(errors.ConnectionFailedError, match="going down"):
-        await collected(client.stream(PHOTO, PAINTING, patience=0))
-    assert len(service.specs) == 1
-
-
-async def test_a_bad_request_is_not_sent_again(client, service):
-    service.scripts = [
-        [refused(server_errors.InvalidRequest([Violation("spec.seed", "must be y")]))],
-        service.scripts[0],
-    ]
-    with pytest.raises(errors.InvalidRequestError):
-        await client.stylize(PHOTO, PAINTING)
-    assert len(service.specs) == 1
-
-
-def test_the_channel_suits_images():
-    options = dict(channel_options(1000))
-    assert options["grpc.max_send_message_length"] == options["grpc.max_receive_message_length"] == 1000
-    assert options["grpc.http2.bdp_probe"] == 0
-    assert json.loads(options["grpc.service_config"])["retryThrottling"]
-
-
-@pytest.mark.parametrize("max_retries", range(MAX_RETRIES + 1))
-async def test_max_retries_is_what_grpc_does(service, max_retries):
-    service.scripts = [[refused(server_errors.QueueFull(4, 4, 0.001))]]
-    async with AsyncGramophoneClient(service.target, max_retries=max_retries) as client:
-        with pytest.raises(errors.QueueFullError):
-            await client.stylize(PHOTO, PAINTING)
-    assert len(service.specs) == 1 + max_retries
-
-
-@pytest.mark.parametrize("max_retries", [-1, MAX_RETRIES + 1, 1.5, True, "3"])
-async def test_max_retries_has_a_range(max_retries):
-    with pytest.raises(errors.InvalidRequestError, match="max_retries: must be 0 to 4, because gRPC") as raised:
-        AsyncGramophoneClient(NOWHERE, max_retries=max_retries)
-    assert [violation.field for violation in raised.value.violations] == ["max_retries"]

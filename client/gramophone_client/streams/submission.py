@@ -1,0 +1,39 @@
+"""Makes the job that a call sends, and sends again if it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from gramophone_client.streams.recovery import ResendableJob
+from gramophone_client.transport.connection import Connection
+from gramophone_client.transport.job_spec import job_spec, uploaded_images
+from gramophone_client.types.options import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles
+
+__all__ = ["prepare_job"]
+
+
+async def prepare_job(
+    connection: Connection,
+    content: ImageInput,
+    styles: Styles,
+    options: JobOptions,
+    *,
+    patience_s: float,
+    request_id: str | None,
+    frames: FrameOptions | None = None,
+    checkpoints: CheckpointOptions | None = None,
+) -> ResendableJob:
+    """Reads the job's files and builds its message. Raises the error of a client that cannot be used here.
+
+    Then waits until the channel is connected or has failed, so that a later loss can be told from a server that was
+    never there; see `Recovery`.
+    """
+    connection.check()
+    spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **options)
+    if connection.max_retries == 0:
+        patience_s = 0.0
+    else:
+        await connection.wait_until_connected()
+    images = uploaded_images(content, styles, options.get("start_image"))
+    return ResendableJob(spec, str(uuid.uuid4()) if request_id is None else request_id, images, patience_s)

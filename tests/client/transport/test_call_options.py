@@ -1,0 +1,81 @@
+"""Metadata and seconds: what fits, and the names in errors."""
+
+import math
+
+import pytest
+
+from gramophone_client import AsyncGramophoneClient, errors
+from gramophone_client.transport.call_options import checked_metadata, checked_seconds
+from tests.support.fake_service import NOWHERE, PAINTING, PHOTO
+
+
+def test_metadata_is_a_mapping_or_pairs():
+    pairs = (("x-tag", "a"), ("x-tag", "b"), ("trace-bin", b"\x00\xff"), ("empty", ""))
+    assert checked_metadata(pairs) == checked_metadata([list(pair) for pair in pairs]) == pairs
+    assert checked_metadata({"authorization": "Bearer x.y", "a_b.c-1": "~ !"}) == (
+        ("authorization", "Bearer x.y"),
+        ("a_b.c-1", "~ !"),
+    )
+    assert checked_metadata(None) == checked_metadata({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "field", "rule"),
+    [
+        ({"Authorization": "secret"}, "metadata['Authorization']", "'-' and '.'; write 'authorization'"),
+        ({"a b": "secret"}, "metadata['a b']", "the key must consist of the characters"),
+        ({"": "secret"}, "metadata['']", "the key must consist of the characters"),
+        ({7: "secret"}, "metadata[7]", "the key must consist of the characters"),
+        ({"grpc-timeout": "secret"}, "metadata['grpc-timeout']", "are gRPC's own"),
+        ({"x": b"secret"}, "metadata['x']", "must be a str, got bytes; bytes need a key that ends in '-bin'"),
+        ({"x": 5}, "metadata['x']", "must be a str, got int"),
+        ({"x-bin": "secret"}, "metadata['x-bin']", "must be bytes, got str"),
+        ({"x": "secret\n"}, "metadata['x']", "printable ASCII"),
+        ({"x": " secret"}, "metadata['x']", "without spaces at the ends"),
+        ({"x": "sécret"}, "metadata['x']", "others need a '-bin' key"),
+        ("x=secret", "metadata", "must be a mapping or a sequence of pairs, got str"),
+        (["secret"], "metadata", "must be a mapping or a sequence of pairs, got one of str"),
+        ([("x", "secret", "y")], "metadata", "must be a mapping or a sequence of pairs, got one of tuple"),
+        (5, "metadata", "must be a mapping or a sequence of pairs, got int"),
+    ],
+)
+def test_wrong_metadata_is_named_without_its_value(metadata, field, rule):
+    with pytest.raises(errors.InvalidRequestError) as raised:
+        checked_metadata(metadata)
+    (violation,) = raised.value.violations
+    assert violation.field == field and rule in violation.description
+    assert str(raised.value) == f"{field}: {violation.description}"
+    assert "ecret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.001, math.nan, math.inf, 1e12, True, "3", None])
+def test_seconds_have_a_range(seconds):
+    with pytest.raises(errors.InvalidRequestError, match="timeout: must be a number of seconds, above 0 and at most 3"):
+        checked_seconds("timeout", seconds)
+
+
+def test_zero_is_a_time_for_patience_alone():
+    assert checked_seconds("patience", 0, or_zero=True) == 0
+    with pytest.raises(errors.InvalidRequestError, match="above 0"):
+        checked_seconds("timeout", 0)
+    with pytest.raises(errors.InvalidRequestError, match="patience: must be a number of seconds, at least 0"):
+        checked_seconds("patience", -1, or_zero=True)
+
+
+async def test_methods_check_before_anything_is_sent(client, service):
+    with pytest.raises(errors.InvalidRequestError, match="timeout"):
+        AsyncGramophoneClient(NOWHERE, timeout=0)
+    with pytest.raises(errors.InvalidRequestError, match="metadata"):
+        AsyncGramophoneClient(NOWHERE, metadata={"A": "b"})
+    for wrong in ({"timeout": -1}, {"metadata": {"A": "b"}}):
+        (name,) = wrong
+        for call in (client.get_job("j1", **wrong), client.stylize(PHOTO, PAINTING, **wrong)):
+            with pytest.raises(errors.InvalidRequestError, match=name):
+                await call
+        for make in (client.watch, client.control_job):
+            with pytest.raises(errors.InvalidRequestError, match=name):
+                make("j1", **wrong)
+    for make in (client.stream, client.control):
+        with pytest.raises(errors.InvalidRequestError, match="patience"):
+            make(PHOTO, PAINTING, patience=-1)
+    assert service.metadata == []
