@@ -186,7 +186,9 @@ def _measure(args: argparse.Namespace) -> None:
     target = chosen_target(args)
 
     async def measure() -> None:
-        async with AsyncGramophoneClient(target.address, timeout=args.deadline, max_retries=0) as client:
+        async with AsyncGramophoneClient(
+            target.address, timeout=args.deadline, max_retries=0, metadata=target.metadata
+        ) as client:
             if args.wait:
                 await client.wait_until_ready(args.wait)
             async with live_display(running, Console(stderr=True, quiet=args.quiet)):

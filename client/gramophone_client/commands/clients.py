@@ -25,7 +25,7 @@ DEFAULT_PORT = "50051"
 def client(args: argparse.Namespace) -> Iterator[GramophoneClient]:
     """A client of the target that `args` choose."""
     target = chosen_target(args)
-    with _start_hint(target), GramophoneClient(target.address) as connected:
+    with _start_hint(target), GramophoneClient(target.address, metadata=target.metadata) as connected:
         if args.wait:
             connected.wait_until_ready(args.wait)
         yield connected
@@ -36,7 +36,7 @@ async def async_client(target: Target, args: argparse.Namespace) -> AsyncIterato
     """A client of `target`, with --timeout."""
     timeout = args.timeout or target.timeout or DEFAULT_TIMEOUT_S
     with _start_hint(target):
-        async with AsyncGramophoneClient(target.address, timeout=timeout) as connected:
+        async with AsyncGramophoneClient(target.address, timeout=timeout, metadata=target.metadata) as connected:
             if args.wait:
                 await connected.wait_until_ready(args.wait)
             yield connected

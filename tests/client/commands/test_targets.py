@@ -1,8 +1,13 @@
 """`gramophone targets`."""
 
+import argparse
 import json
 
 import pytest
+
+from gramophone_client.console.targets import metadata_entry
+from gramophone_client.errors import InvalidRequestError
+from gramophone_client.transport.call_options import checked_metadata
 
 FILE = """\
 default = "studio"
@@ -95,3 +100,37 @@ def test_a_named_target_is_used_by_every_command(gramophone, service, file, monk
     for command in ("info --target fake", "jobs --server fake", "cancel j1 --target fake"):
         code, out, _ = gramophone(command)
         assert (code, bool(out)) == (0, True)
+
+
+def test_the_metadata_of_a_target_and_of_the_command_line_is_sent(gramophone, service, file):
+    file.parent.mkdir(parents=True)
+    metadata = "[targets.fake.metadata]\nauthorization = 's3cret'\ntraceparent = '00-1'\n"
+    file.write_text(f"[targets.fake]\naddress = '{service.target}'\n{metadata}")
+    file.chmod(0o600)
+    commands = {
+        "ListJobs": "jobs",
+        "CancelJob": "cancel j1",
+        "GetServerInfo": "info",
+        "WatchJob": "watch j1 -o out.png",
+        "StylizeStream": "stylize photo.png painting.png -o out.png",
+        "StylizeInteractive": "control j1 --finish",
+    }
+    for method, words in commands.items():
+        service.metadata.clear()
+        gramophone(f"{words} --target fake --metadata traceparent=00-2")
+        (sent,) = [sent for name, sent in service.metadata if name == method]
+        assert (sent["authorization"], sent["traceparent"]) == ("s3cret", "00-2"), method
+
+
+@pytest.mark.parametrize(
+    "text", ["token=a b", "x-y_z.1=", "Token=1", "grpc-x=1", "x-bin=1", "x= 1", "x=1 ", "x=é", "=1", "x y=1"]
+)
+def test_the_rules_for_metadata_are_those_of_the_client(text):
+    key, _, value = text.partition("=")
+    try:
+        metadata_entry(text)
+    except argparse.ArgumentTypeError:
+        with pytest.raises(InvalidRequestError):
+            checked_metadata({key: value})
+    else:
+        assert checked_metadata({key: value}) == ((key, value),)
