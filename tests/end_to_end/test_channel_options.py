@@ -14,6 +14,7 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
+from gramophone_client.transport.channel import channel_options
 from gramophone_server import main
 from gramophone_server.config import Limits
 from tests.support.clock import WITHIN_S
@@ -26,6 +27,7 @@ UNKNOWN = "grpc.http2.min_recv_ping_interval_without_data_ms"  # after the const
 # HTTP/2, RFC 9113: the preface of a connection, and the types of frames. A ping has the length 8.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, PING, GOAWAY = 4, 6, 7
+ACK = 1  # the flag of an answer to a ping or to settings
 PING_EVERY_S = 10.0  # what the server promises
 PINGS = 6  # the server forgives two that come too early
 FASTER = 50  # by this factor a test's server and its pings are faster than a real one
@@ -94,9 +96,9 @@ async def answer_to_pings(port: int, every_s: float) -> bytes:
         writer.close()
 
 
-def frame(kind: int, payload: bytes) -> bytes:
-    """A frame of the connection itself: no flags, stream 0."""
-    return struct.pack(">IBI", len(payload) << 8 | kind, 0, 0) + payload
+def frame(kind: int, payload: bytes, flags: int = 0) -> bytes:
+    """A frame of the connection itself: stream 0."""
+    return struct.pack(">IBI", len(payload) << 8 | kind, flags, 0) + payload
 
 
 async def next_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
@@ -113,3 +115,31 @@ async def test_clients_may_ping_every_ten_seconds() -> None:
 async def test_clients_may_not_ping_far_more_often() -> None:
     async with server_faster_by(1) as port:
         assert await answer_to_pings(port, PING_EVERY_S / FASTER) == b"too_many_pings"
+
+
+async def test_the_client_pings_all_the_time_during_a_silent_call() -> None:
+    """Otherwise it would not notice a dead server as soon as it promises."""
+    pings: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def silent_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(len(PREFACE))
+        writer.write(frame(SETTINGS, b""))
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                kind, payload = await next_frame(reader)
+                if kind == PING:
+                    writer.write(frame(PING, payload, ACK))
+                    pings.put_nowait(payload)
+                elif kind == SETTINGS and payload:
+                    writer.write(frame(SETTINGS, b"", ACK))
+        writer.close()
+
+    server = await asyncio.start_server(silent_server, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    options = dict(channel_options(2**20)) | {"grpc.keepalive_time_ms": 1000}  # gRPC pings once a second at most
+    async with server, grpc.aio.insecure_channel(f"{host}:{port}", list(options.items())) as channel:
+        call = channel.unary_unary("/service/method")(b"")
+        async with asyncio.timeout(15):
+            for _ in range(4):  # by default the fourth would come after a minute
+                await pings.get()
+        call.cancel()

@@ -60,6 +60,7 @@ def channel_options(max_message_bytes: int, max_retries: int = DEFAULT_MAX_RETRI
         # Detects a dead peer within 50 s, even while a queued job sends nothing for a long time.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),  # no limit; gRPC's is two, and then a ping per minute
         # Finds a server that starts during the wait within 1 s; gRPC's own pauses grow to 120 s.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
