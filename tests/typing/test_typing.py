@@ -1,4 +1,6 @@
-"""A user's script is clean for mypy and pyright, in their strict modes; wrong uses are errors; every type is known.
+"""A user's script and the examples are clean for mypy and pyright in their strict modes; wrong uses are errors.
+
+Every type of the client is known.
 
 basedpyright is pyright as a package that brings its own Node.js, so that it runs without a network. Its mode "strict"
 is pyright's.
@@ -20,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = [str(ROOT / "proto"), str(ROOT / "client")]
 WRONG = ROOT / "tests" / "typing" / "wrong_uses.py"
-RIGHT = [ROOT / "tests" / "typing" / "user_script.py"]
+RIGHT = [ROOT / "tests" / "typing" / "user_script.py", *sorted((ROOT / "examples" / "python").glob("*.py"))]
 EXPECTED = {
     number: tuple(codes.groups())
     for number, line in enumerate(WRONG.read_text().splitlines(), 1)
@@ -68,7 +70,7 @@ def pyright(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_users_script_has_no_errors(checker: str, request: pytest.FixtureRequest) -> None:
+def test_a_users_script_and_the_examples_have_no_errors(checker: str, request: pytest.FixtureRequest) -> None:
     errors: Found = request.getfixturevalue(checker)
     assert not {error for error in errors if error[0] != WRONG}
 
