@@ -248,3 +248,73 @@ def test_a_stream_that_outlives_its_client_is_closed_with_it(service):
         next(updates)
     assert service.call_ended.wait(WITHIN_S)
     updates.close()
+
+
+# --- streams and control as objects
+
+
+def test_a_synchronous_stream_is_a_context(service):
+    service.scripts = [[accepted(), frame(1), HANG]]
+    with GramophoneClient(service.target) as client:
+        with client.stream(PHOTO, PAINTING) as updates:
+            assert (updates.job_id, len(service.specs)) == ("j1", 1)
+            assert kinds([next(updates), next(updates)]) == ["Accepted", "Frame"]
+        assert service.call_ended.wait(WITHIN_S) and service.cancelled
+        with pytest.raises(errors.ClientUsageError, match="was closed before its end"):
+            next(updates)
+        updates.close()
+
+
+def test_entering_a_synchronous_stream_raises_the_refusal(service):
+    service.scripts = [[refused(server_errors.JobNotFound("j9"))]]
+    with GramophoneClient(service.target) as client, pytest.raises(errors.JobNotFoundError), client.watch("j9"):
+        pytest.fail("there is no such job")
+
+
+def test_the_end_of_a_synchronous_stream_stays_its_end(service):
+    with GramophoneClient(service.target) as client:
+        updates = client.stream(PHOTO, PAINTING)
+        assert kinds(updates)[-1] == "Result"
+        assert list(updates) == []
+    assert list(updates) == []  # after its client, too
+    updates.close()
+    assert not service.cancelled
+
+
+def test_another_thread_can_close_a_stream(service):
+    service.scripts = [[accepted(), HANG]]
+    with ThreadPoolExecutor(1) as threads, GramophoneClient(service.target) as client:
+        updates = client.stream(PHOTO, PAINTING)
+        next(updates)
+        waits = threads.submit(next, updates)
+        assert service.hanging.wait(WITHIN_S)
+        updates.close()
+        with pytest.raises(errors.CallCancelledError, match="closed while its next update was awaited"):
+            waits.result(WITHIN_S)
+
+
+def test_an_interrupt_leaves_a_job_under_control_alone(service, monkeypatch):
+    service.scripts = [[accepted(), Answer(4), result()]]
+    with GramophoneClient(service.target) as client, client.control(PHOTO, PAINTING) as job:
+        next(job)
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(job)
+        monkeypatch.undo()
+        assert job.finish() == 4
+        assert job.result().iterations == 300
+    with pytest.raises(errors.ClientClosedError):
+        job.pause()
+
+
+def test_a_job_that_was_not_entered_is_not_sent(service):
+    with GramophoneClient(service.target) as client:
+        job = client.control(PHOTO, PAINTING)
+        with pytest.raises(errors.ClientUsageError, match="enter its context first: `async with`, or `with`"):
+            job.pause()
+        job.close()
+    assert service.messages == []

@@ -213,3 +213,25 @@ def test_the_fake_engine_needs_no_compiled_ops(tmp_path: Path) -> None:
     with Process("-m", module, cwd=tmp_path) as real:  # the network does need them, so the module does keep them away
         assert real.code() == 1
     assert "gramophone_server._C" in real.output
+
+
+# Traces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_access_log_has_the_trace_of_the_caller(tmp_path: Path) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    small = RecipeOverrides(size=64, smallest_size=0, iterations=1)
+    log = tmp_path / "access.log"
+    with Server("--access-log", str(log), cwd=tmp_path) as server:
+        server.line("ready in ")
+        with GramophoneClient(server.address, metadata={"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}) as client:
+            client.server_info()
+            client.upload(PAINTING)
+            client.stylize(PHOTO, PAINTING, **small)
+            with client.control(PHOTO, PAINTING, **small) as job:
+                job.result()
+        server.signal(signal.SIGTERM)
+        assert server.code() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == 4
+    assert {line["trace"] for line in lines} == {trace}

@@ -122,7 +122,7 @@ class Recovery:
         job = self.job
         if isinstance(error, ImageNotFoundError) and job is not None and job.images and not self._has_renewed_images:
             self._has_renewed_images = True
-            log.info("%s: its server does not have its %d uploaded images; uploads them again", self, len(job.images))
+            log.info("%s: its server does not have its %d images; uploads them again", self._name, len(job.images))
             try:
                 for image in job.images:
                     await upload(self._connection, image.data, self.left_s)
@@ -145,17 +145,18 @@ class Recovery:
         await self._connection.wait_until_connected()
         return True
 
-    def __str__(self) -> str:
-        """The job in the log. Whoever knows all of its id can use it, and the messages of errors have it."""
+    @property
+    def _name(self) -> str:
+        """The job in the log. All of its id would be enough to use it; the messages of errors can have it."""
         return f"job {self.job_id[:8]}" if self.job_id else "a job without an id yet"
 
     def _log(self, retry: Retry, error: GramophoneError) -> None:
-        kind, pause_s = type(error).__name__, retry.pause_s
+        name, kind, pause_s = self._name, type(error).__name__, retry.pause_s
         match retry.call:
             case NextCall.ATTACH:
-                log.warning("%s: %s; asks for it again in %.1f s", self, kind, pause_s)
+                log.warning("%s: %s; asks for it again in %.1f s", name, kind, pause_s)
             case NextCall.REPEAT:
-                log.info("%s: %s; sends it again in %.1f s", self, kind, pause_s)
+                log.info("%s: %s; sends it again in %.1f s", name, kind, pause_s)
             case NextCall.RESEND:
                 since = "its start" if self.checkpoint is None else f"iteration {self.checkpoint.iteration}"
-                log.warning("%s: %s; sends it again from %s in %.1f s", self, kind, since, pause_s)
+                log.warning("%s: %s; sends it again from %s in %.1f s", name, kind, since, pause_s)

@@ -392,3 +392,42 @@ async def test_an_existing_job_is_found_again_but_never_sent(client, service):
     async with client.control_job("j1") as job:
         with pytest.raises(errors.ConnectionFailedError, match="gone"):
             await job.result()
+
+
+# --- the control as an object
+
+
+async def test_control_that_was_given_up_says_so(client, service):
+    service.scripts = [[accepted(), HANG]]
+    async with client.control(PHOTO, PAINTING) as job:
+        assert job.job_id == "j1"
+        pending = asyncio.create_task(job.pause())
+        assert await asyncio.to_thread(service.hanging.wait, WITHIN_S)
+        await job.close()
+        with pytest.raises(errors.CallCancelledError, match="control of the job was given up"):
+            await pending
+        for call in (job.pause(), anext(job), job.result(), job.__aenter__()):
+            with pytest.raises(errors.ClientUsageError, match="control_job"):
+                await call
+    await job.close()
+    assert await asyncio.to_thread(service.call_ended.wait, WITHIN_S)
+
+
+async def test_the_end_of_a_controlled_job_stays_its_end(client, service):
+    service.scripts = [[accepted(), result()]]
+    async with client.control(PHOTO, PAINTING) as job:
+        assert kinds(await collected(job)) == ["Accepted", "Result"]
+    assert await collected(job) == []
+    assert (await job.result()).iterations == 300
+
+
+async def test_a_job_that_was_not_entered_has_no_commands(client, service):
+    job = client.control(PHOTO, PAINTING)
+    assert (job.job_id, job.accepted) == (None, None)
+    for call in (job.pause(), anext(job), job.result()):
+        with pytest.raises(errors.ClientUsageError, match="is not sent yet; enter its context first"):
+            await call
+    await job.close()
+    with pytest.raises(errors.ClientUsageError, match="can be entered once"):
+        await job.__aenter__()
+    assert service.messages == []

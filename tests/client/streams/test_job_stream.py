@@ -1,3 +1,4 @@
+import asyncio
 import re
 import time
 
@@ -9,7 +10,9 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import FrameOptions, errors
 from gramophone_client.streams.job_stream import newest_responses
 from gramophone_server import errors as server_errors
+from tests.support.clock import WITHIN_S
 from tests.support.fake_service import (
+    HANG,
     LOST,
     NO_RETRIES,
     PAINTING,
@@ -24,7 +27,7 @@ from tests.support.fake_service import (
     rpc_status,
     waiting,
 )
-from tests.support.updates import collected
+from tests.support.updates import collected, kinds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -136,3 +139,114 @@ async def test_a_job_that_expired_during_the_search_is_an_error(client, service)
     service.scripts = [lost, [refused(server_errors.JobNotFound("j1"))]]
     with pytest.raises(errors.JobNotFoundError, match="j1"):
         await collected(client.watch("j1", detach_grace=5))
+
+
+# --- the stream as an object
+
+
+async def test_entering_sends_the_job_and_the_first_update_is_still_accepted(client, service):
+    service.scripts = [[accepted(job_id="j7"), progress(1), result()]]
+    updates = client.stream(PHOTO, PAINTING)
+    assert (updates.job_id, updates.accepted, service.specs) == (None, None, [])
+    async with updates as entered:
+        assert entered is updates and len(service.specs) == 1
+        assert (updates.job_id, updates.accepted.job_id) == ("j7", "j7")
+        assert kinds(await collected(updates)) == ["Accepted", "Progress", "Result"]
+
+
+async def test_entering_raises_the_refusal(client, service):
+    service.scripts = [[refused(server_errors.InvalidRequest([Violation("spec.seed", "must be y")]))]]
+    with pytest.raises(errors.InvalidRequestError, match="must be y"):
+        async with client.stream(PHOTO, PAINTING):
+            pytest.fail("the job was refused")
+    service.scripts = [[refused(server_errors.JobNotFound("j9"))]]
+    with pytest.raises(errors.JobNotFoundError):
+        async with client.watch("j9"):
+            pytest.fail("there is no such job")
+
+
+async def test_entering_does_not_wait_for_an_update_of_a_job_that_is_watched_from_its_middle(client, service):
+    service.scripts = [[HANG]]
+    async with asyncio.timeout(WITHIN_S), client.watch("j1", 5) as updates:
+        assert (updates.job_id, updates.accepted) == ("j1", None)
+
+
+async def test_a_job_that_is_sent_again_has_another_id(client, service):
+    service.scripts = [[accepted(), checkpoint(2), LOST], [accepted(job_id="j2", resumed_at=2), result()]]
+    async with client.stream(PHOTO, PAINTING) as updates:
+        assert updates.job_id == "j1"
+        await collected(updates)
+        assert (updates.job_id, updates.accepted.resumed_at) == ("j2", 2)
+
+
+async def test_the_end_of_a_stream_stays_its_end(client, service):
+    updates = client.stream(PHOTO, PAINTING)
+    await collected(updates)
+    for _ in range(2):
+        with pytest.raises(StopAsyncIteration):
+            await anext(updates)
+    await updates.close()
+    await updates.close()
+    with pytest.raises(StopAsyncIteration):
+        await anext(updates)
+    await client.close()
+    assert await collected(updates) == []
+    assert not service.cancelled
+
+
+async def test_an_error_is_raised_again(client, service):
+    service.scripts = [[accepted(), refused(server_errors.Diverged(13))]]
+    updates = client.stream(PHOTO, PAINTING)
+    for _ in range(3):
+        with pytest.raises(errors.DivergedError):
+            await collected(updates)
+
+
+@pytest.mark.parametrize("how", ["block", "close", "before it was entered"])
+async def test_a_closed_stream_says_so(client, service, how):
+    service.scripts = [[accepted(), HANG]]
+    updates = client.stream(PHOTO, PAINTING)
+    if how == "block":
+        async with updates:
+            pass
+    else:
+        if how == "close":
+            await anext(updates)
+        await updates.close()
+    with pytest.raises(errors.ClientUsageError, match="was closed before its end; make another one, or `watch`"):
+        await anext(updates)
+    await updates.close()
+    if how == "before it was entered":
+        assert service.specs == []
+    else:
+        assert await asyncio.to_thread(service.call_ended.wait, WITHIN_S)
+
+
+async def test_closing_ends_the_wait_for_an_update(client, service):
+    service.scripts = [[accepted(), HANG]]
+    updates = client.stream(PHOTO, PAINTING)
+    await anext(updates)
+    waits = asyncio.create_task(anext(updates))
+    assert await asyncio.to_thread(service.hanging.wait, WITHIN_S)
+    await updates.close()
+    with pytest.raises(errors.CallCancelledError, match="was closed while its next update was awaited"):
+        await waits
+    assert not waits.cancelled()
+    assert await asyncio.to_thread(service.call_ended.wait, WITHIN_S)
+
+
+async def test_a_stream_whose_reader_was_cancelled_is_closed(client, service):
+    service.scripts = [[accepted(), HANG]]
+    async with client.stream(PHOTO, PAINTING) as updates:
+        await anext(updates)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await anext(updates)
+        with pytest.raises(errors.ClientUsageError, match="was closed before its end"):
+            await anext(updates)
+    assert await asyncio.to_thread(service.call_ended.wait, WITHIN_S)
+
+
+async def test_two_readers_share_the_updates(client, service):
+    one, other = await asyncio.gather(*[collected(updates := client.stream(PHOTO, PAINTING)), collected(updates)])
+    assert sorted(kinds([*one, *other])) == sorted(kinds(await collected(client.stream(PHOTO, PAINTING))))

@@ -1,6 +1,8 @@
 """Jobs that are lost with their server and sent again."""
 
 import asyncio
+import logging
+import re
 import socket
 import time
 
@@ -358,3 +360,40 @@ async def test_endless_connecting_does_not_use_up_the_callers_time():
             with pytest.raises(errors.DeadlineExceededError):
                 await client.stylize(PHOTO, PAINTING)
         assert time.monotonic() - started < 10
+
+
+# --- the log
+
+
+async def test_what_recovery_does_is_in_the_log_without_the_jobs_secrets(client, service, caplog):
+    caplog.set_level(logging.INFO, "gramophone_client")
+    job_id = "0123456789abcdef"
+    missing = refused(server_errors.JobNotFound(job_id))
+    service.scripts = [
+        [refused(server_errors.ShuttingDown(0.01))],
+        [accepted(job_id=job_id), checkpoint(6), LOST],
+        [missing],
+        [accepted(job_id="fedcba9876543210", resumed_at=6), result()],
+    ]
+    style = await client.upload(PAINTING)
+    service.images.clear()
+    await collected(client.stream(PHOTO, style, detach_grace=5))
+    lines = [re.sub(r"\d+\.\d s$", "T s", record.getMessage()) for record in caplog.records]
+    assert lines == [
+        "a job without an id yet: its server does not have its 1 images; uploads them again",
+        "job 01234567: ConnectionFailedError; asks for it again in T s",
+        "job 01234567: JobNotFoundError; sends it again from iteration 6 in T s",
+    ]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "WARNING"]
+
+
+async def test_a_refusal_that_may_pass_is_in_the_log(client, service, caplog):
+    caplog.set_level(logging.INFO, "gramophone_client")
+    down = refused(server_errors.ShuttingDown(0.01))
+    service.scripts = [
+        [rpc_status(down.code, down.details, (*down.trailing_metadata, *NO_RETRIES))],
+        service.scripts[0],
+    ]
+    await client.stylize(PHOTO, PAINTING)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a job without an id yet: ShuttingDownError; sends it again")
