@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.deprecations import accepts_old_keywords
-from gramophone_client.errors import ConnectionFailedError, DeadlineExceededError, GramophoneError, NotReadyError
+from gramophone_client.errors import GramophoneError
 from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.job_stream import AsyncJobStream
 from gramophone_client.streams.recovery import PATIENCE_S, Recovery
@@ -22,6 +20,7 @@ from gramophone_client.transport import parsing, uploads
 from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES, Metadata, checked_seconds
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import image_bytes
+from gramophone_client.transport.readiness import wait_until_serving
 from gramophone_client.types.options import (
     CheckpointOptions,
     FrameOptions,
@@ -365,28 +364,7 @@ class AsyncGramophoneClient:
     async def wait_until_ready(self, timeout: float | None = 60.0, *, metadata: Metadata | None = None) -> None:
         """Returns as soon as the server's health status is SERVING. Raises `NotReadyError` after `timeout`."""
         connection = self._calling(metadata)
-        timeout_s = connection.timeout(timeout)
-        end = time.monotonic() + timeout_s
-        problem = "no connection"
-        while (left_s := end - time.monotonic()) > 0:
-            call = connection.watch_health(left_s)
-            try:
-                with connection.errors_rebuilt(left_s):
-                    async for response in call:
-                        if response.status == health_pb2.HealthCheckResponse.SERVING:
-                            return
-                        status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-                        problem = f"its health status is {status}"
-            except DeadlineExceededError:
-                break
-            except ConnectionFailedError:
-                problem = "the connection was lost"
-            finally:
-                call.cancel()
-            await asyncio.sleep(0.1)  # a server that shuts down ends every watch at once
-        raise NotReadyError(
-            f"the server at {self.target} is not ready after {timeout_s:g} s: {problem}; start it, or wait for longer"
-        )
+        await wait_until_serving(connection, connection.timeout(timeout))
 
     def _calling(self, metadata: Metadata | None) -> Connection:
         """The connection for a call with `metadata`. Raises the error of a client that cannot be used here."""

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 import gramophone_client
 from gramophone.recipe import Recipe, Violation
@@ -235,24 +234,3 @@ async def test_a_finished_job_is_not_cancelled(client, service):
 def test_a_client_needs_a_running_loop():
     with pytest.raises(errors.ClientUsageError, match=r"as with asyncio\.run\(main\(\)\); GramophoneClient needs none"):
         AsyncGramophoneClient(NOWHERE)
-
-
-# --- readiness
-
-
-async def test_waiting_ends_when_the_health_status_is_serving(client, service):
-    service.set_health(HealthCheckResponse.NOT_SERVING)
-    waiting = asyncio.create_task(client.wait_until_ready(5))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(waiting), 0.05)
-    service.set_health(HealthCheckResponse.SERVING)
-    await waiting
-
-
-async def test_the_error_of_waiting_names_the_problem(client, service):
-    service.set_health(HealthCheckResponse.NOT_SERVING)
-    with pytest.raises(errors.NotReadyError, match=r"after 0\.1 s: its health status is NOT_SERVING"):
-        await client.wait_until_ready(0.1)
-    async with AsyncGramophoneClient(NOWHERE) as lonely:
-        with pytest.raises(errors.NotReadyError, match="no connection"):
-            await lonely.wait_until_ready(0.1)
