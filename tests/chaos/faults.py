@@ -102,7 +102,9 @@ async def readers_that_stop(env: ChaosEnvironment) -> None:
     channel = grpc.aio.insecure_channel(env.server.address, channel_options(MAX_MESSAGE_BYTES))
     async with channel, env.client() as client:
         stub = pb_grpc.StyleTransferServiceStub(channel)
-        specs = [job_spec(CONTENT, STYLE, frames=LARGE_FRAMES, detach_grace=grace_s, **LARGE) for grace_s in (None, 60)]
+        specs = [
+            job_spec(CONTENT, STYLE, {"detach_grace": grace_s, **LARGE}, frames=LARGE_FRAMES) for grace_s in (None, 60)
+        ]
         calls = [stub.StylizeStream(pb.StylizeStreamRequest(spec=spec), timeout=DEADLINE_S) for spec in specs]
         cancelled_id, detached_id = [(await call.read()).event.accepted.job_id for call in calls]
         await wait_until_cancelled(env, client, cancelled_id)

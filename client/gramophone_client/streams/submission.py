@@ -30,7 +30,7 @@ async def prepare_job(
     never there; see `Recovery`.
     """
     connection.check()
-    spec = await asyncio.to_thread(job_spec, content, styles, frames=frames, checkpoints=checkpoints, **options)
+    spec = await asyncio.to_thread(job_spec, content, styles, options, frames=frames, checkpoints=checkpoints)
     if connection.max_retries == 0:
         patience_s = 0.0
     else:

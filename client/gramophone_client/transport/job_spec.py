@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 from gramophone import recipe as recipes
 from gramophone.options import (
@@ -52,10 +52,10 @@ CHECKPOINT_FITS = "must be a Checkpoint, its bytes or a file of them"
 def job_spec(
     content: ImageInput,
     styles: Styles,
+    job: JobOptions,
     *,
     frames: FrameOptions | None = None,
     checkpoints: CheckpointOptions | None = None,
-    **job: Unpack[JobOptions],
 ) -> pb.JobSpec:
     """The message that describes a job. Reads files, so it may block.
 
@@ -64,6 +64,9 @@ def job_spec(
     """
     problems = Problems()
     for name in (name for name in job if name not in JobOptions.__annotations__):
+        if name in METHOD_KEYWORDS:  # as `frames` of `stylize`, which returns only the result
+            problems.add(name, name, "is not an option of this method")
+            continue
         hint = did_you_mean(name, (*JobOptions.__annotations__, *METHOD_KEYWORDS), OTHER_OPTIONS)
         problems.add(name, name, f"is not an option of a job{hint}")
     options: dict[str, Any] = {name: job.get(name, option.default) for name, option in OPTIONS.items()}

@@ -19,6 +19,10 @@ IMAGE_FITS = (
 )
 
 
+def spec_of(content, styles, *, frames=None, checkpoints=None, **job):
+    return job_spec(content, styles, job, frames=frames, checkpoints=checkpoints)
+
+
 async def test_images_reach_the_request(client, service):
     await client.stylize(PHOTO, PAINTING, start_image=PHOTO)
     spec = service.specs[0]
@@ -42,13 +46,13 @@ async def test_images_reach_the_request(client, service):
     ],
 )
 def test_styles_are_one_or_several(styles, weights):
-    sent = job_spec(PHOTO, styles).styles
+    sent = spec_of(PHOTO, styles).styles
     assert [style.weight for style in sent] == weights
     assert all(style.image.data == PAINTING for style in sent)
 
 
 def test_options_reach_the_request():
-    spec = job_spec(
+    spec = spec_of(
         PHOTO,
         PAINTING,
         frames=FrameOptions(every_iterations=5, min_interval_s=0.25, max_side=64, format="webp", quality=50),
@@ -73,14 +77,14 @@ def test_options_reach_the_request():
 
 
 def test_what_is_not_given_is_left_to_the_server():
-    spec = job_spec(PHOTO, PAINTING)
+    spec = spec_of(PHOTO, PAINTING)
     assert not spec.HasField("seed") and not spec.HasField("frames") and not spec.HasField("start_image")
     assert spec.recipe == pb.Recipe(preset="PRESET_FAST")
-    assert job_spec(PHOTO, PAINTING, start_image=PHOTO, start=Start.NOISE).recipe.start == pb.START_NOISE
+    assert spec_of(PHOTO, PAINTING, start_image=PHOTO, start=Start.NOISE).recipe.start == pb.START_NOISE
 
 
 def test_numbers_of_numpy_and_texts_of_choices_reach_the_request():
-    spec = job_spec(
+    spec = spec_of(
         PHOTO,
         PAINTING,
         frames=FrameOptions(every_iterations=np.int64(5), min_interval_s=np.float32(0.25), quality=np.uint8(50)),
@@ -93,7 +97,7 @@ def test_numbers_of_numpy_and_texts_of_choices_reach_the_request():
         optimiser="adam",
         style_layers={"relu1_1": np.float32(2)},
     )
-    assert spec == job_spec(
+    assert spec == spec_of(
         PHOTO,
         PAINTING,
         frames=FrameOptions(every_iterations=5, min_interval_s=0.25, quality=50),
@@ -110,12 +114,19 @@ def test_numbers_of_numpy_and_texts_of_choices_reach_the_request():
 
 def test_the_options_of_a_job_are_the_recipe_and_those_with_a_help():
     assert JobOptions.__annotations__.keys() == RecipeOverrides.__annotations__.keys() | OPTIONS.keys()
-    assert job_spec(PHOTO, PAINTING, **{name: option.default for name, option in OPTIONS.items()}) == job_spec(
+    assert spec_of(PHOTO, PAINTING, **{name: option.default for name, option in OPTIONS.items()}) == spec_of(
         PHOTO, PAINTING
     )
 
 
 # --- values that do not fit
+
+
+async def test_frames_are_no_option_of_a_call_that_returns_only_the_result(client, service):
+    with pytest.raises(errors.InvalidRequestError, match=r"^frames: is not an option of this method$"):
+        await client.stylize(PHOTO, PAINTING, frames=FrameOptions())
+    assert service.specs == []
+
 
 BAD = [
     ("sise", 3, "sise", "is not an option of a job; did you mean size?"),
@@ -151,7 +162,7 @@ BAD = [
 @pytest.mark.parametrize(("option", "value", "path", "description"), BAD)
 def test_a_wrong_value_is_named_with_what_fits(option, value, path, description):
     with pytest.raises(errors.InvalidRequestError) as raised:
-        job_spec(PHOTO, PAINTING, **{option: value})
+        spec_of(PHOTO, PAINTING, **{option: value})
     assert str(raised.value) == f"{path.rpartition('recipe.')[2] if 'recipe' in path else option}: {description}"
     assert raised.value.violations == (Violation(path, description),)
 
@@ -175,7 +186,7 @@ def test_a_wrong_value_is_named_with_what_fits(option, value, path, description)
 def test_a_wrong_value_of_options_is_named_with_what_fits(options, argument, path, description):
     kind = "frames" if isinstance(options, FrameOptions) else "checkpoints"
     given = {"frames": None, "checkpoints": None} | {kind: options}
-    for prefix, make in (("spec.", lambda: job_spec(PHOTO, PAINTING, **given)), ("", lambda: watch("j1", **given))):
+    for prefix, make in (("spec.", lambda: spec_of(PHOTO, PAINTING, **given)), ("", lambda: watch("j1", **given))):
         with pytest.raises(errors.InvalidRequestError) as raised:
             make()
         (violation,) = raised.value.violations
@@ -224,11 +235,11 @@ WRONG_IN_BOTH = {
 @pytest.mark.parametrize("path", WRONG_IN_BOTH)
 def test_paths_are_those_of_the_server(path):
     wrong, spoil = WRONG_IN_BOTH[path]
-    spec = job_spec(PHOTO, PAINTING)
+    spec = spec_of(PHOTO, PAINTING)
     spoil(spec)
     assert [violation.field for violation in check_spec(spec, Limits(), FakeEngine.layers)][:1] == [path]
     with pytest.raises(errors.InvalidRequestError) as raised:
-        job_spec(PHOTO, **{"styles": PAINTING} | wrong)
+        spec_of(PHOTO, **{"styles": PAINTING} | wrong)
     assert [violation.field for violation in raised.value.violations] == [path]
 
 
@@ -261,7 +272,7 @@ def test_a_job_is_watched_by_its_id():
 )
 def test_a_wrong_style_is_named_with_what_fits(styles, argument, path, description):
     with pytest.raises(errors.InvalidRequestError) as raised:
-        job_spec(PHOTO, styles)
+        spec_of(PHOTO, styles)
     (violation,) = raised.value.violations
     assert str(raised.value) == f"{argument}: {violation.description}"
     assert violation.field == path and description in violation.description
@@ -271,7 +282,7 @@ def test_everything_that_is_wrong_is_named_at_once_and_no_file_is_read():
     file = io.BytesIO(PAINTING)
     wrong = {option: value for option, value, *_ in BAD if option not in ("frames", "checkpoints")}
     with pytest.raises(errors.InvalidRequestError) as raised:
-        job_spec(None, [file, 3], frames=FrameOptions(quality=101, max_side=-1), **wrong)
+        spec_of(None, [file, 3], frames=FrameOptions(quality=101, max_side=-1), **wrong)
     paths = {violation.field for violation in raised.value.violations}
     assert paths >= {"spec.content.data", "spec.styles[1].image.data", "spec.frames.quality", "spec.frames.max_side"}
     assert len(paths) == len(raised.value.violations) == len(wrong) + 4
@@ -281,7 +292,7 @@ def test_everything_that_is_wrong_is_named_at_once_and_no_file_is_read():
 def test_all_files_without_contents_are_named_at_once(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(errors.InvalidRequestError) as raised:
-        job_spec(tmp_path / "empty.png", [PAINTING, io.BytesIO()])
+        spec_of(tmp_path / "empty.png", [PAINTING, io.BytesIO()])
     assert [violation.field for violation in raised.value.violations] == [
         "spec.content.data",
         "spec.styles[1].image.data",
@@ -346,7 +357,7 @@ def test_a_checkpoint_brings_the_recipe(given):
     with pytest.raises(
         errors.InvalidRequestError, match="cannot be given with resume: the job continues with"
     ) as raised:
-        job_spec(PHOTO, PAINTING, resume=b"state", **given)
+        spec_of(PHOTO, PAINTING, resume=b"state", **given)
     paths = {"seed": "spec.seed", "start_image": "spec.start_image"}
     expected = [paths.get(name, f"spec.recipe.{name}") for name in given]
     assert [violation.field for violation in raised.value.violations] == expected
@@ -359,5 +370,5 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         (3, "a Checkpoint, its bytes or a file"),
     ):
         with pytest.raises(errors.InvalidRequestError, match=f"resume: must be .*{problem}") as raised:
-            job_spec(PHOTO, PAINTING, resume=resume)
+            spec_of(PHOTO, PAINTING, resume=resume)
         assert [violation.field for violation in raised.value.violations] == ["spec.resume"]
