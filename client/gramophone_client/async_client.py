@@ -229,7 +229,7 @@ class AsyncGramophoneClient:
             frames=frames,
             checkpoints=checkpoints,
             timeout_s=self._connection.timeout(timeout),
-            grace_s=detach_grace,
+            grace_s=checked_seconds("detach_grace", detach_grace, or_zero=True),
             job_id=job_id,
             sequence=after_sequence,
         )
@@ -301,7 +301,7 @@ class AsyncGramophoneClient:
             frames=frames,
             checkpoints=checkpoints,
             timeout_s=self._connection.timeout(timeout),
-            grace_s=detach_grace,
+            grace_s=checked_seconds("detach_grace", detach_grace, or_zero=True),
             job_id=job_id,
         )
 

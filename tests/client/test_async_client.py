@@ -129,6 +129,15 @@ async def test_each_job_has_its_own_request_id_and_all_attempts_share_it(client,
     assert last == given
 
 
+async def test_values_of_the_wrong_kind_are_named(client, service):
+    with pytest.raises(errors.InvalidRequestError, match=r"request_id: must be the text of a UUID, got an uuid\.UUID"):
+        await client.stylize(PHOTO, PAINTING, request_id=uuid.uuid4())
+    for watch in (client.watch, client.control_job):
+        with pytest.raises(errors.InvalidRequestError, match="detach_grace: must be a number of seconds, at least 0"):
+            watch("j1", detach_grace="long")
+    assert service.specs == []
+
+
 async def test_the_grace_reaches_the_request(client, service):
     await client.stylize(PHOTO, PAINTING, detach_grace=1.5)
     await collected(client.stream(PHOTO, PAINTING, detach_grace=0))

@@ -16,9 +16,15 @@ from gramophone_client import (
     PRESETS,
     Accepted,
     AsyncGramophoneClient,
+    AsyncJobControl,
+    AsyncJobStream,
+    CallCancelledError,
     Changed,
     Checkpoint,
     CheckpointOptions,
+    ClientUsageError,
+    ConnectionFailedError,
+    ErrorReason,
     Frame,
     FrameOptions,
     GramophoneClient,
@@ -26,10 +32,13 @@ from gramophone_client import (
     ImageInput,
     ImageRecipe,
     InvalidRequestError,
+    JobControl,
     JobOptions,
     JobState,
     JobStatus,
+    JobStream,
     LayerWeight,
+    Metadata,
     Normalisation,
     Optimiser,
     Paused,
@@ -103,11 +112,16 @@ def every_form_of_option(client: GramophoneClient) -> Stylized:
 
 def follow(client: GramophoneClient) -> Result | None:
     """A stream of updates."""
-    for update in client.stream("photo.jpg", "painting.jpg", frames=FrameOptions(max_side=360, format="webp")):
-        assert_type(update, Update)
+    with client.stream("photo.jpg", "painting.jpg", frames=FrameOptions(max_side=360, format="webp")) as updates:
+        assert_type(updates, JobStream)
+        assert_type(updates.job_id, str | None)
+        for update in updates:
+            assert_type(update, Update)
+            show(update)
+            if isinstance(update, Result):
+                return update
+    for update in client.watch("id", metadata={"x-team": "prints"}):
         show(update)
-        if isinstance(update, Result):
-            return update
     return None
 
 
@@ -137,6 +151,8 @@ def steer(client: GramophoneClient) -> Result:
     """Control of a job."""
     with client.control("photo.jpg", "painting.jpg", checkpoints=CheckpointOptions(every_s=2.5)) as job:
         job.update(beta=8, style_layers={"relu1_1": 2.0}, iterations=200)
+        assert_type(job, JobControl)
+        assert_type(job.accepted, Accepted | None)
         assert_type(job.pause(), int)
         assert_type(job.picture(), Frame)
         assert_type(job.checkpoint(light=True), Checkpoint)
@@ -157,7 +173,11 @@ def handle(client: GramophoneClient, photos: Sequence[str | os.PathLike[str]]) -
             wrong += error.violations
         except QueueFullError as error:
             print(error.retry_after_s)
+        except (ConnectionFailedError, CallCancelledError, ClientUsageError):
+            raise
         except GramophoneError as error:
+            if error.reason is ErrorReason.DIVERGED or error.reason == "INTERNAL":
+                print(error.code)
             if error.frame is not None:
                 error.frame.picture.save("unfinished.png")
             if error.checkpoint is not None:
@@ -184,11 +204,18 @@ def look(client: GramophoneClient) -> None:
 
 async def asynchronous() -> Stylized:
     """The twin for asyncio."""
-    async with AsyncGramophoneClient("gpu-1:50051", timeout=60.0) as client:
+    token: Metadata = [("authorization", "Bearer ..."), ("trace-bin", b"...")]
+    async with AsyncGramophoneClient("gpu-1:50051", timeout=60.0, max_retries=0, metadata=token) as client:
         await client.wait_until_ready()
         async for update in client.stream("photo.jpg", "painting.jpg", optimiser=Optimiser.ADAM):
             show(update)
+        async with client.stream("photo.jpg", "painting.jpg", patience=0) as updates:
+            assert_type(updates, AsyncJobStream)
+            assert_type(updates.accepted, Accepted | None)
+            async for update in updates:
+                show(update)
         async with client.control("photo.jpg", "painting.jpg") as job:
+            assert_type(job, AsyncJobControl)
             assert_type(await job.update(beta=np.float64(3)), int)
             assert_type(await job.picture(), Frame)
             async for update in job:

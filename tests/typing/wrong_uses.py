@@ -50,6 +50,11 @@ def values(client: GramophoneClient, update: Update, stylized: Stylized) -> None
     print(update.losses)  # union-attr, reportAttributeAccessIssue
     stylized.seed = 3  # misc, reportAttributeAccessIssue
     Recipe(optimiser="adma")  # arg-type, reportArgumentType
+    client.stylize("photo.jpg", "painting.jpg", timeout="60")  # arg-type, reportArgumentType
+    client.stylize("photo.jpg", "painting.jpg", timeout_s=60)  # call-arg, reportCallIssue
+    GramophoneClient(metadata={"authorization": 5})  # dict-item, reportArgumentType
+    GramophoneClient(retries=False)  # call-arg, reportCallIssue
+    print(client.stream("photo.jpg", "painting.jpg").losses)  # attr-defined, reportAttributeAccessIssue
     print(client.get_job("id").state is JobState.DONE)  # attr-defined, reportAttributeAccessIssue
     with client.control("photo.jpg", "painting.jpg") as job:
         job.update(size=3)  # call-arg, reportCallIssue

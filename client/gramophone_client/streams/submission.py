@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 
+from gramophone.recipe import Violation
+from gramophone.values import shown
+from gramophone_client.errors import InvalidRequestError
 from gramophone_client.streams.recovery import ResendableJob
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import job_spec, uploaded_images
@@ -30,6 +33,9 @@ async def prepare_job(
     never there; see `Recovery`.
     """
     connection.check()
+    if request_id is not None and not isinstance(request_id, str):
+        rule = f"must be the text of a UUID, got {shown(request_id)}; write str(...)"
+        raise InvalidRequestError(f"request_id: {rule}", violations=(Violation("request_id", rule),))
     spec = await asyncio.to_thread(job_spec, content, styles, options, frames=frames, checkpoints=checkpoints)
     if connection.max_retries == 0:
         patience_s = 0.0

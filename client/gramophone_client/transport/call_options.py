@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from gramophone.recipe import Violation
+from gramophone.values import MisfitError, number, shown
 from gramophone_client.errors import InvalidRequestError
 
 __all__ = [
@@ -67,11 +69,14 @@ def _checked_pair(pair: tuple[str, str | bytes]) -> tuple[str, str | bytes]:
 
 def checked_seconds(name: str, seconds: float, *, or_zero: bool = False) -> float:
     """The seconds. Raises `InvalidRequestError` unless they are a number above 0, `or_zero`, and at most a year."""
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not (0 < seconds <= MAX_SECONDS or (or_zero and seconds == 0)):
+    try:
+        exact = number(seconds)
+    except MisfitError:
+        exact = math.nan
+    if not (0 < exact <= MAX_SECONDS or (or_zero and exact == 0)):
         least = "at least 0" if or_zero else "above 0"
-        _refuse(name, f"must be a number of seconds, {least} and at most {MAX_SECONDS:.0f}, got {seconds!r}")
-    return float(seconds)
+        _refuse(name, f"must be a number of seconds, {least} and at most {MAX_SECONDS:.0f}, got {shown(seconds)}")
+    return exact
 
 
 def checked_max_retries(max_retries: int) -> int:

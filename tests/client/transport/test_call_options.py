@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from gramophone_client import AsyncGramophoneClient, errors
@@ -48,7 +49,7 @@ def test_wrong_metadata_is_named_without_its_value(metadata, field, rule):
     assert "ecret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("seconds", [-1, -0.001, math.nan, math.inf, 1e12, True, "3", None])
+@pytest.mark.parametrize("seconds", [-1, -0.001, math.nan, math.inf, 1e12, True, "3", None, np.ones(2)])
 def test_seconds_have_a_range(seconds):
     with pytest.raises(errors.InvalidRequestError, match="timeout: must be a number of seconds, above 0 and at most 3"):
         checked_seconds("timeout", seconds)
@@ -79,3 +80,7 @@ async def test_methods_check_before_anything_is_sent(client, service):
         with pytest.raises(errors.InvalidRequestError, match="patience"):
             make(PHOTO, PAINTING, patience=-1)
     assert service.metadata == []
+
+
+def test_seconds_may_be_numbers_of_numpy():
+    assert type(checked_seconds("timeout", np.float32(2.5))) is float

@@ -6,6 +6,7 @@ from typing import Unpack, get_type_hints
 import pytest
 
 from gramophone.recipe import FIELD_TYPES, PRESETS, RecipeOverrides
+from gramophone_client import AsyncGramophoneClient, AsyncJobControl, GramophoneClient, JobControl
 from gramophone_client.types.options import OPTIONS, Changes, JobOptions
 from gramophone_client.types.signatures import shows_options
 
@@ -70,6 +71,23 @@ async def test_calls_and_the_types_of_checkers_stay_as_they_are():
     assert Client().update(beta=2) == {"beta": 2}
     assert inspect.iscoroutinefunction(Client.stylize)
     assert get_type_hints(Client.stylize)["job"] == Unpack[JobOptions]
+
+
+@pytest.mark.parametrize("client", [GramophoneClient, AsyncGramophoneClient])
+@pytest.mark.parametrize("method", ["stylize", "stream", "control"])
+def test_the_methods_of_the_clients_show_all_options(client, method):
+    function = getattr(client, method)
+    assert JobOptions.__annotations__.keys() <= parameters(function).keys()
+    assert "job" not in parameters(function)
+    text = pydoc.render_doc(function, renderer=pydoc.plaintext)
+    assert "\n    content: ImageInput,\n    styles: Styles,\n    *,\n" in text
+    assert "\n    - `size`: longest side of the result in pixels; 16 to 16384 (default 512)\n" in text
+    assert get_type_hints(function)["job"] == Unpack[JobOptions]
+
+
+@pytest.mark.parametrize("control", [JobControl, AsyncJobControl])
+def test_the_changes_of_a_controller_are_shown(control):
+    assert list(parameters(control.update)) == ["self", *Changes.__annotations__]
 
 
 def test_the_signature_is_one_of_python():
