@@ -73,8 +73,8 @@ class AsyncGramophoneClient:
         no server, and how often a job that loses its servers is sent again without a newer checkpoint. With 0 a refused
         call fails at once, so that refusals can be counted, and no job is sent again.
 
-        `metadata` is sent with every call, after which comes that of the call itself: a token for a proxy, for example,
-        or a `traceparent`, whose trace the server's access log names. See `Metadata`.
+        `metadata` is sent with every call: a token for a proxy, for example, or a `traceparent`, whose trace the
+        server's access log names. That of a call itself replaces values of the same keys. See `Metadata`.
         """
         self._connection = Connection(
             target,

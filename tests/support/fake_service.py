@@ -145,7 +145,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.request_ids: list[str] = []
         self.watches: list[pb.WatchJobRequest] = []
         self.messages: list[pb.StylizeInteractiveRequest] = []  # of controllers
-        self.metadata: list[tuple[str, dict[str, str | bytes]]] = []  # of each call, by its name
+        self.metadata: list[tuple[str, tuple[tuple[str, str | bytes], ...]]] = []  # of each call, by its name
         self.images: dict[str, bytes] = {}  # uploaded, by digest
         self.uploads = 0
         self.max_upload_bytes = 2**30  # an upload is refused as soon as it has more
@@ -304,7 +304,7 @@ class _MetadataReader(grpc.ServerInterceptor):
 
     def intercept_service(self, continuation, details):
         name = details.method.rpartition("/")[2]
-        self._service.metadata.append((name, dict(details.invocation_metadata)))
+        self._service.metadata.append((name, tuple(map(tuple, details.invocation_metadata))))
         return continuation(details)
 
 

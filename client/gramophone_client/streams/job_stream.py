@@ -57,7 +57,7 @@ class AsyncJobStream:
         self._one_reader = asyncio.Lock()
         self._first: Update | None = None  # read on entering, and not yet by the caller
         self._has_ended = self._is_closed = False
-        self._error: GramophoneError | None = None
+        self._error: Exception | None = None
 
     async def __aenter__(self) -> Self:
         # A job that is watched from its middle may have no update for a long time.
@@ -128,7 +128,7 @@ class AsyncJobStream:
         cancellations = task.cancelling()
         try:
             arrived = await anext(self._updates, None)
-        except GramophoneError as error:
+        except Exception as error:
             self._has_ended, self._error = True, error
             raise
         except asyncio.CancelledError:

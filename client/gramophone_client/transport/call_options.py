@@ -81,7 +81,7 @@ def checked_seconds(name: str, seconds: float, *, or_zero: bool = False) -> floa
 
 def checked_max_retries(max_retries: int) -> int:
     """The number of retries. Raises `InvalidRequestError` if gRPC does not make so many."""
-    if isinstance(max_retries, bool) or max_retries not in range(MAX_RETRIES + 1):
+    if not isinstance(max_retries, int) or isinstance(max_retries, bool) or not 0 <= max_retries <= MAX_RETRIES:
         limit = f"because gRPC makes at most {MAX_RETRIES + 1} attempts"
         _refuse("max_retries", f"must be 0 to {MAX_RETRIES}, {limit}, got {max_retries!r}")
     return max_retries

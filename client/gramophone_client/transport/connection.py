@@ -44,11 +44,12 @@ class Connection:
         )
 
     def with_metadata(self, metadata: Metadata | None) -> Connection:
-        """This connection, with more metadata in its calls."""
-        if not metadata:
+        """This connection, with more metadata in its calls, which replaces that of the same keys."""
+        if metadata is None:
             return self
-        other = copy.copy(self)
-        other._metadata = (*self._metadata, *checked_metadata(metadata))
+        other, more = copy.copy(self), checked_metadata(metadata)
+        keys = {key for key, _ in more}
+        other._metadata = (*(pair for pair in self._metadata if pair[0] not in keys), *more)
         return other
 
     async def close(self) -> None:

@@ -76,8 +76,9 @@ def check_grpc() -> None:
     """Raises `ClientUsageError` in a process where gRPC cannot work."""
     if _FORKS.is_cut_off:
         raise ClientUsageError(
-            "this process was forked while its parent had an open client, after which gRPC does not work in it; start "
-            "the process with multiprocessing's 'spawn' or 'forkserver', or close all clients before the fork"
+            "this process was forked while its parent had an open client (or another channel of grpc.aio), after which "
+            "gRPC does not work in it; start the process with multiprocessing's 'spawn' or 'forkserver', or close all "
+            "clients before the fork"
         )
 
 

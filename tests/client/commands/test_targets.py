@@ -119,7 +119,7 @@ def test_the_metadata_of_a_target_and_of_the_command_line_is_sent(gramophone, se
         service.metadata.clear()
         gramophone(f"{words} --target fake --metadata traceparent=00-2")
         (sent,) = [sent for name, sent in service.metadata if name == method]
-        assert (sent["authorization"], sent["traceparent"]) == ("s3cret", "00-2"), method
+        assert {("authorization", "s3cret"), ("traceparent", "00-2")} <= set(sent), method
 
 
 @pytest.mark.parametrize(

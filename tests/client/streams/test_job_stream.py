@@ -196,10 +196,12 @@ async def test_the_end_of_a_stream_stays_its_end(client, service):
 
 async def test_an_error_is_raised_again(client, service):
     service.scripts = [[accepted(), refused(server_errors.Diverged(13))]]
-    updates = client.stream(PHOTO, PAINTING)
+    updates, missing = client.stream(PHOTO, PAINTING), client.stream("/no/such/photo.jpg", PAINTING)
     for _ in range(3):
         with pytest.raises(errors.DivergedError):
             await collected(updates)
+        with pytest.raises(FileNotFoundError):
+            await collected(missing)
 
 
 @pytest.mark.parametrize("how", ["block", "close", "before it was entered"])

@@ -72,7 +72,7 @@ async def test_max_retries_is_what_grpc_does(service, max_retries):
     assert len(service.specs) == 1 + max_retries
 
 
-@pytest.mark.parametrize("max_retries", [-1, MAX_RETRIES + 1, 1.5, True, "3"])
+@pytest.mark.parametrize("max_retries", [-1, MAX_RETRIES + 1, 1.0, True, "3", None])
 async def test_max_retries_has_a_range(max_retries):
     with pytest.raises(errors.InvalidRequestError, match="max_retries: must be 0 to 4, because gRPC") as raised:
         AsyncGramophoneClient(NOWHERE, max_retries=max_retries)
