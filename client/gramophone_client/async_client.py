@@ -19,7 +19,7 @@ from gramophone_client.streams.submission import prepare_job
 from gramophone_client.transport import parsing, uploads
 from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES, Metadata, checked_seconds
 from gramophone_client.transport.connection import Connection
-from gramophone_client.transport.job_spec import image_bytes
+from gramophone_client.transport.job_spec import image_bytes, job_request
 from gramophone_client.transport.readiness import wait_until_serving
 from gramophone_client.types.options import (
     CheckpointOptions,
@@ -324,7 +324,7 @@ class AsyncGramophoneClient:
     ) -> JobStatus:
         """The current status of a job."""
         connection = self._calling(metadata)
-        answer = await connection.call("GetJob", pb.GetJobRequest(job_id=job_id), connection.timeout(timeout))
+        answer = await connection.call("GetJob", job_request(pb.GetJobRequest(), job_id), connection.timeout(timeout))
         return parsing.job_status(answer.job)
 
     @accepts_old_keywords
@@ -333,7 +333,9 @@ class AsyncGramophoneClient:
     ) -> JobStatus:
         """Stops a job and returns its status. A job that has ended stays as it is."""
         connection = self._calling(metadata)
-        answer = await connection.call("CancelJob", pb.CancelJobRequest(job_id=job_id), connection.timeout(timeout))
+        answer = await connection.call(
+            "CancelJob", job_request(pb.CancelJobRequest(), job_id), connection.timeout(timeout)
+        )
         return parsing.job_status(answer.job)
 
     @accepts_old_keywords

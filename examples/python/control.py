@@ -34,7 +34,7 @@ def steer(client: GramophoneClient, photo: Path, painting: Path, out: Path, size
                             best, best_at = update.losses.total, update.iteration
                         if not halfway and update.iteration >= iterations // 2:
                             halfway = True
-                            job.picture().picture.save(out.with_name(f"{out.stem}-halfway.png"))
+                            job.picture().save(out.with_name(f"{out.stem}-halfway.png"))
                             first = job.update(beta=6.0)
                             print(f"twice the style from iteration {first} on")
                     case Changed():

@@ -26,7 +26,7 @@ def paint(client: GramophoneClient, photo: Path, painting: Path, out: Path, size
                 case Progress():
                     print(f"iteration {update.iteration} of {update.iterations}, loss {update.losses.total:.4g}")
                 case Frame():
-                    update.picture.save(preview)
+                    update.save(preview)
                 case Result():
                     update.save(out)
                     print(f"{out}: {update.iterations} iterations in {update.elapsed_s:.1f} s")

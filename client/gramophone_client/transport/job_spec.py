@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gramophone import recipe as recipes
 from gramophone.options import (
@@ -34,7 +34,15 @@ from gramophone_client.types.options import (
 )
 from gramophone_client.types.updates import Checkpoint
 
-__all__ = ["image_bytes", "job_spec", "resumed_spec", "update_command", "uploaded_images", "watch_request"]
+__all__ = [
+    "image_bytes",
+    "job_request",
+    "job_spec",
+    "resumed_spec",
+    "update_command",
+    "uploaded_images",
+    "watch_request",
+]
 
 # The keyword arguments of methods beside the options of a job. An unknown option may be one of them, misspelt.
 METHOD_KEYWORDS = ("timeout", "patience", "metadata", "request_id", "frames", "checkpoints")
@@ -47,6 +55,8 @@ OTHER_OPTIONS: Mapping[str, str] = {
     "checkpoint": "resume",
 }
 CHECKPOINT_FITS = "must be a Checkpoint, its bytes or a file of them"
+
+R = TypeVar("R", pb.GetJobRequest, pb.CancelJobRequest)
 
 
 def job_spec(
@@ -123,13 +133,18 @@ def watch_request(
 ) -> pb.WatchJobRequest:
     """The message that asks for a job's events. Raises `InvalidRequestError` with all values that do not fit."""
     problems, request = Problems(), pb.WatchJobRequest()
-    with problems.of("job_id", "job_id"):
-        if not isinstance(job_id, str):
-            raise MisfitError(f"must be a job's id, got {shown(job_id)}")
-        request.job_id = job_id
+    _set_job_id(request, job_id, problems)
     with problems.of("after_sequence", "after_sequence"):
         request.after_sequence = count(after_sequence, MAX_UINT64)
     _set_watching(request, frames, checkpoints, problems)
+    problems.raise_if_any()
+    return request
+
+
+def job_request(request: R, job_id: str) -> R:
+    """The request about a job, with the job's id. Raises `InvalidRequestError` if it is no text."""
+    problems = Problems()
+    _set_job_id(request, job_id, problems)
     problems.raise_if_any()
     return request
 
@@ -180,6 +195,15 @@ def _set_recipe(spec: pb.JobSpec, preset: Any, overrides: Mapping[str, Any], pro
         return problems.add_all(error.violations, "spec.recipe.")
     exact = {name: getattr(recipe, name) for name in overrides}
     spec.recipe.CopyFrom(overrides_to_message(exact, preset))
+
+
+def _set_job_id(
+    request: pb.WatchJobRequest | pb.GetJobRequest | pb.CancelJobRequest, job_id: str, problems: Problems
+) -> None:
+    with problems.of("job_id", "job_id"):
+        if not isinstance(job_id, str):
+            raise MisfitError(f"must be a job's id, got {shown(job_id)}")
+        request.job_id = job_id
 
 
 def _set_watching(

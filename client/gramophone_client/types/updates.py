@@ -128,6 +128,14 @@ class Frame(NumberedUpdate):
     picture: Picture
     dropped: int  # frames that newer ones have replaced since the last frame
 
+    def image(self) -> Image.Image:
+        """The decoded picture."""
+        return self.picture.image()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the picture; see `Picture.save`."""
+        self.picture.save(path)
+
     def _repr_png_(self) -> bytes | None:
         return self.picture._repr_png_()
 

@@ -7,7 +7,7 @@ import pytest
 from gramophone.recipe import LayerWeight, Optimiser, RecipeOverrides, Start, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Checkpoint, CheckpointOptions, FrameOptions, Style, errors
-from gramophone_client.transport.job_spec import image_bytes, job_spec, update_command, watch_request
+from gramophone_client.transport.job_spec import image_bytes, job_request, job_spec, update_command, watch_request
 from gramophone_client.types.options import OPTIONS, JobOptions
 from gramophone_server.config import Limits
 from gramophone_server.rpc.validation import check_spec
@@ -250,6 +250,14 @@ def watch(job_id, after_sequence=0, **options):
 def test_a_job_is_watched_by_its_id():
     with pytest.raises(errors.InvalidRequestError, match="job_id: must be a job's id, got None; after_sequence: must"):
         watch(None, 1.5, frames=None, checkpoints=None)
+
+
+@pytest.mark.parametrize("kind", [pb.GetJobRequest, pb.CancelJobRequest])
+def test_a_job_is_named_by_its_id(kind):
+    assert job_request(kind(), "j1") == kind(job_id="j1")
+    with pytest.raises(errors.InvalidRequestError, match="job_id: must be a job's id, got 7") as raised:
+        job_request(kind(), 7)
+    assert [violation.field for violation in raised.value.violations] == ["job_id"]
 
 
 @pytest.mark.parametrize(

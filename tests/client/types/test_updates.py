@@ -1,4 +1,4 @@
-"""What values look like at a prompt."""
+"""What values look like at a prompt, and what they do by themselves."""
 
 from pathlib import Path
 
@@ -53,3 +53,11 @@ def test_what_matters_is_shown():
     assert repr(FrameOptions()) == "FrameOptions()"
     assert repr(FrameOptions(max_side=360, format="png")) == "FrameOptions(max_side=360, format='png')"
     assert repr(CheckpointOptions(light=False)) == "CheckpointOptions(light=False)"
+
+
+@pytest.mark.parametrize("kind", ["frame", "result", "stylized"])
+def test_pictures_are_opened_and_saved_as_those_in_them(kind, tmp_path):
+    VALUES[kind].save(tmp_path / "own.png")
+    VALUES[kind].picture.save(tmp_path / "picture.png")
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "picture.png").read_bytes()
+    assert VALUES[kind].image().tobytes() == VALUES[kind].picture.image().tobytes()
