@@ -93,7 +93,14 @@ async def answer_to_pings(port: int, every_s: float) -> bytes:
             await asyncio.sleep(every_s)
         return b""
     finally:
-        writer.close()
+        await close(writer)
+
+
+async def close(writer: asyncio.StreamWriter) -> None:
+    """Closes a connection, which its other end may have closed."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def frame(kind: int, payload: bytes, flags: int = 0) -> bytes:
@@ -119,27 +126,28 @@ async def test_clients_may_not_ping_far_more_often() -> None:
 
 async def test_the_client_pings_all_the_time_during_a_silent_call() -> None:
     """Otherwise it would not notice a dead server as soon as it promises."""
-    pings: asyncio.Queue[bytes] = asyncio.Queue()
+    ended = asyncio.Event()
 
     async def silent_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(len(PREFACE))
         writer.write(frame(SETTINGS, b""))
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                kind, payload = await next_frame(reader)
-                if kind == PING:
-                    writer.write(frame(PING, payload, ACK))
-                    pings.put_nowait(payload)
-                elif kind == SETTINGS and payload:
-                    writer.write(frame(SETTINGS, b"", ACK))
-        writer.close()
+        pings = 0
+        while pings < 4:  # by default the fourth would come after a minute
+            kind, payload = await next_frame(reader)
+            if kind == PING:
+                writer.write(frame(PING, payload, ACK))
+                pings += 1
+            elif kind == SETTINGS and payload:
+                writer.write(frame(SETTINGS, b"", ACK))
+        server.close()  # before the connection, so that there is no other
+        await close(writer)
+        ended.set()
 
     server = await asyncio.start_server(silent_server, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     options = dict(channel_options(2**20)) | {"grpc.keepalive_time_ms": 1000}  # gRPC pings once a second at most
-    async with server, grpc.aio.insecure_channel(f"{host}:{port}", list(options.items())) as channel:
+    async with grpc.aio.insecure_channel(f"{host}:{port}", list(options.items())) as channel:
         call = channel.unary_unary("/service/method")(b"")
         async with asyncio.timeout(15):
-            for _ in range(4):  # by default the fourth would come after a minute
-                await pings.get()
+            await ended.wait()
         call.cancel()
