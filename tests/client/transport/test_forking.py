@@ -27,7 +27,7 @@ target, forks = sys.argv[1], int(sys.argv[2])
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # of Python 3.12 and later
 
 def ended(pid):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         if (done := os.waitpid(pid, os.WNOHANG))[0]:
             return os.waitstatus_to_exitcode(done[1])
@@ -67,7 +67,7 @@ def children(target, program):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
@@ -140,7 +140,7 @@ def use(number):
 
 in_children(use)
 before = jobs
-end = time.monotonic() + 10
+end = time.monotonic() + 30
 while jobs < before + 5 and time.monotonic() < end:
     time.sleep(0.01)
 assert jobs >= before + 5, "the parent's client does not work any more"
