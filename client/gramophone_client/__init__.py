@@ -14,6 +14,7 @@ from gramophone_client.blocking.job_streams import JobControl, JobStream
 from gramophone_client.client import GramophoneClient
 from gramophone_client.deprecations import of_old_name as _of_old_name
 from gramophone_client.errors import (
+    AccessDeniedError,
     CallCancelledError,
     ClientClosedError,
     ClientUsageError,
@@ -76,6 +77,7 @@ from gramophone_client.types.updates import (
 __all__ = [
     "PRESETS",
     "Accepted",
+    "AccessDeniedError",
     "AsyncGramophoneClient",
     "AsyncJobControl",
     "AsyncJobStream",

@@ -18,7 +18,8 @@ GramophoneError
 ├── JobEndedError              the job ended before a command reached it
 ├── ImageNotFoundError         the server does not have an uploaded image, or no longer
 ├── RequestIdTakenError        the request_id belongs to a job with another spec
-├── ListingDisabledError       the server does not list its jobs
+├── AccessDeniedError          a proxy, or the server, refuses this caller
+│   └── ListingDisabledError   the server does not list its jobs
 ├── CallCancelledError         the call or the job was stopped
 │   └── ClientClosedError      the client was closed during the call, or before
 ├── ClientUsageError           the client, or a stream of it, is used where it cannot work
@@ -48,6 +49,7 @@ else:  # unseen by type checkers, which would accept any name otherwise
 
 
 __all__ = [
+    "AccessDeniedError",
     "CallCancelledError",
     "ClientClosedError",
     "ClientUsageError",
@@ -209,7 +211,11 @@ class RequestIdTakenError(GramophoneError):
     """The `request_id` belongs to a job with another spec; a new job needs a new id."""
 
 
-class ListingDisabledError(GramophoneError):
+class AccessDeniedError(GramophoneError):
+    """A proxy before the server, or the server, refuses this caller: give a valid token in `metadata`."""
+
+
+class ListingDisabledError(AccessDeniedError):
     """The server does not list its jobs, because their ids are secrets."""
 
 
@@ -261,6 +267,8 @@ CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ExhaustedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: CallCancelledError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDeniedError,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDeniedError,
 }
 
 
@@ -281,6 +289,8 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
             message = f"no connection to a gramophone server at {target} ({cause}); is it running there?"
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"not done within {timeout_s:g} s; allow more time, or ask for fewer iterations or a smaller size"
+        elif kind is AccessDeniedError:
+            message = f"access to {target} was denied ({details or code.name}); does `metadata` have a valid token?"
         elif code is grpc.StatusCode.UNIMPLEMENTED:
             message = (
                 f"the server at {target} does not know this call ({details}); "

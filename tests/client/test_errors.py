@@ -110,7 +110,8 @@ def test_an_error_shows_what_it_knows():
         (grpc.StatusCode.CANCELLED, "stopped", errors.CallCancelledError),
         (grpc.StatusCode.UNIMPLEMENTED, "what?", errors.ServerFailedError),
         (grpc.StatusCode.UNKNOWN, "", errors.ServerFailedError),
-        (grpc.StatusCode.PERMISSION_DENIED, "no", errors.ServerFailedError),
+        (grpc.StatusCode.PERMISSION_DENIED, "no", errors.AccessDeniedError),
+        (grpc.StatusCode.UNAUTHENTICATED, "who?", errors.AccessDeniedError),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -121,6 +122,17 @@ async def test_errors_without_a_reason_depend_on_the_code(service, code, message
             await client.stylize(PHOTO, PAINTING)
     assert type(raised.value) is kind
     assert str(raised.value)
+
+
+async def test_a_refusal_of_a_proxy_asks_for_a_token(service):
+    service.scripts = [[rpc_status(grpc.StatusCode.UNAUTHENTICATED, "Received http2 header with status: 401")]]
+    async with AsyncGramophoneClient(service.target, max_retries=0) as client:
+        with pytest.raises(errors.AccessDeniedError) as raised:
+            await client.stylize(PHOTO, PAINTING)
+    assert str(raised.value) == (
+        f"access to {service.target} was denied (Received http2 header with status: 401); "
+        "does `metadata` have a valid token?"
+    )
 
 
 def test_the_docstring_draws_the_class_tree():

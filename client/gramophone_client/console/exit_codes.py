@@ -35,7 +35,7 @@ CODES: Sequence[tuple[type[GramophoneError], int]] = (
     (errors.JobControlledError, BAD_REQUEST),
     (errors.JobEndedError, BAD_REQUEST),
     (errors.RequestIdTakenError, BAD_REQUEST),
-    (errors.ListingDisabledError, BAD_REQUEST),
+    (errors.AccessDeniedError, BAD_REQUEST),
     (errors.ConnectionFailedError, NO_SERVER),
     (errors.ExhaustedError, NO_ROOM),
     (errors.DeadlineExceededError, NO_ROOM),
