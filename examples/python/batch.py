@@ -74,6 +74,10 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=4, help="jobs at a time (default: 4)")
     parser.add_argument("--server", default="127.0.0.1:50051", help="(default: 127.0.0.1:50051)")
     args = parser.parse_args()
+    if not args.photos.is_dir():
+        parser.error(f"{args.photos}: there is no such folder")
+    if not args.painting.is_file():
+        parser.error(f"{args.painting}: there is no such file")
     failed, ended_by = 0, ""
     try:
         failed = asyncio.run(paint_folder(args.server, args.photos, args.painting, args.out, args.size, args.parallel))

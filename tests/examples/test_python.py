@@ -115,6 +115,18 @@ def test_batch_ends_without_a_server(tmp_path: Path) -> None:
     assert lines[-1].startswith("batch.py: no connection to a gramophone server at 127.0.0.1:1")
 
 
+def test_batch_names_what_is_missing_before_it_makes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png())
+    for words, missing in (
+        (("photos", "0.png"), "photos: there is no such folder"),
+        ((".", "monet.jpg"), "monet.jpg: there is no such file"),
+    ):
+        code, lines = run("batch.py", *words, "-o", "painted", cwd=tmp_path)
+        assert code == 2
+        assert lines[-1] == f"batch.py: error: {missing}"
+    assert not (tmp_path / "painted").exists()
+
+
 # The HTTP service -----------------------------------------------------------------------------------------------------
 
 
