@@ -33,6 +33,17 @@ const EXIT_OF = {
   [grpc.status.CANCELLED]: EXIT.interrupted,
 };
 
+const USAGE = 'usage: node stylize.mjs PHOTO PAINTING -o OUT.png, or node stylize.mjs --info';
+const HELP = `${USAGE}
+
+  --target HOST:PORT   (default: 127.0.0.1:50051)
+  --preset NAME        (default: fast)
+  --size PIXELS        longest side of the result
+  --iterations COUNT   at the largest scale
+  --frames FOLDER      save the pictures on the way
+  --timeout SECONDS    (default: 600)
+  --keepalive SECONDS  without data before a ping; 0: none (default: 20)`;
+
 /** An error in the command line: printed without a stack trace. */
 class Usage extends Error {}
 
@@ -164,10 +175,15 @@ async function main() {
       timeout: { type: 'string', default: '600' },
       keepalive: { type: 'string', default: '20' },
       info: { type: 'boolean', default: false },
+      help: { type: 'boolean', short: 'h', default: false },
     },
   });
+  if (options.help) {
+    console.log(HELP);
+    return;
+  }
   if (!options.info && (images.length !== 2 || !options.output)) {
-    throw new Usage('usage: node stylize.mjs PHOTO PAINTING -o OUT.png, or node stylize.mjs --info');
+    throw new Usage(`${USAGE}; see --help`);
   }
   const client = connected(options.target, whole('keepalive', options.keepalive));
   try {

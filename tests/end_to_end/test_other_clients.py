@@ -186,6 +186,15 @@ def test_node_prints_errors_in_one_line(arguments: list[object], code: int, word
     assert got == code and words in errors and len(errors.splitlines()) == 1
 
 
+@needs_node
+def test_node_explains_its_options() -> None:
+    code, printed, errors = node("--help")
+    assert (code, errors) == (0, "")
+    source = NODE_CLIENT.read_text()
+    for option in re.findall(r"^ {6}(\w+): \{ type: 'string'", source, re.MULTILINE):
+        assert f"--{option} " in printed or f"-{option[0]} " in printed, option
+
+
 def run(client: Path, *arguments: object) -> tuple[int, str, str]:
     command = [client, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
