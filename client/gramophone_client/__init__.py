@@ -8,6 +8,10 @@ import importlib.metadata as _metadata
 import logging as _logging
 import typing as _typing
 
+import gramophone_client.transport.grpc_import as _grpc_import  # noqa: F401  # before the others
+
+# isort: split
+
 from gramophone.recipe import PRESETS, LayerWeight, Normalisation, Optimiser, Pooling, Recipe, Start, Violation
 from gramophone_client.async_client import AsyncGramophoneClient
 from gramophone_client.blocking.job_streams import JobControl, JobStream
