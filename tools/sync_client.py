@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from gramophone_client.blocking.job_streams import JobControl, JobStream
 from gramophone_client.blocking.loop_thread import LoopThread
@@ -59,6 +59,9 @@ CLIENT_BODY = """
         self._make = make
         self._thread = LoopThread(make)
         self._client = self._thread.client
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {{type(self).__name__}} cannot be copied or sent to a process; make one there")
 
     def __enter__(self) -> Self:
         return self

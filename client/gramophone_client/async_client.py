@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import NoReturn, Self, Unpack
 
 import grpc
 
@@ -94,6 +94,9 @@ class AsyncGramophoneClient:
     def timeout(self) -> float:
         """The seconds of a call that is given no `timeout` itself."""
         return self._connection.timeout_s
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or sent to a process; make one there")
 
     async def __aenter__(self) -> Self:
         return self

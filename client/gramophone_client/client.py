@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 import grpc
 
@@ -87,6 +87,9 @@ class GramophoneClient:
         self._make = make
         self._thread = LoopThread(make)
         self._client = self._thread.client
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or sent to a process; make one there")
 
     def __enter__(self) -> Self:
         return self

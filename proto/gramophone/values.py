@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     kind = type(value).__qualname__
-    if type(value).__module__ != "builtins":
+    if type(value).__module__ not in ("builtins", "__main__"):
         kind = f"{type(value).__module__.partition('.')[0].lstrip('_')}.{kind}"
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes"

@@ -1,5 +1,7 @@
+import copy
 import gc
 import inspect
+import pickle
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +10,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from gramophone_client import (
+    Accepted,
     AsyncGramophoneClient,
     AsyncJobControl,
     AsyncJobStream,
@@ -318,3 +321,15 @@ def test_a_job_that_was_not_entered_is_not_sent(service):
             job.pause()
         job.close()
     assert service.messages == []
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_clients_and_streams_cannot_be_copied(service, copied):
+    service.scripts = [[accepted(), HANG]]
+    with GramophoneClient(service.target) as client, client.stream(PHOTO, PAINTING) as updates:
+        with pytest.raises(TypeError, match="a GramophoneClient cannot be copied or sent to a process"):
+            copied(client)
+        with pytest.raises(TypeError, match="a JobStream cannot be copied or sent to a process; `watch` the job there"):
+            copied(updates)
+        gc.collect()
+        assert isinstance(next(updates), Accepted)  # no copy has left the job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from gramophone_client.blocking.loop_thread import LoopThread
 from gramophone_client.streams.job_control import AsyncJobControl
@@ -22,6 +22,9 @@ class Iteration(Generic[S]):
         self._thread = thread
         self._job: S = job
         self._has_ended = self._is_left = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or sent to a process; `watch` the job there")
 
     def __enter__(self) -> Self:
         self._thread.run(self._job.__aenter__())

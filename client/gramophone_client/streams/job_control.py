@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.values import shown
 from gramophone_client.errors import (
     CallCancelledError,
     ClientUsageError,
@@ -176,6 +177,9 @@ class AsyncJobControl:
 
     async def checkpoint(self, *, light: bool = False) -> Checkpoint:
         """The job's current state; see `CheckpointOptions.light`."""
+        if not isinstance(light, bool):
+            rule = f"must be True or False, got {shown(light)}"
+            raise InvalidRequestError(f"light: {rule}", violations=(Violation("checkpoint.light", rule),))
         command = self._command(checkpoint=pb.CheckpointCommand(light=light))
         await command.answer
         checkpoint: Checkpoint = await command.output

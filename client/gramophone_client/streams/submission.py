@@ -33,8 +33,9 @@ async def prepare_job(
     never there; see `Recovery`.
     """
     connection.check()
-    if request_id is not None and not isinstance(request_id, str):
-        rule = f"must be the text of a UUID, got {shown(request_id)}; write str(...)"
+    if request_id is not None and not (isinstance(request_id, str) and request_id.isascii()):
+        rule = f"must be the text of a UUID, got {shown(request_id)}"
+        rule += "" if isinstance(request_id, str) else "; write str(...)"
         raise InvalidRequestError(f"request_id: {rule}", violations=(Violation("request_id", rule),))
     spec = await asyncio.to_thread(job_spec, content, styles, options, frames=frames, checkpoints=checkpoints)
     if connection.max_retries == 0:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import grpc
+
+from gramophone.options import MAX_INT32
 from gramophone.recipe import Violation
-from gramophone.values import MisfitError, number, shown
+from gramophone.values import MisfitError, number, shown, whole_number
 from gramophone_client.errors import InvalidRequestError
 
 __all__ = [
     "DEFAULT_MAX_RETRIES",
     "MAX_RETRIES",
     "Metadata",
+    "checked_credentials",
+    "checked_max_message_bytes",
     "checked_max_retries",
     "checked_metadata",
     "checked_seconds",
+    "checked_target",
 ]
 
 DEFAULT_MAX_RETRIES = 3
@@ -35,6 +41,8 @@ printable ASCII characters; if the key ends in "-bin", it is bytes.
 # names neither, sends bytes as text, and drops spaces at both ends.
 KEY = re.compile(r"[0-9a-z_.-]+")
 TEXT = re.compile(r"([!-~]([ -~]*[!-~])?)?")
+PRINTABLE = re.compile(r"[!-~]+")
+WEB = re.compile(r"(https?|grpcs?)://", re.IGNORECASE)
 
 
 def checked_metadata(metadata: Metadata | None) -> tuple[tuple[str, str | bytes], ...]:
@@ -79,12 +87,48 @@ def checked_seconds(name: str, seconds: float, *, or_zero: bool = False) -> floa
     return exact
 
 
-def checked_max_retries(max_retries: int) -> int:
+def checked_max_retries(max_retries: Any) -> int:
     """The number of retries. Raises `InvalidRequestError` if gRPC does not make so many."""
-    if not isinstance(max_retries, int) or isinstance(max_retries, bool) or not 0 <= max_retries <= MAX_RETRIES:
+    exact = _whole_number_or(-1, max_retries)
+    if exact not in range(MAX_RETRIES + 1):
         limit = f"because gRPC makes at most {MAX_RETRIES + 1} attempts"
-        _refuse("max_retries", f"must be 0 to {MAX_RETRIES}, {limit}, got {max_retries!r}")
-    return max_retries
+        _refuse("max_retries", f"must be 0 to {MAX_RETRIES}, {limit}, got {shown(max_retries)}")
+    return exact
+
+
+def checked_max_message_bytes(max_message_bytes: Any) -> int:
+    """The size of a message. Raises `InvalidRequestError` unless gRPC can have it as a limit."""
+    exact = _whole_number_or(0, max_message_bytes)
+    if not 0 < exact <= MAX_INT32:
+        _refuse("max_message_bytes", f"must be 1 to {MAX_INT32}, got {shown(max_message_bytes)}")
+    return exact
+
+
+def checked_target(target: Any) -> str:
+    """The address. Raises `InvalidRequestError` for what gRPC cannot take for one: it would raise AttributeError, or
+    call an address invalid that the caller has not written."""
+    rule = 'must be an address, like "127.0.0.1:50051"'
+    if not isinstance(target, str):
+        _refuse("target", f"{rule}, got {shown(target)}")
+    if scheme := WEB.match(target):
+        _refuse("target", f"{rule}, got the URL {shown(target)}; write it without {scheme[0]!r}")
+    if not PRINTABLE.fullmatch(target):
+        _refuse("target", f"{rule}, of printable ASCII characters without spaces, got {shown(target)}")
+    return target
+
+
+def checked_credentials(credentials: Any) -> grpc.ChannelCredentials | None:
+    """The credentials. Raises `InvalidRequestError` for other objects."""
+    if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
+        _refuse("credentials", f"must be of grpc.ssl_channel_credentials, or None, got {shown(credentials)}")
+    return credentials
+
+
+def _whole_number_or(other: int, value: Any) -> int:
+    try:
+        return whole_number(value)
+    except MisfitError:
+        return other
 
 
 def _refuse(name: str, rule: str) -> NoReturn:

@@ -13,7 +13,15 @@ import grpc
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from gramophone_client.errors import ClientClosedError, from_rpc
-from gramophone_client.transport.call_options import Metadata, checked_max_retries, checked_metadata, checked_seconds
+from gramophone_client.transport.call_options import (
+    Metadata,
+    checked_credentials,
+    checked_max_message_bytes,
+    checked_max_retries,
+    checked_metadata,
+    checked_seconds,
+    checked_target,
+)
 from gramophone_client.transport.channel import CLOSED_MESSAGE, SERVICE, Channel
 from gramophone_client.transport.request_writer import send
 
@@ -35,12 +43,15 @@ class Connection:
         max_retries: int,
         metadata: Metadata | None,
     ) -> None:
-        self.target = target
+        self.target: str = checked_target(target)
         self.timeout_s: float = checked_seconds("timeout", timeout)
         self.max_retries: int = checked_max_retries(max_retries)
         self._metadata = checked_metadata(metadata)
         self._channel = Channel(
-            target, max_message_bytes=max_message_bytes, max_retries=max_retries, credentials=credentials
+            self.target,
+            max_message_bytes=checked_max_message_bytes(max_message_bytes),
+            max_retries=self.max_retries,
+            credentials=checked_credentials(credentials),
         )
 
     def with_metadata(self, metadata: Metadata | None) -> Connection:

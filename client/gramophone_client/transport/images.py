@@ -40,6 +40,9 @@ def check_image(image: Any) -> None:
     if isinstance(image, Image.Image):
         if not (image.width and image.height):
             raise MisfitError(f"must have pixels, got a PIL image of {image.width}x{image.height}")
+        if image.mode in ("I", "F"):  # PIL itself would clip their values to 255
+            hint = "if its values are 0 to 255, convert it: image.convert('L')"
+            raise MisfitError(f"must be a PIL image of 8 or 16 bits, got one of mode {image.mode}; {hint}")
     elif hasattr(image, "__array_interface__") and not isinstance(image, type):
         _check_array(image)
     else:
@@ -81,11 +84,18 @@ def check_file(source: Any, fits: str, hint: str = "") -> None:
             raise MisfitError(f"must be a file, got the folder {os.fsdecode(source)!r}")
         if not os.fspath(source):
             raise MisfitError("must be the path of a file, got ''")
+        if "\0" in os.fsdecode(source):
+            raise MisfitError(f"must be a path, got one with a NUL character, {shown(os.fsdecode(source))}")
     elif isinstance(source, bytes | bytearray | memoryview):
-        if isinstance(source, memoryview) and source.ndim != 1:
-            raise MisfitError(f"must be the bytes of a file, got {shown(source)}; give the array itself")
-        if not len(source):
-            raise MisfitError("must be the bytes of a file, got 0 bytes")
+        try:
+            if isinstance(source, memoryview) and source.ndim != 1:
+                raise MisfitError(f"must be the bytes of a file, got {shown(source)}; give the array itself")
+            if not len(source):
+                raise MisfitError("must be the bytes of a file, got 0 bytes")
+        except ValueError as error:
+            if isinstance(error, MisfitError):
+                raise
+            raise MisfitError("must be the bytes of a file, got a memoryview that was released") from None
     elif not callable(read := getattr(source, "read", None)) or isinstance(source, type):
         raise MisfitError(f"{fits}, got {shown(source)}{hint}")
     elif isinstance(source, io.TextIOBase):
@@ -99,7 +109,10 @@ def file_bytes(source: Any) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if isinstance(source, str | os.PathLike):
-        data = Path(os.fsdecode(source)).read_bytes()
+        try:
+            data = Path(os.fsdecode(source)).read_bytes()
+        except UnicodeError:  # half of a character, as of damaged JSON
+            raise MisfitError(f"must be a path, got {os.fsdecode(source)!a}, which is not Unicode") from None
         if not data:
             raise MisfitError(f"must be a file with contents, got the empty file {os.fsdecode(source)!r}")
         return data
@@ -107,6 +120,12 @@ def file_bytes(source: Any) -> bytes:
         data = source.read()
     except ValueError as error:  # closed, or not open for reading
         raise MisfitError(f"must be a readable file: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # of another kind of file, as zipfile.ZipFile; a StopIteration would stop asyncio
+        raise MisfitError(f"must be a readable file, got {shown(source)}: {type(error).__name__}: {error}") from error
+    if data is None:
+        raise MisfitError(f"must be a file that waits for its bytes, got a non-blocking one, {shown(source)}")
     if not isinstance(data, bytes | bytearray | memoryview):
         raise MisfitError(f"must be a binary file, got one whose read() returns {shown(data)}; open it with mode 'rb'")
     if not len(data):
@@ -126,8 +145,15 @@ def _position(file: Any) -> int:
 
 
 def _check_array(array: Any) -> None:
-    interface = array.__array_interface__
-    shape, kind = tuple(interface["shape"]), interface["typestr"][1:]
+    try:
+        interface = array.__array_interface__
+        shape, kind = tuple(interface["shape"]), interface["typestr"][1:]
+        if min(shape, default=0) < 0:
+            raise ValueError(f"negative sides, {shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise MisfitError(f"{ARRAY_FITS}, got {shown(array)}, whose __array_interface__ is not one: {error}") from None
+    if hasattr(array, "filled") and getattr(array, "mask", None) is not None and array.mask.any():
+        raise MisfitError("must be an array without a mask, got a masked one; convert it: array.filled(0)")
     if kind == "u1" and len(shape) in (2, 3) and all(shape) and (len(shape) == 2 or shape[2] in MODES):
         return
     dtype = DTYPES.get(kind[0], kind)
@@ -195,10 +221,12 @@ def _array_bytes(array: Any, interface: dict[str, Any], count: int) -> bytes:
 def _as_png(image: Image.Image) -> bytes:
     try:
         upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16") and upright.mode != "I;16":
+            upright = upright.convert("I").convert("I;16")  # directly to RGB, PIL would clip the values to 255
         if upright.mode not in PNG_MODES:
             upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         out = io.BytesIO()
         upright.save(out, "png", compress_level=1)  # level 6 takes four times as long for a tenth less
-    except (OSError, ValueError) as error:  # its file is damaged or closed
+    except (OSError, SyntaxError, ValueError) as error:  # its file or its EXIF is damaged, or it is closed
         raise MisfitError(f"must be an image that PIL can read: {error}") from error
     return out.getvalue()

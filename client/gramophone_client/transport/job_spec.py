@@ -203,6 +203,8 @@ def _set_job_id(
     with problems.of("job_id", "job_id"):
         if not isinstance(job_id, str):
             raise MisfitError(f"must be a job's id, got {shown(job_id)}")
+        if not job_id.isascii():
+            raise MisfitError(f"must be a job's id, which is ASCII, got {shown(job_id)}")
         request.job_id = job_id
 
 

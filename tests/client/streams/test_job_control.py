@@ -116,6 +116,8 @@ async def test_pictures_and_states_are_returned_to_their_caller(client, service)
         assert (taken.iteration, taken.picture.format, taken.picture.width) == (9, "png", 24)
         state = await job.checkpoint()
         assert (state.iteration, state.light, state.data) == (10, False, b"state after 10")
+        with pytest.raises(errors.InvalidRequestError, match="light: must be True or False, got 'no'"):
+            await job.checkpoint(light="no")
         updates = await collected(job)
     # Without the outputs of commands.
     assert kinds(updates) == ["Accepted", "Frame", "Checkpoint", "Result"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gramophone_client import AsyncGramophoneClient, errors
-from gramophone_client.transport.call_options import checked_metadata, checked_seconds
+from gramophone_client.transport.call_options import checked_max_retries, checked_metadata, checked_seconds
 from tests.support.fake_service import NOWHERE, PAINTING, PHOTO
 
 
@@ -84,3 +84,27 @@ async def test_methods_check_before_anything_is_sent(client, service):
 
 def test_seconds_may_be_numbers_of_numpy():
     assert type(checked_seconds("timeout", np.float32(2.5))) is float
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": None}, 'target: must be an address, like "127.0.0.1:50051", got None'),
+        ({"target": ""}, "target: must be an address, .* printable ASCII characters without spaces, got ''"),
+        ({"target": "a\r\nb:1"}, "target: must be an address, .* got 'a.*b:1'"),
+        ({"target": "http://gpu-1:50051"}, "got the URL 'http://gpu-1:50051'; write it without 'http://'"),
+        ({"max_message_bytes": 0}, "max_message_bytes: must be 1 to 2147483647, got 0"),
+        ({"max_message_bytes": 2**31}, "max_message_bytes: must be 1 to 2147483647, got 2147483648"),
+        ({"max_message_bytes": "1 MB"}, "max_message_bytes: must be 1 to 2147483647, got '1 MB'"),
+        ({"max_retries": np.array([1, 2])}, "max_retries: must be 0 to 4, .* got a numpy.ndarray of shape"),
+        ({"credentials": "token"}, "credentials: must be of grpc.ssl_channel_credentials, or None, got 'token'"),
+    ],
+)
+async def test_what_a_client_is_made_with_is_checked(options, message):
+    with pytest.raises(errors.InvalidRequestError, match=message):
+        AsyncGramophoneClient(**options)
+
+
+async def test_numbers_of_numpy_fit():
+    assert type(checked_max_retries(np.int64(2))) is int
+    await AsyncGramophoneClient(NOWHERE, max_retries=np.int64(2), max_message_bytes=np.int32(5000)).close()

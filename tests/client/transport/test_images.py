@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import os
 import re
 import socket
 import tempfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,7 +216,7 @@ def test_a_tensor_is_refused_with_a_conversion_that_works(dtype, axes):
 # PIL images -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "F", "HSV", "I;16", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I;16", "I;16B", "YCbCr"])
 def test_pil_images_of_every_mode_can_be_sent(mode):
     with Image.open(io.BytesIO(image_bytes(Image.new(mode, (20, 16))))) as image:
         assert (image.format, image.size) == ("PNG", (20, 16))
@@ -223,6 +225,19 @@ def test_pil_images_of_every_mode_can_be_sent(mode):
 def test_pil_images_keep_their_pixels():
     array = RNG.integers(0, 256, (18, 24, 3), dtype=np.uint8)
     assert np.array_equal(decoded(image_bytes(Image.fromarray(array))), array)
+
+
+def test_pil_images_of_16_bits_keep_their_brightness():
+    array = np.linspace(0, 65535, 20 * 16, dtype=np.uint16).reshape(16, 20)
+    for mode, dtype in (("I;16", "<u2"), ("I;16B", ">u2")):
+        data = image_bytes(Image.frombytes(mode, (20, 16), array.astype(dtype).tobytes()))
+        assert np.array_equal(decoded(data), array), mode
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pil_images_whose_values_pil_would_clip_are_refused(mode):
+    with pytest.raises(MisfitError, match=rf"got one of mode {mode}; if its values .*image\.convert\('L'\)"):
+        check_image(Image.new(mode, (20, 16), 300))
 
 
 def test_pil_images_are_sent_upright():
@@ -237,6 +252,64 @@ def test_pil_images_that_cannot_be_read_are_named():
         check_image(Image.new("RGB", (0, 5)))
     with pytest.raises(MisfitError, match="must be an image that PIL can read: image file is truncated"):
         image_bytes(Image.open(io.BytesIO(PHOTO[:60])))
+    damaged = Image.new("RGB", (20, 16))
+    damaged.info["exif"] = b"garbage"
+    with pytest.raises(MisfitError, match="must be an image that PIL can read: not a TIFF file"):
+        image_bytes(damaged)
+
+
+# What no program should give ------------------------------------------------------------------------------------------
+
+
+class Reads:
+    """A file whose `read` raises an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def read(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [StopIteration("x"), TypeError("x"), RuntimeError("x")])
+def test_any_error_of_a_file_is_one_of_the_file(error):  # a StopIteration would never leave asyncio's thread
+    with pytest.raises(MisfitError, match=rf"readable file, got a tests\.Reads: {type(error).__name__}: x"):
+        image_bytes(Reads(error))
+
+
+def test_files_that_are_no_files_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, pytest.raises(MisfitError, match="got a zipfile"):
+        image_bytes(archive)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with open(reader, "rb") as file, pytest.raises(MisfitError, match="waits for its bytes, got a non-blocking one"):
+        image_bytes(file)
+    os.close(writer)
+    released = memoryview(PHOTO)
+    released.release()
+    with pytest.raises(MisfitError, match="memoryview that was released"):
+        image_bytes(released)
+
+
+@pytest.mark.parametrize(("path", "problem"), [("a\0b", "NUL character, 'a.x00b'"), ("\ud800.jpg", "not Unicode")])
+def test_paths_that_no_file_can_have_are_named(path, problem):
+    with pytest.raises(MisfitError, match=problem):
+        image_bytes(path)
+
+
+@pytest.mark.parametrize(
+    "interface", [{}, "x", {"shape": 4, "typestr": "|u1"}, {"shape": (-4, 4), "typestr": "|u1", "data": (1, True)}]
+)
+def test_interfaces_that_are_none_are_named(interface):
+    with pytest.raises(MisfitError, match="whose __array_interface__ is not one: "):
+        check_image(SimpleNamespace(__array_interface__=interface))
+
+
+def test_masks_are_not_ignored():
+    array = RNG.integers(0, 256, (18, 24, 3), dtype=np.uint8)
+    with pytest.raises(MisfitError, match=r"got a masked one; convert it: array\.filled\(0\)"):
+        check_image(np.ma.array(array, mask=array > 100))
+    check_image(np.ma.array(array))
 
 
 def test_an_upload_has_its_bytes():
