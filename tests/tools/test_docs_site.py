@@ -16,7 +16,7 @@ from docs_site import GENERATORS, replace_markers
 from docs_site.command_line import described
 from docs_site.docstrings import described_fields, examples_marked, field_comments, linked, written_signature
 from docs_site.proto import Proto, messages, rpcs
-from docs_site.settings import number, prose
+from docs_site.settings import limits_markdown, number, prose, size
 from gramophone.recipe import Recipe
 from gramophone_client.types.options import FrameOptions, ImageInput, JobOptions
 
@@ -170,10 +170,37 @@ def test_markers_are_replaced_and_unknown_ones_are_errors() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(64 * 2**20, "67108864 (64 MiB)"), (32_000_000, "32000000"), (50051, "50051"), (0.02, "0.02"), (1e15, "1e+15")],
+    [
+        (2**28, "268435456"),
+        (2**36, "68719476736"),
+        (32_000_000, "32000000"),
+        (50051, "50051"),
+        (0.02, "0.02"),
+        (1e15, "1e+15"),
+    ],
 )
 def test_numbers_can_be_typed(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1024, "1024"),
+        (2**20 + 1, "1048577"),
+        (64 * 2**20, "67108864 (64 MiB)"),
+        (2**36, "68719476736 (64 GiB)"),
+    ],
+)
+def test_sizes_can_be_typed_and_read(value: int, text: str) -> None:
+    assert size(value) == text
+
+
+def test_only_bytes_are_shown_as_sizes() -> None:
+    limits = limits_markdown()
+    assert "(10 MiB)" in limits
+    assert "Largest decoded image in pixels. Default 32000000, allowed 256 to 268435456." in limits
 
 
 def test_help_texts_become_sentences() -> None:

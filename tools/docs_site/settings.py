@@ -8,7 +8,7 @@ from typing import Any
 
 from gramophone_server.config import Limits, Settings, env_variable
 
-__all__ = ["limits_markdown", "number", "prose", "settings_markdown"]
+__all__ = ["limits_markdown", "number", "prose", "settings_markdown", "size"]
 
 
 def limits_markdown() -> str:
@@ -28,7 +28,8 @@ def _definition(field: Field[Any]) -> str:
     allowed, choices = field.metadata["range"], field.metadata["choices"]
     text = prose(field.metadata["help"])
     if allowed is not None:
-        text += f" Default {number(default)}, allowed {number(allowed.low)} to {number(allowed.high)}."
+        shown = size if field.name.endswith("_bytes") else number
+        text += f" Default {shown(default)}, allowed {shown(allowed.low)} to {shown(allowed.high)}."
     elif isinstance(default, bool):
         text += " A switch: off unless it is given; as a variable 1 or 0."
     elif choices:
@@ -39,10 +40,16 @@ def _definition(field: Field[Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A number as it can be typed; a large number of bytes also as MiB: 67108864 (64 MiB), 0.02, 1e+15."""
-    if isinstance(value, int) and value >= 2**20 and value % 2**20 == 0:
-        return f"{value} ({value // 2**20} MiB)"
+    """A number as it can be typed: 67108864, 0.02, 1e+15."""
     return f"{value:.10g}" if value < 1e12 else f"{value:g}"
+
+
+def size(value: int) -> str:
+    """A number of bytes as it can be typed, and in MiB or GiB where it is a whole number of them: 67108864 (64 MiB)."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if value >= unit and value % unit == 0:
+            return f"{value} ({value // unit} {name})"
+    return str(value)
 
 
 def prose(text: str) -> str:
