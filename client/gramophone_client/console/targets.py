@@ -29,6 +29,7 @@ from gramophone_client.console.outputs import UsageError
 __all__ = [
     "BUILT_IN_ADDRESS",
     "LOCAL",
+    "MAX_BYTES",
     "VARIABLES",
     "Target",
     "TargetsFile",
@@ -40,6 +41,7 @@ __all__ = [
 BUILT_IN_ADDRESS = "127.0.0.1:50051"
 BUILT_IN, LOCAL = "built in", "--local"  # sources of a target, beside options, variables and files
 VARIABLES = ("GRAMOPHONE_TARGET", "GRAMOPHONE_SERVER")  # the first that is set wins
+MAX_BYTES = 2**20  # of the file of targets
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a target; an address has a colon or a dot
 
 
@@ -76,15 +78,20 @@ class TargetsFile:
         """
         try:
             with path.open("rb") as file:
-                data = tomllib.load(file)
+                text = file.read(MAX_BYTES + 1)
                 mode = os.fstat(file.fileno()).st_mode
         except FileNotFoundError:
             if os.environ.get("GRAMOPHONE_CONFIG"):
                 raise UsageError(f"{path}: there is no such file; $GRAMOPHONE_CONFIG names it") from None
             return cls(path)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not TOML: {error}"
-            raise UsageError(f"{path}: {reason}") from None
+        if len(text) > MAX_BYTES:
+            raise UsageError(f"{path}: is larger than {MAX_BYTES // 2**20} MiB, so it is another file")
+        try:
+            data = tomllib.loads(text.decode("utf-8-sig"))  # editors on Windows may write a byte order mark
+        except UnicodeDecodeError:
+            raise UsageError(f"{path}: is not UTF-8") from None
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise UsageError(f"{path}: is not TOML: {error}") from None
         if problems := list(_problems(data)):
             raise UsageError("\n".join(f"{path}: {problem}" for problem in problems))
         targets = {
@@ -169,7 +176,7 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield from _unknown_keys(f"{path}.", table, ("address", "timeout", "metadata"))
         address = table.get("address")
-        if not isinstance(address, str) or not address or NAME.fullmatch(address):
+        if not isinstance(address, str) or NAME.fullmatch(address) or not re.fullmatch(r"[!-~]+", address):
             got = "nothing" if address is None else shown(address)
             yield f'{path}.address: must be an address, like "gpu-1:50051", got {got}'
         timeout = table.get("timeout", 1)

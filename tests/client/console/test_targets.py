@@ -8,6 +8,7 @@ from gramophone_client.async_client import DEFAULT_TARGET
 from gramophone_client.console.outputs import UsageError
 from gramophone_client.console.targets import (
     BUILT_IN_ADDRESS,
+    MAX_BYTES,
     Target,
     TargetsFile,
     chosen_target,
@@ -158,6 +159,20 @@ def test_everything_that_is_wrong_is_reported_at_once(file):
     with pytest.raises(UsageError) as caught:
         chosen()
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_file_that_is_another_is_refused(file):
+    file("a = " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(UsageError, match="is not TOML: maximum recursion depth"):
+        chosen()
+    file("#" * (MAX_BYTES + 1))
+    with pytest.raises(UsageError, match="is larger than 1 MiB"):
+        chosen()
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(file):
+    file("\ufeff" + FILE)
+    assert chosen("studio").name == "studio"
 
 
 def test_a_file_that_is_no_text_is_refused(file):
