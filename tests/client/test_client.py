@@ -333,3 +333,17 @@ def test_clients_and_streams_cannot_be_copied(service, copied):
             copied(updates)
         gc.collect()
         assert isinstance(next(updates), Accepted)  # no copy has left the job
+
+
+def test_a_client_that_is_dropped_ends_its_thread_after_its_streams(service):
+    service.scripts = [[accepted(), result()]]
+    client = GramophoneClient(service.target)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "gramophone-client")
+    updates = client.stream(PHOTO, PAINTING)
+    del client
+    gc.collect()
+    assert len(list(updates)) == 2
+    del updates
+    gc.collect()
+    thread.join(WITHIN_S)
+    assert not thread.is_alive()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent import futures
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Generic, TypeVar
 
 from gramophone_client.errors import ClientClosedError, ClientUsageError
@@ -25,17 +26,17 @@ class LoopThread(Generic[C]):
 
     def __init__(self, make: Callable[[], C]) -> None:
         """Raises what `make` raises."""
-        created: futures.Future[C] = futures.Future()
+        created: futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, C]] = futures.Future()
 
-        async def run() -> None:
-            self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        async def run() -> None:  # does not hold this object, so that Python can drop it
+            closing = asyncio.Event()
             try:
                 client = make()
             except BaseException as error:  # noqa: BLE001 - raised for the caller
                 return created.set_exception(error)
             async with client:
-                created.set_result(client)
-                await self._closing.wait()
+                created.set_result((asyncio.get_running_loop(), closing, client))
+                await closing.wait()
 
         self._pid = os.getpid()
         self._closed = False
@@ -43,7 +44,9 @@ class LoopThread(Generic[C]):
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=lambda: asyncio.run(run()), name="gramophone-client", daemon=True)
         self._thread.start()
-        self.client = created.result()
+        self._loop, self._closing, self.client = created.result()
+        # A program that drops the client and its streams without closing them would keep the thread and the connection.
+        weakref.finalize(self, _close_dropped, self._pid, self._loop, self._closing).atexit = False
 
     def close(self) -> None:
         """Closes the client, and ends the loop and the thread. In a forked process it does nothing, because the thread
@@ -89,3 +92,9 @@ class LoopThread(Generic[C]):
         refused: futures.Future[T] = futures.Future()
         refused.set_exception(ClientClosedError(CLOSED_MESSAGE))
         return refused
+
+
+def _close_dropped(pid: int, loop: asyncio.AbstractEventLoop, closing: asyncio.Event) -> None:
+    if os.getpid() == pid:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(closing.set)
