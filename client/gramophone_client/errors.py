@@ -284,6 +284,10 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             kind = MessageTooLargeError
             message = f"a message is too large ({details}); send or request a smaller picture, or raise that limit"
+        elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "metadata size exceeds" in details:
+            kind = MessageTooLargeError
+            limit = details.partition(";")[0]  # after it, the size of every entry
+            message = f"the metadata of the call is too large for the server ({limit}); send less"
         elif code is grpc.StatusCode.UNAVAILABLE:
             cause = details.rpartition(": ")[2]  # before it, the names of gRPC's layers
             message = f"no connection to a gramophone server at {target} ({cause}); is it running there?"

@@ -142,3 +142,9 @@ def test_the_docstring_draws_the_class_tree():
     for line, name in zip(drawn, kinds, strict=True):
         depth = line.index("──") // 4 + 1
         assert len(getattr(errors, name).__mro__) == depth + len(errors.GramophoneError.__mro__)
+
+
+async def test_metadata_that_is_too_large_for_the_server_is_named(service):
+    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
+        with pytest.raises(errors.MessageTooLargeError, match="metadata of the call is too large for the"):
+            await client.server_info(metadata={"x-big": "x" * 100_000})

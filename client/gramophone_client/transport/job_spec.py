@@ -302,4 +302,6 @@ def _is_list(styles: Any) -> bool:
 
 def _is_pair(value: Any) -> bool:
     """Whether the value is a `Style`, or a tuple like one. A tuple of two images is none."""
-    return isinstance(value, Style) or (isinstance(value, tuple) and len(value) == 2 and hasattr(value[1], "__float__"))
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return isinstance(value, Style) or (hasattr(value[1], "__float__") and not getattr(value[1], "shape", ()))

@@ -380,3 +380,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         with pytest.raises(errors.InvalidRequestError, match=f"resume: must be .*{problem}") as raised:
             spec_of(PHOTO, PAINTING, resume=resume)
         assert [violation.field for violation in raised.value.violations] == ["spec.resume"]
+
+
+def test_two_arrays_are_two_styles_and_an_array_with_a_number_is_one():
+    array = np.zeros((16, 16, 3), np.uint8)
+    assert len(job_spec(PHOTO, (array, array), {}).styles) == 2
+    assert [style.weight for style in job_spec(PHOTO, (array, np.array(2.0)), {}).styles] == [2]
