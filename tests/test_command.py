@@ -79,6 +79,20 @@ def test_standard_input_is_a_pipe_from_the_program_that_started_the_server(tmp_p
         assert server.wait(60) == 0
 
 
+def test_a_server_works_without_a_reader_of_its_output(tmp_path):
+    words = [sys.executable, "-m", "gramophone_server.main", "--port", "0", "--engine", "fake", "--stop-at-eof"]
+    with subprocess.Popen(
+        words, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        server.stdout.close()
+        for line in server.stderr:
+            if "standard output cannot be written" in line:
+                break
+        server.stdin.close()
+        assert server.wait(60) == 0
+    assert "(Broken pipe); it lacks this line: listening on 127.0.0.1:" in line
+
+
 def test_python_m_runs_a_server_too(tmp_path):
     with Process("-m", "gramophone_server.main", "--port", "x", cwd=tmp_path) as wrong:
         assert wrong.code() == 2

@@ -22,6 +22,7 @@ from gramophone_server.errors import StartupError
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from gramophone_server.telemetry.metrics import SERVICE
+from tests.support import processes
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.serving import refused
@@ -230,6 +231,26 @@ async def test_a_port_in_use_is_reported_in_one_sentence(capsys):
 async def test_an_address_of_another_machine_is_refused():
     with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1:1234: Cannot assign requested address"):
         await main.serve(Settings(host="192.0.2.1", port=1234), FakeEngine)
+
+
+def test_a_defect_while_the_engine_loads_ends_the_process():
+    program = (
+        "import time; from gramophone_server import main; from gramophone_server.config import Settings\n"
+        "async def start(self): self.scheduler.start(); raise RuntimeError('no heartbeat')\n"
+        "main.Server.start, main.load_engine = start, lambda settings: time.sleep(600)\n"
+        "main.run(Settings(port=0))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=processes.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "CRITICAL gramophone_server: the server ends because of a defect" in ran.stderr
+    assert ran.stderr.rstrip().endswith("RuntimeError: no heartbeat")
 
 
 async def test_an_engine_that_cannot_start_ends_the_server():

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 # Set before torch is loaded, which brings OpenMP. Its threads spin while they wait for each other. If other processes
 # use the same cores, the thread that is waited for then cannot run. With busy neighbours on both of two cores, sleeping
@@ -79,11 +79,19 @@ def run(settings: Settings) -> None:
     except StartupError as error:
         print(f"gramophone-server: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception:
+        log.critical("the server ends because of a defect", exc_info=True)
+        _exit_at_once(1)
     if not compute_ended:
-        # A running iteration or load cannot be stopped, and unwinding torch under it crashes.
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        _exit_at_once(0)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Ends the process while the compute thread may run: an iteration or a load cannot be stopped, and unwinding torch
+    under it crashes or hangs."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
@@ -98,10 +106,10 @@ async def serve(settings: Settings, load: Callable[[], Engine]) -> bool:
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     if settings.stop_at_eof:
         _put_at_eof(signals)
-    await server.start()
     stop_requested = asyncio.create_task(signals.get())
     compute_lost = asyncio.create_task(server.scheduler.ended())
     try:
+        await server.start()
         await server.run(stop_requested, compute_lost)
         await server.drain(signals)
         if compute_lost.done() and not stop_requested.done():
@@ -155,11 +163,11 @@ class Server:
         self.scheduler.start()
         await self._grpc.start()
         host = self._settings.host
-        print(f"listening on {_address(host, self._port)}", flush=True)
+        _print(f"listening on {_address(host, self._port)}")
         self._heartbeat = asyncio.create_task(self._monitor.watch())
         if self._probes is not None:
             self._probes.start()
-            print(f"metrics on http://{_address(host, self._probes.port)}/metrics", flush=True)
+            _print(f"metrics on http://{_address(host, self._probes.port)}/metrics")
         if not _is_loopback(host):
             log.warning(
                 "%s is not a loopback address: any client that reaches it can use this server, in plaintext", host
@@ -220,11 +228,20 @@ class Server:
             engine.weights_source,
             "".join(f"; {op} through torch's library" for op in engine.kernels.by_library),
         )
-        print(f"ready in {time.monotonic() - self._created_at:.1f} s", flush=True)
+        _print(f"ready in {time.monotonic() - self._created_at:.1f} s")
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in HEALTH_SERVICES:
             await self._health.set(name, status)
+
+
+def _print(line: str) -> None:
+    """Prints a line on standard output, whose reader may have gone, as after `gramophone-server | head -1`."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the exit
+        log.warning("standard output cannot be written (%s); it lacks this line: %s", error.strerror, line)
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
