@@ -27,6 +27,7 @@ demo: install ## stylize a photo: out/demo.png and out/demo.gif
 	@mkdir -p out
 	@$(BIN)/gramophone stylize examples/photos/cat.jpg examples/styles/brushwork.jpg -o out/demo.png \
 	  --timelapse out/demo.gif --size 512 --seed 1 --local
+	@echo out/demo.gif
 
 test: install ## run all tests; needs no GPU and no network
 	$(BIN)/python -m pytest
