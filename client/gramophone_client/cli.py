@@ -90,7 +90,6 @@ FLAGS_OF_FIELDS = {
     "result_quality": "--result-quality",
     "detach_grace": "--detach",
     "job_id": "JOB_ID",
-    "resume": "--resume",
     "frames.every_iterations": "--frame-every",
     "frames.max_side": "--frame-size",
 }
@@ -105,6 +104,8 @@ def _as_typed(field: str, args: argparse.Namespace) -> str:
         return str(args.content)
     if path.startswith("start_image"):
         return str(args.start_image or "--start-image")
+    if path == "resume":
+        return str(args.resume)
     if style := re.match(r"styles\[(\d+)\](\.weight)?", path):
         return "--style-weights" if style[2] else str(args.styles[int(style[1])])
     name, *rest = re.split(r"(?=[.\[])", path.removeprefix("recipe."), maxsplit=1)

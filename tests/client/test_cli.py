@@ -258,6 +258,14 @@ def test_a_grace_above_the_limit_is_reported_as_typed(gramophone, service):
     ]
 
 
+def test_a_checkpoint_that_the_server_refuses_is_named(gramophone, service, folder):
+    (folder / "job.state").write_bytes(b"state")
+    service.scripts = [[refused(server_errors.InvalidRequest([Violation("spec.resume", "is not a checkpoint")]))]]
+    assert gramophone("stylize photo.png painting.png -o out.png --resume job.state")[2] == [
+        "gramophone: job.state: is not a checkpoint"
+    ]
+
+
 def test_python_m_is_the_command(tmp_path):
     with Process("-m", "gramophone_client", "stylise", cwd=tmp_path) as command:
         assert command.code() == 2

@@ -104,8 +104,8 @@ def _failure(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
     own = [line.removeprefix("gramophone-server: ") for line in lines if line.startswith("gramophone-server: ")]
-    said = "\n".join(own or lines[-LOG_LINES:])
-    return f"the server for this job ended with exit code {process.returncode}:\n{said}"
+    message = "\n".join(own or lines[-LOG_LINES:])
+    return f"the server for this job ended with exit code {process.returncode}:\n{message}"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
