@@ -9,9 +9,11 @@ GramophoneError
 │   └── SlowReaderError        the server dropped this reader; its job may continue
 ├── ExhaustedError             the server has no room for this job
 │   ├── QueueFullError         too many jobs wait; `retry_after_s`
+│   ├── ServerBusyError        other calls use up what this call needs; `retry_after_s`
 │   ├── DeadlineUnattainableError  the job would not be done in time; `retry_after_s` if waiting may help
 │   ├── TooManyWatchersError   the job has as many watchers as the server allows
 │   └── OutOfDeviceMemoryError the job does not fit on the device
+├── SlowSenderError            this client did not send a message for which the server waited
 ├── DeadlineExceededError      the call's own time limit passed
 ├── JobNotFoundError           the server has no job with this id, or no longer
 ├── JobControlledError         another client controls the job
@@ -71,9 +73,11 @@ __all__ = [
     "OutOfDeviceMemoryError",
     "QueueFullError",
     "RequestIdTakenError",
+    "ServerBusyError",
     "ServerFailedError",
     "ShuttingDownError",
     "SlowReaderError",
+    "SlowSenderError",
     "TooManyWatchersError",
     "from_rpc",
 ]
@@ -98,6 +102,8 @@ class ErrorReason(StrEnum):
     JOB_CONTROLLED = "JOB_CONTROLLED"
     IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
     TOO_MANY_WATCHERS = "TOO_MANY_WATCHERS"
+    SERVER_BUSY = "SERVER_BUSY"
+    SLOW_SENDER = "SLOW_SENDER"
     UNKNOWN = "UNKNOWN"  # a reason newer than this client
 
 
@@ -169,6 +175,13 @@ class QueueFullError(ExhaustedError):
     """The queue is full; try again after `retry_after_s`."""
 
 
+class ServerBusyError(ExhaustedError):
+    """Other calls use up what this call needs: the server's calls, its memory for requests or images, or its files.
+
+    Try again after `retry_after_s`.
+    """
+
+
 class DeadlineUnattainableError(ExhaustedError):
     """By the server's estimate the job would not be done within `timeout`: allow more time, or set a `time_budget`.
 
@@ -182,6 +195,10 @@ class TooManyWatchersError(ExhaustedError):
 
 class OutOfDeviceMemoryError(ExhaustedError):
     """The device, or the server itself, cannot hold a job of this size."""
+
+
+class SlowSenderError(GramophoneError):
+    """This client did not send a message for which the server waited; is the connection too slow?"""
 
 
 class DeadlineExceededError(GramophoneError):
@@ -257,6 +274,8 @@ REASONS: Mapping[ErrorReason, type[GramophoneError]] = {
     ErrorReason.LISTING_DISABLED: ListingDisabledError,
     ErrorReason.CANCELLED: CallCancelledError,
     ErrorReason.SLOW_READER: SlowReaderError,
+    ErrorReason.SERVER_BUSY: ServerBusyError,
+    ErrorReason.SLOW_SENDER: SlowSenderError,
 }
 
 # For errors of gRPC itself or of a proxy, and for reasons newer than this client.

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gramophone.options import MESSAGE_BYTES
 from gramophone.recipe import Range
 from gramophone.values import did_you_mean
 from gramophone_server.errors import StartupError
@@ -65,6 +66,24 @@ class Limits:
     max_watchers: int = _setting(16, "watchers of one job", allowed=Range(1, 1024))
     max_checkpoint_bytes: int = _setting(64 * 2**20, "largest checkpoint in bytes", allowed=Range(65536, 2**30))
     max_uploads_bytes: int = _setting(128 * 2**20, "bytes of uploaded images that are kept", allowed=Range(0, 2**36))
+    max_message_bytes: int = _setting(
+        8 * 2**20, "largest message from a client in bytes; larger images are uploaded", allowed=MESSAGE_BYTES
+    )
+    max_receiving_bytes: int = _setting(
+        256 * 2**20, "bytes of messages and uploads that are arriving or not handled yet", allowed=Range(2**24, 2**36)
+    )
+    max_sending_bytes: int = _setting(
+        256 * 2**20, "bytes of frames, checkpoints and results on their way to clients", allowed=Range(2**24, 2**36)
+    )
+    max_decoded_bytes: int = _setting(
+        2**30, "bytes of the decoded images of jobs that have not ended", allowed=Range(2**20, 2**40)
+    )
+    max_idle_s: int = _setting(
+        20, "seconds that a client may take to send a message that the server waits for", allowed=Range(1, 3600)
+    )
+    max_connections: int = _setting(512, "connections at the same time", allowed=Range(1, 65_536))
+    max_calls: int = _setting(2048, "calls at the same time", allowed=Range(1, 65_536))
+    max_calls_per_connection: int = _setting(1024, "calls of one connection at the same time", allowed=Range(1, 65_536))
 
     @property
     def request_bytes(self) -> int:

@@ -11,6 +11,8 @@ GramophoneError
 ├── ImageNotFound         no image has this digest, or it is no longer kept
 ├── JobControlled         the job already has a controller
 ├── TooManyWatchers       the job has as many watchers as allowed
+├── ServerBusy            other calls use up what this call needs; retry later
+├── SlowSender            a client did not send a message that the server waited for
 ├── ListingDisabled       this server does not list its jobs
 ├── Cancelled             the job was cancelled by a client, or its last watcher left
 ├── SlowReader            a client did not read its messages; the job has only lost this watcher
@@ -42,8 +44,10 @@ __all__ = [
     "OutOfHostMemory",
     "QueueFull",
     "RequestIdTaken",
+    "ServerBusy",
     "ShuttingDown",
     "SlowReader",
+    "SlowSender",
     "StartupError",
     "TooManyWatchers",
 ]
@@ -143,6 +147,25 @@ class TooManyWatchers(GramophoneError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the job already has {limit} watchers, and more are not allowed")
+
+
+class ServerBusy(GramophoneError):
+    """Other calls use up something that this call needs."""
+
+    def __init__(self, what: str, retry_after_s: float) -> None:
+        """``what``: the clause that says what is used up, and the setting of its limit."""
+        self.retry_after_s = retry_after_s
+        super().__init__(f"the server is busy: {what}; retry after about {max(1.0, retry_after_s):.0f} s")
+
+
+class SlowSender(GramophoneError):
+    """A client did not send a message in time."""
+
+    def __init__(self, idle_s: float) -> None:
+        super().__init__(
+            f"the client did not send a message for {idle_s:g} s, although the server waited for it, "
+            "so its call was ended"
+        )
 
 
 class ImageNotFound(GramophoneError):

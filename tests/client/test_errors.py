@@ -36,6 +36,8 @@ ERROR_ARGUMENTS = {
     server_errors.TooManyWatchers: (8,),
     server_errors.DeadlineUnattainable: (3.0, 5.0, 6.0),
     server_errors.SlowReader: (60.0,),
+    server_errors.ServerBusy: ("all 8 calls are taken", 3.0),
+    server_errors.SlowSender: (20.0,),
 }
 CLIENT_NAMES = {"EngineFailed": "ServerFailed", "OutOfHostMemory": "OutOfDeviceMemory", "Cancelled": "CallCancelled"}
 

@@ -31,6 +31,8 @@ EXAMPLES = {
     "JobControlled": errors.JobControlled("j1"),
     "TooManyWatchers": errors.TooManyWatchers(16),
     "RequestIdTaken": errors.RequestIdTaken("r1"),
+    "ServerBusy": errors.ServerBusy("all 8 calls are taken", 3),
+    "SlowSender": errors.SlowSender(20),
     "ListingDisabled": errors.ListingDisabled(),
     "Cancelled": errors.Cancelled(),
     "SlowReader": errors.SlowReader(30),
@@ -87,6 +89,7 @@ async def test_every_exception_has_its_code_reason_and_details(name):
             name,
             {
                 "QueueFull": 12300,
+                "ServerBusy": 3000,
                 "DeadlineUnattainable": 12300,
                 "OutOfDeviceMemory": -1,
                 "OutOfHostMemory": -1,

@@ -251,6 +251,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
                 max_paused_s=600,
                 max_checkpoint_bytes=64 * 2**20,
                 max_watchers=8,
+                max_message_bytes=8 * 2**20,
             ),
             presets=[pb.PresetRecipe(name="fast", recipe=recipe_to_message(Recipe()))],
             running_jobs=1,

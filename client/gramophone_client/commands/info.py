@@ -47,7 +47,8 @@ def _described(server: ServerInfo) -> str:
         "network": server.backbone,
         "weights": server.weights,
         "layers": " ".join(server.layers),
-        "images": f"at most {limits.max_image_bytes / 2**20:g} MiB and {limits.max_image_pixels / 1e6:g} megapixels",
+        "images": f"at most {limits.max_image_bytes / 2**20:g} MiB and {limits.max_image_pixels / 1e6:g} megapixels; "
+        f"in messages of at most {limits.max_message_bytes / 2**20:g} MiB, larger ones by upload",
         "results": f"at most {limits.max_size} px, {limits.max_iterations} iterations, {limits.max_styles} styles",
         "jobs": f"{server.running_jobs} of at most {limits.max_running} running, "
         f"{server.queued_jobs} of at most {limits.max_queued} waiting, {server.paused_jobs} paused",

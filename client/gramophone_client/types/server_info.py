@@ -30,6 +30,14 @@ class Limits:
     max_checkpoint_bytes: int  # in either direction
     max_uploads_bytes: int  # of all uploaded images that are kept
     max_watchers: int  # of one job
+    max_message_bytes: int  # of a message from a client; larger images and checkpoints are uploaded
+    max_receiving_bytes: int  # of all messages and uploads that are arriving or not handled yet
+    max_sending_bytes: int  # of all frames, checkpoints and results on their way to clients
+    max_decoded_bytes: int  # of the decoded images of all jobs that have not ended
+    max_idle_s: int  # how long a client may take to send a message that the server waits for
+    max_connections: int
+    max_calls: int  # at the same time
+    max_calls_per_connection: int
 
 
 @dataclass(frozen=True)

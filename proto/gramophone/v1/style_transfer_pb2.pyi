@@ -90,6 +90,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_JOB_CONTROLLED: _ClassVar[ErrorReason]
     ERROR_REASON_IMAGE_NOT_FOUND: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_WATCHERS: _ClassVar[ErrorReason]
+    ERROR_REASON_SERVER_BUSY: _ClassVar[ErrorReason]
+    ERROR_REASON_SLOW_SENDER: _ClassVar[ErrorReason]
 PRESET_UNSPECIFIED: Preset
 PRESET_FAST: Preset
 PRESET_QUALITY: Preset
@@ -143,6 +145,8 @@ ERROR_REASON_DEADLINE_UNATTAINABLE: ErrorReason
 ERROR_REASON_JOB_CONTROLLED: ErrorReason
 ERROR_REASON_IMAGE_NOT_FOUND: ErrorReason
 ERROR_REASON_TOO_MANY_WATCHERS: ErrorReason
+ERROR_REASON_SERVER_BUSY: ErrorReason
+ERROR_REASON_SLOW_SENDER: ErrorReason
 
 class ImageSource(_message.Message):
     __slots__ = ("data", "digest")
@@ -239,7 +243,7 @@ class CheckpointOptions(_message.Message):
     def __init__(self, min_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., light: _Optional[bool] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed", "detach_grace", "checkpoints", "resume")
+    __slots__ = ("content", "styles", "recipe", "start_image", "frames", "result_format", "result_quality", "seed", "detach_grace", "checkpoints", "resume", "resume_digest")
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     STYLES_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +255,7 @@ class JobSpec(_message.Message):
     DETACH_GRACE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    RESUME_DIGEST_FIELD_NUMBER: _ClassVar[int]
     content: ImageSource
     styles: _containers.RepeatedCompositeFieldContainer[StyleSource]
     recipe: Recipe
@@ -262,7 +267,8 @@ class JobSpec(_message.Message):
     detach_grace: _duration_pb2.Duration
     checkpoints: CheckpointOptions
     resume: bytes
-    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., checkpoints: _Optional[_Union[CheckpointOptions, _Mapping]] = ..., resume: _Optional[bytes] = ...) -> None: ...
+    resume_digest: str
+    def __init__(self, content: _Optional[_Union[ImageSource, _Mapping]] = ..., styles: _Optional[_Iterable[_Union[StyleSource, _Mapping]]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., start_image: _Optional[_Union[ImageSource, _Mapping]] = ..., frames: _Optional[_Union[FrameOptions, _Mapping]] = ..., result_format: _Optional[_Union[ImageFormat, str]] = ..., result_quality: _Optional[int] = ..., seed: _Optional[int] = ..., detach_grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., checkpoints: _Optional[_Union[CheckpointOptions, _Mapping]] = ..., resume: _Optional[bytes] = ..., resume_digest: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("format", "width", "height", "data")
@@ -689,7 +695,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s", "max_running", "max_paused_s", "max_checkpoint_bytes", "max_uploads_bytes", "max_watchers")
+    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s", "max_running", "max_paused_s", "max_checkpoint_bytes", "max_uploads_bytes", "max_watchers", "max_message_bytes", "max_receiving_bytes", "max_sending_bytes", "max_decoded_bytes", "max_idle_s", "max_connections", "max_calls", "max_calls_per_connection")
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -706,6 +712,14 @@ class Limits(_message.Message):
     MAX_CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_UPLOADS_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_RECEIVING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DECODED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CALLS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CALLS_PER_CONNECTION_FIELD_NUMBER: _ClassVar[int]
     max_image_bytes: int
     max_image_pixels: int
     max_size: int
@@ -722,7 +736,15 @@ class Limits(_message.Message):
     max_checkpoint_bytes: int
     max_uploads_bytes: int
     max_watchers: int
-    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ..., max_running: _Optional[int] = ..., max_paused_s: _Optional[int] = ..., max_checkpoint_bytes: _Optional[int] = ..., max_uploads_bytes: _Optional[int] = ..., max_watchers: _Optional[int] = ...) -> None: ...
+    max_message_bytes: int
+    max_receiving_bytes: int
+    max_sending_bytes: int
+    max_decoded_bytes: int
+    max_idle_s: int
+    max_connections: int
+    max_calls: int
+    max_calls_per_connection: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ..., max_running: _Optional[int] = ..., max_paused_s: _Optional[int] = ..., max_checkpoint_bytes: _Optional[int] = ..., max_uploads_bytes: _Optional[int] = ..., max_watchers: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_receiving_bytes: _Optional[int] = ..., max_sending_bytes: _Optional[int] = ..., max_decoded_bytes: _Optional[int] = ..., max_idle_s: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_calls: _Optional[int] = ..., max_calls_per_connection: _Optional[int] = ...) -> None: ...
 
 class CacheStats(_message.Message):
     __slots__ = ("hits", "misses", "bytes", "max_bytes")

@@ -27,8 +27,10 @@ from gramophone_server.errors import (
     OutOfHostMemory,
     QueueFull,
     RequestIdTaken,
+    ServerBusy,
     ShuttingDown,
     SlowReader,
+    SlowSender,
     TooManyWatchers,
 )
 
@@ -63,6 +65,8 @@ CODES: Mapping[type[GramophoneError], Code] = {
     ImageNotFound: Code(grpc.StatusCode.NOT_FOUND, pb.ERROR_REASON_IMAGE_NOT_FOUND),
     JobControlled: Code(grpc.StatusCode.FAILED_PRECONDITION, pb.ERROR_REASON_JOB_CONTROLLED),
     TooManyWatchers: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_TOO_MANY_WATCHERS),
+    ServerBusy: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_SERVER_BUSY),
+    SlowSender: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_SLOW_SENDER),
     RequestIdTaken: Code(grpc.StatusCode.ALREADY_EXISTS, pb.ERROR_REASON_REQUEST_ID_TAKEN),
     ListingDisabled: Code(grpc.StatusCode.PERMISSION_DENIED, pb.ERROR_REASON_LISTING_DISABLED),
     Cancelled: Code(grpc.StatusCode.ABORTED, pb.ERROR_REASON_CANCELLED),
@@ -113,7 +117,7 @@ def abort_status(error: GramophoneError) -> AbortStatus:
 def _retry_ms(error: GramophoneError) -> int | None:
     """The delay before a retry; None if a retry does not help. It is random, because gRPC clients wait for exactly this
     time, and clients that were refused together would all retry together."""
-    if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ShuttingDown):
+    if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ServerBusy | ShuttingDown):
         return None
     after_s = error.retry_after_s
     return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + RETRY_SPREAD))
