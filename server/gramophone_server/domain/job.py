@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import Recipe
+from gramophone_server.domain.picture_size import MIN_SIDE, fit
 
-__all__ = ["MIN_SIDE", "Losses", "Report", "Scale", "StyleJob", "digest", "fit", "ran_out_of_memory"]
-
-MIN_SIDE = 16  # of a picture in pixels; relu5_1, after four poolings, has one activation left
-
+__all__ = ["Losses", "Report", "Scale", "StyleJob", "digest", "ran_out_of_memory"]
 
 class Scale(NamedTuple):
     """One size of a job's picture in pixels, and the iterations at it."""
@@ -25,12 +23,6 @@ class Scale(NamedTuple):
     width: int
     height: int
     iterations: int
-
-
-def fit(width: int, height: int, longest: int) -> tuple[int, int]:
-    """(width, height) in pixels with the same proportions and the longest side ``longest``; each side is at least 1."""
-    scale = longest / max(width, height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def digest(image: Tensor) -> bytes:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramophone.recipe import Start
-from gramophone_server.domain.job import MIN_SIDE, StyleJob, fit
+from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, SlotTensors
+from gramophone_server.domain.picture_size import MIN_SIDE, fit
 from gramophone_server.engine.optimisers import resampled_state
 
 __all__ = ["current_picture", "resize", "style_size", "tensors_for_scale"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramophone.recipe import Violation
 from gramophone_server.config import Limits, env_variable
-from gramophone_server.domain.job import MIN_SIDE, fit
+from gramophone_server.domain.picture_size import MIN_SIDE, fit
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import dimensions, metadata_stripping
 from gramophone_server.images.metadata_stripping import UnusableImage

@@ -21,8 +21,9 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import DECODERS, Limits
 from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
-from gramophone_server.domain.job import MIN_SIDE, StyleJob
+from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.domain.picture_size import MIN_SIDE
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images import codec, dimensions
 from gramophone_server.images.upload_store import Upload, UploadStore

@@ -13,7 +13,8 @@ from gramophone.recipe import InvalidRecipeError, LayerWeight, Range, Recipe, St
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_server.config import Limits, env_variable
-from gramophone_server.domain.job import MIN_SIDE, StyleJob
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.domain.picture_size import MIN_SIDE
 from gramophone_server.errors import InvalidRequest
 
 __all__ = [
