@@ -1,0 +1,235 @@
+"""Bytes that many calls share, and whose turn it is to get some. Used only on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+from gramophone_server.errors import ServerBusy
+
+__all__ = ["MAX_WAIT_S", "ByteBudget", "Share"]
+
+MAX_WAIT_S = 10.0  # for a share; a call that waits longer is better sent again, perhaps to another server
+RETRY_S = 0.01  # shortest wait for the next share that can be replaced; a timer may be early by a rounding error
+
+
+class Timers(Protocol):
+    """What a budget needs of an event loop."""
+
+    def time(self) -> float: ...
+    def call_later(self, after_s: float, callback: Callable[[], None], /) -> asyncio.TimerHandle: ...
+
+
+class Share:
+    """Bytes of a budget that somebody holds, until `give_back` or the end of a `with` block.
+
+    `bytes` are those that it holds, `owner` is whom they count for. `on_replaced` is called, once, if others wait and
+    the share is replaceable; it must see to it that the share is given back soon. None: nobody can replace it.
+    """
+
+    def __init__(self, budget: ByteBudget, size: int, owner: str) -> None:
+        self.bytes, self.owner = size, owner
+        self.on_replaced: Callable[[], None] | None = None
+        self.since = budget.now()  # when it was taken, or its holder last made progress
+        self._budget = budget
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.give_back()
+
+    def touch(self) -> None:
+        """Its holder has made progress, so that the share cannot be replaced for a while."""
+        self.since = self._budget.now()
+
+    def absorb(self, other: Share) -> None:
+        """Takes over the bytes of another share of the same budget and owner, which then has none."""
+        self.bytes += other.bytes
+        self.touch()
+        other.bytes = 0
+        self._budget.forget(other)
+
+    def shrink_to(self, size: int) -> None:
+        """Gives back what is more than ``size`` bytes."""
+        if size < self.bytes:
+            surplus, self.bytes = self.bytes - size, size
+            self._budget.put_back(self.owner, surplus)
+
+    def give_back(self) -> None:
+        """Gives back all bytes. Further calls change nothing."""
+        self.shrink_to(0)
+        self._budget.forget(self)
+
+
+class ByteBudget:
+    """At most `max_bytes` at a time, shared by owners, which are connections.
+
+    If all are used, those who want some wait. Owners that hold least are served first. Among equal owners, every second
+    share goes to the one that waits longest, so that each wait has an end, and the others to the one that came last,
+    so that a newcomer does not wait behind hundreds of clients that hold their shares and do nothing. Meanwhile, shares
+    that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most, and the newest
+    ones, because the others may be nearly done.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        what: str = "",
+        *,
+        replaceable_after_s: float = 1.0,
+        max_wait_s: float = MAX_WAIT_S,
+        timers: Timers | None = None,
+    ) -> None:
+        """``what``: the clause of `ServerBusy`, with the setting of the limit. ``timers``: for tests to replace."""
+        self.max_bytes = max_bytes
+        self.used = 0
+        self._what = what
+        self._replaceable_after_s, self._max_wait_s = replaceable_after_s, max_wait_s
+        self._timers = timers
+        self._held: dict[str, int] = {}  # bytes by owner
+        self._waiting: dict[str, deque[_Waiting]] = {}  # by owner, the one that waits longest first
+        self._replaceable: dict[Share, None] = {}
+        self._replaced: set[Share] = set()  # those that are not given back yet
+        self._arrivals = 0
+        self._newest_is_next = False
+        self._next_replacement: asyncio.TimerHandle | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a share."""
+        return sum(map(len, self._waiting.values()))
+
+    def now(self) -> float:
+        """The time in seconds, on the clock of the event loop."""
+        return self._clock().time()
+
+    def try_take(self, size: int, owner: str = "") -> Share | None:
+        """A share of so many bytes; None if there are not as many, or others wait."""
+        if self._waiting or self.used + size > self.max_bytes:
+            return None
+        return self._share(size, owner)
+
+    async def take(self, size: int, owner: str = "", on_replaced: Callable[[], None] | None = None) -> Share:
+        """A share of so many bytes, at most `max_bytes`, as soon as it is this owner's turn. Raises `ServerBusy` if
+        that takes too long."""
+        if size > self.max_bytes:
+            raise ValueError(f"{size} bytes are more than the whole budget of {self.max_bytes}")
+        share = self.try_take(size, owner) or await self._wait_for_share(size, owner)
+        if on_replaced is not None:
+            share.on_replaced = on_replaced
+            self._replaceable[share] = None
+            self._replace()
+        return share
+
+    # For shares -------------------------------------------------------------------------------------------------------
+
+    def put_back(self, owner: str, size: int) -> None:
+        """Counts bytes as free, and serves those who wait."""
+        self.used -= size
+        self._held[owner] -= size
+        if not self._held[owner]:
+            del self._held[owner]
+        self._serve()
+
+    def forget(self, share: Share) -> None:
+        """The share is not to be replaced any more."""
+        share.on_replaced = None
+        self._replaceable.pop(share, None)
+        self._replaced.discard(share)
+
+    # The queue --------------------------------------------------------------------------------------------------------
+
+    def _share(self, size: int, owner: str) -> Share:
+        self.used += size
+        self._held[owner] = self._held.get(owner, 0) + size
+        return Share(self, size, owner)
+
+    async def _wait_for_share(self, size: int, owner: str) -> Share:
+        self._arrivals += 1
+        waiting = _Waiting(size, owner, self._arrivals, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(owner, deque()).append(waiting)
+        timeout = self._clock().call_later(self._max_wait_s, lambda: self._give_up(waiting))
+        self._replace()
+        try:
+            return await waiting.share
+        except asyncio.CancelledError:
+            if waiting.share.done() and not waiting.share.cancelled() and waiting.share.exception() is None:
+                waiting.share.result().give_back()  # it came together with the cancellation
+            raise
+        finally:
+            timeout.cancel()
+            if waiting in self._waiting.get(owner, ()):
+                self._leave(waiting)
+                self._serve()  # the next one may need less
+
+    def _serve(self) -> None:
+        """Gives shares to those whose turn it is, as long as the first of them fits."""
+        while self._waiting:
+            least = min(self._held.get(owner, 0) for owner in self._waiting)
+            equals = [queue[0] for owner, queue in self._waiting.items() if self._held.get(owner, 0) == least]
+            waiting = max(equals, key=lambda waiting: waiting.arrival) if self._newest_is_next else equals[0]
+            if self.used + waiting.size > self.max_bytes:
+                return
+            self._leave(waiting)
+            self._newest_is_next = not self._newest_is_next
+            if not waiting.share.done():  # it is done if its wait was too long or has been cancelled
+                waiting.share.set_result(self._share(waiting.size, waiting.owner))
+
+    def _leave(self, waiting: _Waiting) -> None:
+        """Removes one that waits. Its owner goes behind the others."""
+        queue = self._waiting.pop(waiting.owner)
+        queue.remove(waiting)
+        if queue:
+            self._waiting[waiting.owner] = queue
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        if not waiting.share.done():
+            waiting.share.set_exception(ServerBusy(self._what, retry_after_s=self._replaceable_after_s))
+
+    def _replace(self) -> None:
+        """Replaces as many shares as those who wait need, or as can be replaced now, and the rest later."""
+        if self._next_replacement is not None:
+            self._next_replacement.cancel()
+            self._next_replacement = None
+        missing = sum(waiting.size for queue in self._waiting.values() for waiting in queue)
+        missing -= self.max_bytes - self.used + sum(share.bytes for share in self._replaced)
+        for share in self._idle_shares() if missing > 0 else ():
+            if missing <= 0:
+                return
+            missing -= share.bytes
+            del self._replaceable[share]
+            self._replaced.add(share)
+            assert share.on_replaced is not None, "a share that cannot be replaced is not among them"
+            share.on_replaced()
+        if missing > 0 and self._replaceable:
+            next_at = min(share.since for share in self._replaceable) + self._replaceable_after_s
+            self._next_replacement = self._clock().call_later(max(RETRY_S, next_at - self.now()), self._replace)
+
+    def _idle_shares(self) -> list[Share]:
+        """The shares that can be replaced now, in the order in which they should be."""
+        idle_since = self.now() - self._replaceable_after_s
+        held = dict(self._held)
+        ranked = []
+        for share in sorted(self._replaceable, key=lambda share: share.since, reverse=True):
+            if share.bytes and share.since <= idle_since:
+                ranked.append((held[share.owner], share.since, share))
+                held[share.owner] -= share.bytes
+        return [share for *_, share in sorted(ranked, key=lambda rank: rank[:2], reverse=True)]
+
+    def _clock(self) -> Timers:
+        return self._timers or asyncio.get_running_loop()
+
+
+class _Waiting(NamedTuple):
+    """One that waits for a share."""
+
+    size: int
+    owner: str
+    arrival: int
+    share: asyncio.Future[Share]

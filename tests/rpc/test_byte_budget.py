@@ -1,0 +1,275 @@
+"""Whose turn it is when all bytes are used, and whom the others replace."""
+
+import asyncio
+import random
+
+import pytest
+
+from gramophone_server.errors import ServerBusy
+from gramophone_server.rpc.byte_budget import ByteBudget
+from tests.support.clock import ManualLoop
+
+
+async def settle():
+    """Lets all tasks run until they wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def taking(budget, size, owner, served=None):
+    """A task that takes a share and adds its owner to `served`."""
+
+    async def take():
+        share = await budget.take(size, owner)
+        if served is not None:
+            served.append(owner)
+        return share
+
+    return asyncio.create_task(take())
+
+
+async def test_shares_add_up_and_are_given_back_once():
+    budget = ByteBudget(100)
+    share = budget.try_take(60)
+    assert budget.used == 60
+    assert budget.try_take(41) is None
+    with budget.try_take(40):
+        assert budget.used == 100
+    share.shrink_to(10)
+    share.shrink_to(20)  # changes nothing: a share does not grow
+    assert budget.used == share.bytes == 10
+    share.give_back()
+    share.give_back()
+    assert budget.used == share.bytes == 0
+
+
+async def test_more_than_the_whole_budget_is_a_mistake_of_the_caller():
+    budget = ByteBudget(100)
+    assert budget.try_take(101) is None
+    with pytest.raises(ValueError, match="101 bytes are more than the whole budget of 100"):
+        await budget.take(101)
+
+
+async def test_a_share_absorbs_others():
+    budget = ByteBudget(100)
+    whole, part = await budget.take(10, "a"), await budget.take(5, "a")
+    whole.absorb(part)
+    part.give_back()
+    assert (whole.bytes, part.bytes, budget.used) == (15, 0, 15)
+    whole.give_back()
+    assert budget.used == 0
+
+
+async def test_none_gets_bytes_before_those_who_wait():
+    budget = ByteBudget(100)
+    share = budget.try_take(60)
+    waiting = taking(budget, 50, "a")
+    await settle()
+    assert budget.waiting == 1 and budget.try_take(10) is None
+    share.give_back()
+    await settle()
+    assert (await waiting).bytes == budget.used == 50
+    assert budget.try_take(10) is not None
+
+
+async def test_an_owner_that_holds_less_is_served_first():
+    budget = ByteBudget(30)
+    first = [await budget.take(10, "a"), await budget.take(10, "a"), await budget.take(10, "b")]
+    served = []
+    tasks = [taking(budget, 10, owner, served) for owner in ("a", "b", "c", "a", "c")]
+    await settle()
+    first[0].give_back()
+    await settle()
+    assert served == ["c"]  # a, b and c hold 10 each now, and a was served longest ago
+    first[1].give_back()
+    await settle()
+    assert served == ["c", "a"] or served == ["c", "c"]
+    for share in first[2:]:
+        share.give_back()
+    for _ in tasks:
+        for task in tasks:
+            if task.done():
+                task.result().give_back()
+        await settle()
+    assert sorted(served) == ["a", "a", "b", "c", "c"] and budget.used == 0
+
+
+async def test_equal_owners_are_served_from_both_ends():
+    """So a newcomer does not wait behind all the others, and none waits for ever."""
+    budget, served = ByteBudget(10), []
+    holder = budget.try_take(10, "x")
+    tasks = [taking(budget, 10, str(i), served) for i in range(6)]
+    await settle()
+    holder.give_back()
+    for _ in tasks:
+        await settle()
+        for task in tasks:
+            if task.done():
+                task.result().give_back()
+    assert served == ["0", "5", "1", "4", "2", "3"]
+
+
+async def test_an_owner_with_many_calls_gets_no_more_turns():
+    budget, served = ByteBudget(10), []
+    holder = budget.try_take(10, "x")
+    tasks = [taking(budget, 10, owner, served) for owner in (*["many"] * 20, "one", "two")]
+    await settle()
+    holder.give_back()
+    for _ in tasks:
+        await settle()
+        for task in tasks:
+            if task.done():
+                task.result().give_back()
+    assert set(served[:4]) == {"many", "one", "two"} and len(served) == 22
+
+
+async def test_a_wait_that_is_too_long_is_refused():
+    loop = ManualLoop()
+    budget = ByteBudget(10, "the room for messages is used up", max_wait_s=5, timers=loop)
+    budget.try_take(10, "a")
+    waiting = taking(budget, 10, "b")
+    await settle()
+    loop.advance(4.9)
+    await settle()
+    assert not waiting.done()
+    loop.advance(0.2)
+    with pytest.raises(ServerBusy, match="the server is busy: the room for messages is used up; retry after about 1 s"):
+        await waiting
+    assert budget.waiting == 0 and budget.used == 10 and budget.try_take(0) is not None
+
+
+async def test_one_that_leaves_while_it_waits_holds_nothing():
+    budget = ByteBudget(10)
+    holder = budget.try_take(10, "a")
+    large, small = taking(budget, 10, "b"), taking(budget, 5, "c")
+    await settle()
+    holder.shrink_to(5)
+    await settle()
+    assert not small.done()  # it does not overtake the large one
+    large.cancel()
+    await settle()
+    assert (await small).bytes == 5
+    assert (budget.waiting, budget.used) == (0, 10)
+
+
+async def test_a_share_that_comes_together_with_a_cancellation_is_given_back():
+    budget = ByteBudget(10)
+    holder = budget.try_take(10, "a")
+    waiting = taking(budget, 10, "b")
+    await settle()
+    holder.give_back()  # the task has its share, and has not run yet
+    waiting.cancel()
+    await settle()
+    assert waiting.cancelled() and budget.used == 0
+
+
+class Holder:
+    """Takes a share that others can replace."""
+
+    def __init__(self, budget, owner, replaced):
+        self.owner, self.replaced = owner, replaced
+        self.task = asyncio.create_task(budget.take(10, owner, self.on_replaced))
+
+    def on_replaced(self):
+        self.replaced.append(self.owner)
+        asyncio.get_running_loop().call_soon(self.task.result().give_back)
+
+
+async def test_idle_shares_are_replaced_when_others_wait():
+    loop, replaced = ManualLoop(), []
+    budget = ByteBudget(40, replaceable_after_s=1, timers=loop)
+    for owner in ("a", "b", "b", "b"):
+        Holder(budget, owner, replaced)
+        loop.advance(0.1)
+        await settle()
+    loop.advance(100)
+    assert replaced == []  # none waits
+    waiting = [taking(budget, 10, owner) for owner in ("c", "d")]
+    await settle()
+    assert replaced == ["b", "b"]
+    assert [task.done() for task in waiting] == [True, True] and budget.used == 40
+    third = taking(budget, 10, "e")
+    await settle()
+    assert third.done() and len(replaced) == 3
+
+
+async def test_no_share_is_replaced_before_its_time():
+    loop, replaced = ManualLoop(), []
+    budget = ByteBudget(20, replaceable_after_s=1, timers=loop)
+    holders = [Holder(budget, "a", replaced), Holder(budget, "b", replaced)]
+    await settle()
+    waiting = taking(budget, 10, "c")
+    await settle()
+    loop.advance(0.9)
+    holders[1].task.result().touch()
+    loop.advance(0.2)
+    await settle()
+    assert replaced == ["a"] and waiting.done()
+    another = taking(budget, 10, "d")
+    await settle()
+    assert not another.done()
+    loop.advance(1)
+    await settle()
+    assert replaced == ["a", "b"] and another.done()
+
+
+async def test_of_one_owner_the_newest_share_is_replaced():
+    """The others may be nearly done; if all were replaced in turn, none would ever be."""
+    loop, replaced = ManualLoop(), []
+    budget = ByteBudget(20, replaceable_after_s=1, timers=loop)
+    old, new = Holder(budget, "a", replaced), None
+    await settle()
+    loop.advance(0.5)
+    new = Holder(budget, "a", replaced)
+    await settle()
+    loop.advance(5)
+    waiting = taking(budget, 10, "b")
+    await settle()
+    assert waiting.done() and new.task.result().bytes == 0 and old.task.result().bytes == 10
+
+
+async def test_what_is_in_the_servers_hands_cannot_be_replaced():
+    loop, replaced = ManualLoop(), []
+    budget = ByteBudget(10, replaceable_after_s=1, max_wait_s=5, timers=loop)
+    holder = Holder(budget, "a", replaced)
+    await settle()
+    budget.forget(holder.task.result())
+    waiting = taking(budget, 10, "b")
+    await settle()
+    loop.advance(6)
+    with pytest.raises(ServerBusy):
+        await waiting
+    assert replaced == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_at_any_time_the_shares_are_within_the_budget(seed):
+    """Against a count of our own, with holders that leave, wait, shrink and give back at random."""
+    rng, loop = random.Random(seed), ManualLoop()
+    budget = ByteBudget(100, replaceable_after_s=1, max_wait_s=5, timers=loop)
+    tasks, replaced = [], []
+    for _ in range(400):
+        match rng.randrange(5):
+            case 0 | 1:
+                owner, size = rng.choice("abc"), rng.randint(1, 60)
+                tasks.append(asyncio.create_task(budget.take(size, owner, lambda: replaced.append(1))))
+            case 2 if tasks:
+                rng.choice(tasks).cancel()
+            case 3:
+                for task in rng.sample(tasks, len(tasks) // 2):
+                    if task.done() and not task.cancelled() and task.exception() is None:
+                        rng.choice([lambda s: s.shrink_to(rng.randint(0, 60)), lambda s: s.give_back()])(task.result())
+            case _:
+                loop.advance(rng.random())
+        await settle()
+        shares = [task.result() for task in tasks if task.done() and not task.cancelled() and task.exception() is None]
+        assert budget.used == sum(share.bytes for share in shares) <= 100
+    for share in shares:
+        share.give_back()
+    for task in tasks:
+        task.cancel()
+    await settle()
+    for task in tasks:
+        if not task.cancelled() and task.exception() is None:
+            task.result().give_back()
+    assert (budget.used, budget.waiting) == (0, 0)
