@@ -29,6 +29,8 @@ def test_every_setting_is_a_flag_and_a_variable(name):
     flag = f"--{name.replace('_', '-')}"
     if name == "max_image_bytes":
         text = "2048"  # its largest value exceeds the largest gRPC message
+    if name == "max_checkpoint_bytes":
+        text = str(2**20)  # its largest value exceeds the default of the uploads
     needs = {"GRAMOPHONE_ENGINE": "fake"} if name == "iter_ms" else {}
     by_flag, _ = config.load([flag] if f.default is False else [flag, text], needs)
     by_variable, _ = config.load([], {f"GRAMOPHONE_{name.upper()}": text} | needs)
@@ -62,6 +64,21 @@ def test_an_invalid_value_is_reported_with_what_it_must_be(arguments, environmen
     with pytest.raises(StartupError) as caught:
         config.load(arguments, environment)
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["image", "checkpoint"])
+def test_what_is_allowed_can_be_uploaded(name):
+    others = ["--max-image-bytes", "1024", "--max-checkpoint-bytes", "65536"]
+    flags = [*others, f"--max-{name}-bytes", "1000000", "--max-uploads-bytes"]
+    with pytest.raises(StartupError) as caught:
+        config.load([*flags, "999999"], {})
+    assert str(caught.value) == (
+        f"uploads could not hold what --max-{name}-bytes (now 1000000) allows; raise --max-uploads-bytes (now 999999) "
+        f"to at least that, lower --max-{name}-bytes, or set --max-uploads-bytes to 0, so that clients send only what "
+        "fits in a message"
+    )
+    for enough in ("1000000", "0"):
+        config.load([*flags, enough], {})
 
 
 def test_message_sizes_follow_from_the_limits():

@@ -65,7 +65,11 @@ class Limits:
     max_paused_s: int = _setting(600, "seconds that a job may be paused before it resumes", allowed=Range(1, 86_400))
     max_watchers: int = _setting(16, "watchers of one job", allowed=Range(1, 1024))
     max_checkpoint_bytes: int = _setting(64 * 2**20, "largest checkpoint in bytes", allowed=Range(65536, 2**30))
-    max_uploads_bytes: int = _setting(128 * 2**20, "bytes of uploaded images that are kept", allowed=Range(0, 2**36))
+    max_uploads_bytes: int = _setting(
+        128 * 2**20,
+        "bytes of uploaded images and checkpoints that are kept; 0: none",
+        allowed=Range(0, 2**36),
+    )
     max_message_bytes: int = _setting(
         8 * 2**20, "largest message from a client in bytes; larger images are uploaded", allowed=MESSAGE_BYTES
     )
@@ -204,7 +208,19 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
                 f"{name} could have {size} bytes, and a gRPC message has at most {MAX_MESSAGE_BYTES}; "
                 f"lower {' or '.join(f'{_flag(part)} (now {getattr(settings, part)})' for part in parts)}"
             )
+    _check_room_for_uploads(settings)
     return settings, flags["print_config"]
+
+
+def _check_room_for_uploads(limits: Limits) -> None:
+    """Raises `StartupError` if images and checkpoints are allowed that could not be uploaded."""
+    for name in ("max_image_bytes", "max_checkpoint_bytes"):
+        if 0 < limits.max_uploads_bytes < getattr(limits, name):
+            raise StartupError(
+                f"uploads could not hold what {_flag(name)} (now {getattr(limits, name)}) allows; raise "
+                f"{_flag('max_uploads_bytes')} (now {limits.max_uploads_bytes}) to at least that, lower {_flag(name)}, "
+                f"or set {_flag('max_uploads_bytes')} to 0, so that clients send only what fits in a message"
+            )
 
 
 def _value(text: str, kind: type, allowed: Range | None, choices: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ GramophoneError
 ├── ShuttingDown          the server takes no new jobs
 ├── JobNotFound           no job has this id, or it is no longer kept
 ├── RequestIdTaken        the request's id belongs to a job with another spec
-├── ImageNotFound         no image has this digest, or it is no longer kept
+├── ImageNotFound         no upload has this digest, or it is no longer kept
 ├── JobControlled         the job already has a controller
 ├── TooManyWatchers       the job has as many watchers as allowed
 ├── ServerBusy            other calls use up what this call needs; retry later
@@ -169,11 +169,20 @@ class SlowSender(GramophoneError):
 
 
 class ImageNotFound(GramophoneError):
-    """The server keeps no image with this digest."""
+    """The server keeps no upload with these digests."""
 
-    def __init__(self, digest: str) -> None:
+    def __init__(self, *images: str, checkpoint: str = "") -> None:
+        """``images``: the digests of images. ``checkpoint``: that of a checkpoint; empty if none is missing."""
+        self.digests = (*images, *filter(None, [checkpoint]))
+        missing = []
+        if images:
+            others = f" and {len(images) - 1} more" if len(images) > 1 else ""
+            missing.append(f"no image {images[0][:80]!a}{others}")
+        if checkpoint:
+            missing.append(f"no checkpoint {checkpoint[:80]!a}")
+        them = "it" if len(self.digests) == 1 else "them"
         super().__init__(
-            f"this server keeps no image {digest[:80]!a}; upload it with UploadImage, and send the job again"
+            f"this server keeps {' and '.join(missing)}; upload {them} with UploadImage, and send the job again"
         )
 
 

@@ -35,7 +35,9 @@ DEADLINE_S = 600.0
 BURST = 16  # simultaneous jobs
 FLAGS = (
     *("--engine", "fake", "--iter-ms", "5", "--max-blocked-s", "3", "--max-running", "32", "--max-queued", "64"),
-    *("--max-kept", "256", "--max-uploads-bytes", str(2**20), "--log-level", "error"),
+    *("--max-kept", "256", "--log-level", "error"),
+    # Small, so that uploads are evicted all the time.
+    *("--max-uploads-bytes", str(2**20), "--max-image-bytes", str(2**20), "--max-checkpoint-bytes", str(2**20)),
     *("--metrics-port", "0"),
 )
 SMALL = {"size": 48, "smallest_size": 0, "iterations": 20}

@@ -1,27 +1,153 @@
-"""The store of uploaded images: what is kept, and what is evicted."""
+"""The store of uploads: what is kept, and what is evicted."""
 
 import hashlib
+import random
 
 import pytest
 
 from gramophone_server.config import Limits
-from gramophone_server.errors import ImageNotFound, InvalidRequest
-from gramophone_server.images.upload_store import Upload, UploadStore
+from gramophone_server.domain.checkpoint import CHECKPOINT_START
+from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.images import upload_store
+from gramophone_server.images.upload_store import STALE_S, Upload, UploadStore
+from tests.support.clock import ManualClock
+
+A, B, ELSEWHERE = "ipv4:10.0.0.1:40001", "ipv4:10.0.0.1:40002", "ipv4:10.0.0.2:40001"
 
 
-def test_the_least_recently_used_image_is_evicted():
-    uploads = UploadStore(10)
-    for name in "abc":
-        uploads.keep(name, name.encode() * 3)
-    assert uploads.find("a") == b"aaa"
-    uploads.keep("b", b"bbb")  # uploaded again, which counts as a use
-    uploads.keep("d", b"dddd")
-    with pytest.raises(
-        ImageNotFound, match="this server keeps no image 'c'; upload it with UploadImage, and send the job"
-    ):
-        uploads.find("c")
-    assert [uploads.find(name) for name in "abd"] == [b"aaa", b"bbb", b"dddd"]
+def store(max_bytes):
+    clock = ManualClock(reading_s=1e-6)  # no two files are used at the same time
+    return UploadStore(max_bytes, clock), clock
+
+
+def keep(uploads, names, owner=A, size=3):
+    """Uploads one file for each letter, with that letter as its digest."""
+    for name in names:
+        uploads.keep(name, name.encode() * size, owner)
+
+
+def kept(uploads, names):
+    """Those of the letters whose files are kept. They count as used."""
+    with uploads.hold() as held:
+        return "".join(name for name in names if held.find(name) is not None)
+
+
+def test_the_least_recently_used_file_of_a_client_is_evicted():
+    uploads, _ = store(10)
+    keep(uploads, "abc")
+    with uploads.hold() as held:
+        assert held.find("a") == b"aaa"
+    keep(uploads, "b")  # uploaded again, which counts as a use
+    keep(uploads, "d", size=4)
+    assert kept(uploads, "abcd") == "abd"
     assert uploads.counts == (4, 1, 10, 10)
+
+
+def test_a_client_that_uploads_a_lot_evicts_its_own_files():
+    uploads, _ = store(100)
+    keep(uploads, "abc", A, 10)
+    for name in range(50):
+        uploads.keep(f"file {name}", bytes(9), B)
+    assert kept(uploads, "abc") == "abc"
+    assert [name for name in range(50) if kept(uploads, [f"file {name}"])] == list(range(43, 50))
+
+
+def test_hosts_share_the_store_however_many_connections_they_have():
+    uploads, _ = store(100)
+    keep(uploads, "a", ELSEWHERE, 20)
+    for number in range(40):  # each has less than the other host's connection
+        uploads.keep(f"file {number}", bytes(10), f"ipv4:10.0.0.1:{number}")
+    assert kept(uploads, "a") == "a"
+    assert [number for number in range(40) if kept(uploads, [f"file {number}"])] == list(range(32, 40))
+
+
+def test_an_upload_by_another_client_as_well_is_kept_as_long_as_one_of_them_deserves_it():
+    uploads, _ = store(30)
+    keep(uploads, "a", A, 5)
+    keep(uploads, "a", B, 5)
+    for name in range(20):  # which would evict a file of B alone
+        uploads.keep(f"file {name}", bytes(9), B)
+    assert kept(uploads, "a") == "a"
+
+
+def test_a_file_with_many_owners_keeps_the_claims_of_those_with_the_fewest_bytes(monkeypatch):
+    monkeypatch.setattr(upload_store, "MAX_CLAIMS", 2)
+    uploads, _ = store(100)
+    for number, owner in enumerate((A, B, ELSEWHERE)):
+        uploads.keep(f"own {number}", bytes(10 * (3 - number)), owner)
+        keep(uploads, "a", owner, 10)
+    uploads.keep("more of A", bytes(35), A)
+    assert kept(uploads, "a") == "a"
+    assert kept(uploads, ["own 0", "own 1", "own 2"]) == "own 1own 2"
+
+
+def test_files_that_nobody_uses_are_evicted_first():
+    uploads, clock = store(30)
+    keep(uploads, "a", A, 5)
+    keep(uploads, "b", A, 5)
+    clock.advance(STALE_S - 1)
+    kept(uploads, "b")
+    keep(uploads, "c", B, 10)
+    clock.advance(2)
+    keep(uploads, "d", B, 15)  # B has more, but it uses its files
+    assert kept(uploads, "abcd") == "bcd"
+
+
+def test_a_file_that_a_job_holds_is_not_evicted():
+    uploads, _ = store(10)
+    keep(uploads, "ab", size=5)
+    with uploads.hold() as first, uploads.hold() as second:
+        assert first.find("a") == second.find("a") == first.find("a") == b"aaaaa"
+        keep(uploads, "cd", size=5)
+        assert kept(uploads, "abcd") == "ad"
+        second.find("d")
+        with pytest.raises(ServerBusy, match=r"jobs that are about to start use .* 10 bytes .*_MAX_UPLOADS_BYTES\)"):
+            keep(uploads, "e", size=1)
+        keep(uploads, "a")  # is kept already
+        assert uploads.counts.bytes == 10
+    keep(uploads, "e", size=1)
+    assert kept(uploads, "ade") == "ae"  # was held until later
+
+
+def test_small_files_are_counted_too(monkeypatch):
+    monkeypatch.setattr(upload_store, "MAX_FILES", 3)
+    uploads, _ = store(10**6)
+    keep(uploads, "abcd")
+    assert kept(uploads, "abcd") == "bcd"
+    with uploads.hold() as held:
+        for name in "bcd":
+            held.find(name)
+        with pytest.raises(ServerBusy):
+            keep(uploads, "e")
+
+
+def test_the_bytes_are_those_of_the_kept_files_whatever_happens():
+    """Random operations, checked against the sum over all files; and no claim of an evicted file is left."""
+    rng = random.Random(5)
+    uploads, clock = store(60)
+    sizes = {name: rng.randint(1, 25) for name in "abcdefghijkl"}
+    holds = []
+    for _ in range(3000):
+        match rng.randrange(4):
+            case 0:
+                name = rng.choice(list(sizes))
+                try:
+                    uploads.keep(name, bytes(sizes[name]), rng.choice((A, B, ELSEWHERE)))
+                except ServerBusy:
+                    assert holds
+            case 1:
+                holds.append(uploads.hold())
+                holds[-1].find(rng.choice(list(sizes)))
+            case 2 if holds:
+                holds.pop(rng.randrange(len(holds))).__exit__(None, None, None)
+            case 3:
+                clock.advance(rng.choice((1, STALE_S / 5)))
+        before = uploads.counts
+        assert sum(size for name, size in sizes.items() if kept(uploads, name)) == before.bytes <= 60
+    for held in holds:
+        held.__exit__(None, None, None)
+    uploads.keep("all", bytes(60), A)
+    assert kept(uploads, sizes) == "" and uploads.counts.bytes == 60
 
 
 def test_an_upload_consists_of_its_chunks():
@@ -29,15 +155,32 @@ def test_an_upload_consists_of_its_chunks():
     for piece in (b"abc", b"", b"def"):
         upload.add(piece)
     assert (upload.digest, upload.data) == (f"sha256:{hashlib.sha256(b'abcdef').hexdigest()}", b"abcdef")
+    assert not upload.is_checkpoint
+
+
+def test_a_checkpoint_is_known_by_its_first_bytes_however_they_arrive():
+    for pieces in ([CHECKPOINT_START + b"\x01"], [bytes([byte]) for byte in CHECKPOINT_START], [b"", CHECKPOINT_START]):
+        upload = Upload(Limits())
+        for piece in pieces:
+            assert not upload.is_checkpoint
+            upload.add(piece)
+        assert upload.is_checkpoint
+    upload = Upload(Limits())
+    upload.add(b"not " + CHECKPOINT_START)
+    assert not upload.is_checkpoint
 
 
 @pytest.mark.parametrize(
     ("limits", "pieces", "words"),
     [
-        (Limits(), [2**20 + 1], "has 1048577 bytes, at most 1048576 are allowed; send the image in smaller chunks"),
+        (
+            Limits(),
+            [bytes(2**20 + 1)],
+            "has 1048577 bytes, at most 1048576 are allowed; send the file in smaller chunks",
+        ),
         (
             Limits(max_image_bytes=1024),
-            [1000, 25],
+            [bytes(1000), bytes(25)],
             (
                 "makes an image of 1025 bytes or more; at most 1024 are allowed "
                 "(server setting GRAMOPHONE_MAX_IMAGE_BYTES)"
@@ -45,20 +188,29 @@ def test_an_upload_consists_of_its_chunks():
         ),
         (
             Limits(max_uploads_bytes=1024),
-            [1000, 25],
+            [bytes(1000), bytes(25)],
             "at most 1024 are allowed (server setting GRAMOPHONE_MAX_UPLOADS_BYTES); send a smaller or more compressed",
+        ),
+        (
+            Limits(max_image_bytes=1024, max_checkpoint_bytes=65536),
+            [CHECKPOINT_START, bytes(65000), bytes(530)],
+            (
+                "makes a checkpoint of 65537 bytes or more; at most 65536 are allowed "
+                "(server setting GRAMOPHONE_MAX_CHECKPOINT_BYTES); send a light one"
+            ),
         ),
     ],
 )
 def test_an_upload_that_becomes_too_large_is_refused(limits, pieces, words):
     upload = Upload(limits)
+    for piece in pieces[:-1]:
+        upload.add(piece)
     with pytest.raises(InvalidRequest) as caught:
-        for size in pieces:
-            upload.add(bytes(size))
+        upload.add(pieces[-1])
     (violation,) = caught.value.violations
     assert violation.field == "chunk" and words in violation.description
 
 
-def test_a_server_that_keeps_no_images_refuses_uploads():
-    with pytest.raises(InvalidRequest, match=r"GRAMOPHONE_MAX_UPLOADS_BYTES is 0\); send them with the job as `data`"):
+def test_a_server_that_keeps_no_uploads_refuses_them():
+    with pytest.raises(InvalidRequest, match=r"GRAMOPHONE_MAX_UPLOADS_BYTES is 0\); send the images and"):
         Upload(Limits(max_uploads_bytes=0))

@@ -1,6 +1,7 @@
 """From a request to a job: refusals before decoding, and jobs that resume from a checkpoint."""
 
 import gc
+import hashlib
 import io
 import math
 import threading
@@ -157,6 +158,10 @@ async def test_a_refused_job_is_not_hashed(monkeypatch, refusal):
         assert got.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def sha256(data):
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
 def test_the_digest_covers_everything_that_determines_the_job():
     def changed(**fields):
         other = pb.JobSpec()
@@ -172,6 +177,10 @@ def test_the_digest_covers_everything_that_determines_the_job():
         changed(recipe=pb.Recipe(beta=2)), changed(seed=1), changed(result_quality=80), changed(),
     ]  # fmt: skip
     assert len(set(others)) == len(others)
+    by_digest = pb.ImageSource(digest=sha256(png(48, 32)))
+    assert changed(content=image) == changed(content=by_digest)
+    assert changed(styles=[pb.StyleSource(image=image)]) == changed(styles=[pb.StyleSource(image=by_digest)])
+    assert changed(resume=b"a") == changed(resume_digest=sha256(b"a"))
     watched = changed(frames=pb.FrameOptions(quality=50), checkpoints=pb.CheckpointOptions(light=True))
     assert watched == changed() == spec_digest(pb.JobSpec.FromString(wanted.SerializeToString()))
     assert wanted == spec()  # unchanged
@@ -242,6 +251,100 @@ async def test_a_job_resumes_where_its_checkpoint_was_taken(light):
             assert image.getpixel((0, 0)) == (10, 10, 10)
         plain = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         assert plain.accepted.resumed_at == 0
+
+
+async def uploaded(s, data):
+    chunks = [pb.UploadImageRequest(chunk=data[at : at + 2**20]) for at in range(0, len(data), 2**20)]
+    return await s.stub.UploadImage(iter(chunks))
+
+
+def resumed_by_digest(digest):
+    wanted = resumed(b"")
+    wanted.ClearField("resume")
+    wanted.resume_digest = digest
+    return wanted
+
+
+@pytest.mark.parametrize("light", [False, True])
+async def test_a_job_resumes_from_an_uploaded_checkpoint(light):
+    engine = FakeEngine()
+    data = written(state_after(engine, spec(), 7), light=light)
+    async with serving(engine, Limits(max_image_bytes=1024)) as s:  # images have another limit
+        stored = await uploaded(s, data)
+        assert (stored.width, stored.height) == (64, 32)
+        inline, by_digest = [
+            await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+            for wanted in (resumed(data), resumed_by_digest(stored.digest))
+        ]
+    assert inline.accepted.resumed_at == by_digest.accepted.resumed_at == 7
+    assert inline.accepted.seed == by_digest.accepted.seed == 5
+    assert inline.result.image == by_digest.result.image
+
+
+async def test_everything_that_is_missing_is_named_at_once():
+    engine = FakeEngine()
+    data = written(state_after(engine, spec(), 7))
+    first, second, checkpoint = (f"sha256:{letter * 64}" for letter in "abc")
+    wanted = resumed_by_digest(checkpoint)
+    wanted.content.digest = wanted.styles[0].image.digest = first
+    wanted.styles.add().image.digest = second
+    async with serving(engine) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        assert got.code is grpc.StatusCode.NOT_FOUND
+        assert got.ErrorInfo.metadata["digests"].split(",") == [first, second, checkpoint]
+        assert got.message == (
+            f"this server keeps no image '{first}' and 1 more and no checkpoint '{checkpoint}'; "
+            "upload them with UploadImage, and send the job again"
+        )
+        wanted.resume_digest = (await uploaded(s, data)).digest
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        assert got.ErrorInfo.metadata["digests"].split(",") == [first, second]
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed_by_digest(checkpoint))))
+        assert got.ErrorInfo.metadata["digests"] == checkpoint
+        assert got.message.startswith(f"this server keeps no checkpoint '{checkpoint}'; upload it with UploadImage")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data[:-1], "makes a checkpoint that is cut off or damaged: "),
+        (lambda data: data[:9], "makes a checkpoint that is cut off or damaged: its header does not fit"),
+        (lambda data: data[:7] + b"\x02" + data[8:], "makes a checkpoint that has version 02, this server reads"),
+    ],
+)
+async def test_a_damaged_checkpoint_is_refused_when_it_is_uploaded(change, words):
+    engine = FakeEngine()
+    data = change(written(state_after(engine, spec(), 7)))
+    async with serving(engine) as s:
+        got = await refused(uploaded(s, data))
+        assert s.servicer.uploads.counts.bytes == 0
+    (violation,) = got.BadRequest.field_violations
+    assert violation.field == "chunk" and violation.description.startswith(words)
+
+
+async def test_a_checkpoint_above_its_limit_is_refused_while_it_arrives():
+    engine = FakeEngine()
+    data = written(state_after(engine, spec(), 7))
+    async with serving(engine, Limits(max_checkpoint_bytes=65536)) as s:
+        got = await refused(uploaded(s, data))
+    assert "makes a checkpoint of" in got.message and "at most 65536 are allowed" in got.message
+
+
+async def test_uploads_of_the_other_kind_are_refused_by_name():
+    engine = FakeEngine()
+    data = written(state_after(engine, spec(), 7))
+    async with serving(engine) as s:
+        checkpoint, image = (await uploaded(s, data)).digest, (await uploaded(s, png())).digest
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed_by_digest(image))))
+        assert got.message == "spec.resume_digest: is not a checkpoint"
+        wanted = spec()
+        wanted.content.digest = checkpoint
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        assert got.message.startswith("spec.content.digest: must be a JPEG, PNG or WebP image")
+        wanted = resumed_by_digest(checkpoint)
+        wanted.content.data = png(64, 33)
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+        assert got.message == "spec.resume_digest: is of a job with other images"
 
 
 async def test_a_queued_resumed_job_has_the_iteration_of_its_checkpoint():

@@ -3,13 +3,17 @@
 import asyncio
 import hashlib
 import io
+import threading
 
 import grpc
 import pytest
 from PIL import ExifTags, Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
+from gramophone_server.images import codec
+from tests.support.clock import until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
 from tests.support.serving import refused, serving
@@ -104,6 +108,46 @@ async def test_an_evicted_image_is_not_found():
         assert (await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))).ErrorInfo.reason == "IMAGE_NOT_FOUND"
         wanted.content.digest = digest(second)
         await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+
+
+async def test_a_client_that_uploads_a_lot_evicts_its_own_images():
+    first = noise()
+    limits = Limits(max_uploads_bytes=5 * len(first))
+    async with serving(FakeEngine(), limits) as s, grpc.aio.insecure_channel(s.address) as channel:
+        await uploaded(s, first)
+        other = pb_grpc.StyleTransferServiceStub(channel)
+        for number in range(12):
+            await other.UploadImage(iter(chunks(noise() + bytes(number))))
+        wanted = spec()
+        wanted.content.digest = digest(first)
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+
+
+async def test_an_image_stays_while_a_job_that_names_it_is_admitted(monkeypatch):
+    """The server's bytes of uploads bound those that jobs use, too."""
+    go, started, decode = threading.Event(), threading.Event(), codec.decode
+
+    def waiting(data, field, *about):
+        if field == "spec.content.digest":
+            started.set()
+            assert go.wait(10), "the test never set it"
+        return decode(data, field, *about)
+
+    monkeypatch.setattr(codec, "decode", waiting)
+    first, second = noise(), noise()
+    async with serving(FakeEngine(), Limits(max_uploads_bytes=len(first) + 2000)) as s:
+        wanted = spec()
+        wanted.content.digest = (await uploaded(s, first)).digest
+        job = s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        try:
+            await until(started.is_set)
+            got = await refused(uploaded(s, second))
+            assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
+            assert got.RetryInfo.retry_delay.ToSeconds() >= 1
+        finally:
+            go.set()
+        await job
+        await uploaded(s, second)
 
 
 @pytest.mark.parametrize(

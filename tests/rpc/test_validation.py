@@ -17,6 +17,7 @@ from tests.support.serving import (
 )
 from tests.support.specs import spec
 
+DIGEST = "sha256:" + "0" * 64
 NAN = float("nan")
 
 
@@ -64,6 +65,21 @@ CASES = {
         lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s.start_image, "data", b"x")),
         "spec.start_image",
         "must be unset with `resume`",
+    ),
+    "resume twice": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume", b"x"), setattr(s, "resume_digest", DIGEST)),
+        "spec.resume_digest",
+        "must be unset with `resume`",
+    ),
+    "resume by digest and a recipe": (
+        lambda s: setattr(s, "resume_digest", DIGEST),
+        "spec.recipe",
+        "must be unset with `resume_digest`, because the checkpoint contains it",
+    ),
+    "resume digest": (
+        lambda s: (s.ClearField("recipe"), setattr(s, "resume_digest", "x")),
+        "spec.resume_digest",
+        "must be 'sha256:' and 64 lower-case hexadecimal digits, from UploadImage, got 'x'",
     ),
     "empty style": (lambda s: s.styles.add(), "spec.styles[1].image", "is missing"),
     "no weight": (

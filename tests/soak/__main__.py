@@ -35,7 +35,8 @@ from tests.support.trend import chart, slope
 
 FLAGS = (
     *("--metrics-port", "0", "--log-level", "error", "--max-queued", "64", "--max-kept", "64"),
-    *("--max-uploads-bytes", str(2**20)),
+    # Small, so that uploads are evicted all the time. A checkpoint of 64 px has 1.2 MB.
+    *("--max-uploads-bytes", str(2**21), "--max-image-bytes", str(2**20), "--max-checkpoint-bytes", str(2**21)),
 )
 ENGINES = {"vgg": ("--engine", "vgg"), "fake": ("--engine", "fake", "--iter-ms", "2")}
 SAMPLE_INTERVAL_S = 1.0

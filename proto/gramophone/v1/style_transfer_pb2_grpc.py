@@ -34,9 +34,11 @@ class StyleTransferServiceStub:
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
 
-    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
-    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
-    call is open.
+    Messages from the server can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of
+    2048 px, a checkpoint. Raise the limit of the channel. Messages from a client can have at least 5 MiB on every
+    server, and 8 MiB by default (Limits.max_message_bytes): if the images and the checkpoint of a job have more than
+    4 MiB together, send the largest of them to UploadImage first and name them by their digests. A client may send a
+    keepalive ping every 10 s, also while no call is open.
     """
 
     def __init__(self, channel):
@@ -101,9 +103,11 @@ class StyleTransferServiceServicer:
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
 
-    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
-    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
-    call is open.
+    Messages from the server can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of
+    2048 px, a checkpoint. Raise the limit of the channel. Messages from a client can have at least 5 MiB on every
+    server, and 8 MiB by default (Limits.max_message_bytes): if the images and the checkpoint of a job have more than
+    4 MiB together, send the largest of them to UploadImage first and name them by their digests. A client may send a
+    keepalive ping every 10 s, also while no call is open.
     """
 
     def Stylize(self, request, context):
@@ -175,12 +179,19 @@ class StyleTransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadImage(self, request_iterator, context):
-        """UploadImage stores an image, sent in pieces, so that jobs can name it by its digest instead of carrying it. The
-        server keeps the most recently used images, within its limits. A job that names an image that is not stored ends in
-        NOT_FOUND (ERROR_REASON_IMAGE_NOT_FOUND), and its caller uploads the image (again). An image that is too large is
-        refused at the first byte above the limit, while the rest is still being sent. Stubs of Python's grpc.aio may
-        report this refusal as INTERNAL without its reason (https://github.com/grpc/grpc/issues/36066); other libraries and
-        this project's client report it correctly.
+        """UploadImage stores an image or a checkpoint, sent in pieces, so that jobs can name it by its digest instead of
+        carrying it. A job that names something that is not stored ends in NOT_FOUND (ERROR_REASON_IMAGE_NOT_FOUND), and
+        its caller uploads it (again). A caller that may have uploaded the same bytes before can send its job first, and
+        upload only what that error lists.
+
+        The server keeps uploads within its limits. If it lacks room, it removes the least recently used upload of the
+        connection that has uploaded most, among those of the host that has, and before these what was not used for ten
+        minutes. Callers behind one proxy are one host to the server, and may be one connection. What a job has found stays
+        until its images are decoded.
+
+        An upload that is too large is refused at the first byte above the limit, while the rest is still being sent. Stubs
+        of Python's grpc.aio may report this refusal as INTERNAL without its reason
+        (https://github.com/grpc/grpc/issues/36066); other libraries and this project's client report it correctly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,9 +269,11 @@ class StyleTransferService:
     its id. There is no authentication: a job id is random (122 bits), and any caller that knows it can watch and cancel
     the job. Treat it as a secret.
 
-    Messages can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of 2048 px, a request
-    with several photos. Raise the limit of the channel. A client may send a keepalive ping every 10 s, also while no
-    call is open.
+    Messages from the server can be larger than 4 MiB, which is what most gRPC libraries accept by default: a PNG of
+    2048 px, a checkpoint. Raise the limit of the channel. Messages from a client can have at least 5 MiB on every
+    server, and 8 MiB by default (Limits.max_message_bytes): if the images and the checkpoint of a job have more than
+    4 MiB together, send the largest of them to UploadImage first and name them by their digests. A client may send a
+    keepalive ping every 10 s, also while no call is open.
     """
 
     @staticmethod

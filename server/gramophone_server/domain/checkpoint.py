@@ -10,7 +10,9 @@ from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, SlotTensors
 
-__all__ = ["Checkpoint", "InvalidCheckpoint"]
+__all__ = ["CHECKPOINT_START", "Checkpoint", "InvalidCheckpoint"]
+
+CHECKPOINT_START = b"GRAMCKP"  # the first bytes of every checkpoint, of any version; no image starts so
 
 
 class InvalidCheckpoint(ValueError):

@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import FIELD_TYPES, Recipe, Violation
-from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
+from gramophone_server.domain.checkpoint import CHECKPOINT_START, Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job_state import JobState, SlotTensors
 from gramophone_server.errors import InvalidRequest
 
 __all__ = ["CheckpointFormat"]
 
-MAGIC = b"GRAMCKP\x01"  # the last byte is the version; a new layout of any optimiser's state needs a new version
+MAGIC = (
+    CHECKPOINT_START + b"\x01"
+)  # the last byte is the version; a new layout of any optimiser's state needs a new version
 MAX_HEADER_BYTES = 64 * 1024  # accepted by `read`; a header with 32 layers and their weights has 4 KB
 HEADER_ROOM = 8192  # bytes that `fits` counts for a header
 # The keys of the header for counts, and the fields of `JobState` that hold them.
@@ -43,6 +45,21 @@ COUNTS = {
     "averaged": "averaged",
     "diverged_at": "diverged_at",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """The header of a checkpoint; see `Checkpoint`."""
+
+    length: int  # bytes before the tensors
+    recipe: Recipe
+    seed: int
+    width: int
+    height: int
+    light: bool
+    digests: tuple[bytes, ...]  # of the content image, and of the styles
+    weights: tuple[float, ...]
+    counts: dict[str, int]
 
 
 class CheckpointFormat:
@@ -92,14 +109,37 @@ class CheckpointFormat:
                 parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
         return b"".join(parts)
 
+    def picture_size(self, data: bytes, *, max_bytes: int) -> tuple[int, int]:
+        """(width, height) in pixels of the picture of a checkpoint, from its header, in less than a millisecond.
+
+        Raises `InvalidCheckpoint` as `read` does, except for values of the tensors, which are not looked at.
+        """
+        header = self._read_header(data, max_bytes)
+        return header.width, header.height
+
     def read(self, data: bytes, *, max_bytes: int) -> Checkpoint:
         """Reads bytes from `write`. The tensors are on the CPU and take no more memory than ``data``.
 
         Raises `InvalidCheckpoint` if the bytes are more than ``max_bytes``, or are not a whole checkpoint.
         """
+        header = self._read_header(data, max_bytes)
+        width, height, recipe, counts = header.width, header.height, header.recipe, header.counts
+        tensors = (
+            _light(data, header.length, height, width)
+            if header.light
+            else _full(data, header.length, self._layout(recipe, height, width))
+        )
+        _check(tensors, counts)
+        return Checkpoint(
+            recipe, header.seed, width, height, header.digests[0], header.digests[1:], header.weights, counts, tensors
+        )
+
+    def _read_header(self, data: bytes, max_bytes: int) -> Header:
+        """The header of a checkpoint whose tensors have the number of bytes that it needs. Raises
+        `InvalidCheckpoint`."""
         if len(data) > max_bytes:
             raise InvalidCheckpoint(f"has {len(data)} bytes, at most {max_bytes} are allowed")
-        if data[: len(MAGIC) - 1] != MAGIC[:-1]:
+        if not data.startswith(CHECKPOINT_START):
             raise InvalidCheckpoint("is not a checkpoint")
         if data[: len(MAGIC)] != MAGIC:
             raise InvalidCheckpoint(
@@ -110,37 +150,46 @@ class CheckpointFormat:
         if length > min(MAX_HEADER_BYTES, len(data) - start):
             raise InvalidCheckpoint("is cut off or damaged: its header does not fit")
         try:
-            header = json.loads(data[start : start + length])
-            recipe = _recipe(header["recipe"])
-            digests = [bytes.fromhex(text) for text in (header["content"], *header["styles"])]
-            weights = tuple(_number(weight) for weight in header["style_weights"])
-            counts = {field: _count(header[key]) for key, field in COUNTS.items()}
-            seed = _count(header["seed"], below=2**64)
-            width, height, kind = _count(header["width"]), _count(header["height"]), header["kind"]
-            if kind not in ("full", "light") or not width or not height:
-                raise ValueError
-            if len(weights) + 1 != len(digests) or not all(weight > 0 for weight in weights):
-                raise ValueError
+            header = _parsed(json.loads(data[start : start + length]), start + length)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidCheckpoint("is damaged: its header cannot be read") from error
-        body, pixels, light = len(data) - start - length, width * height, kind == "light"
+        width, height = header.width, header.height
+        body, pixels = len(data) - header.length, width * height
         # A picture has fewer pixels than bytes. This is checked before the layout is made, whose sizes must fit in 64
         # bits.
-        if pixels > body or body != (3 * pixels if light else _bytes(self._layout(recipe, height, width))):
+        if pixels > body or body != (
+            3 * pixels if header.light else _bytes(self._layout(header.recipe, height, width))
+        ):
             raise InvalidCheckpoint(
                 f"is cut off or damaged: {body} bytes of tensors do not make a {width}x{height} picture"
             )
-        tensors = (
-            _light(data, start + length, height, width)
-            if light
-            else _full(data, start + length, self._layout(recipe, height, width))
-        )
-        _check(tensors, counts)
-        return Checkpoint(recipe, seed, width, height, digests[0], tuple(digests[1:]), weights, counts, tensors)
+        return header
 
     def _tensor_bytes(self, state: JobState, light: bool) -> int:
         width, height, _ = state.scales[state.scale_index]
         return width * height * 3 if light else _bytes(self._layout(state.recipe, height, width))
+
+
+def _parsed(fields: dict[str, Any], length: int) -> Header:
+    """The header with these fields. Raises `ValueError`, or another error of a conversion, if one is invalid."""
+    digests = tuple(bytes.fromhex(text) for text in (fields["content"], *fields["styles"]))
+    weights = tuple(_number(weight) for weight in fields["style_weights"])
+    width, height, kind = _count(fields["width"]), _count(fields["height"]), fields["kind"]
+    if kind not in ("full", "light") or not width or not height:
+        raise ValueError
+    if len(weights) + 1 != len(digests) or not all(weight > 0 for weight in weights):
+        raise ValueError
+    return Header(
+        length=length,
+        recipe=_recipe(fields["recipe"]),
+        seed=_count(fields["seed"], below=2**64),
+        width=width,
+        height=height,
+        light=kind == "light",
+        digests=digests,
+        weights=weights,
+        counts={field: _count(fields[key]) for key, field in COUNTS.items()},
+    )
 
 
 def _header(state: JobState, light: bool) -> bytes:

@@ -1,51 +1,75 @@
-"""Images that are uploaded before the jobs that refer to them by digest. Used only on the event loop."""
+"""Images and checkpoints that are uploaded before the jobs that name them by digest. Used only on the event loop."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from gramophone.recipe import Violation
 from gramophone_server.config import Limits, env_variable
+from gramophone_server.domain.checkpoint import CHECKPOINT_START
 from gramophone_server.domain.engine_api import CacheCounts
-from gramophone_server.errors import ImageNotFound, InvalidRequest
+from gramophone_server.errors import InvalidRequest, ServerBusy
 
-__all__ = ["MAX_CHUNK_BYTES", "Upload", "UploadStore"]
+__all__ = ["MAX_CHUNK_BYTES", "Hold", "Upload", "UploadStore"]
 
 MAX_CHUNK_BYTES = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
+MAX_FILES = 2048  # kept at a time: files of 70 bytes would take ten times their size; to evict all of them takes 26 ms
+MAX_CLAIMS = 8  # of one file
+# A file that was neither uploaded nor named for so long is evicted first, whoever uploaded it: it may be that of a
+# connection that has ended, which would never become the one with the most bytes.
+STALE_S = 600.0
+BUSY_S = 1.0  # before a retry: decoding an image, for which it is held, takes less
 
 
 class Upload:
-    """An image that is being uploaded in chunks. It is refused with the first chunk that makes it too large to keep."""
+    """A file that is being uploaded in chunks. It is refused with the first chunk that makes it too large to keep."""
 
     def __init__(self, limits: Limits) -> None:
-        """Raises `InvalidRequest` if the server keeps no images."""
+        """Raises `InvalidRequest` if the server keeps no uploads."""
         if not limits.max_uploads_bytes:
             raise _refusal(
-                "cannot be kept: this server keeps no images "
-                f"(server setting {env_variable('max_uploads_bytes')} is 0); send them with the job as `data`"
+                f"cannot be kept: this server keeps no uploads (server setting {env_variable('max_uploads_bytes')} is "
+                "0); send the images and the checkpoint with the job, as `data` and `resume`"
             )
-        # Errors name the lower of two limits.
-        self._setting = min("max_image_bytes", "max_uploads_bytes", key=lambda name: int(getattr(limits, name)))
-        self._max_bytes = int(getattr(limits, self._setting))
+        self._limits = limits
         self._chunks = io.BytesIO()
         self._hash = hashlib.sha256()
+        self._start = b""
 
     def add(self, chunk: bytes) -> None:
         """Adds the next chunk. Raises `InvalidRequest`."""
         if len(chunk) > MAX_CHUNK_BYTES:
             raise _refusal(
-                f"has {len(chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed; send the image in smaller chunks"
+                f"has {len(chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed; send the file in smaller chunks"
             )
-        received = self._chunks.tell() + len(chunk)
-        if received > self._max_bytes:
+        self._start += chunk[: len(CHECKPOINT_START) - len(self._start)]
+        if self.is_checkpoint:
+            what, setting, advice = "a checkpoint", "max_checkpoint_bytes", "send a light one"
+        else:
+            what, setting, advice = "an image", "max_image_bytes", "send a smaller or more compressed image"
+        # The error names the lower of two limits.
+        setting = min(setting, "max_uploads_bytes", key=lambda name: int(getattr(self._limits, name)))
+        received, allowed = self._chunks.tell() + len(chunk), int(getattr(self._limits, setting))
+        if received > allowed:
             raise _refusal(
-                f"makes an image of {received} bytes or more; at most {self._max_bytes} are allowed "
-                f"(server setting {env_variable(self._setting)}); send a smaller or more compressed image"
+                f"makes {what} of {received} bytes or more; at most {allowed} are allowed "
+                f"(server setting {env_variable(setting)}); {advice}"
             )
         self._chunks.write(chunk)
         self._hash.update(chunk)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the chunks so far begin as a checkpoint does."""
+        return self._start == CHECKPOINT_START
 
     @property
     def digest(self) -> str:
@@ -58,36 +82,197 @@ class Upload:
         return self._chunks.getvalue()
 
 
-class UploadStore:
-    """Encoded images by digest, up to a number of bytes. Evicts the least recently used ones."""
+@dataclass(eq=False)
+class StoredFile:
+    """A file of the store."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._hits = self._misses = self._bytes = 0
+    digest: str
+    data: bytes
+    used_s: float  # on the store's clock, when it was last uploaded or found
+    owners: list[Owner] = field(default_factory=list)  # that have a claim on it
+    holds: int = 0
+
+
+@dataclass(eq=False)
+class Owner:
+    """A connection that has uploaded files of the store."""
+
+    name: str
+    host: Host
+    bytes: int = 0  # of the files that it has a claim on
+    idle: OrderedDict[str, StoredFile] = field(default_factory=OrderedDict)  # those that no job holds, oldest use first
+
+
+@dataclass(eq=False)
+class Host:
+    """All connections of one host."""
+
+    name: str
+    bytes: int = 0  # of its owners
+    owners: dict[str, Owner] = field(default_factory=dict)
+
+
+class UploadStore:
+    """Files by digest, up to a number of bytes.
+
+    The connection of an upload has a claim on the file. If there is too little room, the store drops the oldest claim
+    of the connection that claims the most bytes, of the host whose connections claim the most. A file without a claim
+    is evicted. So a client that uploads a lot evicts its own files first. A file that was not used for `STALE_S` is
+    evicted before all others, and one that a job holds is not evicted.
+    """
+
+    def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes, self._clock = max_bytes, clock
+        self._files: dict[str, StoredFile] = {}
+        self._idle: OrderedDict[str, StoredFile] = OrderedDict()  # those that no job holds, oldest use first
+        self._hosts: dict[str, Host] = {}
+        self._hits = self._misses = self._bytes = self._held_bytes = 0
 
     @property
     def counts(self) -> CacheCounts:
-        """Hits and misses of `find`, and the bytes that are kept."""
+        """Hits and misses of `Hold.find`, and the bytes that are kept."""
         return CacheCounts(self._hits, self._misses, self._bytes, self._max_bytes)
 
-    def keep(self, digest: str, data: bytes) -> None:
-        """Keeps an image, or marks it as used if it is already kept."""
-        if digest not in self._kept:
-            self._kept[digest] = data
+    def keep(self, digest: str, data: bytes, owner: str) -> None:
+        """Keeps a file, or marks it as used if it is kept already. ``owner``: the address of the connection, whose part
+        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files."""
+        file = self._files.get(digest)
+        if file is None:
+            if self._held_bytes + len(data) > self._max_bytes or len(self._files) - len(self._idle) >= MAX_FILES:
+                raise ServerBusy(
+                    f"jobs that are about to start use most of the {self._max_bytes} bytes of uploads that are kept "
+                    f"(server setting {env_variable('max_uploads_bytes')})",
+                    BUSY_S,
+                )
+            self._make_room(len(data))
+            file = self._files[digest] = self._idle[digest] = StoredFile(digest, data, self._clock())
             self._bytes += len(data)
-        self._kept.move_to_end(digest)
-        while self._bytes > self._max_bytes:
-            self._bytes -= len(self._kept.popitem(last=False)[1])
+        self._claim(file, owner)
+        self._use(file)
 
-    def find(self, digest: str) -> bytes:
-        """The image. Raises `ImageNotFound`."""
-        if digest not in self._kept:
+    def hold(self) -> Hold:
+        """For the files of one job, in a `with` block."""
+        return Hold(self)
+
+    def find(self, digest: str) -> StoredFile | None:
+        """A file, marked as used, and counted as a hit or a miss."""
+        file = self._files.get(digest)
+        if file is None:
             self._misses += 1
-            raise ImageNotFound(digest)
-        self._hits += 1
-        self._kept.move_to_end(digest)
-        return self._kept[digest]
+        else:
+            self._hits += 1
+            self._use(file)
+        return file
+
+    def set_held(self, file: StoredFile, change: int) -> None:
+        """Counts a job that holds the file (1), or no longer does (-1)."""
+        was_held = file.holds > 0
+        file.holds += change
+        if (file.holds > 0) == was_held:
+            return
+        self._held_bytes += change * len(file.data)
+        file.used_s = self._clock()
+        for idle in (self._idle, *(owner.idle for owner in file.owners)):
+            if file.holds:
+                del idle[file.digest]
+            else:
+                idle[file.digest] = file
+
+    def _use(self, file: StoredFile) -> None:
+        file.used_s = self._clock()
+        if not file.holds:
+            for idle in (self._idle, *(owner.idle for owner in file.owners)):
+                idle.move_to_end(file.digest)
+
+    def _claim(self, file: StoredFile, name: str) -> None:
+        """Adds a claim. Of more than `MAX_CLAIMS` on one file, the one that would be dropped first is dropped."""
+        host_name = name.rpartition(":")[0]
+        host = self._hosts.setdefault(host_name, Host(host_name))
+        owner = host.owners.setdefault(name, Owner(name, host))
+        if owner in file.owners:
+            return
+        file.owners.append(owner)
+        owner.bytes += len(file.data)
+        host.bytes += len(file.data)
+        if not file.holds:
+            owner.idle[file.digest] = file
+        if len(file.owners) > MAX_CLAIMS:
+            self._drop_claim(file, max(file.owners, key=lambda owner: (owner.host.bytes, owner.bytes)))
+
+    def _drop_claim(self, file: StoredFile, owner: Owner) -> None:
+        """Drops a claim, the owner and the host if they have no other, and the file if there is no other on it."""
+        file.owners.remove(owner)
+        owner.idle.pop(file.digest, None)
+        host = owner.host
+        owner.bytes -= len(file.data)
+        host.bytes -= len(file.data)
+        if not owner.bytes:
+            del host.owners[owner.name]
+        if not host.owners:
+            del self._hosts[host.name]
+        if not file.owners:
+            del self._files[file.digest], self._idle[file.digest]
+            self._bytes -= len(file.data)
+
+    def _make_room(self, size: int) -> None:
+        """Evicts files until one of ``size`` bytes fits. It fits beside those that jobs hold."""
+        stale_s = self._clock() - STALE_S
+        while self._lacks_room(size) and (oldest := next(iter(self._idle.values()))).used_s < stale_s:
+            for owner in tuple(oldest.owners):
+                self._drop_claim(oldest, owner)
+        # Heaps, because the scan of all owners for each of thousands of small files would take seconds.
+        hosts = [(-host.bytes, host.name) for host in self._hosts.values()]
+        owners = {
+            host.name: [_rank(owner) for owner in host.owners.values() if owner.idle] for host in self._hosts.values()
+        }
+        heapq.heapify(hosts)
+        for heap in owners.values():
+            heapq.heapify(heap)
+        while self._lacks_room(size):
+            host = self._hosts[heapq.heappop(hosts)[1]]
+            if not owners[host.name]:  # jobs hold all of its files
+                continue
+            owner = host.owners[heapq.heappop(owners[host.name])[2]]
+            self._drop_claim(next(iter(owner.idle.values())), owner)
+            if owner.idle:
+                heapq.heappush(owners[host.name], _rank(owner))
+            if host.bytes:
+                heapq.heappush(hosts, (-host.bytes, host.name))
+
+    def _lacks_room(self, size: int) -> bool:
+        return self._bytes + size > self._max_bytes or len(self._files) >= MAX_FILES
+
+
+class Hold:
+    """The files that one job uses until its images are decoded. They are not evicted during the `with` block."""
+
+    def __init__(self, store: UploadStore) -> None:
+        self._store = store
+        self._files: dict[str, StoredFile] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._files:
+            self._store.set_held(self._files.popitem()[1], -1)
+
+    def find(self, digest: str) -> bytes | None:
+        """The file with this digest; None if it is not kept."""
+        file = self._store.find(digest)
+        if file is None:
+            return None
+        if digest not in self._files:
+            self._files[digest] = file
+            self._store.set_held(file, 1)
+        return file.data
+
+
+def _rank(owner: Owner) -> tuple[int, float, str]:
+    """The lowest is the owner that loses a file first."""
+    return -owner.bytes, next(iter(owner.idle.values())).used_s, owner.name
 
 
 def _refusal(description: str) -> InvalidRequest:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.domain.picture_size import MIN_SIDE
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images import codec, dimensions
-from gramophone_server.images.upload_store import Upload, UploadStore
+from gramophone_server.images.upload_store import Hold, Upload, UploadStore
 from gramophone_server.rpc.validation import check_result_size, check_resumed, check_spec, raise_violations
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
@@ -77,10 +77,20 @@ class Admission:
         Raises `InvalidRequest` with every violation, including those of the images, `ImageNotFound`,
         `OutOfDeviceMemory`, `DeadlineUnattainable`. The last three are raised before decoding if nothing else is wrong.
         """
+        with self.uploads.hold() as held:
+            return await self._prepare(spec, held, reservation, deadline_at)
+
+    async def _prepare(
+        self, spec: pb.JobSpec, held: Hold, reservation: Reservation, deadline_at: float | None
+    ) -> JobState:
         violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
-        recipe, saved = await self._recipe(spec, violations)
-        sources = self._sources(spec, recipe, violations)
+        checkpoint = held.find(spec.resume_digest) if spec.resume_digest else None
+        recipe, saved = await self._recipe(spec, checkpoint, violations)
+        sources, missing = self._sources(spec, recipe, held)
         if not violations:
+            missing_checkpoint = spec.resume_digest if checkpoint is None else ""
+            if missing or missing_checkpoint:
+                raise ImageNotFound(*missing, checkpoint=missing_checkpoint)
             await self._require_capacity(recipe, saved, sources["spec.content"], reservation, deadline_at)
         decoded = await self._decode(sources, violations)
         raise_violations(violations)
@@ -94,54 +104,68 @@ class Admission:
         )
         raise_violations(check_result_size(job))
         state = self._scheduler.engine.admit(job)
-        return state if saved is None else await self._restore(saved, job)
+        return state if saved is None else await self._restore(saved, job, _resume_path(spec))
 
     async def digest(self, spec: pb.JobSpec) -> bytes:
         """See `spec_digest`."""
         return await self._in_thread(partial(spec_digest, spec))
 
-    async def keep_upload(self, upload: Upload) -> pb.UploadImageResponse:
-        """Keeps an image that has arrived completely. Raises `InvalidRequest` if no job could use it."""
+    async def keep_upload(self, upload: Upload, owner: str) -> pb.UploadImageResponse:
+        """Keeps an image or a checkpoint that has arrived completely. ``owner``: see `UploadStore.keep`.
+
+        Raises `InvalidRequest` if no job could use it, and `ServerBusy`."""
         data = upload.data
-        width, height = await self._in_thread(partial(codec.size, data, "chunk", self._limits))
-        self.uploads.keep(upload.digest, data)
+        if upload.is_checkpoint:
+            checkpoints, max_bytes = self._scheduler.engine.checkpoints, self._limits.max_checkpoint_bytes
+            try:
+                width, height = await self._in_thread(partial(checkpoints.picture_size, data, max_bytes=max_bytes))
+            except InvalidCheckpoint as error:
+                raise InvalidRequest([Violation("chunk", f"makes a checkpoint that {error}")]) from None
+        else:
+            width, height = await self._in_thread(partial(codec.size, data, "chunk", self._limits))
+        self.uploads.keep(upload.digest, data, owner)
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
-    async def _recipe(self, spec: pb.JobSpec, violations: list[Violation]) -> tuple[Recipe, Checkpoint | None]:
-        """The recipe and the checkpoint. An invalid recipe adds to the violations and becomes the default one."""
+    async def _recipe(
+        self, spec: pb.JobSpec, uploaded: bytes | None, violations: list[Violation]
+    ) -> tuple[Recipe, Checkpoint | None]:
+        """The recipe and the checkpoint, which may be uploaded. An invalid recipe adds to the violations and becomes
+        the default one, which also stands for that of an upload that is missing."""
+        path = _resume_path(spec)
         try:
-            if not spec.HasField("resume"):
+            if not spec.HasField("resume") and uploaded is None:
                 return recipe_from_message(spec.recipe), None  # `check_spec` reports what is wrong with it
             max_bytes = self._limits.max_checkpoint_bytes
             checkpoints = self._scheduler.engine.checkpoints
-            saved = await self._in_thread(lambda: checkpoints.read(spec.resume, max_bytes=max_bytes))
+            saved = await self._in_thread(lambda: checkpoints.read(uploaded or spec.resume, max_bytes=max_bytes))
         except InvalidRecipeError:
             return Recipe(), None
         except InvalidCheckpoint as error:
-            violations.append(Violation("spec.resume", str(error)))
+            violations.append(Violation(path, str(error)))
             return Recipe(), None
-        violations.extend(check_resumed(saved.recipe, self._limits, self._scheduler.engine.layers))
+        violations.extend(check_resumed(path, saved.recipe, self._limits, self._scheduler.engine.layers))
         return saved.recipe, saved
 
-    def _sources(self, spec: pb.JobSpec, recipe: Recipe, violations: Sequence[Violation]) -> dict[str, Source]:
-        """The images that are set and found, by field. Raises `ImageNotFound` if there are no violations."""
+    def _sources(self, spec: pb.JobSpec, recipe: Recipe, held: Hold) -> tuple[dict[str, Source], list[str]]:
+        """The images that are set and found, by field, and the digests of those that are not found."""
         needed = min(recipe.size, self._limits.max_size)
         needed_style = min(math.ceil(needed * recipe.style_scale), self._limits.max_size)
         fields = [Source("spec.content", spec.content, needed), Source("spec.start_image", spec.start_image, needed)]
         for i, style in enumerate(spec.styles[: self._limits.max_styles]):
             fields.append(Source(f"spec.styles[{i}].image", style.image, needed_style))
-        sources = {}
+        sources: dict[str, Source] = {}
+        missing: dict[str, None] = {}  # in the order of the fields, each once
         for source in fields:
+            digest = source.image.digest
             if source.image.HasField("digest"):
-                try:
-                    source.uploaded = self.uploads.find(source.image.digest)
-                except ImageNotFound:
-                    if not violations:
-                        raise
+                uploaded = held.find(digest)
+                if uploaded is None:
+                    missing[digest] = None
                     continue
+                source.uploaded = uploaded
             if source.image.WhichOneof("source"):
                 sources[source.field] = source
-        return sources
+        return sources, list(missing)
 
     async def _require_capacity(
         self,
@@ -201,16 +225,16 @@ class Admission:
                 decoded[field] = picture
         return decoded
 
-    async def _restore(self, saved: Checkpoint, job: StyleJob) -> JobState:
-        """The state of the job in its checkpoint. On a thread, because the images are hashed."""
+    async def _restore(self, saved: Checkpoint, job: StyleJob, path: str) -> JobState:
+        """The state of the job in its checkpoint, which has this path. On a thread, because the images are hashed."""
         try:
             state = await self._in_thread(partial(saved.restore, job))
         except InvalidCheckpoint as error:
-            raise InvalidRequest([Violation("spec.resume", str(error))]) from None
+            raise InvalidRequest([Violation(path, str(error))]) from None
         if state.finished:
             finished = f"is of a job that has done all of its {state.iterations} iterations"
             description = f"{finished}, so there is nothing to resume; its picture is the result"
-            raise InvalidRequest([Violation("spec.resume", description)])
+            raise InvalidRequest([Violation(path, description)])
         return state
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
@@ -218,15 +242,27 @@ class Admission:
 
 
 def spec_digest(spec: pb.JobSpec) -> bytes:
-    """A digest of everything in a spec but its frame and checkpoint options. 0.5 ms/MiB, most of it without the GIL."""
+    """A digest of everything in a spec but its frame and checkpoint options. 0.5 ms/MiB, most of it without the GIL.
+
+    An image or a checkpoint in the spec counts as one that is named by its digest: the bytes are the same.
+    """
     reduced = pb.JobSpec()
     reduced.CopyFrom(spec)
     reduced.ClearField("frames")
     reduced.ClearField("checkpoints")
-    # Large fields are hashed separately: serializing them takes longer than hashing them, and holds the GIL.
+    # This is also much faster than serializing the bytes, which holds the GIL.
     for image in (reduced.content, reduced.start_image, *(style.image for style in reduced.styles)):
         if image.HasField("data"):
-            image.data = hashlib.sha256(image.data).digest()
+            image.digest = _digest(image.data)
     if reduced.HasField("resume"):
-        reduced.resume = hashlib.sha256(reduced.resume).digest()
+        reduced.resume_digest = _digest(reduced.resume)
+        reduced.ClearField("resume")
     return hashlib.sha256(reduced.SerializeToString(deterministic=True)).digest()
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _resume_path(spec: pb.JobSpec) -> str:
+    return "spec.resume" if spec.HasField("resume") else "spec.resume_digest"

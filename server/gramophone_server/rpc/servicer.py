@@ -184,7 +184,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             async for request in request_iterator:
                 call.received(request)
                 upload.add(request.chunk)
-            return await self._admission.keep_upload(upload)
+            return await self._admission.keep_upload(upload, context.peer())
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """See the proto."""

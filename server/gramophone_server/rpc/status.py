@@ -96,7 +96,10 @@ def abort_status(error: GramophoneError) -> AbortStatus:
     code = CODES[type(error)].code
     message = _cropped(str(error), MAX_MESSAGE_LENGTH)
     status = status_pb2.Status(code=code.value[0], message=message)
-    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN)))
+    info = error_details_pb2.ErrorInfo(reason=reason(error), domain=DOMAIN)
+    if isinstance(error, ImageNotFound):
+        info.metadata["digests"] = ",".join(error.digests)
+    status.details.append(_packed(info))
     trailers: list[tuple[str, str | bytes]] = []
     retry_ms = _retry_ms(error)
     if retry_ms is not None:

@@ -46,10 +46,15 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     the network's layers."""
     yield from _check_image("spec.content", spec.content, "the content image")
     yield from _check_styles(spec.styles, limits)
-    if spec.HasField("resume"):  # asking for the field itself copies megabytes
+    resume = "resume" if spec.HasField("resume") else "resume_digest"  # asking for `resume` itself copies megabytes
+    if resume == "resume" and spec.resume_digest:
+        yield Violation("spec.resume_digest", "must be unset with `resume`; send the checkpoint or name it")
+    elif spec.resume_digest:
+        yield from _check_digest("spec.resume_digest", spec.resume_digest)
+    if resume == "resume" or spec.resume_digest:
         for name in ("recipe", "start_image", "seed"):
             if spec.HasField(name):
-                yield Violation(f"spec.{name}", "must be unset with `resume`, because the checkpoint contains it")
+                yield Violation(f"spec.{name}", f"must be unset with `{resume}`, because the checkpoint contains it")
     else:
         try:
             recipe = recipe_from_message(spec.recipe)
@@ -72,10 +77,10 @@ def check_spec(spec: pb.JobSpec, limits: Limits, layers: Sequence[str]) -> Itera
     yield from _check_quality("spec.result_quality", spec.result_quality)
 
 
-def check_resumed(recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
-    """Violations of a checkpoint's recipe on this server; another server may have written it."""
+def check_resumed(path: str, recipe: Recipe, limits: Limits, layers: Sequence[str]) -> Iterator[Violation]:
+    """Violations of the recipe of the checkpoint in field `path` on this server; another server may have written it."""
     for field, description in _check_recipe(recipe, limits, layers):
-        yield Violation("spec.resume", f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
+        yield Violation(path, f"has a recipe whose {field.removeprefix('spec.recipe.')} {description}")
 
 
 def check_request_id(request_id: str) -> Iterator[Violation]:
@@ -121,10 +126,14 @@ def _check_image(field: str, image: pb.ImageSource, what: str) -> Iterator[Viola
     source = image.WhichOneof("source")  # does not copy the bytes, as reading `data` would
     if source is None:
         yield Violation(field, f"is missing; send {what} as `data`, or name it by the `digest` of UploadImage")
-    elif source == "digest" and not DIGEST.fullmatch(image.digest):
+    elif source == "digest":
+        yield from _check_digest(f"{field}.digest", image.digest)
+
+
+def _check_digest(field: str, digest: str) -> Iterator[Violation]:
+    if not DIGEST.fullmatch(digest):
         yield Violation(
-            f"{field}.digest",
-            f"must be 'sha256:' and 64 lower-case hexadecimal digits, from UploadImage, got {image.digest[:80]!a}",
+            field, f"must be 'sha256:' and 64 lower-case hexadecimal digits, from UploadImage, got {digest[:80]!a}"
         )
 
 
