@@ -37,6 +37,7 @@ from gramophone_server.config import Limits, Settings, version
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.errors import StartupError
 from gramophone_server.rpc import registration
+from gramophone_server.rpc.event_loop import ServerEventLoop
 from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry.access_log import AccessLog
@@ -75,7 +76,8 @@ def run(settings: Settings) -> None:
         # A thread that computes in Python holds the interpreter for 5 ms at a time by default. Then unary calls take
         # 5.9 ms instead of 0.5 ms; with 1 ms they take about 2 ms.
         sys.setswitchinterval(0.001)
-        compute_ended = asyncio.run(serve(settings, lambda: load_and_freeze(settings)))
+        with asyncio.Runner(loop_factory=ServerEventLoop) as runner:
+            compute_ended = runner.run(serve(settings, lambda: load_and_freeze(settings)))
     except StartupError as error:
         print(f"gramophone-server: {error}", file=sys.stderr)
         raise SystemExit(2) from None

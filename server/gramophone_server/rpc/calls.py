@@ -19,6 +19,7 @@ from gramophone_server.domain.job import ran_out_of_memory
 from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, OutOfHostMemory, SlowReader
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
+from gramophone_server.rpc.send_turns import SendTurns
 from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from gramophone_server.telemetry.metrics import METHODS, Metrics
@@ -50,6 +51,7 @@ class ActiveCalls:
 
     def __init__(self, metrics: Metrics, access_log: AccessLog, max_blocked_s: float) -> None:
         self.metrics, self.access_log, self.max_blocked_s = metrics, access_log, max_blocked_s
+        self.turns = SendTurns()  # of the messages of all streams
         self._active: set[RpcCall] = set()
         self._idle = asyncio.Event()
         self._idle.set()

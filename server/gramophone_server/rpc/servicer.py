@@ -117,6 +117,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 raise_violations(check_no_max_in_flight(request.spec.frames, "spec.frames"))
                 events = await self._create_or_find(request, call)
             async for response in events.responses(pb.StylizeStreamResponse):
+                await self.calls.turns.wait()
                 with call.sending(response):
                     yield response
 
@@ -129,6 +130,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             first = await anext(requests, None)
             controller = Controller(await self._start_or_attach(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
+                await self.calls.turns.wait()
                 with call.sending(response):
                     yield response
 
@@ -140,6 +142,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             job = self.jobs.find(request.job_id)
             events = self._watch(job, call, request, after=request.after_sequence)
             async for response in events.responses(pb.WatchJobResponse):
+                await self.calls.turns.wait()
                 with call.sending(response):
                     yield response
 
