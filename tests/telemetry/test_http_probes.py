@@ -1,17 +1,17 @@
-import contextlib
-import http.client
-import socket
 import urllib.error
 import urllib.request
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from gramophone_server.errors import StartupError
-from gramophone_server.telemetry import http_probes
-from gramophone_server.telemetry.http_probes import HttpProbes
+from gramophone_server.telemetry.http_probes import HttpProbes, MetricsPages
 from gramophone_server.telemetry.metrics import Metrics
-from tests.support.clock import ManualClock, until
+from tests.support.clock import ManualClock
+
+OPEN = "application/openmetrics-text;version=1.0.0"
 
 
 class Problems:
@@ -26,16 +26,9 @@ def problems():
 
 
 @pytest.fixture
-def clock():
-    return ManualClock()
-
-
-@pytest.fixture
-def probes(problems, clock):
+def probes(problems):
     """Probes that report `problems`."""
-    started = HttpProbes(
-        "127.0.0.1", 0, Metrics().registry, lambda: problems.readiness, lambda: problems.liveness, clock=clock
-    )
+    started = HttpProbes("127.0.0.1", 0, Metrics().registry, lambda: problems.readiness, lambda: problems.liveness)
     started.start()
     yield started
     started.close()
@@ -45,11 +38,6 @@ def probes(problems, clock):
 def served(probes):
     """The address of the probes."""
     return f"127.0.0.1:{probes.port}"
-
-
-def connect(address):
-    host, port = address.split(":")
-    return socket.create_connection((host, int(port)), 5)
 
 
 def got(address, path):
@@ -83,50 +71,33 @@ def test_an_unknown_path_lists_the_known_ones(served):
     assert status == 404 and "/metrics" in text and "/healthz" in text
 
 
-async def test_a_silent_client_is_disconnected_and_blocks_no_other(probes, served, clock):
-    with connect(served) as silent:
-        assert got(served, "/healthz")[0] == 200
-        await until(lambda: probes.connections == 1)
-        clock.advance(http_probes.REQUEST_TIMEOUT_S + 0.1)
-        assert silent.recv(1) == b""  # the end of the connection
+def test_both_formats_of_prometheus_are_served(served):
+    for accept, content_type in (("text/plain;version=0.0.4", "text/plain"), (OPEN, "application/openmetrics-text")):
+        asked = urllib.request.Request(f"http://{served}/metrics", headers={"Accept": accept})
+        with urllib.request.urlopen(asked, timeout=5) as page:
+            assert page.headers.get_content_type() == content_type
+            assert page.read().endswith(b"# EOF\n") == (accept == OPEN)
 
 
-async def test_a_client_that_sends_single_bytes_is_disconnected_too(probes, served, clock):
-    with connect(served) as dripping:
-        await until(lambda: probes.connections == 1)
+def test_a_page_is_kept_for_twenty_times_as_long_as_making_it_took():
+    clock, pages = ManualClock(), []
 
-        def disconnected():
-            dripping.sendall(b"G")
-            clock.advance(http_probes.REQUEST_TIMEOUT_S / 10)
-            with contextlib.suppress(TimeoutError):
-                return dripping.recv(1) == b""
+    class Slow(Collector):
+        def collect(self):
+            pages.append(clock.now)
+            clock.advance(0.01)
+            return []
 
-        dripping.settimeout(0.02)
-        with contextlib.suppress(ConnectionError):
-            await until(disconnected)
-
-
-async def test_slow_clients_make_room_for_a_probe(probes, served, clock):
-    holding = [connect(served) for _ in range(http_probes.MAX_CONNECTIONS)]
-    try:
-        await until(lambda: probes.connections == http_probes.MAX_CONNECTIONS)
-        clock.advance(http_probes.REPLACEABLE_AFTER_S + 0.1)
-        assert got(served, "/livez")[0] == 200
-        assert holding[0].recv(1) == b""  # the oldest one
-    finally:
-        for one in holding:
-            one.close()
-
-
-async def test_connections_are_bounded(probes, served):
-    holding = [connect(served) for _ in range(http_probes.MAX_CONNECTIONS)]
-    try:
-        await until(lambda: probes.connections == http_probes.MAX_CONNECTIONS)
-        with pytest.raises((OSError, http.client.HTTPException)):
-            got(served, "/healthz")
-    finally:
-        for one in holding:
-            one.close()
+    registry = CollectorRegistry()
+    registry.register(Slow())
+    pages.clear()  # registering asks, too
+    metrics = MetricsPages(registry, clock=clock)
+    for _ in range(1000):
+        assert metrics.answer("").status == "200 OK"
+        clock.advance(0.001)
+    assert len(pages) == pytest.approx(1.0 / 0.2, abs=1)
+    metrics.answer(OPEN)
+    assert metrics.answer(OPEN).headers != metrics.answer("").headers
 
 
 def test_a_port_in_use_is_reported(served):
