@@ -68,6 +68,16 @@ class Process:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def read_output(self) -> str:
+        """All that it has printed so far, without waiting for more."""
+        while not self._lines.empty():
+            self.output += self._lines.get() or ""
+        return self.output
+
     def signal(self, number: signal.Signals) -> None:
         os.killpg(self._process.pid, number)
 

@@ -49,6 +49,7 @@ class Answer:
     message: str = ""
     reason: str = ""  # of google.rpc.ErrorInfo
     retry_after_s: float | None = None  # of google.rpc.RetryInfo
+    violations: tuple[tuple[str, str], ...] = ()  # of google.rpc.BadRequest: field, description
     messages: tuple[bytes, ...] = ()  # of the server, complete ones
 
 
@@ -143,9 +144,11 @@ class RawStream:
             return Answer("CLOSED" if self.reset is None else "RESET", f"error code {self.reset}")
         coded = ending.get("grpc-status-details-bin", "")
         status = status_pb2.Status.FromString(base64.b64decode(coded + "=" * (-len(coded) % 4)))
-        info, retry, retry_after_s = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), None
+        info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+        retry_after_s = None
         for detail in status.details:
-            detail.Unpack(info)  # False, and nothing else, if it is another kind
+            for kind in (info, bad):
+                detail.Unpack(kind)  # False, and nothing else, if it is another kind
             if detail.Unpack(retry):
                 retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
         return Answer(
@@ -153,10 +156,12 @@ class RawStream:
             urllib.parse.unquote(ending.get("grpc-message", "")),
             info.reason,
             retry_after_s,
-            tuple(self._messages()),
+            tuple((violation.field, violation.description) for violation in bad.field_violations),
+            tuple(self.messages()),
         )
 
-    def _messages(self) -> list[bytes]:
+    def messages(self) -> list[bytes]:
+        """The complete messages that have arrived."""
         messages, at = [], 0
         while at + PREFIX <= len(self.data):
             end = at + PREFIX + struct.unpack_from(">I", self.data, at + 1)[0]
