@@ -1,32 +1,43 @@
-"""Jobs that cost a server much for a small request: pictures that decode large, encodings, dear beginnings."""
+"""Jobs that cost a server much for a small request: pictures that decode large, encodings, dear beginnings, memory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import struct
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import cache
+from statistics import median
 from typing import Any
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
+from gramophone_client import AsyncGramophoneClient
 from gramophone_server.config import Limits
-from tests.bad_input.inputs import RECIPE, job
+from tests.bad_input.inputs import RECIPE, in_jpeg, in_png, job
 from tests.bad_input.streams import start
 from tests.bad_input.target import Case, Target, one, path_of
-from tests.support.raw_http2 import RawStream, prefixed
+from tests.support.bad_pictures import BOMBS
+from tests.support.monitoring import RuleViolation
+from tests.support.raw_http2 import RawStream, StreamOver, prefixed
 
 MIB = 2**20
 AT_ONCE = 8  # jobs
+CANCELLED = 40  # calls
+WATCHERS = 40
+ENCODED_S = 2.0  # within which a frame arrives
+BESIDE = 5.0  # times longer than alone may a small job take beside dear beginnings
+CALLERS, DEAR_JOBS = 4, 3
+STREAM = path_of("StylizeStream")
 
 
 @cache
 def solid(width: int, height: int, colour: int) -> bytes:
     """A PNG of one colour: few bytes for any size, and other bytes for each colour."""
     row = b"\0" + colour.to_bytes(3) * width
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -35,10 +46,16 @@ def solid(width: int, height: int, colour: int) -> bytes:
 
 
 def cases(limits: Limits) -> Iterator[Case]:
-    """Pictures, encodings and beginnings."""
+    """Pictures, decoders, encodings, memory, and beginnings."""
     yield from _picture_cases(limits)
-    yield from _encoding_cases(limits)
-    yield _beginnings_case(limits)
+    yield _cancelled_case()
+    for format in ("JPEG", "PNG", "WEBP"):
+        yield _encodings_case(format)
+    yield _memory_case(limits)
+    yield _beginnings_case()
+
+
+# Decoded pictures -----------------------------------------------------------------------------------------------------
 
 
 def _picture_cases(limits: Limits) -> Iterator[Case]:
@@ -52,53 +69,95 @@ def _picture_cases(limits: Limits) -> Iterator[Case]:
 
 
 def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limits) -> Case:
+    """What long jobs hold of their pictures, when all are decoded, is inside of the budget."""
+    allowed = limits.max_decoded_bytes + 64 * MIB
+
+    def request(number: int) -> bytes:
+        data = solid(width, height, number)
+        recipe = overrides_to_message({**RECIPE, "iterations": 100_000})
+        if place == "content":
+            spec = job(content=data, recipe=recipe)
+        elif place == "styles":
+            spec = job(styles=[data] * limits.max_styles, recipe=recipe)
+        else:
+            recipe.start = pb.START_IMAGE
+            spec = job(start_image=pb.ImageSource(data=data), recipe=recipe)
+        return pb.StylizeStreamRequest(spec=spec).SerializeToString()
+
     async def play(target: Target) -> None:
-        recipe = {**RECIPE, "iterations": limits.max_iterations}
-        requests = []
-        for number in range(AT_ONCE):
-            data = solid(width, height, number)
-            fields: dict[str, Any] = {
-                "content": {"content": data},
-                "styles": {"styles": [data] * limits.max_styles},
-                "start_image": {"start_image": pb.ImageSource(data=data)},
-            }[place]
-            message = overrides_to_message(recipe)
-            if place == "start_image":
-                message.start = pb.START_IMAGE
-            requests.append(pb.StylizeRequest(spec=job(recipe=message, **fields)).SerializeToString())
-        async with target.connection() as raw, asyncio.TaskGroup() as group:
-            for request in requests:
-                group.create_task(target.call(raw, path_of("Stylize"), one(request), within_s=50))
+        before = target.memory()
+        async with target.connection() as raw:
+            streams = [raw.open_stream(STREAM) for _ in range(AT_ONCE)]
+            for number, stream in enumerate(streams):
+                with contextlib.suppress(StreamOver):
+                    await stream.send(*one(request(number)), end=True)
+            for stream in streams:
+                await stream.wait_for_data(60, within_s=60)
+                if stream.is_over:
+                    target.check(await stream.answer(1))
+            held = target.memory() - before
+            for stream in streams:
+                stream.cancel()
+        if held > allowed:
+            message = f"{AT_ONCE} jobs hold {held / MIB:.0f} MiB of pictures, at most {allowed / MIB:.0f} are allowed"
+            raise RuleViolation(message)
 
-    # Decoders first, then what the jobs keep.
-    rise = limits.request_memory_bytes + limits.max_decoded_bytes
-    return Case("pictures", f"{AT_ONCE} jobs with {shape} {place} pictures", play, 60, rise)
-
-
-def _encoding_cases(limits: Limits) -> Iterator[Case]:
-    """A paused job's frame in every quality, format and size. One encoding is kept only while somebody waits for it."""
-    for format in ("JPEG", "PNG", "WEBP"):
-        yield _encodings_case(format, limits)
+    # The decoders' own memory comes and goes.
+    return Case("pictures", f"{AT_ONCE} jobs with {shape} {place} pictures", play, 90, limits.request_memory_bytes)
 
 
-def _encodings_case(format: str, limits: Limits) -> Case:
+def _cancelled_case() -> Case:
+    """Calls with pictures that take long to decode, which are all cancelled. Others have their turn meanwhile, and the
+    decoders are free soon afterwards."""
+
+    async def play(target: Target) -> None:
+        data = BOMBS["webp-lossy-of-32-megapixels"]()
+        request = pb.StylizeStreamRequest(spec=job(content=data, styles=[data] * 4)).SerializeToString()
+        async with target.connection() as raw:
+            streams = [raw.open_stream(STREAM) for _ in range(CANCELLED)]
+            for stream in streams:
+                await stream.send(*one(request), end=True)
+            await asyncio.sleep(2)
+            for stream in streams:
+                stream.cancel()
+            await asyncio.sleep(2)
+            cpu_s = target.cpu_s()
+            await asyncio.sleep(2)
+            if (used_s := target.cpu_s() - cpu_s) > 1.5:
+                raise RuleViolation(f"decoding goes on for calls that were cancelled: {used_s:.1f} s of CPU in 2 s")
+
+    return Case("decoding", f"{CANCELLED} calls are cancelled", play, 30, max_rise=2**31)
+
+
+# Encodings ------------------------------------------------------------------------------------------------------------
+
+
+def _encodings_case(format: str) -> Case:
+    """A paused job's frame in many qualities and sizes. One encoding is kept only while somebody waits for it."""
+
     async def play(target: Target) -> None:
         async with target.connection() as raw:
             controller = raw.open_stream(path_of("StylizeInteractive"))
-            paused = prefixed(pb.StylizeInteractiveRequest(command_id=1, pause={}).SerializeToString())
-            await controller.send(start(frames=pb.FrameOptions(), content=solid(2048, 2048, 1)) + paused)
+            pause = prefixed(pb.StylizeInteractiveRequest(command_id=1, pause={}).SerializeToString())
+            recipe = {"size": 1024}
+            first = start(frames=pb.FrameOptions(max_side=64), content=solid(1024, 1024, 1), **recipe)
+            await controller.send(first)
             job_id = await _job_id(controller)
-            for quality in range(1, 101):
-                options = pb.FrameOptions(format=f"IMAGE_FORMAT_{format}", quality=quality, max_side=16 + quality)
+            await controller.wait_for_data(len(controller.data) + 500, within_s=10)  # a frame
+            await controller.send(pause)
+            for number in range(WATCHERS):
+                options = pb.FrameOptions(
+                    format=f"IMAGE_FORMAT_{format}", quality=1 + 2 * number, max_side=1024 - number
+                )
                 watch = pb.WatchJobRequest(job_id=job_id, frames=options).SerializeToString()
                 watcher = raw.open_stream(path_of("WatchJob"))
                 await watcher.send(prefixed(watch), end=True)
                 with contextlib.suppress(TimeoutError):
-                    await watcher.wait_for_data(600, within_s=0.2)
+                    await watcher.wait_for_data(10_000, within_s=ENCODED_S)
                 watcher.cancel()
             controller.cancel()
 
-    return Case("encodings", f"a paused frame as {format} of 100 qualities and sizes", play, 60, max_rise=128 * MIB)
+    return Case("encodings", f"a paused frame as {format} of {WATCHERS} qualities", play, 90, max_rise=24 * MIB)
 
 
 async def _job_id(controller: RawStream) -> str:
@@ -106,24 +165,68 @@ async def _job_id(controller: RawStream) -> str:
     return pb.StylizeInteractiveResponse.FromString(controller.messages()[0]).event.accepted.job_id
 
 
-def _beginnings_case(limits: Limits) -> Case:
-    """Four callers, each with one job after another whose styles are new, solid and as large as allowed."""
-    side = min(2048, limits.max_size * 4)
+# The device -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _streams_of(target: Target, requests: list[bytes]) -> AsyncIterator[list[RawStream]]:
+    """Jobs that run while the block lasts."""
+    async with target.connection() as raw:
+        streams = [raw.open_stream(STREAM) for _ in requests]
+        for stream, request in zip(streams, requests, strict=True):
+            await stream.send(*one(request), end=True)
+        try:
+            yield streams
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+
+def _memory_case(limits: Limits) -> Case:
+    """Long jobs that do not fit beside each other into the memory of the device. Small ones find a place."""
 
     async def play(target: Target) -> None:
-        async def call(caller: int) -> None:
+        recipe = overrides_to_message({**RECIPE, "size": limits.max_size, "iterations": limits.max_iterations})
+        spec = job(content=solid(limits.max_size, limits.max_size, 1), recipe=recipe)
+        async with _streams_of(target, [pb.StylizeStreamRequest(spec=spec).SerializeToString()] * 12):
+            await asyncio.sleep(8)
+
+    return Case("memory", "12 jobs of the largest size", play, 30, max_rise=2**30)
+
+
+def _beginnings_case() -> Case:
+    """Four callers, each with one job after another whose styles are new, solid and large; one small job beside them.
+
+    With the real engine, because a pattern has no beginning.
+    """
+    small: dict[str, Any] = {"size": 64, "smallest_size": 0, "iterations": 60}
+
+    async def play(target: Target) -> None:
+        async def dear_jobs(caller: int) -> None:
             async with target.connection() as raw:
-                for number in range(4):
-                    colours = [caller << 16 | number << 8 | style for style in range(limits.max_styles)]
-                    styles = [solid(side, side, colour) for colour in colours]
-                    recipe = overrides_to_message(
-                        {**RECIPE, "size": max(16, limits.max_size // 4), "iterations": 1, "style_scale": 4.0}
-                    )
+                for number in range(DEAR_JOBS):
+                    colours = [caller << 16 | number << 8 | style for style in range(4)]
+                    styles = [solid(1024, 1024, colour) for colour in colours]
+                    recipe = overrides_to_message({**RECIPE, "size": 256, "iterations": 1, "style_scale": 4.0})
                     request = pb.StylizeRequest(spec=job(styles=styles, recipe=recipe)).SerializeToString()
-                    await target.call(raw, path_of("Stylize"), one(request), within_s=100)
+                    await target.call(raw, path_of("Stylize"), one(request), within_s=200)
 
-        async with asyncio.TaskGroup() as group:
-            for caller in range(4):
-                group.create_task(call(caller))
+        async with AsyncGramophoneClient(target.address, timeout=300) as client:
 
-    return Case("beginnings", "4 callers with the dearest styles", play, 120, limits.request_memory_bytes)
+            async def seconds() -> float:
+                begin = time.monotonic()
+                await client.stylize(in_png(), in_jpeg(), **small)
+                return time.monotonic() - begin
+
+            alone_s = median([await seconds() for _ in range(3)])
+            async with asyncio.TaskGroup() as group:
+                callers = [group.create_task(dear_jobs(caller)) for caller in range(CALLERS)]
+                await asyncio.sleep(2)
+                beside_s = [await seconds() for _ in range(3)]
+                for caller in callers:
+                    caller.cancel()
+        if median(beside_s) > BESIDE * alone_s:
+            times = ", ".join(f"{each:.1f}" for each in beside_s)
+            raise RuleViolation(f"small jobs take {alone_s:.1f} s alone and {times} s beside dear beginnings")
+
+    return Case("beginnings", f"{CALLERS} callers with dear styles", play, 300, max_rise=2**31, engine="vgg")

@@ -21,6 +21,7 @@ ENDLESS_S = 4.0  # how long a client goes on that never ends by itself
 SLOWLY = ("SLOW_SENDER", "SERVER_BUSY", "INVALID_REQUEST")
 UPLOADERS = 100  # connections
 COMMANDS = 3000
+CHANGES = 50_000
 CONTROL, UPLOAD = path_of("StylizeInteractive"), path_of("UploadImage")
 
 
@@ -124,8 +125,8 @@ def _paused_uploads_case(limits: Limits) -> Case:
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
-def start(iterations: int = 400, **fields: Any) -> bytes:
-    spec = job(recipe=overrides_to_message({**RECIPE, "iterations": iterations}), **fields)
+def start(*, size: int = 32, iterations: int = 400, **fields: Any) -> bytes:
+    spec = job(recipe=overrides_to_message({**RECIPE, "size": size, "iterations": iterations}), **fields)
     return _message(start=pb.StartCommand(spec=spec))
 
 
@@ -164,8 +165,9 @@ def _commands_case(what: str, encoded: list[bytes], *, reads: bool) -> Case:
             stream = raw.open_stream(CONTROL, hold=not reads)
             await stream.send(start(frames=pb.FrameOptions(max_in_flight=1)) + _message(command_id=1, pause={}))
             # A client that does not read is not read from either, or is ended. Either is right.
+            resume = _message(command_id=2, resume={})
             with contextlib.suppress(StreamOver, TimeoutError):
-                for command in itertools.islice(itertools.cycle(encoded), COMMANDS):
+                for command in itertools.chain(itertools.islice(itertools.cycle(encoded), COMMANDS), [resume]):
                     await stream.send(command, patience_s=3)
                 await stream.send(b"", end=True, patience_s=3)
             if not reads:
@@ -181,8 +183,31 @@ def _commands_case(what: str, encoded: list[bytes], *, reads: bool) -> Case:
 
 
 def _reader_cases(limits: Limits) -> Iterator[Case]:
+    yield _changes_case(limits)
     for count, frames in ((1, True), (200, True), (200, False)):
         yield _dripping_readers_case(count, limits, frames=frames)
+
+
+def _changes_case(limits: Limits) -> Case:
+    """A controller changes a paused job without end, and none of its watchers reads. Changes replace each other."""
+    layers = pb.LayerWeights(layers=[pb.LayerWeight(layer=f"relu{number}_1", weight=1.5) for number in range(1, 6)])
+    watchers = limits.max_watchers - 1
+
+    async def play(target: Target) -> None:
+        async with target.connection() as raw, target.connection(window=0) as slow:
+            controller = raw.open_stream(CONTROL)
+            await controller.send(start(iterations=90_000) + _message(command_id=1, pause={}))
+            await controller.wait_for_data(60, within_s=10)
+            accepted = pb.StylizeInteractiveResponse.FromString(controller.messages()[0]).event.accepted
+            watch = prefixed(pb.WatchJobRequest(job_id=accepted.job_id).SerializeToString())
+            for _ in range(watchers):
+                await slow.open_stream(path_of("WatchJob"), hold=True).send(watch, end=True)
+            for number in range(CHANGES):
+                update = pb.UpdateCommand(beta=1.0 + number % 7, style_layers=layers)
+                await controller.send(_message(command_id=number, update=update))
+            controller.cancel()
+
+    return Case("readers", f"{CHANGES} changes of a paused job, which nobody reads", play, 60, max_rise=0)
 
 
 def _dripping_readers_case(count: int, limits: Limits, *, frames: bool) -> Case:

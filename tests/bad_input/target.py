@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -37,19 +38,31 @@ class Case(NamedTuple):
     play: Callable[[Target], Awaitable[None]]  # raises RuleViolation, or TimeoutError
     within_s: float = 15.0
     max_rise: int | None = None  # bytes that the server may take for it; None: three times the largest message
+    engine: str = "fake"
 
 
 class Target:
     """A server, and how it has answered."""
 
-    def __init__(self, address: str, limits: Limits, metrics_url: str = "") -> None:
-        self.address, self.limits, self.metrics_url = address, limits, metrics_url
+    def __init__(self, address: str, pid: int, limits: Limits, metrics_url: str = "") -> None:
+        self.address, self.pid, self.limits, self.metrics_url = address, pid, limits, metrics_url
         self.job_id = ""  # of a job that has ended
         self.answers: Counter[str] = Counter()  # by code and reason
 
     def connection(self, window: int = 65_535):
         """A connection for the length of the block."""
         return connection(self.address, window=window)
+
+    def memory(self, name: str = "VmRSS") -> int:
+        """The server's memory in bytes; "VmHWM": its peak."""
+        with open(f"/proc/{self.pid}/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+
+    def cpu_s(self) -> float:
+        """The processor time that the server has used."""
+        with open(f"/proc/{self.pid}/stat") as file:
+            user, system = file.read().rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     async def call(
         self,
