@@ -70,7 +70,7 @@ class AsyncGramophoneClient:
         `grpc.ssl_channel_credentials`; None connects in plaintext.
 
         `max_retries`, 0 to 4, is how often a call is repeated that the server refuses because it is full or that finds
-        no server, and how often a job that loses its servers is sent again without a newer checkpoint. With 0 a refused
+        no server, and how often a job that loses its servers is sent again before it has run for 10 s. With 0 a refused
         call fails at once, so that refusals can be counted, and no job is sent again.
 
         `metadata` is sent with every call: a token for a proxy, for example, or a `traceparent`, whose trace the
@@ -183,7 +183,8 @@ class AsyncGramophoneClient:
         from the newest checkpoint, or from the start if there is none. The updates continue with another `Accepted`,
         whose `resumed_at` is the iteration of that checkpoint; later iterations are computed, and reported, again.
         After `patience` without any server the loss is raised; with 0 a job is never sent again. A job that failed by
-        itself is never sent again, nor is one that has lost its servers `max_retries` times without a newer checkpoint.
+        itself is never sent again, nor is one that was sent again `max_retries` times without running for 10 s in
+        between; the error then says how to go on by hand.
 
         Before `Accepted` the same request is sent again for `patience` if the server is not ready, shuts down or is
         lost. If no connection could be made at all, the error is raised at once.

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from gramophone_client import Accepted, Changed, Checkpoint, CheckpointOptions, GramophoneClient, Result, Update
+from gramophone_client import (
+    Accepted,
+    Changed,
+    Checkpoint,
+    CheckpointOptions,
+    ConnectionFailedError,
+    Frame,
+    GramophoneClient,
+    Result,
+    Update,
+)
 from tests.support.processes import PAINTING, PHOTO, WITHIN_S, Server
 
 
@@ -57,6 +69,52 @@ def test_a_job_of_a_killed_server_keeps_the_changes_of_its_controller(tmp_path: 
     assert len(jobs) == 2 and isinstance(result, Result) and result.iterations == 100
     changed = [update for update in updates[jobs[1] :] if isinstance(update, Changed)]
     assert [(update.recipe.beta, update.recipe.iterations) for update in changed] == [(9, 100)]
+
+
+FAKE = ("--engine", "fake", "--iter-ms", "100")
+
+
+class Killed:
+    """A server on one port that `kill` kills and replaces."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+        self.server = Server(*FAKE, cwd=cwd)
+        self.server.line("ready in ")
+        self.address = self.server.address
+        self.killed = 0
+
+    def kill(self) -> None:
+        self.server.__exit__(None, None, None)
+        self.killed += 1
+        self.server = Server(*FAKE, "--port", self.address.rpartition(":")[2], cwd=self.cwd)
+        self.server.line("ready in ")
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Iterator[Killed]:
+    servers = Killed(tmp_path)
+    yield servers
+    servers.server.__exit__(None, None, None)
+
+
+def test_a_job_that_kills_its_server_at_each_first_iteration_is_given_up(killed: Killed) -> None:
+    states, frames = [], []
+    with GramophoneClient(killed.address, timeout=2 * WITHIN_S) as client:
+        updates = client.stream(PHOTO, PAINTING, size=64, smallest_size=0, iterations=60, seed=1)
+        with pytest.raises(ConnectionFailedError, match="the job was lost 4 times without 10 s of running") as raised:
+            for update in updates:
+                frames += [update] if isinstance(update, Frame) else []
+                if isinstance(update, Checkpoint):  # the first one is that of the first iteration
+                    states.append(update)
+                    killed.kill()
+        error = raised.value
+        assert killed.killed == 4
+        iterations = [state.iteration for state in states]
+        assert iterations == sorted(set(iterations))  # each crash leaves a newer one
+        assert error.checkpoint == states[-1] and error.frame == frames[-1]
+        stylized = client.stylize(PHOTO, PAINTING, resume=error.checkpoint)  # by hand, on a server that lives
+    assert stylized.iterations == 60
 
 
 def test_a_job_is_controlled_from_the_command_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gramophone_client.console.recipe_flags import flag, recipe_overrides
 from gramophone_client.console.targets import LOCAL, Target, chosen_target
 from gramophone_client.errors import ConnectionFailedError, GramophoneError, NotReadyError
 from gramophone_client.streams.recovery import PATIENCE_S
+from gramophone_client.streams.recovery_states import is_job_loss
 from gramophone_client.types.options import CheckpointOptions, Style
 from gramophone_client.types.picture import format_of
 
@@ -40,6 +41,8 @@ def stylize(args: argparse.Namespace) -> None:
             job.run(None)
     except (KeyboardInterrupt, GramophoneError, LocalServerError, OSError) as error:
         job.keep_unfinished()
+        if isinstance(error, GramophoneError):
+            job.keep_checkpoint(error)
         if isinstance(error, KeyboardInterrupt) and args.detach and job.accepted is not None:
             job_id = job.accepted.job_id
             print_errors(
@@ -90,6 +93,23 @@ class _Job(Outputs):
             with local_server(shown.set_status if shown is not None else lambda _: None) as address:
                 # A server that ends does not come back, so there is nothing to be patient for.
                 asyncio.run(self._run(Target(address, LOCAL), shown, patience=0.0))
+
+    def keep_checkpoint(self, error: GramophoneError) -> None:
+        """Writes the newest state of a lost job, unless --checkpoint has it, and prints how to continue."""
+        state, path = error.checkpoint, self.checkpoint
+        if state is None or not is_job_loss(error):
+            return
+        if path is None:
+            path = self.out.with_name(f"{self.out.stem}-unfinished.checkpoint")
+            try:
+                state.save(path)
+            except OSError as failed:
+                print_errors(f"the checkpoint is lost: {path}: {failed.strerror}")
+                return
+        print_errors(
+            f"the checkpoint of iteration {state.iteration} is kept as {path}; to go on from it, run the command with "
+            f"--resume {path} in place of its recipe"
+        )
 
     def may_run_locally(self, target: Target, error: ConnectionFailedError) -> bool:
         """Whether the job, which ended with `error` at `target`, could be run on a server that is started for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from types import TracebackType
@@ -238,7 +239,7 @@ class AsyncJobControl:
                 async for response in call:
                     if response.HasField("command_result"):
                         self._answer(response.command_result)
-                    elif (arrived := recovery.receive(response.event)) is not None:
+                    elif (arrived := recovery.receive(response.event, time.monotonic())) is not None:
                         self._receive(arrived)
                     # A job takes commands from its first event on; while its images are decoded it takes none.
                     if not self._takes_commands:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from types import TracebackType
@@ -171,8 +172,8 @@ class _Follower:
                 try:
                     async with aclosing(newest_responses(call)) as responses:
                         with self._connection.errors_rebuilt(recovery.timeout_s):
-                            async for response in responses:
-                                arrived = recovery.receive(response.event)
+                            async for response, at_s in responses:
+                                arrived = recovery.receive(response.event, at_s)
                                 # The result is yielded after the stream has ended: a caller that leaves at the result
                                 # must not cancel a finished job.
                                 if arrived is not None and not isinstance(arrived, Result):
@@ -208,14 +209,14 @@ class _Follower:
             return self._connection.start(method, request, recovery.left_s)
 
 
-async def newest_responses(call: Any) -> AsyncGenerator[Any, None]:
-    """The responses of a call, read as soon as they arrive, however slowly the caller takes them: of each coalesced
-    kind only the newest waits. Leaving the iteration cancels the call.
+async def newest_responses(call: Any) -> AsyncGenerator[tuple[Any, float], None]:
+    """The responses of a call, and when each arrived, of time.monotonic. They are read as soon as they arrive, however
+    slowly the caller takes them: of each coalesced kind only the newest waits. Leaving the iteration cancels the call.
 
     Without this, a reader of one frame per second would see each frame late by all frames that the transport holds: 5 s
     with frames of 12 KB, of which 64 KiB are in flight before the server notices.
     """
-    waiting: dict[object, Any] = {}  # by kind, oldest first
+    waiting: dict[object, tuple[Any, float]] = {}  # by kind, oldest first
     has_news = asyncio.Event()
 
     async def read() -> None:
@@ -224,8 +225,8 @@ async def newest_responses(call: Any) -> AsyncGenerator[Any, None]:
             if kind not in COALESCED:
                 kind = object()
             elif (older := waiting.pop(kind, None)) is not None and kind == "frame":
-                response.event.frame.dropped += older.event.frame.dropped + 1
-            waiting[kind] = response
+                response.event.frame.dropped += older[0].event.frame.dropped + 1
+            waiting[kind] = response, time.monotonic()
             has_news.set()
 
     def reader_done(reader: asyncio.Task[None]) -> None:

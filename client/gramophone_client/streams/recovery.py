@@ -11,13 +11,31 @@ from dataclasses import dataclass
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.errors import GramophoneError, ImageNotFoundError
-from gramophone_client.streams.recovery_states import NextCall, RecoveryState, RecoveryStates, Retry
+from gramophone_client.streams.recovery_states import (
+    SETTLED_S,
+    NextCall,
+    RecoveryState,
+    RecoveryStates,
+    Retry,
+    is_job_loss,
+)
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import resumed_spec
 from gramophone_client.transport.parsing import update
 from gramophone_client.transport.uploads import upload
 from gramophone_client.types.options import UploadedImage
-from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
+from gramophone_client.types.updates import (
+    Accepted,
+    Changed,
+    Checkpoint,
+    Frame,
+    Paused,
+    Progress,
+    Result,
+    Resumed,
+    Update,
+    Waiting,
+)
 
 __all__ = ["PATIENCE_S", "Recovery", "ResendableJob"]
 
@@ -90,8 +108,9 @@ class Recovery:
         self._known_sequence = self.sequence
         self._was_connected = self._connection.is_connected
 
-    def receive(self, event: pb.JobEvent) -> Update | None:
-        """The update of an event. None if the caller has it already, or if this client does not know its kind."""
+    def receive(self, event: pb.JobEvent, at_s: float) -> Update | None:
+        """The update of an event that arrived at `at_s`, of time.monotonic. None if the caller has it already, or if
+        this client does not know its kind."""
         self._states.event_received()
         if 0 < event.sequence <= self._known_sequence:
             return None
@@ -104,11 +123,18 @@ class Recovery:
             case Frame():
                 self.frame = arrived
             case Checkpoint():
-                if self.checkpoint is None or arrived.iteration > self.checkpoint.iteration:
-                    self._states.checkpoint_advanced()
                 self.checkpoint = arrived
             case Result():
                 self.result = arrived
+        match arrived:
+            case Progress() | Frame() | Checkpoint() | Changed():
+                self._states.was_running(at_s)
+            case Waiting():
+                self._states.was_waiting()
+            case Paused():
+                self._states.was_paused(at_s)
+            case Resumed():
+                self._states.was_resumed()
         return arrived
 
     def with_partial_result(self, error: GramophoneError) -> GramophoneError:
@@ -129,9 +155,14 @@ class Recovery:
                 return True
             except GramophoneError as failed:
                 error = failed
-        retry = self._states.call_failed(
-            error, now_s=time.monotonic(), left_s=self.left_s, was_connected=self._was_connected
-        )
+        try:
+            retry = self._states.call_failed(
+                error, now_s=time.monotonic(), left_s=self.left_s, was_connected=self._was_connected
+            )
+        except GramophoneError as final:
+            if self._states.has_used_up_resends and is_job_loss(final):
+                raise self._given_up(final) from final
+            raise
         self._log(retry, error)
         await asyncio.sleep(retry.pause_s)
         if retry.call is NextCall.ATTACH or job is None:
@@ -144,6 +175,23 @@ class Recovery:
             self.sequence = 0
         await self._connection.wait_until_connected()
         return True
+
+    def _given_up(self, loss: GramophoneError) -> GramophoneError:
+        """The error of a job that was lost too often: the last loss, and what to do."""
+        times = f"{self._states.losses} times"
+        if self.accepted is not None:
+            times += f" without {SETTLED_S:g} s of running in between"
+        by_hand = "send it again"
+        if self.checkpoint is not None:
+            by_hand += f" with `resume` and the error's `checkpoint`, of iteration {self.checkpoint.iteration}"
+        return type(loss)(
+            f"the job was lost {times}, perhaps because of the job itself, and is not sent again; "
+            f"to go on by hand, {by_hand}; the last loss: {loss}",
+            code=loss.code,
+            reason=loss.reason,
+            violations=loss.violations,
+            retry_after_s=loss.retry_after_s,
+        )
 
     @property
     def _name(self) -> str:

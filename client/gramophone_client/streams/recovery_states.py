@@ -39,15 +39,21 @@ from gramophone_client.errors import (
     SlowReaderError,
 )
 
-__all__ = ["NextCall", "RecoveryState", "RecoveryStates", "Retry", "is_connection_loss"]
+__all__ = ["SETTLED_S", "NextCall", "RecoveryState", "RecoveryStates", "Retry", "is_connection_loss", "is_job_loss"]
 
 RETRY_PAUSE_S = (0.2, 2.0)  # first and longest pause before a retry; each is twice the one before
+SETTLED_S = 10.0  # a job that has run for so long is not what ends its servers
 
 
 def is_connection_loss(error: GramophoneError) -> bool:
     """Whether only the connection has ended and the job may still run: an error of the service would have a reason."""
     is_lost = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and error.reason is None
     return is_lost or isinstance(error, SlowReaderError)
+
+
+def is_job_loss(error: GramophoneError) -> bool:
+    """Whether the job was lost with its connection or its server, and did not fail by itself."""
+    return is_connection_loss(error) or isinstance(error, ShuttingDownError | JobNotFoundError)
 
 
 class RecoveryState(Enum):
@@ -89,7 +95,9 @@ class RecoveryStates:
 
     After a loss the job is looked for where it was for `grace_s` seconds, and sent again for `patience_s` seconds, both
     counted from the loss; with a `patience_s` of 0 it is never sent again. It is sent again at most `max_resends` times
-    without a newer checkpoint, so that a job that crashes its servers does not crash all of them.
+    until it has run for `SETTLED_S` after one acceptance, so that a job that crashes its servers does not crash them
+    for ever. Running is what its events show, from the first to the newest of them, without pauses and without the
+    queue; a newer checkpoint alone proves nothing, because each iteration before a crash leaves one.
     """
 
     def __init__(self, *, is_accepted: bool, grace_s: float, patience_s: float, max_resends: int) -> None:
@@ -97,21 +105,54 @@ class RecoveryStates:
         self._grace_s = grace_s
         self._patience_s = patience_s
         self._max_resends = max_resends
-        self._resends = 0  # since the newest checkpoint
+        self._resends = 0  # since the job has run for `SETTLED_S`
+        self._ran_s = 0.0  # since it was accepted
+        self._ran_at_s: float | None = None  # the newest event of a running job; None while it does not run
+        self._is_paused = False
         self._loss: ConnectionLoss | None = None  # None in FOLLOWING, and in SENDING before the first error
+
+    @property
+    def losses(self) -> int:
+        """How often the job was lost without running for `SETTLED_S` in between, if it is lost now."""
+        return self._resends + 1
+
+    @property
+    def has_used_up_resends(self) -> bool:
+        """Whether the next loss is final because of the losses before it."""
+        return self._patience_s > 0 and 0 < self._max_resends <= self._resends
 
     def accepted(self) -> None:
         """A server has accepted the job."""
         self.state, self._loss = RecoveryState.FOLLOWING, None
+        self._ran_s, self._ran_at_s, self._is_paused = 0.0, None, False
 
     def event_received(self) -> None:
         """An event of the job has arrived. `Accepted` is always the first event of a job that is sent."""
         if self.state is RecoveryState.SEARCHING:
             self.state, self._loss = RecoveryState.FOLLOWING, None
 
-    def checkpoint_advanced(self) -> None:
-        """A checkpoint of a later iteration has arrived: the job can be sent again `max_resends` times from there."""
-        self._resends = 0
+    def was_running(self, at_s: float) -> None:
+        """An event that arrived at `at_s` shows that the job runs. A paused one sends pictures on request, too."""
+        if self._is_paused:
+            return
+        if self._ran_at_s is not None:
+            self._ran_s += at_s - self._ran_at_s
+        self._ran_at_s = at_s
+        if self._ran_s >= SETTLED_S:
+            self._resends = 0
+
+    def was_waiting(self) -> None:
+        """The job is in the queue."""
+        self._ran_at_s = None
+
+    def was_paused(self, at_s: float) -> None:
+        """The job stands still from `at_s` on."""
+        self.was_running(at_s)
+        self._ran_at_s, self._is_paused = None, True
+
+    def was_resumed(self) -> None:
+        """The pause is over."""
+        self._is_paused = False
 
     def call_failed(self, error: GramophoneError, *, now_s: float, left_s: float, was_connected: bool) -> Retry:
         """The transition after a failed call. Raises `error`, or the loss that it follows, if the job is given up.

@@ -200,6 +200,27 @@ def test_a_full_disk_does_not_hide_why_a_job_ended(gramophone, service, full_dis
 # --- checkpoints and lost servers
 
 
+@pytest.mark.parametrize(("flags", "path"), [("", "out-unfinished.checkpoint"), ("--checkpoint state", "state")])
+def test_the_checkpoint_of_a_job_that_was_lost_too_often_is_kept(gramophone, service, folder, flags, path):
+    service.scripts = [[accepted(), progress(i), checkpoint(i), LOST] for i in range(1, 9)]
+    code, _, err = gramophone(f"stylize photo.png painting.png -o out.png --quiet {flags}")
+    assert code == 3
+    assert err[0] == (
+        f"gramophone: the checkpoint of iteration 4 is kept as {path}; to go on from it, run the command with "
+        f"--resume {path} in place of its recipe"
+    )
+    assert err[1].startswith("gramophone: the job was lost 4 times without 10 s of running in between")
+    assert (folder / path).read_bytes() == b"state after 4"
+
+
+def test_a_full_disk_for_the_checkpoint_of_a_lost_job_is_one_line(gramophone, service, full_disk):
+    service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(1, 9)]
+    full_disk("out-unfinished")
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png --quiet")
+    assert code == 3
+    assert err[0] == "gramophone: the checkpoint is lost: out-unfinished.checkpoint: No space left on device"
+
+
 def test_a_detached_job_is_found_again(gramophone, service, folder):
     whole = numbered(accepted(), frame(1), result())
     service.scripts = [[*whole[:2], LOST], whole[2:]]

@@ -63,7 +63,7 @@ async def test_a_slow_reader_gets_only_the_newest_of_each_kind():
 
     call = Call()
     call.fails = False
-    events = [response.event async for response in newest_responses(call)]
+    events = [response.event async for response, _ in newest_responses(call)]
     assert [event.WhichOneof("event") for event in events] == [
         "accepted", "waiting", "progress", "checkpoint", "frame", "result",
     ]  # fmt: skip
@@ -72,7 +72,7 @@ async def test_a_slow_reader_gets_only_the_newest_of_each_kind():
     assert [event.sequence for event in events] == sorted(event.sequence for event in events)
     call.fails, responses = True, []
     with pytest.raises(ValueError, match="lost"):
-        async for response in newest_responses(call):
+        async for response, _ in newest_responses(call):
             responses.append(response)
     assert len(responses) == 6 and call.cancelled  # nothing is lost before the error
 

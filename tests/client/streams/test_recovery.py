@@ -11,7 +11,7 @@ import pytest
 
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client import AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
+from gramophone_client import Accepted, AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
 from gramophone_client.streams import recovery
 from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES
 from gramophone_client.transport.connection import Connection
@@ -243,20 +243,66 @@ async def test_a_slow_readers_job_is_not_sent_again(client, service):
     assert len(service.specs) == 2
 
 
-async def test_a_job_that_crashes_its_servers_is_given_up(client, service):
+ADVICE = (
+    "the job was lost 4 times without 10 s of running in between, perhaps because of the job itself, and is not sent "
+    "again; to go on by hand, send it again"
+)
+
+
+@pytest.mark.parametrize("how", ["stream", "control"])
+async def test_a_job_that_crashes_its_servers_is_given_up(client, service, how):
     service.scripts = [[accepted(), progress(1), LOST]]
-    with pytest.raises(errors.ConnectionFailedError, match="gone"):
-        await collected(client.stream(PHOTO, PAINTING))
+    with pytest.raises(errors.ConnectionFailedError) as raised:
+        await run_job(client, how)
+    assert str(raised.value) == f"{ADVICE}; the last loss: {raised.value.__cause__}"
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE and "gone" in str(raised.value.__cause__)
     assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
-    service.specs.clear()
-    service.scripts = [[accepted(), checkpoint(5), LOST]]  # dies there again and again
-    with pytest.raises(errors.ConnectionFailedError, match="gone"):
-        await collected(client.stream(PHOTO, PAINTING))
-    assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
-    service.specs.clear()
-    service.scripts = [[accepted(), checkpoint(i), LOST] for i in range(6)] + [[accepted(), result()]]
-    await collected(client.stream(PHOTO, PAINTING))  # each of them got on
+
+
+@pytest.mark.parametrize("how", ["stream", "control"])
+async def test_a_job_that_crashes_its_servers_a_checkpoint_later_each_time_is_given_up(client, service, how):
+    service.scripts = [[accepted(), progress(i), frame(i), checkpoint(i), LOST] for i in range(1, 9)]
+    with pytest.raises(errors.ConnectionFailedError) as raised:
+        await run_job(client, how)
+    assert str(raised.value).startswith(
+        f"{ADVICE} with `resume` and the error's `checkpoint`, of iteration 4; the last"
+    )
+    assert partial_result(raised) == (4, 4)
+    assert [spec.resume for spec in service.specs] == [b"", *(b"state after %d" % i for i in range(1, 4))]
+
+
+async def test_a_job_that_has_run_for_ten_seconds_may_be_lost_again(client, service, monkeypatch):
+    monkeypatch.setattr("gramophone_client.streams.recovery_states.SETTLED_S", 0.0)
+    service.scripts = [[accepted(), progress(i), checkpoint(i), LOST] for i in range(1, 7)] + [[accepted(), result()]]
+    await collected(client.stream(PHOTO, PAINTING))
     assert len(service.specs) == 7
+
+
+async def test_a_caller_that_reads_slowly_makes_no_job_look_like_a_running_one(client, service, monkeypatch):
+    """Events count from their arrival."""
+    monkeypatch.setattr("gramophone_client.streams.recovery_states.SETTLED_S", 0.5)
+    service.scripts = [[accepted(), progress(i), checkpoint(i), LOST] for i in range(1, 9)]
+    with pytest.raises(errors.ConnectionFailedError, match="lost 4 times"):
+        async for update in client.stream(PHOTO, PAINTING):
+            if not isinstance(update, Accepted):
+                await asyncio.sleep(0.6)  # longer than a job must run
+
+
+async def test_a_job_that_is_gone_after_each_search_is_given_up(client, service):
+    service.scripts = [
+        step
+        for i in range(1, 9)
+        for step in ([accepted(), checkpoint(i), LOST], [refused(server_errors.JobNotFound("j1"))])
+    ]
+    with pytest.raises(errors.JobNotFoundError, match=r"lost 4 times .* of iteration 4;"):
+        await collected(client.stream(PHOTO, PAINTING, detach_grace=5))
+
+
+async def test_a_job_that_fails_by_itself_after_losses_is_no_loss(client, service):
+    service.scripts = [[accepted(), LOST]] * 3 + [[accepted(), refused(server_errors.EngineFailed())]]
+    with pytest.raises(errors.ServerFailedError) as raised:
+        await collected(client.stream(PHOTO, PAINTING))
+    assert "lost" not in str(raised.value)
 
 
 async def test_a_watched_job_cannot_be_sent_again(client, service):
@@ -329,7 +375,7 @@ async def test_without_retries_a_job_is_sent_once(service, how, status):
 @pytest.mark.parametrize("how", KINDS)
 async def test_a_job_that_crashes_its_servers_before_it_is_accepted_is_given_up(client, service, how):
     service.scripts = [[rpc_status(grpc.StatusCode.UNAVAILABLE, "gone", NO_RETRIES)]]
-    with pytest.raises(errors.ConnectionFailedError, match="gone"):
+    with pytest.raises(errors.ConnectionFailedError, match=r"the job was lost 4 times, .* send it again; .*gone"):
         await run_job(client, how)
     assert len(service.specs) == 1 + DEFAULT_MAX_RETRIES
 

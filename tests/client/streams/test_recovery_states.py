@@ -6,10 +6,12 @@ import pytest
 from gramophone_client import errors
 from gramophone_client.streams.recovery_states import (
     RETRY_PAUSE_S,
+    SETTLED_S,
     NextCall,
     RecoveryState,
     RecoveryStates,
     is_connection_loss,
+    is_job_loss,
 )
 
 SENDING, FOLLOWING = RecoveryState.SENDING, RecoveryState.FOLLOWING
@@ -176,20 +178,105 @@ def test_a_controlled_job_is_not_sent_again():
     assert raised.value is LOST
 
 
-def test_resends_without_a_newer_checkpoint_are_limited():
-    machine = Machine(FOLLOWING, grace_s=0.0)
-    for _ in range(MAX_RESENDS):
-        assert machine.fail(lost())[0] is RESEND
-        assert machine.fail(lost())[0] is REPEAT  # no server has accepted it: the job did not crash this one
-        machine.accepted()
-    machine.checkpoint_advanced()
-    for _ in range(MAX_RESENDS):
-        assert machine.fail(lost())[0] is RESEND
-        machine.accepted()
+def give_up(machine):
     error = lost()
     with pytest.raises(errors.ConnectionFailedError) as raised:
         machine.fail(error)
     assert raised.value is error
+
+
+def test_resends_of_a_job_that_has_not_run_for_ten_seconds_are_limited():
+    machine = Machine(FOLLOWING, grace_s=0.0)
+    for number in range(MAX_RESENDS):
+        assert not machine.has_used_up_resends and machine.losses == number + 1
+        assert machine.fail(lost())[0] is RESEND
+        assert machine.fail(lost())[0] is REPEAT  # no server has accepted it: the job did not crash this one
+        machine.accepted()
+        machine.was_running(number * 1000.0)  # one event, whenever it arrives
+    assert machine.has_used_up_resends and machine.losses == MAX_RESENDS + 1
+    give_up(machine)
+
+
+def crashing(machine, run):
+    """Loses the job as often as allowed, after `run` each time; then whether it is sent once more."""
+    for _ in range(MAX_RESENDS):
+        machine.accepted()
+        run(machine)
+        assert machine.fail(lost())[0] is RESEND
+    machine.accepted()
+    run(machine)
+    try:
+        return machine.fail(lost())[0] is RESEND
+    except errors.ConnectionFailedError:
+        return False
+
+
+def ran_for(seconds):
+    def run(machine):
+        for tenth in range(11):
+            machine.was_running(500.0 + seconds * tenth / 10)
+
+    return run
+
+
+def waited_in_the_queue(machine):
+    machine.was_running(500.0)
+    machine.was_waiting()
+    machine.was_running(600.0)
+
+
+def paused(machine):
+    machine.was_running(500.0)
+    machine.was_paused(501.0)
+    machine.was_running(600.0)  # a picture on request
+    machine.was_running(700.0)
+    machine.was_resumed()
+    machine.was_running(800.0)
+
+
+def ran_before_a_pause(machine):
+    machine.was_running(500.0)
+    machine.was_paused(506.0)
+    machine.was_resumed()
+    machine.was_running(600.0)
+    machine.was_running(604.0)
+
+
+def silent(machine):
+    machine.was_running(500.0)
+    machine.now_s += 1000
+
+
+@pytest.mark.parametrize(
+    ("run", "goes_on"),
+    [
+        (ran_for(SETTLED_S), True),
+        (ran_for(SETTLED_S - 0.01), False),
+        (ran_before_a_pause, True),
+        (paused, False),
+        (waited_in_the_queue, False),
+        (silent, False),
+    ],
+    ids=["ten seconds", "less", "before and after a pause", "paused", "queue", "silent"],
+)
+def test_only_running_starts_the_count_anew(run, goes_on):
+    assert crashing(Machine(FOLLOWING, grace_s=0.0), run) is goes_on
+
+
+def test_running_is_counted_from_each_acceptance():
+    assert not crashing(Machine(FOLLOWING, grace_s=0.0), ran_for(SETTLED_S / 2))
+
+
+def test_a_lost_connection_alone_is_no_loss_of_the_job():
+    machine = Machine(FOLLOWING)
+    for _ in range(3 * MAX_RESENDS):
+        assert machine.fail(lost())[0] is ATTACH
+        machine.event_received()
+    assert machine.losses == 1
+
+
+def test_a_job_that_is_never_sent_again_has_not_used_that_up():
+    assert not Machine(FOLLOWING, patience_s=0.0).has_used_up_resends
 
 
 def test_before_acceptance_only_lost_connections_count_as_resends():
@@ -227,3 +314,8 @@ def test_only_errors_without_a_reason_are_lost_connections():
     defect = {"code": grpc.StatusCode.INTERNAL, "reason": errors.ErrorReason.INTERNAL}
     assert not is_connection_loss(errors.ServerFailedError("defect", **defect))
     assert not is_connection_loss(DOWN) and not is_connection_loss(FULL)
+
+
+def test_a_job_is_lost_with_its_connection_or_its_server():
+    assert all(is_job_loss(error) for error in (LOST, SLOW, DOWN, MISSING))
+    assert not any(is_job_loss(error) for error in (INVALID, FULL, LATE, CONTROLLED))
