@@ -77,6 +77,7 @@ from gramophone_client.types.updates import (
     StopReason,
     Stylized,
     Update,
+    UploadProgress,
     Waiting,
 )
 
@@ -149,6 +150,7 @@ __all__ = [
     "Stylized",
     "TooManyWatchersError",
     "Update",
+    "UploadProgress",
     "UploadedImage",
     "Violation",
     "Waiting",

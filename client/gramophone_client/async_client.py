@@ -37,7 +37,8 @@ __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "DEFAULT_TARGET", "DEFAULT_TIMEOUT_S", "
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 900.0
-DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20  # a request with a checkpoint of 64 MiB; gRPC's own 4 MiB is less than one PNG
+# A checkpoint of 64 MiB, or more from a server that allows it; gRPC's own 4 MiB is less than one PNG.
+DEFAULT_MAX_MESSAGE_BYTES = 160 * 2**20
 
 
 class AsyncGramophoneClient:
@@ -53,6 +54,9 @@ class AsyncGramophoneClient:
     addresses). The client uses the first that answers, and the next one after that is lost. A server that shuts down
     keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience`
     seconds, and reach the next address after the server has exited.
+
+    If the images and the checkpoint of a job have more than 4 MiB together, the client uploads the largest of them and
+    names them in the request, unless the server has them already. The job's `timeout` includes this.
     """
 
     @accepts_old_keywords
@@ -138,11 +142,11 @@ class AsyncGramophoneClient:
         connection = self._calling(metadata)
         timeout_s, patience_s = connection.timeout(timeout), checked_seconds("patience", patience, or_zero=True)
         sent = await prepare_job(connection, content, styles, job, patience_s=patience_s, request_id=request_id)
-        request = pb.StylizeRequest(spec=sent.spec, request_id=sent.request_id)
         recovery = Recovery(connection, timeout_s=timeout_s, grace_s=0.0)
         recovery.start(sent)
         while True:
             recovery.start_call()
+            request = pb.StylizeRequest(spec=sent.spec, request_id=sent.request_id)
             try:
                 with connection.errors_rebuilt(timeout_s):
                     return parsing.stylized(await connection.start("Stylize", request, recovery.left_s))

@@ -104,7 +104,7 @@ def _as_typed(field: str, args: argparse.Namespace) -> str:
         return str(args.content)
     if path.startswith("start_image"):
         return str(args.start_image or "--start-image")
-    if path == "resume":
+    if path in ("resume", "resume_digest"):
         return str(args.resume)
     if style := re.match(r"styles\[(\d+)\](\.weight)?", path):
         return "--style-weights" if style[2] else str(args.styles[int(style[1])])

@@ -50,6 +50,9 @@ class GramophoneClient:
     addresses). The client uses the first that answers, and the next one after that is lost. A server that shuts down
     keeps its connections until its jobs have ended, and refuses new jobs. These are sent again for `patience`
     seconds, and reach the next address after the server has exited.
+
+    If the images and the checkpoint of a job have more than 4 MiB together, the client uploads the largest of them and
+    names them in the request, unless the server has them already. The job's `timeout` includes this.
     """
 
     @accepts_old_keywords

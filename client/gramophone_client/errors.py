@@ -18,7 +18,7 @@ GramophoneError
 ├── JobNotFoundError           the server has no job with this id, or no longer
 ├── JobControlledError         another client controls the job
 ├── JobEndedError              the job ended before a command reached it
-├── ImageNotFoundError         the server does not have an uploaded image, or no longer
+├── ImageNotFoundError         the server does not have an uploaded image or checkpoint, or no longer
 ├── RequestIdTakenError        the request_id belongs to a job with another spec
 ├── AccessDeniedError          a proxy, or the server, refuses this caller
 │   └── ListingDisabledError   the server does not list its jobs
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
@@ -218,10 +218,13 @@ class JobEndedError(GramophoneError):
 
 
 class ImageNotFoundError(GramophoneError):
-    """The server has no image of this digest: it was not uploaded there, or was evicted; `upload` it again.
+    """The server has no upload of this digest: it was not uploaded there, or was evicted; `upload` it again.
 
-    The client does that automatically, once per request, with the images that its own `upload` returned.
+    The client does that automatically, with what it has found too large for a request and with the images that its own
+    `upload` returned, up to three times per call.
     """
+
+    digests: tuple[str, ...] = ()  # of all that is missing; empty if the server is too old to list them
 
 
 class RequestIdTakenError(GramophoneError):
@@ -294,7 +297,7 @@ CODES: Mapping[grpc.StatusCode, type[GramophoneError]] = {
 def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> GramophoneError:
     """The exception for an error of gRPC, to be raised from it."""
     code, details = error.code(), error.details() or ""
-    reason, violations, retry_after_s = _details(error)
+    reason, violations, retry_after_s, digests = _details(error)
     kind = REASONS.get(reason) if reason is not None else None
     kind = kind or CODES.get(code, ServerFailedError)
     message = details or f"the server returned {code.name} without a message"
@@ -319,12 +322,24 @@ def from_rpc(error: grpc.aio.AioRpcError, *, target: str, timeout_s: float) -> G
                 f"the server at {target} does not know this call ({details}); "
                 "is it a gramophone server of this version?"
             )
-    return kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
+    rebuilt = kind(message, code=code, reason=reason, violations=violations, retry_after_s=retry_after_s)
+    if isinstance(rebuilt, ImageNotFoundError):
+        rebuilt.digests = digests
+    return rebuilt
 
 
-def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorReason | None, tuple[Violation, ...], float | None]:
-    """(reason, violations, seconds to wait) of the google.rpc details; None, () and None without them."""
+class Details(NamedTuple):
+    """What the google.rpc details of an error state; the defaults stand for what they do not."""
+
     reason: ErrorReason | None = None
+    violations: tuple[Violation, ...] = ()
+    retry_after_s: float | None = None
+    digests: tuple[str, ...] = ()  # of missing uploads
+
+
+def _details(error: grpc.aio.AioRpcError) -> Details:
+    reason: ErrorReason | None = None
+    digests: tuple[str, ...] = ()
     violations: list[Violation] = []
     retry_after_s: float | None = None
     try:
@@ -336,8 +351,9 @@ def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorReason | None, tuple[Vio
         if detail.Unpack(info) and info.domain == "gramophone":
             known = info.reason in ErrorReason.__members__
             reason = ErrorReason(info.reason) if known else ErrorReason.UNKNOWN
+            digests = tuple(filter(None, info.metadata["digests"].split(",")))
         elif detail.Unpack(bad):
             violations += [Violation(v.field, v.description) for v in bad.field_violations]
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return reason, tuple(violations), retry_after_s
+    return Details(reason, tuple(violations), retry_after_s, digests)

@@ -24,9 +24,8 @@ QUALITY = Range(1, 100)  # of JPEG and WebP
 MAX_STYLE_WEIGHT = 1000.0
 # Bytes of a message from a client; each server sets its limit within this range.
 MESSAGE_BYTES = Range(5 * 2**20, 256 * 2**20)
-INLINE_BYTES = (
-    4 * 2**20
-)  # of images and a checkpoint in one request; every server takes them, and larger ones by upload
+# Bytes of images and a checkpoint in one request of our clients. Every server takes them; what is more goes by upload.
+INLINE_BYTES = 4 * 2**20
 # What the messages can hold.
 MAX_DURATION_S = 315_576_000_000  # a google.protobuf.Duration
 MAX_INT32 = 2**31 - 1

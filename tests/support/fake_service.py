@@ -154,6 +154,8 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         self.stop = lambda: None  # ends all calls and the server
         self.hanging = threading.Event()  # a call is at its HANG
         self.uploading = threading.Event()  # the first chunk of an image has arrived
+        self.go = threading.Event()  # cleared: an upload is answered when it is set again
+        self.go.set()
         self.call_ended = threading.Event()  # a call has ended, by its script or before
         self.cancelled = False  # whether the last call ended before the end of its script
         self.health = health.HealthServicer()
@@ -214,6 +216,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             self.uploading.set()
             if len(data) > self.max_upload_bytes:
                 context.abort_with_status(refused(InvalidRequest([Violation("chunk", f"is {len(data)} bytes")])))
+        self.go.wait(10)
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.images[digest] = data
         self.uploads += 1
@@ -275,9 +278,11 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
     def _play(self, spec, context) -> Iterator[pb.JobEvent]:
         if spec is not None:
             self.specs.append(spec)
-            for image in (spec.content, *(style.image for style in spec.styles)):
-                if image.digest and image.digest not in self.images:
-                    context.abort_with_status(refused(ImageNotFound(image.digest)))
+            images = (spec.content, spec.start_image, *(style.image for style in spec.styles))
+            missing = {image.digest: None for image in images if image.digest and image.digest not in self.images}
+            checkpoint = "" if spec.resume_digest in self.images else spec.resume_digest
+            if missing or checkpoint:
+                context.abort_with_status(refused(ImageNotFound(*missing, checkpoint=checkpoint)))
         is_complete, ended = False, threading.Event()
         self.call_ended.clear()
 

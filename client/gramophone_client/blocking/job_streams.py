@@ -12,7 +12,7 @@ from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.job_stream import AsyncJobStream
 from gramophone_client.types.options import Changes
 from gramophone_client.types.signatures import shows_options
-from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result
+from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, UploadProgress
 
 __all__ = ["JobControl", "JobStream"]
 
@@ -39,6 +39,11 @@ class JobStream(Iteration[AsyncJobStream]):
     def accepted(self) -> Accepted | None:
         """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
         return self._job.accepted
+
+    @property
+    def upload_progress(self) -> UploadProgress | None:
+        """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
+        return self._job.upload_progress
 
     def close(self) -> None:
         """Leaves the job: it stops, or continues without this watcher for its `detach_grace`. A second call does
@@ -80,6 +85,11 @@ class JobControl(Iteration[AsyncJobControl]):
     def accepted(self) -> Accepted | None:
         """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
         return self._job.accepted
+
+    @property
+    def upload_progress(self) -> UploadProgress | None:
+        """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
+        return self._job.upload_progress
 
     def close(self) -> None:
         """Gives up control, which for the job counts as the loss of a watcher. A second call does nothing, nor does the

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -14,12 +15,14 @@ from rich.console import Console
 from gramophone_client.console.display import LiveDisplay, PlainDisplay, print_errors
 from gramophone_client.console.timelapse import Timelapse
 from gramophone_client.types.options import FrameOptions
-from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update
+from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update, UploadProgress
 
-__all__ = ["Display", "Outputs", "UsageError", "display"]
+__all__ = ["Display", "Outputs", "UsageError", "display", "showing_uploads"]
 
 FALLBACK_INTERVAL_S = 2.0  # between frames that are used only if the job ends early
 DISPLAY_INTERVAL_S = 0.2  # between frames of a preview or a film
+UPLOAD_SHOWN_AFTER_S = 1.0
+UPLOAD_INTERVAL_S = 0.25  # between two looks at an upload
 
 Display = LiveDisplay | PlainDisplay
 
@@ -34,6 +37,33 @@ def display(args: argparse.Namespace) -> AbstractContextManager[Display | None]:
         return nullcontext()
     console = Console(stderr=True)
     return LiveDisplay(console, preview=args.preview) if console.is_terminal else PlainDisplay(sys.stderr)
+
+
+@asynccontextmanager
+async def showing_uploads(
+    progress_of: Callable[[], UploadProgress | None], shown: Display | None
+) -> AsyncIterator[None]:
+    """Shows in its block how much has been uploaded, whenever an upload takes longer than a second."""
+
+    async def watch(display: Display) -> None:
+        since_s: float | None = None
+        while True:
+            await asyncio.sleep(UPLOAD_INTERVAL_S)
+            progress = progress_of()
+            if progress is None:
+                since_s = None
+                continue
+            since_s = time.monotonic() if since_s is None else since_s
+            if time.monotonic() - since_s >= UPLOAD_SHOWN_AFTER_S:
+                sent, total = progress.sent_bytes / 2**20, progress.total_bytes / 2**20
+                display.set_status(f"uploads images, {sent:.1f} of {total:.1f} MiB")
+
+    watching = None if shown is None else asyncio.create_task(watch(shown))
+    try:
+        yield
+    finally:
+        if watching is not None:
+            watching.cancel()
 
 
 class Outputs:

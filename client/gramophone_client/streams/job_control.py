@@ -28,7 +28,7 @@ from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import update_command, watch_request
 from gramophone_client.types.options import Changes, CheckpointOptions, FrameOptions
 from gramophone_client.types.signatures import shows_options
-from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update
+from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Paused, Result, Resumed, Update, UploadProgress
 
 __all__ = ["AsyncJobControl"]
 
@@ -134,6 +134,11 @@ class AsyncJobControl:
     def accepted(self) -> Accepted | None:
         """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
         return self._recovery.accepted
+
+    @property
+    def upload_progress(self) -> UploadProgress | None:
+        """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
+        return self._recovery.upload_progress
 
     async def close(self) -> None:
         """Gives up control, which for the job counts as the loss of a watcher. A second call does nothing, nor does the

@@ -17,7 +17,7 @@ from gramophone_client.streams.recovery_states import is_connection_loss
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import watch_request
 from gramophone_client.types.options import CheckpointOptions, FrameOptions
-from gramophone_client.types.updates import Accepted, Result, Update
+from gramophone_client.types.updates import Accepted, Result, Update, UploadProgress
 
 __all__ = ["AsyncJobStream", "newest_responses"]
 
@@ -89,6 +89,11 @@ class AsyncJobStream:
     def accepted(self) -> Accepted | None:
         """The newest `Accepted`, of which there is another one after the job was sent again; None before the first."""
         return self._recovery.accepted
+
+    @property
+    def upload_progress(self) -> UploadProgress | None:
+        """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
+        return self._recovery.upload_progress
 
     async def close(self) -> None:
         """Leaves the job: it stops, or continues without this watcher for its `detach_grace`. A second call does

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_client.errors import GramophoneError, ImageNotFoundError
+from gramophone_client.errors import GramophoneError, ImageNotFoundError, SlowSenderError
+from gramophone_client.streams.job_uploads import JobUploads
 from gramophone_client.streams.recovery_states import (
     SETTLED_S,
     NextCall,
@@ -19,11 +19,10 @@ from gramophone_client.streams.recovery_states import (
     Retry,
     is_job_loss,
 )
+from gramophone_client.transport.attachments import Attachments, detach, named
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import resumed_spec
 from gramophone_client.transport.parsing import update
-from gramophone_client.transport.uploads import upload
-from gramophone_client.types.options import UploadedImage
 from gramophone_client.types.updates import (
     Accepted,
     Changed,
@@ -34,6 +33,7 @@ from gramophone_client.types.updates import (
     Result,
     Resumed,
     Update,
+    UploadProgress,
     Waiting,
 )
 
@@ -50,8 +50,22 @@ class ResendableJob:
 
     spec: pb.JobSpec
     request_id: str
-    images: Sequence[UploadedImage]  # named in the spec by digest only
+    attachments: Attachments  # named in the spec by digest only
     patience_s: float  # after a loss, how long the client tries to send the job again; 0: never
+
+    def detach_all(self) -> bool:
+        """Leaves no image and no checkpoint in the spec. Returns whether there was one. For a thread."""
+        attachments = detach(self.spec, 0)
+        self.attachments = self.attachments | attachments
+        return bool(attachments)
+
+    def resume(self, seed: int, checkpoint: Checkpoint | None) -> None:
+        """Changes the job to the same one from the checkpoint, or from its start with this seed. For a thread."""
+        spec = resumed_spec(self.spec, seed, checkpoint)
+        attachments = self.attachments | detach(spec)
+        in_spec = named(spec)
+        self.attachments = {digest: attachments[digest] for digest in attachments if digest in in_spec}
+        self.spec, self.request_id = spec, str(uuid.uuid4())
 
 
 class Recovery:
@@ -81,7 +95,7 @@ class Recovery:
         self._end_s = 0.0  # of time.monotonic
         self._known_sequence = 0  # of the newest event before the current call
         self._was_connected = False  # when the current call started
-        self._has_renewed_images = False  # the images of the current request were uploaded again
+        self._uploads = JobUploads(connection, timeout_s)
         self._states = self._new_states(patience_s=0.0)
 
     def start(self, job: ResendableJob | None) -> None:
@@ -97,6 +111,11 @@ class Recovery:
             patience_s=patience_s,
             max_resends=self._connection.max_retries,
         )
+
+    @property
+    def upload_progress(self) -> UploadProgress | None:
+        """How much of what the server is missing has been uploaded; None unless it is being uploaded now."""
+        return self._uploads.progress
 
     @property
     def left_s(self) -> float:
@@ -146,15 +165,15 @@ class Recovery:
         """Waits until it is time for the next call. Returns whether that call sends the job; if not, it asks for the
         job where it was. Raises `error`, or the loss that it follows, if the job is given up."""
         job = self.job
-        if isinstance(error, ImageNotFoundError) and job is not None and job.images and not self._has_renewed_images:
-            self._has_renewed_images = True
-            log.info("%s: its server does not have its %d images; uploads them again", self._name, len(job.images))
+        if isinstance(error, ImageNotFoundError) and job is not None:
             try:
-                for image in job.images:
-                    await upload(self._connection, image.data, self.left_s)
+                await self._uploads.send_missing(error, job.attachments, self.left_s, self._name)
                 return True
             except GramophoneError as failed:
                 error = failed
+        elif isinstance(error, SlowSenderError) and job is not None and await asyncio.to_thread(job.detach_all):
+            log.info("%s: its request takes too long to send; uploads its images in pieces", self._name)
+            return True
         try:
             retry = self._states.call_failed(
                 error, now_s=time.monotonic(), left_s=self.left_s, was_connected=self._was_connected
@@ -167,11 +186,10 @@ class Recovery:
         await asyncio.sleep(retry.pause_s)
         if retry.call is NextCall.ATTACH or job is None:
             return False
-        self._has_renewed_images = False  # the call may reach another server
+        self._uploads.start_call()
         if retry.call is NextCall.RESEND:
             if self._states.state is RecoveryState.RESENDING and self.accepted is not None:
-                job.spec = resumed_spec(job.spec, self.accepted.seed, self.checkpoint)
-                job.request_id = str(uuid.uuid4())
+                await asyncio.to_thread(job.resume, self.accepted.seed, self.checkpoint)
             self.sequence = 0
         await self._connection.wait_until_connected()
         return True

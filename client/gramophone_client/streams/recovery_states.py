@@ -12,8 +12,8 @@
     state      next call after an error               errors that keep the state
     SENDING    the same request                       server not ready or shutting down, connection lost
     FOLLOWING  (the next state's)                     none
-    SEARCHING  asks for the job where it was          no connection, queue full, job controlled
-    RESENDING  the job from its newest checkpoint     no connection, queue full, job not found
+    SEARCHING  asks for the job where it was          no connection, queue full, server busy, job controlled
+    RESENDING  the job from its newest checkpoint     no connection, queue full, server busy, job not found
 
 A job starts in SENDING, or in FOLLOWING if the caller knows its id already. After its first loss a job in SENDING stays
 there on the errors of RESENDING as well. Any other error is final and is raised as it is. When the time for a search or
@@ -35,6 +35,7 @@ from gramophone_client.errors import (
     JobNotFoundError,
     NotReadyError,
     QueueFullError,
+    ServerBusyError,
     ShuttingDownError,
     SlowReaderError,
 )
@@ -226,4 +227,6 @@ def _keeps_trying(error: GramophoneError, can_resend: bool) -> bool:
     """Whether an error during a search or during resends may pass."""
     if isinstance(error, JobNotFoundError):
         return can_resend
-    return is_connection_loss(error) or isinstance(error, ConnectionFailedError | QueueFullError | JobControlledError)
+    return is_connection_loss(error) or isinstance(
+        error, ConnectionFailedError | QueueFullError | ServerBusyError | JobControlledError
+    )

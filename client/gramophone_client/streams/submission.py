@@ -6,9 +6,11 @@ import asyncio
 import uuid
 
 from gramophone.recipe import Violation
+from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.values import shown
 from gramophone_client.errors import InvalidRequestError
 from gramophone_client.streams.recovery import ResendableJob
+from gramophone_client.transport.attachments import Attachments, detach
 from gramophone_client.transport.connection import Connection
 from gramophone_client.transport.job_spec import job_spec, uploaded_images
 from gramophone_client.types.options import CheckpointOptions, FrameOptions, ImageInput, JobOptions, Styles
@@ -27,7 +29,8 @@ async def prepare_job(
     frames: FrameOptions | None = None,
     checkpoints: CheckpointOptions | None = None,
 ) -> ResendableJob:
-    """Reads the job's files and builds its message. Raises the error of a client that cannot be used here.
+    """Reads the job's files and builds its message, without those that are too large for it. Raises the error of a
+    client that cannot be used here.
 
     Then waits until the channel is connected or has failed, so that a later loss can be told from a server that was
     never there; see `Recovery`.
@@ -37,10 +40,21 @@ async def prepare_job(
         rule = f"must be the text of a UUID, got {shown(request_id)}"
         rule += "" if isinstance(request_id, str) else "; write str(...)"
         raise InvalidRequestError(f"request_id: {rule}", violations=(Violation("request_id", rule),))
-    spec = await asyncio.to_thread(job_spec, content, styles, options, frames=frames, checkpoints=checkpoints)
+    spec, attachments = await asyncio.to_thread(_read, content, styles, options, frames, checkpoints)
     if connection.max_retries == 0:
         patience_s = 0.0
     else:
         await connection.wait_until_connected()
-    images = uploaded_images(content, styles, options.get("start_image"))
-    return ResendableJob(spec, str(uuid.uuid4()) if request_id is None else request_id, images, patience_s)
+    return ResendableJob(spec, str(uuid.uuid4()) if request_id is None else request_id, attachments, patience_s)
+
+
+def _read(
+    content: ImageInput,
+    styles: Styles,
+    options: JobOptions,
+    frames: FrameOptions | None,
+    checkpoints: CheckpointOptions | None,
+) -> tuple[pb.JobSpec, Attachments]:
+    """The job's message, and what it names by digest only."""
+    spec = job_spec(content, styles, options, frames=frames, checkpoints=checkpoints)
+    return spec, uploaded_images(content, styles, options.get("start_image")) | detach(spec)

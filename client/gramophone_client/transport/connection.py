@@ -46,6 +46,7 @@ class Connection:
         self.target: str = checked_target(target)
         self.timeout_s: float = checked_seconds("timeout", timeout)
         self.max_retries: int = checked_max_retries(max_retries)
+        self.uploads: dict[str, asyncio.Task[Any]] = {}  # under way, by digest; shared by all jobs of the client
         self._metadata = checked_metadata(metadata)
         self._channel = Channel(
             self.target,

@@ -20,6 +20,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.values import MisfitError, did_you_mean, shown
 from gramophone.wire import layers_to_message, overrides_to_message
 from gramophone_client.transport import images
+from gramophone_client.transport.attachments import Attachment, Attachments
 from gramophone_client.transport.problems import Problems, count, duration, image_format, in_range, style_weight
 from gramophone_client.types.options import (
     OPTIONS,
@@ -112,20 +113,19 @@ def resumed_spec(spec: pb.JobSpec, seed: int, checkpoint: Checkpoint | None) -> 
     resumed = pb.JobSpec()
     resumed.CopyFrom(spec)
     if checkpoint is not None:
-        for name in ("recipe", "start_image", "seed"):
+        for name in ("recipe", "start_image", "seed", "resume_digest"):
             resumed.ClearField(name)
         resumed.resume = checkpoint.data
-    elif not resumed.HasField("resume"):
+    elif not (resumed.HasField("resume") or resumed.resume_digest):
         resumed.seed = seed
     return resumed
 
 
-def uploaded_images(
-    content: ImageInput, styles: Styles, start_image: ImageInput | None = None
-) -> tuple[UploadedImage, ...]:
-    """The images of a job that its spec names by digest only. Their bytes are not in the spec."""
-    given = (content, *(image for image, _ in _as_styles(styles)), start_image)
-    return tuple(image for image in given if isinstance(image, UploadedImage))
+def uploaded_images(content: ImageInput, styles: Styles, start_image: ImageInput | None = None) -> Attachments:
+    """The images of a job that its caller has uploaded, so that its spec names them by digest only."""
+    fields = [("spec.content.data", content), ("spec.start_image.data", start_image)]
+    fields += [(f"spec.styles[{i}].image.data", image) for i, (image, _) in enumerate(_as_styles(styles))]
+    return {image.digest: Attachment(field, image.data) for field, image in fields if isinstance(image, UploadedImage)}
 
 
 def watch_request(

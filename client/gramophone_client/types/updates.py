@@ -28,6 +28,7 @@ __all__ = [
     "StopReason",
     "Stylized",
     "Update",
+    "UploadProgress",
     "Waiting",
 ]
 
@@ -202,6 +203,14 @@ class Result(NumberedUpdate):
 
     def _repr_jpeg_(self) -> bytes | None:
         return self.picture._repr_jpeg_()
+
+
+@dataclass(frozen=True)
+class UploadProgress:
+    """How much of a job's large images and checkpoint has been uploaded."""
+
+    sent_bytes: int  # taken by the connection; the last few kilobytes may be on their way
+    total_bytes: int
 
 
 Update = Accepted | Waiting | Progress | Frame | Checkpoint | Paused | Resumed | Changed | Result

@@ -1,3 +1,5 @@
+import asyncio
+import hashlib
 import io
 import os
 import re
@@ -7,12 +9,13 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from gramophone.recipe import PRESETS, LayerWeight
+from gramophone.options import INLINE_BYTES
+from gramophone.recipe import PRESETS, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import Frame, Progress
+from gramophone_client import Frame, Progress, UploadProgress
 from gramophone_client.commands import local_server, stylize
-from gramophone_client.console import targets
+from gramophone_client.console import outputs, targets
 from gramophone_client.console.display import PlainDisplay
 from gramophone_client.console.timelapse import Timelapse
 from gramophone_client.transport.parsing import update
@@ -369,3 +372,48 @@ def test_sigterm_ends_a_job_as_an_interrupt_does(gramophone, service, monkeypatc
     assert "iteration 120 of 300 is kept as out.png" in err[-2]
     assert service.call_ended.wait(5) and service.cancelled
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_large_files_are_uploaded_and_named_in_errors(gramophone, service, folder):
+    large = encoded("red") + bytes(INLINE_BYTES)
+    (folder / "photo.png").write_bytes(large)
+    code, _, _ = gramophone("stylize photo.png painting.png -o out.png")
+    assert code == 0 and list(service.images.values()) == [large]
+    (folder / "job.state").write_bytes(large[1:])
+    service.max_upload_bytes = len(large) - 2
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png --resume job.state")
+    assert code == 2 and err[-1].startswith("gramophone: job.state: is not taken as a checkpoint: ")
+    assert err[-1].endswith("of more than 4 MiB are)")
+    service.scripts = [[refused(server_errors.InvalidRequest([Violation("spec.resume_digest", "is damaged")]))]]
+    service.images["sha256:" + hashlib.sha256(large[1:]).hexdigest()] = large[1:]
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png --resume job.state")
+    assert (code, err[-1]) == (2, "gramophone: job.state: is damaged")
+
+
+def test_a_long_upload_is_shown(gramophone, service, folder, monkeypatch):
+    monkeypatch.setattr(outputs, "UPLOAD_INTERVAL_S", 0.01)
+    monkeypatch.setattr(outputs, "UPLOAD_SHOWN_AFTER_S", 0.02)
+
+    class Watched(PlainDisplay):
+        def set_status(self, text):
+            super().set_status(text)
+            if text == "uploads images, 4.0 of 4.0 MiB":
+                service.go.set()
+
+    monkeypatch.setattr(outputs, "PlainDisplay", Watched)
+    service.go.clear()
+    (folder / "photo.png").write_bytes(encoded("red") + bytes(INLINE_BYTES))
+    code, _, err = gramophone("stylize photo.png painting.png -o out.png")
+    assert code == 0 and err[0].startswith("uploads images, ") and err[0].endswith(" of 4.0 MiB")
+    assert err[1].startswith("job j1")
+
+
+async def test_a_short_upload_is_not_shown():
+    class Silent(PlainDisplay):
+        def set_status(self, text):
+            pytest.fail(text)
+
+    async with outputs.showing_uploads(lambda: UploadProgress(1, 2), Silent(io.StringIO())):
+        await asyncio.sleep(2 * outputs.UPLOAD_INTERVAL_S)
+    async with outputs.showing_uploads(lambda: pytest.fail("--quiet shows nothing"), None):
+        pass

@@ -12,7 +12,7 @@ import pytest
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Accepted, AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
-from gramophone_client.streams import recovery
+from gramophone_client.streams import job_uploads, recovery
 from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES
 from gramophone_client.transport.connection import Connection
 from gramophone_server import errors as server_errors
@@ -194,12 +194,12 @@ async def test_a_timeout_during_an_attempt_raises_the_loss_before(client, servic
 
 
 async def test_a_timeout_while_images_are_uploaded_again_raises_the_loss_before(client, service, monkeypatch):
-    async def too_late(*_):
+    async def too_late(*_, **__):
         raise errors.DeadlineExceededError("not done in time")
 
     style = await client.upload(PAINTING)
     service.scripts = [[accepted(), LOST], [refused(server_errors.ImageNotFound(style.digest))]]
-    monkeypatch.setattr(recovery, "upload", too_late)
+    monkeypatch.setattr(job_uploads, "upload_once", too_late)
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, style))
     assert isinstance(raised.value.__cause__, errors.DeadlineExceededError)
@@ -426,7 +426,7 @@ async def test_what_recovery_does_is_in_the_log_without_the_jobs_secrets(client,
     await collected(client.stream(PHOTO, style, detach_grace=5))
     lines = [re.sub(r"\d+\.\d s$", "T s", record.getMessage()) for record in caplog.records]
     assert lines == [
-        "a job without an id yet: its server does not have its 1 images; uploads them again",
+        "a job without an id yet: uploads 1 files (0.0 MiB) that its server does not have",
         "job 01234567: ConnectionFailedError; asks for it again in T s",
         "job 01234567: JobNotFoundError; sends it again from iteration 6 in T s",
     ]

@@ -1,6 +1,9 @@
+import asyncio
+
 import pytest
 
 from gramophone_client import Style, errors
+from gramophone_client.streams.job_uploads import MAX_ROUNDS
 from gramophone_server import errors as server_errors
 from tests.support.fake_service import PAINTING, PHOTO, refused
 from tests.support.updates import collected
@@ -39,8 +42,45 @@ async def test_an_image_that_the_server_has_lost_is_uploaded_again(client, servi
     if how != "control":
         assert len(set(service.request_ids)) == 1
 
-    # Once only: a server that has no room for it would be asked for ever.
+    # Not for ever: the server may have no room for it.
     service.scripts = [[refused(server_errors.ImageNotFound(style.digest))]]
-    with pytest.raises(errors.ImageNotFoundError, match="upload it with UploadImage"):
+    with pytest.raises(errors.ImageNotFoundError, match=r"It was uploaded 3 times: .*GRAMOPHONE_MAX_UPLOADS_BYTES"):
         await ask()
-    assert service.uploads == 3
+    assert service.uploads == 2 + MAX_ROUNDS
+
+
+async def test_jobs_that_run_at_the_same_time_upload_a_file_once(client, service):
+    style = await client.upload(PAINTING)
+    service.images.clear()
+    await asyncio.gather(*(client.stylize(PHOTO, style) for _ in range(4)))
+    assert service.uploads == 2
+
+
+async def test_a_job_takes_over_the_upload_of_one_that_is_cancelled(client, service):
+    style = await client.upload(PAINTING)
+    service.images.clear()
+    service.go.clear()
+    first = asyncio.create_task(client.stylize(PHOTO, style))
+    await asyncio.to_thread(service.uploading.wait, 5)
+    second = asyncio.create_task(client.stylize(PHOTO, style))
+    while len(service.specs) < 2:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    service.go.set()
+    await second
+    assert service.images == {style.digest: PAINTING}
+
+
+async def test_waiting_for_the_upload_of_another_job_ends_with_the_jobs_own_time(client, service):
+    style = await client.upload(PAINTING)
+    service.images.clear()
+    service.go.clear()
+    first = asyncio.create_task(client.stylize(PHOTO, style))
+    await asyncio.to_thread(service.uploading.wait, 5)
+    with pytest.raises(errors.DeadlineExceededError, match=r"not done within 0\.3 s"):
+        await client.stylize(PHOTO, style, timeout=0.3)
+    service.go.set()
+    await first
