@@ -57,10 +57,10 @@ class Limits:
     max_kept_s: int = _setting(600, "seconds that a job is kept after its end", allowed=Range(0, 86_400))
     max_kept: int = _setting(64, "jobs that are kept after their end", allowed=Range(0, 10_000))
     max_kept_bytes: int = _setting(
-        256 * 2**20, "bytes of the results of kept jobs, 3 per pixel", allowed=Range(0, 2**36)
+        256 * 2**20, "bytes of the results of kept jobs, 3.3 per pixel, and of their events", allowed=Range(0, 2**36)
     )
     max_blocked_s: int = _setting(
-        30, "seconds that a client may take to read one message of a stream", allowed=Range(1, 3600)
+        30, "seconds that a client may keep an event of a stream waiting", allowed=Range(1, 3600)
     )
     max_paused_s: int = _setting(600, "seconds that a job may be paused before it resumes", allowed=Range(1, 86_400))
     max_watchers: int = _setting(16, "watchers of one job", allowed=Range(1, 1024))

@@ -187,11 +187,11 @@ class ImageNotFound(GramophoneError):
 
 
 class SlowReader(GramophoneError):
-    """A client did not read a message in time."""
+    """A client did not read in time."""
 
     def __init__(self, blocked_s: float) -> None:
         super().__init__(
-            f"the client did not read a message for {blocked_s:g} s, so its call was ended; "
+            f"the client has kept a message waiting for {blocked_s:g} s, so its call was ended; "
             "a job with detach_grace continues, and WatchJob can watch it again"
         )
 

@@ -1,6 +1,7 @@
 """A job: its events, watchers, controller and timer, on a clock and timers that the test moves by hand."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -15,6 +16,7 @@ from gramophone_server.domain.events import (
     SavedState,
     Waiting,
 )
+from gramophone_server.domain.job import Losses, Report
 from gramophone_server.errors import (
     Cancelled,
     Diverged,
@@ -25,8 +27,8 @@ from gramophone_server.errors import (
     TooManyWatchers,
 )
 from gramophone_server.images.codec import Encoding, Format
-from gramophone_server.jobs.event_log import LOG_LENGTH
-from gramophone_server.jobs.job import JobPhase
+from gramophone_server.jobs.event_log import LOG_BYTES, LOG_LENGTH
+from gramophone_server.jobs.job import MAX_UNREAD, JobPhase
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
 from tests.support.jobs import create, finished, kinds, numbers, picture, progress, unread
 
@@ -62,6 +64,22 @@ def test_the_log_is_bounded_but_keeps_the_acceptance(registry):
     assert len(items) == 1 + LOG_LENGTH
     assert items[0] == (1, Accepted(0))
     assert [event.report.iteration for _, event in items[1:]] == list(range(2 * LOG_LENGTH + 1, 3 * LOG_LENGTH + 1))
+
+
+def test_the_log_is_bounded_in_bytes_whatever_a_report_contains(registry):
+    losses = Losses({f"relu{i}": 1.0 for i in range(16)}, {f"conv{i}": 1.0 for i in range(16)}, 0.5)
+    job, _ = create(registry())
+    empty = job.bytes
+    for iteration in range(1, LOG_LENGTH + 1):
+        job.publish(dataclasses.replace(progress(iteration), report=Report(iteration, 999, 64, 32, 1, 1, losses, 0)))
+        assert job.bytes - empty <= LOG_BYTES
+    items = unread(job.watch())
+    assert [event.report.iteration for _, event in items[1:]] == list(
+        range(LOG_LENGTH - len(items) + 2, LOG_LENGTH + 1)
+    )
+    assert LOG_BYTES // 4000 < len(items) < LOG_LENGTH
+    kept = sum(sys.getsizeof(part) for part in (losses.content, losses.style)) + 32 * sys.getsizeof(1.0)
+    assert len(items) * kept < LOG_BYTES
 
 
 def test_a_watcher_receives_the_events_after_its_number(registry):
@@ -163,7 +181,7 @@ def test_nothing_changes_after_the_end(registry, loop):
     assert kinds(watcher) == ["Accepted"]
 
 
-def test_changes_of_a_job_are_never_lost(registry):
+def test_a_slow_watcher_gets_the_newest_state_of_a_job_and_a_later_one_its_history(registry):
     job, watcher = create(registry())
     recipe = dataclasses.replace(job.summary.recipe, beta=7.0)
     changes = [Paused(1), Resumed(1), Paused(1), Changed(2, recipe, 12), Changed(2, recipe, 13), Resumed(1)]
@@ -172,7 +190,7 @@ def test_changes_of_a_job_are_never_lost(registry):
         job.publish(event)
     job.publish(progress(2))
     items = unread(watcher)
-    assert [event for _, event in items[1:]] == [*changes, progress(2)]  # and only the newest progress
+    assert [event for _, event in items[1:]] == [Changed(2, recipe, 13), Resumed(1), progress(2)]
     assert [number for number, _ in items] == sorted(number for number, _ in items)
     assert [event for _, event in unread(job.watch()) if type(event) is Paused] == [Paused(1)] * 2
 
@@ -247,7 +265,7 @@ def send_checkpoints(job, iteration, now):
     sent = []
     for light in (True, False):
         if watchers := job.collect_checkpoint_requests(now, light=light):
-            job.publish(Saved(iteration, SavedState(light, lambda: b"")), watchers)
+            job.publish(Saved(iteration, SavedState(light, lambda: b"", 0)), watchers)
             sent.append(light)
     return sent
 
@@ -281,7 +299,7 @@ def test_events_without_a_choice_of_watchers_are_for_all_of_them(registry):
     job, watcher = create(registry())
     unread(watcher)
     job.publish(Frame(5, picture()))
-    job.publish(Saved(5, SavedState(True, lambda: b"")))
+    job.publish(Saved(5, SavedState(True, lambda: b"", 0)))
     job.fail(ShuttingDown())
     assert [(type(event).__name__, event.iteration) for _, event in unread(watcher)] == [("Frame", 5), ("Saved", 5)]
 
@@ -290,8 +308,53 @@ def test_a_job_that_has_ended_receives_no_picture_and_no_state(registry):
     job, watcher = create(registry())
     job.publish(finished())
     job.publish(Frame(5, picture()))
-    job.publish(Saved(5, SavedState(True, lambda: b"")))
+    job.publish(Saved(5, SavedState(True, lambda: b"", 0)))
     assert kinds(watcher) == ["Accepted", "Finished"]
+
+
+# Pictures and states that slow watchers keep --------------------------------------------------------------------------
+
+
+def unread_events(watchers, kind):
+    return {id(getattr(e, "picture", None) or e.state) for w in watchers for _, e in unread(w) if isinstance(e, kind)}
+
+
+def test_slow_watchers_keep_few_different_frames_and_each_gets_one(registry):
+    job, _ = create(registry())
+    job.publish(progress(1))
+    slow = [job.watch(FrameRule(every_iterations=every)) for every in (1, 2, 3, 5, 7, 11, 13, 17, 19, 23)]
+    for watcher in slow:
+        unread(watcher)
+    for iteration in range(1, 24):
+        send_frame(job, iteration, now=float(iteration))
+    assert 2 <= len(unread_events(slow, Frame)) <= MAX_UNREAD[Frame]
+
+
+def test_a_frame_that_a_slow_watcher_lost_is_counted_and_the_next_comes(registry):
+    job, _ = create(registry())
+    watchers = [job.watch(FrameRule(every_iterations=every)) for every in (7, 11, 13, 17, 19)]
+    for iteration in range(1, 20):
+        send_frame(job, iteration, now=float(iteration))
+    assert [kinds(watcher).count("Frame") for watcher in watchers] == [1, 0, 1, 1, 1]  # 11 was the oldest
+    send_frame(job, 22, now=22.0)
+    (frame,) = [event for _, event in unread(watchers[1]) if isinstance(event, Frame)]
+    assert (frame.iteration, frame.dropped) == (22, 1)
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_slow_watchers_keep_few_different_states_and_each_gets_one(registry, light):
+    job, _ = create(registry())
+    slow = [job.watch(None, CheckpointRule(min_interval_s=3600.0, light=light)) for _ in range(8)]
+    other = job.watch(None, CheckpointRule(light=not light))
+    due = iter(range(8))
+    for watcher in slow:  # each at another time
+        state = SavedState(light, bytes, 0)
+        job.publish(Saved(next(due), state), {watcher})
+    job.publish(Saved(100, SavedState(not light, bytes, 0)), {other})
+    received = [[event for _, event in unread(watcher) if isinstance(event, Saved)] for watcher in (*slow, other)]
+    assert [len(events) for events in received] == [1] * 9
+    assert len({id(events[0].state) for events in received[:8]}) <= MAX_UNREAD[Saved]
+    assert all(events[0].state.light is light for events in received[:8]) and received[8][0].iteration == 100
 
 
 # The controller -------------------------------------------------------------------------------------------------------

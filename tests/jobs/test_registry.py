@@ -2,6 +2,7 @@
 
 import pytest
 
+from gramophone_server.domain.picture_size import most_encoded_bytes
 from gramophone_server.errors import Cancelled, EngineFailed, JobNotFound
 from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.job import JobPhase
@@ -63,7 +64,7 @@ def test_the_job_that_ended_first_is_forgotten_first(registry, loop):
 
 
 def test_the_bytes_of_kept_results_are_bounded(registry, loop):
-    jobs = registry(max_kept_bytes=2 * 3 * 64 * 32)
+    jobs = registry(max_kept_bytes=2 * most_encoded_bytes(64, 32))
     failed, _ = create(jobs)
     failed.fail(EngineFailed())  # has no picture, so it takes no bytes
     loop.advance()

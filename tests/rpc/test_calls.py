@@ -13,6 +13,7 @@ import pytest
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
+from gramophone_server.jobs.mailbox import Mailbox
 from gramophone_server.rpc.calls import ActiveCalls
 from gramophone_server.telemetry.access_log import AccessLog
 from gramophone_server.telemetry.metrics import Metrics
@@ -65,8 +66,9 @@ async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job()
     call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
     for notice in notices:
         notice(context)
-    call.attach(types.SimpleNamespace(id="j1", leave=left.append), "a mailbox")
-    assert left == ["a mailbox"]
+    mailbox = Mailbox(asyncio.get_running_loop())
+    call.attach(types.SimpleNamespace(id="j1", leave=left.append), mailbox)
+    assert left == [mailbox]
 
 
 async def test_setting_the_wall_clock_makes_no_call_late(caplog):
@@ -166,7 +168,9 @@ async def test_a_call_that_is_not_read_is_ended_and_its_job_continues():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await events_of(slow)
         assert caught.value.code() is grpc.StatusCode.ABORTED
-        assert caught.value.details().startswith("the client did not read a message for 1 s, so its call was ended;")
+        assert caught.value.details().startswith(
+            "the client has kept a message waiting for 1 s, so its call was ended;"
+        )
         (*_, last) = await events_of(watch(s, job_id))
         assert last.result.iterations == 400
 

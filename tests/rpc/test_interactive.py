@@ -233,7 +233,7 @@ async def test_a_frame_that_was_taken_when_the_job_ended_is_too_late():
 
         async def late():
             await until(lambda: job.ended)
-            return Done(100, Frame(100, Picture(None)))
+            return Done(100, Frame(100, Picture(None, 1, 1)))
 
         s.scheduler.command = lambda observer, command: late()
         assert await controller.errors(frame=FRAME) == {"frame": "came too late: the job has ended"}

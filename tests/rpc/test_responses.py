@@ -1,27 +1,29 @@
-"""Events as messages."""
+"""Events of a job as messages."""
 
-import asyncio
+import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.domain.events import Progress, SavedState, Waiting
+from gramophone_server.domain.events import Frame, Picture, Progress, Waiting
 from gramophone_server.domain.job import Losses, Report
-from gramophone_server.rpc.responses import Encoders, JobEventStream
+from gramophone_server.rpc.responses import small_event
 
 
-async def test_a_wait_is_sent_only_if_it_was_measured():
-    events = JobEventStream(None, None, None)
-    measured, unknown = [
-        (await events.response(pb.WatchJobResponse, 3, Waiting(2, wait_s))).event.waiting for wait_s in (1.5, None)
-    ]
+def message_of(event):
+    message = pb.JobEvent()
+    small_event(message, event, None, attached=False)
+    return message
+
+
+def test_a_wait_is_sent_only_if_it_was_measured():
+    measured, unknown = (message_of(Waiting(2, wait_s)).waiting for wait_s in (1.5, None))
     assert measured.queue_position == unknown.queue_position == 2
     assert measured.estimated_wait.ToMilliseconds() == 1500 and not unknown.HasField("estimated_wait")
 
 
-async def test_progress_reports_its_scale():
+def test_progress_reports_its_scale():
     losses = Losses({"relu4_2": 1.0}, {"relu1_1": 2.0}, 0.5)
     report = Report(9, 30, 181, 256, 2, 5, losses, pixel_iterations_left=100)
-    event = Progress(report, iterations_per_second=4.0, time_left_s=2.5)
-    sent = (await JobEventStream(None, None, None).response(pb.WatchJobResponse, 3, event)).event.progress
+    sent = message_of(Progress(report, iterations_per_second=4.0, time_left_s=2.5)).progress
     assert (sent.iteration, sent.iterations, sent.scale, sent.scales, sent.width, sent.height) == (
         9,
         30,
@@ -33,9 +35,6 @@ async def test_progress_reports_its_scale():
     assert (sent.losses.total, sent.time_left.ToMilliseconds()) == (3.5, 2500)
 
 
-async def test_a_checkpoint_is_written_once_for_all_watchers():
-    written, encoders = [], Encoders()
-    state = SavedState(light=True, write=lambda: written.append(1) or b"state")
-    assert await asyncio.gather(*(encoders.write_checkpoint(state) for _ in range(3))) == [b"state"] * 3
-    assert len(written) == 1
-    encoders.close()
+def test_a_picture_is_no_small_event():
+    with pytest.raises(AssertionError, match="is a large message"):
+        message_of(Frame(1, Picture(None, 64, 32)))

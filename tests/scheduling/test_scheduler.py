@@ -29,6 +29,7 @@ from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
+from tests.support.jobs import events_of
 from tests.support.specs import job_state
 
 
@@ -55,7 +56,9 @@ def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None)
         scheduler.submit(reservation, job, observer, deadline_at)
     finally:
         scheduler.release(reservation)
-    return types.SimpleNamespace(state=job, events=watcher.events, cancel=observer.cancel, observer=observer)
+    return types.SimpleNamespace(
+        state=job, events=lambda: events_of(watcher), cancel=observer.cancel, observer=observer
+    )
 
 
 async def kinds(job):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def create(jobs: JobRegistry, request_id: str = "", grace_s: float = 0.0, **size
 
 
 def picture() -> Picture:
-    return Picture(lambda: torch.zeros(32, 64, 3, dtype=torch.uint8))
+    return Picture(lambda: torch.zeros(32, 64, 3, dtype=torch.uint8), 64, 32)
 
 
 def progress(iteration: int) -> Progress:
@@ -45,6 +46,12 @@ def unread(watcher: Mailbox) -> list[tuple[int, Any]]:
     while (item := watcher.read_nowait()) is not None:
         items.append(item)
     return items
+
+
+async def events_of(watcher: Mailbox) -> AsyncIterator[tuple[int, Any]]:
+    """All events as (number, event), as a reader on the event loop takes them. Raises the error of the job."""
+    while (item := await watcher.read()) is not None:
+        yield item
 
 
 def numbers(watcher: Mailbox) -> list[int]:

@@ -24,7 +24,7 @@ class Limits:
     max_kept_s: int  # how long a job is kept after its end
     max_kept: int  # jobs that are kept after their end
     max_kept_bytes: int  # of the results of kept jobs, counted as 3 per pixel
-    max_blocked_s: int  # how long a reader may leave a message unread
+    max_blocked_s: int  # how long a reader may keep an event waiting
     max_running: int  # jobs that run at the same time
     max_paused_s: int  # how long a job may be paused; then it continues
     max_checkpoint_bytes: int  # in either direction

@@ -122,12 +122,14 @@ class StyleTransferServiceServicer:
     def StylizeStream(self, request, context):
         """StylizeStream runs one job and reports its progress. The server sends exactly one `accepted` first, then `progress`
         and, if requested, `frame` events, and exactly one `result` last. A stream without a result ends in an error. A
-        slow reader gets the newest frame instead of a backlog, and never slows the job.
+        slow reader gets the newest event of each kind instead of a backlog, each kind in turn, and never slows the job.
 
         A job whose loss is no longer finite ends in FAILED_PRECONDITION (ERROR_REASON_DIVERGED); before that, its last
         good picture is sent as a frame, whatever the frame options are. A job that CancelJob stopped ends in ABORTED
-        (ERROR_REASON_CANCELLED). A reader that leaves a message unread for longer than the server's limit is dropped with
-        ABORTED (ERROR_REASON_SLOW_READER); for the job, this is a watcher that has left.
+        (ERROR_REASON_CANCELLED). A reader that keeps an event waiting for longer than the server's limit max_blocked_s is
+        dropped with ABORTED (ERROR_REASON_SLOW_READER); for the job, this is a watcher that has left. The limit applies to
+        one message that is not read, and to an event that waits behind others; the time that a link of 16 KiB/s needs for
+        the bytes of the others does not count. A reader that keeps memory for which others wait is dropped after 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,8 +149,8 @@ class StyleTransferServiceServicer:
 
     def WatchJob(self, request, context):
         """WatchJob follows an existing job: from another call, from another client, or after a lost connection. It sends the
-        events after `after_sequence` that the job still holds (the newest 256 small events, the newest frame if frames are
-        requested, the result). From there on it behaves as StylizeStream does, also in its errors.
+        events after `after_sequence` that the job still holds (the newest small events, at most 256 and 320 KiB; the newest
+        frame if frames are requested; the result). From there on it behaves as StylizeStream does, also in its errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -94,6 +94,9 @@ class Checkpoints(Protocol):
         """Whether a checkpoint of the job takes at most ``max_bytes``; a light one has the picture and no state of the
         optimiser. Costs microseconds."""
 
+    def most_bytes(self, state: JobState, *, light: bool = False) -> int:
+        """Upper bound of the bytes of a checkpoint of the job. Costs microseconds."""
+
     def require_room(self, state: JobState, *, light: bool = False, max_bytes: int) -> None:
         """Raises `errors.InvalidRequest` if a checkpoint of the job takes more than ``max_bytes``."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,12 +32,14 @@ __all__ = [
 
 @dataclass(eq=False)
 class Picture:
-    """One picture, shared by all watchers that receive it, and its encodings."""
+    """One picture, shared by all watchers that receive it, and those of its encodings that are in use."""
 
     # Blocks until the copy from the device has ended; returns uint8 [height, width, 3]. None: the pixels were released,
     # because every encoding that can still be requested exists.
     wait: Callable[[], Tensor] | None
-    encodings: dict[Any, asyncio.Future[Any]] = field(default_factory=dict)  # belongs to the event loop
+    width: int  # in pixels
+    height: int
+    encodings: dict[Any, Any] = field(default_factory=dict)  # of `rpc.encoders`, on the event loop
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Frame:
 
 @dataclass(eq=False)
 class SavedState:
-    """The state of a job, shared by all watchers that receive it, and its checkpoint once that is written."""
+    """The state of a job, shared by all watchers that receive it, and its checkpoint while that is in use."""
 
     light: bool
     write: Callable[[], bytes]
-    written: asyncio.Future[bytes] | None = None  # belongs to the event loop
+    most_bytes: int  # of the checkpoint
+    written: dict[Any, Any] = field(default_factory=dict)  # of `rpc.encoders`, on the event loop
 
 
 @dataclass(frozen=True, eq=False)

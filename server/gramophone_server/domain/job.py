@@ -17,6 +17,7 @@ from gramophone_server.domain.picture_size import MIN_SIDE, fit
 
 __all__ = ["Losses", "Report", "Scale", "StyleJob", "digest", "ran_out_of_memory"]
 
+
 class Scale(NamedTuple):
     """One size of a job's picture in pixels, and the iterations at it."""
 

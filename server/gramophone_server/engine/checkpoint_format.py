@@ -70,9 +70,13 @@ class CheckpointFormat:
         self._layout = layout
 
     def fits(self, state: JobState, *, light: bool = False, max_bytes: int) -> bool:
-        """Whether a checkpoint of the job takes at most ``max_bytes``. It counts `HEADER_ROOM` for the header, which
-        is not built: that would hash the images of the job, 2 ms a megapixel."""
-        return HEADER_ROOM + self._tensor_bytes(state, light) <= max_bytes
+        """Whether a checkpoint of the job takes at most ``max_bytes``, as `most_bytes` counts."""
+        return self.most_bytes(state, light=light) <= max_bytes
+
+    def most_bytes(self, state: JobState, *, light: bool = False) -> int:
+        """Upper bound of the bytes of a checkpoint of the job. It counts `HEADER_ROOM` for the header, which is not
+        built: that would hash the images of the job, 2 ms a megapixel."""
+        return HEADER_ROOM + self._tensor_bytes(state, light)
 
     def size(self, state: JobState, *, light: bool = False) -> int:
         """Bytes of a checkpoint of the job, including its header. The first call for a job hashes its images."""

@@ -21,15 +21,22 @@ from gramophone_server.domain.events import (
     Paused,
     Progress,
     Resumed,
+    Saved,
     Waiting,
 )
 from gramophone_server.domain.job_state import JobState
+from gramophone_server.domain.picture_size import most_encoded_bytes
 from gramophone_server.errors import Cancelled, Diverged, GramophoneError, JobControlled, TooManyWatchers
 from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.event_log import EventLog
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
 
-__all__ = ["Job", "JobPhase", "JobSummary"]
+__all__ = ["MAX_UNREAD", "Job", "JobPhase", "JobSummary"]
+
+
+# Different frames, and different checkpoints of one kind, of one job that may wait for its watchers. More than one, so
+# that a slow reader keeps its own although fast ones get newer ones.
+MAX_UNREAD: dict[type[Event], int] = {Frame: 4, Saved: 2}
 
 
 class JobPhase(Enum):
@@ -126,10 +133,10 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Upper bound of the bytes that the job's picture takes: a PNG of noise is as large as its pixels."""
+        """Upper bound of the bytes that the job keeps: its log, and its picture, as pixels or encoded."""
         if self.summary is None or not self._log.has_picture:
-            return 0
-        return 3 * self.summary.width * self.summary.height
+            return self._log.recent_bytes
+        return self._log.recent_bytes + most_encoded_bytes(self.summary.width, self.summary.height)
 
     @property
     def watchers(self) -> int:
@@ -302,6 +309,8 @@ class Job:
             for mailbox in self._watchers:
                 if watchers is None or mailbox in watchers:
                     mailbox.put(*item)
+            if isinstance(event, Frame | Saved):
+                self._bound_unread(item[0], event)
             if isinstance(event, Finished):
                 self._end(JobPhase.SUCCEEDED)
 
@@ -315,6 +324,17 @@ class Job:
     @property
     def _age_s(self) -> float:
         return self._loop.time() - self._created_at_monotonic
+
+    def _bound_unread(self, newest: int, event: Frame | Saved) -> None:
+        """Takes the oldest unread frames or checkpoints from slow readers, which would otherwise keep a different one
+        each; they get the newest instead. Readers that keep the same one cost no more than one reader."""
+        if len(self._watchers) == 1:
+            return  # it has at most two
+        light = event.state.light if isinstance(event, Saved) else None
+        unread = set[int]().union(*(mailbox.unread_numbers(type(event), light) for mailbox in self._watchers))
+        for number in sorted(unread)[: -MAX_UNREAD[type(event)]]:
+            for mailbox in self._watchers:
+                mailbox.renew(number, newest, event)
 
     def _end(self, phase: JobPhase) -> None:
         self.phase, self.ended_at, self.duration_s = phase, self.created_at + self._age_s, self._age_s

@@ -55,6 +55,17 @@ class Share:
         other.bytes = 0
         self._budget.forget(other)
 
+    def split(self, size: int) -> Share:
+        """A share of its own for ``size`` of the bytes."""
+        self.bytes -= size
+        return Share(self._budget, size, self.owner)
+
+    def replaceable(self, on_replaced: Callable[[], None]) -> None:
+        """From now on others may replace it, if its holder makes no progress."""
+        self.on_replaced = on_replaced
+        self.touch()
+        self._budget.add_replaceable(self)
+
     def shrink_to(self, size: int) -> None:
         """Gives back what is more than ``size`` bytes."""
         if size < self.bytes:
@@ -122,9 +133,7 @@ class ByteBudget:
             raise ValueError(f"{size} bytes are more than the whole budget of {self.max_bytes}")
         share = self.try_take(size, owner) or await self._wait_for_share(size, owner)
         if on_replaced is not None:
-            share.on_replaced = on_replaced
-            self._replaceable[share] = None
-            self._replace()
+            share.replaceable(on_replaced)
         return share
 
     # For shares -------------------------------------------------------------------------------------------------------
@@ -136,6 +145,12 @@ class ByteBudget:
         if not self._held[owner]:
             del self._held[owner]
         self._serve()
+
+    def add_replaceable(self, share: Share) -> None:
+        """The share can be replaced when it is idle."""
+        self._replaceable[share] = None
+        self._replaced.discard(share)
+        self._replace()
 
     def forget(self, share: Share) -> None:
         """The share is not to be replaced any more."""

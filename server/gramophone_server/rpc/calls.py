@@ -12,19 +12,21 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 
 from gramophone.recipe import Violation
-from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.domain.job import ran_out_of_memory
 from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, OutOfHostMemory, SlowReader
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
+from gramophone_server.rpc.connections import close_connection
+from gramophone_server.rpc.outgoing import Outgoing
 from gramophone_server.rpc.send_turns import SendTurns
 from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from gramophone_server.telemetry.metrics import METHODS, Metrics
 
-__all__ = ["ActiveCalls", "Context", "Malformed", "Response", "RpcCall", "as_domain_error"]
+__all__ = ["READING_S", "ActiveCalls", "Context", "Malformed", "RpcCall", "as_domain_error"]
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,10 @@ log = logging.getLogger(__name__)
 DEADLINE_ROUNDING = 0.01
 TRANSIT_S = 0.02
 
+# A client may take this long to read a large message, if others wait for its memory: 12 MB at 2.5 MB/s.
+READING_S = 5.0
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Response: TypeAlias = pb.StylizeStreamResponse | pb.WatchJobResponse | pb.StylizeInteractiveResponse
 
 
 class Malformed(NamedTuple):
@@ -52,6 +56,7 @@ class ActiveCalls:
     def __init__(self, metrics: Metrics, access_log: AccessLog, max_blocked_s: float) -> None:
         self.metrics, self.access_log, self.max_blocked_s = metrics, access_log, max_blocked_s
         self.turns = SendTurns()  # of the messages of all streams
+        self.unread: set[RpcCall] = set()  # have ended, but gRPC still keeps a message that the client does not read
         self._active: set[RpcCall] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -96,7 +101,8 @@ class RpcCall:
         self._job_id: str | None = None
         self._attached: tuple[Job, Mailbox] | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._send_timeout = SendTimeout(calls.max_blocked_s, self._drop_slow_reader)
+        self._send_timeout = SendTimeout(calls.max_blocked_s, self._time_out)
+        self._outgoing: Outgoing | None = None  # the message that is being sent
         self._code: grpc.StatusCode | None = None
         self._error: GramophoneError | None = None
         # Messages received and sent, frames in the latter, and frames that were dropped before them.
@@ -109,7 +115,7 @@ class RpcCall:
         self.deadline_at = None if left_s is None else self._started_at + left_s
         self._late_at = math.inf if left_s is None else self._started_at + left_s * (1 - DEADLINE_ROUNDING) - TRANSIT_S
         # Read now: after the RPC, gRPC's context has lost its call, and reading these crashes the process (1.85.1).
-        self._trace, self._peer = trace_id(context.invocation_metadata()), context.peer()
+        self._trace, self.peer = trace_id(context.invocation_metadata()), context.peer()
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._task = task
@@ -144,14 +150,37 @@ class RpcCall:
                 [Violation("request", f"{description}; generate the client's stubs from this server's proto")]
             )
 
-    def sending(self, response: Response) -> SendTimeout:
-        """Counts a message to the client. The handler yields the message to gRPC inside `with` the returned value."""
-        self._count_sent()
-        if response.event.HasField("frame"):
+    def sending(self, message: Outgoing) -> Sending:
+        """For `async with`: waits for the message's turn and counts it. The handler yields it to gRPC in this block,
+        and comes back when gRPC has taken it. A client that does not read is dropped, as `SlowReader`: if one message
+        takes longer than `max_blocked_s`, if it lags by as much, or if it keeps bytes that others wait for."""
+        return Sending(self, message)
+
+    def replying(self, message: Message) -> Sending:
+        """`sending`, for the one response of a call."""
+        return Sending(self, Outgoing(message.SerializeToString()))
+
+    async def begin_sending(self, message: Outgoing) -> None:
+        """See `sending`."""
+        self._outgoing = message
+        if not self.sent_messages:
+            # Otherwise gRPC sends these with the message. If that is not read, it cannot send a status either.
+            await self._context.send_initial_metadata(())
+        await self._calls.turns.wait()
+        self.sent_messages += 1
+        self._metrics.message_sent(self._method)
+        if message.dropped is not None:
             self.frames += 1
-            self.dropped_frames += response.event.frame.dropped
-            self._metrics.frame_sent(response.event.frame.dropped)
-        return self._send_timeout
+            self.dropped_frames += message.dropped
+            self._metrics.frame_sent(message.dropped)
+        if message.share is not None:
+            message.share.replaceable(self._make_room)
+        self._send_timeout.begin(len(message.data))
+
+    def end_sending(self) -> None:
+        """See `sending`."""
+        self._send_timeout.end()
+        self._close_outgoing()
 
     def set_job(self, job: Job) -> None:
         """Sets the job that this RPC is about, for the logs."""
@@ -161,6 +190,7 @@ class RpcCall:
         """Makes this RPC the owner of a watcher, which leaves the job when the RPC ends."""
         self.set_job(job)
         self._attached = job, mailbox
+        mailbox.reader_clock, self._send_timeout.lag_s = self._send_timeout.blocked_s, mailbox.lag_s
         if self.disconnected:
             job.leave(mailbox)
 
@@ -171,10 +201,7 @@ class RpcCall:
             reader.cancel()
 
     def _succeed(self) -> None:
-        """Marks success. The one response of a unary method is sent after this."""
         self._code = grpc.StatusCode.OK
-        if not self._method.server_streams:
-            self._count_sent()
 
     async def _fail(self, error: BaseException) -> None:
         """Ends the RPC with the status of `error`, by raising gRPC's own exception."""
@@ -190,20 +217,53 @@ class RpcCall:
         self._code, self._error = code, error
         await self._context.abort(code, message, trailing_metadata=trailers)
 
-    def _drop_slow_reader(self) -> None:
+    def _time_out(self) -> None:
+        """The client has not read for `max_blocked_s`."""
+        self._drop_slow_reader(self._calls.max_blocked_s)
+        if self._outgoing is not None and self._outgoing.share is not None:
+            self._outgoing.share.replaceable(self._close_connection)
+
+    def _make_room(self) -> None:
+        """Others wait for the bytes of a message that the client has not read for `READING_S`."""
+        self._drop_slow_reader(READING_S)
+        asyncio.get_running_loop().call_later(READING_S, self._close_connection)
+
+    def _drop_slow_reader(self, blocked_s: float) -> None:
         """The handler is blocked in gRPC's write and cannot raise, and cancelling it would send no status. So cancel it
         and send the status from another task; the client sees it after the messages still in flight."""
-        if self.disconnected:
+        if self.disconnected or self._late_status is not None:
             return
         self._detach()
-        error = SlowReader(self._calls.max_blocked_s)
+        error = SlowReader(blocked_s)
         self._code, self._error = grpc.StatusCode.ABORTED, error
         self._task.cancel()
+        self._calls.unread.add(self)
+        if self._outgoing is not None:
+            self._outgoing.abandon()
         self._late_status = asyncio.create_task(self._send_status(error))
 
     async def _send_status(self, error: GramophoneError) -> None:
-        with contextlib.suppress(Exception):  # `abort` always raises
-            await self._abort(error)
+        """Waits until the client has read the message and the status, or has gone: until then gRPC keeps the message,
+        and this call its bytes."""
+        try:
+            with contextlib.suppress(Exception):  # `abort` always raises
+                await self._abort(error)
+        finally:
+            self._calls.unread.discard(self)
+            self._late_status = None
+            self._close_outgoing()
+
+    def _close_connection(self) -> None:
+        """Ends the connection of a client that was dropped as a slow reader, and still reads neither the message nor
+        the status, if it is still there."""
+        if self._late_status is not None and close_connection(self.peer):
+            log.warning("%s reads nothing, and others wait for the memory: its connection was closed", self.peer)
+
+    def _close_outgoing(self) -> None:
+        """Gives back what the message holds, unless gRPC still keeps it for a slow reader."""
+        if self._outgoing is not None and self._late_status is None:
+            self._outgoing.close()
+            self._outgoing = None
 
     def _detach(self) -> None:
         self._send_timeout.close()
@@ -213,13 +273,10 @@ class RpcCall:
         if self._reader is not None:
             self._reader.cancel()
 
-    def _count_sent(self) -> None:
-        self.sent_messages += 1
-        self._metrics.message_sent(self._method)
-
     def _on_done(self, _: Any) -> None:
         self.disconnected = True
         self._detach()
+        self._close_outgoing()
         self._calls.remove(self)  # first: the call must not stay if logging fails
         code = self._code
         if code is None:
@@ -235,7 +292,7 @@ class RpcCall:
             ms=round(took_s * 1000, 1),
             job=self._job_id,
             trace=self._trace,
-            peer=self._peer,
+            peer=self.peer,
             received=self.received_messages,
             sent=self.sent_messages,
             frames=self.frames,
@@ -243,30 +300,60 @@ class RpcCall:
         )
 
 
+class Sending:
+    """The block in which a handler sends one message; see `RpcCall.sending`."""
+
+    def __init__(self, call: RpcCall, message: Outgoing) -> None:
+        self._call, self._message = call, message
+
+    async def __aenter__(self) -> Outgoing:
+        await self._call.begin_sending(self._message)
+        return self._message
+
+    async def __aexit__(self, *_: object) -> None:
+        self._call.end_sending()
+
+
 def as_domain_error(error: BaseException) -> GramophoneError:
     """The domain error that a client gets for any other exception; the log has the details."""
     return OutOfHostMemory() if isinstance(error, Exception) and ran_out_of_memory(error) else EngineFailed()
 
 
+# A message may take a second for so many bytes without counting as lag: a slow link is no slow reader.
+LINK_BYTES_PER_S = 16 * 1024
+
+
 class SendTimeout:
-    """Calls `on_expired` if one `with` block, which sends a message, takes longer than `max_s` seconds.
+    """Calls ``on_expired`` if a client does not read: if one message takes longer than ``max_s`` seconds, or if the
+    client lags by as much.
 
     It checks ten times in that period: a timer for each message was 5 % of the cost of sending it.
     """
 
     def __init__(self, max_s: float, on_expired: Callable[[], None]) -> None:
+        # For how long the client has kept an event waiting, on the clock `blocked_s`.
+        self.lag_s: Callable[[], float] = lambda: 0.0
         self._max_s, self._on_expired = max_s, on_expired
         self._since = math.inf  # on the monotonic clock
+        self._lags_from = math.inf  # `_since`, and the time for the bytes of the message
+        self._blocked_s = 0.0  # by earlier messages
         self._closed = False
         self._next_check: asyncio.TimerHandle | None = None
 
-    def __enter__(self) -> None:
+    def begin(self, size: int) -> None:
+        """A message of so many bytes is given to gRPC."""
         self._since = time.monotonic()
+        self._lags_from = self._since + size / LINK_BYTES_PER_S
         if self._next_check is None:
             self._check()
 
-    def __exit__(self, *_: object) -> None:
-        self._since = math.inf
+    def end(self) -> None:
+        """gRPC has taken the message."""
+        self._blocked_s, self._since, self._lags_from = self.blocked_s(), math.inf, math.inf
+
+    def blocked_s(self) -> float:
+        """Seconds for which the server has waited for the client to read, beyond the time for the bytes."""
+        return self._blocked_s + max(0.0, time.monotonic() - self._lags_from)
 
     def close(self) -> None:
         """Stops the checks."""
@@ -275,7 +362,8 @@ class SendTimeout:
             self._next_check.cancel()
 
     def _check(self) -> None:
-        if time.monotonic() - self._since >= self._max_s:
+        is_sending = self._since < math.inf
+        if is_sending and (time.monotonic() - self._since >= self._max_s or self.lag_s() >= self._max_s):
             self._on_expired()
         elif not self._closed:
             self._next_check = asyncio.get_running_loop().call_later(self._max_s / 10, self._check)

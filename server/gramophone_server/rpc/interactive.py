@@ -21,21 +21,19 @@ from gramophone_server.domain.commands import (
     TakePicture,
     UpdateRecipe,
 )
-from gramophone_server.domain.events import Answer, Finished, Saved
+from gramophone_server.domain.events import Answer, Finished
 from gramophone_server.domain.job_state import RecipeUpdate
 from gramophone_server.errors import GramophoneError, InvalidRequest
-from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.job import JobSummary
 from gramophone_server.rpc.calls import RpcCall, as_domain_error
-from gramophone_server.rpc.responses import JobEventStream
+from gramophone_server.rpc.event_stream import JobEventStream
+from gramophone_server.rpc.outgoing import Outgoing
 from gramophone_server.scheduling.scheduler import Scheduler
 
 __all__ = ["Controller"]
 
 log = logging.getLogger(__name__)
 
-RESPONSE_TYPE = pb.StylizeInteractiveResponse
-LOSSLESS = Encoding(Format.PNG, 100)
 ENDED_MESSAGE = "came too late: the job has ended"
 
 
@@ -57,25 +55,35 @@ class Controller:
 
     async def responses(
         self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall
-    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+    ) -> AsyncIterator[Outgoing]:
         """Yields all events and answers, and reads commands in the meantime. The result is last, after the answer to a
         command that was being executed. Raises the error that the job ended with."""
+        events = self._events
         with self._reading_commands(requests, call):
-            result = None
-            async for number, event in self._mailbox.events():
-                match event:
-                    case Finished():
-                        result = number, event
-                        await self._executing.acquire()  # never released, so no further command is executed
-                    case Answer():
-                        yield pb.StylizeInteractiveResponse(command_result=_command_result(event))
-                        if event.output is not None:
-                            yield await self._events.response(RESPONSE_TYPE, number, event.output, LOSSLESS)
-                        self._written_answers.release()
-                    case _:
-                        yield await self._events.response(RESPONSE_TYPE, number, event)
+            result: tuple[int, Finished] | None = None
+            while (item := await events.read()) is not None:
+                number, event = item
+                if isinstance(event, Finished):
+                    result = number, event
+                    await self._executing.acquire()  # never released, so no further command is executed
+                    continue
+                is_answer = isinstance(event, Answer)
+                message = None
+                if isinstance(event, Answer):
+                    yield Outgoing(_command_result(event).SerializeToString())
+                    if event.output is not None:
+                        message = events.outgoing(number, event.output, requested=True)
+                else:
+                    message = events.outgoing(number, event)
+                del item, event  # which would keep the picture or the state while the message is sent
+                if message is not None and (outgoing := await message) is not None:
+                    yield outgoing
+                if is_answer:
+                    self._written_answers.release()
             if result is not None:
-                yield await self._events.response(RESPONSE_TYPE, *result)
+                outgoing = await events.outgoing(*result)
+                assert outgoing is not None, "a result is not put back"
+                yield outgoing
 
     @contextlib.contextmanager
     def _reading_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> Iterator[None]:
@@ -116,8 +124,6 @@ class Controller:
                 raise InvalidRequest([Violation("", "came too early: the job's images are still being decoded")])
             command = _command(request, self._job.summary, self._limits)
             done: Done = await self._scheduler.command(self._job, command)
-            if isinstance(done.output, Saved):
-                await self._events.encoders.write_checkpoint(done.output.state)  # raises if it is too large
         except (InvalidRequest, InvalidRecipeError) as error:
             return _refused(request, error.violations)
         except GramophoneError as error:  # the stream ends with it, too, if the job does
@@ -176,6 +182,7 @@ def _refused(request: pb.StylizeInteractiveRequest, violations: Iterable[Violati
     return Answer(request.command_id, violations=tuple(paths))
 
 
-def _command_result(answer: Answer) -> pb.CommandResult:
+def _command_result(answer: Answer) -> pb.StylizeInteractiveResponse:
     errors = (pb.FieldError(field=field, description=description) for field, description in answer.violations)
-    return pb.CommandResult(command_id=answer.command_id, iteration=answer.iteration, field_errors=errors)
+    result = pb.CommandResult(command_id=answer.command_id, iteration=answer.iteration, field_errors=errors)
+    return pb.StylizeInteractiveResponse(command_result=result)

@@ -1,13 +1,9 @@
-"""Events of a job as messages. Each picture is encoded once for all watchers, and each checkpoint is written once."""
+"""Events of a job, and jobs, as messages."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
@@ -16,31 +12,30 @@ from gramophone.wire import recipe_to_message
 from gramophone_server.config import version
 from gramophone_server.domain.events import (
     Accepted,
-    Answer,
     Changed,
     Event,
     Finished,
-    Frame,
     Paused,
-    Picture,
     Progress,
     Resumed,
-    Saved,
-    SavedState,
     Waiting,
 )
 from gramophone_server.domain.job import Losses
 from gramophone_server.images import codec
 from gramophone_server.images.codec import Encoding
 from gramophone_server.jobs.job import Job, JobPhase, JobSummary
-from gramophone_server.jobs.mailbox import Mailbox
 
-__all__ = ["Encoders", "JobEventStream", "frame_encoding", "job_message", "result_encoding"]
+__all__ = [
+    "accepted_message",
+    "frame_encoding",
+    "image_message",
+    "job_message",
+    "result_encoding",
+    "result_message",
+    "result_metadata",
+    "small_event",
+]
 
-# The messages that carry events of a job.
-R = TypeVar("R", pb.StylizeStreamResponse, pb.WatchJobResponse, pb.StylizeInteractiveResponse)
-
-ENCODERS = 2  # threads; more do not help while the compute thread uses the cores
 FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, if the request has 0
 
 
@@ -56,135 +51,59 @@ def result_encoding(spec: pb.JobSpec) -> Encoding:
     return Encoding(_format(spec.result_format, codec.Format.PNG), spec.result_quality or RESULT_QUALITY)
 
 
-class Encoders:
-    """Threads that encode pictures and write checkpoints."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(ENCODERS, "encode")
-
-    def close(self) -> None:
-        """Stops the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def encode(self, into: pb.Image, picture: Picture, encoding: Encoding, metadata: str | None = None) -> None:
-        """Fills ``into`` with the encoded picture. The first call for an encoding starts it; later ones share it."""
-        future = picture.encodings.get(encoding)
-        if future is None:
-            wait = picture.wait
-            assert wait is not None, "a picture is dropped after its last encoding"
-
-            def encoded() -> codec.Encoded:
-                return codec.encode(wait(), *encoding, metadata)  # `wait` blocks, too, so both are on the thread
-
-            future = asyncio.get_running_loop().run_in_executor(self._threads, encoded)
-            picture.encodings[encoding] = future
-            future.add_done_callback(_retrieve_exception)
-        encoded_picture = await asyncio.shield(future)  # other watchers wait for it, too
-        into.format = getattr(pb, f"IMAGE_FORMAT_{encoded_picture.format}")
-        into.width, into.height, into.data = encoded_picture.width, encoded_picture.height, encoded_picture.data
-
-    async def write_checkpoint(self, state: SavedState) -> bytes:
-        """The bytes of a checkpoint. The first call starts to write it, and later ones share it. Raises
-        `InvalidRequest` if it is too large."""
-        if state.written is None:
-            state.written = asyncio.get_running_loop().run_in_executor(self._threads, state.write)
-            state.written.add_done_callback(_retrieve_exception)
-        return await asyncio.shield(state.written)
+def small_event(message: pb.JobEvent, event: Event, job: Job, *, attached: bool) -> None:
+    """Fills in an event without picture and checkpoint. ``attached``: the watcher's request found an existing job."""
+    match event:
+        case Accepted():
+            message.accepted.CopyFrom(accepted_message(event, job, attached=attached))
+        case Waiting(position, wait_s):
+            message.waiting.CopyFrom(pb.Waiting(queue_position=position, estimated_wait=_duration(wait_s)))
+        case Progress():
+            message.progress.CopyFrom(_progress(event))
+        case Paused(iteration):
+            message.paused.iteration = iteration
+        case Resumed(iteration):
+            message.resumed.iteration = iteration
+        case Changed(iteration, recipe, iterations):
+            message.changed.CopyFrom(
+                pb.Changed(iteration=iteration, recipe=recipe_to_message(recipe), iterations=iterations)
+            )
+        case _:
+            raise AssertionError("an event with a picture or a checkpoint is a large message")
 
 
-def _retrieve_exception(future: asyncio.Future[Any]) -> None:
-    """Keeps asyncio from logging an error that no watcher waited for."""
-    if not future.cancelled():
-        future.exception()
+def accepted_message(event: Accepted, job: Job, *, attached: bool) -> pb.Accepted:
+    """The parameters of a job."""
+    summary = job.admitted_summary
+    assert summary is not None, "a job is admitted before it has events"
+    return pb.Accepted(
+        job_id=job.id,
+        recipe=recipe_to_message(summary.recipe),
+        seed=summary.seed,
+        width=summary.width,
+        height=summary.height,
+        iterations=summary.iterations,
+        queue_position=event.position,
+        attached=attached,
+        resumed_at=summary.resumed_at,
+        estimated_wait=_duration(event.wait_s),
+    )
 
 
-class JobEventStream:
-    """The events of a job as messages for one of its watchers.
+def result_message(event: Finished) -> pb.Result:
+    """A result without its image."""
+    result = pb.Result(
+        losses=_losses(event.losses),
+        iterations=event.iterations,
+        stop_reason=getattr(pb, f"STOP_REASON_{event.reason.name}"),
+    )
+    result.elapsed.FromMicroseconds(round(event.elapsed_s * 1e6))
+    return result
 
-    `frames` are the options of the watcher's frames. `attached`: the watcher's request found an existing job. `weights`
-    names the weights of the network.
-    """
 
-    def __init__(
-        self,
-        job: Job,
-        mailbox: Mailbox,
-        encoders: Encoders,
-        frames: pb.FrameOptions | None = None,
-        *,
-        attached: bool = False,
-        weights: str = "",
-    ) -> None:
-        self.job = job
-        self.mailbox = mailbox
-        self.encoders = encoders
-        self._frames = frame_encoding(frames or pb.FrameOptions())
-        self._attached = attached
-        self._weights = weights
-
-    async def responses(self, message_type: type[R]) -> AsyncIterator[R]:
-        """Yields all events, for a watcher that sends no commands. Raises the error that the job ended with."""
-        async for number, event in self.mailbox.events():
-            assert not isinstance(event, Answer), "only a controller gets answers"
-            yield await self.response(message_type, number, event)
-
-    async def response(self, message_type: type[R], number: int, event: Event, frames: Encoding | None = None) -> R:
-        """The message of one event. ``frames`` replaces the watcher's encoding of frames. Fields are filled in place:
-        a message that is assigned to a field of another one is copied, which would copy a frame four times."""
-        response = message_type()
-        message = response.event
-        message.sequence = number
-        match event:
-            case Accepted():
-                message.accepted.CopyFrom(self._accepted(event))
-            case Waiting(position, wait_s):
-                message.waiting.CopyFrom(pb.Waiting(queue_position=position, estimated_wait=_duration(wait_s)))
-            case Progress():
-                message.progress.CopyFrom(_progress(event))
-            case Frame(iteration, picture, dropped):
-                message.frame.iteration, message.frame.dropped = iteration, dropped
-                await self.encoders.encode(message.frame.image, picture, frames or self._frames)
-            case Saved(iteration, state):
-                message.checkpoint.iteration, message.checkpoint.light = iteration, state.light
-                message.checkpoint.data = await self.encoders.write_checkpoint(state)
-            case Paused(iteration):
-                message.paused.iteration = iteration
-            case Resumed(iteration):
-                message.resumed.iteration = iteration
-            case Changed(iteration, recipe, iterations):
-                message.changed.CopyFrom(
-                    pb.Changed(iteration=iteration, recipe=recipe_to_message(recipe), iterations=iterations)
-                )
-            case Finished():
-                await self._finished(event, message.result)
-        return response
-
-    def _accepted(self, event: Accepted) -> pb.Accepted:
-        summary = self.job.admitted_summary
-        assert summary is not None, "a job is admitted before it has events"
-        return pb.Accepted(
-            job_id=self.job.id,
-            recipe=recipe_to_message(summary.recipe),
-            seed=summary.seed,
-            width=summary.width,
-            height=summary.height,
-            iterations=summary.iterations,
-            queue_position=event.position,
-            attached=self._attached,
-            resumed_at=summary.resumed_at,
-            estimated_wait=_duration(event.wait_s),
-        )
-
-    async def _finished(self, event: Finished, result: pb.Result) -> None:
-        summary = self.job.summary
-        assert summary is not None, "a job is admitted before it has events"
-        metadata = _result_metadata(summary, event.iterations, self._weights)
-        await self.encoders.encode(result.image, event.picture, self.job.encoding, metadata)
-        event.picture.wait = None  # the result has one encoding for all watchers, so the pixels can be freed
-        result.losses.CopyFrom(_losses(event.losses))
-        result.iterations = event.iterations
-        result.stop_reason = getattr(pb, f"STOP_REASON_{event.reason.name}")
-        result.elapsed.FromMicroseconds(round(event.elapsed_s * 1e6))
+def image_message(picture: codec.Encoded) -> pb.Image:
+    """An image without its bytes."""
+    return pb.Image(format=getattr(pb, f"IMAGE_FORMAT_{picture.format}"), width=picture.width, height=picture.height)
 
 
 def job_message(job: Job) -> pb.Job:
@@ -220,7 +139,7 @@ def _format(value: int, default: codec.Format) -> codec.Format:
     return codec.Format[pb.ImageFormat.Name(known).removeprefix("IMAGE_FORMAT_")] if known else default
 
 
-def _result_metadata(summary: JobSummary, iterations: int, weights: str) -> str:
+def result_metadata(summary: JobSummary, iterations: int, weights: str) -> str:
     """ASCII JSON for the result's metadata. With the same images it reproduces the picture, unless the recipe was
     changed while the job ran, or the job ended early."""
     metadata = {

@@ -15,7 +15,7 @@ from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
-from gramophone_server.config import Limits, version
+from gramophone_server.config import Limits, env_variable, version
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
 from gramophone_server.images.upload_store import Upload, UploadStore
@@ -23,9 +23,13 @@ from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
 from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.rpc.admission import Admission
-from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
+from gramophone_server.rpc.byte_budget import ByteBudget
+from gramophone_server.rpc.calls import READING_S, ActiveCalls, Context, RpcCall, as_domain_error
+from gramophone_server.rpc.encoders import Encoders
+from gramophone_server.rpc.event_stream import JobEventStream
 from gramophone_server.rpc.interactive import Controller
-from gramophone_server.rpc.responses import Encoders, JobEventStream, job_message, result_encoding
+from gramophone_server.rpc.outgoing import Outgoing
+from gramophone_server.rpc.responses import job_message, result_encoding
 from gramophone_server.rpc.status import reason
 from gramophone_server.rpc.validation import (
     check_first_message,
@@ -67,6 +71,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._list_jobs = list_jobs
         self._admission = Admission(scheduler, limits)
         self._encoders = Encoders()
+        what = f"clients have not read all that they were sent (server setting {env_variable('max_sending_bytes')})"
+        self.sending = ByteBudget(
+            limits.max_sending_bytes, what, replaceable_after_s=READING_S, max_wait_s=limits.max_blocked_s
+        )
         self._preparations: dict[Job, asyncio.Task[None]] = {}
 
     @property
@@ -91,7 +99,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     # RPCs; the proto documents them -----------------------------------------------------------------------------------
 
-    async def Stylize(self, request: pb.StylizeRequest, context: Context) -> pb.StylizeResponse:
+    async def Stylize(self, request: pb.StylizeRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("Stylize", context) as call:
             with self._counting_rejections():
@@ -99,62 +107,53 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 request.spec.ClearField("frames")
                 request.spec.ClearField("checkpoints")
                 events = await self._create_or_find(request, call)
-            response = pb.StylizeResponse()
-            async for message in events.responses(pb.StylizeStreamResponse):
-                if message.event.HasField("accepted"):
-                    response.accepted.CopyFrom(message.event.accepted)
-                elif message.event.HasField("result"):
-                    response.result.CopyFrom(message.event.result)
-            return response
+            async with call.sending(await events.final_response()) as message:
+                yield message
 
-    async def StylizeStream(
-        self, request: pb.StylizeStreamRequest, context: Context
-    ) -> AsyncIterator[pb.StylizeStreamResponse]:
+    async def StylizeStream(self, request: pb.StylizeStreamRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("StylizeStream", context) as call:
             with self._counting_rejections():
                 call.received(request)
                 raise_violations(check_no_max_in_flight(request.spec.frames, "spec.frames"))
                 events = await self._create_or_find(request, call)
-            async for response in events.responses(pb.StylizeStreamResponse):
-                await self.calls.turns.wait()
-                with call.sending(response):
-                    yield response
+            async for response in events.responses():
+                async with call.sending(response) as message:
+                    yield message
 
     async def StylizeInteractive(
         self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
-    ) -> AsyncIterator[pb.StylizeInteractiveResponse]:
+    ) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("StylizeInteractive", context) as call:
             requests = aiter(request_iterator)
             first = await anext(requests, None)
             controller = Controller(await self._start_or_attach(first, call), self._scheduler, self._limits)
             async for response in controller.responses(requests, call):
-                await self.calls.turns.wait()
-                with call.sending(response):
-                    yield response
+                async with call.sending(response) as message:
+                    yield message
 
-    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("WatchJob", context) as call:
             call.received(request)
             raise_violations((*check_watch_options(request), *check_no_max_in_flight(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             events = self._watch(job, call, request, after=request.after_sequence)
-            async for response in events.responses(pb.WatchJobResponse):
-                await self.calls.turns.wait()
-                with call.sending(response):
-                    yield response
+            async for response in events.responses():
+                async with call.sending(response) as message:
+                    yield message
 
-    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("GetJob", context) as call:
             call.received(request)
             job = self.jobs.find(request.job_id)
             call.set_job(job)
-            return pb.GetJobResponse(job=job_message(job))
+            async with call.replying(pb.GetJobResponse(job=job_message(job))) as message:
+                yield message
 
-    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("ListJobs", context) as call:
             call.received(request)
@@ -164,32 +163,36 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             size = min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE)
             before = int(request.page_token) if request.page_token else None
             page = list(itertools.islice(self.jobs.newest_first(before), size + 1))
-            return pb.ListJobsResponse(
+            response = pb.ListJobsResponse(
                 jobs=map(job_message, page[:size]),
                 next_page_token=str(page[size - 1].ordinal) if len(page) > size else "",
             )
+            async with call.replying(response) as message:
+                yield message
 
-    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("CancelJob", context) as call:
             call.received(request)
             job = self.jobs.find(request.job_id)
             call.set_job(job)
             job.cancel()
-            return pb.CancelJobResponse(job=job_message(job))
+            async with call.replying(pb.CancelJobResponse(job=job_message(job))) as message:
+                yield message
 
     async def UploadImage(
         self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
-    ) -> pb.UploadImageResponse:
+    ) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("UploadImage", context) as call:
             upload = Upload(self._limits)
             async for request in request_iterator:
                 call.received(request)
                 upload.add(request.chunk)
-            return await self._admission.keep_upload(upload, context.peer())
+            async with call.replying(await self._admission.keep_upload(upload, call.peer)) as message:
+                yield message
 
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("GetServerInfo", context) as call:
             call.received(request)
@@ -218,7 +221,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             wait_s = self._scheduler.estimated_wait_s()
             if wait_s is not None:
                 response.estimated_wait.FromMilliseconds(round(wait_s * 1000))
-            return response
+            async with call.replying(response) as message:
+                yield message
 
     # The job of a request ---------------------------------------------------------------------------------------------
 
@@ -317,7 +321,16 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         mailbox = job.watch(frames, checkpoints, after, controls=controls)
         call.attach(job, mailbox)
         weights = self._scheduler.engine.weights_source
-        return JobEventStream(job, mailbox, self._encoders, options.frames, attached=attached, weights=weights)
+        return JobEventStream(
+            job,
+            mailbox,
+            self._encoders,
+            self.sending,
+            caller=call.peer,
+            frames=options.frames,
+            attached=attached,
+            weights=weights,
+        )
 
     # Metrics of jobs --------------------------------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ class Worker:
         try:
             if task.last_report is not None:
                 done, observer = task.state.done, task.observer
-                observer.publish(Frame(done, Picture(self._picture(task))))
+                observer.publish(self.frame(task))
                 observer.publish(Saved(done, self._saved_state(task, light=observer.accepts_light_checkpoint)))
         except Exception:
             log.exception("the picture of an interrupted job could not be taken")
@@ -171,7 +171,7 @@ class Worker:
 
     def frame(self, task: Task) -> Frame:
         """The current picture. Raises `InvalidRequest` if there is none yet."""
-        return Frame(task.state.done, Picture(self._picture(task)))
+        return Frame(task.state.done, self._shared_picture(task))
 
     def checkpoint(self, task: Task, *, light: bool) -> Saved:
         """The current state. Raises `InvalidRequest` if there is none yet, or it is larger than the server allows."""
@@ -246,7 +246,7 @@ class Worker:
         state, observer, now = task.state, task.observer, self._clock()
         task.last_report = report
         if report.diverged_at is not None:
-            observer.publish(Frame(report.diverged_at - 1, Picture(self._picture(task))))
+            observer.publish(Frame(report.diverged_at - 1, self._shared_picture(task)))
             raise Diverged(report.diverged_at)
         self._update_remaining(task)
         if now >= task.progress_due_at or state.finished:
@@ -274,10 +274,10 @@ class Worker:
         task.observer.publish(Progress(report, iterations_per_s, left_s))
 
     def _finish(self, task: Task, reason: StopReason) -> None:
-        picture, report, started_at = self._picture(task), task.last_report, task.started_at
+        picture, report, started_at = self._shared_picture(task), task.last_report, task.started_at
         assert report is not None and started_at is not None, "a task with a picture was in a slice"
         elapsed_s = self._clock() - started_at
-        task.observer.publish(Finished(Picture(picture), report.losses, task.state.done, elapsed_s, reason))
+        task.observer.publish(Finished(picture, report.losses, task.state.done, elapsed_s, reason))
         self._end(task)
 
     def _update_remaining(self, task: Task) -> None:
@@ -294,14 +294,23 @@ class Worker:
             return task.batch.engine_batch.snapshot(task.slot)
         return self._engine.picture(task.state)
 
+    def _shared_picture(self, task: Task) -> Picture:
+        """The current picture, for any number of watchers. Raises `InvalidRequest` if there is none yet."""
+        width, height, _ = task.state.scales[task.state.scale_index]
+        return Picture(self._picture(task), width, height)
+
     def _saved_state(self, task: Task, *, light: bool) -> SavedState:
         """The current state; a light one if a full one would be too large."""
         checkpoints, max_bytes = self._engine.checkpoints, self._max_checkpoint_bytes
-        if light or not checkpoints.fits(task.state, max_bytes=max_bytes):
+        light = light or not checkpoints.fits(task.state, max_bytes=max_bytes)
+        most_bytes = checkpoints.most_bytes(task.state, light=light)
+        if light:
             picture, state = self._picture(task), replace(task.state, tensors=None)
-            return SavedState(True, lambda: checkpoints.write(state, picture=picture(), max_bytes=max_bytes))
+            return SavedState(
+                True, lambda: checkpoints.write(state, picture=picture(), max_bytes=max_bytes), most_bytes
+            )
         state = replace(task.state) if task.batch is None else task.batch.engine_batch.copy(task.slot)
-        return SavedState(False, lambda: checkpoints.write(state, max_bytes=max_bytes))
+        return SavedState(False, lambda: checkpoints.write(state, max_bytes=max_bytes), most_bytes)
 
     def _fail(self, task: Task, error: Exception) -> None:
         if isinstance(error, GramophoneError):

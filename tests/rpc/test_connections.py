@@ -1,0 +1,40 @@
+"""Connections that the server ends."""
+
+import asyncio
+import socket
+import urllib.parse
+
+import pytest
+
+from gramophone_server.rpc.connections import close_connection
+
+
+@pytest.mark.parametrize(("family", "host"), [("ipv4", "127.0.0.1"), ("ipv6", "::1")])
+async def test_the_connection_of_a_peer_is_closed_and_no_other(family, host):
+    accepted = []
+    try:
+        server = await asyncio.start_server(lambda *both: accepted.append(both), host, 0)
+    except OSError:
+        pytest.skip(f"no {family} here")
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        (reader, writer), (other_reader, other) = [await asyncio.open_connection(host, port) for _ in range(2)]
+        own_port = writer.get_extra_info("sockname")[1]
+        address = f"[{host}]" if family == "ipv6" else host
+        peer = f"{family}:{urllib.parse.quote(address)}:{own_port}"  # as gRPC writes it: ipv6:%5B::1%5D:51234
+        assert close_connection(peer)
+        assert await reader.read() == b""
+        writer.close()
+        other.write(b"x")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await other_reader.read()
+        other.close()
+        for _, end in accepted:
+            end.close()
+
+
+def test_a_peer_that_has_gone_is_no_error():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert not close_connection(f"ipv4:127.0.0.1:{listening.getsockname()[1]}")
+    assert not close_connection("unix:/tmp/socket")
