@@ -46,7 +46,7 @@ def main() -> None:
 
     recipe = Recipe(size=size, iterations=iterations, smallest_size=0)
     engine = VggEngine.load(device="cpu", precision="auto", weights="embedded", backbone="vgg19", threads=0)
-    content, style = (decode(path.read_bytes(), path.name, Settings(), size) for path in (CONTENT, STYLE))
+    content, style = (decode(path.read_bytes(), Settings(), size) for path in (CONTENT, STYLE))
 
     def in_process() -> None:
         job = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)

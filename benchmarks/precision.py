@@ -133,7 +133,7 @@ def _photo(job: StyleJob) -> Tensor:
 
 def example_job(pair: tuple[str, str], size: int) -> StyleJob:
     """The preset `fast` on one of the example pairs."""
-    content, style = (decode((EXAMPLES / path).read_bytes(), path, Settings(), size) for path in pair)
+    content, style = (decode((EXAMPLES / path).read_bytes(), Settings(), size) for path in pair)
     recipe = preset("fast", size=size, smallest_size=min(128, size))
     return StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
 

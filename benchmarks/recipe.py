@@ -64,7 +64,7 @@ def main() -> None:
     for name, overrides in VARIANTS.items():
         row: Row = {"name": name, "size": size}
         for photo, painting in pairs:
-            content, style = (decode(Path(p).read_bytes(), str(p), Settings(), size) for p in (photo, painting))
+            content, style = (decode(Path(p).read_bytes(), Settings(), size) for p in (photo, painting))
             recipe = preset("fast", **{"size": size, "smallest_size": 90, **overrides})
             job = StyleJob(recipe=recipe, content=content, styles=(style,), style_weights=(1.0,), start=None, seed=0)
             pixels = [scale.width * scale.height * scale.iterations for scale in job.scales]

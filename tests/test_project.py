@@ -189,6 +189,10 @@ TESTED_THROUGH = {
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
+    "tests/images/test_decoders.py": [
+        "gramophone_server.images.decoder_client",
+        "gramophone_server.images.decoder_process",
+    ],
     "tests/ops": ["gramophone_server.ops.*"],  # by family of ops, as csrc
     "tests/client/test_cli.py": [
         "gramophone_client.__main__",

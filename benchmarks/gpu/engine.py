@@ -51,8 +51,7 @@ def _example(section: Section, size: int) -> StyleJob:
     shorter = {"iterations": 4, "coarse_iterations": 2} if section.dry else {}
     recipe = preset("fast", size=side, smallest_size=section.px(128), **shorter)
     content, style = (
-        decode((EXAMPLES / name).read_bytes(), name, Settings(), side)
-        for name in ("photos/cat.jpg", "styles/brushwork.jpg")
+        decode((EXAMPLES / name).read_bytes(), Settings(), side) for name in ("photos/cat.jpg", "styles/brushwork.jpg")
     )
     square = min(content.shape[1:])
     content = content[:, :square, :square].contiguous()

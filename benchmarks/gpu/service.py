@@ -117,7 +117,7 @@ def _square(path: Path) -> bytes:
     from gramophone_server.config import Settings
     from gramophone_server.images.codec import Format, decode, encode
 
-    picture = decode(path.read_bytes(), path.name, Settings(), 1024)
+    picture = decode(path.read_bytes(), Settings(), 1024)
     side = min(picture.shape[1:])
     return encode(picture[:, :side, :side].permute(1, 2, 0).contiguous(), Format.JPEG, QUALITY).data
 
@@ -176,7 +176,7 @@ def _against_engine(
     recipe_name = name.split(",")[0]
     options = _options(section, size)
     recipe = preset(recipe_name, **options)
-    picture, painting = (decode(data, "image", Settings(), options["size"]) for data in (content, style))
+    picture, painting = (decode(data, Settings(), options["size"]) for data in (content, style))
     one = StyleJob(recipe=recipe, content=picture, styles=(painting,), style_weights=(1.0,), start=None, seed=0)
 
     def in_process() -> None:

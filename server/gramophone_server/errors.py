@@ -217,9 +217,11 @@ class OutOfDeviceMemory(GramophoneError):
 class OutOfHostMemory(GramophoneError):
     """The server ran out of host memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, retry_after_s: float = 5.0) -> None:
+        self.retry_after_s = retry_after_s
         super().__init__(
-            "the server ran out of memory while it worked on this; ask for a smaller size, or try again later"
+            "the server ran out of memory while it worked on this; ask for a smaller size, or retry after about "
+            f"{retry_after_s:.0f} s"
         )
 
 

@@ -163,6 +163,7 @@ class Server:
         # Before gRPC answers, because the health service itself starts with "" as SERVING.
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.scheduler.start()
+        self.servicer.start()
         await self._grpc.start()
         host = self._settings.host
         _print(f"listening on {_address(host, self._port)}")

@@ -247,7 +247,7 @@ def _foreign(rng: random.Random) -> Input:
 def make_checkpoint(*, light: bool) -> bytes:
     """A checkpoint of the valid job."""
     limits = Limits()
-    pictures = [codec.decode(data, "", limits, 32) for data in (in_png(), in_jpeg())]
+    pictures = [codec.decode(data, limits, 32) for data in (in_png(), in_jpeg())]
     engine = FakeEngine(0)
     state = engine.admit(
         StyleJob(

@@ -12,6 +12,7 @@ from gramophone_server import errors
 from gramophone_server.images import codec
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
+from tests.support.pictures import png
 from tests.support.serving import (
     events_of,
     refused,
@@ -85,7 +86,7 @@ async def test_the_same_request_finds_its_job_while_its_images_are_decoded(held)
 async def test_the_same_request_starts_a_new_job_if_the_first_is_refused_while_it_waits(held):
     engine, request_id = FakeEngine(), str(uuid.uuid4())
     broken = detachable_spec(5)
-    broken.content.data = b"not an image"
+    broken.content.data = png()[:50]
     async with serving(engine) as s:
         first = s.stub.Stylize(pb.StylizeRequest(spec=broken, request_id=request_id))
         await until(held.started.is_set)

@@ -92,7 +92,7 @@ async def test_every_exception_has_its_code_reason_and_details(name):
                 "ServerBusy": 3000,
                 "DeadlineUnattainable": 12300,
                 "OutOfDeviceMemory": -1,
-                "OutOfHostMemory": -1,
+                "OutOfHostMemory": 5000,
                 "TooManyWatchers": -1,
             }.get(name),
         )
@@ -152,7 +152,7 @@ class Unencodable(FakeEngine):
 
 @pytest.mark.parametrize("place", ["decoding", "encoding"])
 async def test_running_out_of_host_memory_has_its_own_reason(place, monkeypatch, caplog):
-    async def cannot(self, spec, place, deadline_at):
+    async def cannot(*_):
         raise MemoryError("secret")
 
     if place == "decoding":
@@ -163,13 +163,13 @@ async def test_running_out_of_host_memory_has_its_own_reason(place, monkeypatch,
     assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
     assert (
         got.message
-        == "the server ran out of memory while it worked on this; ask for a smaller size, or try again later"
+        == "the server ran out of memory while it worked on this; ask for a smaller size, or retry after about 5 s"
     )
     assert "secret" in caplog.text
 
 
 async def test_an_internal_cancellation_never_hangs_a_client(monkeypatch, caplog):
-    async def cancelled(self, spec, place, deadline_at):
+    async def cancelled(*_):
         raise asyncio.CancelledError
 
     monkeypatch.setattr(Admission, "prepare", cancelled)

@@ -172,7 +172,7 @@ def test_a_valid_request_has_no_violations():
 async def test_all_violations_are_reported_at_once_also_those_of_images():
     wanted = spec(beta=-1.0)
     wanted.content.data = b"GIF89a"
-    wanted.styles[0].image.data = png()[:50]
+    wanted.styles[0].image.data = png()[:20]
     wanted.styles.add(image=pb.ImageSource(data=png(15, 15)), weight=NAN)
     engine = FakeEngine()
     async with serving(engine) as s:

@@ -2,98 +2,99 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gramophone.recipe import InvalidRecipeError, Recipe, Violation
+from gramophone.recipe import Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_server.config import DECODERS, Limits
+from gramophone_server.config import Limits
 from gramophone_server.domain.checkpoint import Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
-from gramophone_server.domain.picture_size import MIN_SIDE
 from gramophone_server.errors import ImageNotFound, InvalidRequest
-from gramophone_server.images import codec, dimensions
+from gramophone_server.images.decoders import Decoders
+from gramophone_server.images.decoding import upright_size
+from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.upload_store import Hold, Upload, UploadStore
+from gramophone_server.rpc.job_images import JobImages, Room, Source
 from gramophone_server.rpc.validation import check_result_size, check_resumed, check_spec, raise_violations
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
 
 __all__ = ["Admission", "spec_digest"]
 
-T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class Source:
-    """One image of a request."""
-
-    field: str  # "spec.content"
-    image: pb.ImageSource
-    needed: int  # pixels of the longest side that the job uses
-    uploaded: bytes = b""  # the encoded image, if the request names it by its digest
-
-    @property
-    def path(self) -> str:
-        """The field that is set: "spec.content.data" or "spec.content.digest"."""
-        return f"{self.field}.{self.image.WhichOneof('source')}"
-
-    @cached_property
-    def data(self) -> bytes:
-        """The encoded image. The first access copies it out of its message, 0.2 ms/MiB, so not on the event loop."""
-        return self.uploaded or self.image.data
+# Bytes of tensors for each byte of a checkpoint: a light one has a byte for a value of float32.
+CHECKPOINT_BYTES = 4
 
 
 class Admission:
-    """Prepares the jobs of requests. It decodes on its own threads; everything else belongs to the event loop."""
+    """Prepares the jobs of requests. Belongs to the event loop; what takes long is done on threads and in processes."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self.uploads = UploadStore(limits.max_uploads_bytes)
         self._scheduler = scheduler
         self._limits = limits
-        self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        self._decoders = Decoders(limits)
+        self._images = JobImages(limits, self._decoders, scheduler.retry_after_s)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """The bytes of the decoded images of all jobs, and the room for those that are being decoded."""
+        return self._images.budget.used
+
+    def start(self) -> None:
+        """Starts the processes that decode large images, so that the first ones do not wait for them."""
+        self._decoders.start()
 
     def close(self) -> None:
-        """Stops the decoding threads."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        """Stops the threads and the processes."""
+        self._decoders.close()
 
-    async def prepare(self, spec: pb.JobSpec, reservation: Reservation, deadline_at: float | None = None) -> JobState:
+    async def prepare(
+        self, spec: pb.JobSpec, reservation: Reservation, deadline_at: float | None = None, owner: str = ""
+    ) -> JobState:
         """The state of a job before its first iteration, or as its checkpoint has it, with decoded images.
 
-        ``deadline_at``, in seconds of the monotonic clock, is when the job must have ended.
+        What is cheaper to find is refused first: the spec and the headers of the images, then the checkpoint, the
+        device's memory and the time, the room for the pictures, and at last what only decoding shows. ``deadline_at``,
+        in seconds of the monotonic clock, is when the job must have ended. ``owner``: the connection, whose turn it
+        is to decode.
 
-        Raises `InvalidRequest` with every violation, including those of the images, `ImageNotFound`,
-        `OutOfDeviceMemory`, `DeadlineUnattainable`. The last three are raised before decoding if nothing else is wrong.
+        Raises `InvalidRequest` with all violations of the first of these groups that has any, `ImageNotFound`,
+        `OutOfDeviceMemory`, `DeadlineUnattainable`, `ServerBusy`. If it is cancelled, decoding ends.
         """
-        with self.uploads.hold() as held:
-            return await self._prepare(spec, held, reservation, deadline_at)
+        with self.uploads.hold() as held, self._images.room(owner) as room:
+            return await self._prepare(spec, held, room, reservation, deadline_at, owner)
 
     async def _prepare(
-        self, spec: pb.JobSpec, held: Hold, reservation: Reservation, deadline_at: float | None
+        self,
+        spec: pb.JobSpec,
+        held: Hold,
+        room: Room,
+        reservation: Reservation,
+        deadline_at: float | None,
+        owner: str,
     ) -> JobState:
         violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
-        checkpoint = held.find(spec.resume_digest) if spec.resume_digest else None
-        recipe, saved = await self._recipe(spec, checkpoint, violations)
-        sources, missing = self._sources(spec, recipe, held)
-        if not violations:
-            missing_checkpoint = spec.resume_digest if checkpoint is None else ""
-            if missing or missing_checkpoint:
-                raise ImageNotFound(*missing, checkpoint=missing_checkpoint)
-            await self._require_capacity(recipe, saved, sources["spec.content"], reservation, deadline_at)
-        decoded = await self._decode(sources, violations)
+        sources, missing = self._sources(spec, held)
+        violations.extend(await self._images.read_headers(sources))
         raise_violations(violations)
+        checkpoint = held.find(spec.resume_digest) if spec.resume_digest else None
+        missing_checkpoint = spec.resume_digest if checkpoint is None else ""
+        if missing or missing_checkpoint:
+            raise ImageNotFound(*missing, checkpoint=missing_checkpoint)
+        recipe, saved = await self._recipe(spec, checkpoint, room, owner)
+        await self._require_capacity(recipe, saved, sources["spec.content"], reservation, deadline_at)
+        room.take(self._images.decoded_bytes(sources, recipe))
+        decoded = await self._images.decode(sources, recipe, owner)
         job = StyleJob(
             recipe=recipe,
             content=decoded["spec.content"],
@@ -102,57 +103,59 @@ class Admission:
             start=decoded.get("spec.start_image"),
             seed=saved.seed if saved else spec.seed if spec.HasField("seed") else secrets.randbits(64),
         )
+        room.keep_until_freed(job, sum(tensor.nbytes for tensor in (*decoded.values(), *_tensors(saved))))
         raise_violations(check_result_size(job))
+        await self._decoders.run(job.compute_digests, owner)
         state = self._scheduler.engine.admit(job)
-        return state if saved is None else await self._restore(saved, job, _resume_path(spec))
+        return state if saved is None else self._restore(saved, job, _resume_path(spec))
 
-    async def digest(self, spec: pb.JobSpec) -> bytes:
+    async def digest(self, spec: pb.JobSpec, owner: str) -> bytes:
         """See `spec_digest`."""
-        return await self._in_thread(partial(spec_digest, spec))
+        return await self._decoders.run(partial(spec_digest, spec), owner)
 
     async def keep_upload(self, upload: Upload, owner: str) -> pb.UploadImageResponse:
         """Keeps an image or a checkpoint that has arrived completely. ``owner``: see `UploadStore.keep`.
 
         Raises `InvalidRequest` if no job could use it, and `ServerBusy`."""
         data = upload.data
-        if upload.is_checkpoint:
-            checkpoints, max_bytes = self._scheduler.engine.checkpoints, self._limits.max_checkpoint_bytes
-            try:
-                width, height = await self._in_thread(partial(checkpoints.picture_size, data, max_bytes=max_bytes))
-            except InvalidCheckpoint as error:
-                raise InvalidRequest([Violation("chunk", f"makes a checkpoint that {error}")]) from None
-        else:
-            width, height = await self._in_thread(partial(codec.size, data, "chunk", self._limits))
+        try:
+            if upload.is_checkpoint:
+                checkpoints, max_bytes = self._scheduler.engine.checkpoints, self._limits.max_checkpoint_bytes
+                read: Callable[[], tuple[int, int]] = partial(checkpoints.picture_size, data, max_bytes=max_bytes)
+            else:
+                read = partial(upright_size, data, self._limits)
+            width, height = await self._decoders.quickly(read)
+        except InvalidCheckpoint as error:
+            raise InvalidRequest([Violation("chunk", f"makes a checkpoint that {error}")]) from None
+        except UnusableImage as error:
+            raise InvalidRequest([Violation("chunk", str(error))]) from None
         self.uploads.keep(upload.digest, data, owner)
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
     async def _recipe(
-        self, spec: pb.JobSpec, uploaded: bytes | None, violations: list[Violation]
+        self, spec: pb.JobSpec, uploaded: bytes | None, room: Room, owner: str
     ) -> tuple[Recipe, Checkpoint | None]:
-        """The recipe and the checkpoint, which may be uploaded. An invalid recipe adds to the violations and becomes
-        the default one, which also stands for that of an upload that is missing."""
+        """The recipe and the checkpoint, which may be uploaded. Raises `InvalidRequest` and `ServerBusy`."""
+        if not spec.HasField("resume") and uploaded is None:
+            return recipe_from_message(spec.recipe), None
         path = _resume_path(spec)
+        size = len(uploaded) if uploaded is not None else await self._decoders.quickly(lambda: len(spec.resume))
+        room.take(CHECKPOINT_BYTES * min(size, self._limits.max_checkpoint_bytes))
+        checkpoints, max_bytes = self._scheduler.engine.checkpoints, self._limits.max_checkpoint_bytes
         try:
-            if not spec.HasField("resume") and uploaded is None:
-                return recipe_from_message(spec.recipe), None  # `check_spec` reports what is wrong with it
-            max_bytes = self._limits.max_checkpoint_bytes
-            checkpoints = self._scheduler.engine.checkpoints
-            saved = await self._in_thread(lambda: checkpoints.read(uploaded or spec.resume, max_bytes=max_bytes))
-        except InvalidRecipeError:
-            return Recipe(), None
+            saved = await self._decoders.run(
+                lambda: checkpoints.read(uploaded or spec.resume, max_bytes=max_bytes), owner
+            )
         except InvalidCheckpoint as error:
-            violations.append(Violation(path, str(error)))
-            return Recipe(), None
-        violations.extend(check_resumed(path, saved.recipe, self._limits, self._scheduler.engine.layers))
+            raise InvalidRequest([Violation(path, str(error))]) from None
+        raise_violations(check_resumed(path, saved.recipe, self._limits, self._scheduler.engine.layers))
         return saved.recipe, saved
 
-    def _sources(self, spec: pb.JobSpec, recipe: Recipe, held: Hold) -> tuple[dict[str, Source], list[str]]:
+    def _sources(self, spec: pb.JobSpec, held: Hold) -> tuple[dict[str, Source], list[str]]:
         """The images that are set and found, by field, and the digests of those that are not found."""
-        needed = min(recipe.size, self._limits.max_size)
-        needed_style = min(math.ceil(needed * recipe.style_scale), self._limits.max_size)
-        fields = [Source("spec.content", spec.content, needed), Source("spec.start_image", spec.start_image, needed)]
+        fields = [Source("spec.content", spec.content), Source("spec.start_image", spec.start_image)]
         for i, style in enumerate(spec.styles[: self._limits.max_styles]):
-            fields.append(Source(f"spec.styles[{i}].image", style.image, needed_style))
+            fields.append(Source(f"spec.styles[{i}].image", style.image))
         sources: dict[str, Source] = {}
         missing: dict[str, None] = {}  # in the order of the fields, each once
         for source in fields:
@@ -175,60 +178,29 @@ class Admission:
         reservation: Reservation,
         deadline_at: float | None,
     ) -> None:
-        """Raises `OutOfDeviceMemory` and `DeadlineUnattainable`, estimated from the size in the content image's header.
-        If the header has no size, or one that would be refused, the decoder reports it.
-
-        A refusal takes 0.3 ms of the server's time from the start of the call; 1.1 ms with an image of 4.8 MB, of which
-        0.8 ms copy its bytes, because protobuf cannot read the first 64 KiB alone."""
-
-        def cost_if_it_fits() -> tuple[int, Shape] | None:
-            cost = self._cost(recipe, saved, content)
-            if cost is not None:
-                self._scheduler.require_memory(cost[1])
-            return cost
-
-        cost = await self._in_thread(cost_if_it_fits)
-        if cost is not None:
-            left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
-            self._scheduler.require_time(reservation, *cost, recipe.time_budget, left_s)
-
-    def _cost(self, recipe: Recipe, saved: Checkpoint | None, content: Source) -> tuple[int, Shape] | None:
-        """The pixel-iterations that a job has left, and its largest shape; None without a size in the header."""
-        width, height = dimensions.size(content.data) or (0, 0)
-        if min(width, height) < MIN_SIDE or width * height > self._limits.max_image_pixels:
-            return None
+        """Raises `OutOfDeviceMemory` and `DeadlineUnattainable`, estimated from the size in the content image's header,
+        and `InvalidRequest` if it is too thin for the recipe. A refusal takes 0.3 ms of the server's time from the
+        start of the call, and 0.2 ms/MiB of the images to copy them out of the message and read their headers."""
+        assert content.header is not None, "all headers are read, and valid"
+        _, width, height = content.header
         picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # has a shape and no memory
         job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
+        raise_violations(check_result_size(job))
         state = JobState(job)
         if saved is not None:
             state.scale_index, state.done = saved.counts["scale_index"], saved.counts["done"]
-        result_width, result_height = job.result_size
-        if min(result_width, result_height) < MIN_SIDE or state.scale_index >= len(state.scales):
-            return None
-        return state.pixel_iterations_left, Shape.of(recipe, result_height, result_width)
+        if state.scale_index >= len(state.scales):
+            return  # `_restore` refuses it
+        width, height = job.result_size
+        shape = Shape.of(recipe, height, width)
+        await self._decoders.quickly(partial(self._scheduler.require_memory, shape))
+        left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
+        self._scheduler.require_time(reservation, state.pixel_iterations_left, shape, recipe.time_budget, left_s)
 
-    async def _decode(self, sources: Mapping[str, Source], violations: list[Violation]) -> dict[str, Tensor]:
-        """The decoded images by field, without those that have violations."""
-
-        def decode(source: Source) -> Tensor:
-            return codec.decode(source.data, source.path, self._limits, source.needed)
-
-        decoding = (self._in_thread(partial(decode, source)) for source in sources.values())
-        pictures = await asyncio.gather(*decoding, return_exceptions=True)
-        decoded: dict[str, Tensor] = {}
-        for field, picture in zip(sources, pictures, strict=True):
-            if isinstance(picture, InvalidRequest):
-                violations.extend(picture.violations)
-            elif isinstance(picture, BaseException):
-                raise picture
-            else:
-                decoded[field] = picture
-        return decoded
-
-    async def _restore(self, saved: Checkpoint, job: StyleJob, path: str) -> JobState:
-        """The state of the job in its checkpoint, which has this path. On a thread, because the images are hashed."""
+    def _restore(self, saved: Checkpoint, job: StyleJob, path: str) -> JobState:
+        """The state of the job in its checkpoint, which has this path."""
         try:
-            state = await self._in_thread(partial(saved.restore, job))
+            state = saved.restore(job)
         except InvalidCheckpoint as error:
             raise InvalidRequest([Violation(path, str(error))]) from None
         if state.finished:
@@ -236,9 +208,6 @@ class Admission:
             description = f"{finished}, so there is nothing to resume; its picture is the result"
             raise InvalidRequest([Violation(path, description)])
         return state
-
-    async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
 
 
 def spec_digest(spec: pb.JobSpec) -> bytes:
@@ -258,6 +227,11 @@ def spec_digest(spec: pb.JobSpec) -> bytes:
         reduced.resume_digest = _digest(reduced.resume)
         reduced.ClearField("resume")
     return hashlib.sha256(reduced.SerializeToString(deterministic=True)).digest()
+
+
+def _tensors(saved: Checkpoint | None) -> Iterable[Tensor]:
+    """The tensors of a checkpoint, each once."""
+    return () if saved is None else {id(tensor): tensor for tensor in saved.tensors.values()}.values()
 
 
 def _digest(data: bytes) -> str:

@@ -16,7 +16,15 @@ from google.protobuf.message import Message
 
 from gramophone.recipe import Violation
 from gramophone_server.domain.job import ran_out_of_memory
-from gramophone_server.errors import EngineFailed, GramophoneError, InvalidRequest, OutOfHostMemory, SlowReader
+from gramophone_server.errors import (
+    EngineFailed,
+    GramophoneError,
+    InvalidRequest,
+    OutOfHostMemory,
+    ServerBusy,
+    SlowReader,
+)
+from gramophone_server.images.shortages import MEMORY, shortage_behind
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
 from gramophone_server.rpc.connections import close_connection
@@ -36,6 +44,8 @@ log = logging.getLogger(__name__)
 # time.
 DEADLINE_ROUNDING = 0.01
 TRANSIT_S = 0.02
+# Before a retry, if the server lacks file descriptors or room: it has them again when other calls have ended.
+SHORTAGE_RETRY_S = 2.0
 
 # A client may take this long to read a large message, if others wait for its memory: 12 MB at 2.5 MB/s.
 READING_S = 5.0
@@ -316,7 +326,12 @@ class Sending:
 
 def as_domain_error(error: BaseException) -> GramophoneError:
     """The domain error that a client gets for any other exception; the log has the details."""
-    return OutOfHostMemory() if isinstance(error, Exception) and ran_out_of_memory(error) else EngineFailed()
+    if not isinstance(error, Exception):
+        return EngineFailed()
+    lacking = MEMORY if ran_out_of_memory(error) else shortage_behind(error)
+    if lacking is None:
+        return EngineFailed()
+    return OutOfHostMemory() if lacking == MEMORY else ServerBusy(lacking, SHORTAGE_RETRY_S)
 
 
 # A message may take a second for so many bytes without counting as lag: a slow link is no slow reader.

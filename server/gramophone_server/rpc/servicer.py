@@ -17,7 +17,7 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
 from gramophone_server.config import Limits, env_variable, version
 from gramophone_server.domain.engine_api import CacheCounts
-from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken
+from gramophone_server.errors import Cancelled, GramophoneError, ListingDisabled, RequestIdTaken, ShuttingDown
 from gramophone_server.images.upload_store import Upload, UploadStore
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
@@ -87,12 +87,23 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """The number of jobs whose requests are being checked and images decoded."""
         return len(self._preparations)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """The bytes of the decoded images of all jobs."""
+        return self._admission.decoded_bytes
+
     async def idle(self) -> None:
         """Returns when no RPC is active."""
         await self.calls.idle()
 
+    def start(self) -> None:
+        """Starts what the first requests would wait for. Does not block."""
+        self._admission.start()
+
     def close(self) -> None:
         """Stops the threads, and forgets all jobs."""
+        for preparation in self._preparations.values():
+            preparation.cancel()
         self.jobs.close()
         self._admission.close()
         self._encoders.close()
@@ -249,7 +260,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """The events of a new job, or of the job that an earlier request with the same id created."""
         spec, request_id = request.spec, request.request_id.lower()
         raise_violations(check_request_id(request_id))
-        job = await self._find_by_request(request_id, spec)
+        job = await self._find_by_request(request_id, spec, call)
         attached = job is not None
         if job is None:
             job = self._create(spec, request_id, call)
@@ -258,7 +269,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             raise_violations(check_watch_options(spec, "spec."))
         return self._watch(job, call, spec, attached=attached, controls=controls)
 
-    async def _find_by_request(self, request_id: str, spec: pb.JobSpec) -> Job | None:
+    async def _find_by_request(self, request_id: str, spec: pb.JobSpec, call: RpcCall) -> Job | None:
         """The job that an earlier request with this id created. Raises `RequestIdTaken` if its spec was another one."""
         digest = None
         # Looked up again after each wait: if the job has failed in the meantime, the request is a new one.
@@ -266,7 +277,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if job in self._preparations:  # its digest is known when that has ended
                 await asyncio.wait([self._preparations[job]])
             elif digest is None:
-                digest = await self._admission.digest(spec)
+                digest = await self._admission.digest(spec, call.peer)
             elif digest != job.digest:
                 raise RequestIdTaken(request_id)
             else:
@@ -281,23 +292,30 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = self.jobs.create(request_id, grace_s, result_encoding(spec))
         # A task of its own, so that the job gets its images even if this call ends before they are decoded.
         deadline_at = None if grace_s else call.deadline_at
-        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at))
+        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.peer))
         self._preparations[job] = preparation
         preparation.add_done_callback(lambda _: self._preparations.pop(job))
         return job
 
-    async def _prepare(self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None) -> None:
-        """Decodes a request and queues its job. If that fails, so does the job, with the same error."""
+    async def _prepare(
+        self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None, owner: str
+    ) -> None:
+        """Decodes a request and queues its job. If that fails, so does the job, with the same error. If the job ends
+        meanwhile, because its callers leave, this task is cancelled, and gives back all that it has taken."""
         try:
-            state = await self._admission.prepare(spec, reservation, deadline_at)
+            state = await self._admission.prepare(spec, reservation, deadline_at, owner)
             if job.request_id:
-                job.digest = await self._admission.digest(spec)
+                job.digest = await self._admission.digest(spec, owner)
             if job.admit(state):
                 self._scheduler.submit(reservation, state, job, deadline_at)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))
         except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                job.fail(ShuttingDown())  # it has ended already, unless the server ends
+                raise
             log.error("job=%s failed", job.id, exc_info=error)
             job.fail(as_domain_error(error))
             if not isinstance(error, Exception | asyncio.CancelledError):
@@ -345,6 +363,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     def _count_ended_job(self, job: Job) -> None:
         assert job.duration_s is not None, "it has ended"
+        if (preparation := self._preparations.get(job)) is not None:
+            preparation.cancel()
         if job.summary is None:  # never accepted; if its caller gave it up before that, it was not rejected either
             if job.error is not None and not isinstance(job.error, Cancelled):
                 self._metrics.job_rejected(reason(job.error))

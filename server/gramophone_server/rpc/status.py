@@ -120,7 +120,7 @@ def abort_status(error: GramophoneError) -> AbortStatus:
 def _retry_ms(error: GramophoneError) -> int | None:
     """The delay before a retry; None if a retry does not help. It is random, because gRPC clients wait for exactly this
     time, and clients that were refused together would all retry together."""
-    if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | ServerBusy | ShuttingDown):
+    if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | OutOfHostMemory | ServerBusy | ShuttingDown):
         return None
     after_s = error.retry_after_s
     return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + RETRY_SPREAD))

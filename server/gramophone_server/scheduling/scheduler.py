@@ -126,6 +126,11 @@ class Scheduler:
             predicted = self._table.waiting.forecast(self._table.running)
         return None if predicted is None else predicted.starts[-1]
 
+    def retry_after_s(self) -> float:
+        """Estimated seconds until a running job ends, which makes room for another one."""
+        with self._table.lock:
+            return self._table.waiting.retry_after_s(self._table.running)
+
     # One job ----------------------------------------------------------------------------------------------------------
 
     def reserve(self) -> Reservation:
@@ -137,8 +142,7 @@ class Scheduler:
                 raise ShuttingDown
             _ = self.engine
             if table.occupied_places >= self._limits.max_running + self._limits.max_queued:
-                retry_s = table.waiting.retry_after_s(table.running)
-                raise QueueFull(self.queued, self._limits.max_queued, retry_s, self.paused)
+                raise QueueFull(self.queued, self._limits.max_queued, self.retry_after_s(), self.paused)
             reservation = Reservation(next(self._reservation_numbers))
             table.reservations.add(reservation)
         return reservation

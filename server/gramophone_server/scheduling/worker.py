@@ -305,11 +305,13 @@ class Worker:
         light = light or not checkpoints.fits(task.state, max_bytes=max_bytes)
         most_bytes = checkpoints.most_bytes(task.state, light=light)
         if light:
-            picture, state = self._picture(task), replace(task.state, tensors=None)
+            picture = self._picture(task)
+            state = replace(task.state, job=task.state.job.without_images(), tensors=None)
             return SavedState(
                 True, lambda: checkpoints.write(state, picture=picture(), max_bytes=max_bytes), most_bytes
             )
         state = replace(task.state) if task.batch is None else task.batch.engine_batch.copy(task.slot)
+        state.job = state.job.without_images()  # a client that does not read its checkpoint must not keep the images
         return SavedState(False, lambda: checkpoints.write(state, max_bytes=max_bytes), most_bytes)
 
     def _fail(self, task: Task, error: Exception) -> None:

@@ -1,0 +1,121 @@
+"""Who decodes what, and when: callers take turns, small images do not wait for large ones, and a caller that leaves
+ends what runs for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from gramophone_server.config import DECODERS, Limits
+from gramophone_server.images import codec
+from gramophone_server.images.decoder_client import DecoderProcess
+from gramophone_server.images.decoding import Header, decoding_bytes
+from gramophone_server.images.fair_queue import FairQueue
+
+__all__ = ["Decoders"]
+
+T = TypeVar("T")
+
+# Images within these limits are decoded on threads of the server: at most 20 ms of work for ordinary files, of which
+# copies hold the interpreter for 2 ms. A process would add a millisecond, and copies of the file and of the pixels.
+SMALL_PIXELS = 2**20
+SMALL_BYTES = 2**20  # of the file
+SMALL_DECODING_BYTES = 2**26  # while it is decoded
+THREADS = 2  # of each kind; more do not help while the compute thread uses the cores
+
+
+class Decoders:
+    """Decodes images, in turns, on threads and in processes. Its methods belong to the event loop.
+
+    Large images are decoded in `DECODERS` processes. If the caller of a method is cancelled, it leaves the queue, and a
+    process that works for it is ended; another one is started for the next image. A thread cannot be ended, so what one
+    has begun, a small image or a digest, goes on to its end.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._large, self._small, self._other = FairQueue(DECODERS), FairQueue(THREADS), FairQueue(THREADS)
+        self._idle = [DecoderProcess(limits) for _ in range(DECODERS)]
+        self._busy: list[DecoderProcess] = []
+        # Twice as many, because a thread may still wait for the end of a process when the next one is used.
+        self._process_threads = ThreadPoolExecutor(2 * DECODERS, "decode-large")
+        self._small_threads = ThreadPoolExecutor(THREADS, "decode")
+        self._other_threads = ThreadPoolExecutor(THREADS, "read")
+        self._quick_threads = ThreadPoolExecutor(THREADS, "header")
+
+    @property
+    def waiting(self) -> int:
+        """The number of images that wait for a decoder."""
+        return self._large.waiting + self._small.waiting
+
+    @property
+    def busy(self) -> int:
+        """The number of processes that decode now."""
+        return len(self._busy)
+
+    def start(self) -> None:
+        """Starts the processes, so that the first large images do not wait for them. Does not block."""
+        for process in self._idle:
+            self._process_threads.submit(process.start)
+
+    def close(self) -> None:
+        """Ends the processes, and the threads after what they do now."""
+        for threads in (self._small_threads, self._other_threads, self._quick_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        for process in (*self._busy, *self._idle):
+            process.kill()
+            self._process_threads.submit(process.close)
+        self._process_threads.shutdown(wait=False)
+
+    async def quickly(self, function: Callable[[], T]) -> T:
+        """Runs a function that takes about a millisecond, on a thread. It does not wait for anything slow."""
+        return await asyncio.get_running_loop().run_in_executor(self._quick_threads, function)
+
+    async def run(self, function: Callable[[], T], owner: str) -> T:
+        """Runs a function that reads or hashes megabytes for ``owner``, on a thread, when it is its turn."""
+        async with self._other.place(owner, 1):
+            return await asyncio.get_running_loop().run_in_executor(self._other_threads, function)
+
+    async def decode(self, read: Callable[[], bytes], header: Header, needed: int, owner: str) -> Tensor:
+        """The picture of an image with this ``header``, uint8 [3, height, width], see `decoding.decode`.
+
+        ``read`` returns the encoded image; it is called on a thread when it is the turn of ``owner``. Raises
+        `UnusableImage`, `Shortage`, and `EngineFailed` if a decoder crashes.
+        """
+        if header.pixels <= SMALL_PIXELS:
+            async with self._small.place(owner, header.pixels):
+                decode = partial(self._decode_small, read, header, needed)
+                picture = await asyncio.get_running_loop().run_in_executor(self._small_threads, decode)
+            if picture is not None:
+                return picture
+        async with self._large.place(owner, header.pixels):
+            return await self._decode_large(read, needed)
+
+    def _decode_small(self, read: Callable[[], bytes], header: Header, needed: int) -> Tensor | None:
+        """The picture; None if its file is large for its pixels, so that it belongs in a process."""
+        data = read()
+        if len(data) > SMALL_BYTES or decoding_bytes(data, header) > SMALL_DECODING_BYTES:
+            return None
+        return codec.decode(data, self._limits, needed)
+
+    async def _decode_large(self, read: Callable[[], bytes], needed: int) -> Tensor:
+        process = self._idle.pop()
+        self._busy.append(process)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._process_threads, lambda: process.decode(read(), needed)
+            )
+        except asyncio.CancelledError:
+            process.kill()
+            with contextlib.suppress(RuntimeError):  # the threads have been stopped, and have closed it
+                self._process_threads.submit(process.close)
+            raise
+        finally:
+            self._busy.remove(process)
+            self._idle.append(DecoderProcess(self._limits) if process.killed else process)

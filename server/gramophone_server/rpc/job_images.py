@@ -1,0 +1,161 @@
+"""The images of a request: their headers, the room for their pictures, and the pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from gramophone.recipe import Recipe, Violation
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server.config import Limits, env_variable
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.images.decoders import Decoders
+from gramophone_server.images.decoding import Header, read_header
+from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.rpc.byte_budget import ByteBudget, Share
+
+__all__ = ["JobImages", "Room", "Source"]
+
+
+@dataclass(eq=False)
+class Source:
+    """One image of a request."""
+
+    field: str  # "spec.content"
+    image: pb.ImageSource
+    uploaded: bytes = b""  # the encoded image, if the request names it by its digest
+    header: Header | None = None  # see `JobImages.read_headers`
+
+    @property
+    def path(self) -> str:
+        """The field that is set: "spec.content.data" or "spec.content.digest"."""
+        return f"{self.field}.{self.image.WhichOneof('source')}"
+
+    def read(self) -> bytes:
+        """The encoded image. Copies it out of its message, 0.2 ms/MiB, so not for the event loop."""
+        return self.uploaded or self.image.data
+
+    def needed(self, recipe: Recipe, limits: Limits) -> int:
+        """Pixels of the longest side that the job uses."""
+        size = min(recipe.size, limits.max_size)
+        is_style = self.field.startswith("spec.styles")
+        return min(math.ceil(size * recipe.style_scale), limits.max_size) if is_style else size
+
+
+class JobImages:
+    """The images of all requests of a server. Its methods belong to the event loop.
+
+    ``retry_after_s`` returns the seconds until a job probably ends, which makes room for the images of another one.
+    """
+
+    def __init__(self, limits: Limits, decoders: Decoders, retry_after_s: Callable[[], float]) -> None:
+        self.budget = ByteBudget(limits.max_decoded_bytes)
+        self._limits, self._decoders, self._retry_after_s = limits, decoders, retry_after_s
+
+    async def read_headers(self, sources: Mapping[str, Source]) -> list[Violation]:
+        """Sets the header of each image that has a valid one; returns the violations of the others."""
+
+        def read() -> list[Violation]:
+            violations = []
+            for source in sources.values():
+                try:
+                    source.header = read_header(source.read(), self._limits)
+                except UnusableImage as error:
+                    violations.append(Violation(source.path, str(error)))
+            return violations
+
+        return await self._decoders.quickly(read)
+
+    def decoded_bytes(self, sources: Mapping[str, Source], recipe: Recipe) -> int:
+        """The bytes of the decoded images of a job, from their headers."""
+        headers = ((source, source.header) for source in sources.values() if source.header is not None)
+        return sum(header.decoded_bytes(source.needed(recipe, self._limits)) for source, header in headers)
+
+    def room(self, owner: str) -> Room:
+        """For the pictures of one job of ``owner``, in a `with` block."""
+        return Room(self.budget, owner, self._retry_after_s)
+
+    async def decode(self, sources: Mapping[str, Source], recipe: Recipe, owner: str) -> dict[str, Tensor]:
+        """The pictures, uint8 [3, height, width], by field. Raises `InvalidRequest` with the violations of all images,
+        `Shortage`, `EngineFailed`."""
+
+        async def decode(source: Source) -> Tensor | Violation:
+            assert source.header is not None, "all headers are read, and valid"
+            try:
+                return await self._decoders.decode(
+                    source.read, source.header, source.needed(recipe, self._limits), owner
+                )
+            except UnusableImage as error:
+                return Violation(source.path, str(error))
+
+        try:
+            async with asyncio.TaskGroup() as group:  # an error, or a cancellation, ends all of them
+                tasks = {field: group.create_task(decode(source)) for field, source in sources.items()}
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        outcomes = {field: task.result() for field, task in tasks.items()}
+        violations = [outcome for outcome in outcomes.values() if isinstance(outcome, Violation)]
+        if violations:
+            raise InvalidRequest(violations)
+        return {field: outcome for field, outcome in outcomes.items() if isinstance(outcome, Tensor)}
+
+
+class Room:
+    """The bytes of the pictures of one job. The `with` block gives them back, unless the job keeps them."""
+
+    def __init__(self, budget: ByteBudget, owner: str, retry_after_s: Callable[[], float]) -> None:
+        self._budget, self._owner, self._retry_after_s = budget, owner, retry_after_s
+        self._share: Share | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._share is not None:
+            self._share.give_back()
+
+    def take(self, size: int) -> None:
+        """Takes bytes, besides those that it has. Raises `InvalidRequest` if the job needs more than the whole budget,
+        and `ServerBusy` if other jobs use it now."""
+        needed = size if self._share is None else self._share.bytes + size
+        setting = f"(server setting {env_variable('max_decoded_bytes')})"
+        if needed > self._budget.max_bytes:
+            description = (
+                f"has images that take {needed} bytes once they are decoded; at most {self._budget.max_bytes} are "
+                f"allowed {setting}; send fewer or smaller images, or ask for a smaller size"
+            )
+            raise InvalidRequest([Violation("spec", description)])
+        share = self._budget.try_take(size, self._owner)
+        if share is None:
+            raise ServerBusy(
+                f"the decoded images of its jobs take {self._budget.used} of {self._budget.max_bytes} bytes {setting}, "
+                f"and this job needs {needed}",
+                self._retry_after_s(),
+            )
+        if self._share is not None:
+            share.absorb(self._share)
+        self._share = share
+
+    def keep_until_freed(self, job: StyleJob, size: int) -> None:
+        """Shrinks to ``size`` bytes, and gives them back when the images of the job are freed, however it ends."""
+        share, self._share = self._share, None
+        assert share is not None, "it was taken before anything was decoded"
+        share.shrink_to(size)
+        loop = asyncio.get_running_loop()
+
+        def give_back() -> None:  # on any thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the budget with it
+                loop.call_soon_threadsafe(share.give_back)
+
+        weakref.finalize(job, give_back).atexit = False

@@ -1,0 +1,299 @@
+"""Small images on threads, large ones in processes that end when nobody waits for them."""
+
+import asyncio
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from gramophone_server.config import DECODERS, Limits
+from gramophone_server.errors import EngineFailed
+from gramophone_server.images import codec
+from gramophone_server.images.decoder_client import DecoderProcess
+from gramophone_server.images.decoders import SMALL_PIXELS, Decoders
+from gramophone_server.images.decoding import read_header
+from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.images.shortages import Shortage
+from tests.support.bad_pictures import many_codes
+from tests.support.clock import until
+
+LIMITS = Limits()
+WITHIN_S = 30.0
+
+
+def image_file(side, format="PNG", **options):
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (250, 100, 3)).save(out, format, **options)
+    return out.getvalue()
+
+
+SMALL, LARGE = image_file(64), image_file(1100)
+
+
+def slow_file():
+    """About a second of work for a decoder: noise of 16 megapixels as a lossy WebP."""
+    noise = Image.frombytes("L", (1024, 1024), random.Random(1).randbytes(2**20)).resize((4096, 4096))
+    out = io.BytesIO()
+    noise.convert("RGB").save(out, "WEBP", quality=60, method=0)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def slow():
+    return slow_file()
+
+
+def children():
+    """The ids of the processes that decode for this one."""
+    command = ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(os.getpid())]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "decoder_process" in line}
+
+
+@pytest.fixture
+def pool():
+    made = Decoders(LIMITS)
+    yield made
+    made.close()
+
+
+async def decoded(pool, data, owner="a", needed=64):
+    return await pool.decode(lambda: data, read_header(data, LIMITS), needed, owner)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+async def test_a_process_decodes_as_a_thread_does(pool, format):
+    data = image_file(1100, format)
+    for needed in (64, 500, 1100):
+        assert torch.equal(await decoded(pool, data, needed=needed), codec.decode(data, LIMITS, needed))
+    assert len(children()) == 1
+
+
+async def test_small_images_need_no_process(pool):
+    assert (await decoded(pool, SMALL)).shape == (3, 64, 64)
+    assert not children()
+
+
+async def test_a_small_image_whose_file_needs_much_memory_is_decoded_in_a_process(pool):
+    """350 MiB of tables for one megapixel."""
+    data = many_codes()
+    assert read_header(data, LIMITS).pixels <= SMALL_PIXELS
+    assert (await decoded(pool, data)).shape == (3, 64, 64)
+    assert len(children()) == 1
+
+
+async def test_an_image_that_cannot_be_used_is_refused_and_the_process_goes_on(pool):
+    damaged = LARGE[: len(LARGE) // 2]
+    with pytest.raises(UnusableImage, match="is a PNG image that is truncated or damaged; send the whole file again"):
+        await decoded(pool, damaged)
+    before = children()
+    assert (await decoded(pool, LARGE)).shape[0] == 3 and children() == before
+
+
+async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
+    read, started = [], threading.Event()
+
+    def reading(number):
+        read.append(number)
+        started.set()
+        return slow
+
+    header = read_header(slow, LIMITS)
+    calls = [
+        asyncio.create_task(pool.decode(lambda number=number: reading(number), header, 64, "a")) for number in range(6)
+    ]
+    await until(lambda: len(read) == DECODERS)
+    await until(lambda: len(children()) == DECODERS)
+    working = children()
+    assert pool.waiting == 6 - DECODERS
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls, timeout=0.1)  # they do not wait for the decoder
+    assert all(call.cancelled() for call in calls) and pool.waiting == 0
+    await until(lambda: not working & children())
+    assert len(read) == DECODERS  # the others never started
+    assert (await decoded(pool, LARGE)).shape == (3, 65, 65)
+
+
+async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
+    header = read_header(slow, LIMITS)
+    large = [asyncio.create_task(pool.decode(lambda: slow, header, 64, "a")) for _ in range(5)]
+    await until(lambda: len(children()) == DECODERS)
+    assert (await decoded(pool, SMALL, "b")).shape == (3, 64, 64)
+    assert await pool.quickly(lambda: 1) == await pool.run(lambda: 1, "b") == 1
+    assert not any(call.done() for call in large)
+    for call in large:
+        call.cancel()
+    await asyncio.wait(large)
+
+
+async def test_closing_ends_all_processes(slow):
+    pool = Decoders(LIMITS)
+    pool.start()
+    await until(lambda: len(children()) == DECODERS)
+    call = asyncio.create_task(decoded(pool, slow))
+    await until(lambda: pool.busy == 1)
+    pool.close()
+    with pytest.raises(Shortage):
+        await call
+    await until(lambda: not children())
+
+
+def test_a_process_ends_when_its_server_is_gone():
+    program = f"""
+        import os
+        from gramophone_server.config import Limits
+        from gramophone_server.images.decoder_client import DecoderProcess
+        process = DecoderProcess(Limits())
+        process.start()
+        print(process.id, flush=True)
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    server = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    child = int(server.stdout)
+    for _ in range(1000):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("it still runs")
+
+
+@pytest.fixture
+def process():
+    made = DecoderProcess(LIMITS)
+    yield made
+    made.close()
+
+
+def test_a_process_that_has_ended_is_started_again(process):
+    process.decode(LARGE, 64)
+    first = process.id
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    assert process.decode(LARGE, 64).shape == (3, 65, 65) and process.id != first
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGKILL, Shortage), (signal.SIGSEGV, EngineFailed)], ids=["no memory", "crash"]
+)
+def test_the_end_of_a_process_at_work_is_not_the_fault_of_the_image(process, slow, number, error, caplog):
+    process.start()
+    threading.Timer(0.2, os.kill, (process.id, number)).start()
+    with pytest.raises(error) as caught:
+        process.decode(slow, 64)
+    if error is Shortage:
+        assert str(caught.value) == "memory"  # the system ends a process with SIGKILL if memory runs out
+    else:
+        assert "has crashed: exit code -11" in caplog.text
+    assert process.decode(LARGE, 64).shape == (3, 65, 65)
+
+
+def test_a_process_that_is_killed_does_not_start_again(process):
+    process.start()
+    process.kill()
+    with pytest.raises(Shortage):
+        process.decode(LARGE, 64)
+    assert not children()
+
+
+def test_a_process_that_takes_too_long_is_ended(process, slow, monkeypatch):
+    process.start()
+    monkeypatch.setattr("gramophone_server.images.decoder_client.DECODE_S", 0.05)
+    with pytest.raises(Shortage, match=r"an image was not decoded within 0\.05 s"):
+        process.decode(slow, 64)
+    assert not children()
+
+
+def test_without_file_descriptors_it_is_a_shortage(process):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(Shortage, match="too many open files"):
+            process.decode(LARGE, 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert process.decode(LARGE, 64).shape == (3, 65, 65)
+
+
+# What a machine with little memory does is tried in a program of its own, whose memory is limited.
+WITHOUT_MEMORY = """
+    import resource, sys
+    from gramophone_server.config import Limits
+    from gramophone_server.images.decoding import decode
+    from gramophone_server.images.metadata_stripping import UnusableImage
+    from gramophone_server.images.shortages import Shortage
+    import mmap
+    used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    data = sys.stdin.buffer.read()
+    for room in range(0, 24, 1):
+        resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), hard))
+        try:
+            outcome = decode(data, Limits(), 64) and "decoded"
+        except (UnusableImage, Shortage) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        except MemoryError:
+            outcome = "Shortage: memory"  # of the test's own steps
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        print(outcome)
+"""
+
+
+def outcomes(data):
+    """What becomes of an image with 0 to 23 MiB of memory for it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT_MEMORY)],
+        input=data, env=environment, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr.decode()
+    return ran.stdout.decode().splitlines()
+
+
+def noise(mode, format, **options):
+    out = io.BytesIO()
+    pixels = Image.frombytes("L", (700, 700), random.Random(1).randbytes(490_000)).convert(mode)
+    pixels.save(out, format, **options)
+    return out.getvalue()
+
+
+FILES = {
+    "jpeg": lambda: noise("RGB", "JPEG"),
+    "progressive jpeg": lambda: noise("RGB", "JPEG", progressive=True),
+    "cmyk jpeg": lambda: noise("CMYK", "JPEG"),
+    "png": lambda: noise("RGB", "PNG"),
+    "palette png": lambda: noise("P", "PNG"),
+    "webp": lambda: noise("RGB", "WEBP"),
+    "lossless webp": lambda: noise("RGBA", "WEBP", lossless=True, method=0, quality=0),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_image_is_not_blamed_for_memory_that_is_missing(kind):
+    """libjpeg and libwebp report a lack of memory as they report damaged data."""
+    got = outcomes(FILES[kind]())
+    assert set(got) <= {"decoded", "Shortage: memory"}
+    assert got[0] == "Shortage: memory" and got[-1] == "decoded"
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_image_is_blamed_if_there_is_memory(kind):
+    data = FILES[kind]()
+    with pytest.raises(UnusableImage, match="truncated or damaged"):
+        codec.decode(data[: len(data) // 2], LIMITS, 64)
