@@ -35,11 +35,13 @@ def test_an_invalid_setting_is_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "gramophone-server: --port must be a whole number from 0 to 65535, got 'x'\n"
 
 
-def test_a_port_in_use_is_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr("logging.captureWarnings", lambda capture: None)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert run(monkeypatch, "--port", str(taken.getsockname()[1])) == 2
-    assert "Address already in use" in capsys.readouterr().err
+def test_a_port_in_use_is_exit_code_2(tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        Process("-m", "gramophone_server.command", "--port", str(taken.getsockname()[1]), cwd=tmp_path) as server,
+    ):
+        assert server.code() == 2
+    assert "Address already in use" in server.output
 
 
 def test_the_version_is_printed_without_loading_torch():

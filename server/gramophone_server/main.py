@@ -40,6 +40,7 @@ from gramophone_server.rpc import registration
 from gramophone_server.rpc.event_loop import ServerEventLoop
 from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.scheduling.scheduler import Scheduler
+from gramophone_server.telemetry import standard_streams
 from gramophone_server.telemetry.access_log import AccessLog
 from gramophone_server.telemetry.health import HealthMonitor
 from gramophone_server.telemetry.http_probes import HttpProbes
@@ -60,6 +61,7 @@ FORCED_STOP_S = 0.5  # instead of both, after a second signal
 
 def run(settings: Settings) -> None:
     """Runs a server in this process until it has drained."""
+    standard_streams.make_non_blocking()
     try:
         logging.basicConfig(
             level=settings.log_level.upper(),
@@ -92,7 +94,7 @@ def _exit_at_once(code: int) -> NoReturn:
     """Ends the process while the compute thread may run: an iteration or a load cannot be stopped, and unwinding torch
     under it crashes or hangs."""
     logging.shutdown()
-    sys.stdout.flush()
+    standard_streams.drain()
     os._exit(code)
 
 
@@ -138,7 +140,9 @@ class Server:
         self.servicer = Servicer(
             self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access_log=self._access_log
         )
-        self._monitor = HealthMonitor(self.scheduler, self.servicer.uploads, metrics, version())
+        self._monitor = HealthMonitor(
+            self.scheduler, self.servicer.uploads, metrics, version(), dropped_lines=self._dropped_lines
+        )
         self._health = health.aio.HealthServicer()
         registration.add_to_server(self.servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -166,11 +170,11 @@ class Server:
         self.servicer.start()
         await self._grpc.start()
         host = self._settings.host
-        _print(f"listening on {_address(host, self._port)}")
+        print(f"listening on {_address(host, self._port)}", flush=True)
         self._heartbeat = asyncio.create_task(self._monitor.watch())
         if self._probes is not None:
             self._probes.start()
-            _print(f"metrics on http://{_address(host, self._probes.port)}/metrics")
+            print(f"metrics on http://{_address(host, self._probes.port)}/metrics", flush=True)
         if not _is_loopback(host):
             log.warning(
                 "%s is not a loopback address: any client that reaches it can use this server, in plaintext", host
@@ -220,6 +224,9 @@ class Server:
         # The thread ends after its iteration. One that is still loading cannot be stopped, so it is not waited for.
         return await asyncio.to_thread(self.scheduler.join, self._last_messages_s if self._loaded else 0.0)
 
+    def _dropped_lines(self) -> dict[str, int]:
+        return {**standard_streams.dropped_lines(), "access": self._access_log.dropped}
+
     async def _announce(self, engine: Engine) -> None:
         self._loaded = True
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -231,20 +238,11 @@ class Server:
             engine.weights_source,
             "".join(f"; {op} through torch's library" for op in engine.kernels.by_library),
         )
-        _print(f"ready in {time.monotonic() - self._created_at:.1f} s")
+        print(f"ready in {time.monotonic() - self._created_at:.1f} s", flush=True)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in HEALTH_SERVICES:
             await self._health.set(name, status)
-
-
-def _print(line: str) -> None:
-    """Prints a line on standard output, whose reader may have gone, as after `gramophone-server | head -1`."""
-    try:
-        print(line, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail again at the exit
-        log.warning("standard output cannot be written (%s); it lacks this line: %s", error.strerror, line)
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:

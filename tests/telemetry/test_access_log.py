@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.errors import StartupError
+from gramophone_server.telemetry import access_log
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
@@ -96,10 +99,11 @@ async def test_a_client_that_leaves_has_a_line_too(tmp_path):
     ]
 
 
-def test_a_log_that_was_moved_away_is_created_again(tmp_path):
+async def test_a_log_that_was_moved_away_is_created_again(tmp_path):
     path = tmp_path / "access.log"
     access = AccessLog(str(path))
     access.write(method="A")
+    await until(lambda: lines(path))
     path.rename(tmp_path / "access.log.1")
     access.write(method="B")
     access.close()
@@ -117,6 +121,7 @@ async def test_calls_end_normally_if_the_log_cannot_be_written(tmp_path, caplog)
             await s.stub.GetServerInfo(pb.GetServerInfoRequest())
         await asyncio.wait_for(s.servicer.idle(), 5)
         assert len(s.servicer.calls) == 0
+        await until(lambda: access.dropped == 3)
         folder.mkdir()
         await s.stub.GetServerInfo(pb.GetServerInfoRequest())
         await until(path.exists)
@@ -137,12 +142,83 @@ def test_a_full_disk_is_reported_once(caplog, capsys):
     for _ in range(3):
         access.write(method="A")
     access.close()
-    assert [record.message.partition(": ")[0] for record in caplog.records] == [
-        "the access log cannot be written; calls are missing from it from now on",
-        "the access log cannot be closed",
-    ]
-    assert all(record.message.endswith("No space left on device") for record in caplog.records)
+    (record,) = caplog.records
+    assert record.message == (
+        "the access log cannot be written; calls are missing from it from now on: [Errno 28] No space left on device"
+    )
+    assert access.dropped == 3
     assert capsys.readouterr().err == ""
+
+
+async def test_a_pipe_that_nobody_reads_drops_lines_and_no_call_waits(tmp_path, caplog):
+    path = tmp_path / "access.pipe"
+    os.mkfifo(path)
+    access = AccessLog(str(path))  # without a reader
+    async with serving(FakeEngine(), access_log=access) as s:
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        await until(lambda: access.dropped == 1)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+        await until(lambda: len(caplog.records) == 2)
+        assert caplog.records[1].message == "the access log is written again; 1 calls are missing from it"
+        for _ in range(20_000):  # more than the pipe and the queue take
+            access.write(method="A" * 100)
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
+        assert access.dropped > 1000
+        assert caplog.records[2].message.endswith("calls are missing from it from now on: nobody reads it")
+        text = b""
+        while True:  # the reader is there again
+            try:
+                text += os.read(reader, 1 << 20)
+            except BlockingIOError:
+                if len(caplog.records) == 4:
+                    break
+                await asyncio.sleep(0.001)
+    access.close()
+    os.close(reader)
+    assert caplog.records[3].message.startswith("the access log is written again; ")
+    written = [json.loads(line)["method"] for line in text.splitlines()]  # each is a whole line
+    assert written.count("A" * 100) + access.dropped - 1 == 20_000
+    assert written[-1] == "GetServerInfo"  # the oldest are dropped
+
+
+def test_a_pipe_that_nobody_reads_does_not_hold_the_end_of_the_server(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(access_log, "CLOSE_S", 0.05)
+    path = tmp_path / "access.pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    access = AccessLog(str(path))
+    for _ in range(2_000):
+        access.write(method="A" * 100)
+    access.close()
+    (record,) = caplog.records
+    os.close(reader)
+    assert record.message.startswith("the access log is closed before its last lines are written")
+
+
+def test_a_line_that_was_torn_by_a_full_disk_does_not_spoil_the_next(tmp_path):
+    """The disk takes half of a line, which a limit of the process does as well."""
+    path = tmp_path / "access.log"
+    program = (
+        "import resource, signal, sys\n"
+        "from gramophone_server.telemetry.access_log import AccessLog\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "access = AccessLog(sys.argv[1])\n"
+        "access.write(method='A')\n"
+        "access.close()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
+        "access = AccessLog(sys.argv[1])\n"
+        "access.write(method='B')\n"
+        "while not access.dropped: pass\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "access.write(method='C')\n"
+        "access.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program, str(path)], env=environment, timeout=60, check=True)
+    first, torn, last = path.read_text().splitlines()
+    assert (json.loads(first)["method"], json.loads(last)["method"]) == ("A", "C")
+    assert not torn.endswith("}")
 
 
 def test_a_dash_is_standard_error_and_no_other_log(capsys, caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -51,7 +51,8 @@ class ObservedCache(Protocol):
 class HealthMonitor(Collector):
     """Reads the state of other parts when a probe or a scrape asks for it. All methods but `watch` are thread-safe.
 
-    `max_step_s` and `clock`, which is monotonic and in seconds, are for tests to replace.
+    `dropped_lines` returns how many lines could not be written, by the name of the log. `max_step_s` and `clock`, which
+    is monotonic and in seconds, are for tests to replace.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class HealthMonitor(Collector):
         metrics: Metrics,
         version: str,
         *,
+        dropped_lines: Callable[[], Mapping[str, int]] = dict,
         max_step_s: float = MAX_STEP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
         self._scheduler, self._uploads, self._metrics = scheduler, uploads, metrics
         self._version = version
+        self._dropped_lines = dropped_lines
         self._longest_step_s = max_step_s
         self._clock = clock
         self._tasks = 0
@@ -114,6 +117,12 @@ class HealthMonitor(Collector):
             "duration so far of the compute thread's current step, 0 while it waits for jobs",
             scheduler.step_s,
         )
+        dropped = CounterMetricFamily(
+            "gramophone_log_lines_dropped", "lines of a log that nobody read in time, or without room", labels=["log"]
+        )
+        for name, number in self._dropped_lines().items():
+            dropped.add_metric([name], number)
+        yield dropped
         yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())
         wait_s = scheduler.estimated_wait_s()
         if wait_s is not None:
