@@ -4,7 +4,8 @@
 //   k6 run -e TARGET=127.0.0.1:50051 -e VUS=8 -e DURATION=30s -e SIZE=64 -e ITERATIONS=20 benchmarks/k6/stylize_stream.js
 //   k6 run -e RATE=5 -e DURATION=60s ...         open loop: this many new jobs per second
 //
-// Other settings: PHOTO and PAINTING (files; default: a chequered square of 64 px), PRESET (fast), FRAMES=0 for no frames,
+// Other settings: PHOTO and PAINTING (files of at most 4 MiB together, because the script sends them with each job and uploads
+// nothing; default: a chequered square of 64 px), PRESET (fast), FRAMES=0 for no frames,
 // TIMEOUT (60 s per job), MAX_VUS (200, open loop), JSON (a file for the summary). A refused job is counted in
 // `jobs_refused` and is not an error of the run. The run fails if a job ends in neither a result nor a typed refusal.
 
@@ -22,7 +23,14 @@ const CHEQUERED =
 const env = (name, otherwise) => __ENV[name] || otherwise;
 const target = env('TARGET', '127.0.0.1:50051');
 const timeout = `${env('TIMEOUT', '60')}s`;
-const image = (name) => (__ENV[name] ? encoding.b64encode(open(__ENV[name], 'b')) : CHEQUERED);
+let imageBytes = 0;
+const image = (name) => {
+  if (!__ENV[name]) return CHEQUERED;
+  const data = open(__ENV[name], 'b');
+  imageBytes += data.byteLength;
+  if (imageBytes > 2 ** 22) throw new Error(`PHOTO and PAINTING must have at most 4 MiB together, got ${imageBytes} bytes`);
+  return encoding.b64encode(data);
+};
 const spec = {
   content: { data: image('PHOTO') },
   styles: [{ image: { data: image('PAINTING') } }],

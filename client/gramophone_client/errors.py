@@ -221,7 +221,7 @@ class ImageNotFoundError(GramophoneError):
     """The server has no upload of this digest: it was not uploaded there, or was evicted; `upload` it again.
 
     The client does that automatically, with what it has found too large for a request and with the images that its own
-    `upload` returned, up to three times per call.
+    `upload` returned, before up to three attempts of a call.
     """
 
     digests: tuple[str, ...] = ()  # of all that is missing; empty if the server is too old to list them

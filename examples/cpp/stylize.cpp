@@ -18,6 +18,10 @@
 namespace {
 
 constexpr int kLargestMessage = 64 << 20;  // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
+constexpr std::size_t kInline = 2 << 20;  // bytes; two images of at most this size fit in a request at every server
+constexpr std::size_t kChunk = 64 << 10;  // bytes
+
+using Service = gramophone::v1::StyleTransferService::Stub;
 
 std::string read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -48,11 +52,34 @@ std::string reason(const grpc::Status& status) {
   return "";
 }
 
-grpc::Status stylize(gramophone::v1::StyleTransferService::Stub& service, grpc::ClientContext& call, char** args) {
+// Sets an image of a request. A large one is uploaded, and the request has its digest.
+grpc::Status set_image(Service& service, const std::string& data, gramophone::v1::ImageSource& image) {
+  if (data.size() <= kInline) {
+    image.set_data(data);
+    return grpc::Status::OK;
+  }
+  grpc::ClientContext call;
+  gramophone::v1::UploadImageRequest request;
+  gramophone::v1::UploadImageResponse stored;
+  const auto writer = service.UploadImage(&call, &stored);
+  for (std::size_t at = 0; at < data.size(); at += kChunk) {
+    request.set_chunk(data.substr(at, kChunk));
+    if (!writer->Write(request)) break;  // the server has refused it; Finish returns why
+  }
+  writer->WritesDone();
+  const grpc::Status status = writer->Finish();
+  image.set_digest(stored.digest());
+  return status;
+}
+
+grpc::Status stylize(Service& service, grpc::ClientContext& call, char** args) {
   gramophone::v1::StylizeStreamRequest request;
-  request.mutable_spec()->mutable_content()->set_data(read(args[2]));
-  request.mutable_spec()->add_styles()->mutable_image()->set_data(read(args[3]));
-  request.mutable_spec()->mutable_recipe()->set_size(whole(args[4]));
+  auto& spec = *request.mutable_spec();
+  spec.mutable_recipe()->set_size(whole(args[4]));
+  const std::string photo = read(args[2]), painting = read(args[3]);
+  grpc::Status stored = set_image(service, photo, *spec.mutable_content());
+  if (stored.ok()) stored = set_image(service, painting, *spec.add_styles()->mutable_image());
+  if (!stored.ok()) return stored;
   const auto reader = service.StylizeStream(&call, request);
   gramophone::v1::StylizeStreamResponse response;
   while (reader->Read(&response)) {

@@ -21,8 +21,11 @@ import (
 	pb "gramophone/v1"
 )
 
-// A PNG of 2048 px can be larger than gRPC's default of 4 MiB.
-const largestMessage = 64 << 20
+const (
+	largestMessage = 64 << 20 // a PNG of 2048 px can be larger than gRPC's default of 4 MiB
+	inline         = 2 << 20  // two images of at most this size fit in a request at every server
+	chunk          = 64 << 10
+)
 
 func main() {
 	if len(os.Args) < 6 {
@@ -58,12 +61,21 @@ func stylize(ctx context.Context, args []string) error {
 		return err
 	}
 	defer connection.Close()
+	service := pb.NewStyleTransferServiceClient(connection)
+	photo, err := image(ctx, service, content)
+	if err != nil {
+		return err
+	}
+	painting, err := image(ctx, service, style)
+	if err != nil {
+		return err
+	}
 	spec := &pb.JobSpec{
-		Content: image(content),
-		Styles:  []*pb.StyleSource{{Image: image(style)}},
+		Content: photo,
+		Styles:  []*pb.StyleSource{{Image: painting}},
 		Recipe:  &pb.Recipe{Size: proto.Int32(int32(size))},
 	}
-	stream, err := pb.NewStyleTransferServiceClient(connection).StylizeStream(ctx, &pb.StylizeStreamRequest{Spec: spec})
+	stream, err := service.StylizeStream(ctx, &pb.StylizeStreamRequest{Spec: spec})
 	if err != nil {
 		return err
 	}
@@ -87,8 +99,30 @@ func stylize(ctx context.Context, args []string) error {
 	}
 }
 
-func image(data []byte) *pb.ImageSource {
-	return &pb.ImageSource{Source: &pb.ImageSource_Data{Data: data}}
+// image is a field of a request. A large image is uploaded, and the field has its digest.
+func image(ctx context.Context, service pb.StyleTransferServiceClient, data []byte) (*pb.ImageSource, error) {
+	if len(data) <= inline {
+		return &pb.ImageSource{Source: &pb.ImageSource_Data{Data: data}}, nil
+	}
+	upload, err := service.UploadImage(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for len(data) > 0 {
+		size := len(data)
+		if size > chunk {
+			size = chunk
+		}
+		if err := upload.Send(&pb.UploadImageRequest{Chunk: data[:size]}); err != nil {
+			break // the server has refused it; CloseAndRecv returns why
+		}
+		data = data[size:]
+	}
+	stored, err := upload.CloseAndRecv()
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ImageSource{Source: &pb.ImageSource_Digest{Digest: stored.Digest}}, nil
 }
 
 // connect takes the seconds between two pings, if there are any, as a list of at most one text.

@@ -10,18 +10,25 @@ import gramophone.v1.StyleTransfer.JobSpec;
 import gramophone.v1.StyleTransfer.Recipe;
 import gramophone.v1.StyleTransfer.StyleSource;
 import gramophone.v1.StyleTransfer.StylizeStreamRequest;
+import gramophone.v1.StyleTransfer.UploadImageRequest;
+import gramophone.v1.StyleTransfer.UploadImageResponse;
 import gramophone.v1.StyleTransferServiceGrpc;
 import io.grpc.Context;
 import io.grpc.ManagedChannel;
 import io.grpc.ManagedChannelBuilder;
 import io.grpc.Metadata;
 import io.grpc.StatusRuntimeException;
+import io.grpc.stub.StreamObserver;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ExecutionException;
 
 class Stylize {
   static final int LARGEST_MESSAGE = 64 << 20; // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
+  static final int INLINE = 2 << 20; // bytes; two images of at most this size fit in a request at every server
+  static final int CHUNK = 64 << 10; // bytes
   static final Metadata.Key<byte[]> DETAILS =
       Metadata.Key.of("grpc-status-details-bin", Metadata.BINARY_BYTE_MARSHALLER);
 
@@ -47,10 +54,10 @@ class Stylize {
     }
   }
 
-  static Void stylize(ManagedChannel channel, String[] args) throws IOException {
+  static Void stylize(ManagedChannel channel, String[] args) throws Exception {
     var spec = JobSpec.newBuilder()
-                   .setContent(image(args[1]))
-                   .addStyles(StyleSource.newBuilder().setImage(image(args[2])))
+                   .setContent(image(channel, args[1]))
+                   .addStyles(StyleSource.newBuilder().setImage(image(channel, args[2])))
                    .setRecipe(Recipe.newBuilder().setSize(Integer.parseInt(args[3])));
     var request = StylizeStreamRequest.newBuilder().setSpec(spec).build();
     var responses = StyleTransferServiceGrpc.newBlockingStub(channel).stylizeStream(request);
@@ -68,8 +75,36 @@ class Stylize {
     return null;
   }
 
-  static ImageSource image(String path) throws IOException {
-    return ImageSource.newBuilder().setData(ByteString.copyFrom(Files.readAllBytes(Path.of(path)))).build();
+  /** An image as a field of a request: a large one is uploaded, and the field has its digest. */
+  static ImageSource image(ManagedChannel channel, String path) throws Exception {
+    var data = ByteString.copyFrom(Files.readAllBytes(Path.of(path)));
+    if (data.size() <= INLINE) return ImageSource.newBuilder().setData(data).build();
+    var stored = new CompletableFuture<UploadImageResponse>();
+    var upload = StyleTransferServiceGrpc.newStub(channel).uploadImage(
+        new StreamObserver<UploadImageResponse>() {
+          @Override
+          public void onNext(UploadImageResponse response) {
+            stored.complete(response);
+          }
+
+          @Override
+          public void onError(Throwable error) {
+            stored.completeExceptionally(error);
+          }
+
+          @Override
+          public void onCompleted() {}
+        });
+    for (int at = 0; at < data.size() && !stored.isDone(); at += CHUNK) {
+      var chunk = data.substring(at, Math.min(at + CHUNK, data.size()));
+      upload.onNext(UploadImageRequest.newBuilder().setChunk(chunk).build()); // waits in memory until it can be sent
+    }
+    if (!stored.isDone()) upload.onCompleted();
+    try {
+      return ImageSource.newBuilder().setDigest(stored.get().getDigest()).build();
+    } catch (ExecutionException error) {
+      throw (StatusRuntimeException) error.getCause();
+    }
   }
 
   static void cancel(Context.CancellableContext call, ManagedChannel channel) {

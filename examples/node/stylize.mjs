@@ -11,6 +11,7 @@
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import process from 'node:process';
+import { Readable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
@@ -21,6 +22,8 @@ import protobuf from 'protobufjs';
 const HERE = path.dirname(fileURLToPath(import.meta.url));
 const PROTOS = path.join(HERE, '..', '..', 'proto');
 const LARGEST_MESSAGE = 2 ** 26; // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
+const INLINE = 2 ** 21; // bytes; two images of at most this size fit in a request at every server
+const CHUNK = 2 ** 16; // bytes
 const EXIT = { done: 0, badRequest: 2, noServer: 3, noRoom: 4, failed: 5, interrupted: 130 };
 const EXIT_OF = {
   [grpc.status.INVALID_ARGUMENT]: EXIT.badRequest,
@@ -100,18 +103,34 @@ async function image(file) {
   });
 }
 
+/**
+ * The image as a field of a request: a large one is uploaded and named by its digest.
+ * @returns {Promise<object>} an ImageSource; rejects with a usage error or a ServiceError
+ */
+async function source(client, file, deadline) {
+  const data = await image(file);
+  if (data.length <= INLINE) return { data };
+  const { digest } = await new Promise((resolve, reject) => {
+    const call = client.uploadImage({ deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
+    const chunks = Array.from({ length: Math.ceil(data.length / CHUNK) }, (_, i) => data.subarray(i * CHUNK, (i + 1) * CHUNK));
+    Readable.from(chunks.map((chunk) => ({ chunk }))).pipe(call);
+  });
+  return { digest };
+}
+
 /** Streams one job; resolves with its Result or rejects with a ServiceError. */
 async function stylize(client, [photo, painting], options) {
   const recipe = { preset: preset(options.preset) };
   for (const name of ['size', 'iterations']) {
     if (options[name] !== undefined) recipe[name] = whole(name, options[name]);
   }
-  const spec = { content: { data: await image(photo) }, styles: [{ image: { data: await image(painting) } }], recipe };
+  const deadline = Date.now() + 1000 * whole('timeout', options.timeout);
+  const [content, style] = await Promise.all([photo, painting].map((file) => source(client, file, deadline)));
+  const spec = { content, styles: [{ image: style }], recipe };
   if (options.frames) {
     await mkdir(options.frames, { recursive: true });
     spec.frames = { format: 'IMAGE_FORMAT_JPEG' };
   }
-  const deadline = Date.now() + 1000 * whole('timeout', options.timeout);
   const call = client.stylizeStream({ spec }, { deadline, waitForReady: false });
   process.once('SIGINT', () => call.cancel());
   let result;

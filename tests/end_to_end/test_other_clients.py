@@ -20,6 +20,7 @@ import grpc
 import pytest
 from PIL import Image
 
+from gramophone.options import MESSAGE_BYTES
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from tests.support.processes import PHOTO, ROOT, WITHIN_S, Server
@@ -128,6 +129,33 @@ def test_node_paints_a_picture_and_keeps_its_frames(server: Server, tmp_path: Pa
     assert list(frames.glob("*.jpg"))
 
 
+def large(image: Path, folder: Path) -> Path:
+    """The same picture in a file that is too large for a request: bytes behind its end are ignored."""
+    path = folder / image.name
+    path.write_bytes(image.read_bytes() + bytes(6 * 2**20))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ("--engine", "fake", "--iter-ms", "1", "--max-message-bytes", str(int(MESSAGE_BYTES.low)))
+    with Server(*flags, cwd=tmp_path_factory.mktemp("small")) as server:
+        server.line("ready in ")
+        yield server
+
+
+@needs_node
+def test_node_uploads_large_images(small_server: Server, tmp_path: Path) -> None:
+    images = [large(PHOTO, tmp_path), large(PAINTING, tmp_path)]
+    out, target = tmp_path / "out.png", small_server.address
+    code, printed, errors = node(*images, "-o", out, "--size", 64, "--target", target)
+    assert code == 0 and printed.startswith(f"{out}: 64 x 43 px"), errors
+    too_large = tmp_path / "large.jpg"
+    too_large.write_bytes(PHOTO.read_bytes() + bytes(11 * 2**20))
+    code, _, errors = node(too_large, PAINTING, "-o", out, "--target", target)
+    assert code == 2 and "chunk: makes an image of " in errors and "(INVALID_ARGUMENT, INVALID_REQUEST)" in errors
+
+
 @needs_node
 def test_node_prints_the_error_of_each_field(server: Server, tmp_path: Path) -> None:
     code, _, errors = node(
@@ -214,6 +242,19 @@ def test_a_compiled_client_paints_a_picture(client: Path, server: Server, tmp_pa
 
 
 @each_compiled
+def test_a_compiled_client_uploads_large_images(client: Path, small_server: Server, tmp_path: Path) -> None:
+    images = [large(PHOTO, tmp_path), large(PAINTING, tmp_path)]
+    out = tmp_path / "out.png"
+    code, printed, errors = run(client, small_server.address, *images, 64, out)
+    assert code == 0, errors
+    assert printed.splitlines()[-1] == f"{out}: 64 x 43 px"
+    too_large = tmp_path / "large.jpg"
+    too_large.write_bytes(PHOTO.read_bytes() + bytes(11 * 2**20))
+    code, _, errors = run(client, small_server.address, too_large, PAINTING, 64, out)
+    assert code == 1 and errors.startswith("stylize: chunk: makes an image of ") and "INVALID_REQUEST)" in errors
+
+
+@each_compiled
 def test_a_compiled_client_prints_the_code_and_the_reason_of_an_error(
     client: Path, server: Server, tmp_path: Path
 ) -> None:
@@ -289,9 +330,21 @@ def test_k6_counts_jobs_frames_and_refusals(server: Server, tmp_path: Path) -> N
     assert "jobs done in" in done.stdout and "to the first frame" in done.stdout
 
 
+@needs_k6
+def test_k6_refuses_images_that_are_too_large_for_a_request(server: Server, tmp_path: Path) -> None:
+    settings = {"TARGET": server.address, "PHOTO": large(PHOTO, tmp_path), "DURATION": "1s"}
+    flags = [flag for name, value in settings.items() for flag in ("-e", f"{name}={value}")]
+    assert K6 is not None
+    command = [K6, "run", "--quiet", "--no-usage-report", *flags, str(K6_SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0 and "must have at most 4 MiB together, got" in done.stdout + done.stderr
+
+
 FIELDS = {
     NODE_CLIENT: {
         pb.JobSpec: "content styles recipe frames",
+        pb.UploadImageRequest: "chunk",
+        pb.UploadImageResponse: "digest",
         pb.Recipe: "preset size iterations",
         pb.JobEvent: "accepted waiting progress frame result",
         pb.Progress: "iteration iterations losses",

@@ -17,7 +17,9 @@ __all__ = ["JobUploads"]
 
 log: logging.Logger = logging.getLogger("gramophone_client")
 
-# Uploads for one call. The server may remove a file for the uploads of others before the job arrives.
+# Rounds of uploads for one call. The server may remove a file for the uploads of others before the job arrives. Or a
+# proxy sends each call to the next of several servers. Then an upload and its job may never meet, so the second round
+# uploads each file twice, and the third three times, which reaches three servers.
 MAX_ROUNDS = 3
 
 
@@ -51,7 +53,7 @@ class JobUploads:
         if self._rounds == MAX_ROUNDS:
             raise _of_full_store(error, attachments)
         self._rounds += 1
-        total = sum(len(attachment.data) for attachment in missing.values())
+        total = self._rounds * sum(len(attachment.data) for attachment in missing.values())
         log.info("%s: uploads %d files (%.1f MiB) that its server does not have", job, len(missing), total / 2**20)
         end_s, sent = time.monotonic() + left_s, 0
 
@@ -62,7 +64,7 @@ class JobUploads:
 
         on_sent(0)
         try:
-            for digest, attachment in missing.items():
+            for digest, attachment in (file for file in missing.items() for _ in range(self._rounds)):
                 left_s = max(0.0, end_s - time.monotonic())
                 try:
                     await upload_once(
@@ -94,9 +96,9 @@ def _of_full_store(error: ImageNotFoundError, attachments: Attachments) -> Image
     """The error of a server that does not keep what was uploaded, with what may be the cause."""
     total = sum(len(attachment.data) for attachment in attachments.values())
     text = (
-        f"{error}. It was uploaded {MAX_ROUNDS} times: the server keeps too few bytes of uploads (its setting "
-        f"GRAMOPHONE_MAX_UPLOADS_BYTES) for the {total / 2**20:.1f} MiB of this job beside those of other jobs, or a "
-        "proxy sends the calls of a client to different servers"
+        f"{error}. It was uploaded before each of {MAX_ROUNDS} attempts: the server keeps too few bytes of uploads "
+        f"(its setting GRAMOPHONE_MAX_UPLOADS_BYTES) for the {total / 2**20:.1f} MiB of this job beside those of other "
+        "jobs, or a proxy sends each call to another server"
     )
     full = ImageNotFoundError(text, code=error.code, reason=error.reason)
     full.digests = error.digests
