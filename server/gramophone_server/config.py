@@ -24,6 +24,7 @@ __all__ = [
     "DECODERS",
     "DECODER_BYTES",
     "DECODING_BYTES_PER_PIXEL",
+    "PARKED_BYTES",
     "Limits",
     "Settings",
     "env_variable",
@@ -40,6 +41,9 @@ DECODING_BYTES_PER_PIXEL = 24
 # Bytes that a decoder needs at any image size: libwebp builds 350 MiB of tables from a file of 295 KB with every code.
 DECODER_BYTES = 2**29
 DECODED_BYTES_PER_PIXEL = 3  # of an image that waits for its job
+# States of jobs that are paused, or have left the device for others, in the host's memory: a job of 2048 px with L-BFGS
+# has 1.1 GiB. At most half of the engine's memory if that is less.
+PARKED_BYTES = 4 * 2**30
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
 
 

@@ -23,7 +23,7 @@ from gramophone_server import config, main
 from gramophone_server.config import Limits
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import JobState, Shape
-from gramophone_server.engine.fake import FakeBatch, FakeEngine
+from gramophone_server.engine.fake import FakeBatch, FakeBeginning, FakeEngine
 from gramophone_server.errors import OutOfDeviceMemory
 
 KINDS: Mapping[str, Callable[[Shape], Exception]] = {
@@ -60,9 +60,9 @@ class FaultyBatch(FakeBatch):
         super().__init__(engine, shape, slots)
         self._faults = engine
 
-    def join(self, state: JobState) -> int:
+    def join(self, state: JobState, beginning: FakeBeginning | None = None) -> int:
         self._faults.fail_at("join", self.shape)
-        return super().join(state)
+        return super().join(state, beginning)
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         self._faults.fail_at("advance", self.shape)

@@ -508,10 +508,10 @@ async def test_a_job_that_is_cancelled_while_it_is_being_paused_frees_its_place(
             job.cancel()
             cancelled.set()
 
-        def leave(batch, slot):
+        def leave(batch, slot, **options):
             loop.call_soon_threadsafe(cancel)
             assert cancelled.wait(5)
-            return original_leave(batch, slot)
+            return original_leave(batch, slot, **options)
 
         monkeypatch.setattr(FakeBatch, "leave", leave)
         await until(engine.under_way.is_set)

@@ -9,7 +9,7 @@ from gramophone_server.domain.events import Changed, Finished, Frame, Progress, 
 from gramophone_server.errors import EngineFailed, InvalidRequest, OutOfDeviceMemory, ShuttingDown
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.worker import MEMORY_WAIT_S, Worker
+from gramophone_server.scheduling.worker import Worker
 from tests.support.clock import ManualClock
 from tests.support.engines import CHECKPOINTS, FakeEngine
 from tests.support.specs import job_state
@@ -72,6 +72,12 @@ def worker_of(engine, *tasks):
     return worker
 
 
+def seat(worker, *tasks):
+    """Steps until all tasks have joined a batch."""
+    while not all(one.batch for one in tasks):
+        worker.step(tasks)
+
+
 def run_to_end(worker, tasks, max_steps=100_000):
     """Steps until all tasks have ended, as the compute thread does."""
     left = list(tasks)
@@ -125,8 +131,8 @@ def test_a_late_job_has_neither_debt_nor_advantage():
     new = task(100_000)
     worker.admit(new)
     had = old.used_s
-    worker.step([old, new])  # both share a batch
-    assert new.used_s == pytest.approx(old.used_s, abs=1e-4) and old.used_s > had > 0
+    seat(worker, old, new)
+    assert new.used_s == pytest.approx(old.used_s, rel=0.2) and new.used_s > 0.9 * had > 0
     had, start = old.used_s, new.used_s
     for _ in range(20):
         worker.step([old, new])
@@ -138,20 +144,20 @@ def test_after_a_pause_a_job_owes_nothing_for_its_earlier_slices():
     worker = worker_of(fake_engine(pixel_s=5e-7), old)
     for _ in range(200):
         worker.step([old])
-    worker.detach(old)
+    worker.pause(old, 0)
     worker.admit(new)
-    worker.step([new])
+    seat(worker, new)
     worker.admit(old)
     done = old.state.done
-    for _ in range(4):
+    for _ in range(6):
         worker.step([new, old])
     assert old.state.done > done
 
 
 def test_a_job_that_waited_for_memory_does_not_catch_up():
     """The last job gets its batch when the first has ended; then it and the second share the device evenly."""
-    engine = fake_engine(pixel_s=5e-7, memory_bytes=64 * 32 * 2000)
-    first, second, last = task(2000), task(100_000, size=62), task(100_000, size=60)
+    engine = fake_engine(pixel_s=5e-7, memory_bytes=64 * 32 * 2200)
+    first, second, last = task(2000), task(100_000, size=60), task(100_000, size=62)
     worker = worker_of(engine, first, second, last)
     tasks = [first, second, last]
     while not first.ended:
@@ -188,12 +194,16 @@ def test_long_joins_alternate_with_iterations():
     others = [task(10, size=60) for _ in range(5)]
     for one in others:
         worker.admit(one)
-    for n in range(1, 6):
+    gaps, last, had = [], clock.monotonic(), old.state.done
+    while not all(one.batch or one.ended for one in others):
         before = clock.monotonic()
         worker.step([old, *others])
         assert clock.monotonic() - before < 0.15
-        assert sum(one.batch is not None for one in others) == n
-    assert not worker.memory_short
+        if old.state.done > had:
+            gaps.append(clock.monotonic() - last)
+            last, had = clock.monotonic(), old.state.done
+    assert max(gaps) < 0.25  # the first join was not measured yet, so two follow each other
+    assert not any(one.memory_short for one in others)
 
 
 def test_no_job_starves_among_many_shapes():
@@ -249,6 +259,7 @@ def test_no_checkpoint_is_sent_that_would_be_too_large():
     one = task(100)
     worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state, light=True) // 2, clock=clock)
     worker.admit(one)
+    seat(worker, one)
     one.observer.checkpoint_watchers = {True: {"light"}, False: {"full"}}
     worker.step([one])
     assert [type(event) for event in one.observer.events] == [Progress]
@@ -258,6 +269,7 @@ def test_a_full_checkpoint_that_would_be_too_large_is_a_light_one():
     one = task(100)
     worker = Worker(fake_engine(), ThroughputModel(), CHECKPOINTS.size(one.state) - 1, clock=clock)
     worker.admit(one)
+    seat(worker, one)
     one.observer.checkpoint_watchers[False] = {"full"}
     worker.step([one])
     assert one.observer.events[-1].state.light
@@ -341,38 +353,20 @@ def test_a_failed_batch_loses_its_own_jobs_and_no_other(error):
 
 
 def test_a_failed_device_loses_all_jobs_and_the_worker_continues():
-    engine = fake_engine(memory_bytes=64 * 32 * 2000)
+    engine = fake_engine(memory_bytes=64 * 32 * 2200)
     tasks = [task(30), task(30, size=62), task(30, size=60)]
     worker = worker_of(engine, *tasks)
+    seat(worker, *tasks[:2])
     worker.step(tasks)
-    assert worker.memory_short
+    assert tasks[2].memory_short
     engine.close_error = RuntimeError("the device is gone")
     worker.fail_all(tasks, RuntimeError("the device is gone"))
     assert all(isinstance(one.observer.error, EngineFailed) and one.ended for one in tasks)
     engine.close_error, fresh = None, task(3)
-    assert worker.may_start(fresh)
+    assert worker.startable([fresh], 1, []) == [fresh]
     worker.admit(fresh)
     run_to_end(worker, [fresh])
     assert fresh.observer.end is not None
-
-
-def test_a_job_that_waits_for_memory_lets_smaller_ones_start_for_a_while():
-    engine = fake_engine(iteration_s=0.01, memory_bytes=128 * 64 * 1000 + 10 * 32 * 16 * 1000)
-    running, large, small, too_large = task(5000, size=128), task(5, size=127), task(5, size=32), task(5, size=120)
-    worker = worker_of(engine, running, large)
-    worker.step([running, large])
-    assert worker.memory_short and large.batch is None
-    assert worker.may_start(small) and not worker.may_start(too_large)
-    worker.admit(small)
-    tasks = [running, large, small]
-    while not small.ended:
-        worker.step(tasks)
-    assert large.state.done == 0 < running.state.done
-    clock.advance(MEMORY_WAIT_S)
-    assert not worker.may_start(task(5, size=32))
-    running.observer.cancelled = True
-    run_to_end(worker, [running, large])
-    assert large.observer.end is not None and worker.may_start(too_large)
 
 
 def test_a_job_too_large_for_the_device_ends_alone():
@@ -387,10 +381,8 @@ def test_when_memory_runs_out_jobs_wait_and_all_finish():
     for engine in (fake_engine(memory_bytes=64 * 32 * 1000), fake_engine(max_pixels=64 * 32)):
         tasks = [task(10), task(10, size=60), task(10, size=62)]
         worker = worker_of(engine, *tasks)
-        worker.step(tasks)
-        assert worker.memory_short is (engine.memory_bytes < 2**40)
         run_to_end(worker, tasks)
-        assert all(one.observer.end is not None for one in tasks) and not worker.memory_short
+        assert all(one.observer.end is not None for one in tasks)
 
 
 @pytest.mark.parametrize("light", [True, False])
@@ -398,6 +390,7 @@ def test_a_drained_job_sends_its_picture_and_its_state(light):
     one, fresh = task(100), task(100)
     one.observer.accepts_light_checkpoint = light
     worker = worker_of(fake_engine(), one)
+    seat(worker, one)
     worker.step([one])
     for each in (one, fresh):
         worker.drain_task(each)
@@ -416,6 +409,7 @@ def test_a_drained_job_sends_its_picture_and_its_state(light):
 def started(iterations=100, engine=None, **recipe):
     one = task(iterations, **recipe)
     worker = worker_of(engine or fake_engine(), one)
+    seat(worker, one)
     worker.step([one])
     return worker, one
 
@@ -447,12 +441,13 @@ def test_a_number_of_iterations_that_are_done_already_ends_the_job():
 
 def test_a_restored_job_cannot_end_before_it_has_a_picture_and_is_unchanged():
     worker, one = started()
-    worker.detach(one)
+    worker.pause(one, 0)
     resumed = Task(state=one.state, observer=Recorder())
     with pytest.raises(InvalidRequest, match="has not started yet"):
         worker.update(resumed, {"iterations": one.state.done})
     assert resumed.observer.events == [] and one.state.recipe.iterations == 100
     worker.admit(resumed)
+    seat(worker, resumed)
     worker.step([resumed])
     assert resumed.observer.error is None and resumed.last_report is not None
 
@@ -497,12 +492,13 @@ def test_a_job_that_has_not_started_has_no_picture(command):
 def test_a_paused_job_keeps_picture_and_state_and_continues_from_there():
     worker, one = started()
     picture = worker.frame(one).picture
-    worker.detach(one)
+    worker.pause(one, 0)
     assert one.batch is None
     worker.update(one, {"beta": 3.0})
     assert (worker.frame(one).picture.wait() == picture.wait()).all()
     done = one.state.done
     worker.admit(one)
+    seat(worker, one)
     worker.step([one])
     assert one.state.done > done and one.observer.starts == 2
 
@@ -511,7 +507,7 @@ def test_a_pause_does_not_count_in_the_speed_of_a_job():
     worker, one = started(1000, fake_engine(iteration_s=0.001))
     for _ in range(5):
         worker.step([one])
-    worker.detach(one)
+    worker.pause(one, 0)
     clock.advance(0.5)
     worker.admit(one)
     for _ in range(3):
@@ -526,7 +522,7 @@ def test_progress_is_sent_ten_times_a_second_and_at_every_stop():
         worker.step([one])
     reported = [event.report.iteration for event in one.observer.events if isinstance(event, Progress)]
     assert reported[0] == 1 and 2 <= len(reported) <= 4  # 0.2 s
-    worker.detach(one)
+    worker.pause(one, 0)
     assert one.observer.events[-1].report.iteration == one.state.done
     worker.admit(one)
     run_to_end(worker, [one])

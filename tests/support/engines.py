@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from gramophone_server.domain.engine_api import CacheCounts, KernelReport
 from gramophone_server.domain.job import Losses, Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
+from gramophone_server.domain.picture_size import style_size
 from gramophone_server.engine.checkpoint_format import CheckpointFormat
 from gramophone_server.engine.optimisers import slot_layout
 from gramophone_server.errors import Diverged, OutOfDeviceMemory
@@ -24,8 +26,9 @@ CHECKPOINTS = CheckpointFormat(slot_layout)
 class FakeEngine:
     """Runs while `go` is set. Iteration `fails_at` of any job raises `error`.
 
-    An iteration of a batch takes `iteration_s`, plus `pixel_s` for each pixel of each slot, taken or not. To join a
-    batch takes `join_s`. A batch of more than `max_pixels` (width x height x slots) runs out of memory. `clock` is
+    An iteration of a batch takes `iteration_s`, plus `pixel_s` for each pixel of each slot, taken or not. Each style
+    image takes `style_pixel_s` for each of its pixels at each scale, in steps of `step_pixels`, unless it was taken
+    before and `caches_styles`. To join a batch takes `join_s`. A batch of more than `max_pixels` (width x height x slots) runs out of memory. `clock` is
     used in place of the module `time`.
     """
 
@@ -46,6 +49,11 @@ class FakeEngine:
         *,
         pixel_s: float = 0.0,
         join_s: float = 0.0,
+        style_pixel_s: float = 0.0,
+        step_pixels: float = 2**17,
+        style_bytes: int = 0,
+        caches_styles: bool = True,
+        shares_host_memory: bool = False,
         max_pixels: int = 2**31,
         memory_bytes: int = 2**40,
         clock: Any = time,
@@ -54,6 +62,12 @@ class FakeEngine:
         self.iteration_s = iteration_s
         self.pixel_s = pixel_s
         self.join_s = join_s
+        self.style_pixel_s, self.step_pixels, self.style_bytes = style_pixel_s, step_pixels, style_bytes
+        self.caches_styles = caches_styles
+        self.cached: set[object] = set()  # styles by digest and size
+        self.beginning_error: Exception | None = None  # of the next steps of beginnings
+        self.steps: list[tuple[JobState, float]] = []  # of beginnings: the job, the pixels
+        self.shares_host_memory = shares_host_memory
         self.close_error: Exception | None = None  # of batches
         self.device_error: Exception | None = None
         self.max_pixels = max_pixels
@@ -75,6 +89,13 @@ class FakeEngine:
     def require_device(self) -> None:
         if self.device_error is not None:
             raise self.device_error
+
+    def begin(self, state: JobState) -> FakeBeginning:
+        return FakeBeginning(self, state)
+
+    def state_bytes(self, state: JobState) -> int:
+        width, height, _ = state.scales[state.scale_index]
+        return 24 * width * height
 
     def admit(self, job: StyleJob) -> JobState:
         self.jobs.append(job)
@@ -98,6 +119,52 @@ class FakeEngine:
         return self.batches[-1]
 
 
+class FakeBeginning:
+    """The passes of a job's styles. Without `style_pixel_s` there is nothing to do."""
+
+    def __init__(self, engine: FakeEngine, state: JobState) -> None:
+        self.engine, self.state = engine, state
+        width, height, _ = state.scales[state.next_scale_index]
+        self.styles = []  # (key, pixels) of those that are left
+        for image in state.job.styles if engine.style_pixel_s else ():
+            size = style_size(image.shape[2], image.shape[1], max(width, height), state.recipe.style_scale)
+            self.styles.append(((id(image), size), float(math.prod(size))))
+        self.left = 0.0  # pixels of the first style, if it is under way
+
+    @property
+    def under_way(self) -> bool:
+        return self.left > 0
+
+    @property
+    def next_pixels(self) -> float:
+        missing = [pixels for key, pixels in self.styles if key not in self.engine.cached]
+        return min(self.engine.step_pixels, self.left or missing[0]) if self.left or missing else 0.0
+
+    @property
+    def next_bytes(self) -> int:
+        return self.engine.style_bytes if self.next_pixels else 0
+
+    def advance(self) -> None:
+        engine = self.engine
+        while not self.left and self.styles and self.styles[0][0] in engine.cached:
+            del self.styles[0]
+        if not self.styles:
+            return
+        if engine.beginning_error is not None:
+            self.left = 0.0
+            raise engine.beginning_error
+        (key, pixels) = self.styles[0]
+        self.left = self.left or pixels
+        step = min(engine.step_pixels, self.left)
+        engine.steps.append((self.state, step))
+        engine.clock.sleep(step * engine.style_pixel_s)
+        self.left -= step
+        if not self.left:
+            del self.styles[0]
+            if engine.caches_styles:
+                engine.cached.add(key)
+
+
 class FakeBatch:
     """The brightness of a slot's picture is the number of iterations that its job has completed."""
 
@@ -106,7 +173,7 @@ class FakeBatch:
         self.states: dict[int, JobState] = {}
         self.closed = False
 
-    def join(self, state: JobState) -> int:
+    def join(self, state: JobState, beginning: FakeBeginning | None = None) -> int:
         if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the job does not fit")
         if state.next_scale_index != state.scale_index:
@@ -119,7 +186,7 @@ class FakeBatch:
             self.engine.joined.append(state)
         return slot
 
-    def leave(self, slot: int) -> JobState:
+    def leave(self, slot: int, *, to_host: bool = False) -> JobState:
         state = self.states.pop(slot)
         state.tensors, state.joined = self._tensors(state), False
         return state

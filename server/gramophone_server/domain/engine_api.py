@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, Unpack
+from typing import Any, NamedTuple, Protocol, Unpack
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from gramophone_server.domain.checkpoint import Checkpoint
 from gramophone_server.domain.job import Report, StyleJob
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 
-__all__ = ["Batch", "BatchEngine", "CacheCounts", "Checkpoints", "Engine", "KernelReport"]
+__all__ = ["Batch", "BatchEngine", "Beginning", "CacheCounts", "Checkpoints", "Engine", "KernelReport"]
 
 
 class CacheCounts(NamedTuple):
@@ -28,6 +28,31 @@ class KernelReport(NamedTuple):
 
     by_library: Mapping[str, str]  # the ops that run through torch's library instead of a kernel, with the reasons
     seconds: float  # that the self-test took
+
+
+class Beginning(Protocol):
+    """What has to be computed before a job can join a batch of its next scale: the targets of its style images. In
+    steps, between which other jobs have their turns. It keeps what is computed until the job has joined.
+
+    A job that is cancelled or paused drops it; what other jobs can use of it is in the engine's cache.
+    """
+
+    @property
+    def next_pixels(self) -> float:
+        """The work of the next step, in pixels of style images that go through the network. 0: nothing is left, because
+        all of it is done or in the engine's cache."""
+
+    @property
+    def next_bytes(self) -> int:
+        """Estimated device memory, in bytes, from the next step to the end of its style image; 0 if nothing is left."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it holds `next_bytes` now: a style image is partly done."""
+
+    def advance(self) -> None:
+        """Does the next step, and waits for the device. Raises `errors.OutOfDeviceMemory`: then the style image starts
+        anew. After any other exception the job is lost."""
 
 
 class Batch(Protocol):
@@ -53,12 +78,13 @@ class Batch(Protocol):
     def states(self) -> Mapping[int, JobState]:
         """The jobs in the batch, by slot. Their counts are up to date; they have no tensors while they are in it."""
 
-    def join(self, state: JobState) -> int:
-        """Puts a job into the lowest free slot, which is returned. Raises `ValueError` if no slot is free, or the job
+    def join(self, state: JobState, beginning: Any = None) -> int:
+        """Puts a job into the lowest free slot, which is returned. What is left of ``beginning``, the job's of
+        `BatchEngine.begin`, is done here; without one, all of it. Raises `ValueError` if no slot is free, or the job
         has another shape, no iterations left, or is in a batch."""
 
-    def leave(self, slot: int) -> JobState:
-        """Empties the slot and returns the state of its job, with tensors."""
+    def leave(self, slot: int, *, to_host: bool = False) -> JobState:
+        """Empties the slot and returns the state of its job, with tensors: on the device, or in the host's memory."""
 
     def drop(self, slot: int) -> None:
         """Empties the slot of a job that has ended or is lost; its tensors are freed."""
@@ -124,6 +150,10 @@ class BatchEngine(Protocol):
     def checkpoints(self) -> Checkpoints:
         """Reads and writes this engine's checkpoints."""
 
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether the device's memory is the host's: then tensors in the host's memory take of `memory_bytes`, too."""
+
     def require_device(self) -> None:
         """Raises the device's error if the device no longer works. Costs one addition on it."""
 
@@ -133,6 +163,12 @@ class BatchEngine(Protocol):
 
     def picture(self, state: JobState) -> Callable[[], Tensor]:
         """As `Batch.snapshot`, for a job that has started and is in no batch."""
+
+    def begin(self, state: JobState) -> Beginning:
+        """What a job in no batch needs before it can join one; computes nothing."""
+
+    def state_bytes(self, state: JobState) -> int:
+        """Size of the tensors with which a job leaves its batch, in bytes."""
 
     def batch(self, shape: Shape, slots: int) -> Batch:
         """Opens an empty batch. Raises `errors.OutOfDeviceMemory`, and `ValueError` for more than `max_slots`."""

@@ -15,8 +15,8 @@ from gramophone_server.domain.job import Losses, Report, ran_out_of_memory
 from gramophone_server.domain.job_state import JobState, RecipeUpdate, Shape
 from gramophone_server.engine.device_copy import DeviceToHostCopier
 from gramophone_server.engine.graph_runner import GraphRunnerPool
-from gramophone_server.engine.scales import current_picture, resize, style_size, tensors_for_scale
-from gramophone_server.engine.style_targets import StyleTargets
+from gramophone_server.engine.scales import current_picture, resize, tensors_for_scale
+from gramophone_server.engine.style_targets import StyleBeginning, StyleTargets
 from gramophone_server.errors import OutOfDeviceMemory
 
 __all__ = ["EngineBatch"]
@@ -44,7 +44,7 @@ class EngineBatch:
         """See `engine_api.Batch.states`."""
         return MappingProxyType(self._states)
 
-    def join(self, state: JobState) -> int:
+    def join(self, state: JobState, beginning: StyleBeginning | None = None) -> int:
         """See `engine_api.Batch.join`."""
         if state.joined or state.finished:
             raise ValueError("the job is in a batch already" if state.joined else "the job has no iteration left")
@@ -55,7 +55,9 @@ class EngineBatch:
             raise ValueError(f"all {self.slots} slots are taken")
         try:
             with self._within_memory(*state.job.result_size):
-                self._fill(slot, state)
+                self._fill(slot, state, beginning or self._style_targets.beginning(state))
+                if self.runner.canvas.image.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # so that the time of a join is that of its job
         except BaseException:
             self.runner.clear(slot)
             raise
@@ -65,11 +67,11 @@ class EngineBatch:
         self._states[slot] = state
         return slot
 
-    def leave(self, slot: int) -> JobState:
+    def leave(self, slot: int, *, to_host: bool = False) -> JobState:
         """See `engine_api.Batch.leave`. If the device has no room for the job's tensors, they are on the CPU."""
         state = self._states[slot]
         try:
-            tensors = self.runner.take(slot)
+            tensors = self.runner.take(slot, to_cpu=to_host)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -153,19 +155,12 @@ class EngineBatch:
             self.slots = 0
 
     @torch.inference_mode()
-    def _fill(self, slot: int, state: JobState) -> None:
+    def _fill(self, slot: int, state: JobState, beginning: StyleBeginning) -> None:
         job, shape, device = state.job, self.shape, self.runner.canvas.image.device
         content = resize(job.content.to(device), shape.width, shape.height)
         tensors = tensors_for_scale(state, content)
-        longest_side = max(shape.width, shape.height)
-        style_scale = state.recipe.style_scale
-        grams = [
-            self._style_targets.grams(
-                style, digest, *style_size(style, longest_side, style_scale), shape.style_layers, shape.pooling
-            )
-            for style, digest in zip(job.styles, job.style_digests, strict=True)
-        ]
-        self.runner.objective.set_targets(slot, state.recipe, content, list(zip(grams, job.style_weights, strict=True)))
+        styles = list(zip(beginning.finish(), job.style_weights, strict=True))
+        self.runner.objective.set_targets(slot, state.recipe, content, styles)
         # On the device by gradients, as in `advance`.
         diverged_at = state.diverged_at and state.diverged_at - (state.done - state.gradients)
         self.runner.put(slot, tensors, state.recipe.step, state.gradients, diverged_at)

@@ -33,7 +33,7 @@ from gramophone_server.engine.graph_runner import GraphRunnerPool
 from gramophone_server.engine.memory_estimate import bytes_free, bytes_needed
 from gramophone_server.engine.optimisers import slot_layout
 from gramophone_server.engine.scales import current_picture
-from gramophone_server.engine.style_targets import STYLE_CACHE_BYTES, StyleTargets
+from gramophone_server.engine.style_targets import STYLE_CACHE_BYTES, StyleBeginning, StyleTargets
 from gramophone_server.errors import InvalidRequest, StartupError
 from gramophone_server.network.features import VggFeatures
 from gramophone_server.network.precision import Precision, choose_precision
@@ -166,6 +166,19 @@ class VggEngine:
         with torch.inference_mode():
             picture = current_picture(state.tensors, state.recipe.average, state.averaged, not state.diverged_at)
             return self.copier.take(picture)
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """See `engine_api.BatchEngine.shares_host_memory`."""
+        return self.device.type == "cpu"
+
+    def begin(self, state: JobState) -> StyleBeginning:
+        """See `engine_api.BatchEngine.begin`."""
+        return self.style_targets.beginning(state, on_memory_out=self.graph_runners.clear)
+
+    def state_bytes(self, state: JobState) -> int:
+        """See `engine_api.BatchEngine.state_bytes`."""
+        return self.checkpoints.tensor_bytes(state)
 
     def batch(self, shape: Shape, slots: int) -> EngineBatch:
         """See `engine_api.BatchEngine.batch`."""

@@ -68,6 +68,19 @@ class FakeEngine:
         self.iteration_s = iteration_s
         self.sleep = sleep
 
+    @property
+    def shares_host_memory(self) -> bool:
+        """See `engine_api.BatchEngine`. `MEMORY_BYTES` are those of a device that does not exist."""
+        return False
+
+    def begin(self, state: JobState) -> FakeBeginning:
+        """See `engine_api.BatchEngine`."""
+        return FakeBeginning()
+
+    def state_bytes(self, state: JobState) -> int:
+        """See `engine_api.BatchEngine`."""
+        return self.checkpoints.tensor_bytes(state)
+
     def admit(self, job: StyleJob) -> JobState:
         """See `engine_api.BatchEngine`."""
         return JobState(job)
@@ -94,6 +107,17 @@ class FakeEngine:
         return _shown(state)
 
 
+class FakeBeginning:
+    """Implements `engine_api.Beginning`: patterns need nothing."""
+
+    next_pixels = 0.0
+    next_bytes = 0
+    under_way = False
+
+    def advance(self) -> None:
+        """See `engine_api.Beginning`."""
+
+
 class FakeBatch:
     """Implements `engine_api.Batch`. A job's tensors are made from its picture when it leaves."""
 
@@ -102,7 +126,7 @@ class FakeBatch:
         self.states: dict[int, JobState] = {}
         self._engine = engine
 
-    def join(self, state: JobState) -> int:
+    def join(self, state: JobState, beginning: FakeBeginning | None = None) -> int:
         """See `engine_api.Batch`."""
         if state.joined or state.finished or state.shape != self.shape or len(self.states) == self.slots:
             raise ValueError("the batch is full or of another shape, or the job is in a batch or at its end")
@@ -113,7 +137,7 @@ class FakeBatch:
         self.states[slot] = state
         return slot
 
-    def leave(self, slot: int) -> JobState:
+    def leave(self, slot: int, *, to_host: bool = False) -> JobState:
         """See `engine_api.Batch`."""
         state = self.states.pop(slot)
         state.tensors, state.joined = _tensors(state), False

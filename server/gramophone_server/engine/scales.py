@@ -9,10 +9,9 @@ from torch import Tensor
 from gramophone.recipe import Start
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, SlotTensors
-from gramophone_server.domain.picture_size import MIN_SIDE, fit
 from gramophone_server.engine.optimisers import resampled_state
 
-__all__ = ["current_picture", "resize", "style_size", "tensors_for_scale"]
+__all__ = ["current_picture", "resize", "tensors_for_scale"]
 
 # Standard deviation of the noise around mid-grey. The traces of white noise over the whole range take hundreds of plain
 # steps to disappear.
@@ -59,15 +58,6 @@ def resize(image: Tensor, width: int, height: int) -> Tensor:
     if x.is_cuda and max(image.shape[1] / height, image.shape[2] / width) > 40:
         return resize(image.cpu(), width, height).to(image.device)
     return F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
-
-
-def style_size(style: Tensor, longest: int, scale: float) -> tuple[int, int]:
-    """(width, height) in pixels at which the network sees a style image.
-
-    ``longest``: longest side of the picture in pixels. ``scale``: the recipe's ``style_scale``.
-    """
-    width, height = fit(style.shape[2], style.shape[1], round(longest * scale))
-    return max(width, MIN_SIDE), max(height, MIN_SIDE)
 
 
 def _start(job: StyleJob, content: Tensor, width: int, height: int) -> Tensor:

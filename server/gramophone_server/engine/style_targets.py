@@ -1,14 +1,16 @@
 """Style targets: the Gram matrices of style images, cached for the next job in the same style.
 
-Every scale of every job needs the Gram matrices of its style images, and their forward pass costs half an iteration
-(benchmarks/RESULTS.md). A cached matrix equals a computed one bit for bit. A cache belongs to one network in one
-precision, and to its engine's thread, so that no entry is ever computed twice at the same time.
+Every scale of every job needs the Gram matrices of its style images, and their forward pass costs half an iteration of a
+picture of their size (benchmarks/RESULTS.md): 13 s for a painting of 2048 px on two cores. So it is done in steps,
+between which other jobs have their turns. A cached matrix equals a computed one bit for bit. A cache belongs to one
+network in one precision, and to its engine's thread.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +18,45 @@ from torch import Tensor
 from gramophone.recipe import Pooling
 from gramophone_server import ops
 from gramophone_server.domain.engine_api import CacheCounts
+from gramophone_server.domain.job import ran_out_of_memory
+from gramophone_server.domain.job_state import JobState
+from gramophone_server.domain.picture_size import style_size
 from gramophone_server.engine import losses
 from gramophone_server.engine.scales import resize
-from gramophone_server.network.features import VggFeatures
+from gramophone_server.errors import OutOfDeviceMemory
+from gramophone_server.network.features import Activations, VggFeatures
 
-__all__ = ["STYLE_CACHE_BYTES", "StyleTargets", "activation_gram_scale", "style_grams"]
+__all__ = ["STYLE_CACHE_BYTES", "StyleBeginning", "StyleTargets", "activation_gram_scale", "style_grams"]
 
 STYLE_CACHE_BYTES = 256 * 2**20  # about 100 entries: the five layers of a style at one size take 2.4 MB
+# A step of a style's pass takes as many convolutions as cost together at least what so many pixels cost in the whole
+# network: 0.4 s on two cores without bf16. A step of a large picture is one convolution, at most a tenth of the pass.
+STEP_PIXELS = 2**17
+# Activations per pixel of the largest convolution's input and output together, and float32 pictures besides.
+PASS_ACTIVATIONS, PASS_PICTURE_BYTES = 2 * 64, 2 * 12
+
+
+class _Style(NamedTuple):
+    """A style image at the size at which the network sees it."""
+
+    image: Tensor  # uint8 [3, h, w], on the CPU
+    digest: bytes
+    width: int
+    height: int
+    layers: tuple[str, ...]
+    pooling: Pooling
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What its Gram matrices depend on."""
+        return self.digest, self.width, self.height, self.layers, self.pooling
+
+
+class _Step(NamedTuple):
+    """A part of a style's pass."""
+
+    convolutions: int
+    pixels: float  # for which the whole network costs as much
 
 
 class StyleTargets:
@@ -32,7 +66,7 @@ class StyleTargets:
     """
 
     def __init__(self, features: VggFeatures, max_bytes: int = STYLE_CACHE_BYTES) -> None:
-        self._features, self._max_bytes = features, max_bytes
+        self.features, self._max_bytes = features, max_bytes
         self._kept: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
         self._hits = self._misses = self._bytes = 0
 
@@ -41,28 +75,135 @@ class StyleTargets:
         """The counts since the start; thread-safe."""
         return CacheCounts(self._hits, self._misses, self._bytes, self._max_bytes)
 
-    @torch.inference_mode()
-    def grams(
-        self, image: Tensor, digest: bytes, width: int, height: int, layers: Sequence[str], pooling: Pooling
-    ) -> tuple[Tensor, ...]:
-        """`style_grams` of ``image``, uint8 [3, h, w], at ``width`` x ``height`` px. ``digest``: its `job.digest`."""
-        key = digest, width, height, tuple(layers), pooling
-        if key in self._kept:
-            self._hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
+    def beginning(self, state: JobState, on_memory_out: Callable[[], None] = lambda: None) -> StyleBeginning:
+        """The Gram matrices that a job needs at its next scale, nothing of them computed yet. ``on_memory_out`` frees
+        what else can be freed when memory runs out."""
+        shape, job = state.shape, state.job
+        longest_side, scale = max(shape.width, shape.height), state.recipe.style_scale
+        styles = []
+        for image, digest in zip(job.styles, job.style_digests, strict=True):
+            size = style_size(image.shape[2], image.shape[1], longest_side, scale)
+            styles.append(_Style(image, digest, *size, shape.style_layers, shape.pooling))
+        return StyleBeginning(self, styles, on_memory_out)
+
+    def find(self, style: _Style) -> tuple[Tensor, ...] | None:
+        """The cached Gram matrices of a style. Counts a hit if there are any."""
+        if style.key not in self._kept:
+            return None
+        self._hits += 1
+        self._kept.move_to_end(style.key)
+        return self._kept[style.key]
+
+    def holds(self, style: _Style) -> bool:
+        """Whether `find` would find a style."""
+        return style.key in self._kept
+
+    def keep(self, style: _Style, grams: tuple[Tensor, ...]) -> None:
+        """Adds computed matrices. Counts a miss."""
         self._misses += 1
-        grams = style_grams(self._features, resize(image.to(self._features.device), width, height), layers, pooling)
-        self._kept[key] = grams
-        self._bytes += _bytes(grams)
+        self._bytes += _bytes(grams) - _bytes(self._kept.get(style.key, ()))
+        self._kept[style.key] = grams
         while self._bytes > self._max_bytes:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
-        return grams
 
     def clear(self) -> None:
         """Drops all entries."""
         self._kept.clear()
         self._bytes = 0
+
+
+class StyleBeginning:
+    """The Gram matrices of the style images of one job at one scale; implements `engine_api.Beginning`."""
+
+    def __init__(self, targets: StyleTargets, styles: Sequence[_Style], on_memory_out: Callable[[], None]) -> None:
+        self._targets, self._styles, self._on_memory_out = targets, styles, on_memory_out
+        self._grams: list[tuple[Tensor, ...]] = []  # of the first styles; the cache may drop its own references
+        self._steps = [_steps(targets.features, style) for style in styles]
+        self._pass: Iterator[None] | None = None  # of the next style, under way
+        self._steps_done = 0  # of that pass
+
+    @property
+    def next_pixels(self) -> float:
+        """See `engine_api.Beginning.next_pixels`."""
+        if self._pass is not None:
+            return self._steps[len(self._grams)][self._steps_done].pixels
+        index = self._next_missing()
+        return 0.0 if index is None else self._steps[index][0].pixels
+
+    @property
+    def next_bytes(self) -> int:
+        """See `engine_api.Beginning.next_bytes`."""
+        index = self._next_missing()
+        if index is None:
+            return 0
+        style = self._styles[index]
+        activation = self._targets.features.precision.forward.itemsize
+        return style.width * style.height * (PASS_ACTIVATIONS * activation + PASS_PICTURE_BYTES)
+
+    @property
+    def under_way(self) -> bool:
+        """See `engine_api.Beginning.under_way`."""
+        return self._pass is not None
+
+    def advance(self) -> None:
+        """See `engine_api.Beginning.advance`."""
+        if self._pass is None:
+            self._take_cached()
+            if len(self._grams) == len(self._styles):
+                return
+            self._pass, self._steps_done = self._compute(len(self._grams)), 0
+        try:
+            with torch.inference_mode():
+                next(self._pass)
+            self._steps_done += 1
+        except StopIteration:
+            self._pass = None
+            self._take_cached()
+        except Exception as error:
+            self._pass = None  # what is left of it holds nothing that another attempt could use
+            if not ran_out_of_memory(error):
+                raise
+            self._targets.clear()
+            self._on_memory_out()
+            style = self._styles[len(self._grams)]
+            raise OutOfDeviceMemory(style.width, style.height) from error
+        if self._targets.features.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # so that the time of the step is that of its job
+
+    def finish(self) -> list[tuple[Tensor, ...]]:
+        """Does what is left, and returns the Gram matrices of each style: as `style_grams`."""
+        while len(self._grams) < len(self._styles):
+            self.advance()
+        return self._grams
+
+    def _next_missing(self) -> int | None:
+        """The first style whose pass is not done and not cached."""
+        missing = range(len(self._grams), len(self._styles))
+        return next((index for index in missing if not self._targets.holds(self._styles[index])), None)
+
+    def _take_cached(self) -> None:
+        while len(self._grams) < len(self._styles):
+            grams = self._targets.find(self._styles[len(self._grams)])
+            if grams is None:
+                return
+            self._grams.append(grams)
+
+    def _compute(self, index: int) -> Iterator[None]:
+        """The pass of a style; yields between two steps, and keeps the matrices at the end."""
+        style, features = self._styles[index], self._targets.features
+        grams: dict[str, Tensor] = {}
+        if style.layers:
+            image = resize(style.image.to(features.device), style.width, style.height)
+            convolutions = _gram_steps(features, image, style.layers, style.pooling, grams)
+            del image
+            for number, step in enumerate(self._steps[index]):
+                if number:
+                    yield
+                for _ in range(step.convolutions):
+                    next(convolutions)
+        result = tuple(grams[layer] for layer in style.layers)
+        self._grams.append(result)
+        self._targets.keep(style, result)
 
 
 @torch.inference_mode()
@@ -73,11 +214,39 @@ def style_grams(features: VggFeatures, image: Tensor, layers: Sequence[str], poo
     """
     if not layers:
         return ()
-    activations = features.forward(image, layers, pooling)
-    return tuple(
-        ops.gram(activations[layer], activation_gram_scale(features, layer, activations[layer][0, 0].numel()))[0]
-        for layer in layers
-    )
+    grams: dict[str, Tensor] = {}
+    for _ in _gram_steps(features, image, layers, pooling, grams):
+        pass
+    return tuple(grams[layer] for layer in layers)
+
+
+def _gram_steps(
+    features: VggFeatures, image: Tensor, layers: Sequence[str], pooling: Pooling, grams: dict[str, Tensor]
+) -> Iterator[None]:
+    """Fills ``grams`` by layer, one convolution at a time, and keeps no activations that are not needed any more."""
+    activations = Activations(pooling)
+    before = ""
+    for name in features.steps(image, layers, activations):
+        for layer in ("conv" + name, "relu" + name):
+            if layer in layers:
+                features_of_layer = activations[layer]
+                scale = activation_gram_scale(features, layer, features_of_layer[0, 0].numel())
+                grams[layer] = ops.gram(features_of_layer, scale)[0]
+        activations.free(before)
+        before = name
+        yield
+
+
+def _steps(features: VggFeatures, style: _Style) -> list[_Step]:
+    """The steps of a style's pass; without layers there is one, of nothing."""
+    costs = features.costs(style.layers, style.height, style.width) if style.layers else []
+    steps = [_Step(0, 0.0)]
+    for cost in costs:
+        if steps[-1].pixels >= STEP_PIXELS:
+            steps.append(_Step(0, 0.0))
+        convolutions, pixels = steps[-1]
+        steps[-1] = _Step(convolutions + 1, pixels + cost * style.width * style.height)
+    return steps
 
 
 def activation_gram_scale(features: VggFeatures, layer: str, pixels: int) -> float:

@@ -10,7 +10,7 @@ float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -132,15 +132,22 @@ class VggFeatures:
             return CuDnn(convolution, self.device, self.precision, self.autotuner, self.tuning)
         return Library(convolution, self.device, self.precision)
 
-    @torch.inference_mode()
     def forward(self, image: Tensor, layers: Collection[str], pooling: Pooling) -> Activations:
         """Activations of ``layers`` and of all layers before the deepest of them.
 
         ``image``: float32 [B, 3, H, W], RGB in [0, 1]; H and W are at least 16.
         """
         activations = Activations(pooling)
-        deepest = max(self.layers.index(layer) for layer in layers)
-        used = self._layers[: deepest // 2 + 1]
+        with torch.inference_mode():
+            for _ in self.steps(image, layers, activations):
+                pass
+        return activations
+
+    def steps(self, image: Tensor, layers: Collection[str], activations: Activations) -> Iterator[str]:
+        """As `forward`, one convolution at a time: fills ``activations`` and yields the name of each convolution when it
+        is done. The caller may then free the tensors of all earlier convolutions that it does not need, and computes in
+        inference mode."""
+        pooling, used = activations.pooling, self._used(layers)
         x = image
         for i, (name, pooled, kernel) in enumerate(used):
             if pooled and used[i - 1].name not in activations.codes:
@@ -149,20 +156,36 @@ class VggFeatures:
             conv_requested, relu_requested = "conv" + name in layers, "relu" + name in layers
             if i == 0 and self._first_layer is not None and not conv_requested:
                 x = activations.relu[name] = self._first_layer.forward(x)
-                continue
-            if i == 0:
-                x = self._normalised(x).to(self.precision.forward).contiguous(memory_format=torch.channels_last)
-            if conv_requested:
-                activations.conv[name] = kernel.linear(x)
-                x = activations.relu[name] = activations.conv[name].relu()
-                continue
-            if pooling is Pooling.MAX and i + 1 < len(used) and used[i + 1].pooled and not relu_requested:
-                fused = kernel.forward_pooled(x)
+            elif conv_requested:
+                x = activations.conv[name] = kernel.linear(self._input(x) if i == 0 else x)
+                x = activations.relu[name] = x.relu()
+            else:
+                x = self._input(x) if i == 0 else x
+                fused = None
+                if pooling is Pooling.MAX and i + 1 < len(used) and used[i + 1].pooled and not relu_requested:
+                    fused = kernel.forward_pooled(x)
                 if fused is not None:
                     x, activations.codes[name] = fused
-                    continue
-            x = activations.relu[name] = kernel.forward(x)
-        return activations
+                else:
+                    x = activations.relu[name] = kernel.forward(x)
+            yield name
+
+    def costs(self, layers: Collection[str], height: int, width: int) -> list[float]:
+        """The share of each convolution in the multiplications of a forward pass, in the order of `steps`."""
+        costs, channels = [], 3
+        for name, *_ in self._used(layers):
+            out, h, w = self.shape("relu" + name, height, width)
+            costs.append(float(channels * out * h * w))
+            channels = out
+        return [cost / sum(costs) for cost in costs]
+
+    def _used(self, layers: Collection[str]) -> list[_Layer]:
+        deepest = max(self.layers.index(layer) for layer in layers)
+        return self._layers[: deepest // 2 + 1]
+
+    def _input(self, image: Tensor) -> Tensor:
+        """An image as the first convolution takes it."""
+        return self._normalised(image).to(self.precision.forward).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def backward(

@@ -1,7 +1,8 @@
 """Assigns jobs to batches.
 
 Jobs of one shape share batches. A batch is as wide as the measurements recommend, and the batches of a shape are
-rebuilt when jobs join or end. Belongs to the compute thread.
+rebuilt when jobs join or end. What a job needs before it is in a batch is done in turns, like iterations: see `begin`.
+Belongs to the compute thread.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from gramophone_server.domain.engine_api import BatchEngine
+from gramophone_server.config import PARKED_BYTES
+from gramophone_server.domain.engine_api import BatchEngine, Beginning
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.errors import OutOfDeviceMemory
@@ -26,75 +28,166 @@ log = logging.getLogger(__name__)
 # Reports iterations of a batch: its shape, its width in slots, its jobs, iterations of each job, seconds in total.
 OnIterations = Callable[[Shape, int, int, int, float], None]
 
+# When batches are rebuilt, their jobs leave and join again, before anything else. This may take one part in so many of
+# the time, however often jobs come and go.
+REBUILD_PART = 10
+# A job that needs more than this part of the device's memory leaves as much free, so that small jobs find room.
+SMALL_JOB_PART = 16
+
 
 class BatchPool:
-    """The open batches of one engine. Calls ``on_iterations`` on the compute thread, after each slice."""
+    """The open batches of one engine. Calls ``on_iterations`` on the compute thread, after each slice. ``charge`` adds
+    device seconds to what a job has used."""
 
     def __init__(
         self,
         engine: BatchEngine,
         throughput: ThroughputModel,
+        charge: Callable[[Task, float], None],
         on_iterations: OnIterations = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.memory_short = False  # at least one job waits for device memory
-        self._engine, self._throughput = engine, throughput
+        self._engine, self._throughput, self._charge = engine, throughput, charge
         self._on_iterations = on_iterations
         self._clock = clock
         self._batches: list[PooledBatch] = []
-        # The widest batch that memory allowed, until the pool is empty.
+        self._missing: dict[Shape, Counter[int]] = {}  # widths of the batches that are to be opened
+        # The widest batch that memory allowed, until no job of the shape is left.
         self._max_slots: dict[Shape, int] = {}
-        # A batch of one slot ran out of memory beside others. Until a batch is closed, no other one is opened.
+        # The allocator had no memory beside other jobs. Until a batch is closed, nothing more is begun.
         self._allocator_full = False
-        self._failed: dict[Task, Exception] = {}  # jobs that the next return of `assign` reports
-        self._parked_bytes = 0  # of the tensors of jobs that are in no batch
-        self._assign_until = math.inf
+        self.moving: set[Task] = set()  # jobs that a rebuild has taken out of their batches
+        self._rebuilt_at = -math.inf
+        self._moved_s = 0.0  # that the jobs took since then to leave and to join again
+        self._parked_bytes = 0  # of the tensors of jobs that are in no batch, on the device
+        self._host_bytes = 0  # of those that have left the device for others, or are paused
+        self._pass_bytes = 0  # of beginnings that are under way
 
     def __iter__(self) -> Iterator[PooledBatch]:
         return iter(self._batches)
 
     @property
     def bytes(self) -> int:
-        """Estimated device memory, in bytes, of all open batches and of jobs waiting to join one. Thread-safe."""
-        return self._parked_bytes + sum(
-            self._engine.batch_bytes(batch.shape, batch.slots) for batch in list(self._batches)
-        )
+        """Estimated device memory, in bytes, of all open batches, of jobs between two of them, and of beginnings.
+        Thread-safe."""
+        batches = sum(self.batch_bytes(batch) for batch in list(self._batches))
+        return self._parked_bytes + self._pass_bytes + batches
 
-    def fits(self, shape: Shape, slots: int) -> bool:
-        """Whether the device has memory for one more batch."""
-        if self._allocator_full:
-            return False
-        return self.bytes + self._engine.batch_bytes(shape, slots) <= self._engine.memory_bytes
+    @property
+    def allocator_full(self) -> bool:
+        """Whether the allocator has no memory, whatever the estimates say."""
+        return self._allocator_full
 
-    def assign(self, tasks: Sequence[Task], paused_bytes: int = 0, until: float = math.inf) -> dict[Task, Exception]:
-        """Assigns each job to a batch. Jobs that do not fit in memory, or are not assigned before ``until``, stay
-        unassigned and are tried again next time: joining a batch can take as long as an iteration, or as the
-        computation of the job's style targets. At least one job is tried in any case. Returns the jobs that are lost,
-        each with its error: `OutOfDeviceMemory` for a job that does not fit even alone.
+    @property
+    def host_bytes(self) -> int:
+        """Size of the states of jobs that have left the device for others, or are paused."""
+        return self._host_bytes
 
-        ``paused_bytes``: size of the tensors that paused jobs hold on the device.
+    @property
+    def max_host_bytes(self) -> int:
+        """Largest `host_bytes`."""
+        return min(PARKED_BYTES, self._engine.memory_bytes // 2)
+
+    def batch_bytes(self, batch: PooledBatch) -> int:
+        """Estimated device memory of an open batch, in bytes."""
+        return self._engine.batch_bytes(batch.shape, batch.slots)
+
+    # Before a turn ---------------------------------------------------------------------------------------------------
+
+    def plan(self, tasks: Sequence[Task], paused_bytes: int = 0) -> dict[Task, Exception]:
+        """Decides which batches the jobs need, and disbands those whose width is no longer the best. Returns the jobs
+        that are lost by that, each with its error.
+
+        ``paused_bytes``: size of the tensors of paused jobs.
         """
-        self._parked_bytes = paused_bytes + sum(task.state.bytes for task in tasks if task.batch is None)
-        was_short, self.memory_short = self.memory_short, False
-        self._assign_until = math.inf  # until one job is assigned
+        apart = [task for task in tasks if task.batch is None]
+        self._host_bytes = paused_bytes + sum(task.state.bytes for task in apart if task.parked)
+        self._parked_bytes = sum(task.state.bytes for task in apart if not task.parked)
+        if self._engine.shares_host_memory:
+            self._parked_bytes += self._host_bytes
+        under_way = (task.beginning for task in apart)
+        self._pass_bytes = sum(beginning.next_bytes for beginning in under_way if beginning and beginning.under_way)
+        self.moving.intersection_update(apart)
         by_shape: dict[Shape, list[Task]] = defaultdict(list)
         for task in tasks:
             by_shape[task.state.shape if task.batch is None else task.batch.shape].append(task)
+        self._max_slots = {shape: slots for shape, slots in self._max_slots.items() if shape in by_shape}
+        self._missing = {}
+        failed: dict[Task, Exception] = {}
         for shape, tasks_of_shape in by_shape.items():
-            self._assign(shape, tasks_of_shape, until)
+            failed |= self._plan(shape, tasks_of_shape)
         for task in tasks:
-            task.newly_arrived |= task.batch is None
-        # If the time ran out, jobs that were short of memory before may not have been tried.
-        self.memory_short |= was_short and self._clock() >= until
-        if not self._batches:
-            self._max_slots.clear()
-        failed, self._failed = self._failed, {}
+            if task.batch is None and task.beginning is None and task not in failed:
+                task.beginning = self._engine.begin(task.state)
         return failed
 
-    def advance(self, batch: PooledBatch, iterations: int) -> dict[Task, Report]:
+    def needs(self, task: Task) -> int:
+        """Device memory, in bytes, that the next turn of a job in no batch needs and does not have yet."""
+        beginning = _beginning(task)
+        if beginning.next_pixels:
+            return 0 if beginning.under_way else beginning.next_bytes
+        return 0 if self._batch_with_slot(task.state.shape) else self._engine.batch_bytes(task.state.shape, 1)
+
+    def fits(self, needed: int, besides: int = 0) -> bool:
+        """Whether the device has so much memory left, and ``besides`` as much for others, which is negative if others
+        leave. It has whatever it takes if nothing else runs."""
+        if not needed or not (self._batches or self._pass_bytes or besides > 0):
+            return True
+        if self._allocator_full and besides >= 0:
+            return False
+        memory = self._engine.memory_bytes
+        limit = memory if needed * SMALL_JOB_PART <= memory else memory - memory // SMALL_JOB_PART
+        return self.bytes + besides + min(needed, limit) <= limit
+
+    # A turn ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, task: Task) -> None:
+        """One turn of a job in no batch: a step of its beginning, or it joins a batch. The time that this takes counts
+        as device time of the job. If memory runs out beside other jobs, it waits until a batch is closed; if there is
+        no other job, and after any other exception, the job is lost, and the exception is raised."""
+        started_at, shape = self._clock(), task.state.shape
+        beginning = _beginning(task)
+        pixels = beginning.next_pixels
+        other_pass_bytes = self._pass_bytes - (beginning.next_bytes if beginning.under_way else 0)
+        width = 1
+        try:
+            if pixels:
+                beginning.advance()
+                self._throughput.beginnings.record(pixels, self._clock() - started_at)
+            else:
+                batch = self._batch_with_slot(shape)
+                if batch is None:
+                    width = self._missing_width(shape)
+                    batch = self._open(shape, width)
+                width = batch.slots
+                joining_at = self._clock()
+                self._join(batch, task)
+                self._throughput.joins.record(shape.width * shape.height, self._clock() - joining_at)
+        except OutOfDeviceMemory:
+            if width > 1:
+                self._max_slots[shape] = width // 2
+            elif not self._batches and not other_pass_bytes:
+                raise
+            else:
+                self._allocator_full = True
+        finally:
+            task.idle_since = self._clock()
+            took_s = task.idle_since - started_at
+            self._charge(task, took_s)
+            if task.batch is not None or beginning.under_way:
+                task.memory_short_since = None
+            if task.batch is not None:
+                task.parked = False
+                task.join_s, task.used_before_batch_s = took_s, task.used_s
+                if task in self.moving:
+                    self._moved_s += took_s
+                    self.moving.remove(task)
+
+    def advance(self, batch: PooledBatch, iterations: int) -> tuple[dict[Task, Report], dict[Task, Exception]]:
         """Runs some iterations of all jobs in a batch; see `engine_api.Batch.advance`. If memory runs out, there are no
-        reports and the batch is disbanded: the next one is half as wide, or waits until other jobs have ended. After
-        any other exception all jobs in the batch are lost; see `discard_batch`."""
+        reports and the batch is disbanded: the next one is half as wide, or waits until other jobs have ended. Also
+        returns the jobs that are lost by that. After any other exception all jobs in the batch are lost; see
+        `discard_batch`."""
         started_at, done = self._clock(), {slot: task.state.done for slot, task in batch.tasks.items()}
         try:
             reports = batch.engine_batch.advance(iterations)
@@ -102,11 +195,13 @@ class BatchPool:
             is_single = batch.slots == 1
             if not is_single:
                 self._max_slots[batch.shape] = batch.slots // 2
-            elif len(self._batches) == 1:
-                self._failed |= dict.fromkeys(batch.tasks.values(), error)
-            self._disband(batch)
+            is_alone = is_single and len(self._batches) == 1 and not self._pass_bytes
+            failed: dict[Task, Exception] = dict.fromkeys(batch.tasks.values(), error) if is_alone else {}
+            for task in batch.tasks.values():
+                self._charge(task, (self._clock() - started_at) / len(batch.tasks))
+            failed |= self._disband(batch)
             self._allocator_full = is_single
-            return {}
+            return {}, failed
         took_s = self._clock() - started_at
         slot = next(iter(reports))
         completed = batch.tasks[slot].state.done - done[slot]
@@ -114,17 +209,23 @@ class BatchPool:
         self._on_iterations(batch.shape, batch.slots, len(batch.tasks), completed, took_s)
         batch.idle_since = started_at + took_s
         for task in batch.tasks.values():
-            task.used_s += took_s / len(batch.tasks)
-        return {batch.tasks[slot]: report for slot, report in reports.items()}
+            self._charge(task, took_s / len(batch.tasks))
+        return {batch.tasks[slot]: report for slot, report in reports.items()}, {}
 
-    def detach(self, task: Task) -> None:
-        """Takes a job out of its batch, with its tensors. If this raises `OutOfDeviceMemory`, the job stays there."""
+    def detach(self, task: Task, *, to_host: bool = False) -> None:
+        """Takes a job out of its batch, with its tensors, which counts as its device time. If this raises
+        `OutOfDeviceMemory`, the job stays there."""
+        task.beginning = None
         if task.batch is not None:
-            task.batch.engine_batch.leave(task.slot)
+            started_at = self._clock()
+            task.batch.engine_batch.leave(task.slot, to_host=to_host)
             self._release_slot(task)
+            task.idle_since = self._clock()
+            self._charge(task, task.idle_since - started_at)
 
     def discard(self, task: Task) -> None:
         """Takes a job that has ended, or is lost, out of its batch, and frees its tensors."""
+        task.beginning = None
         if task.batch is not None:
             try:
                 task.batch.engine_batch.drop(task.slot)
@@ -139,39 +240,34 @@ class BatchPool:
         batch.tasks.clear()
         self._close_batch(batch)
 
-    def _assign(self, shape: Shape, tasks: list[Task], until: float) -> None:
-        """Assigns the jobs of one shape. Disbands its batches whose width is no longer the best."""
-        target_widths = widths(len(tasks), self._max_width(shape, len(tasks)))
+    def _plan(self, shape: Shape, tasks: list[Task]) -> dict[Task, Exception]:
+        """Disbands the batches of one shape whose width is no longer the best, and sets its missing widths."""
+        max_width = self._max_width(shape, len(tasks))
+        target_widths = widths(len(tasks), max_width)
         batches = [batch for batch in self._batches if batch.shape == shape]
-        open_widths = sorted((batch.slots for batch in batches), reverse=True)
-        if all(task.batch for task in tasks) and open_widths == target_widths:
-            return
+        if sorted((batch.slots for batch in batches), reverse=True) == target_widths:
+            return {}
         missing = Counter(target_widths)
+        misfits = []
         for batch in sorted(batches, key=lambda batch: -len(batch.tasks)):
             if missing[batch.slots]:
                 missing[batch.slots] -= 1
             else:
-                self._disband(batch)
-        for task in tasks:
-            if task.batch is not None or task in self._failed:
-                continue
-            if self._clock() >= self._assign_until:
-                return
-            try:
-                self._place(self._batch_with_room(shape, missing), task)
-                self._assign_until = until
-            except OutOfDeviceMemory as error:
-                if target_widths[0] > 1:
-                    self._max_slots[shape] = target_widths[0] // 2
-                    self._assign(shape, tasks, until)
-                elif not self._batches:
-                    self._failed[task] = error
-                else:
-                    self.memory_short = True
-                    self._allocator_full |= not isinstance(error, _EstimateTooLarge)
-                return  # jobs without a batch wait until another one has ended
-            except Exception as error:  # noqa: BLE001 - it is this job's alone, and the caller of `assign` reports it
-                self._failed[task] = error
+                misfits.append(batch)
+        now = self._clock()
+        if misfits and now < self._rebuilt_at + REBUILD_PART * self._moved_s:
+            apart = sum(task.batch is None for task in tasks)
+            free = sum(batch.slots - len(batch.tasks) for batch in batches)
+            self._missing[shape] = Counter(widths(max(0, apart - free), max_width))
+            return {}
+        failed: dict[Task, Exception] = {}
+        if misfits:
+            for batch in misfits:
+                self.moving.update(batch.tasks.values())
+                failed |= self._disband(batch)
+            self._rebuilt_at, self._moved_s = now, self._clock() - now
+        self._missing[shape] = +missing
+        return failed
 
     def _max_width(self, shape: Shape, jobs: int) -> int:
         """The widest batch that is expected to be fast and fits the device; a power of two."""
@@ -181,44 +277,40 @@ class BatchPool:
             width //= 2
         return width
 
-    def _batch_with_room(self, shape: Shape, missing: Counter[int]) -> PooledBatch:
-        """A batch with a free slot; opens one of the ``missing`` widths if there is none. Raises
-        `OutOfDeviceMemory`."""
-        batch = next((batch for batch in self._batches if batch.shape == shape and batch.has_room), None)
-        if batch is not None:
-            return batch
-        slots = max(missing.elements(), default=1)
-        missing[slots] -= 1
-        if self._batches and not self.fits(shape, slots):
-            raise _EstimateTooLarge(shape.width, shape.height)
+    def _missing_width(self, shape: Shape) -> int:
+        """The widest missing batch for which there is memory; 1 if there is none."""
+        missing = sorted(self._missing.get(shape, Counter()).elements(), reverse=True)
+        return next((width for width in missing if self.fits(self._engine.batch_bytes(shape, width))), 1)
+
+    def _batch_with_slot(self, shape: Shape) -> PooledBatch | None:
+        return next((batch for batch in self._batches if batch.shape == shape and batch.has_room), None)
+
+    def _open(self, shape: Shape, slots: int) -> PooledBatch:
+        """Opens a batch. Raises `OutOfDeviceMemory`."""
         batch = PooledBatch(self._engine.batch(shape, slots), idle_since=self._clock())
         self._batches.append(batch)
         return batch
 
-    def _place(self, batch: PooledBatch, task: Task) -> None:
-        """Puts a job into a batch. The time that this takes counts as device time of the job."""
-        started_at = self._clock()
+    def _join(self, batch: PooledBatch, task: Task) -> None:
         try:
-            task.slot = batch.engine_batch.join(task.state)
+            task.slot = batch.engine_batch.join(task.state, task.beginning)
         except BaseException:
             if not batch.tasks:
                 self._close_batch(batch)
             raise
-        if task.newly_arrived:
-            competing = [other.used_s for other_batch in self._batches for other in other_batch.tasks.values()]
-            task.used_s, task.newly_arrived = min(competing, default=task.used_s), False
-        task.used_s += self._clock() - started_at
-        task.batch = batch
+        task.batch, task.beginning = batch, None
         batch.tasks[task.slot] = task
 
-    def _disband(self, batch: PooledBatch) -> None:
-        """Detaches all jobs in a batch, which closes it. A job that cannot be detached fails."""
+    def _disband(self, batch: PooledBatch) -> dict[Task, Exception]:
+        """Detaches all jobs in a batch, which closes it. A job that cannot be detached is lost, and returned."""
+        failed: dict[Task, Exception] = {}
         for task in list(batch.tasks.values()):
             try:
                 self.detach(task)
-            except Exception as error:  # noqa: BLE001 - it is this job's alone, and the caller of `assign` reports it
-                self._failed[task] = error
+            except Exception as error:  # noqa: BLE001 - it is this job's alone, and the caller reports it
+                failed[task] = error
                 self.discard(task)
+        return failed
 
     def _release_slot(self, task: Task) -> None:
         batch = task.batch
@@ -237,8 +329,9 @@ class BatchPool:
             log.exception("a batch could not be closed")
 
 
-class _EstimateTooLarge(OutOfDeviceMemory):
-    """The estimate exceeds the memory; nothing was allocated."""
+def _beginning(task: Task) -> Beginning:
+    assert task.beginning is not None, "`plan` has set it"
+    return task.beginning
 
 
 def widths(jobs: int, widest: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import threading
 import time
@@ -25,12 +24,13 @@ from gramophone_server.domain.commands import (
 )
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.events import Paused, Resumed
+from gramophone_server.domain.job_state import Shape
 from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, InvalidRequest, ShuttingDown
 from gramophone_server.scheduling.batch_pool import OnIterations
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.worker import Worker
+from gramophone_server.scheduling.worker import SLICE_S, Worker
 
 __all__ = ["ComputeThread"]
 
@@ -81,6 +81,10 @@ class ComputeThread:
         """Estimated device memory, in bytes, of the batches. Thread-safe."""
         return self._worker.batch_bytes if self._worker is not None else 0
 
+    def may_have_memory(self, shape: Shape) -> bool:
+        """Whether the device has memory for one more job of this shape now. Thread-safe."""
+        return self._worker is None or self._worker.may_have_memory(shape)
+
     @property
     def step_s(self) -> float:
         """Seconds since the current step started; 0 while the thread waits for work. Thread-safe."""
@@ -113,8 +117,11 @@ class ComputeThread:
             self._step_started_at = None
             self._wait(worker)
             self._step_started_at = self._clock()
+            # One at least, and no more than take as long as a slice, so that one caller's commands keep no job waiting.
             while table.commands and not table.stopped:
                 self._execute(worker, table.commands.popleft())
+                if self.step_s >= SLICE_S:
+                    break
             with table.lock:
                 paused_bytes = sum(task.state.bytes for task in table.paused)
             try:
@@ -135,8 +142,8 @@ class ComputeThread:
                     if task.budget_ends_at > now or not worker.finish_within_budget(task):
                         self._resume(task)
                 table.remove_ended()
-                free = self._limits.max_running - len(table.running)
-                for task in list(itertools.islice(filter(worker.may_start, table.waiting), free)):
+                free = self._limits.max_running - table.places_taken
+                for task in worker.startable(table.waiting, free, table.running):
                     worker.admit(task)
                     table.start(task)
                 table.waiting.report_positions(table.running)
@@ -151,7 +158,11 @@ class ComputeThread:
             task = self._table.find(pending.observer)
             if task is None:
                 raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
-            outcome: Done | Exception = self._apply(worker, task, pending.command)
+            started_at = self._clock()
+            try:
+                outcome: Done | Exception = self._apply(worker, task, pending.command)
+            finally:
+                worker.charge(task, self._clock() - started_at)
         except (GramophoneError, InvalidRecipeError) as error:
             outcome = error
         except Exception:
@@ -183,7 +194,8 @@ class ComputeThread:
         with self._table.lock:
             if task in self._table.paused:
                 return
-        worker.detach(task)  # copies tensors, so without the lock
+            paused_bytes = sum(task.state.bytes for task in self._table.paused)
+        worker.pause(task, paused_bytes)  # copies tensors, so without the lock
         with self._table.lock:
             if self._table.pause(task, self._clock() + self._limits.max_paused_s):
                 task.observer.publish(Paused(task.state.done))

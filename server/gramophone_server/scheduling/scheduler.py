@@ -172,10 +172,16 @@ class Scheduler:
             self._table.waiting.expect(reservation, self._table.running, pixel_iterations, shape, time_budget, left_s)
 
     def submit(
-        self, reservation: Reservation, state: JobState, observer: JobObserver, deadline_at: float | None = None
+        self,
+        reservation: Reservation,
+        state: JobState,
+        observer: JobObserver,
+        deadline_at: float | None = None,
+        owner: str = "",
     ) -> None:
         """Queues a job, which takes the place of its reservation. ``deadline_at``: when the caller stops waiting for
-        the result, on the scheduler's clock. Raises `ShuttingDown` after `stop`."""
+        the result, on the scheduler's clock. ``owner``: the caller; jobs of one share its part of the device. Raises
+        `ShuttingDown` after `stop`."""
         now = self._clock()
         budget_ends_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
         remaining_s = self._throughput.remaining_seconds(state)
@@ -183,6 +189,8 @@ class Scheduler:
         task = Task(
             state=state,
             observer=observer,
+            owner=owner,
+            memory_short_since=None if self._thread.may_have_memory(state.shape) else now,
             budget_ends_at=budget_ends_at,
             latest_start_at=must_end_at - (remaining_s or 0.0),
             remaining_s=remaining_s,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from gramophone_server.domain.engine_api import Batch
+from gramophone_server.domain.engine_api import Batch, Beginning
 from gramophone_server.domain.events import Event
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import JobState, Shape
@@ -56,21 +56,30 @@ class Task:
     """A job in the scheduler, from `Scheduler.submit` to its end. Times are seconds of the scheduler's clock.
 
     The compute thread owns it: no other thread changes a field, with one exception. While a thread holds the lock of
-    the `TaskTable`, it may read `observer`, `state`, `latest_start_at` and `remaining_s` of the tasks in the table, and
-    may set `remaining_s` if it is None. The compute thread updates `remaining_s` without the lock, in one assignment.
+    the `TaskTable`, it may read `observer`, `state`, `latest_start_at`, `remaining_s` and `memory_short_since` of the
+    tasks in the table, and may set `remaining_s` if it is None. The compute thread updates `remaining_s` and
+    `memory_short_since` without the lock, each in one assignment.
     """
 
     state: JobState
     observer: JobObserver
+    owner: str = ""  # the caller, with whom it shares the device: see `fair_share`
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
     latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
     remaining_s: float | None = None  # estimated device seconds to the end; None: no speed was measured yet
     # Batch
     batch: PooledBatch | None = None  # None: in no batch
     slot: int = -1  # in the batch
-    used_s: float = 0.0  # device seconds: its joins, and its share of its batches' iterations
-    # On its assignment, its fair-share counter `used_s` starts at the smallest of the others'.
-    newly_arrived: bool = True
+    beginning: Beginning | None = None  # what it needs before it joins its next batch; None: not looked at yet
+    # Device seconds: its beginnings and joins, its share of its batches' iterations, and its pictures and states. When
+    # the job starts to compete, `fair_share` sets the counter to what the others have used.
+    used_s: float = 0.0
+    used_before_batch_s: float = 0.0  # `used_s` when it joined its batch
+    join_s: float = 0.0  # of its last join
+    idle_since: float = 0.0  # the end of its last turn, or its arrival
+    # Memory
+    memory_short_since: float | None = None  # since when it waits for device memory: in the queue, or without its batch
+    parked: bool = False  # it has left the device for another job: its tensors are in the host's memory
     # Pause
     paused_until: float = 0.0
     # Progress
@@ -83,6 +92,11 @@ class Task:
     iterations_before_scale: int = 0
     # End
     ended: bool = False  # the observer has received the end
+
+    @property
+    def memory_short(self) -> bool:
+        """Whether it waits for device memory. Such a job takes no place of a running one."""
+        return self.memory_short_since is not None
 
     @property
     def pause_ends_at(self) -> float:

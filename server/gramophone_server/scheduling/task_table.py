@@ -71,6 +71,12 @@ class TaskTable:
         with self.lock:
             return self.active + len(self.paused)
 
+    @property
+    def places_taken(self) -> int:
+        """How many of the ``max_running`` places are taken: running jobs, but not those that wait for memory."""
+        with self.lock:
+            return sum(not task.memory_short for task in self.running)
+
     def find(self, observer: JobObserver) -> Task | None:
         """The task of a job; None if it has ended, or is not in the table."""
         with self.lock:

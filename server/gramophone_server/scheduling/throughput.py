@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.scheduling.beginning_costs import BeginningCosts
 
 __all__ = ["Forecast", "ThroughputModel", "forecast"]
 
@@ -50,6 +51,7 @@ class ThroughputModel:
 
     def __init__(self) -> None:
         self._shapes: dict[Shape, ShapeSpeeds] = {}
+        self.beginnings, self.joins = BeginningCosts(), BeginningCosts()
 
     def __len__(self) -> int:
         """The number of shapes that are kept."""

@@ -126,8 +126,9 @@ class WaitingQueue:
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
         """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
-        free = max(0, self._max_running - len(running))
-        positions = [max(0, index + 1 - free) for index in range(len(self._tasks))]
+        free = max(0, self._max_running - sum(not task.memory_short for task in running))
+        # A job that waits for memory does not start at once, though a place is free.
+        positions = [max(int(task.memory_short), index + 1 - free) for index, task in enumerate(self._tasks)]
         predicted = self._forecast(running, (), 0.0) if positions else None
         starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
         return list(zip(positions, starts, strict=True))

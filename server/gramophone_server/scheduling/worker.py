@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -25,10 +25,12 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.scheduling.batch_pool import BatchPool, OnIterations
+from gramophone_server.scheduling.fair_share import DeviceShares
+from gramophone_server.scheduling.memory_turns import MemoryTurns
 from gramophone_server.scheduling.task import PooledBatch, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 
-__all__ = ["MEMORY_WAIT_S", "Worker"]
+__all__ = ["SLICE_S", "Worker"]
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,6 @@ SLICE_S = 0.02
 # The same as the interval of frames. 256 jobs with a message after every slice would send 12,000 a second; a core
 # writes about 5,000.
 PROGRESS_INTERVAL_S = 0.1
-# While a job waits for memory, smaller jobs may start for this long. After that no job starts until it has its memory.
-MEMORY_WAIT_S = 10.0
 # After this time a client retries an interrupted job: this process has ended by then, and another server takes the job.
 RETRY_INTERRUPTED_S = 1.0
 
@@ -57,67 +57,79 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._throughput, self._clock = engine, throughput, clock
-        self._pool = BatchPool(engine, throughput, on_iterations, clock)
+        self._shares: DeviceShares[Task] = DeviceShares()
+        self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock)
+        self._memory = MemoryTurns(engine, self._pool, self._park, clock)
         self._max_checkpoint_bytes = max_checkpoint_bytes
-        self._memory_short_since: float | None = None
 
     @property
     def batch_bytes(self) -> int:
         """Estimated device memory, in bytes, of the batches and of the jobs waiting to join one. Thread-safe."""
         return self._pool.bytes
 
-    @property
-    def memory_short(self) -> bool:
-        """Whether at least one job waits for device memory."""
-        return self._memory_short_since is not None
+    def may_have_memory(self, shape: Shape) -> bool:
+        """Whether the device has memory for one more job of this shape now. Thread-safe."""
+        return self._pool.fits(self._engine.batch_bytes(shape, 1))
 
-    def may_start(self, task: Task) -> bool:
-        """Whether a waiting task may start. While a job waits for device memory, only tasks that fit beside all others
-        may start, and only for `MEMORY_WAIT_S`: otherwise the memory for that job would never become free."""
-        if self._memory_short_since is None:
-            return True
-        fits = self._pool.fits(task.state.shape, 1)
-        return fits and self._clock() < self._memory_short_since + MEMORY_WAIT_S
+    def startable(self, waiting: Iterable[Task], places: int, running: Sequence[Task]) -> list[Task]:
+        """The waiting tasks that may start, at most ``places``: those for which there is memory beside the ``running``
+        ones, or will be when their turn comes."""
+        return self._memory.startable(waiting, places, running)
 
     def admit(self, task: Task) -> None:
-        """Adds a job. Its fair-share counter starts at the smallest of the running jobs'."""
-        task.newly_arrived = True
+        """Adds a job. It is owed nothing of what the others used before: see `fair_share`."""
+        task.idle_since = self._clock()
         task.observer.started()
 
-    def detach(self, task: Task) -> None:
-        """Takes a task out of its batch; it can be admitted again. If memory runs out, the job fails, and
+    def pause(self, task: Task, paused_bytes: int) -> None:
+        """Takes a task out of its batch, into the host's memory; it can be admitted again. Raises `InvalidRequest` if
+        the paused jobs, with ``paused_bytes``, leave no room there. If memory runs out, the job fails, and
         `OutOfDeviceMemory` is raised."""
-        if task.last_report is not task.last_sent_report:
-            self._send_progress(task)
-        task.measured_scale = -1  # so that its speed is measured anew
+        if task.batch is not None:
+            needed, room = self._engine.state_bytes(task.state), self._pool.max_host_bytes - paused_bytes
+            if needed > room:
+                description = (
+                    f"the job's state takes {needed} bytes, and the server keeps {room} more of paused jobs; resume or "
+                    "end another paused job, or take a checkpoint and end this one"
+                )
+                raise InvalidRequest([Violation("", description)])
         try:
-            self._pool.detach(task)
+            self._leave(task)
         except OutOfDeviceMemory as error:
             self._fail(task, error)
             raise
+        self._shares.leave(task)
+        task.memory_short_since = None
 
     def step(self, tasks: Sequence[Task], paused_bytes: int = 0) -> None:
-        """Runs one slice: of the task with the least device time, and of the tasks that share its batch. Tasks that end
-        in it are marked as `ended`, and their observers are notified.
+        """Runs one turn: of the task that would have had the least device time after it. That is a step of its
+        beginning, or its join, or a slice, with the tasks that share its batch. Tasks that end in it are marked as
+        `ended`, and their observers are notified.
 
-        ``paused_bytes``: size of the tensors that paused jobs hold on the device. Raises `DeviceLost`.
+        ``paused_bytes``: size of the tensors of paused jobs. Raises `DeviceLost`.
         """
         for task in tasks:
             if task.observer.cancelled:
                 self._end(task)
         running = [task for task in tasks if not task.ended]
-        now = self._clock()
-        failed = self._pool.assign(running, paused_bytes, now + SLICE_S)
-        for task, error in failed.items():
-            self._fail(task, error)
-        if failed:
-            self._require_device()
-        if not self._pool.memory_short:
-            self._memory_short_since = None
-        elif self._memory_short_since is None:
-            self._memory_short_since = now
-        if (batch := self._next_batch(running)) is not None:
-            self._advance(batch)
+        self._fail_each(self._pool.plan(running, paused_bytes))
+        running = [task for task in running if not task.ended]
+        having = self._memory.with_memory([task for task in running if task.batch is None])
+        running = [task for task in running if not task.ended]
+        turns = {task: self._turn_s(task) for task in running if task.batch is not None or task in having}
+        for task in running:
+            (self._shares.arrive if task in turns else self._shares.leave)(task)
+        moving = next((task for task in having if task in self._pool.moving), None)
+        task = moving or self._next(turns)
+        if task is None:
+            return
+        if task.batch is not None:
+            self._advance(task.batch)
+            return
+        try:
+            self._pool.begin(task)
+        except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
+            self._fail_each({task: error})
 
     def finish_within_budget(self, task: Task) -> bool:
         """Ends a task whose time budget is used up, with its current picture. Returns False if it has none yet."""
@@ -133,7 +145,6 @@ class Worker:
         """Ends all tasks, after an error that belongs to none of them, and closes all batches. Raises `DeviceLost`."""
         for batch in list(self._pool):
             self._pool.discard_batch(batch)
-        self._memory_short_since = None  # otherwise no task could start, and without a step this would not change
         for task in tasks:
             self._fail(task, error)
         self._require_device()
@@ -169,6 +180,10 @@ class Worker:
             self._pool.detach(task)
         return first
 
+    def charge(self, task: Task, seconds: float) -> None:
+        """Counts the time of a command as device time of its job."""
+        self._shares.charge(task, seconds)
+
     def frame(self, task: Task) -> Frame:
         """The current picture. Raises `InvalidRequest` if there is none yet."""
         return Frame(task.state.done, self._shared_picture(task))
@@ -185,24 +200,39 @@ class Worker:
 
     # One slice --------------------------------------------------------------------------------------------------------
 
-    def _next_batch(self, tasks: Sequence[Task]) -> PooledBatch | None:
-        """The batch of the task with the least device time. If its slice would last beyond the time budget of a task in
-        another batch, that batch goes first, unless this one has been idle for longer than its slice takes. A task
-        whose budget does not last until its next picture ends now."""
-        while assigned := [(task, task.batch) for task in tasks if task.batch is not None and not task.ended]:
-            least_served, next_batch = min(assigned, key=lambda pair: pair[0].used_s)
-            iteration_s = self._throughput.batch_seconds_per_iteration(next_batch.shape, next_batch.slots) or 0.0
+    def _turn_s(self, task: Task) -> float:
+        """Estimated seconds of a task's next turn that are charged to it; 0 if nothing was measured."""
+        if task.batch is not None:
+            return self._slice_s(task.batch) / len(task.batch.tasks)
+        assert task.beginning is not None, "`plan` has set it"
+        if pixels := task.beginning.next_pixels:
+            return self._throughput.beginnings.seconds(pixels) or 0.0
+        return self._throughput.joins.seconds(task.state.shape.width * task.state.shape.height) or 0.0
+
+    def _slice_s(self, batch: PooledBatch) -> float:
+        return max(self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0, SLICE_S)
+
+    def _next(self, turns: dict[Task, float]) -> Task | None:
+        """The task whose turn is next. If it would last beyond the time budget of a task in another batch, that one
+        goes first, unless the other has been idle for longer than its turn takes. A task whose budget does not last
+        until its next picture ends now."""
+        while (task := self._shares.next({task: s for task, s in turns.items() if not task.ended})) is not None:
             now = self._clock()
-            slice_s = max(iteration_s, SLICE_S)
-            urgent = [(task, batch) for task, batch in assigned if task.budget_ends_at < now + slice_s]
-            urgent_elsewhere = [(task, batch) for task, batch in urgent if batch is not next_batch]
-            if urgent_elsewhere and now < next_batch.idle_since + slice_s:
-                return min(urgent_elsewhere, key=lambda pair: pair[0].budget_ends_at)[1]
-            for task, batch in urgent:
-                if batch is not next_batch or task.budget_ends_at < now + iteration_s:
-                    self.finish_within_budget(task)
-            if not least_served.ended:
-                return next_batch
+            turn_s = turns[task] if task.batch is None else self._slice_s(task.batch)
+            idle_since = task.idle_since if task.batch is None else task.batch.idle_since
+            urgent = [t for t in turns if t.batch and not t.ended and t.budget_ends_at < now + max(turn_s, SLICE_S)]
+            elsewhere = [other for other in urgent if other.batch is not task.batch]
+            if elsewhere and now < idle_since + turn_s:
+                return min(elsewhere, key=lambda other: other.budget_ends_at)
+            iteration_s = 0.0
+            if task.batch is not None:
+                batch = task.batch
+                iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
+            for other in urgent:
+                if other in elsewhere or other.budget_ends_at < now + iteration_s:
+                    self.finish_within_budget(other)
+            if not task.ended:
+                return task
         return None
 
     def _advance(self, batch: PooledBatch) -> None:
@@ -217,19 +247,42 @@ class Worker:
                 task.iterations_before_scale = task.state.done
         iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots)
         try:
-            reports = self._pool.advance(batch, _slice_iterations(tasks, now, iteration_s))
+            reports, failed = self._pool.advance(batch, _slice_iterations(tasks, now, iteration_s))
         except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
             self._pool.discard_batch(batch)
-            for task in tasks:
-                self._fail(task, error)
-            return self._require_device()
+            return self._fail_each(dict.fromkeys(tasks, error))
+        self._fail_each(failed)
         iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
         for task in tasks:
             if task in reports:
+                started_at = self._clock()
                 try:
                     self._process_report(task, reports[task], iteration_s)
                 except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
                     self._fail(task, error)
+                if not task.ended:
+                    self._shares.charge(task, self._clock() - started_at)
+
+    def _leave(self, task: Task) -> None:
+        """Takes a task out of its batch, into the host's memory. Raises `OutOfDeviceMemory`."""
+        if task.last_report is not task.last_sent_report:
+            self._send_progress(task)
+        task.measured_scale = -1  # so that its speed is measured anew
+        self._pool.detach(task, to_host=True)
+
+    def _park(self, task: Task) -> None:
+        """Takes a task out of its batch, because another one has waited for its memory."""
+        try:
+            self._leave(task)
+            task.parked, task.memory_short_since = True, self._clock()
+        except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
+            self._fail(task, error)
+
+    def _fail_each(self, errors: Mapping[Task, Exception]) -> None:
+        for task, error in errors.items():
+            self._fail(task, error)
+        if errors:
+            self._require_device()
 
     def _require_device(self) -> None:
         """Raises `DeviceLost` if a failure was the device's, because then all later jobs would fail, too."""
@@ -325,6 +378,7 @@ class Worker:
         self._end(task)
 
     def _end(self, task: Task) -> None:
+        self._shares.leave(task)
         self._pool.discard(task)
         task.ended = True
 
