@@ -28,7 +28,8 @@ class FakeEngine:
 
     An iteration of a batch takes `iteration_s`, plus `pixel_s` for each pixel of each slot, taken or not. Each style
     image takes `style_pixel_s` for each of its pixels at each scale, in steps of `step_pixels`, unless it was taken
-    before and `caches_styles`. To join a batch takes `join_s`. A batch of more than `max_pixels` (width x height x slots) runs out of memory. `clock` is
+    before and `caches_styles`; in the meantime it takes `style_bytes` of memory. To join a batch takes `join_s`. A
+    batch of more than `max_pixels` (width x height x slots) runs out of memory. `clock` is
     used in place of the module `time`.
     """
 
@@ -128,7 +129,7 @@ class FakeBeginning:
         self.styles = []  # (key, pixels) of those that are left
         for image in state.job.styles if engine.style_pixel_s else ():
             size = style_size(image.shape[2], image.shape[1], max(width, height), state.recipe.style_scale)
-            self.styles.append(((id(image), size), float(math.prod(size))))
+            self.styles.append(((image, size), float(math.prod(size))))
         self.left = 0.0  # pixels of the first style, if it is under way
 
     @property
@@ -158,7 +159,7 @@ class FakeBeginning:
         step = min(engine.step_pixels, self.left)
         engine.steps.append((self.state, step))
         engine.clock.sleep(step * engine.style_pixel_s)
-        self.left -= step
+        self.left = self.left - step if self.left - step > 1 else 0.0
         if not self.left:
             del self.styles[0]
             if engine.caches_styles:

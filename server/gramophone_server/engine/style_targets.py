@@ -1,6 +1,6 @@
 """Style targets: the Gram matrices of style images, cached for the next job in the same style.
 
-Every scale of every job needs the Gram matrices of its style images, and their forward pass costs half an iteration of a
+Every scale of every job needs the Gram matrices of its style images. Their forward pass costs half an iteration of a
 picture of their size (benchmarks/RESULTS.md): 13 s for a painting of 2048 px on two cores. So it is done in steps,
 between which other jobs have their turns. A cached matrix equals a computed one bit for bit. A cache belongs to one
 network in one precision, and to its engine's thread.

@@ -144,9 +144,9 @@ class VggFeatures:
         return activations
 
     def steps(self, image: Tensor, layers: Collection[str], activations: Activations) -> Iterator[str]:
-        """As `forward`, one convolution at a time: fills ``activations`` and yields the name of each convolution when it
-        is done. The caller may then free the tensors of all earlier convolutions that it does not need, and computes in
-        inference mode."""
+        """As `forward`, one convolution at a time: fills ``activations`` and yields the name of each convolution when
+        it is done. The caller may then free the tensors of all earlier convolutions that it does not need. It computes
+        in inference mode."""
         pooling, used = activations.pooling, self._used(layers)
         x = image
         for i, (name, pooled, kernel) in enumerate(used):

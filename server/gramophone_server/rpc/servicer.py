@@ -307,7 +307,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if job.request_id:
                 job.digest = await self._admission.digest(spec, owner)
             if job.admit(state):
-                self._scheduler.submit(reservation, state, job, deadline_at)
+                self._scheduler.submit(reservation, state, job, deadline_at, owner)
         except GramophoneError as error:
             error.__cause__ = error.__context__ = None  # their frames would keep the images as long as the job
             job.fail(error.with_traceback(None))

@@ -56,6 +56,7 @@ class BatchPool:
         self._max_slots: dict[Shape, int] = {}
         # The allocator had no memory beside other jobs. Until a batch is closed, nothing more is begun.
         self._allocator_full = False
+        self._refused: set[Task] = set()  # jobs that have met this
         self.moving: set[Task] = set()  # jobs that a rebuild has taken out of their batches
         self._rebuilt_at = -math.inf
         self._moved_s = 0.0  # that the jobs took since then to leave and to join again
@@ -125,8 +126,10 @@ class BatchPool:
         """Device memory, in bytes, that the next turn of a job in no batch needs and does not have yet."""
         beginning = _beginning(task)
         if beginning.next_pixels:
-            return 0 if beginning.under_way else beginning.next_bytes
-        return 0 if self._batch_with_slot(task.state.shape) else self._engine.batch_bytes(task.state.shape, 1)
+            needed = 0 if beginning.under_way else beginning.next_bytes
+        else:
+            needed = 0 if self._batch_with_slot(task.state.shape) else self._engine.batch_bytes(task.state.shape, 1)
+        return max(needed, 1) if task in self._refused else needed
 
     def fits(self, needed: int, besides: int = 0) -> bool:
         """Whether the device has so much memory left, and ``besides`` as much for others, which is negative if others
@@ -170,6 +173,7 @@ class BatchPool:
                 raise
             else:
                 self._allocator_full = True
+                self._refused.add(task)
         finally:
             task.idle_since = self._clock()
             took_s = task.idle_since - started_at
@@ -322,6 +326,7 @@ class BatchPool:
 
     def _close_batch(self, batch: PooledBatch) -> None:
         self._allocator_full = False
+        self._refused.clear()
         self._batches.remove(batch)
         try:
             batch.engine_batch.close()

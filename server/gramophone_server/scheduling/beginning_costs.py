@@ -3,22 +3,25 @@ joins a batch with."""
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["BeginningCosts"]
 
-NEWEST_WEIGHT = 0.3  # of a step's measurement
+MEMORY_S = 10.0  # after so many seconds of measurements an earlier one has a third of its weight
 
 
 class BeginningCosts:
     """Device seconds by pixels. One thread writes, any thread reads."""
 
     def __init__(self) -> None:
-        self._pixel_s: float | None = None
+        # Sums, so that many small measurements, most of whose time is not for pixels, do not outweigh a large one.
+        self._pixels = self._seconds = 0.0
 
     def record(self, pixels: float, seconds: float) -> None:
         """Work for so many pixels took ``seconds``."""
-        new = max(seconds, 0.0) / pixels
-        self._pixel_s = new if self._pixel_s is None else NEWEST_WEIGHT * new + (1 - NEWEST_WEIGHT) * self._pixel_s
+        kept = math.exp(-seconds / MEMORY_S)
+        self._pixels, self._seconds = kept * self._pixels + pixels, kept * self._seconds + seconds
 
     def seconds(self, pixels: float) -> float | None:
         """Device seconds of work for so many pixels; None before the first measurement."""
-        return None if self._pixel_s is None else self._pixel_s * pixels
+        return self._seconds / self._pixels * pixels if self._pixels else None

@@ -133,15 +133,18 @@ class DeviceShares(Generic[T]):
 
     def next(self, turns: Mapping[T, float]) -> T | None:
         """The job whose turn is next; None without any. ``turns``: jobs that compete and can have a turn, with the
-        estimated seconds that it takes of their time."""
+        estimated seconds that it takes of their time; more than `BURST_S` count as this, so that an estimate that is
+        far too high keeps no job waiting for long."""
+        turns = {job: min(turn_s, BURST_S) for job, turn_s in turns.items()}
         first: dict[Account[T], T] = {}
         for job, turn_s in turns.items():
             account = self._accounts[job.owner]
             other = first.get(account)
             if other is None or job.used_s + turn_s < other.used_s + turns[other]:
                 first[account] = job
-        account = min(first, key=lambda account: account.used_s + turns[first[account]], default=None)
-        return None if account is None else first[account]
+        if not first:
+            return None
+        return first[min(first, key=lambda account: account.used_s + turns[first[account]])]
 
     def _account(self, job: T) -> Account[T]:
         if job.owner not in self._accounts:

@@ -1,8 +1,8 @@
 """Who has the device's memory: jobs that do not fit beside each other take turns.
 
 The job that has waited longest for memory gets it next. Jobs that have used the device for a while since they joined
-their batches make room for it: their tensors move to the host's memory, and they wait in turn. Smaller jobs start in the
-meantime, as far as they do not take what the waiting job will get.
+their batches make room for it: their tensors move to the host's memory, and they wait in turn. Meanwhile smaller jobs
+start, as far as they do not take what the waiting job will get.
 """
 
 from __future__ import annotations

@@ -120,16 +120,16 @@ class Worker:
         for task in running:
             (self._shares.arrive if task in turns else self._shares.leave)(task)
         moving = next((task for task in having if task in self._pool.moving), None)
-        task = moving or self._next(turns)
-        if task is None:
+        chosen = moving or self._next(turns)
+        if chosen is None:
             return
-        if task.batch is not None:
-            self._advance(task.batch)
+        if chosen.batch is not None:
+            self._advance(chosen.batch)
             return
         try:
-            self._pool.begin(task)
+            self._pool.begin(chosen)
         except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
-            self._fail_each({task: error})
+            self._fail_each({chosen: error})
 
     def finish_within_budget(self, task: Task) -> bool:
         """Ends a task whose time budget is used up, with its current picture. Returns False if it has none yet."""
