@@ -30,7 +30,8 @@ from gramophone_server.scheduling.batch_pool import OnIterations
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.worker import SLICE_S, Worker
+from gramophone_server.scheduling.turn_order import SLICE_S
+from gramophone_server.scheduling.worker import Worker
 
 __all__ = ["ComputeThread"]
 

@@ -7,8 +7,8 @@ moves tasks between waiting, running and paused, and removes those that have end
 by side, in slices of about 20 ms, and pending commands are executed between two slices (see `worker`). Events go to
 each job's `JobObserver`, and the outcomes of commands to futures of the event loop.
 
-The next slice is for the job with the least device time, together with the jobs that share its batch (see
-`batch_pool`). This is least-attained-service scheduling, as deficit round robin without fixed rounds: after an
+The next turn is for the caller, and of its jobs for the one, who would have had the least device time after it,
+together with the jobs that share its batch (see `fair_share`, `batch_pool`). This is weighted fair queueing: before an
 iteration of a second for a job of 2048 px, the other jobs have slices for a second. Waiting jobs start in the order of
 the latest time at which they must start to meet their deadlines.
 """

@@ -29,15 +29,12 @@ from gramophone_server.scheduling.fair_share import DeviceShares
 from gramophone_server.scheduling.memory_turns import MemoryTurns
 from gramophone_server.scheduling.task import PooledBatch, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
+from gramophone_server.scheduling.turn_order import SLICE_S, TurnOrder
 
-__all__ = ["SLICE_S", "Worker"]
+__all__ = ["Worker"]
 
 log = logging.getLogger(__name__)
 
-# Length of a slice, if an iteration is not longer. Cancelling a job takes no longer than that, and the host waits for
-# the GPU (30 us, for an iteration of 0.4 ms at 256 px) once per slice instead of after every iteration. A switch to
-# another batch costs nothing, so longer slices gain nothing.
-SLICE_S = 0.02
 # The same as the interval of frames. 256 jobs with a message after every slice would send 12,000 a second; a core
 # writes about 5,000.
 PROGRESS_INTERVAL_S = 0.1
@@ -60,6 +57,7 @@ class Worker:
         self._shares: DeviceShares[Task] = DeviceShares()
         self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock)
         self._memory = MemoryTurns(engine, self._pool, self._park, clock)
+        self._order = TurnOrder(self._shares, throughput, self.finish_within_budget, clock)
         self._max_checkpoint_bytes = max_checkpoint_bytes
 
     @property
@@ -116,11 +114,11 @@ class Worker:
         running = [task for task in running if not task.ended]
         having = self._memory.with_memory([task for task in running if task.batch is None])
         running = [task for task in running if not task.ended]
-        turns = {task: self._turn_s(task) for task in running if task.batch is not None or task in having}
+        ready = [task for task in running if task.batch is not None or task in having]
         for task in running:
-            (self._shares.arrive if task in turns else self._shares.leave)(task)
+            (self._shares.arrive if task in ready else self._shares.leave)(task)
         moving = next((task for task in having if task in self._pool.moving), None)
-        chosen = moving or self._next(turns)
+        chosen = moving or self._order.next(ready)
         if chosen is None:
             return
         if chosen.batch is not None:
@@ -199,41 +197,6 @@ class Worker:
         self._finish(task, StopReason.FINISHED)
 
     # One slice --------------------------------------------------------------------------------------------------------
-
-    def _turn_s(self, task: Task) -> float:
-        """Estimated seconds of a task's next turn that are charged to it; 0 if nothing was measured."""
-        if task.batch is not None:
-            return self._slice_s(task.batch) / len(task.batch.tasks)
-        assert task.beginning is not None, "`plan` has set it"
-        if pixels := task.beginning.next_pixels:
-            return self._throughput.beginnings.seconds(pixels) or 0.0
-        return self._throughput.joins.seconds(task.state.shape.width * task.state.shape.height) or 0.0
-
-    def _slice_s(self, batch: PooledBatch) -> float:
-        return max(self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0, SLICE_S)
-
-    def _next(self, turns: dict[Task, float]) -> Task | None:
-        """The task whose turn is next. If it would last beyond the time budget of a task in another batch, that one
-        goes first, unless the other has been idle for longer than its turn takes. A task whose budget does not last
-        until its next picture ends now."""
-        while (task := self._shares.next({task: s for task, s in turns.items() if not task.ended})) is not None:
-            now = self._clock()
-            turn_s = turns[task] if task.batch is None else self._slice_s(task.batch)
-            idle_since = task.idle_since if task.batch is None else task.batch.idle_since
-            urgent = [t for t in turns if t.batch and not t.ended and t.budget_ends_at < now + max(turn_s, SLICE_S)]
-            elsewhere = [other for other in urgent if other.batch is not task.batch]
-            if elsewhere and now < idle_since + turn_s:
-                return min(elsewhere, key=lambda other: other.budget_ends_at)
-            iteration_s = 0.0
-            if task.batch is not None:
-                batch = task.batch
-                iteration_s = self._throughput.batch_seconds_per_iteration(batch.shape, batch.slots) or 0.0
-            for other in urgent:
-                if other in elsewhere or other.budget_ends_at < now + iteration_s:
-                    self.finish_within_budget(other)
-            if not task.ended:
-                return task
-        return None
 
     def _advance(self, batch: PooledBatch) -> None:
         """Runs one slice of a batch and reports it."""

@@ -17,8 +17,8 @@ from gramophone_server.telemetry.metrics import Metrics
 __all__ = ["HealthMonitor"]
 
 HEARTBEAT_S = 0.25
-# A step of the compute thread is a slice of 20 ms or one iteration, sometimes after the style targets of four images:
-# at 2048 px on two cores these take two minutes.
+# A step of the compute thread is one turn: a slice of 20 ms or one iteration, a convolution of a style image, or a job
+# that joins a batch. At 2048 px on two cores an iteration takes half a minute.
 MAX_STEP_S = 300.0
 MAX_LAG_S = 30.0
 
