@@ -332,10 +332,10 @@ def test_slow_watchers_keep_few_different_frames_and_each_gets_one(registry):
 
 def test_a_frame_that_a_slow_watcher_lost_is_counted_and_the_next_comes(registry):
     job, _ = create(registry())
-    watchers = [job.watch(FrameRule(every_iterations=every)) for every in (7, 11, 13, 17, 19)]
-    for iteration in range(1, 20):
+    watchers = [job.watch(FrameRule(every_iterations=every)) for every in (7, 11, 13)]
+    for iteration in range(1, 15):
         send_frame(job, iteration, now=float(iteration))
-    assert [kinds(watcher).count("Frame") for watcher in watchers] == [1, 0, 1, 1, 1]  # 11 was the oldest
+    assert [kinds(watcher).count("Frame") for watcher in watchers] == [1, 0, 1]  # 11 was the oldest
     send_frame(job, 22, now=22.0)
     (frame,) = [event for _, event in unread(watchers[1]) if isinstance(event, Frame)]
     assert (frame.iteration, frame.dropped) == (22, 1)

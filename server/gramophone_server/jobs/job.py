@@ -36,7 +36,7 @@ __all__ = ["MAX_UNREAD", "Job", "JobPhase", "JobSummary"]
 
 # Different frames, and different checkpoints of one kind, of one job that may wait for its watchers. More than one, so
 # that a slow reader keeps its own although fast ones get newer ones.
-MAX_UNREAD: dict[type[Event], int] = {Frame: 4, Saved: 2}
+MAX_UNREAD: dict[type[Event], int] = {Frame: 2, Saved: 2}
 
 
 class JobPhase(Enum):
