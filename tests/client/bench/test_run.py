@@ -1,6 +1,7 @@
 """The steps of a bench against the fake service, and the live display."""
 
 import asyncio
+import dataclasses
 import io
 import math
 import time
@@ -9,6 +10,7 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
+from gramophone.options import INLINE_BYTES
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import AsyncGramophoneClient
@@ -179,6 +181,16 @@ def test_a_server_that_hangs_does_not_delay_the_steps(service, monkeypatch):
     assert [(step.server_before, step.server_after) for step in steps] == [(None, None)] * 2
     assert all("the server did not report its load before this step" in step.notes() for step in steps)
     assert all(step.tally.ok for step in steps)
+
+
+@pytest.mark.parametrize("frames", [True, False])
+def test_large_images_are_uploaded_by_the_first_jobs(service, run_step, frames):
+    large = Pictures(encoded("red") + bytes(INLINE_BYTES), (encoded("yellow"),))
+    kind = JobKind(name="large", frames=frames)
+    plan = dataclasses.replace(make_plan(ClosedLoop(4), workload=(kind,)), pictures=lambda _: large)
+    step = run_step(plan, jobs=12)
+    assert step.tally.statuses == Counter(OK=step.tally.ended)
+    assert service.uploads == 1
 
 
 def test_an_invalid_job_ends_the_bench(service):
