@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from gramophone_server.config import DECODERS, Limits
+from gramophone_server.domain import job
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
@@ -66,7 +67,9 @@ def pool():
 
 
 async def decoded(pool, data, owner="a", needed=64):
-    return await pool.decode(lambda: data, read_header(data, LIMITS), needed, owner)
+    picture, digest = await pool.decode(lambda: data, read_header(data, LIMITS), needed, owner)
+    assert digest == job.digest(picture)
+    return picture
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

@@ -192,6 +192,7 @@ async def test_a_cancelled_job_frees_its_images(kept, phase):
             control = s.stub.StylizeInteractive()
             await control.write(pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id=job_id)))
             await control.write(pb.StylizeInteractiveRequest(pause=pb.PauseCommand()))
+            await until(lambda: s.scheduler.pending_commands == 1)
             engine.go.set()
             await until(lambda: s.scheduler.paused == 1)
         held = s.servicer.decoded_bytes

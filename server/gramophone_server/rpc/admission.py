@@ -95,17 +95,20 @@ class Admission:
         await self._require_capacity(recipe, saved, sources["spec.content"], reservation, deadline_at)
         room.take(self._images.decoded_bytes(sources, recipe))
         decoded = await self._images.decode(sources, recipe, owner)
+        content, start = decoded["spec.content"], decoded.get("spec.start_image")
+        styles = [decoded[f"spec.styles[{i}].image"] for i in range(len(spec.styles))]
         job = StyleJob(
             recipe=recipe,
-            content=decoded["spec.content"],
-            styles=tuple(decoded[f"spec.styles[{i}].image"] for i in range(len(spec.styles))),
+            content=content.picture,
+            styles=tuple(style.picture for style in styles),
             style_weights=tuple(style.weight if style.HasField("weight") else 1.0 for style in spec.styles),
-            start=decoded.get("spec.start_image"),
+            start=start.picture if start is not None else None,
             seed=saved.seed if saved else spec.seed if spec.HasField("seed") else secrets.randbits(64),
         )
-        room.keep_until_freed(job, sum(tensor.nbytes for tensor in (*decoded.values(), *_tensors(saved))))
+        job.set_digests(content.digest, tuple(style.digest for style in styles))
+        pictures = (image.picture for image in decoded.values())
+        room.keep_until_freed(job, sum(tensor.nbytes for tensor in (*pictures, *_tensors(saved))))
         raise_violations(check_result_size(job))
-        await self._decoders.run(job.compute_digests, owner)
         state = self._scheduler.engine.admit(job)
         return state if saved is None else self._restore(saved, job, _resume_path(spec))
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
-
 from gramophone.recipe import Recipe, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.errors import InvalidRequest, ServerBusy
-from gramophone_server.images.decoders import Decoders
+from gramophone_server.images.decoders import DecodedImage, Decoders
 from gramophone_server.images.decoding import Header, read_header
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.rpc.byte_budget import ByteBudget, Share
@@ -84,11 +82,11 @@ class JobImages:
         """For the pictures of one job of ``owner``, in a `with` block."""
         return Room(self.budget, owner, self._retry_after_s)
 
-    async def decode(self, sources: Mapping[str, Source], recipe: Recipe, owner: str) -> dict[str, Tensor]:
-        """The pictures, uint8 [3, height, width], by field. Raises `InvalidRequest` with the violations of all images,
+    async def decode(self, sources: Mapping[str, Source], recipe: Recipe, owner: str) -> dict[str, DecodedImage]:
+        """The pictures by field. Raises `InvalidRequest` with the violations of all images,
         `Shortage`, `EngineFailed`."""
 
-        async def decode(source: Source) -> Tensor | Violation:
+        async def decode(source: Source) -> DecodedImage | Violation:
             assert source.header is not None, "all headers are read, and valid"
             try:
                 return await self._decoders.decode(
@@ -106,7 +104,7 @@ class JobImages:
         violations = [outcome for outcome in outcomes.values() if isinstance(outcome, Violation)]
         if violations:
             raise InvalidRequest(violations)
-        return {field: outcome for field, outcome in outcomes.items() if isinstance(outcome, Tensor)}
+        return {field: outcome for field, outcome in outcomes.items() if isinstance(outcome, DecodedImage)}
 
 
 class Room:
