@@ -1,5 +1,9 @@
 import io
 import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from PIL import Image
 from gramophone_server.config import Limits
 from gramophone_server.images import codec
 from gramophone_server.images.codec import Format
+from gramophone_server.images.shortages import Shortage
 
 
 @pytest.mark.parametrize("format", list(Format))
@@ -38,3 +43,54 @@ def test_lower_quality_is_smaller():
     picture = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
     for format in (Format.JPEG, Format.WEBP):
         assert len(codec.encode(picture, format, 30).data) < len(codec.encode(picture, format, 90).data)
+
+
+# In a program of its own, because the tests import everything.
+WITHOUT_IMPORTS = """
+    import sys
+    import torch
+    from gramophone_server.config import Limits
+    from gramophone_server.images import codec
+    from gramophone_server.images.codec import Format
+    from tests.support.bad_pictures import png, valid_pictures
+
+    files = valid_pictures()
+    loaded = set(sys.modules)
+
+    class NoImports:
+        def find_spec(self, name, path=None, target=None):
+            raise AssertionError(f"{name} is imported during a request")
+
+    sys.meta_path.insert(0, NoImports())
+    decoded = 0
+    for data in files:
+        try:
+            codec.decode(data, Limits(), 16)
+            decoded += 1
+        except ValueError as error:
+            assert "animation" in str(error) or "GIF" in str(error), error
+    for format in Format:
+        codec.encode(torch.zeros(32, 48, 3, dtype=torch.uint8), format, 90, max_side=40, metadata="{}")
+    assert decoded > 10 and set(sys.modules) == loaded, set(sys.modules) - loaded
+"""
+
+
+def test_no_request_imports_a_module():
+    """An import during a request takes file descriptors and time, and fails if there are none."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    program = [sys.executable, "-c", textwrap.dedent(WITHOUT_IMPORTS)]
+    ran = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("format", list(Format))
+def test_an_encoder_without_memory_is_a_shortage(format, monkeypatch):
+    def save(*_, **__):
+        raise OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="encoder error"):
+        codec.encode(torch.zeros(32, 48, 3, dtype=torch.uint8), format, 90)
+    monkeypatch.setattr(codec, "ENCODING_BYTES_PER_PIXEL", 2**50)  # more than there is
+    with pytest.raises(Shortage, match="memory"):
+        codec.encode(torch.zeros(32, 48, 3, dtype=torch.uint8), format, 90)
