@@ -4,6 +4,7 @@ so, and each checkpoint is written once."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -87,7 +88,7 @@ class JobEventStream:
                 response.accepted.CopyFrom(accepted_message(event, self.job, attached=self._attached))
             elif isinstance(event, Finished):
                 large = self._result(number, event)
-                large.own = [(response, pb.StylizeResponse.RESULT_FIELD_NUMBER), *large.levels[2:]]
+                large.own = functools.partial(_unary_levels, response, event)
                 message = await self._written(large)
         assert message is not None, "a job that ends without an error has a result"
         return message
@@ -168,7 +169,7 @@ class JobEventStream:
                 share.shrink_to(size * large.copies)
             data = written.data
             if large.own is not None:
-                data = b"".join(nested(large.own, memoryview(data)[written.body_at :]))
+                data = b"".join(nested(large.own(), memoryview(data)[written.body_at :]))
             return Outgoing(data, dropped=large.dropped, share=share, holds=holds)
         except BaseException:
             holds.close()
@@ -194,29 +195,30 @@ class JobEventStream:
         return _Large(
             picture.encodings,
             encoding,
-            _image_writer(levels(0), picture, encoding),
+            _image_writer(lambda: levels(0), picture, encoding),
             _most_bytes(picture, encoding),
-            levels(0),
-            own=levels(event.dropped) if event.dropped else None,
+            own=(lambda: levels(event.dropped)) if event.dropped else None,
             dropped=event.dropped,
         )
 
     def _checkpoint(self, number: int, event: Saved) -> _Large:
         state = event.state
-        checkpoint = pb.Checkpoint(iteration=event.iteration, light=state.light)
-        levels = [*_event_levels(number, "checkpoint"), (checkpoint, pb.Checkpoint.DATA_FIELD_NUMBER)]
 
         def make() -> _Written:
+            checkpoint = pb.Checkpoint(iteration=event.iteration, light=state.light)
+            levels = [*_event_levels(number, "checkpoint"), (checkpoint, pb.Checkpoint.DATA_FIELD_NUMBER)]
             return _Written(b"".join(nested(levels, state.write())), 0)
 
-        return _Large(state.written, None, make, state.most_bytes, levels)
+        return _Large(state.written, None, make, state.most_bytes)
 
     def _result(self, number: int, event: Finished) -> _Large:
         summary, picture = self.job.summary, event.picture
         assert summary is not None, "a job is admitted before it has events"
         encoding = _as_needed(self.job.encoding, picture)
-        levels = [*_event_levels(number, "result"), (result_message(event), pb.Result.IMAGE_FIELD_NUMBER)]
         metadata = result_metadata(summary, event.iterations, self._weights)
+
+        def levels() -> Levels:
+            return [*_event_levels(number, "result"), (result_message(event), pb.Result.IMAGE_FIELD_NUMBER)]
 
         def release_pixels() -> None:
             picture.wait = None  # the result has one encoding for all watchers, which is kept
@@ -226,7 +228,6 @@ class JobEventStream:
             encoding,
             _image_writer(levels, picture, encoding, metadata),
             _most_bytes(picture, encoding),
-            levels,
             keep=True,
             on_written=release_pixels,
         )
@@ -247,8 +248,7 @@ class _Large:
     key: Hashable
     make: Callable[[], _Written]
     most_bytes: int  # of the message
-    levels: Levels
-    own: Levels | None = None  # of the message of this call, if it is not the shared one
+    own: Callable[[], Levels] | None = None  # of the message of this call, if it is not the shared one
     dropped: int | None = None
     keep: bool = False
     on_written: Callable[[], None] = lambda: None
@@ -280,6 +280,14 @@ def _event_levels(number: int, kind: str) -> Levels:
     ]
 
 
+def _unary_levels(response: pb.StylizeResponse, event: Finished) -> Levels:
+    """The outer levels of the response of `Stylize`."""
+    return [
+        (response, pb.StylizeResponse.RESULT_FIELD_NUMBER),
+        (result_message(event), pb.Result.IMAGE_FIELD_NUMBER),
+    ]
+
+
 def _as_needed(wanted: Encoding, picture: Picture) -> Encoding:
     """The same encoding without options that change nothing, so that equal pictures are encoded once."""
     is_reduced = 0 < wanted.max_side < max(picture.width, picture.height)
@@ -294,7 +302,7 @@ def _most_bytes(picture: Picture, encoding: Encoding) -> int:
 
 
 def _image_writer(
-    levels: Levels, picture: Picture, encoding: Encoding, metadata: str | None = None
+    levels: Callable[[], Levels], picture: Picture, encoding: Encoding, metadata: str | None = None
 ) -> Callable[[], _Written]:
     """A function that writes a message with the picture as its innermost level. It blocks, for a thread."""
 
@@ -302,7 +310,8 @@ def _image_writer(
         wait = picture.wait
         assert wait is not None, "the pixels are released when the only encoding is kept"
         encoded = codec.encode(wait(), *encoding, metadata)
-        parts = nested([*levels, (image_message(encoded), pb.Image.DATA_FIELD_NUMBER)], encoded.data)
-        return _Written(b"".join(parts), sum(map(len, parts[: len(levels)])))
+        outer = levels()
+        parts = nested([*outer, (image_message(encoded), pb.Image.DATA_FIELD_NUMBER)], encoded.data)
+        return _Written(b"".join(parts), sum(map(len, parts[: len(outer)])))
 
     return make
