@@ -1,24 +1,17 @@
 """Shares of the device: the counters by themselves, and simulations of hours with many callers. No time passes."""
 
 import itertools
-import math
 import random
 from dataclasses import dataclass
 
 import pytest
-import torch
 
-from gramophone.recipe import Recipe
-from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.errors import OutOfDeviceMemory
 from gramophone_server.scheduling.fair_share import BURST_S, DeviceShares, FairShare
 from gramophone_server.scheduling.task import Task
-from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.worker import Worker
-from tests.support.clock import ManualClock
-from tests.support.engines import FakeEngine
 from tests.support.observers import Recorder
+from tests.support.simulation import STEP_PIXELS, STYLE_PIXEL_S, Device, stream
 
 
 @dataclass(eq=False)
@@ -104,88 +97,6 @@ def test_nobody_competes_at_first():
 
 
 # Simulations ----------------------------------------------------------------------------------------------------------
-
-ITERATION_S = 0.1  # of 64 x 32 px, as on a slow machine
-# A style of 256 px stands for one of 2048 px: 13 s, of which the dearest convolution takes a tenth.
-STYLE_PIXEL_S = 13 / 256**2
-STEP_PIXELS = 256**2 / 10
-
-
-def state(iterations, styles=(32,), **recipe):
-    """A job whose style images are squares with these sides, and new to the engine."""
-    recipe = {"size": 64, "smallest_size": 0, "iterations": iterations, **recipe}
-    images = tuple(torch.zeros((1, 1, 1), dtype=torch.uint8).expand(3, side, side) for side in styles)
-    weights = (1.0,) * len(styles)
-    content = torch.zeros((1, 1, 1), dtype=torch.uint8).expand(3, 32, 64)
-    return JobState(
-        StyleJob(recipe=Recipe(**recipe), content=content, styles=images, style_weights=weights, start=None, seed=1)
-    )
-
-
-class Device:
-    """A worker with callers. Each caller is an iterator of the tasks that it sends, one after the other: (task, idle
-    seconds before it)."""
-
-    def __init__(self, max_running=16, **engine):
-        self.clock = ManualClock(reading_s=1e-7)
-        options = {"pixel_s": ITERATION_S / (64 * 32), "style_pixel_s": STYLE_PIXEL_S, "step_pixels": STEP_PIXELS}
-        self.engine = FakeEngine(clock=self.clock, **(options | engine))
-        self.worker = Worker(self.engine, ThroughputModel(), 2**20, clock=self.clock)
-        self.callers, self.running, self.waiting, self.due = [], [], [], []
-        self.max_running = max_running
-        self.longest_step_s = 0.0
-
-    def task(self, owner, *args, **recipe):
-        return Task(state=state(*args, **recipe), observer=Recorder(self.clock), owner=owner)
-
-    def add(self, caller):
-        self._send(caller)
-
-    def _send(self, caller):
-        task, idle_s = next(caller, (None, 0.0))
-        if task is not None:
-            self.due.append((self.clock.now + idle_s, task, caller))
-
-    def run(self, until, seconds=math.inf):
-        """Runs until the condition holds, or for some seconds."""
-        end = self.clock.now + seconds
-        while not until() and self.clock.now < end:
-            for entry in [entry for entry in self.due if entry[0] <= self.clock.now]:
-                self.due.remove(entry)
-                self.waiting.append(entry[1])
-                self.callers.append(entry[1:])
-            places = self.max_running - sum(not task.memory_short for task in self.running)
-            for task in self.worker.startable(self.waiting, places, self.running):
-                self.waiting.remove(task)
-                self.worker.admit(task)
-                self.running.append(task)
-            before = self.clock.now
-            self.worker.step(self.running)
-            self.longest_step_s = max(self.longest_step_s, self.clock.now - before)
-            if not self.running:
-                self.clock.advance(0.01)
-            self.running = [task for task in self.running if not task.ended]
-            for entry in [entry for entry in self.callers if entry[0].ended]:
-                self.callers.remove(entry)
-                self._send(entry[1])
-
-    def seconds(self, task, limit_s=100_000):
-        """How long a job takes that is sent now."""
-        started_at = self.clock.now
-        self.add(iter([(task, 0.0)]))
-        self.run(lambda: task.ended, limit_s)
-        assert task.ended and task.observer.error is None
-        return self.clock.now - started_at
-
-
-def stream(device, owner, *args, idle_s=0.0, cancels_after=None, **recipe):
-    """A caller that sends one job after another. ``owner``: its name, or a function that names a new connection."""
-    while True:
-        task = device.task(owner if isinstance(owner, str) else owner(), *args, **recipe)
-        if cancels_after is not None:
-            task.observer.cancel_at(device.clock.now + idle_s + cancels_after)
-        yield task, idle_s
-
 
 DEAREST = (1, (256,) * 4)
 DEAREST_RECIPE = {"style_scale": 4.0}  # of a picture of 64 px

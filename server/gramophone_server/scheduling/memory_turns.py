@@ -45,8 +45,7 @@ class MemoryTurns:
         outside: list[Task] = []
         if not running:
             self._first = None  # nothing takes memory that would be kept for it
-        # Jobs that have started have no memory yet.
-        pending = sum(self._seat_bytes(task) for task in running if task.batch is None and not task.memory_short)
+        pending = self._pending([task for task in running if task.batch is None])
         for task in waiting:
             if len(starting) == places:
                 break
@@ -71,11 +70,11 @@ class MemoryTurns:
             (task for task in (*apart, *self._outside) if task.memory_short),
             key=lambda task: task.memory_short_since or 0.0,
         )
-        inside = set(apart)
+        inside, pending = set(apart), self._pending(apart)
         self._first, self._reserved = None, 0
         for task in short:
             needed = self._pool.needs(task) if task in inside else self._seat_bytes(task)
-            if self._pool.fits(needed):
+            if self._pool.fits(needed, 0 if task in inside else pending):
                 self._first, self._reserved = task, needed
                 break
             victims = self._victims(task, needed, self._after_their_turn()) if task in inside else None
@@ -100,6 +99,10 @@ class MemoryTurns:
         if task is self._first or self._first is None or not needed:
             return self._pool.fits(needed, pending)
         return self._pool.fits(needed, pending) and self._pool.fits(needed, pending + self._reserved)
+
+    def _pending(self, apart: Sequence[Task]) -> int:
+        """Bytes that jobs have been started for, and do not have yet."""
+        return sum(self._seat_bytes(task) for task in apart if not task.memory_short)
 
     def _wait(self, task: Task) -> None:
         if task.memory_short_since is None:
