@@ -15,7 +15,7 @@ __all__ = ["BURST_S", "Account", "DeviceShares", "FairShare", "Member"]
 
 # A newcomer counts as one who has had its even share so far, less this: it may overtake a long turn that is due. No
 # newcomer has had less than the one who has had least.
-BURST_S = 5.0
+BURST_S = 10.0
 
 
 class Member(Protocol):
