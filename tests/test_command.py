@@ -1,6 +1,7 @@
 """The command `gramophone-server`."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,10 +25,18 @@ def test_print_config_prints_settings_as_environment_variables(monkeypatch, caps
     assert run(monkeypatch, "--print-config", "--max-size", "1000") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "GRAMOPHONE_MAX_SIZE=1000" in lines and "GRAMOPHONE_HOST=127.0.0.1" in lines
-    for name, value in (line.split("=") for line in lines):
+    for name, value in (line.split("=") for line in lines if not line.startswith("#")):
         monkeypatch.setenv(name, value)
     run(monkeypatch, "--print-config")
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_print_config_prints_the_bound_of_the_memory_as_comments(monkeypatch, capsys):
+    run(monkeypatch, "--print-config")
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    total = re.search(r"at most (\d+) MiB, the sum of", comments[0])
+    terms = [int(re.match(r"# +(\d+) MiB [a-z ]+: \w", line)[1]) for line in comments[1:]]
+    assert abs(int(total[1]) - sum(terms)) <= len(terms) and len(terms) > 10
 
 
 def test_an_invalid_setting_is_exit_code_2(monkeypatch, capsys):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from gramophone_server import config
@@ -31,6 +33,8 @@ def test_every_setting_is_a_flag_and_a_variable(name):
         text = "2048"  # its largest value exceeds the largest gRPC message
     if name == "max_checkpoint_bytes":
         text = str(2**20)  # its largest value exceeds the default of the uploads
+    if name == "max_message_bytes":
+        text = str(2**24)  # its largest value exceeds the default of what may be received
     needs = {"GRAMOPHONE_ENGINE": "fake"} if name == "iter_ms" else {}
     by_flag, _ = config.load([flag] if f.default is False else [flag, text], needs)
     by_variable, _ = config.load([], {f"GRAMOPHONE_{name.upper()}": text} | needs)
@@ -54,9 +58,9 @@ def test_every_setting_is_a_flag_and_a_variable(name):
             "--max-size must be a whole number from 16 to 16383, got '9'; --port must",
         ),
         (
-            ["--max-image-bytes", "268435456", "--max-styles", "9"],
+            ["--max-receiving-bytes", "67108864"],
             {},
-            "a request could have 2953838592 bytes, and a gRPC message has at most 2147483647; lower --max-image-bytes",
+            "--max-receiving-bytes must be at least 75497472, for the largest upload and one message more, got 671088",
         ),
     ],
 )
@@ -82,18 +86,34 @@ def test_what_is_allowed_can_be_uploaded(name):
 
 
 def test_message_sizes_follow_from_the_limits():
-    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=65536)
-    assert limits.request_bytes == 4 * 2**20 + 2**20  # content, start, two styles
-    assert limits.response_bytes == 3_000_000 + 2**20
-    limits = Limits(max_image_bytes=2**20, max_styles=2, max_size=1000, max_checkpoint_bytes=2**26)
-    assert limits.request_bytes == 3 * 2**20 + 2**26 + 2**20  # a checkpoint instead of a start
-    assert limits.response_bytes == 2**26 + 2**20
+    assert Limits(max_size=1000, max_checkpoint_bytes=65536).response_bytes == 3_000_000 + 2**20
+    assert Limits(max_size=1000, max_checkpoint_bytes=2**26).response_bytes == 2**26 + 2**20
 
 
 def test_a_request_takes_bounded_memory():
-    limits = Limits(max_image_bytes=2**20, max_styles=2, max_image_pixels=1_000_000, max_checkpoint_bytes=65536)
-    assert limits.request_memory_bytes == 3 * 5 * 2**20 + 2 * (2**29 + 24_000_000) + 4 * 3_000_000
-    assert Limits().request_memory_bytes < 3.6e9
+    limits = Limits(max_styles=2, max_image_pixels=1_000_000, max_message_bytes=5 * 2**20)
+    assert limits.request_memory_bytes == 25 * 2**20 + 2 * (2**29 + 24_000_000) + 4 * 3_000_000
+    assert Limits().request_memory_bytes < 3.3e9
+
+
+def test_the_memory_of_the_server_is_bounded_by_its_settings():
+    """The sum of its terms. Each limit that lets clients take memory has a part in it, in the right proportion."""
+    settings = config.Settings(engine="fake")
+    terms = settings.memory_terms()
+    assert settings.memory_bytes == sum(term.bytes for term in terms) < 9 * 2**30
+    assert len({term.name for term in terms}) == len(terms) and all(term.reason for term in terms)
+    for name, factor in {
+        "max_receiving_bytes": 2,
+        "max_decoded_bytes": 1,
+        "max_uploads_bytes": 1,
+        "max_kept_bytes": 1,
+        "max_sending_bytes": 1,
+        "max_message_bytes": 3 + 12 + 32,
+        "max_image_pixels": 2 * 24,
+        "max_connections": 2**16 + 65535 + 40960,  # and a health check each
+    }.items():
+        more = replace(settings, **{name: getattr(settings, name) + 1000})
+        assert more.memory_bytes - settings.memory_bytes == 1000 * factor, name
 
 
 def test_help_has_unit_range_and_default(capsys):

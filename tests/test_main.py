@@ -284,10 +284,11 @@ async def test_reflection_is_served_only_if_enabled(capsys):
 
 
 def test_the_port_is_not_shared_and_messages_are_as_large_as_the_limits():
-    limits = Limits(max_image_bytes=2**20, max_styles=1, max_checkpoint_bytes=2**20)
+    limits = Limits(max_message_bytes=6 * 2**20, max_connections=7)
     options = dict(main.server_options(limits))
     assert options["grpc.so_reuseport"] == 0
-    assert options["grpc.max_receive_message_length"] == 4 * 2**20
+    assert options["grpc.max_receive_message_length"] == 6 * 2**20
+    assert options["grpc.max_allowed_incoming_connections"] == 7
     assert options["grpc.max_send_message_length"] > 3 * 2048**2
 
 

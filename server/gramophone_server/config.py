@@ -11,9 +11,9 @@ import functools
 import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from gramophone.options import MESSAGE_BYTES
 from gramophone.recipe import Range
@@ -24,8 +24,14 @@ __all__ = [
     "DECODERS",
     "DECODER_BYTES",
     "DECODING_BYTES_PER_PIXEL",
+    "MAX_REFLECTION_CALLS",
+    "METADATA_BYTES",
     "PARKED_BYTES",
+    "PROBE_READS",
+    "SMALL_READS",
+    "STREAM_WINDOW_BYTES",
     "Limits",
+    "MemoryTerm",
     "Settings",
     "env_variable",
     "from_command_line",
@@ -40,10 +46,24 @@ DECODERS = 2
 DECODING_BYTES_PER_PIXEL = 24
 # Bytes that a decoder needs at any image size: libwebp builds 350 MiB of tables from a file of 295 KB with every code.
 DECODER_BYTES = 2**29
+STREAM_WINDOW_BYTES = 65_535  # of a call whose message nobody has asked for: what HTTP/2 starts with
+METADATA_BYTES = 8192  # of one call; gRPC's own default
 DECODED_BYTES_PER_PIXEL = 3  # of an image that waits for its job
 # States of jobs that are paused, or have left the device for others, in the host's memory: a job of 2048 px with L-BFGS
 # has 1.1 GiB. At most half of the engine's memory if that is less.
 PARKED_BYTES = 4 * 2**30
+PROCESS_BYTES = {"vgg": 1200 * 2**20, "fake": 620 * 2**20}  # by engine; 894 and 530 MiB measured before the first call
+CONNECTION_BYTES = 2**16  # 16 KiB measured, and what the system has delivered and gRPC has not yet read
+# Of a call whose message nobody has asked for: its window, its headers, and objects of 24 KiB.
+CALL_BYTES = STREAM_WINDOW_BYTES + 2 * METADATA_BYTES + 24 * 2**10
+SMALL_READS = (
+    8  # messages that arrive at the same time, of all methods without images; honest ones come with their call
+)
+PROBE_READS = 4  # the same of health checks
+MAX_REFLECTION_CALLS = 64
+EVENT_LOG_BYTES = 320 * 2**10  # of a job: 256 events of 1.2 KB
+WATCHER_BYTES = 64 * 2**10  # of one that reads, at most 20 unread events and its objects
+ENCODERS = 2  # pictures that are encoded at the same time
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
 
 
@@ -104,25 +124,30 @@ class Limits:
     max_calls_per_connection: int = _setting(1024, "calls of one connection at the same time", allowed=Range(1, 65_536))
 
     @property
-    def request_bytes(self) -> int:
-        """Largest request: content image, start image or checkpoint, and all styles."""
-        start_bytes = max(self.max_image_bytes, self.max_checkpoint_bytes)
-        return (1 + self.max_styles) * self.max_image_bytes + start_bytes + MESSAGE_SLACK
+    def max_controllers(self) -> int:
+        """Clients that control a job at the same time: one for each job that waits or runs."""
+        return self.max_running + self.max_queued
+
+    @property
+    def max_probe_calls(self) -> int:
+        """Health checks at the same time: each connection may have one that watches, and 256 may ask."""
+        return self.max_connections + 256
 
     @property
     def request_memory_bytes(self) -> int:
-        """Upper bound of the server's memory, in bytes, that one request takes until its job starts:
+        """Upper bound of the memory, in bytes, that one request alone takes until its job starts, with uploaded images:
 
-            3 request_bytes                           received bytes, parsed message, and copies of its fields
-            + DECODERS (2^29 + 24 max_image_pixels)   images that are being decoded
-            + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
-
-        Requests share the decoders, so each further one takes only the first and the last term. The job itself then
-        takes memory of the engine, which refuses it beforehand if it does not fit.
+        5 max_message_bytes                       the bytes that arrived, copies while they are read, the message
+        + DECODERS (2^29 + 24 max_image_pixels)   images that are being decoded
+        + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
         """
-        decoding = DECODERS * (DECODER_BYTES + DECODING_BYTES_PER_PIXEL * self.max_image_pixels)
         decoded = (2 + self.max_styles) * DECODED_BYTES_PER_PIXEL * self.max_image_pixels
-        return 3 * self.request_bytes + decoding + decoded
+        return 5 * self.max_message_bytes + self.decoding_bytes + decoded
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Upper bound of the memory, in bytes, of the images that are being decoded."""
+        return DECODERS * (DECODER_BYTES + DECODING_BYTES_PER_PIXEL * self.max_image_pixels)
 
     @property
     def response_bytes(self) -> int:
@@ -162,6 +187,57 @@ class Settings(Limits):
     # For programs that start a server for themselves: it stops even if they are killed.
     stop_at_eof: bool = _setting(False, "stop at the end of standard input, as after SIGTERM")
 
+    def memory_terms(self) -> list[MemoryTerm]:
+        """What the resident memory of the server consists of at most, whatever clients send. Without the memory of the
+        device, which the engine limits, and which is the same memory if the device is the CPU."""
+        places, message = self.max_controllers, self.max_message_bytes
+        # Open calls, and those that have arrived and wait for a handler in three queues, two of them of health checks.
+        calls = self.max_calls + self.max_probe_calls + MAX_REFLECTION_CALLS + 3 * self.max_calls
+        watchers = min(self.max_calls, (places + self.max_kept) * self.max_watchers)
+        picture = DECODED_BYTES_PER_PIXEL * self.max_size**2
+        return [
+            MemoryTerm("process", PROCESS_BYTES[self.engine], f"Python, libraries and the {self.engine} engine"),
+            MemoryTerm("connections", self.max_connections * CONNECTION_BYTES, "max_connections, 64 KiB each"),
+            MemoryTerm("calls", calls * CALL_BYTES, "max_calls and health checks, 104 KiB each: window and headers"),
+            MemoryTerm(
+                "receiving",
+                2 * self.max_receiving_bytes + 3 * message,
+                "2 max_receiving_bytes: as bytes and as a message; 3 max_message_bytes: copies of one",
+            ),
+            MemoryTerm(
+                "small messages", (SMALL_READS + PROBE_READS) * message, "12 max_message_bytes: 4 for health checks"
+            ),
+            MemoryTerm(
+                "commands", places * message, "max_message_bytes for each of max_running + max_queued controllers"
+            ),
+            MemoryTerm("uploads", self.max_uploads_bytes, "max_uploads_bytes, kept"),
+            MemoryTerm("decoding", self.decoding_bytes, f"{DECODERS} images, 512 MiB and 24 bytes per pixel each"),
+            MemoryTerm("decoded", self.max_decoded_bytes, "max_decoded_bytes"),
+            MemoryTerm("kept jobs", self.max_kept_bytes, "max_kept_bytes"),
+            MemoryTerm(
+                "event logs", (places + self.max_kept) * EVENT_LOG_BYTES, "320 KiB for each job, also kept ones"
+            ),
+            MemoryTerm("watchers", watchers * WATCHER_BYTES, "64 KiB for each call that watches a job"),
+            MemoryTerm("pictures", (places + 2 * ENCODERS) * picture, "3 bytes per pixel: the newest of each job"),
+            MemoryTerm("sending", self.max_sending_bytes, "max_sending_bytes"),
+            MemoryTerm(
+                "parked jobs", PARKED_BYTES, "states of jobs that are paused or have left the device for others"
+            ),
+        ]
+
+    @property
+    def memory_bytes(self) -> int:
+        """The sum of `memory_terms`."""
+        return sum(term.bytes for term in self.memory_terms())
+
+
+class MemoryTerm(NamedTuple):
+    """A part of the server's memory: its largest size, and why that is the largest."""
+
+    name: str
+    bytes: int
+    reason: str
+
 
 @functools.cache  # a look-up takes 0.5 ms, and every result contains it
 def version() -> str:
@@ -183,8 +259,18 @@ def from_command_line() -> Settings:
     if print_only:
         for f in fields(settings):
             print(f"{env_variable(f.name)}={getattr(settings, f.name)}")
+        for line in _memory_lines(settings):
+            print(line)
         raise SystemExit(0)
     return settings
+
+
+def _memory_lines(settings: Settings) -> Iterator[str]:
+    """The bound of the memory, as comments of a file of environment variables."""
+    mib = 2**20
+    yield f"# Resident memory without that of the device: at most {settings.memory_bytes / mib:.0f} MiB, the sum of"
+    for term in settings.memory_terms():
+        yield f"# {term.bytes / mib:7.0f} MiB {term.name}: {term.reason}"
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, bool]:
@@ -213,17 +299,27 @@ def load(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Sett
     settings = Settings(**values)
     if settings.iter_ms != Settings.iter_ms and settings.engine != "fake":
         raise StartupError("--iter-ms is only for --engine fake; a network runs at its own speed")
-    for name, size, parts in (
-        ("a request", settings.request_bytes, ("max_image_bytes", "max_styles", "max_checkpoint_bytes")),
-        ("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),
-    ):
+    for name, size, parts in (("a result", settings.response_bytes, ("max_size", "max_checkpoint_bytes")),):
         if size > MAX_MESSAGE_BYTES:
             raise StartupError(
                 f"{name} could have {size} bytes, and a gRPC message has at most {MAX_MESSAGE_BYTES}; "
                 f"lower {' or '.join(f'{_flag(part)} (now {getattr(settings, part)})' for part in parts)}"
             )
     _check_room_for_uploads(settings)
+    _check_room_to_receive(settings)
     return settings, flags["print_config"]
+
+
+def _check_room_to_receive(limits: Limits) -> None:
+    """Raises `StartupError` if the largest upload could never arrive: its bytes are kept while the next ones arrive."""
+    largest = min(max(limits.max_image_bytes, limits.max_checkpoint_bytes), limits.max_uploads_bytes)
+    needed = largest + limits.max_message_bytes
+    if needed > limits.max_receiving_bytes:
+        raise StartupError(
+            f"{_flag('max_receiving_bytes')} must be at least {needed}, for the largest upload and one message more, "
+            f"got {limits.max_receiving_bytes}; raise it, or lower {_flag('max_image_bytes')}, "
+            f"{_flag('max_checkpoint_bytes')} or {_flag('max_message_bytes')}"
+        )
 
 
 def _check_room_for_uploads(limits: Limits) -> None:

@@ -30,15 +30,23 @@ from typing import Any, NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]
 
 from gramophone_server import config
-from gramophone_server.config import Limits, Settings, version
+from gramophone_server.config import (
+    MAX_REFLECTION_CALLS,
+    METADATA_BYTES,
+    STREAM_WINDOW_BYTES,
+    Limits,
+    Settings,
+    version,
+)
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.errors import StartupError
 from gramophone_server.rpc import registration
 from gramophone_server.rpc.event_loop import ServerEventLoop
 from gramophone_server.rpc.servicer import Servicer
+from gramophone_server.rpc.standard_calls import MAX_PER_CONNECTION, StandardCalls
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.telemetry import standard_streams
 from gramophone_server.telemetry.access_log import AccessLog
@@ -145,9 +153,11 @@ class Server:
         )
         self._health = health.aio.HealthServicer()
         registration.add_to_server(self.servicer, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        receiver = self.servicer.receiver
+        probes = StandardCalls(receiver, receiver.probes, settings.max_probe_calls)
+        registration.add_health(self._health, probes, self._grpc)
         if settings.reflection:
-            _add_reflection(self._grpc)
+            registration.add_reflection(StandardCalls(receiver, receiver.small, MAX_REFLECTION_CALLS), self._grpc)
         self._port = _listen(self._grpc, settings.host, settings.port)
         self._probes = None
         if settings.metrics_port >= 0:
@@ -249,7 +259,7 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
     """Options of the gRPC server."""
     return [
         ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would start, and get some of the calls
-        ("grpc.max_receive_message_length", limits.request_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.response_bytes),
         ("grpc.keepalive_time_ms", 60_000),  # the server pings after 60 s without data
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -258,6 +268,21 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         # of a silent call.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        # Bounds of what arrives before a handler asks for it. Without probes of the bandwidth, the window of a stream
+        # stays that of HTTP/2.
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.max_concurrent_streams", limits.max_calls_per_connection + MAX_PER_CONNECTION),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * METADATA_BYTES),
+        ("grpc.server.max_pending_requests", limits.max_calls),
+        ("grpc.server.max_pending_requests_hard_limit", limits.max_calls),
+        # gRPC itself would decompress a message of 20 KB to 8 MiB on the event loop; see `rpc.receiving`. Only gzip and
+        # no compression are left, because deflate has no start that tells it from a message.
+        ("grpc.per_message_decompression", 0),
+        ("grpc.compression_enabled_algorithms_bitset", 0b101),
     ]
 
 
@@ -313,12 +338,6 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
             f"cannot listen on {_address(host, port)}: {reason}; "
             "choose another address with --host and --port (--port 0: any free one)"
         ) from None
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
-
-    reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
 
 async def _unless_signalled(

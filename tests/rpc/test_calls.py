@@ -15,6 +15,7 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
 from gramophone_server.jobs.mailbox import Mailbox
 from gramophone_server.rpc.calls import ActiveCalls
+from gramophone_server.rpc.receiving import Receiver
 from gramophone_server.telemetry.access_log import AccessLog
 from gramophone_server.telemetry.metrics import Metrics
 from tests.support.clock import until
@@ -59,11 +60,15 @@ def context_of(notices, left_s=None):
     )
 
 
+def active_calls():
+    return ActiveCalls(Metrics(), AccessLog(""), Limits(), Receiver(Limits()))
+
+
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
     """gRPC may report the end between the last image and the queue, while the handler awaits nothing to cancel."""
     notices, left = [], []
     context = context_of(notices)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
+    call = active_calls().rpc("Stylize", context)
     for notice in notices:
         notice(context)
     mailbox = Mailbox(asyncio.get_running_loop())
@@ -76,7 +81,7 @@ async def test_setting_the_wall_clock_makes_no_call_late(caplog):
     caplog.set_level("INFO", "gramophone_server")
     notices = []
     context = context_of(notices, left_s=60.0)
-    call = ActiveCalls(Metrics(), AccessLog(""), max_blocked_s=30).rpc("Stylize", context)
+    call = active_calls().rpc("Stylize", context)
     until_end = call.deadline_at - time.monotonic()
     context.time_remaining = lambda: 0.0  # the clock is hours ahead now
     for notice in notices:

@@ -136,6 +136,13 @@ class ByteBudget:
             share.replaceable(on_replaced)
         return share
 
+    def take_now(self, size: int, owner: str = "") -> Share:
+        """A share of so many bytes. Raises `ServerBusy` if `try_take` has none."""
+        share = self.try_take(size, owner)
+        if share is None:
+            raise self._busy()
+        return share
+
     # For shares -------------------------------------------------------------------------------------------------------
 
     def put_back(self, owner: str, size: int) -> None:
@@ -205,13 +212,18 @@ class ByteBudget:
 
     def _give_up(self, waiting: _Waiting) -> None:
         if not waiting.share.done():
-            waiting.share.set_exception(ServerBusy(self._what, retry_after_s=self._replaceable_after_s))
+            waiting.share.set_exception(self._busy())
+
+    def _busy(self) -> ServerBusy:
+        return ServerBusy(self._what, retry_after_s=self._replaceable_after_s)
 
     def _replace(self) -> None:
         """Replaces as many shares as those who wait need, or as can be replaced now, and the rest later."""
         if self._next_replacement is not None:
             self._next_replacement.cancel()
             self._next_replacement = None
+        if not self._waiting:
+            return
         missing = sum(waiting.size for queue in self._waiting.values() for waiting in queue)
         missing -= self.max_bytes - self.used + sum(share.bytes for share in self._replaced)
         for share in self._idle_shares() if missing > 0 else ():

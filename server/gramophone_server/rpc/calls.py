@@ -9,17 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self
 
 import grpc
 from google.protobuf.message import Message
 
-from gramophone.recipe import Violation
+from gramophone_server.config import Limits
 from gramophone_server.domain.job import ran_out_of_memory
 from gramophone_server.errors import (
     EngineFailed,
     GramophoneError,
-    InvalidRequest,
     OutOfHostMemory,
     ServerBusy,
     SlowReader,
@@ -28,13 +27,15 @@ from gramophone_server.images.shortages import MEMORY, shortage_behind
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
 from gramophone_server.rpc.connections import close_connection
+from gramophone_server.rpc.incoming import CallPlaces, Incoming
 from gramophone_server.rpc.outgoing import Outgoing
+from gramophone_server.rpc.receiving import Context, Receiver
 from gramophone_server.rpc.send_turns import SendTurns
 from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from gramophone_server.telemetry.metrics import METHODS, Metrics
 
-__all__ = ["READING_S", "ActiveCalls", "Context", "Malformed", "RpcCall", "as_domain_error"]
+__all__ = ["READING_S", "ActiveCalls", "Context", "RpcCall", "as_domain_error"]
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +51,14 @@ SHORTAGE_RETRY_S = 2.0
 # A client may take this long to read a large message, if others wait for its memory: 12 MB at 2.5 MB/s.
 READING_S = 5.0
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-
-class Malformed(NamedTuple):
-    """Bytes that arrived in place of a request and cannot be parsed as one."""
-
-    message_type: str  # full name of the expected message
-    bytes: int
-
 
 class ActiveCalls:
     """The active RPCs of one server."""
 
-    def __init__(self, metrics: Metrics, access_log: AccessLog, max_blocked_s: float) -> None:
-        self.metrics, self.access_log, self.max_blocked_s = metrics, access_log, max_blocked_s
+    def __init__(self, metrics: Metrics, access_log: AccessLog, limits: Limits, receiver: Receiver) -> None:
+        self.metrics, self.access_log, self.receiver = metrics, access_log, receiver
+        self.max_blocked_s = limits.max_blocked_s
+        self.places = CallPlaces(limits)
         self.turns = SendTurns()  # of the messages of all streams
         self.unread: set[RpcCall] = set()  # have ended, but gRPC still keeps a message that the client does not read
         self._active: set[RpcCall] = set()
@@ -115,6 +109,7 @@ class RpcCall:
         self._outgoing: Outgoing | None = None  # the message that is being sent
         self._code: grpc.StatusCode | None = None
         self._error: GramophoneError | None = None
+        self._aborted: Exception | None = None  # gRPC's, which ends the handler
         # Messages received and sent, frames in the latter, and frames that were dropped before them.
         self.received_messages = self.sent_messages = self.frames = self.dropped_frames = 0
         self._late_status: asyncio.Task[None] | None = None
@@ -126,6 +121,7 @@ class RpcCall:
         self._late_at = math.inf if left_s is None else self._started_at + left_s * (1 - DEADLINE_ROUNDING) - TRANSIT_S
         # Read now: after the RPC, gRPC's context has lost its call, and reading these crashes the process (1.85.1).
         self._trace, self.peer = trace_id(context.invocation_metadata()), context.peer()
+        self.incoming = Incoming(calls.receiver, calls.places, method, context, self.peer, self._count_received)
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._task = task
@@ -149,16 +145,6 @@ class RpcCall:
             return  # gRPC cancelled this handler; swallowing that leaks the call's operations
         else:
             await self._fail(error)
-
-    def received(self, request: object) -> None:
-        """Counts a message of the client. Raises `InvalidRequest` if it could not be parsed."""
-        self.received_messages += 1
-        self._metrics.message_received(self._method)
-        if isinstance(request, Malformed):
-            description = f"must be a {request.message_type}, got {request.bytes} bytes that cannot be parsed as one"
-            raise InvalidRequest(
-                [Violation("request", f"{description}; generate the client's stubs from this server's proto")]
-            )
 
     def sending(self, message: Outgoing) -> Sending:
         """For `async with`: waits for the message's turn and counts it. The handler yields it to gRPC in this block,
@@ -199,10 +185,11 @@ class RpcCall:
     def attach(self, job: Job, mailbox: Mailbox) -> None:
         """Makes this RPC the owner of a watcher, which leaves the job when the RPC ends."""
         self.set_job(job)
-        self._attached = job, mailbox
         mailbox.reader_clock, self._send_timeout.lag_s = self._send_timeout.blocked_s, mailbox.lag_s
         if self.disconnected:
             job.leave(mailbox)
+        else:
+            self._attached = job, mailbox
 
     def set_reader(self, reader: asyncio.Task[None]) -> None:
         """Sets the task that reads the client's messages. It is cancelled when the RPC ends."""
@@ -225,7 +212,11 @@ class RpcCall:
     async def _abort(self, error: GramophoneError) -> None:
         code, message, trailers = abort_status(error)
         self._code, self._error = code, error
-        await self._context.abort(code, message, trailing_metadata=trailers)
+        try:
+            await self._context.abort(code, message, trailing_metadata=trailers)
+        except Exception as aborted:
+            self._aborted = aborted
+            raise
 
     def _time_out(self) -> None:
         """The client has not read for `max_blocked_s`."""
@@ -283,10 +274,20 @@ class RpcCall:
         if self._reader is not None:
             self._reader.cancel()
 
+    def _count_received(self) -> None:
+        self.received_messages += 1
+        self._metrics.message_received(self._method)
+
     def _on_done(self, _: Any) -> None:
         self.disconnected = True
         self._detach()
         self._close_outgoing()
+        self.incoming.close()
+        # gRPC keeps the contexts of the first and the last call, and their exceptions.
+        self._attached = self._reader = None
+        self._send_timeout.lag_s = float  # 0.0, not that of the mailbox
+        if self._aborted is not None:
+            self._aborted.__traceback__ = self._aborted.__context__ = None
         self._calls.remove(self)  # first: the call must not stay if logging fails
         code = self._code
         if code is None:

@@ -53,13 +53,11 @@ class Controller:
         self._executing = asyncio.Lock()  # held from the arrival of a command until its answer is in the mailbox
         self._written_answers = asyncio.Semaphore(0)
 
-    async def responses(
-        self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall
-    ) -> AsyncIterator[Outgoing]:
+    async def responses(self, call: RpcCall) -> AsyncIterator[Outgoing]:
         """Yields all events and answers, and reads commands in the meantime. The result is last, after the answer to a
         command that was being executed. Raises the error that the job ended with."""
         events = self._events
-        with self._reading_commands(requests, call):
+        with self._reading_commands(call):
             result: tuple[int, Finished] | None = None
             while (item := await events.read()) is not None:
                 number, event = item
@@ -86,9 +84,9 @@ class Controller:
                 yield outgoing
 
     @contextlib.contextmanager
-    def _reading_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> Iterator[None]:
+    def _reading_commands(self, call: RpcCall) -> Iterator[None]:
         """Reads and executes commands while its body runs, or until the client leaves."""
-        task = asyncio.create_task(self._read_commands(requests, call))
+        task = asyncio.create_task(self._read_commands(call))
         task.add_done_callback(self._reader_done)
         call.set_reader(task)
         try:
@@ -96,10 +94,9 @@ class Controller:
         finally:
             task.cancel()  # before the status is sent, because reading raises after that
 
-    async def _read_commands(self, requests: AsyncIterator[pb.StylizeInteractiveRequest], call: RpcCall) -> None:
+    async def _read_commands(self, call: RpcCall) -> None:
         """Executes commands until the client closes its side of the stream, which gives up control of the job."""
-        async for request in requests:
-            call.received(request)
+        while (request := await call.incoming.receive_command(pb.StylizeInteractiveRequest)) is not None:
             if request.WhichOneof("command") == "ack":
                 self._mailbox.acknowledge(request.ack.sequence)
                 continue

@@ -29,6 +29,7 @@ from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.rpc.event_stream import JobEventStream
 from gramophone_server.rpc.interactive import Controller
 from gramophone_server.rpc.outgoing import Outgoing
+from gramophone_server.rpc.receiving import Receiver
 from gramophone_server.rpc.responses import job_message, result_encoding
 from gramophone_server.rpc.status import reason
 from gramophone_server.rpc.validation import (
@@ -65,7 +66,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
     ) -> None:
         self._metrics = metrics or Metrics()
         self.jobs = JobRegistry(scheduler.withdraw, limits, self._count_ended_job)
-        self.calls = ActiveCalls(self._metrics, access_log or AccessLog(""), limits.max_blocked_s)
+        self.receiver = Receiver(limits)
+        self.calls = ActiveCalls(self._metrics, access_log or AccessLog(""), limits, self.receiver)
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
@@ -107,47 +109,46 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self.jobs.close()
         self._admission.close()
         self._encoders.close()
+        self.receiver.close()
 
     # RPCs; the proto documents them -----------------------------------------------------------------------------------
 
-    async def Stylize(self, request: pb.StylizeRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def Stylize(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("Stylize", context) as call:
             with self._counting_rejections():
-                call.received(request)
+                request = await call.incoming.receive(pb.StylizeRequest)
                 request.spec.ClearField("frames")
                 request.spec.ClearField("checkpoints")
                 events = await self._create_or_find(request, call)
+            del request  # its images
             async with call.sending(await events.final_response()) as message:
                 yield message
 
-    async def StylizeStream(self, request: pb.StylizeStreamRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def StylizeStream(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("StylizeStream", context) as call:
             with self._counting_rejections():
-                call.received(request)
+                request = await call.incoming.receive(pb.StylizeStreamRequest)
                 raise_violations(check_no_max_in_flight(request.spec.frames, "spec.frames"))
                 events = await self._create_or_find(request, call)
+            del request  # its images
             async for response in events.responses():
                 async with call.sending(response) as message:
                     yield message
 
-    async def StylizeInteractive(
-        self, request_iterator: AsyncIterator[pb.StylizeInteractiveRequest], context: Context
-    ) -> AsyncIterator[Outgoing]:
+    async def StylizeInteractive(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("StylizeInteractive", context) as call:
-            requests = aiter(request_iterator)
-            first = await anext(requests, None)
-            controller = Controller(await self._start_or_attach(first, call), self._scheduler, self._limits)
-            async for response in controller.responses(requests, call):
+            controller = Controller(await self._start_or_attach(call), self._scheduler, self._limits)
+            async for response in controller.responses(call):
                 async with call.sending(response) as message:
                     yield message
 
-    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def WatchJob(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("WatchJob", context) as call:
-            call.received(request)
+            request = await call.incoming.receive(pb.WatchJobRequest)
             raise_violations((*check_watch_options(request), *check_no_max_in_flight(request.frames, "frames")))
             job = self.jobs.find(request.job_id)
             events = self._watch(job, call, request, after=request.after_sequence)
@@ -155,19 +156,19 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 async with call.sending(response) as message:
                     yield message
 
-    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def GetJob(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("GetJob", context) as call:
-            call.received(request)
+            request = await call.incoming.receive(pb.GetJobRequest)
             job = self.jobs.find(request.job_id)
             call.set_job(job)
             async with call.replying(pb.GetJobResponse(job=job_message(job))) as message:
                 yield message
 
-    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def ListJobs(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("ListJobs", context) as call:
-            call.received(request)
+            request = await call.incoming.receive(pb.ListJobsRequest)
             if not self._list_jobs:
                 raise ListingDisabled
             raise_violations(check_page_options(request))
@@ -181,32 +182,29 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             async with call.replying(response) as message:
                 yield message
 
-    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def CancelJob(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("CancelJob", context) as call:
-            call.received(request)
+            request = await call.incoming.receive(pb.CancelJobRequest)
             job = self.jobs.find(request.job_id)
             call.set_job(job)
             job.cancel()
             async with call.replying(pb.CancelJobResponse(job=job_message(job))) as message:
                 yield message
 
-    async def UploadImage(
-        self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: Context
-    ) -> AsyncIterator[Outgoing]:
+    async def UploadImage(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("UploadImage", context) as call:
             upload = Upload(self._limits)
-            async for request in request_iterator:
-                call.received(request)
+            while (request := await call.incoming.receive_next(pb.UploadImageRequest)) is not None:
                 upload.add(request.chunk)
             async with call.replying(await self._admission.keep_upload(upload, call.peer)) as message:
                 yield message
 
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> AsyncIterator[Outgoing]:
+    async def GetServerInfo(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
         """See the proto."""
         async with self.calls.rpc("GetServerInfo", context) as call:
-            call.received(request)
+            await call.incoming.receive(pb.GetServerInfoRequest)
             engine = self._scheduler.engine
             response = pb.GetServerInfoResponse(
                 version=version(),
@@ -237,17 +235,18 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     # The job of a request ---------------------------------------------------------------------------------------------
 
-    async def _start_or_attach(self, first: pb.StylizeInteractiveRequest | None, call: RpcCall) -> JobEventStream:
+    async def _start_or_attach(self, call: RpcCall) -> JobEventStream:
         """The events of the job that a controller's first message starts or attaches to."""
         with self._counting_rejections():
-            if first is not None:
-                call.received(first)
+            first = await call.incoming.receive_next(pb.StylizeInteractiveRequest)
             raise_violations(check_first_message(first))
             assert first is not None, "its absence was refused"
+            call.incoming.reserve_commands()
             if first.HasField("start"):
                 return await self._create_or_find(first.start, call, controls=True)
         raise_violations(check_watch_options(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
+        call.incoming.release()
         return self._watch(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
     async def _create_or_find(
@@ -267,6 +266,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         else:
             # The only fields that may differ from those of the request that created the job.
             raise_violations(check_watch_options(spec, "spec."))
+        call.incoming.release()  # unless the preparation of the job has taken them
         return self._watch(job, call, spec, attached=attached, controls=controls)
 
     async def _find_by_request(self, request_id: str, spec: pb.JobSpec, call: RpcCall) -> Job | None:
@@ -295,6 +295,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.peer))
         self._preparations[job] = preparation
         preparation.add_done_callback(lambda _: self._preparations.pop(job))
+        if (received := call.incoming.take_share()) is not None:
+            preparation.add_done_callback(lambda _: received.give_back())
         return job
 
     async def _prepare(

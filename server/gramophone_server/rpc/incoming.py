@@ -1,0 +1,135 @@
+"""The messages of one call's client, and the places that calls share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from gramophone.recipe import Violation
+from gramophone_server.config import Limits, env_variable
+from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.rpc.byte_budget import Share
+from gramophone_server.rpc.receiving import Context, Receiver, parse
+
+__all__ = ["CallPlaces", "Incoming"]
+
+M = TypeVar("M", bound=Message)
+
+BUSY_S = 1.0  # before a client tries a call again for which there was no place
+# The longest time between the end of a cancelled call's messages and the cancellation of its handler. Without it, such
+# a call would sometimes end as one whose client has sent no message.
+CANCELLATION_S = 0.05
+WITH_IMAGES = {"Stylize", "StylizeStream", "StylizeInteractive", "UploadImage"}  # whose messages may be large
+
+
+class CallPlaces:
+    """The calls of one server: so many at the same time, of one connection and of all together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._taken: Counter[str] = Counter()  # by connection
+        self._total = 0
+
+    def take(self, connection: str) -> None:
+        """Takes a place. Raises `ServerBusy` if there is none."""
+        own = self._taken[connection]
+        if own >= self._limits.max_calls_per_connection:
+            raise _too_many("this connection has", own, "max_calls_per_connection")
+        if self._total >= self._limits.max_calls:
+            raise _too_many("it has", self._total, "max_calls")
+        self._taken[connection] += 1
+        self._total += 1
+
+    def give_back(self, connection: str) -> None:
+        """Gives a place back."""
+        self._total -= 1
+        self._taken[connection] -= 1
+        if not self._taken[connection]:
+            del self._taken[connection]
+
+
+class Incoming:
+    """The messages of one call's client. The call takes a place, and nothing is read, before the first is asked for."""
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        places: CallPlaces,
+        method: str,
+        context: Context,
+        connection: str,
+        on_received: Callable[[], None],
+    ) -> None:
+        """``on_received`` is called for each message that has arrived."""
+        self._receiver, self._places = receiver, places
+        self._room = receiver.requests if method in WITH_IMAGES else receiver.small
+        self._context, self._connection = context, connection
+        self._on_received = on_received
+        self._has_place = False
+        self._share: Share | None = None  # of all messages so far
+        self._commands: Share | None = None
+
+    async def receive(self, kind: type[M]) -> M:
+        """The one message of a method whose client sends one. Raises as `receive_next` does."""
+        message = await self.receive_next(kind)
+        if message is None:
+            await asyncio.sleep(CANCELLATION_S)
+            description = f"is missing: the client has ended its side of the call without a {kind.DESCRIPTOR.full_name}"
+            raise InvalidRequest([Violation("request", description)])
+        return message
+
+    async def receive_next(self, kind: type[M]) -> M | None:
+        """The next message; None if the client has ended its side. The bytes of all messages so far count as received
+        until `release`. Raises `SlowSender`, `InvalidRequest`, and `ServerBusy`, also if there is no place for a call.
+        """
+        if not self._has_place:
+            self._places.take(self._connection)
+            self._has_place = True
+        received = await self._receiver.read(self._context, self._room, self._connection, self._share)
+        if received is None:
+            return None
+        if self._share is None:
+            self._share = received.share
+        else:
+            self._share.absorb(received.share)
+        self._on_received()
+        return parse(received.data, kind)
+
+    async def receive_command(self, kind: type[M]) -> M | None:
+        """The next command of a controller; None if the client has ended its side. It may take any time."""
+        data = await self._receiver.read_command(self._context)
+        if data is None:
+            return None
+        self._on_received()
+        return parse(data, kind)
+
+    def reserve_commands(self) -> None:
+        """Reserves the memory for what a client may send as a command. Raises `ServerBusy`."""
+        self._commands = self._receiver.command_share(self._connection)
+
+    def take_share(self) -> Share | None:
+        """The share of the messages so far. The caller gives it back, when they are handled."""
+        share, self._share = self._share, None
+        return share
+
+    def release(self) -> None:
+        """The messages so far are handled, and the caller has dropped them."""
+        if self._share is not None:
+            self._share.give_back()
+            self._share = None
+
+    def close(self) -> None:
+        """The call has ended."""
+        self.release()
+        if self._commands is not None:
+            self._commands.give_back()
+        if self._has_place:
+            self._places.give_back(self._connection)
+
+
+def _too_many(who: str, number: int, setting: str) -> ServerBusy:
+    return ServerBusy(f"{who} {number} calls, which is the most (server setting {env_variable(setting)})", BUSY_S)

@@ -1,0 +1,304 @@
+"""How messages of clients are read: within a budget and a time, decompressed within a limit, counted before parsed."""
+
+import asyncio
+import contextlib
+import gzip
+import os
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_server.config import Limits
+from gramophone_server.rpc.receiving import MAX_SMALL_BYTES
+from tests.support.clock import until
+from tests.support.engines import FakeEngine
+from tests.support.raw_http2 import connection, prefixed
+from tests.support.serving import refused, serving, start_stream
+from tests.support.specs import spec
+
+PATH = "/gramophone.v1.StyleTransferService/"
+MIB = 2**20
+GZIP = [("grpc-encoding", "gzip")]
+METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["StyleTransferService"].methods]
+
+
+def stylize(**fields):
+    return pb.StylizeRequest(spec=spec(), **fields).SerializeToString()
+
+
+def one_room():
+    """Room for one large message at a time."""
+    return Limits(
+        max_message_bytes=16 * MIB, max_receiving_bytes=2**24, max_checkpoint_bytes=65536, max_image_bytes=65536
+    )
+
+
+async def answered(raw, method, *messages, headers=(), end=True):
+    """The answer to a call that sends these bytes."""
+    stream = raw.open_stream(PATH + method, headers)
+    await stream.send(b"".join(messages), end=end)
+    return await stream.answer(within_s=10)
+
+
+# Compression ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_compressed_message_is_that_message():
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        answer = await answered(raw, "Stylize", prefixed(gzip.compress(stylize()), compressed=True), headers=GZIP)
+        assert answer.code == "OK" and pb.StylizeResponse.FromString(answer.messages[0]).result.image.data
+        empty = await answered(raw, "GetServerInfo", prefixed(gzip.compress(b""), compressed=True), headers=GZIP)
+        assert empty.code == "OK"
+
+
+BAD_GZIP = {
+    "cut off": (gzip.compress(b"x" * 1000)[:-12], "is gzip data that is cut off"),
+    "only its start": (b"\x1f\x8b", "is gzip data that is cut off"),
+    "damaged": (b"\x1f\x8b\x08\x00" + b"\xff" * 50, "is no valid gzip data"),
+    "wrong checksum": (gzip.compress(b"abc")[:-8] + b"\0" * 8, "is no valid gzip data"),
+    "two members": (gzip.compress(b"") * 2, "is gzip data followed by 20 further bytes"),
+    "many members": (gzip.compress(b"") * 10_000, "is gzip data followed by 199980 further bytes"),
+    "trailing bytes": (gzip.compress(b"") + b"abc", "is gzip data followed by 3 further bytes"),
+    "nested": (gzip.compress(gzip.compress(bytes(100))), "bytes that cannot be parsed as one"),
+    "too large": (
+        gzip.compress(bytes(9 * MIB)),
+        "expands to more than 8388608 bytes, which is the most (server setting GRAMOPHONE_MAX_MESSAGE_BYTES)",
+    ),
+    "many fields": (gzip.compress(b"\x0a\0" * 3 * MIB), "occurs more than 100 times"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GZIP)
+@pytest.mark.parametrize("method", ["Stylize", "StylizeInteractive"])
+async def test_bad_gzip_data_is_an_invalid_request(what, method):
+    data, words = BAD_GZIP[what]
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        answer = await answered(raw, method, prefixed(data, compressed=True), headers=GZIP)
+        assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+        assert words in answer.message
+        await until(lambda: s.servicer.receiver.requests.budget.used == 0)
+
+
+async def test_a_compressed_command_is_read_and_a_bad_one_ends_the_stream():
+    engine = FakeEngine(iteration_s=0.002)
+    async with serving(engine) as s, connection(s.address) as raw:
+        start = pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=spec(iterations=5000))).SerializeToString()
+        bomb = gzip.compress(pb.StylizeInteractiveRequest().SerializeToString() + b"\x32\0" * 3 * MIB)
+        stream = raw.open_stream(PATH + "StylizeInteractive", GZIP)
+        await stream.send(prefixed(gzip.compress(start), compressed=True) + prefixed(bomb, compressed=True))
+        answer = await stream.answer(within_s=10)
+        assert answer.code == "INVALID_ARGUMENT" and "must have at most 65536 bytes" in answer.message
+
+
+async def test_the_flags_of_a_message_are_answered_whatever_they_are():
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        for flag, message in ((2, b""), (255, b""), (2, b"\xff"), (255, gzip.compress(b""))):
+            answer = await answered(raw, "GetJob", bytes([flag]) + prefixed(message)[1:])
+            assert answer.code in ("NOT_FOUND", "INVALID_ARGUMENT")
+
+
+# Sizes and numbers ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_message_without_images_is_small():
+    async with serving(FakeEngine()) as s:
+        got = await refused(s.stub.ListJobs(pb.ListJobsRequest(page_token="x" * MAX_SMALL_BYTES)))
+        assert got.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "must have at most 65536 bytes, because it carries no image, got 65540" in got.message
+
+
+async def test_a_message_above_the_limit_is_refused_at_its_prefix():
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        stream = raw.open_stream(PATH + "Stylize")
+        await stream.send(prefixed(b"", length=9 * MIB))
+        answer = await stream.answer(within_s=10)
+        assert answer.code == "RESOURCE_EXHAUSTED" or answer.code == "RESET", answer
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_client_that_ends_its_side_without_a_message_is_answered(method):
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        stream = raw.open_stream(PATH + method, end=True)
+        answer = await stream.answer(within_s=10)
+        assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+
+
+@pytest.mark.parametrize("method", ["GetJob", "GetServerInfo", "Stylize"])
+async def test_only_the_first_message_of_a_unary_call_counts(method):
+    message = stylize() if method == "Stylize" else b""
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        answer = await answered(raw, method, prefixed(message), prefixed(b"\xff" * 100) * 20)
+        assert answer.code == ("NOT_FOUND" if method == "GetJob" else "OK")
+
+
+async def test_a_stream_does_not_keep_its_request():
+    """Neither its bytes nor its room are kept while the job runs."""
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        call = await start_stream(s, engine)
+        budget = s.servicer.receiver.requests.budget
+        await until(lambda: budget.used == 0)
+        kept = [m for m in _living_messages() if isinstance(m, pb.StylizeStreamRequest)]
+        assert kept == []
+        call.cancel()
+
+
+def _living_messages():
+    """Messages that a frame of a task or of a generator holds in a local variable."""
+    for task in asyncio.all_tasks():
+        for frame in _frames(task.get_coro()):
+            yield from frame.f_locals.values()
+
+
+def _frames(coroutine):
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
+        if frame is not None:
+            yield frame
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+
+
+# Time and room --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sent", [b"", b"\0", prefixed(b"abc", length=100)], ids=["nothing", "one byte", "a part"])
+async def test_a_message_that_does_not_come_ends_the_call(method, sent):
+    async with serving(FakeEngine(), Limits(max_idle_s=1)) as s, connection(s.address) as raw:
+        answer = await answered(raw, method, sent, end=False)
+        assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER")
+        assert "did not send a message for 1 s, although the server waited for it" in answer.message
+
+
+async def test_an_upload_that_pauses_ends_and_gives_its_bytes_back():
+    async with serving(FakeEngine(), Limits(max_idle_s=1)) as s, connection(s.address) as raw:
+        budget = s.servicer.receiver.requests.budget
+        chunk = prefixed(pb.UploadImageRequest(chunk=os.urandom(MIB)).SerializeToString())
+        stream = raw.open_stream(PATH + "UploadImage")
+        for _ in range(3):
+            await stream.send(chunk)
+        await until(lambda: budget.used > 11 * MIB)  # three chunks, and the room for the next message
+        answer = await stream.answer(within_s=10)
+        assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER")
+        await until(lambda: budget.used == 0)
+
+
+async def test_a_controller_may_be_silent_for_longer():
+    engine = FakeEngine(iteration_s=0.01)
+    async with serving(engine, Limits(max_idle_s=1)) as s:
+        call = s.stub.StylizeInteractive()
+        await call.write(pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=spec(iterations=5000))))
+        await call.read()
+        await asyncio.sleep(1.5)
+        await call.write(pb.StylizeInteractiveRequest(command_id=7, finish=pb.FinishCommand()))
+        async with asyncio.timeout(5):
+            while not (message := await call.read()).HasField("command_result"):
+                pass
+        assert message.command_result.command_id == 7 and not message.command_result.field_errors
+        call.cancel()
+        await s.servicer.idle()
+        assert s.servicer.receiver.commands.budget.used == 0
+
+
+async def test_no_more_clients_control_jobs_than_there_are_places():
+    engine = FakeEngine()
+    async with serving(engine, Limits(max_running=1, max_queued=0)) as s:
+        engine.go.clear()
+        first = s.stub.StylizeInteractive()
+        await first.write(pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=spec(iterations=1000))))
+        await first.read()
+        second = s.stub.StylizeInteractive()
+        await second.write(pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id="x")))
+        got = await refused(second)
+        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
+        assert "too many clients control a job (server settings GRAMOPHONE_MAX_RUNNING and" in got.message
+        first.cancel()
+
+
+async def test_unfinished_messages_make_room_for_others():
+    """With room for one message, ten that do not arrive are ended one after another, and a bystander is served."""
+    async with contextlib.AsyncExitStack() as stack:
+        s = await stack.enter_async_context(serving(FakeEngine(), replace(one_room(), max_idle_s=3)))
+        raws = [await stack.enter_async_context(connection(s.address)) for _ in range(10)]
+        streams = [raw.open_stream(PATH + "Stylize") for raw in raws]
+        for stream in streams:
+            await stream.send(prefixed(b"abc", length=10 * MIB))
+        await until(lambda: s.servicer.receiver.requests.budget.waiting == 9)
+        async with asyncio.timeout(5):
+            response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
+        assert response.result.image.data
+        answers = [await stream.answer(within_s=20) for stream in streams]
+    assert {(answer.code, answer.reason) for answer in answers} <= {
+        ("RESOURCE_EXHAUSTED", "SERVER_BUSY"),
+        ("ABORTED", "SLOW_SENDER"),
+    }
+    busy = [answer for answer in answers if answer.reason == "SERVER_BUSY"]
+    assert len(busy) >= 8 and all(answer.retry_after_s for answer in busy)
+
+
+async def test_nothing_more_than_a_window_arrives_of_a_message_that_waits_for_room():
+    async with serving(FakeEngine(), one_room()) as s, connection(s.address) as first, connection(s.address) as second:
+        await first.open_stream(PATH + "Stylize").send(prefixed(b"abc", length=10 * MIB))
+        await until(lambda: s.servicer.receiver.requests.budget.used)
+        waiting = second.open_stream(PATH + "Stylize")
+        taken = waiting.send_now(prefixed(bytes(MIB), length=10 * MIB))
+        await asyncio.sleep(0.2)
+        taken += waiting.send_now(bytes(MIB))
+        assert taken == 65535
+
+
+async def test_small_calls_are_answered_while_large_messages_have_no_room():
+    async with serving(FakeEngine(), one_room()) as s, connection(s.address) as raw:
+        for _ in range(20):
+            await raw.open_stream(PATH + "Stylize").send(prefixed(b"abc", length=10 * MIB))
+        await until(lambda: s.servicer.receiver.requests.budget.waiting)
+        async with asyncio.timeout(0.5):
+            await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+# Calls ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (
+            Limits(max_calls_per_connection=3),
+            "this connection has 3 calls, which is the most (server setting GRAMOPHONE",
+        ),
+        (Limits(max_calls=3), "it has 3 calls, which is the most (server setting GRAMOPHONE_MAX_CALLS)"),
+    ],
+)
+async def test_too_many_calls_are_refused_before_their_message_is_read(limits, words):
+    async with serving(FakeEngine(), limits) as s, connection(s.address) as raw:
+        open_calls = [raw.open_stream(PATH + "GetJob") for _ in range(3)]
+        await until(lambda: len(s.servicer.calls) == 3)
+        answer = await answered(raw, "GetJob", end=False)
+        assert (answer.code, answer.reason) == ("RESOURCE_EXHAUSTED", "SERVER_BUSY")
+        assert words in answer.message and answer.retry_after_s
+        open_calls[0].cancel()
+        await until(lambda: len(s.servicer.calls) == 2)
+        assert (await answered(raw, "GetServerInfo", prefixed(b""))).code == "OK"
+
+
+async def test_another_connection_has_calls_of_its_own():
+    limits = Limits(max_calls_per_connection=2)
+    async with serving(FakeEngine(), limits) as s, connection(s.address) as raw:
+        for _ in range(10):
+            raw.open_stream(PATH + "Stylize")
+        await s.stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+async def test_a_call_that_is_cancelled_before_its_message_is_logged_as_cancelled(caplog):
+    caplog.set_level("INFO", "gramophone_server")
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        streams = [raw.open_stream(PATH + method) for method in METHODS for _ in range(5)]
+        await until(lambda: len(s.servicer.calls) == len(streams))
+        for stream in streams:
+            stream.cancel()
+        await s.servicer.idle()
+    unary = [line for line in caplog.text.splitlines() if "code=" in line and "Interactive" not in line]
+    assert unary and all("code=CANCELLED" in line for line in unary if "UploadImage" not in line)
+    assert "failed" not in caplog.text
