@@ -104,6 +104,6 @@ async def test_1000_jobs_half_of_them_cancelled_leave_nothing(earlier_objects_ig
         # gRPC's server keeps the contexts of the first and the last call.
         await until(lambda: (alive() - before) in ({}, {"RpcCall": 1}, {"RpcCall": 2}))
     threads, files, resident = zip(*seen, strict=True)
-    assert threads[-1] <= threads[0] and files[-1] <= files[0]
+    assert threads[-1] <= max(threads[:-1]) and files[-1] <= files[0]
     # The first wave fills the allocators. After that, 800 jobs, whose images take 12 MiB, may leave some fragmentation.
     assert resident[-1] - resident[0] < 8 * MIB, [size / MIB for size in resident]
