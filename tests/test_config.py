@@ -100,7 +100,7 @@ def test_the_memory_of_the_server_is_bounded_by_its_settings():
     """The sum of its terms. Each limit that lets clients take memory has a part in it, in the right proportion."""
     settings = config.Settings(engine="fake")
     terms = settings.memory_terms()
-    assert settings.memory_bytes == sum(term.bytes for term in terms) < 9 * 2**30
+    assert settings.memory_bytes == sum(term.bytes for term in terms) < 13 * 2**30
     assert len({term.name for term in terms}) == len(terms) and all(term.reason for term in terms)
     for name, factor in {
         "max_receiving_bytes": 2,
