@@ -322,7 +322,7 @@ def test_a_stream_of_jobs_with_budgets_leaves_other_jobs_their_share():
     for _ in range(3):
         worker.step([large])
     start, had, small = clock.monotonic(), large.used_s, None
-    while clock.monotonic() < start + 30:
+    while clock.monotonic() < start + 120:  # newcomers have an advantage of `BURST_S`, once
         if small is None or small.ended:
             small = task(100_000)
             small.budget_ends_at = clock.monotonic() + 0.5
