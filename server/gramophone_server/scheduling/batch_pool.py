@@ -51,6 +51,7 @@ class BatchPool:
         self._on_iterations = on_iterations
         self._clock = clock
         self._batches: list[PooledBatch] = []
+        self._batches_bytes = 0  # estimated
         self._missing: dict[Shape, Counter[int]] = {}  # widths of the batches that are to be opened
         # The widest batch that memory allowed, until no job of the shape is left.
         self._max_slots: dict[Shape, int] = {}
@@ -71,8 +72,7 @@ class BatchPool:
     def bytes(self) -> int:
         """Estimated device memory, in bytes, of all open batches, of jobs between two of them, and of beginnings.
         Thread-safe."""
-        batches = sum(self.batch_bytes(batch) for batch in list(self._batches))
-        return self._parked_bytes + self._pass_bytes + batches
+        return self._parked_bytes + self._pass_bytes + self._batches_bytes
 
     @property
     def allocator_full(self) -> bool:
@@ -293,6 +293,7 @@ class BatchPool:
         """Opens a batch. Raises `OutOfDeviceMemory`."""
         batch = PooledBatch(self._engine.batch(shape, slots), idle_since=self._clock())
         self._batches.append(batch)
+        self._batches_bytes += self.batch_bytes(batch)
         return batch
 
     def _join(self, batch: PooledBatch, task: Task) -> None:
@@ -328,6 +329,7 @@ class BatchPool:
         self._allocator_full = False
         self._refused.clear()
         self._batches.remove(batch)
+        self._batches_bytes -= self.batch_bytes(batch)
         try:
             batch.engine_batch.close()
         except Exception:  # the device has failed; its other batches must be closed, too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from gramophone_server.scheduling.fair_share import DeviceShares
 from gramophone_server.scheduling.task import PooledBatch, Task
@@ -33,7 +33,7 @@ class TurnOrder:
         self._shares, self._throughput, self._clock = shares, throughput, clock
         self._finish_within_budget = finish_within_budget
 
-    def next(self, ready: Sequence[Task]) -> Task | None:
+    def next(self, ready: Iterable[Task]) -> Task | None:
         """The job of ``ready`` that would have had the least device time after its turn; see `DeviceShares.next`. If
         that turn would last beyond the time budget of a job in another batch, that one goes first, unless the other has
         been idle for longer than its turn takes. A job whose budget does not last until its next picture ends now."""

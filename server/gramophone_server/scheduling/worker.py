@@ -112,9 +112,9 @@ class Worker:
         running = [task for task in tasks if not task.ended]
         self._fail_each(self._pool.plan(running, paused_bytes))
         running = [task for task in running if not task.ended]
-        having = self._memory.with_memory([task for task in running if task.batch is None])
+        having = dict.fromkeys(self._memory.with_memory([task for task in running if task.batch is None]))
         running = [task for task in running if not task.ended]
-        ready = [task for task in running if task.batch is not None or task in having]
+        ready = dict.fromkeys(task for task in running if task.batch is not None or task in having)
         for task in running:
             (self._shares.arrive if task in ready else self._shares.leave)(task)
         moving = next((task for task in having if task in self._pool.moving), None)
