@@ -165,6 +165,10 @@ def test_stubs_made_from_the_proto_upload_and_name(tmp_path: Path) -> None:
         stub = pb_grpc.StyleTransferServiceStub(channel)  # type: ignore[no-untyped-call]
         spec = pb.JobSpec(content=pb.ImageSource(data=LARGE), recipe=pb.Recipe(size=48, iterations=5, smallest_size=0))
         spec.styles.add().image.data = PAINTING.read_bytes()
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.Stylize(pb.StylizeRequest(spec=spec))
+        error = raised.value  # gRPC's own, before the message has arrived
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in error.details()
         spec.content.digest = digest(LARGE)
         with pytest.raises(grpc.RpcError) as raised:
             stub.Stylize(pb.StylizeRequest(spec=spec))
