@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Serves requests until the end of the input."""
     max_image_bytes, max_image_pixels = map(int, arguments or sys.argv[1:])
     limits = Limits(max_image_bytes=max_image_bytes, max_image_pixels=max_image_pixels)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its decoders
+    # Ctrl-C and systemd's SIGTERM reach all processes of a server. It drains first, and ends its decoders at last.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _limit_memory(limits)
     requests, replies = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing else is written between replies
