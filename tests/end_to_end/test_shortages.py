@@ -50,7 +50,7 @@ def outcome(client, image, **options):
     try:
         client.stylize(image, PAINTING, **RECIPE | options)
     except gramophone_client.GramophoneError as error:
-        return str(error.reason), getattr(error, "retry_after", None) is not None
+        return str(error.reason), getattr(error, "retry_after_s", None) is not None
     return "OK"
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +17,7 @@ from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
 from gramophone_server.images.decoding import Header, decoding_bytes
 from gramophone_server.images.fair_queue import FairQueue
+from gramophone_server.images.threads import started_threads
 
 __all__ = ["DecodedImage", "Decoders"]
 
@@ -52,10 +52,10 @@ class Decoders:
         self._idle = [DecoderProcess(limits) for _ in range(DECODERS)]
         self._busy: list[DecoderProcess] = []
         # Twice as many, because a thread may still wait for the end of a process when the next one is used.
-        self._process_threads = ThreadPoolExecutor(2 * DECODERS, "decode-large")
-        self._small_threads = ThreadPoolExecutor(THREADS, "decode")
-        self._other_threads = ThreadPoolExecutor(THREADS, "read")
-        self._quick_threads = ThreadPoolExecutor(THREADS, "header")
+        self._process_threads = started_threads(2 * DECODERS, "decode-large")
+        self._small_threads = started_threads(THREADS, "decode")
+        self._other_threads = started_threads(THREADS, "read")
+        self._quick_threads = started_threads(THREADS, "header")
 
     @property
     def waiting(self) -> int:

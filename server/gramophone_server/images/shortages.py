@@ -34,6 +34,8 @@ def shortage_behind(error: BaseException, needed_bytes: int = 0) -> str | None:
             return MEMORY
         if isinstance(cause, OSError) and cause.errno in SHORTAGES:
             return MEMORY if cause.errno == errno.ENOMEM else os.strerror(cause.errno).lower()
+        if isinstance(cause, RuntimeError) and str(cause) == "can't start new thread":
+            return "no thread could be started"
         if isinstance(cause, ImportError):
             return "a module could not be imported"
         cause = cause.__cause__ or cause.__context__

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
+
+from gramophone_server.images.threads import started_threads
 
 __all__ = ["ENCODERS", "Encoders", "Shared"]
 
@@ -46,7 +47,7 @@ class Encoders:
     """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(ENCODERS, "encode")
+        self._threads = started_threads(ENCODERS, "encode")
         self._running = 0
         self._queues: dict[str, dict[Shared[Any], None]] = {}  # by caller, the one whose turn is next first
         self._closed = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -19,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from gramophone.recipe import Violation
 from gramophone_server.config import PROBE_READS, SMALL_READS, Limits, env_variable
 from gramophone_server.errors import InvalidRequest, ServerBusy, SlowSender
+from gramophone_server.images.threads import started_threads
 from gramophone_server.rpc.byte_budget import ByteBudget, Share
 from gramophone_server.rpc.field_counts import check_fields
 
@@ -75,7 +75,7 @@ class Receiver:
             ),
             MAX_SMALL_BYTES,
         )
-        self._inflater = ThreadPoolExecutor(1, "inflate")
+        self._inflater = started_threads(1, "inflate")
 
     def close(self) -> None:
         """Stops the thread."""
