@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from gramophone_server.config import DECODER_BYTES, DECODING_BYTES_PER_PIXEL, Limits, env_variable
-from gramophone_server.domain.picture_size import MIN_SIDE, fit
+from gramophone_server.domain.picture_size import MIN_SIDE, style_size
 from gramophone_server.images import dimensions, metadata_stripping
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage, shortage_behind
@@ -179,9 +179,8 @@ def _other_format(data: bytes) -> str:
 
 
 def _used_size(header: Header, needed: int) -> tuple[int, int]:
-    """The largest size at which a job uses the image; see `style_size`."""
-    width, height = fit(header.width, header.height, needed)
-    return max(width, MIN_SIDE), max(height, MIN_SIDE)
+    """The largest size at which a job uses the image."""
+    return style_size(header.width, header.height, needed, 1.0)
 
 
 def _decoded_size(header: Header, needed: int) -> tuple[int, int]:
