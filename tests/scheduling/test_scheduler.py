@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gramophone_server.config import Limits
-from gramophone_server.domain.commands import Pause
+from gramophone_server.domain.commands import Pause, TakeCheckpoint
 from gramophone_server.domain.events import Accepted, Finished, Frame, Progress, StopReason, Waiting
 from gramophone_server.errors import (
     DeadlineUnattainable,
@@ -475,6 +475,45 @@ async def test_a_lost_device_ends_all_jobs_and_new_ones_are_refused(caplog):
         with pytest.raises(ShuttingDown):
             scheduler.reserve()
     assert "the device fails at an addition" in caplog.text
+
+
+async def test_the_commands_of_one_caller_alternate_with_the_turns_of_the_others(monkeypatch):
+    """Each copies a state for longer than a slice."""
+    engine, slices = FakeEngine(iteration_s=0.005), []
+    original_copy = FakeBatch.copy
+
+    def copy(batch, slot):
+        slices.append(len(engine.slices))
+        time.sleep(0.03)
+        return original_copy(batch, slot)
+
+    monkeypatch.setattr(FakeBatch, "copy", copy)
+    async with scheduling(engine, max_running=2) as scheduler:
+        job, other = (submit(scheduler, job_state(100_000, size=size)) for size in (64, 60))
+        await until(lambda: job.state.done and other.state.done)
+        engine.go.clear()
+        commands = [scheduler.command(job.observer, TakeCheckpoint(light=False)) for _ in range(10)]
+        engine.go.set()
+        await asyncio.gather(*commands)
+        job.cancel()
+        other.cancel()
+    assert len(slices) == 10 and all(after > before for before, after in itertools.pairwise(slices))
+
+
+async def test_a_job_that_waits_for_memory_has_a_position_though_places_are_free():
+    engine = FakeEngine(iteration_s=0.002, memory_bytes=1500 * 64 * 32)
+    engine.go.clear()
+    async with scheduling(engine, max_running=4) as scheduler:
+        first = submit(scheduler, job_state(100_000))
+        await until(engine.under_way.is_set)
+        second, small = submit(scheduler, job_state(10, size=60)), submit(scheduler, job_state(10, size=16))
+        accepted = [(await anext(one.events()))[1].position for one in (first, second, small)]
+        assert accepted == [0, 1, 0]
+        engine.go.set()
+        assert (await kinds(small))[-1] == "Finished"
+        assert not second.state.done
+        first.cancel()
+        assert (await kinds(second))[-1] == "Finished"
 
 
 async def test_drain_of_an_idle_scheduler_is_immediate():
