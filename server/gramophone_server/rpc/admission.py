@@ -196,7 +196,7 @@ class Admission:
             return  # `_restore` refuses it
         width, height = job.result_size
         shape = Shape.of(recipe, height, width)
-        await self._decoders.quickly(partial(self._scheduler.require_memory, shape))
+        await self._decoders.quickly(partial(self._scheduler.require_memory, shape, state.shape))
         left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
         self._scheduler.require_time(reservation, state.pixel_iterations_left, shape, recipe.time_budget, left_s)
 

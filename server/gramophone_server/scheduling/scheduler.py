@@ -151,12 +151,15 @@ class Scheduler:
         """Gives the place of a reservation back. Does nothing if it was used or released before."""
         self._table.release(reservation)
 
-    def require_memory(self, shape: Shape) -> None:
+    def require_memory(self, *shapes: Shape) -> None:
         """Raises `OutOfDeviceMemory` if the device has too little memory even for this job alone. Thread-safe. Blocks
-        for 20 ms when it sees a shape for the first time."""
+        for 20 ms when it sees a shape for the first time, so it must not be called on the event loop.
+
+        ``shapes``: of the job's last scale, and of its first one, so that `submit` need not estimate that."""
         engine = self.engine
-        if engine.batch_bytes(shape, 1) > engine.memory_bytes:
-            raise OutOfDeviceMemory(shape.width, shape.height)
+        for shape in shapes:
+            if engine.batch_bytes(shape, 1) > engine.memory_bytes:
+                raise OutOfDeviceMemory(shape.width, shape.height)
 
     def require_time(
         self, reservation: Reservation, pixel_iterations: int, shape: Shape, time_budget: float, left_s: float
