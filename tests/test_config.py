@@ -100,7 +100,7 @@ def test_the_memory_of_the_server_is_bounded_by_its_settings():
     """The sum of its terms. Each limit that lets clients take memory has a part in it, in the right proportion."""
     settings = config.Settings(engine="fake")
     terms = settings.memory_terms()
-    assert settings.memory_bytes == sum(term.bytes for term in terms) < 13 * 2**30
+    assert settings.memory_bytes == sum(term.bytes for term in terms) < 18 * 2**30
     assert len({term.name for term in terms}) == len(terms) and all(term.reason for term in terms)
     for name, factor in {
         "max_receiving_bytes": 2,
@@ -110,6 +110,7 @@ def test_the_memory_of_the_server_is_bounded_by_its_settings():
         "max_sending_bytes": 1,
         "max_message_bytes": 3 + 12 + 32,
         "max_image_pixels": 2 * 24,
+        "max_checkpoint_bytes": 2 * 16 + 32 + 2 * 4,
         "max_connections": 2**16 + 65535 + 40960,  # and a health check each
     }.items():
         more = replace(settings, **{name: getattr(settings, name) + 1000})

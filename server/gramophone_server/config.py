@@ -24,12 +24,15 @@ __all__ = [
     "DECODERS",
     "DECODER_BYTES",
     "DECODING_BYTES_PER_PIXEL",
+    "ENCODERS",
     "MAX_REFLECTION_CALLS",
     "METADATA_BYTES",
     "PARKED_BYTES",
     "PROBE_READS",
     "SMALL_READS",
     "STREAM_WINDOW_BYTES",
+    "UNREAD_CHECKPOINTS",
+    "UNREAD_FRAMES",
     "Limits",
     "MemoryTerm",
     "Settings",
@@ -56,14 +59,15 @@ PROCESS_BYTES = {"vgg": 1200 * 2**20, "fake": 620 * 2**20}  # by engine; 894 and
 CONNECTION_BYTES = 2**16  # 16 KiB measured, and what the system has delivered and gRPC has not yet read
 # Of a call whose message nobody has asked for: its window, its headers, and objects of 24 KiB.
 CALL_BYTES = STREAM_WINDOW_BYTES + 2 * METADATA_BYTES + 24 * 2**10
-SMALL_READS = (
-    8  # messages that arrive at the same time, of all methods without images; honest ones come with their call
-)
+# Messages that arrive at the same time, of all methods without images; honest ones come with their call.
+SMALL_READS = 8
 PROBE_READS = 4  # the same of health checks
 MAX_REFLECTION_CALLS = 64
 EVENT_LOG_BYTES = 320 * 2**10  # of a job: 256 events of 1.2 KB
 WATCHER_BYTES = 64 * 2**10  # of one that reads, at most 20 unread events and its objects
-ENCODERS = 2  # pictures that are encoded at the same time
+ENCODERS = 2  # threads that encode pictures and write checkpoints; the compute thread uses the cores
+ENCODING_COPIES = 4  # of a picture, or of a checkpoint, while it is encoded or written, beside `max_sending_bytes`
+UNREAD_FRAMES = UNREAD_CHECKPOINTS = 2  # different ones of a job that may wait for its watchers
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
 
 
@@ -194,35 +198,33 @@ class Settings(Limits):
         # Open calls, and those that have arrived and wait for a handler in three queues, two of them of health checks.
         calls = self.max_calls + self.max_probe_calls + MAX_REFLECTION_CALLS + 3 * self.max_calls
         watchers = min(self.max_calls, (places + self.max_kept) * self.max_watchers)
-        picture = DECODED_BYTES_PER_PIXEL * self.max_size**2
+        copies = ENCODERS * ENCODING_COPIES
+        pictures = DECODED_BYTES_PER_PIXEL * self.max_size**2 * (places * (1 + UNREAD_FRAMES) + copies)
+        checkpoints = self.max_checkpoint_bytes * (UNREAD_CHECKPOINTS * self.max_running + places + copies)
+        term = MemoryTerm
         return [
-            MemoryTerm("process", PROCESS_BYTES[self.engine], f"Python, libraries and the {self.engine} engine"),
-            MemoryTerm("connections", self.max_connections * CONNECTION_BYTES, "max_connections, 64 KiB each"),
-            MemoryTerm("calls", calls * CALL_BYTES, "max_calls and health checks, 104 KiB each: window and headers"),
-            MemoryTerm(
+            term("process", PROCESS_BYTES[self.engine], f"Python, libraries and the {self.engine} engine"),
+            term("connections", self.max_connections * CONNECTION_BYTES, "max_connections, 64 KiB each"),
+            term("calls", calls * CALL_BYTES, "max_calls and health checks, 104 KiB each: window and headers"),
+            term(
                 "receiving",
                 2 * self.max_receiving_bytes + 3 * message,
                 "2 max_receiving_bytes: as bytes and as a message; 3 max_message_bytes: copies of one",
             ),
-            MemoryTerm(
-                "small messages", (SMALL_READS + PROBE_READS) * message, "12 max_message_bytes: 4 for health checks"
+            term("small messages", (SMALL_READS + PROBE_READS) * message, "12 max_message_bytes: 4 for health checks"),
+            term("commands", places * message, "max_message_bytes for each of max_running + max_queued controllers"),
+            term("uploads", self.max_uploads_bytes, "max_uploads_bytes, kept"),
+            term("decoding", self.decoding_bytes, f"{DECODERS} images, 512 MiB and 24 bytes per pixel each"),
+            term("decoded", self.max_decoded_bytes, "max_decoded_bytes"),
+            term("kept jobs", self.max_kept_bytes, "max_kept_bytes"),
+            term("event logs", (places + self.max_kept) * EVENT_LOG_BYTES, "320 KiB for each job, also kept ones"),
+            term("watchers", watchers * WATCHER_BYTES, "64 KiB for each call that watches a job"),
+            term("pictures", pictures, "3 bytes per pixel: the newest and 2 unread ones of each job, copies"),
+            term(
+                "checkpoints", checkpoints, "max_checkpoint_bytes: 2 of each running job, 1 of each controller, copies"
             ),
-            MemoryTerm(
-                "commands", places * message, "max_message_bytes for each of max_running + max_queued controllers"
-            ),
-            MemoryTerm("uploads", self.max_uploads_bytes, "max_uploads_bytes, kept"),
-            MemoryTerm("decoding", self.decoding_bytes, f"{DECODERS} images, 512 MiB and 24 bytes per pixel each"),
-            MemoryTerm("decoded", self.max_decoded_bytes, "max_decoded_bytes"),
-            MemoryTerm("kept jobs", self.max_kept_bytes, "max_kept_bytes"),
-            MemoryTerm(
-                "event logs", (places + self.max_kept) * EVENT_LOG_BYTES, "320 KiB for each job, also kept ones"
-            ),
-            MemoryTerm("watchers", watchers * WATCHER_BYTES, "64 KiB for each call that watches a job"),
-            MemoryTerm("pictures", (places + 2 * ENCODERS) * picture, "3 bytes per pixel: the newest of each job"),
-            MemoryTerm("sending", self.max_sending_bytes, "max_sending_bytes"),
-            MemoryTerm(
-                "parked jobs", PARKED_BYTES, "states of jobs that are paused or have left the device for others"
-            ),
+            term("sending", self.max_sending_bytes, "max_sending_bytes"),
+            term("parked jobs", PARKED_BYTES, "states of jobs that are paused or have left the device for others"),
         ]
 
     @property

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from gramophone_server.rpc.encoders import ENCODERS, Encoders
+from gramophone_server.config import ENCODERS
+from gramophone_server.rpc.encoders import Encoders
 from tests.support.clock import until
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import NamedTuple, Self
 
 from gramophone.recipe import Recipe
+from gramophone_server.config import UNREAD_CHECKPOINTS, UNREAD_FRAMES
 from gramophone_server.domain.events import (
     Accepted,
     Answer,
@@ -36,7 +37,7 @@ __all__ = ["MAX_UNREAD", "Job", "JobPhase", "JobSummary"]
 
 # Different frames, and different checkpoints of one kind, of one job that may wait for its watchers. More than one, so
 # that a slow reader keeps its own although fast ones get newer ones.
-MAX_UNREAD: dict[type[Event], int] = {Frame: 2, Saved: 2}
+MAX_UNREAD: dict[type[Event], int] = {Frame: UNREAD_FRAMES, Saved: UNREAD_CHECKPOINTS}
 
 
 class JobPhase(Enum):

@@ -32,7 +32,7 @@ class Share:
 
     def __init__(self, budget: ByteBudget, size: int, owner: str) -> None:
         self.bytes, self.owner = size, owner
-        self.on_replaced: Callable[[], None] | None = None
+        self.on_replaced: Callable[[], object] | None = None
         self.since = budget.now()  # when it was taken, or its holder last made progress
         self._budget = budget
 
@@ -60,7 +60,7 @@ class Share:
         self.bytes -= size
         return Share(self._budget, size, self.owner)
 
-    def replaceable(self, on_replaced: Callable[[], None]) -> None:
+    def replaceable(self, on_replaced: Callable[[], object]) -> None:
         """From now on others may replace it, if its holder makes no progress."""
         self.on_replaced = on_replaced
         self.touch()
@@ -126,7 +126,7 @@ class ByteBudget:
             return None
         return self._share(size, owner)
 
-    async def take(self, size: int, owner: str = "", on_replaced: Callable[[], None] | None = None) -> Share:
+    async def take(self, size: int, owner: str = "", on_replaced: Callable[[], object] | None = None) -> Share:
         """A share of so many bytes, at most `max_bytes`, as soon as it is this owner's turn. Raises `ServerBusy` if
         that takes too long."""
         if size > self.max_bytes:

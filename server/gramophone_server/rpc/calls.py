@@ -58,9 +58,10 @@ class ActiveCalls:
     def __init__(self, metrics: Metrics, access_log: AccessLog, limits: Limits, receiver: Receiver) -> None:
         self.metrics, self.access_log, self.receiver = metrics, access_log, receiver
         self.max_blocked_s = limits.max_blocked_s
-        self.places = CallPlaces(limits)
+        self.places = CallPlaces(limits, self._make_place)
         self.turns = SendTurns()  # of the messages of all streams
-        self.unread: set[RpcCall] = set()  # have ended, but gRPC still keeps a message that the client does not read
+        # Have ended, but gRPC still keeps a message that the client does not read, and so a place. Oldest first.
+        self.unread: dict[RpcCall, None] = {}
         self._active: set[RpcCall] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -83,6 +84,12 @@ class ActiveCalls:
         self._active.discard(call)
         if not self._active:
             self._idle.set()
+
+    def _make_place(self) -> None:
+        """Ends the connection of the client that has left a message unread for longest, as there are too many calls."""
+        for call in self.unread:
+            if call.close_connection():
+                return
 
     async def idle(self) -> None:
         """Returns when no RPC is active."""
@@ -222,12 +229,12 @@ class RpcCall:
         """The client has not read for `max_blocked_s`."""
         self._drop_slow_reader(self._calls.max_blocked_s)
         if self._outgoing is not None and self._outgoing.share is not None:
-            self._outgoing.share.replaceable(self._close_connection)
+            self._outgoing.share.replaceable(self.close_connection)
 
     def _make_room(self) -> None:
         """Others wait for the bytes of a message that the client has not read for `READING_S`."""
         self._drop_slow_reader(READING_S)
-        asyncio.get_running_loop().call_later(READING_S, self._close_connection)
+        asyncio.get_running_loop().call_later(READING_S, self.close_connection)
 
     def _drop_slow_reader(self, blocked_s: float) -> None:
         """The handler is blocked in gRPC's write and cannot raise, and cancelling it would send no status. So cancel it
@@ -238,7 +245,7 @@ class RpcCall:
         error = SlowReader(blocked_s)
         self._code, self._error = grpc.StatusCode.ABORTED, error
         self._task.cancel()
-        self._calls.unread.add(self)
+        self._calls.unread[self] = None
         if self._outgoing is not None:
             self._outgoing.abandon()
         self._late_status = asyncio.create_task(self._send_status(error))
@@ -250,15 +257,18 @@ class RpcCall:
             with contextlib.suppress(Exception):  # `abort` always raises
                 await self._abort(error)
         finally:
-            self._calls.unread.discard(self)
+            self._calls.unread.pop(self, None)
             self._late_status = None
             self._close_outgoing()
+            self.incoming.give_back_place()
 
-    def _close_connection(self) -> None:
+    def close_connection(self) -> bool:
         """Ends the connection of a client that was dropped as a slow reader, and still reads neither the message nor
-        the status, if it is still there."""
-        if self._late_status is not None and close_connection(self.peer):
-            log.warning("%s reads nothing, and others wait for the memory: its connection was closed", self.peer)
+        the status. Returns False if it has gone."""
+        if self._late_status is None or not close_connection(self.peer):
+            return False
+        log.warning("%s reads nothing, and others need the room: its connection was closed", self.peer)
+        return True
 
     def _close_outgoing(self) -> None:
         """Gives back what the message holds, unless gRPC still keeps it for a slow reader."""
@@ -283,6 +293,8 @@ class RpcCall:
         self._detach()
         self._close_outgoing()
         self.incoming.close()
+        if self._late_status is None:
+            self.incoming.give_back_place()
         # gRPC keeps the contexts of the first and the last call, and their exceptions.
         self._attached = self._reader = None
         self._send_timeout.lag_s = float  # 0.0, not that of the mailbox

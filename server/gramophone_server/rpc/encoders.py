@@ -8,11 +8,10 @@ import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
+from gramophone_server.config import ENCODERS
 from gramophone_server.images.threads import started_threads
 
-__all__ = ["ENCODERS", "Encoders", "Shared"]
-
-ENCODERS = 2  # threads; more do not help while the compute thread uses the cores
+__all__ = ["Encoders", "Shared"]
 
 T = TypeVar("T")
 

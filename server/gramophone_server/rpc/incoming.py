@@ -29,8 +29,9 @@ WITH_IMAGES = {"Stylize", "StylizeStream", "StylizeInteractive", "UploadImage"} 
 class CallPlaces:
     """The calls of one server: so many at the same time, of one connection and of all together."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, on_full: Callable[[], None] = lambda: None) -> None:
+        """``on_full`` is called if there is no place; a later call may find one."""
+        self._limits, self._on_full = limits, on_full
         self._taken: Counter[str] = Counter()  # by connection
         self._total = 0
 
@@ -40,6 +41,7 @@ class CallPlaces:
         if own >= self._limits.max_calls_per_connection:
             raise _too_many("this connection has", own, "max_calls_per_connection")
         if self._total >= self._limits.max_calls:
+            self._on_full()
             raise _too_many("it has", self._total, "max_calls")
         self._taken[connection] += 1
         self._total += 1
@@ -127,7 +129,11 @@ class Incoming:
         self.release()
         if self._commands is not None:
             self._commands.give_back()
+
+    def give_back_place(self) -> None:
+        """Nothing of the call is left in gRPC. Further calls change nothing."""
         if self._has_place:
+            self._has_place = False
             self._places.give_back(self._connection)
 
 
