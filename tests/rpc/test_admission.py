@@ -80,7 +80,7 @@ async def test_memory_and_time_are_checked_before_decoding(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
     state = await admission.prepare(wanted, RESERVATION, LATER)
     memory, (_, _, pixels, shape, budget, left_s) = admission.asked
-    assert memory == ("memory", shape)
+    assert memory == ("memory", shape, state.shape)  # of the last scale, and of the first
     assert shape == Shape.of(state.recipe, 32, 64)
     assert pixels == state.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
     assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
