@@ -27,7 +27,8 @@ WITH_IMAGES = {"Stylize", "StylizeStream", "StylizeInteractive", "UploadImage"} 
 
 
 class CallPlaces:
-    """The calls of one server: so many at the same time, of one connection and of all together."""
+    """The calls of one server: so many at the same time, of one connection and of all together. A connection without
+    calls always gets a place, so that the many calls of others do not shut it out."""
 
     def __init__(self, limits: Limits, on_full: Callable[[], None] = lambda: None) -> None:
         """``on_full`` is called if there is no place; a later call may find one."""
@@ -40,7 +41,7 @@ class CallPlaces:
         own = self._taken[connection]
         if own >= self._limits.max_calls_per_connection:
             raise _too_many("this connection has", own, "max_calls_per_connection")
-        if self._total >= self._limits.max_calls:
+        if own and self._total >= self._limits.max_calls:
             self._on_full()
             raise _too_many("it has", self._total, "max_calls")
         self._taken[connection] += 1
