@@ -83,14 +83,36 @@ class QueueFull(GramophoneError):
 
 
 class DeadlineUnattainable(GramophoneError):
-    """At the speed measured so far, the job would not end before its caller's deadline."""
+    """By what was measured, the job would not end before its caller's deadline, or would break that of another one.
 
-    def __init__(self, wait_s: float, run_s: float, left_s: float) -> None:
+    ``wait_s``, ``run_s``: until its start, and from there to its end, as estimated; both are ``spread`` more or less
+    (relative), and rest on pictures of ``measured`` pixels. ``promised_s``: device seconds that are promised to jobs
+    with deadlines, if that is the reason.
+    """
+
+    def __init__(
+        self,
+        wait_s: float,
+        run_s: float,
+        left_s: float,
+        *,
+        spread: float = 0.0,
+        measured: int = 0,
+        promised_s: float | None = None,
+    ) -> None:
         # A retry helps only if the wait is the problem: a job that runs too long by itself must not be sent again.
         self.retry_after_s = wait_s if run_s <= left_s else None
+        sure = f", {100 * spread:.0f} % more or less, as measured at about {measured} pixels" if measured else ""
+        if promised_s is None:
+            reason = f"the job would wait for about {wait_s:.1f} s and then take about {run_s:.1f} s{sure}"
+        else:
+            reason = (
+                f"the job would take about {run_s:.1f} s{sure}, and {promised_s:.1f} s of the device are promised to "
+                "jobs with deadlines"
+            )
         super().__init__(
-            f"the job would wait for about {wait_s:.1f} s and then take about {run_s:.1f} s, and the call ends in "
-            f"{left_s:.1f} s; allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+            f"{reason}, and the call ends in {left_s:.1f} s; "
+            "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
         )
 
 

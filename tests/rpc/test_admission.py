@@ -78,15 +78,16 @@ LATER = 10.0**9  # s on the monotonic clock
 
 async def test_memory_and_time_are_checked_before_decoding(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
-    state = await admission.prepare(wanted, RESERVATION, LATER)
-    memory, (_, _, pixels, shape, budget, left_s) = admission.asked
-    assert memory == ("memory", shape, state.shape)  # of the last scale, and of the first
-    assert shape == Shape.of(state.recipe, 32, 64)
-    assert pixels == state.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
-    assert (budget, left_s) == (2.5, pytest.approx(LATER, rel=0.1))
+    state = await admission.prepare(wanted, RESERVATION, LATER, "a caller")
+    memory, (_, _, asked, left_s, image_pixels, result_kind, owner) = admission.asked
+    assert memory == ("memory", Shape.of(state.recipe, 32, 64), state.shape)  # of the last scale, and of the first
+    assert asked.scales == state.scales and asked.recipe == state.recipe
+    assert asked.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
+    assert left_s == pytest.approx(LATER, rel=0.1)
+    assert (image_pixels, result_kind, owner) == (64 * 32 + 32 * 32, "PNG", "a caller")
     assert len(admission.decoded) == 2
     await admission.prepare(wanted, RESERVATION)
-    assert admission.asked[3][-1] == math.inf  # without a deadline
+    assert admission.asked[3][3] == math.inf  # without a deadline
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s
     async with serving(FakeEngine()) as s:
         left = []
 
-        def require_time(scheduler, reservation, pixels, shape, budget, left_s):
+        def require_time(scheduler, reservation, state, left_s, *_):
             left.append(left_s)
             if left_s < math.inf:
                 raise DeadlineUnattainable(100, 10, left_s)
@@ -428,7 +429,9 @@ async def test_the_remaining_time_is_estimated_from_the_checkpoint(admission):
     state = state_after(engine, spec(), 7)
     await admission.prepare(resumed(written(state)), RESERVATION, LATER)
     assert (
-        [asked[2] for asked in admission.asked if asked[0] == "time"] == [state.pixel_iterations_left] == [3 * 64 * 32]
+        [asked[2].pixel_iterations_left for asked in admission.asked if asked[0] == "time"]
+        == [state.pixel_iterations_left]
+        == [3 * 64 * 32]
     )
 
 

@@ -71,7 +71,7 @@ async def test_a_job_is_accepted_reported_and_finished():
         events = [event async for event in job.events()]
     numbers = [number for number, _ in events]
     assert numbers == sorted(set(numbers))
-    assert events[0][1] == Accepted(position=0, wait_s=None)
+    assert events[0][1] == Accepted(position=0, wait_s=0.0)
     finished = events[-1][1]
     assert isinstance(finished, Finished)
     assert (finished.iterations, finished.picture.wait().shape) == (6, (32, 64, 3))
@@ -202,21 +202,21 @@ async def test_forecasts_include_jobs_whose_images_are_being_decoded():
     engine = FakeEngine()
     engine.go.clear()
     job = job_state(iterations=10)
-    asked = job.pixel_iterations_left, job.shape, 0.0
     throughput = ThroughputModel()
-    throughput.record(job.shape, 1, 1, 1.0)  # one iteration took 1 s
+    for _ in range(2):
+        throughput.record(job.shape, 1, 1, 1.0)  # an iteration takes 1 s
     async with scheduling(engine, throughput=throughput) as scheduler:
         first, second = scheduler.reserve(), scheduler.reserve()
-        scheduler.require_time(first, *asked, 15)
+        scheduler.require_time(first, job, 15)
         with pytest.raises(DeadlineUnattainable) as caught:
-            scheduler.require_time(second, *asked, 15)
-        assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s")
-        scheduler.require_time(second, *asked, 25)
-        assert scheduler.estimated_wait_s() == 20
+            scheduler.require_time(second, job, 15)
+        assert str(caught.value).startswith("the job would wait for about 10.0 s and then take about 10.0 s, ")
+        scheduler.require_time(second, job, 25)
+        assert scheduler.estimated_wait_s() == pytest.approx(20)
         submit(scheduler, job, reservation=first)
-        assert scheduler.estimated_wait_s() == 20  # each is counted once
+        assert scheduler.estimated_wait_s() == pytest.approx(20)  # each is counted once
         scheduler.release(second)
-        assert scheduler.estimated_wait_s() == 10
+        assert scheduler.estimated_wait_s() == pytest.approx(10)
 
 
 def require_time(scheduler, *asked):
@@ -229,21 +229,20 @@ def require_time(scheduler, *asked):
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_with_the_times():
-    engine, one = FakeEngine(iteration_s=0.01), job_state(1)
-    pixels, shape = 64 * 32, one.shape
+    engine = FakeEngine(iteration_s=0.01)
     async with scheduling(engine) as scheduler:
-        require_time(scheduler, 10**9 * pixels, shape, 0.0, 0.1)  # nothing was measured, so it is accepted
-        await kinds(submit(scheduler, job_state(10)))
-        require_time(scheduler, 1000 * pixels, shape, 0.0, 10**6)
-        with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 9\.0 s") as alone:
-            require_time(scheduler, 1000 * pixels, shape, 0.0, 9)
+        require_time(scheduler, job_state(10**5), 0.1)  # nothing was measured, so it is accepted
+        await kinds(submit(scheduler, job_state(50)))
+        require_time(scheduler, job_state(1000), 10**6)
+        with pytest.raises(DeadlineUnattainable, match=r"wait for about 0\.0 s .* call ends in 5\.0 s") as alone:
+            require_time(scheduler, job_state(1000), 5)
         assert alone.value.retry_after_s is None  # it takes 10 s by itself
-        require_time(scheduler, 1000 * pixels, shape, 5.0, 9)  # its time budget ends it before
+        require_time(scheduler, job_state(1000, time_budget=3.0), 5)  # its time budget ends it before
 
         long = submit(scheduler, job_state(100_000))
-        await until(lambda: scheduler.running == 1 and scheduler.estimated_wait_s() is not None)
+        await until(lambda: long.state.done)
         with pytest.raises(DeadlineUnattainable) as caught:  # however short it is
-            require_time(scheduler, pixels, shape, 0.5, 60)
+            require_time(scheduler, job_state(1, time_budget=0.5), 60)
         assert caught.value.retry_after_s > 500
         long.cancel()
 

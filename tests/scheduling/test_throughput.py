@@ -1,31 +1,41 @@
 import pytest
 
 from gramophone.recipe import Recipe
-from gramophone_server.domain.job_state import JobState, Shape
-from gramophone_server.scheduling.throughput import ThroughputModel, forecast
-from tests.support.specs import job_state
+from gramophone_server.domain.job_state import Shape
+from gramophone_server.scheduling.throughput import ThroughputModel
 
 SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
 
 
 def test_without_measurements_there_are_no_estimates():
     model = ThroughputModel()
-    assert (
-        model.batch_seconds_per_iteration(SMALL, 1)
-        is model.gain(SMALL, 1)
-        is model.seconds_per_iteration(SMALL)
-        is None
-    )
-    assert model.remaining_seconds(JobState(job_state().job)) is None
+    assert model.batch_seconds_per_iteration(SMALL, 1) is model.gain(SMALL, 1) is model.iteration(SMALL, 1) is None
+    assert model.beginning(SMALL) is model.decoding(10) is model.delivery("PNG", 10) is None
 
 
-def test_a_job_costs_its_share_of_the_widest_batch_and_an_unknown_size_its_pixels():
+def test_each_kind_of_work_has_its_costs():
     model = ThroughputModel()
-    model.record(SMALL, 1, 10, 1.0)
-    model.record(SMALL, 4, 10, 2.0)
-    assert model.batch_seconds_per_iteration(SMALL, 1) == pytest.approx(0.1)
-    assert model.seconds_per_iteration(SMALL) == pytest.approx(0.05)
-    assert model.seconds_per_iteration(LARGE) == pytest.approx(0.2)
+    for _ in range(2):
+        model.record(SMALL, 2, 10, 1.0)
+        model.record_beginning(SMALL, 2.0)
+        model.record_decoding(1000, 3.0)
+        model.record_delivery("PNG", 4096, 4.0)
+    assert model.iteration(SMALL, 2).seconds == pytest.approx(0.1)
+    assert model.beginning(SMALL).seconds == pytest.approx(2.0)
+    assert model.decoding(1000).seconds == pytest.approx(3.0)
+    assert model.delivery("PNG", 4096).seconds == pytest.approx(4.0)
+    assert model.delivery("JPEG", 4096) is None
+
+
+def test_a_forecast_counts_on_no_more_width_than_was_used_and_its_jobs_fill():
+    model = ThroughputModel()
+    assert model.known_best_width(SMALL, 64) == 1
+    for slots, seconds in ((1, 0.010), (2, 0.012), (4, 0.014)):
+        for _ in range(3):
+            model.record(SMALL, slots, 1, seconds)
+        model.best_width(SMALL, 64)
+    assert [model.known_best_width(SMALL, jobs) for jobs in (1, 2, 3, 4, 64)] == [1, 2, 2, 4, 8]
+    assert model.best_width(SMALL, 64) == 8  # unchanged
 
 
 def test_the_newest_measurement_has_a_weight():
@@ -84,50 +94,3 @@ def test_the_number_of_kept_shapes_is_bounded():
     )
     assert sum(model.batch_seconds_per_iteration(shape, 1) is not None for shape in shapes) == 256
     assert len(model) <= 256
-
-
-def test_the_remaining_time_is_summed_over_the_scales():
-    model, job = ThroughputModel(), job_state(iterations=4, smallest_size=45, coarse_iterations=2)
-    at_64, at_45 = (Shape.of(job.recipe, height, width) for width, height in ((64, 32), (45, 22)))
-    model.record(at_64, 1, 1, 0.3)
-    model.record(at_45, 1, 1, 0.1)
-    assert model.remaining_seconds(job) == pytest.approx(2 * 0.1 + 4 * 0.3)
-    job.count_iterations(3)
-    assert model.remaining_seconds(job) == pytest.approx(3 * 0.3)
-
-
-@pytest.mark.parametrize(
-    ("running", "waiting", "own", "max_running", "starts", "end"),
-    [
-        ([], [], 5, 1, [0], 5),
-        ([3], [], 5, 1, [3], 8),
-        ([3], [2, 4], 5, 1, [3, 5, 9], 14),
-        ([3], [], 5, 2, [0], 8),  # shares the device for 6 s, then has it alone for 2 s
-        ([3, 1], [4], 5, 2, [2, 6], 13),
-        ([10, 10, 10], [], 1, 4, [0], 4),
-    ],
-)
-def test_a_forecast_is_that_of_even_sharing(running, waiting, own, max_running, starts, end):
-    seen = forecast(running, waiting, own, max_running)
-    assert list(seen.starts) == pytest.approx(starts)
-    assert seen.end == pytest.approx(end)
-    slow_starts, slow_end = simulated(running, waiting, own, max_running)
-    assert slow_starts == pytest.approx(seen.starts, abs=0.02) and slow_end == pytest.approx(seen.end, abs=0.02)
-
-
-def simulated(running, waiting, own, max_running, step=0.001):
-    """The slow way: all running jobs get equal parts of each millisecond."""
-    left, waiting, starts, now = dict(enumerate(running)), [*waiting, own], [], 0.0
-    last = None
-    while waiting or last in left:
-        while waiting and len(left) < max_running:
-            last = f"waited {len(starts)}"
-            left[last] = waiting.pop(0)
-            starts.append(now)
-            if waiting:
-                last = None
-        for name in left:
-            left[name] -= step / len(left)
-        left = {name: seconds for name, seconds in left.items() if seconds > 0}
-        now += step
-    return starts, now

@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from gramophone_server.images.decoding import upright_size
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.upload_store import Hold, Upload, UploadStore
 from gramophone_server.rpc.job_images import JobImages, Room, Source
+from gramophone_server.rpc.responses import result_encoding
 from gramophone_server.rpc.validation import check_result_size, check_resumed, check_spec, raise_violations
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
@@ -92,7 +93,7 @@ class Admission:
         if missing or missing_checkpoint:
             raise ImageNotFound(*missing, checkpoint=missing_checkpoint)
         recipe, saved = await self._recipe(spec, checkpoint, room, owner)
-        await self._require_capacity(recipe, saved, sources["spec.content"], reservation, deadline_at)
+        await self._require_capacity(spec, recipe, saved, sources, reservation, deadline_at, owner)
         room.take(self._images.decoded_bytes(sources, recipe))
         decoded = await self._images.decode(sources, recipe, owner)
         content, start = decoded["spec.content"], decoded.get("spec.start_image")
@@ -175,15 +176,18 @@ class Admission:
 
     async def _require_capacity(
         self,
+        spec: pb.JobSpec,
         recipe: Recipe,
         saved: Checkpoint | None,
-        content: Source,
+        sources: Mapping[str, Source],
         reservation: Reservation,
         deadline_at: float | None,
+        owner: str,
     ) -> None:
         """Raises `OutOfDeviceMemory` and `DeadlineUnattainable`, estimated from the size in the content image's header,
         and `InvalidRequest` if it is too thin for the recipe. A refusal takes 0.3 ms of the server's time from the
         start of the call, and 0.2 ms/MiB of the images to copy them out of the message and read their headers."""
+        content = sources["spec.content"]
         assert content.header is not None, "all headers are read, and valid"
         _, width, height = content.header
         picture = torch.empty((3, height, width), dtype=torch.uint8, device="meta")  # has a shape and no memory
@@ -198,7 +202,10 @@ class Admission:
         shape = Shape.of(recipe, height, width)
         await self._decoders.quickly(partial(self._scheduler.require_memory, shape, state.shape))
         left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
-        self._scheduler.require_time(reservation, state.pixel_iterations_left, shape, recipe.time_budget, left_s)
+        headers = [source.header for source in sources.values() if source.header is not None]
+        image_pixels = sum(header.width * header.height for header in headers)
+        result_kind = result_encoding(spec).format.name
+        self._scheduler.require_time(reservation, state, left_s, image_pixels, result_kind, owner)
 
     def _restore(self, saved: Checkpoint, job: StyleJob, path: str) -> JobState:
         """The state of the job in its checkpoint, which has this path."""

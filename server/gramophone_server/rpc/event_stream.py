@@ -3,6 +3,7 @@ so, and each checkpoint is written once."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
@@ -44,7 +45,7 @@ class JobEventStream:
 
     ``sending`` counts the bytes of large messages, here for ``caller``, a connection. ``frames`` are the options of the
     watcher's frames. ``attached``: the watcher's request found an existing job. ``weights`` names the weights of the
-    network.
+    network. ``on_result`` is told how long it took to write a result: its format, pixels, seconds.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class JobEventStream:
         frames: pb.FrameOptions | None = None,
         attached: bool = False,
         weights: str = "",
+        on_result: Callable[[str, int, float], None] = lambda *_: None,
     ) -> None:
         self.job = job
         self.mailbox = mailbox
@@ -66,6 +68,7 @@ class JobEventStream:
         self._frames = frame_encoding(frames or pb.FrameOptions())
         self._attached = attached
         self._weights = weights
+        self._on_result = on_result
         self._reserved: Share | None = None  # for the next message, between `outgoing` and the following `read`
 
     async def responses(self) -> AsyncIterator[Outgoing]:
@@ -220,7 +223,12 @@ class JobEventStream:
         def levels() -> Levels:
             return [*_event_levels(number, "result"), (result_message(event), pb.Result.IMAGE_FIELD_NUMBER)]
 
+        loop = asyncio.get_running_loop()
+        ended_at = loop.time()
+
         def release_pixels() -> None:
+            if picture.wait is not None:
+                self._on_result(encoding.format.name, summary.width * summary.height, loop.time() - ended_at)
             picture.wait = None  # the result has one encoding for all watchers, which is kept
 
         return _Large(

@@ -350,6 +350,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             frames=options.frames,
             attached=attached,
             weights=weights,
+            on_result=self._scheduler.record_delivery,
         )
 
     # Metrics of jobs --------------------------------------------------------------------------------------------------

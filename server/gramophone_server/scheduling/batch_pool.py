@@ -178,11 +178,15 @@ class BatchPool:
             task.idle_since = self._clock()
             took_s = task.idle_since - started_at
             self._charge(task, took_s)
+            task.begun_s += took_s
             if task.batch is not None or beginning.under_way:
                 task.memory_short_since = None
             if task.batch is not None:
                 task.parked = False
                 task.join_s, task.used_before_batch_s = took_s, task.used_s
+                if task not in self.moving:
+                    self._throughput.record_beginning(shape, task.begun_s)
+                task.begun_s = 0.0
                 if task in self.moving:
                     self._moved_s += took_s
                     self.moving.remove(task)

@@ -36,9 +36,6 @@ from gramophone_server.scheduling.throughput import ThroughputModel
 
 __all__ = ["Scheduler"]
 
-# Assumed for a job without a deadline, to order the queue: jobs with earlier deadlines overtake it until then.
-DEFAULT_DEADLINE_S = 600.0
-
 
 class Scheduler:
     """Runs jobs on a compute thread. Build it inside the event loop that submits them; its methods belong to that loop.
@@ -62,7 +59,7 @@ class Scheduler:
         self._place_freed = asyncio.Event()
         self._reservation_numbers = itertools.count(1)
         # Not ``or``, because a model without measurements is false.
-        self._throughput = ThroughputModel() if throughput is None else throughput
+        self._throughput = ThroughputModel(clock) if throughput is None else throughput
         self._table = TaskTable(limits, self._throughput, self._notify_drain, clock)
         self._thread = ComputeThread(load, self._table, self._throughput, limits, on_iterations, clock)
 
@@ -121,7 +118,7 @@ class Scheduler:
         return self._thread.step_s
 
     def estimated_wait_s(self) -> float | None:
-        """Seconds until a job that arrives now would start; None until a speed has been measured."""
+        """Seconds until a job that arrives now would start; None if it must wait for one whose speed is not known."""
         with self._table.lock:
             predicted = self._table.waiting.forecast(self._table.running)
         return None if predicted is None else predicted.starts[-1]
@@ -162,17 +159,33 @@ class Scheduler:
                 raise OutOfDeviceMemory(shape.width, shape.height)
 
     def require_time(
-        self, reservation: Reservation, pixel_iterations: int, shape: Shape, time_budget: float, left_s: float
+        self,
+        reservation: Reservation,
+        state: JobState,
+        left_s: float,
+        image_pixels: int = 0,
+        result_kind: str = "",
+        owner: str = "",
     ) -> None:
-        """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, by the speed measured so
-        far and after all jobs that arrived before it. Otherwise later forecasts include the job while its images are
-        decoded.
+        """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, or would make a job late
+        whose deadline was accepted before: by what was measured near its sizes and lately, and even if everything takes
+        the least time that this allows. Otherwise later forecasts include the job while its images are decoded.
 
-        ``pixel_iterations``: those that the job has left; ``shape``: that of its last scale; ``time_budget``: that of
-        its recipe, 0 for none.
+        ``state``: of the job, with or without images. ``image_pixels``: of its images before they are reduced.
+        ``result_kind``: how its result will be encoded, as in `record_delivery`. ``owner``: as in `submit`.
         """
         with self._table.lock:
-            self._table.waiting.expect(reservation, self._table.running, pixel_iterations, shape, time_budget, left_s)
+            running = self._table.running
+            self._table.waiting.expect(reservation, running, state, left_s, image_pixels, result_kind, owner)
+
+    def record_delivery(self, result_kind: str, pixels: int, seconds: float) -> None:
+        """A result of so many pixels was encoded, as ``result_kind``, in ``seconds``: deadlines allow for it."""
+        self._throughput.record_delivery(result_kind, pixels, seconds)
+
+    @property
+    def deadline_probes(self) -> int:
+        """The number of jobs that were accepted although they should be late, to see whether that is true."""
+        return self._table.waiting.probes
 
     def submit(
         self,
@@ -186,24 +199,23 @@ class Scheduler:
         the result, on the scheduler's clock. ``owner``: the caller; jobs of one share its part of the device. Raises
         `ShuttingDown` after `stop`."""
         now = self._clock()
-        budget_ends_at = now + state.recipe.time_budget if state.recipe.time_budget else math.inf
-        remaining_s = self._throughput.remaining_seconds(state)
-        must_end_at = min(math.inf if deadline_at is None else deadline_at, budget_ends_at, now + DEFAULT_DEADLINE_S)
         task = Task(
             state=state,
             observer=observer,
             owner=owner,
             memory_short_since=None if self._thread.may_have_memory(state.shape) else now,
-            budget_ends_at=budget_ends_at,
-            latest_start_at=must_end_at - (remaining_s or 0.0),
-            remaining_s=remaining_s,
+            budget_ends_at=now + state.recipe.time_budget if state.recipe.time_budget else math.inf,
+            deadline_at=math.inf if deadline_at is None else deadline_at,
+            arrived_at=now,
         )
         table = self._table
         with table.lock:
             if table.stopped:
                 raise ShuttingDown
             assert reservation in table.reservations, "a reservation is for one job"
-            table.use(reservation)
+            expected = table.use(reservation)
+            if expected is not None:
+                task.deadline_at = expected.deadline_at
             table.waiting.accept(task, table.running)
             table.lock.notify()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from gramophone_server.domain.engine_api import Batch, Beginning
@@ -11,8 +12,12 @@ from gramophone_server.domain.events import Event
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import GramophoneError
+from gramophone_server.scheduling.forecast import Work
 
-__all__ = ["JobObserver", "PooledBatch", "Task"]
+__all__ = ["PATIENCE_S", "JobObserver", "PooledBatch", "Task"]
+
+# A job that has waited this long is overtaken by no job that comes now, however short the deadline or the time budget.
+PATIENCE_S = 60.0
 
 
 class JobObserver(Protocol):
@@ -56,17 +61,19 @@ class Task:
     """A job in the scheduler, from `Scheduler.submit` to its end. Times are seconds of the scheduler's clock.
 
     The compute thread owns it: no other thread changes a field, with one exception. While a thread holds the lock of
-    the `TaskTable`, it may read `observer`, `state`, `latest_start_at`, `remaining_s` and `memory_short_since` of the
-    tasks in the table, and may set `remaining_s` if it is None. The compute thread updates `remaining_s` and
-    `memory_short_since` without the lock, each in one assignment.
+    the `TaskTable`, it may read the fields above "Batch" and `memory_short_since` of the tasks in the table, and set
+    `remaining` if it is None. The compute thread updates `remaining` and `memory_short_since` without the lock, each in
+    one assignment.
     """
 
     state: JobState
     observer: JobObserver
     owner: str = ""  # the caller, with whom it shares the device: see `fair_share`
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
-    latest_start_at: float = math.inf  # latest start that still meets the deadline, as estimated on arrival
-    remaining_s: float | None = None  # estimated device seconds to the end; None: no speed was measured yet
+    deadline_at: float = math.inf  # when its last iteration must end, for its result to reach a caller in time
+    arrived_at: float = 0.0
+    remaining: Work | None = None  # estimated, to the end; None: nothing was measured near its sizes yet
+    estimated_at: float = -math.inf  # when `remaining` was updated last
     # Batch
     batch: PooledBatch | None = None  # None: in no batch
     slot: int = -1  # in the batch
@@ -75,6 +82,7 @@ class Task:
     # the job starts to compete, `fair_share` sets the counter to what the others have used.
     used_s: float = 0.0
     used_before_batch_s: float = 0.0  # `used_s` when it joined its batch
+    begun_s: float = 0.0  # of its present beginning, so far
     join_s: float = 0.0  # of its last join
     idle_since: float = 0.0  # the end of its last turn, or its arrival
     # Memory
@@ -97,6 +105,20 @@ class Task:
     def memory_short(self) -> bool:
         """Whether it waits for device memory. Such a job takes no place of a running one."""
         return self.memory_short_since is not None
+
+    @property
+    def latest_start_at(self) -> float:
+        """The latest start that still meets the deadline or the time budget, as far as is known, but not before the
+        arrival, nor later than `PATIENCE_S` after it. Waiting jobs start in this order."""
+        remaining_s = 0.0 if self.remaining is None else self.remaining.share_s
+        must_start_at = min(self.deadline_at, self.budget_ends_at) - remaining_s
+        return min(self.arrived_at + PATIENCE_S, max(self.arrived_at, must_start_at))
+
+    @cached_property
+    def last_shape(self) -> Shape:
+        """The shape of the job at its last scale."""
+        width, height, _ = self.state.scales[-1]
+        return Shape.of(self.state.recipe, height, width)
 
     @property
     def pause_ends_at(self) -> float:

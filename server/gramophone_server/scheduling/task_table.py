@@ -14,7 +14,7 @@ from gramophone_server.domain.commands import Command, Done
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import JobObserver, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.waiting_queue import WaitingQueue
+from gramophone_server.scheduling.waiting_queue import Expected, WaitingQueue
 
 __all__ = ["PendingCommand", "TaskTable"]
 
@@ -88,14 +88,15 @@ class TaskTable:
         with self.lock:
             if reservation not in self.reservations:
                 return
-            self.use(reservation)
-            self._on_place_freed()
-
-    def use(self, reservation: Reservation) -> None:
-        """Removes a reservation; its task, if it has one, takes its place."""
-        with self.lock:
             self.reservations.remove(reservation)
             self.waiting.forget(reservation)
+            self._on_place_freed()
+
+    def use(self, reservation: Reservation) -> Expected | None:
+        """Removes a reservation, whose task takes its place, and returns what was expected of it."""
+        with self.lock:
+            self.reservations.remove(reservation)
+            return self.waiting.forget(reservation, used=True)
 
     def withdraw(self, observer: JobObserver) -> None:
         """Removes a job that waits or is paused."""

@@ -1,16 +1,17 @@
-"""Measured speed of batches, and forecasts from it."""
+"""Measured speeds: how wide batches should be, how long a slice takes, and the costs that forecasts rest on."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from gramophone_server.domain.job_state import JobState, Shape
+from gramophone_server.domain.job_state import Shape
 from gramophone_server.scheduling.beginning_costs import BeginningCosts
+from gramophone_server.scheduling.cost_model import CostModel, Estimate
 
-__all__ = ["Forecast", "ThroughputModel", "forecast"]
+__all__ = ["ThroughputModel"]
 
 MIN_MEASUREMENTS = 3  # of each of two widths before they are compared
 # Weight of the newest measurement: speeds change when other processes start or stop, and single iterations are noisy.
@@ -47,11 +48,14 @@ class ShapeSpeeds:
 
 
 class ThroughputModel:
-    """Seconds per iteration, by the shape and the width of a batch. One thread writes, any thread reads."""
+    """Seconds per iteration, by the shape and the width of a batch, and the costs of everything else that a job needs.
+    One thread writes those of the device, and another one those of the host; any thread reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._shapes: dict[Shape, ShapeSpeeds] = {}
-        self.beginnings, self.joins = BeginningCosts(), BeginningCosts()
+        # Beginnings differ by what is cached, and the host's work is on other threads: both say little of the device.
+        self._iterations, self._beginnings, self._host = CostModel(clock), CostModel(clock), CostModel(clock)
+        self.beginnings, self.joins = BeginningCosts(), BeginningCosts()  # for turns
 
     def __len__(self) -> int:
         """The number of shapes that are kept."""
@@ -69,6 +73,9 @@ class ThroughputModel:
             speed.mean_s = new
         else:
             speed.mean_s = NEWEST_WEIGHT * new + (1 - NEWEST_WEIGHT) * speed.mean_s
+        self._iterations.record(
+            _iteration_kind(shape), shape.width * shape.height * slots, seconds, width=slots, repeats=iterations
+        )
         speed.measurements += 1
         bisect.insort(speed.shortest_s, new)
         del speed.shortest_s[MIN_MEASUREMENTS:]
@@ -106,71 +113,51 @@ class ThroughputModel:
             return None
         return 2 * speed.shortest_s[0] / speed_of_double.shortest_s[0]
 
-    def seconds_per_iteration(self, shape: Shape) -> float | None:
-        """Device seconds per iteration of one job, in the widest batch that was measured. For a shape that never ran,
-        scales the time of the shape nearest in size by the number of pixels. None if no job ever ran."""
-        if (speeds := self._shapes.get(shape)) is not None:
-            return _job_share(speeds)
-        pixels = shape.width * shape.height
-        nearest = min(
-            list(self._shapes.items()),  # a copy, because the other thread may add a shape
-            key=lambda item: _ratio(item[0].width * item[0].height, pixels),
-            default=None,
-        )
-        if nearest is None:
-            return None
-        return _job_share(nearest[1]) * pixels / (nearest[0].width * nearest[0].height)
+    # Costs ------------------------------------------------------------------------------------------------------------
 
-    def remaining_seconds(self, state: JobState) -> float | None:
-        """Device seconds for the remaining iterations of a job; None if no job ever ran."""
-        total_s = 0.0
-        done_before = state.done
-        for width, height, iterations in state.scales:
-            left = max(0, iterations - done_before)
-            done_before = max(0, done_before - iterations)
-            if left:
-                iteration_s = self.seconds_per_iteration(Shape.of(state.recipe, height, width))
-                if iteration_s is None:
-                    return None
-                total_s += left * iteration_s
-        return total_s
+    def record_beginning(self, shape: Shape, seconds: float) -> None:
+        """The beginning of a job at a scale, its style targets and its join, took ``seconds`` of the device."""
+        self._beginnings.record(_beginning_kind(shape), shape.width * shape.height, seconds)
+
+    def record_decoding(self, image_pixels: int, seconds: float) -> None:
+        """From the check of its deadline to its submission a job took ``seconds``: the decoding of its images."""
+        self._host.record("decoding", image_pixels, seconds)
+
+    def record_delivery(self, kind: str, pixels: int, seconds: float) -> None:
+        """From its end to the response with its result a job took ``seconds``: the encoding, as ``kind``."""
+        self._host.record(("delivery", kind), pixels, seconds)
+
+    def iteration(self, shape: Shape, slots: int) -> Estimate | None:
+        """Seconds of an iteration of a batch; None if nothing was measured near by. So are the following ones."""
+        return self._iterations.estimate(_iteration_kind(shape), shape.width * shape.height * slots, width=slots)
+
+    def beginning(self, shape: Shape) -> Estimate | None:
+        """Seconds of the device until a job's first iteration at a scale."""
+        return self._beginnings.estimate(_beginning_kind(shape), shape.width * shape.height)
+
+    def decoding(self, image_pixels: int) -> Estimate | None:
+        """Seconds until a job with so many pixels of images is submitted."""
+        return self._host.estimate("decoding", image_pixels)
+
+    def delivery(self, kind: str, pixels: int) -> Estimate | None:
+        """Seconds from a job's end to the response with its result."""
+        return self._host.estimate(("delivery", kind), pixels)
+
+    def known_best_width(self, shape: Shape, jobs: int) -> int:
+        """The width that `best_width` has returned for a shape, but no more than this many jobs fill: what a forecast
+        may count on. Changes nothing, so any thread may ask."""
+        speeds = self._shapes.get(shape)
+        return 1 if speeds is None else min(speeds.best_width, 1 << (max(1, jobs).bit_length() - 1))
 
     def _speed(self, shape: Shape, slots: int) -> Speed | None:
         speeds = self._shapes.get(shape)
         return None if speeds is None else speeds.by_width.get(slots)
 
 
-class Forecast(NamedTuple):
-    """When waiting jobs will start and end, in seconds from now."""
-
-    starts: tuple[float, ...]  # of each waiting job; the last one is that of a job that arrives now
-    end: float  # of the job that arrives now
+def _iteration_kind(shape: Shape) -> Hashable:
+    """Everything that changes the time of an iteration, but its pixels."""
+    return shape._replace(height=0, width=0)
 
 
-def forecast(running: Iterable[float], waiting: Iterable[float], own: float, max_running: int) -> Forecast:
-    """When jobs will start and end if no more jobs arrive. Up to ``max_running`` jobs share the device evenly.
-
-    ``running``, ``waiting`` (in queue order) and ``own`` are the device seconds that the running jobs, the waiting jobs
-    and a job that arrives now need.
-    """
-    # Two clocks: `now` counts seconds, `share` the device seconds that each running job has received.
-    now, share, starts = 0.0, 0.0, []
-    ends = sorted(running)  # of the running jobs, on the clock `share`
-    for seconds in (*waiting, own):
-        while len(ends) >= max_running:
-            first = ends.pop(0)
-            now += (first - share) * (len(ends) + 1)
-            share = first
-        starts.append(now)
-        bisect.insort(ends, share + seconds)
-    return Forecast(tuple(starts), now + sum(min(other - share, own) for other in ends))
-
-
-def _ratio(a: int, b: int) -> float:
-    return max(a, b) / min(a, b)
-
-
-def _job_share(speeds: ShapeSpeeds) -> float:
-    """Seconds per iteration of one job in the widest batch."""
-    slots = max(speeds.by_width)
-    return speeds.by_width[slots].mean_s / slots
+def _beginning_kind(shape: Shape) -> Hashable:
+    return shape.style_layers, shape.pooling

@@ -1,4 +1,4 @@
-"""Whose turn is next: by their shares of the device, unless a time budget would end in the meantime."""
+"""Whose turn is next: by their shares of the device, unless a deadline or a time budget would end in the meantime."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from gramophone_server.scheduling.fair_share import DeviceShares
 from gramophone_server.scheduling.task import PooledBatch, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
+from gramophone_server.scheduling.urgency import Urgency
 
 __all__ = ["SLICE_S", "TurnOrder"]
 
@@ -32,15 +33,20 @@ class TurnOrder:
     ) -> None:
         self._shares, self._throughput, self._clock = shares, throughput, clock
         self._finish_within_budget = finish_within_budget
+        self._urgency = Urgency()
 
     def next(self, ready: Iterable[Task]) -> Task | None:
-        """The job of ``ready`` that would have had the least device time after its turn; see `DeviceShares.next`. If
-        that turn would last beyond the time budget of a job in another batch, that one goes first, unless the other has
-        been idle for longer than its turn takes. A job whose budget does not last until its next picture ends now."""
+        """The job of ``ready`` that would have had the least device time after its turn, see `DeviceShares.next`; or
+        one whose deadline needs the turn, see `Urgency`. If that turn would last beyond the time budget of a job in
+        another batch, that one goes first, unless the other has been idle for longer than its turn takes. A job whose
+        budget does not last until its next picture ends now."""
         turns = {task: self._turn_s(task) for task in ready}
         while (task := self._shares.next({task: s for task, s in turns.items() if not task.ended})) is not None:
-            now, batch = self._clock(), task.batch
-            turn_s = turns[task] if batch is None else self._slice_s(batch)
+            now = self._clock()
+            running = [other for other in turns if not other.ended]
+            task = self._urgency.first(running, task, now, self._whole_turn_s(task))
+            batch = task.batch
+            turn_s = self._whole_turn_s(task)
             idle_since = task.idle_since if batch is None else batch.idle_since
             urgent = [t for t in turns if t.batch and not t.ended and t.budget_ends_at < now + max(turn_s, SLICE_S)]
             elsewhere = [other for other in urgent if other.batch is not batch]
@@ -53,6 +59,14 @@ class TurnOrder:
             if not task.ended:
                 return task
         return None
+
+    def charge(self, seconds: float) -> None:
+        """Counts the turn that `next` has chosen."""
+        self._urgency.charge(seconds)
+
+    def _whole_turn_s(self, task: Task) -> float:
+        """Estimated seconds of a job's next turn."""
+        return self._turn_s(task) if task.batch is None else self._slice_s(task.batch)
 
     def _turn_s(self, task: Task) -> float:
         """Estimated seconds of a job's next turn that are charged to it; 0 if nothing was measured."""

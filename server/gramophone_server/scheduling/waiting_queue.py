@@ -1,23 +1,56 @@
-"""The waiting queue: order, estimated wait, and position updates."""
+"""The waiting queue: order, estimated wait, position updates, and which deadlines are accepted."""
 
 from __future__ import annotations
 
 import bisect
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from gramophone_server.domain.events import Accepted, Waiting
-from gramophone_server.domain.job_state import Shape
+from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import DeadlineUnattainable
+from gramophone_server.scheduling.forecast import (
+    MAX_URGENT_SHARE,
+    Forecast,
+    Forecaster,
+    Promise,
+    Work,
+    broken_promise,
+    even_sharing,
+    sharing_by_callers,
+)
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import Task
-from gramophone_server.scheduling.throughput import Forecast, ThroughputModel, forecast
+from gramophone_server.scheduling.throughput import ThroughputModel
 
-__all__ = ["REPORT_INTERVAL_S", "WaitingQueue"]
+__all__ = ["PROBE_AFTER_REFUSALS", "PROBE_AFTER_S", "REPORT_INTERVAL_S", "Expected", "WaitingQueue"]
 
 DEFAULT_RETRY_S = 5.0  # until the first iteration of this process has been measured
 # No client reads faster, and a thousand waiting jobs need no update for each of 300 jobs that start in a second.
 REPORT_INTERVAL_S = 0.1
+# Of the jobs that would be refused, one is accepted if nothing near by was measured for so many seconds, or after so
+# many refusals: its iterations show whether the refusals are right.
+PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 100
+ARRIVALS_S = 60.0  # over which arrivals are counted
+# Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
+EVEN_TOLERANCE = 0.85
+# From the response to its client, and for the slice of another job that is under way.
+TRANSIT_S = 0.003
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A job whose images are being decoded."""
+
+    owner: str
+    since: float
+    image_pixels: int
+    work: Work | None
+    deadline_at: float  # when its last iteration must end
+    shape: Shape
 
 
 class WaitingQueue:
@@ -30,12 +63,16 @@ class WaitingQueue:
     def __init__(
         self, throughput: ThroughputModel, max_running: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._throughput, self._max_running, self._clock = throughput, max_running, clock
+        self.probes = 0  # jobs that were accepted although they should be late
+        self._throughput, self._forecaster = throughput, Forecaster(throughput)
+        self._max_running, self._clock = max_running, clock
         self._tasks: list[Task] = []
-        # For each job whose images are still being decoded, the device seconds that it needs.
-        self._expected: dict[Reservation, float] = {}
+        self._expected: dict[Reservation, Expected] = {}
         self._positions_changed = False  # since the last report
         self._next_report_at = 0.0
+        self._probed_at = -math.inf
+        self._refused_since_probe = 0
+        self._arrivals, self._arrived_at = 0.0, 0.0  # jobs of the last `ARRIVALS_S`, older ones counting less
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks)
@@ -45,7 +82,12 @@ class WaitingQueue:
 
     def accept(self, task: Task, running: Sequence[Task]) -> None:
         """Adds a new task and publishes `Accepted` to it."""
+        self._estimate(running)
+        task.remaining = self._forecaster.work(task.state, self._jobs_of(task.last_shape, running) + 1)
         index = self._insert(task)
+        now = self._clock()
+        self._arrivals = 1 + self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S)
+        self._arrived_at = now
         task.observer.publish(Accepted(*self._outlook(running)[index]))
         self.report_positions(running)
 
@@ -70,65 +112,191 @@ class WaitingQueue:
             if position:
                 task.observer.publish(Waiting(position, wait_s))
 
+    # Deadlines --------------------------------------------------------------------------------------------------------
+
     def expect(
         self,
         reservation: Reservation,
         running: Sequence[Task],
-        pixel_iterations: int,
-        shape: Shape,
-        time_budget: float,
+        state: JobState,
         left_s: float,
+        image_pixels: int,
+        result_kind: str,
+        owner: str,
     ) -> None:
         """Includes the job of a reservation in forecasts until `forget`. Parameters and error: see
         `Scheduler.require_time`."""
-        iteration_s = self._throughput.seconds_per_iteration(shape)
-        if iteration_s is None:
-            return
-        device_s = run_s = pixel_iterations * iteration_s / (shape.width * shape.height)
-        predicted = self.forecast(running, run_s)
-        wait_s, end_s = (0.0, run_s) if predicted is None else (predicted.starts[-1], predicted.end)
-        if time_budget:
-            run_s, end_s = min(run_s, time_budget), min(end_s, max(time_budget, wait_s))
-        if end_s > left_s:
-            raise DeadlineUnattainable(wait_s, max(run_s, end_s - wait_s), left_s)
-        self._expected[reservation] = device_s
+        now, shape = self._clock(), _last_shape(state)
+        jobs = self._jobs_of(shape, running) + 1
+        self._estimate(running)
+        delivery_s = self._forecaster.delivery_s(result_kind, shape.width * shape.height)
+        ends_in_s = left_s - delivery_s - TRANSIT_S
+        is_probe = False
+        if left_s < math.inf:
+            least = self._forecaster.least(state, jobs)
+            error = self._late(running, owner, state, least, left_s, ends_in_s, image_pixels)
+            if error is not None:
+                if not self._may_probe(least, now):
+                    self._refused_since_probe += 1
+                    raise error
+                self.probes += 1
+                self._probed_at, self._refused_since_probe, is_probe = now, 0, True
+        deadline_at = math.inf if is_probe else now + ends_in_s
+        work = self._forecaster.work(state, jobs)
+        self._expected[reservation] = Expected(owner, now, image_pixels, work, deadline_at, shape)
 
-    def forget(self, reservation: Reservation) -> None:
-        """Removes the job of a reservation, which was used or released, from forecasts."""
-        self._expected.pop(reservation, None)
+    def forget(self, reservation: Reservation, *, used: bool = False) -> Expected | None:
+        """Removes the job of a reservation, which was ``used`` or released, from forecasts, and returns what was
+        expected of it."""
+        expected = self._expected.pop(reservation, None)
+        if used and expected is not None and expected.image_pixels:
+            self._throughput.record_decoding(expected.image_pixels, self._clock() - expected.since)
+        return expected
 
-    def forecast(self, running: Sequence[Task], own_s: float = 0.0) -> Forecast | None:
-        """The forecast for a job that arrives now, after all waiting and expected ones, and needs ``own_s`` device
-        seconds. None until a speed has been measured."""
-        return self._forecast(running, self._expected.values(), own_s)
+    def _late(
+        self,
+        running: Sequence[Task],
+        owner: str,
+        state: JobState,
+        least: Work,
+        left_s: float,
+        ends_in_s: float,
+        image_pixels: int,
+    ) -> DeadlineUnattainable | None:
+        """The reason to refuse a job: even if all takes the least time that the measurements allow, it ends late, or
+        another one does whose deadline was promised. None if it can be accepted."""
+        if not least.low_share_s:
+            return None  # nothing was measured near by
+        now, budget_s = self._clock(), state.recipe.time_budget or math.inf
+        wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
+        run_s = max(least.low_alone_s * self._margin(least.low_alone_s, now), EVEN_TOLERANCE * shared_end_s - wait_s)
+        # A time budget ends a job at its last iteration within it, but lets it have one.
+        run_s = min(run_s, max(0.0, budget_s - wait_s - least.low_alone_s / max(1, state.iterations - state.done)))
+        decoding_s = self._forecaster.decoding_s(image_pixels) / 2  # how long it takes is hardly known
+        if wait_s + run_s + decoding_s > ends_in_s:
+            wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
+            run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
+            return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
+        works = [work for work in self._works(running) if work is not None]
+        promises = [
+            Promise(deadline_at - now, work.share_s)
+            for work, deadline_at in self._promised(running)
+            if work is not None and deadline_at < math.inf
+        ]
+        own_s = min(least.low_share_s, budget_s)
+        unpromised_s = max(0.0, sum(work.share_s for work in works) - sum(promise.work_s for promise in promises))
+        late_s = broken_promise(promises, unpromised_s, Promise(ends_in_s, own_s))
+        if late_s is None:
+            return None
+        promised_s = sum(promise.work_s for promise in promises)
+        return DeadlineUnattainable(
+            late_s, own_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
+        )
+
+    def _margin(self, run_s: float, now: float) -> float:
+        """By how much longer a job takes that has `MAX_URGENT_SHARE` of the device from the next arrival on, if jobs
+        arrive as often as lately: the mean."""
+        rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
+        arrivals: float = max(rate * run_s, 1e-6)
+        return 1 + (1 / MAX_URGENT_SHARE - 1) * (1 + math.expm1(-arrivals) / arrivals)
+
+    def _may_probe(self, least: Work, now: float) -> bool:
+        is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
+        return is_old or self._refused_since_probe >= PROBE_AFTER_REFUSALS
+
+    # Forecasts --------------------------------------------------------------------------------------------------------
+
+    def forecast(self, running: Sequence[Task]) -> Forecast | None:
+        """The forecast for a job that arrives now, after all waiting and expected ones. None if the speed of one of
+        them was not measured."""
+        self._estimate(running)
+        works = [task.remaining for task in self._tasks] + [expected.work for expected in self._expected.values()]
+        return self._forecast(running, works)
 
     def retry_after_s(self, running: Sequence[Task]) -> float:
         """Estimated seconds until a running job ends; at least one second."""
-        remaining = [task.remaining_s for task in running if task.remaining_s is not None]
+        remaining = [task.remaining.share_s for task in running if task.remaining is not None]
         # The jobs share the device.
         return max(1.0, min(remaining) * len(running)) if remaining else DEFAULT_RETRY_S
 
     def _insert(self, task: Task) -> int:
-        index = bisect.bisect(self._tasks, task.latest_start_at, key=lambda other: other.latest_start_at)
+        index = bisect.bisect(self._tasks, task.latest_start_at, key=_latest_start_at)
         self._tasks.insert(index, task)
         self._positions_changed |= index + 1 < len(self._tasks)
         return index
 
-    def _forecast(self, running: Sequence[Task], expected: Iterable[float], own_s: float) -> Forecast | None:
-        for task in (*running, *self._tasks):
-            if task.remaining_s is None:  # it arrived before a speed was measured
-                task.remaining_s = self._throughput.remaining_seconds(task.state)
-        running_s = [task.remaining_s for task in running if task.remaining_s is not None]
-        waiting_s = [task.remaining_s for task in self._tasks if task.remaining_s is not None]
-        if len(running_s) < len(running) or len(waiting_s) < len(self._tasks):
+    def _estimate(self, running: Sequence[Task]) -> None:
+        """Estimates the tasks that arrived before a speed near theirs was measured, and orders the queue by that."""
+        unknown = [task for task in (*running, *self._tasks) if task.remaining is None]
+        for task in unknown:
+            task.remaining = self._forecaster.work(task.state)
+        if any(task.remaining is not None for task in unknown):
+            before = list(self._tasks)
+            self._tasks.sort(key=_latest_start_at)
+            self._positions_changed |= before != self._tasks
+
+    def _jobs_of(self, shape: Shape, running: Sequence[Task]) -> int:
+        """How many jobs of a shape run or will run."""
+        counts = Counter(task.last_shape for task in (*running, *self._tasks))
+        return min(self._max_running, counts[shape] + sum(job.shape == shape for job in self._expected.values()))
+
+    def _works(self, running: Sequence[Task]) -> list[Work | None]:
+        return [work for work, _ in self._promised(running)]
+
+    def _promised(self, running: Sequence[Task]) -> list[tuple[Work | None, float]]:
+        """The work of all jobs, and when they must end."""
+        tasks = [(task.remaining, task.deadline_at) for task in (*running, *self._tasks)]
+        return tasks + [(expected.work, expected.deadline_at) for expected in self._expected.values()]
+
+    def _outcome(
+        self, running: Sequence[Task], owner: str, must_end_at: float, own: Work, *, low: bool
+    ) -> tuple[float, float]:
+        """Seconds until a job that must end then starts, and until it ends, if the device is shared evenly; ``low``:
+        the least."""
+
+        def seconds(work: Work | None) -> float:
+            return 0.0 if work is None else work.low_share_s if low else work.share_s
+
+        latest_start_at = must_end_at - seconds(own)
+        before = [
+            (task.owner, seconds(task.remaining)) for task in self._tasks if task.latest_start_at <= latest_start_at
+        ]
+        before += [(job.owner, seconds(job.work)) for job in self._expected.values()]
+        with_place = [(task.owner, seconds(task.remaining)) for task in running]
+        own_s = seconds(own)
+        by_jobs = even_sharing(
+            [other_s for _, other_s in with_place], [other_s for _, other_s in before], own_s, self._max_running
+        )
+        wait_s = by_jobs.starts[-1]
+        end_s = wait_s + sharing_by_callers((*with_place, *before), own_s, owner)
+        if wait_s:  # the others have had a part of that by then
+            end_s = min(end_s, by_jobs.end)
+        return wait_s, max(end_s, wait_s + (own.low_alone_s if low else own.alone_s))
+
+    def _forecast(self, running: Sequence[Task], waiting: Sequence[Work | None]) -> Forecast | None:
+        """None if a job that arrives now must wait, and the speed of one of the others is not known."""
+        works = [task.remaining for task in running]
+        if len(works) + len(waiting) < self._max_running:
+            return Forecast((0.0,) * (len(waiting) + 1), 0.0)
+        if any(work is None for work in (*works, *waiting)):
             return None
-        return forecast(running_s, (*waiting_s, *expected), own_s, self._max_running)
+        running_s, waiting_s = ([work.share_s for work in group if work is not None] for group in (works, waiting))
+        return even_sharing(running_s, waiting_s, 0.0, self._max_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
         """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
         free = max(0, self._max_running - sum(not task.memory_short for task in running))
         # A job that waits for memory does not start at once, though a place is free.
         positions = [max(int(task.memory_short), index + 1 - free) for index, task in enumerate(self._tasks)]
-        predicted = self._forecast(running, (), 0.0) if positions else None
+        predicted = self._forecast(running, [task.remaining for task in self._tasks]) if positions else None
         starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
-        return list(zip(positions, starts, strict=True))
+        return [(position, start if position else 0.0) for position, start in zip(positions, starts, strict=True)]
+
+
+def _latest_start_at(task: Task) -> float:
+    return task.latest_start_at
+
+
+def _last_shape(state: JobState) -> Shape:
+    width, height, _ = state.scales[-1]
+    return Shape.of(state.recipe, height, width)

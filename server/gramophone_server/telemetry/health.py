@@ -39,6 +39,8 @@ class ObservedScheduler(Protocol):
     @property
     def step_s(self) -> float: ...
     def estimated_wait_s(self) -> float | None: ...
+    @property
+    def deadline_probes(self) -> int: ...
 
 
 class ObservedCache(Protocol):
@@ -127,6 +129,11 @@ class HealthMonitor(Collector):
         wait_s = scheduler.estimated_wait_s()
         if wait_s is not None:
             yield _gauge("gramophone_estimated_wait_seconds", "until a job that arrives now would start", wait_s)
+        probes = CounterMetricFamily(
+            "gramophone_deadline_probes", "jobs accepted although they should be late, to see whether that is true"
+        )
+        probes.add_metric([], scheduler.deadline_probes)
+        yield probes
         try:
             engine = scheduler.engine
         except NotReady:

@@ -1,0 +1,172 @@
+import random
+
+import pytest
+
+from gramophone_server.domain.job_state import Shape
+from gramophone_server.scheduling.fair_share import BURST_S
+from gramophone_server.scheduling.forecast import (
+    MAX_URGENT_SHARE,
+    Forecaster,
+    Promise,
+    broken_promise,
+    even_sharing,
+    sharing_by_callers,
+)
+from gramophone_server.scheduling.throughput import ThroughputModel
+from tests.support.specs import job_state
+
+# Work -----------------------------------------------------------------------------------------------------------------
+
+
+def at(job, index):
+    width, height, _ = job.scales[index]
+    return Shape.of(job.recipe, height, width)
+
+
+def measured(throughput, shape, seconds, slots=1):
+    for _ in range(3):
+        throughput.record(shape, slots, 1, seconds)
+
+
+def test_the_work_of_a_job_is_summed_over_its_scales():
+    throughput, job = ThroughputModel(), job_state(iterations=4, smallest_size=45, coarse_iterations=2)
+    measured(throughput, at(job, 0), 0.1)
+    measured(throughput, at(job, 1), 0.3)
+    for index, seconds in ((0, 1.0), (1, 2.0)):
+        for _ in range(2):
+            throughput.record_beginning(at(job, index), seconds)
+    forecaster = Forecaster(throughput)
+    work = forecaster.work(job)
+    assert work.share_s == work.alone_s == pytest.approx(1.0 + 2 * 0.1 + 2.0 + 4 * 0.3, rel=0.05)
+    assert 0 < work.low_alone_s < work.alone_s and work.measured == 64 * 32
+    job.count_iterations(3)
+    job.joined, job.scale_index = True, 1  # its last beginning is over
+    assert forecaster.work(job).share_s == pytest.approx(3 * 0.3, rel=0.05)
+
+
+def test_a_scale_that_was_not_measured_near_by_counts_nothing_at_least():
+    throughput, job = ThroughputModel(), job_state(iterations=4, smallest_size=16, coarse_iterations=2)
+    forecaster = Forecaster(throughput)
+    assert forecaster.work(job) is None and forecaster.least(job) == (0, 0, 0, 0, 0, 0, 0)
+    measured(throughput, at(job, -1), 0.3)
+    assert forecaster.work(job) is None
+    assert forecaster.least(job).low_alone_s == pytest.approx(4 * 0.3, rel=0.1)
+
+
+def test_jobs_that_share_batches_need_less_of_the_device_each():
+    throughput, job = ThroughputModel(), job_state(iterations=10)
+    measured(throughput, job.shape, 0.010)
+    throughput.best_width(job.shape, 2)
+    measured(throughput, job.shape, 0.012, slots=2)
+    throughput.best_width(job.shape, 2)
+    forecaster = Forecaster(throughput)
+    alone, together = forecaster.work(job), forecaster.work(job, jobs=2)
+    assert alone.share_s == alone.alone_s == pytest.approx(0.10, rel=0.05)
+    assert together.share_s == pytest.approx(0.06, rel=0.05) and together.alone_s == pytest.approx(0.10, rel=0.05)
+    in_batch = forecaster.work(job, jobs=2, slots=2)
+    assert in_batch.share_s == pytest.approx(0.06, rel=0.05) and in_batch.alone_s == pytest.approx(0.12, rel=0.05)
+
+
+# Even sharing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "own", "max_running", "starts", "end"),
+    [
+        ([], [], 5, 1, [0], 5),
+        ([3], [], 5, 1, [3], 8),
+        ([3], [2, 4], 5, 1, [3, 5, 9], 14),
+        ([3], [], 5, 2, [0], 8),  # shares the device for 6 s, then has it alone for 2 s
+        ([3, 1], [4], 5, 2, [2, 6], 13),
+        ([10, 10, 10], [], 1, 4, [0], 4),
+    ],
+)
+def test_a_forecast_is_that_of_even_sharing(running, waiting, own, max_running, starts, end):
+    seen = even_sharing(running, waiting, own, max_running)
+    assert list(seen.starts) == pytest.approx(starts)
+    assert seen.end == pytest.approx(end)
+    slow_starts, slow_end = simulated(running, waiting, own, max_running)
+    assert slow_starts == pytest.approx(seen.starts, abs=0.02) and slow_end == pytest.approx(seen.end, abs=0.02)
+
+
+def simulated(running, waiting, own, max_running, step=0.001):
+    """The slow way: all running jobs get equal parts of each millisecond."""
+    left, waiting, starts, now = dict(enumerate(running)), [*waiting, own], [], 0.0
+    last = None
+    while waiting or last in left:
+        while waiting and len(left) < max_running:
+            last = f"waited {len(starts)}"
+            left[last] = waiting.pop(0)
+            starts.append(now)
+            if waiting:
+                last = None
+        for name in left:
+            left[name] -= step / len(left)
+        left = {name: seconds for name, seconds in left.items() if seconds > 0}
+        now += step
+    return starts, now
+
+
+def test_callers_share_evenly_and_a_short_job_goes_first():
+    many = [("one", 100.0)] * 10
+    assert sharing_by_callers(many, BURST_S, "another") == BURST_S
+    assert sharing_by_callers(many, BURST_S + 7, "another") == BURST_S + 7 + 7
+    assert sharing_by_callers(many, BURST_S + 7, "one") == BURST_S + 7 + 10 * 7
+    assert sharing_by_callers([("one", 2.0), ("two", 100.0)], BURST_S + 7, "another") == BURST_S + 7 + 2 + 7
+
+
+# Promises -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_promise_is_broken_by_work_with_an_earlier_deadline_only():
+    kept = Promise(left_s=10.0, work_s=6.0)
+    assert broken_promise([kept], 100.0, Promise(20.0, 9.0)) is None
+    assert broken_promise([kept], 100.0, Promise(5.0, 2.0)) is None
+    assert broken_promise([kept], 100.0, Promise(5.0, 3.0)) == pytest.approx(9 / MAX_URGENT_SHARE - 10)
+
+
+def test_a_new_promise_waits_for_those_with_earlier_deadlines():
+    early = Promise(left_s=5.0, work_s=4.0)
+    assert broken_promise([early], 100.0, Promise(10.0, 4.0)) is None
+    assert broken_promise([early], 100.0, Promise(8.0, 4.0)) == pytest.approx(8 / MAX_URGENT_SHARE - 8)
+
+
+def test_what_others_leave_of_the_device_is_free():
+    assert broken_promise([], 0.0, Promise(10.0, 9.9)) is None
+    assert broken_promise([], 100.0, Promise(10.0, 9.9)) is not None
+
+
+def test_a_promise_that_is_lost_anyway_refuses_nobody():
+    assert broken_promise([Promise(left_s=5.0, work_s=6.0)], 100.0, Promise(4.0, 1.0)) is None
+
+
+def test_promises_are_those_of_a_device_that_runs_the_earliest_deadline_first():
+    """Against the slow way: each millisecond goes to the earliest deadline, but a fifth of it to jobs without one."""
+    chance = random.Random(1)
+    outcomes = set()
+    for _ in range(60):
+        promises = [Promise(chance.uniform(1, 10), chance.uniform(0.1, 2)) for _ in range(4)]
+        new, other_s = Promise(chance.uniform(1, 10), chance.uniform(0.1, 2)), chance.choice([0.0, 0.5, 100.0])
+        before, after = late(promises, other_s), late([*promises, new], other_s)
+        if any(before.values()) or any(0 < seconds < 0.5 for seconds in after.values()):
+            continue  # one is lost already, or within the tolerance
+        broken = broken_promise(promises, other_s, new)
+        assert (broken is not None) == any(after.values())
+        outcomes.add(broken is not None)
+    assert outcomes == {True, False}
+
+
+def late(promises, other_s, step=0.002):
+    """By how many seconds each promise is late."""
+    left = {promise: promise.work_s for promise in promises}
+    ends, now = {}, 0.0
+    while left:
+        share = MAX_URGENT_SHARE if other_s > 0 else 1.0
+        other_s -= (1 - share) * step
+        first = min(left)
+        left[first] -= share * step
+        now += step
+        if left[first] <= 0:
+            del left[first]
+            ends[first] = now
+    return {promise: max(0.0, end - promise.left_s) for promise, end in ends.items()}
