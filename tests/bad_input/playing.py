@@ -48,7 +48,7 @@ NOISE_BYTES = 16 * MIB  # by which memory rises without a reason
 # Small enough that a crowd reaches them, and large enough for all that is honest.
 SETTINGS = {
     "max_iterations": 100_000, "max_queued": 512, "max_paused_s": 8, "max_detach_s": 5, "max_idle_s": 2,
-    "max_blocked_s": 3, "max_receiving_bytes": 64 * MIB, "max_sending_bytes": 32 * MIB,
+    "max_blocked_s": 3, "max_receiving_bytes": 80 * MIB, "max_sending_bytes": 32 * MIB,
     "max_decoded_bytes": 256 * MIB, "max_calls_per_connection": 300,
 }  # fmt: skip
 LIMITS = Limits(**SETTINGS)
