@@ -92,8 +92,9 @@ def test_message_sizes_follow_from_the_limits():
 
 def test_a_request_takes_bounded_memory():
     limits = Limits(max_styles=2, max_image_pixels=1_000_000, max_message_bytes=5 * 2**20)
-    assert limits.request_memory_bytes == 25 * 2**20 + 2 * (2**29 + 24_000_000) + 4 * 3_000_000
-    assert Limits().request_memory_bytes < 3.3e9
+    assert limits.request_memory_bytes == 25 * 2**20 + limits.decoding_bytes + 4 * 3_000_000
+    assert limits.decoding_bytes == 2 * (2**29 + 24_000_000 + 2 * limits.max_image_bytes + 2**26)
+    assert Limits().request_memory_bytes < 3.5e9
 
 
 def test_the_memory_of_the_server_is_bounded_by_its_settings():

@@ -29,6 +29,7 @@ __all__ = [
     "METADATA_BYTES",
     "PARKED_BYTES",
     "PROBE_READS",
+    "SMALL_DECODING_BYTES",
     "SMALL_READS",
     "STREAM_WINDOW_BYTES",
     "UNREAD_CHECKPOINTS",
@@ -43,12 +44,13 @@ __all__ = [
 ]
 
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC keeps the limit in a C int
-# Images that are decoded at the same time, over all requests. More do not help while the compute thread uses the cores.
+# Processes for large images, and threads for small ones. More do not help while the compute thread uses the cores.
 DECODERS = 2
 # While an image is decoded: 21 measured with a transparent WebP or PNG that EXIF rotates and nothing reduces.
 DECODING_BYTES_PER_PIXEL = 24
-# Bytes that a decoder needs at any image size: libwebp builds 350 MiB of tables from a file of 295 KB with every code.
+# Bytes of a process that decodes, besides those: libwebp builds 350 MiB of tables from 295 KB with every code.
 DECODER_BYTES = 2**29
+SMALL_DECODING_BYTES = 2**26  # while an image is decoded on a thread; what takes more is decoded in a process
 STREAM_WINDOW_BYTES = 65_535  # of a call whose message nobody has asked for: what HTTP/2 starts with
 METADATA_BYTES = 8192  # of one call; gRPC's own default
 DECODED_BYTES_PER_PIXEL = 3  # of an image that waits for its job
@@ -139,19 +141,16 @@ class Limits:
 
     @property
     def request_memory_bytes(self) -> int:
-        """Upper bound of the memory, in bytes, that one request alone takes until its job starts, with uploaded images:
-
-        5 max_message_bytes                       the bytes that arrived, copies while they are read, the message
-        + DECODERS (2^29 + 24 max_image_pixels)   images that are being decoded
-        + 3 (2 + max_styles) max_image_pixels     content, start image and styles, decoded
-        """
+        """Upper bound of the memory, in bytes, that one request alone takes until its job starts: five times the
+        largest message (bytes, copies while they are read, the message), `decoding_bytes`, and the decoded images."""
         decoded = (2 + self.max_styles) * DECODED_BYTES_PER_PIXEL * self.max_image_pixels
         return 5 * self.max_message_bytes + self.decoding_bytes + decoded
 
     @property
     def decoding_bytes(self) -> int:
-        """Upper bound of the memory, in bytes, of the images that are being decoded."""
-        return DECODERS * (DECODER_BYTES + DECODING_BYTES_PER_PIXEL * self.max_image_pixels)
+        """Upper bound of the memory, in bytes, of all processes and threads that decode."""
+        image_bytes = DECODER_BYTES + DECODING_BYTES_PER_PIXEL * self.max_image_pixels + 2 * self.max_image_bytes
+        return DECODERS * (image_bytes + SMALL_DECODING_BYTES)
 
     @property
     def response_bytes(self) -> int:
@@ -214,7 +213,7 @@ class Settings(Limits):
             term("small messages", (SMALL_READS + PROBE_READS) * message, "12 max_message_bytes: 4 for health checks"),
             term("commands", places * message, "max_message_bytes for each of max_running + max_queued controllers"),
             term("uploads", self.max_uploads_bytes, "max_uploads_bytes, kept"),
-            term("decoding", self.decoding_bytes, f"{DECODERS} images, 512 MiB and 24 bytes per pixel each"),
+            term("decoding", self.decoding_bytes, f"{DECODERS} processes: 0.5 GiB, 2 files, 24 bytes per pixel"),
             term("decoded", self.max_decoded_bytes, "max_decoded_bytes"),
             term("kept jobs", self.max_kept_bytes, "max_kept_bytes"),
             term("event logs", (places + self.max_kept) * EVENT_LOG_BYTES, "320 KiB for each job, also kept ones"),

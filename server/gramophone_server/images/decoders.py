@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from gramophone_server.config import DECODERS, Limits
+from gramophone_server.config import DECODERS, SMALL_DECODING_BYTES, Limits
 from gramophone_server.domain.job import digest
 from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
@@ -23,12 +23,12 @@ __all__ = ["DecodedImage", "Decoders"]
 
 T = TypeVar("T")
 
-# Images within these limits are decoded on threads of the server: at most 20 ms of work for ordinary files, of which
-# copies hold the interpreter for 2 ms. A process would add a millisecond, and copies of the file and of the pixels.
+# Images within these limits and `SMALL_DECODING_BYTES` are decoded on threads of the server: at most 20 ms of work for
+# ordinary files, of which copies hold the interpreter for 2 ms. A process would add a millisecond, and copies of the
+# file and of the pixels.
 SMALL_PIXELS = 2**20
 SMALL_BYTES = 2**20  # of the file
-SMALL_DECODING_BYTES = 2**26  # while it is decoded
-THREADS = 2  # of each kind; more do not help while the compute thread uses the cores
+THREADS = DECODERS  # of each kind
 
 
 class DecodedImage(NamedTuple):
