@@ -303,18 +303,21 @@ async def test_a_unary_response_that_is_not_read_ends_its_call():
 
 
 async def test_calls_whose_responses_are_not_read_cannot_keep_the_places_of_others():
+    engine = FakeEngine()
     async with (
-        serving(FakeEngine(), Limits(max_blocked_s=1, max_calls=2)) as s,
+        serving(engine, Limits(max_blocked_s=1, max_calls=2)) as s,
         connection(s.address, window=0) as raw,
     ):
         for _ in range(2):
             stream = raw.open_stream("/gramophone.v1.StyleTransferService/GetServerInfo", hold=True)
             await stream.send(prefixed(b""), end=True)
         await until(lambda: len(s.servicer.calls.unread) == 2 and not s.servicer.calls)
+        first, _ = await start_detachable(s, engine)  # the first call of a connection always has a place
         got = await refused(s.stub.GetServerInfo(pb.GetServerInfoRequest()))
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
         await until(lambda: raw.is_closed and not s.servicer.calls.unread)
         assert (await s.stub.GetServerInfo(pb.GetServerInfoRequest())).version
+        first.cancel()
 
 
 async def test_a_watcher_with_a_closed_window_from_the_start_leaves_its_place_to_others():
