@@ -207,6 +207,19 @@ async def test_a_cancelled_job_frees_its_images(kept, phase):
             await freed(s, kept)
 
 
+async def test_a_job_whose_time_ends_in_a_pause_frees_its_images(kept, tiny_vgg):
+    """The compute thread, which then waits, must not keep it in a variable."""
+    async with serving(Painter(tiny_vgg)) as s:
+        control = s.stub.StylizeInteractive()
+        start = pb.StartCommand(spec=spec(iterations=5000, time_budget=0.5))
+        await control.write(pb.StylizeInteractiveRequest(start=start))
+        while not (await control.read()).event.HasField("progress"):
+            pass
+        await control.write(pb.StylizeInteractiveRequest(pause=pb.PauseCommand()))
+        await freed(s, kept)
+        control.cancel()
+
+
 async def test_a_server_that_stops_frees_all_images(kept, tiny_vgg):
     async with serving(Painter(tiny_vgg), Limits(max_running=1)) as s:
         calls = [s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=5000))) for _ in range(3)]

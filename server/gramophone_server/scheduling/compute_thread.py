@@ -139,19 +139,28 @@ class ComputeThread:
         with table.lock:
             while not table.stopped:
                 now = self._clock()
-                for task in [task for task in table.paused if task.pause_ends_at <= now]:
-                    if task.budget_ends_at > now or not worker.finish_within_budget(task):
-                        self._resume(task)
+                self._end_pauses(worker, now)
                 table.remove_ended()
-                free = self._limits.max_running - table.places_taken
-                for task in worker.startable(table.waiting, free, table.running):
-                    worker.admit(task)
-                    table.start(task)
+                self._start_waiting(worker)
                 table.waiting.report_positions(table.running)
                 if table.commands or table.running:
                     return
                 next_pause_end = min((task.pause_ends_at for task in table.paused), default=None)
                 table.lock.wait(None if next_pause_end is None else next_pause_end - now)
+
+    # Two methods, because a thread that waits must not keep a task, and so its images, in a variable.
+
+    def _end_pauses(self, worker: Worker, now: float) -> None:
+        for task in [task for task in self._table.paused if task.pause_ends_at <= now]:
+            if task.budget_ends_at > now or not worker.finish_within_budget(task):
+                self._resume(task)
+
+    def _start_waiting(self, worker: Worker) -> None:
+        table = self._table
+        free = self._limits.max_running - table.places_taken
+        for task in worker.startable(table.waiting, free, table.running):
+            worker.admit(task)
+            table.start(task)
 
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""
