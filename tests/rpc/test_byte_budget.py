@@ -43,6 +43,15 @@ async def test_shares_add_up_and_are_given_back_once():
     assert budget.used == share.bytes == 0
 
 
+async def test_an_owner_that_holds_nothing_is_forgotten():
+    budget = ByteBudget(100)
+    with budget.take_now(0, "a"):
+        assert budget.owners == 0
+    with budget.take_now(1, "a"), budget.take_now(1, "b"):
+        assert budget.owners == 2
+    assert budget.owners == 0
+
+
 async def test_more_than_the_whole_budget_is_a_mistake_of_the_caller():
     budget = ByteBudget(100)
     assert budget.try_take(101) is None

@@ -10,7 +10,7 @@ from gramophone.recipe import Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
-from gramophone_server.domain.events import Changed, Frame, Picture, Saved, SavedState
+from gramophone_server.domain.events import Answer, Changed, Finished, Frame, Picture, Saved, SavedState, StopReason
 from gramophone_server.images import codec
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
 from gramophone_server.rpc.byte_budget import ByteBudget
@@ -205,6 +205,28 @@ async def test_small_messages_do_not_wait_and_take_no_bytes_from_those_who_wait(
     assert budget.used == 0, "a slow reader of small messages would keep it"
     message = await watcher.next()
     assert pb.WatchJobResponse.FromString(message.data).event.checkpoint.iteration == 2
+    encoders.close()
+
+
+@pytest.mark.parametrize(
+    "follows",
+    [Answer(1, 0), Finished(Picture(None, 1, 1), None, 1, 0.0, StopReason.FINISHED)],
+    ids=["answer", "result"],
+)
+async def test_bytes_that_were_waited_for_are_given_back_if_something_else_is_next(follows):
+    """A controller keeps an event while it sends an answer, or waits for the last command; it may leave then."""
+    encoders, budget = Encoders(), ByteBudget(4 * MIB)
+    other = budget.try_take(3 * MIB)
+    watcher = Watcher(encoders, budget)
+    watcher.put(saved(1))
+    waiting = asyncio.create_task(watcher.stream.outgoing(*await watcher.stream.read()))
+    await until(lambda: budget.waiting == 1)
+    watcher.put(follows)
+    watcher.put(saved(2))  # takes the place of the first, after what follows that
+    other.give_back()
+    assert await waiting is None and budget.used > 2 * MIB
+    assert (await watcher.stream.read())[1] is follows
+    assert budget.used == 0
     encoders.close()
 
 

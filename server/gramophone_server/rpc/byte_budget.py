@@ -112,6 +112,11 @@ class ByteBudget:
         self._next_replacement: asyncio.TimerHandle | None = None
 
     @property
+    def owners(self) -> int:
+        """How many owners hold bytes."""
+        return len(self._held)
+
+    @property
     def waiting(self) -> int:
         """How many wait for a share."""
         return sum(map(len, self._waiting.values()))
@@ -169,7 +174,8 @@ class ByteBudget:
 
     def _share(self, size: int, owner: str) -> Share:
         self.used += size
-        self._held[owner] = self._held.get(owner, 0) + size
+        if size:  # an owner of nothing would stay for ever
+            self._held[owner] = self._held.get(owner, 0) + size
         return Share(self, size, owner)
 
     async def _wait_for_share(self, size: int, owner: str) -> Share:

@@ -69,7 +69,7 @@ class JobEventStream:
         self._attached = attached
         self._weights = weights
         self._on_result = on_result
-        self._reserved: Share | None = None  # for the next message, between `outgoing` and the following `read`
+        self._reserved: Share | None = None  # for the next event if it is large, from `outgoing` to the next `outgoing`
 
     async def responses(self) -> AsyncIterator[Outgoing]:
         """Yields all events, for a watcher that sends no commands. Raises the error that the job ended with."""
@@ -98,10 +98,11 @@ class JobEventStream:
 
     async def read(self) -> tuple[int, Event | Answer] | None:
         """The next (number, event); None after the last one. Raises the error that the job ended with."""
-        if (item := self.mailbox.read_nowait()) is not None:
-            return item
-        self._give_back_reserved()
-        return await self.mailbox.read()
+        item = self.mailbox.read_nowait()
+        if item is None or not isinstance(item[1], Frame | Saved):
+            # Its bytes would be kept while a slow reader takes a small message, and for ever if it leaves then.
+            self._give_back_reserved()
+        return item if item is not None else await self.mailbox.read()
 
     async def outgoing(self, number: int, event: Event, *, requested: bool = False) -> Outgoing | None:
         """The message of an event that was read. ``requested``: by a command, so a frame is lossless.
@@ -117,7 +118,6 @@ class JobEventStream:
             case Finished():
                 return await self._written(self._result(number, event))
             case _:
-                self._give_back_reserved()
                 response = pb.WatchJobResponse()
                 response.event.sequence = number
                 small_event(response.event, event, self.job, attached=self._attached)
