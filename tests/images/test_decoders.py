@@ -205,6 +205,20 @@ def test_the_end_of_a_process_at_work_is_not_the_fault_of_the_image(process, slo
     assert process.decode(LARGE, 64).shape == (3, 65, 65)
 
 
+def test_processes_that_cannot_be_started_are_reported_when_the_server_starts(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+
+    async def main():
+        decoders = Decoders(LIMITS)
+        decoders.start()
+        await until(lambda: len(caplog.messages) == DECODERS)
+        decoders.close()
+
+    asyncio.run(main())
+    expected = "large images cannot be decoded: no process could be started (No such file or directory)"
+    assert caplog.messages == [expected] * DECODERS
+
+
 def test_a_process_that_is_killed_does_not_start_again(process):
     process.start()
     process.kill()
@@ -219,6 +233,18 @@ def test_a_process_that_takes_too_long_is_ended(process, slow, monkeypatch):
     with pytest.raises(Shortage, match=r"an image was not decoded within 0\.05 s"):
         process.decode(slow, 64)
     assert not children()
+
+
+def test_a_process_that_is_stopped_while_it_is_sent_a_file_is_ended(process, monkeypatch):
+    file = image_file(64) + bytes(3 * 2**20)  # more than a pipe holds
+    process.start()
+    os.kill(process.id, signal.SIGSTOP)
+    monkeypatch.setattr("gramophone_server.images.decoder_client.DECODE_S", 0.05)
+    with pytest.raises(Shortage, match=r"an image was not decoded within 0\.05 s"):
+        process.decode(file, 64)
+    assert not children()
+    monkeypatch.undo()
+    assert process.decode(file, 64).shape == (3, 64, 64)
 
 
 def test_without_file_descriptors_it_is_a_shortage(process):

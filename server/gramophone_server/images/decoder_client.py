@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import IO
 
 import torch
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 PIPE_BYTES = 2**20  # of a pipe; the default of 64 KiB makes 400 system calls for a picture of 24 MB
 START_S = 30.0  # longest start; it takes 0.2 s on a quiet machine
-DECODE_S = 60.0  # longest time to decode an image; one of 32 megapixels takes 2 s
+# Longest time from the first byte of a request to the last one of its reply; an image of 32 megapixels takes 2 s.
+DECODE_S = 60.0
 
 
 class DecoderProcess:
@@ -120,9 +122,9 @@ class DecoderProcess:
         for stream in (_input(child), _output(child)):
             with contextlib.suppress(AttributeError, OSError):  # not Linux, or the user's pipes have much memory
                 fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            os.set_blocking(stream.fileno(), False)  # a process that hangs must not hang the server's thread
         try:
-            _wait(_output(child), START_S)
-            _read_into(_output(child), memoryview(bytearray(len(READY))))
+            _read_into(_output(child), memoryview(bytearray(len(READY))), time.monotonic() + START_S)
         except (EOFError, TimeoutError):
             self._end(child)
             if not self._killed:
@@ -131,21 +133,21 @@ class DecoderProcess:
         return child
 
     def _exchange(self, child: subprocess.Popen[bytes], data: bytes, needed: int) -> Tensor:
-        _write(_input(child), REQUEST.pack(len(data), needed))
-        _write(_input(child), data)
+        ends_at = time.monotonic() + DECODE_S
+        _write(_input(child), REQUEST.pack(len(data), needed), ends_at)
+        _write(_input(child), data, ends_at)
         replies = _output(child)
         head = bytearray(REPLY.size)
-        _wait(replies, DECODE_S)
-        _read_into(replies, memoryview(head))
+        _read_into(replies, memoryview(head), ends_at)
         outcome, width, height, size = REPLY.unpack(head)
         if outcome == Outcome.DECODED:
             picture = torch.empty((3, height, width), dtype=torch.uint8)
             # The system fills it, without the interpreter's lock.
             pixels = (ctypes.c_ubyte * picture.numel()).from_address(picture.data_ptr())
-            _read_into(replies, memoryview(pixels).cast("B"))
+            _read_into(replies, memoryview(pixels).cast("B"), ends_at)
             return picture
         body = bytearray(size)
-        _read_into(replies, memoryview(body))
+        _read_into(replies, memoryview(body), ends_at)
         text = body.decode()
         if outcome == Outcome.UNUSABLE:
             raise UnusableImage(text)
@@ -178,24 +180,30 @@ def _output(child: subprocess.Popen[bytes]) -> IO[bytes]:
     return child.stdout
 
 
-def _wait(stream: IO[bytes], within_s: float) -> None:
-    """Returns when there is something to read, or the stream has ended. Raises `TimeoutError`."""
+def _wait(stream: IO[bytes], event: int, ends_at: float) -> None:
+    """Returns when the stream can be read or written, or has ended. Raises `TimeoutError` at ``ends_at``, on the
+    monotonic clock."""
     poll = select.poll()  # which takes no file descriptor
-    poll.register(stream, select.POLLIN)
-    if not poll.poll(within_s * 1000):
+    poll.register(stream, event)
+    if not poll.poll(max(0.0, ends_at - time.monotonic()) * 1000):
         raise TimeoutError
 
 
-def _write(stream: IO[bytes], data: bytes) -> None:
+def _write(stream: IO[bytes], data: bytes, ends_at: float) -> None:
+    """Writes all of ``data``. Raises `TimeoutError`, and `BrokenPipeError` if nobody reads the stream any more."""
     rest = memoryview(data)
     while rest:
-        rest = rest[os.write(stream.fileno(), rest) :]
+        _wait(stream, select.POLLOUT, ends_at)
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[os.write(stream.fileno(), rest) :]
 
 
-def _read_into(stream: IO[bytes], view: memoryview) -> None:
-    """Fills ``view``. Raises `EOFError` if the stream ends before."""
+def _read_into(stream: IO[bytes], view: memoryview, ends_at: float) -> None:
+    """Fills ``view``. Raises `TimeoutError`, and `EOFError` if the stream ends before."""
     while view:
-        read = os.readv(stream.fileno(), [view])
-        if not read:
-            raise EOFError
-        view = view[read:]
+        _wait(stream, select.POLLIN, ends_at)
+        with contextlib.suppress(BlockingIOError):
+            read = os.readv(stream.fileno(), [view])
+            if not read:
+                raise EOFError
+            view = view[read:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -17,9 +18,12 @@ from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
 from gramophone_server.images.decoding import Header, decoding_bytes
 from gramophone_server.images.fair_queue import FairQueue
+from gramophone_server.images.shortages import Shortage
 from gramophone_server.images.threads import started_threads
 
 __all__ = ["DecodedImage", "Decoders"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -70,7 +74,7 @@ class Decoders:
     def start(self) -> None:
         """Starts the processes, so that the first large images do not wait for them. Does not block."""
         for process in self._idle:
-            self._process_threads.submit(process.start)
+            self._process_threads.submit(_start, process)
 
     def close(self) -> None:
         """Ends the processes, and the threads after what they do now."""
@@ -127,6 +131,15 @@ class Decoders:
         finally:
             self._busy.remove(process)
             self._idle.append(DecoderProcess(self._limits) if process.killed else process)
+
+
+def _start(process: DecoderProcess) -> None:
+    """Starts a process. Each image that needs one tries again, so a failure is only logged."""
+    try:
+        process.start()
+    except Shortage as error:
+        if not process.killed:
+            log.error("large images cannot be decoded: %s", error)
 
 
 def _with_digest(picture: Tensor) -> DecodedImage:
