@@ -265,6 +265,8 @@ def _failure_of(error: Any) -> str:
         for kind in (info, bad):
             if detail.Is(kind.DESCRIPTOR):
                 detail.Unpack(kind)
+    if "Received message larger than max" in message:
+        return ""  # gRPC itself refuses a message above `max_message_bytes`, by its prefix
     if not info.reason:
         return f"{message}, without a reason"
     if INTERNALS.search(message):
