@@ -112,7 +112,7 @@ def test_the_memory_of_the_server_is_bounded_by_its_settings():
         "max_message_bytes": 3 + 12 + 32,
         "max_image_pixels": 2 * 24,
         "max_checkpoint_bytes": 2 * 16 + 32 + 2 * 4,
-        "max_connections": 2**16 + 2 * (65535 + 40960),  # with a call and a health check each
+        "max_connections": 2**16 + 4 * (65535 + 40960),  # each with a call, a query, and two health checks
     }.items():
         more = replace(settings, **{name: getattr(settings, name) + 1000})
         assert more.memory_bytes - settings.memory_bytes == 1000 * factor, name

@@ -189,6 +189,7 @@ TESTED_THROUGH = {
     "tests/engine/test_batch.py": ["gramophone_server.engine.objective", "gramophone_server.engine.scales"],
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
+    "tests/rpc/test_receiving.py": ["gramophone_server.rpc.incoming"],
     "tests/images/test_decoders.py": [
         "gramophone_server.images.decoder_client",
         "gramophone_server.images.decoder_process",

@@ -195,8 +195,9 @@ class Settings(Limits):
         device, which the engine limits, and which is the same memory if the device is the CPU."""
         places, message = self.max_controllers, self.max_message_bytes
         # Open calls, and those that have arrived and wait for a handler in three queues, two of them of health checks.
-        calls = 4 * self.max_calls + self.max_connections + self.max_probe_calls + MAX_REFLECTION_CALLS
-        watchers = min(self.max_calls, (places + self.max_kept) * self.max_watchers)
+        # The first call of a connection has a place in any case: of the service, health checks and reflection.
+        calls = 4 * self.max_calls + 3 * self.max_connections + self.max_probe_calls + MAX_REFLECTION_CALLS
+        watchers = min(self.max_calls + self.max_connections, (places + self.max_kept) * self.max_watchers)
         copies = ENCODERS * ENCODING_COPIES
         pictures = DECODED_BYTES_PER_PIXEL * self.max_size**2 * (places * (1 + UNREAD_FRAMES) + copies)
         checkpoints = self.max_checkpoint_bytes * (UNREAD_CHECKPOINTS * self.max_running + places + copies)

@@ -154,10 +154,11 @@ class Server:
         self._health = health.aio.HealthServicer()
         registration.add_to_server(self.servicer, self._grpc)
         receiver = self.servicer.receiver
-        probes = StandardCalls(receiver, receiver.probes, settings.max_probe_calls)
+        probes = StandardCalls(receiver, receiver.probes, settings.max_probe_calls, "health checks")
         registration.add_health(self._health, probes, self._grpc)
         if settings.reflection:
-            registration.add_reflection(StandardCalls(receiver, receiver.small, MAX_REFLECTION_CALLS), self._grpc)
+            queries = StandardCalls(receiver, receiver.small, MAX_REFLECTION_CALLS, "calls of reflection")
+            registration.add_reflection(queries, self._grpc)
         self._port = _listen(self._grpc, settings.host, settings.port)
         self._probes = None
         if settings.metrics_port >= 0:

@@ -27,9 +27,9 @@ async def serving(max_idle_s=20, max_calls=100):
     """A server of health checks and reflection alone; gives its address and the calls of health checks."""
     limits = Limits(max_idle_s=max_idle_s)
     server, receiver = grpc.aio.server(options=main.server_options(limits)), Receiver(limits)
-    checks = StandardCalls(receiver, receiver.probes, max_calls)
+    checks = StandardCalls(receiver, receiver.probes, max_calls, "health checks")
     registration.add_health(health.aio.HealthServicer(), checks, server)
-    registration.add_reflection(StandardCalls(receiver, receiver.small, 10), server)
+    registration.add_reflection(StandardCalls(receiver, receiver.small, 10, "calls of reflection"), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -51,7 +51,7 @@ async def test_a_check_is_answered_plain_and_compressed():
         plain = await answered(raw, CHECK, prefixed(request))
         compressed = await answered(raw, CHECK, prefixed(gzip.compress(request), compressed=True), GZIP)
         unknown = await answered(raw, CHECK, prefixed(health_pb2.HealthCheckRequest(service="x").SerializeToString()))
-        await until(lambda: not checks.by_connection)
+        await until(lambda: not checks.places.taken)
     serving_now = health_pb2.HealthCheckResponse(status="SERVING")
     for answer in (plain, compressed):
         assert answer.code == "OK" and health_pb2.HealthCheckResponse.FromString(answer.messages[0]) == serving_now
@@ -107,7 +107,7 @@ async def test_a_message_that_does_not_come_ends_the_call(path):
     async with serving(max_idle_s=1) as (address, checks), connection(address) as raw:
         answer = await answered(raw, path, prefixed(b"", length=100), end=False)
         assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER")
-        await until(lambda: not checks.by_connection)
+        await until(lambda: not checks.places.taken)
 
 
 async def test_calls_are_limited_by_connection_and_in_all():
@@ -117,15 +117,19 @@ async def test_calls_are_limited_by_connection_and_in_all():
         watches = [first.open_stream(WATCH) for _ in range(MAX_PER_CONNECTION)]
         for watch in watches:
             await watch.send(prefixed(b""), end=True)
-        await until(lambda: checks.by_connection.total() == MAX_PER_CONNECTION)
-        assert (await answered(first, CHECK, prefixed(b""))).reason == "SERVER_BUSY"
+        await until(lambda: checks.places.taken == MAX_PER_CONNECTION)
+        refused = await answered(first, CHECK, prefixed(b""))
+        assert refused.reason == "SERVER_BUSY" and "this connection has 64 health checks" in refused.message
         for _ in range(2):
             await second.open_stream(WATCH).send(prefixed(b""), end=True)
-        await until(lambda: checks.by_connection.total() == MAX_PER_CONNECTION + 2)
-        assert (await answered(third, CHECK, prefixed(b""))).reason == "SERVER_BUSY"
-        watches[0].cancel()
-        await until(lambda: checks.by_connection.total() == MAX_PER_CONNECTION + 1)
+        await until(lambda: checks.places.taken == MAX_PER_CONNECTION + 2)
+        refused = await answered(second, CHECK, prefixed(b""))
+        assert refused.reason == "SERVER_BUSY" and "it has 66 health checks" in refused.message
+        # The watches of others do not shut out the check of a connection that has none.
         assert (await answered(third, CHECK, prefixed(b""))).code == "OK"
+        watches[0].cancel()
+        await until(lambda: checks.places.taken == MAX_PER_CONNECTION + 1)
+        assert (await answered(second, CHECK, prefixed(b""))).code == "OK"
 
 
 async def test_checks_are_answered_beside_those_that_do_not_arrive():

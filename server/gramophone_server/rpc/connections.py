@@ -21,20 +21,19 @@ def close_connection(peer: str) -> bool:
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # a descriptor that is no socket, or is not connected, or was just closed
-            if _peer_of(int(name)) == (host.strip("[]"), port):
-                with contextlib.closing(socket.socket(fileno=os.dup(int(name)))) as connection:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            # A copy, because gRPC's threads may close the descriptor meanwhile, and open another one with its number.
+            with contextlib.closing(socket.socket(fileno=os.dup(int(name)))) as connection:
+                if _peer_of(connection) == (host.strip("[]"), port):
                     connection.shutdown(socket.SHUT_RDWR)
-                return True
+                    return True
     return False
 
 
-def _peer_of(descriptor: int) -> tuple[str, str] | None:
-    """(host, port) of the other side of a TCP connection; None for another descriptor."""
-    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+def _peer_of(connection: socket.socket) -> tuple[str, str] | None:
+    """(host, port) of the other side of a TCP connection; None for another socket."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return None
-    connection = socket.socket(fileno=os.dup(descriptor))
-    with contextlib.closing(connection):
-        if connection.family not in (socket.AF_INET, socket.AF_INET6):
-            return None
-        host, port, *_ = connection.getpeername()
-        return host.removeprefix("::ffff:"), str(port)
+    host, port, *_ = connection.getpeername()
+    return host.removeprefix("::ffff:"), str(port)

@@ -1,58 +1,27 @@
-"""The messages of one call's client, and the places that calls share."""
+"""The messages of one call's client."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from gramophone.recipe import Violation
-from gramophone_server.config import Limits, env_variable
-from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.errors import InvalidRequest
 from gramophone_server.rpc.byte_budget import Share
+from gramophone_server.rpc.call_places import CallPlaces
 from gramophone_server.rpc.receiving import Context, Receiver, parse
 
-__all__ = ["CallPlaces", "Incoming"]
+__all__ = ["Incoming"]
 
 M = TypeVar("M", bound=Message)
 
-BUSY_S = 1.0  # before a client tries a call again for which there was no place
 # The longest time between the end of a cancelled call's messages and the cancellation of its handler. Without it, such
 # a call would sometimes end as one whose client has sent no message.
 CANCELLATION_S = 0.05
 WITH_IMAGES = {"Stylize", "StylizeStream", "StylizeInteractive", "UploadImage"}  # whose messages may be large
-
-
-class CallPlaces:
-    """The calls of one server: so many at the same time, of one connection and of all together. A connection without
-    calls always gets a place, so that the many calls of others do not shut it out."""
-
-    def __init__(self, limits: Limits, on_full: Callable[[], None] = lambda: None) -> None:
-        """``on_full`` is called if there is no place; a later call may find one."""
-        self._limits, self._on_full = limits, on_full
-        self._taken: Counter[str] = Counter()  # by connection
-        self._total = 0
-
-    def take(self, connection: str) -> None:
-        """Takes a place. Raises `ServerBusy` if there is none."""
-        own = self._taken[connection]
-        if own >= self._limits.max_calls_per_connection:
-            raise _too_many("this connection has", own, "max_calls_per_connection")
-        if own and self._total >= self._limits.max_calls:
-            self._on_full()
-            raise _too_many("it has", self._total, "max_calls")
-        self._taken[connection] += 1
-        self._total += 1
-
-    def give_back(self, connection: str) -> None:
-        """Gives a place back."""
-        self._total -= 1
-        self._taken[connection] -= 1
-        if not self._taken[connection]:
-            del self._taken[connection]
 
 
 class Incoming:
@@ -136,7 +105,3 @@ class Incoming:
         if self._has_place:
             self._has_place = False
             self._places.give_back(self._connection)
-
-
-def _too_many(who: str, number: int, setting: str) -> ServerBusy:
-    return ServerBusy(f"{who} {number} calls, which is the most (server setting {env_variable(setting)})", BUSY_S)
