@@ -326,10 +326,12 @@ async def test_metrics_and_probes_have_a_port_of_their_own(capsys):
         engine.go.clear()
         running = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
         await running.read()
-        status, text = await asyncio.to_thread(page, metrics)
+        async with asyncio.timeout(5):
+            status, text = 200, ""
+            while 'gramophone_jobs{state="running"} 1.0' not in text and status == 200:  # it starts after `accepted`
+                status, text = await asyncio.to_thread(page, metrics)
         assert status == 200
         assert 'gramophone_jobs_finished_total{outcome="ITERATIONS_DONE"} 1.0' in text
-        assert 'gramophone_jobs{state="running"} 1.0' in text
         os.kill(os.getpid(), signal.SIGTERM)
         async with asyncio.timeout(5):
             while (await asyncio.to_thread(page, healthz))[1] != "shutting down\n":
