@@ -74,7 +74,7 @@ def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limi
 
     def request(number: int) -> bytes:
         data = solid(width, height, number)
-        recipe = overrides_to_message({**RECIPE, "iterations": 100_000})
+        recipe = overrides_to_message({**RECIPE, "iterations": limits.max_iterations})
         if place == "content":
             spec = job(content=data, recipe=recipe)
         elif place == "styles":
@@ -98,7 +98,7 @@ def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limi
             held = target.memory() - before
             for stream in streams:
                 stream.cancel()
-        if held > allowed:
+        if held > allowed and not target.is_shared:
             message = f"{AT_ONCE} jobs hold {held / MIB:.0f} MiB of pictures, at most {allowed / MIB:.0f} are allowed"
             raise RuleViolation(message)
 
@@ -123,7 +123,7 @@ def _cancelled_case() -> Case:
             await asyncio.sleep(2)
             cpu_s = target.cpu_s()
             await asyncio.sleep(2)
-            if (used_s := target.cpu_s() - cpu_s) > 1.5:
+            if (used_s := target.cpu_s() - cpu_s) > 1.5 and not target.is_shared:
                 raise RuleViolation(f"decoding goes on for calls that were cancelled: {used_s:.1f} s of CPU in 2 s")
 
     return Case("decoding", f"{CANCELLED} calls are cancelled", play, 30, max_rise=2**31)
@@ -139,15 +139,15 @@ def _encodings_case(format: str) -> Case:
         async with target.connection() as raw:
             controller = raw.open_stream(path_of("StylizeInteractive"))
             pause = prefixed(pb.StylizeInteractiveRequest(command_id=1, pause={}).SerializeToString())
-            recipe = {"size": 1024}
-            first = start(frames=pb.FrameOptions(max_side=64), content=solid(1024, 1024, 1), **recipe)
+            size = min(1024, target.limits.max_size)
+            first = start(frames=pb.FrameOptions(max_side=64), content=solid(size, size, 1), size=size)
             await controller.send(first)
             job_id = await _job_id(controller)
             await controller.wait_for_data(len(controller.data) + 500, within_s=10)  # a frame
             await controller.send(pause)
             for number in range(WATCHERS):
                 options = pb.FrameOptions(
-                    format=f"IMAGE_FORMAT_{format}", quality=1 + 2 * number, max_side=1024 - number
+                    format=f"IMAGE_FORMAT_{format}", quality=1 + 2 * number, max_side=size - number
                 )
                 watch = pb.WatchJobRequest(job_id=job_id, frames=options).SerializeToString()
                 watcher = raw.open_stream(path_of("WatchJob"))

@@ -196,7 +196,7 @@ def _changes_case(limits: Limits) -> Case:
     async def play(target: Target) -> None:
         async with target.connection() as raw, target.connection(window=0) as slow:
             controller = raw.open_stream(CONTROL)
-            await controller.send(start(iterations=90_000) + _message(command_id=1, pause={}))
+            await controller.send(start(iterations=limits.max_iterations) + _message(command_id=1, pause={}))
             await controller.wait_for_data(60, within_s=10)
             accepted = pb.StylizeInteractiveResponse.FromString(controller.messages()[0]).event.accepted
             watch = prefixed(pb.WatchJobRequest(job_id=accepted.job_id).SerializeToString())

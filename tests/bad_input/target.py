@@ -44,8 +44,12 @@ class Case(NamedTuple):
 class Target:
     """A server, and how it has answered."""
 
-    def __init__(self, address: str, pid: int, limits: Limits, metrics_url: str = "") -> None:
+    def __init__(
+        self, address: str, pid: int, limits: Limits, metrics_url: str = "", *, is_shared: bool = False
+    ) -> None:
+        """``is_shared``: others use it as well, so nothing follows from its memory and its processor time."""
         self.address, self.pid, self.limits, self.metrics_url = address, pid, limits, metrics_url
+        self.is_shared = is_shared
         self.job_id = ""  # of a job that has ended
         self.answers: Counter[str] = Counter()  # by code and reason
 

@@ -1,7 +1,8 @@
 """The soak: `python -m tests.soak --minutes N --engine vgg|fake --seed S --out FOLDER`.
 
-Six users perform random actions at once on one server. Its memory, file descriptors, threads, tasks and jobs are
-sampled every second. The default is the real engine, at 48 and 64 px: its caches, its allocators and the batches, which
+Six honest users perform random actions at once on one server, and three hostile ones, in a process of their own, play
+the hostile clients of `tests.bad_input`. The server's log and its access log go to a pipe that is read slowly. Memory,
+file descriptors, threads, tasks and jobs are sampled every second. The default is the real engine, at 48 and 64 px: its caches, its allocators and the batches, which
 change with every shape, are what could grow. The fake engine runs many times as many jobs and frames in the same time,
 which tests everything else.
 
@@ -14,13 +15,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -28,19 +33,21 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from tests.soak import hostile
 from tests.soak.users import USERS, User
 from tests.support.monitoring import HealthProbe, LeakCheck, ProcessUsage, RuleViolation, open_jobs, scrape_metrics
-from tests.support.processes import Server
+from tests.support.processes import Server, environment
 from tests.support.trend import chart, slope
 
 FLAGS = (
-    *("--metrics-port", "0", "--log-level", "error", "--max-queued", "64", "--max-kept", "64"),
-    # Small, so that uploads are evicted all the time. A checkpoint of 64 px has 1.2 MB.
-    *("--max-uploads-bytes", str(2**21), "--max-image-bytes", str(2**20), "--max-checkpoint-bytes", str(2**21)),
+    *("--metrics-port", "0", "--log-level", "info", "--access-log", "-", "--list-jobs", "--reflection"),
+    *hostile.flags(),
 )
 ENGINES = {"vgg": ("--engine", "vgg"), "fake": ("--engine", "fake", "--iter-ms", "2")}
 SAMPLE_INTERVAL_S = 1.0
 PRINT_INTERVAL_S = 60.0
+FLOOR_S = 30.0  # memory is judged by its least value in each such time; decoders take hundreds of MiB for a while
+LOG_BYTES, LOG_PAUSE_S = 2048, 0.5  # how slowly the log is read
 # During the warm-up, caches fill, every shape and width of a batch occurs, and the allocators reach their plateau. In
 # three runs of 20 minutes memory rose by 10 to 15 MiB within the first 7 minutes, and not at all after the tenth.
 WARM_UP_SHARE = 0.5  # of the time, at most
@@ -69,6 +76,7 @@ class Soak:
     def __init__(self, engine: str, seed: int, console: Console) -> None:
         self.engine, self.seed, self.console = engine, seed, console
         self.ends: Counter[tuple[str, str]] = Counter()
+        self.slowest_s: dict[str, float] = {}  # by action of the honest users
         self.samples: list[Sample] = []
         self.health: HealthProbe | None = None
         self.leak_check: LeakCheck
@@ -78,7 +86,8 @@ class Soak:
         """Runs the load and the checks after it. Raises `RuleViolation`."""
         with (
             tempfile.TemporaryDirectory() as folder,
-            Server(*ENGINES[self.engine], *FLAGS, cwd=Path(folder)) as server,
+            slowly_read_pipe() as log,
+            Server(*ENGINES[self.engine], *FLAGS, cwd=Path(folder), stderr=log) as server,
         ):
             metrics_url = server.line("metrics on ")
             server.line("ready in ")
@@ -89,7 +98,8 @@ class Soak:
                 self.ends.clear()
                 async with asyncio.TaskGroup() as group:  # if the sampler fails, it ends the load
                     sampler = group.create_task(self._sample(server, metrics_url))
-                    await self._run_users(server, seconds, USERS)
+                    async with self._hostile_users(server, metrics_url):
+                        await self._run_users(server, seconds, USERS)
                     sampler.cancel()
                 self.health.check()
                 self.after = await self.leak_check.wait_until_settled()
@@ -101,8 +111,39 @@ class Soak:
         asyncio.get_running_loop().call_later(seconds, stop.set)
         async with asyncio.TaskGroup() as group:
             for number in range(users):
-                user = User(server.address, random.Random(f"{self.seed} {number}"), self.ends)
+                user = User(server.address, random.Random(f"{self.seed} {number}"), self.ends, self.slowest_s)
                 group.create_task(user.use_server(stop))
+
+    @contextlib.asynccontextmanager
+    async def _hostile_users(self, server: Server, metrics_url: str) -> AsyncIterator[None]:
+        """Hostile users for the length of the block. Raises `RuleViolation` for what they report."""
+        command = ("-m", "tests.soak.hostile", server.address, str(server.pid), metrics_url, str(self.seed))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
+            start_new_session=True, limit=2**20,
+        )  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        lines, leaving = process.stdout, False
+
+        async def read() -> None:
+            async for line in lines:
+                report = json.loads(line)
+                self.ends[report["action"], report["end"]] += 1
+                if report["violation"]:
+                    raise RuleViolation(report["violation"])
+            if not leaving:
+                raise RuleViolation("the hostile users have ended; their standard error has the reason")
+
+        try:
+            async with asyncio.TaskGroup() as group:  # a violation ends the load
+                group.create_task(read())
+                yield
+                leaving = True
+                process.stdin.close()
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
 
     async def _sample(self, server: Server, metrics_url: str) -> None:
         start, next_print_s = time.monotonic(), PRINT_INTERVAL_S
@@ -137,7 +178,17 @@ class Soak:
     @property
     def mib_per_h(self) -> float:
         """The growth of memory."""
-        return 3600 * slope([(sample.at_s, sample.resident_mib) for sample in self.warm])
+        return 3600 * slope([(sample.at_s, sample.resident_mib) for sample in self.floor])
+
+    @property
+    def floor(self) -> list[Sample]:
+        """The sample with the least memory of each half minute after the warm-up."""
+        least: dict[int, Sample] = {}
+        for sample in self.warm:
+            window = int(sample.at_s // FLOOR_S)
+            if window not in least or sample.resident_mib < least[window].resident_mib:
+                least[window] = sample
+        return list(least.values())
 
     @property
     def max_mib_per_h(self) -> float:
@@ -164,10 +215,13 @@ class Soak:
 
     def table(self) -> Table:
         """How each action ended."""
-        table = Table("action", "times", "how they ended")
+        table = Table("action", "times", "slowest", "how they ended")
         for action in sorted({action for action, _ in self.ends}):
             ends = Counter({end: count for (name, end), count in self.ends.items() if name == action})
-            table.add_row(action, str(ends.total()), ", ".join(f"{count} {end}" for end, count in ends.most_common()))
+            slowest = f"{self.slowest_s[action]:.1f} s" if action in self.slowest_s else ""
+            table.add_row(
+                action, str(ends.total()), slowest, ", ".join(f"{count} {end}" for end, count in ends.most_common())
+            )
         return table
 
     def markdown(self) -> str:
@@ -202,6 +256,27 @@ class Soak:
         points = [(sample.at_s / 60, sample.resident_mib) for sample in self.samples]
         svg = chart(points, "minutes", "resident memory of the server in MiB")
         (folder / f"soak-{self.engine}.svg").write_text(svg)
+
+
+@contextlib.contextmanager
+def slowly_read_pipe() -> Iterator[int]:
+    """The writing end of a pipe that is read by 4 KiB a second, as a log that nobody drains in time."""
+    reading, writing = os.pipe()
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.wait(LOG_PAUSE_S) and os.read(reading, LOG_BYTES):
+            pass
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield writing
+    finally:
+        ended.set()
+        os.close(writing)
+        thread.join()
+        os.close(reading)
 
 
 HEADER = (

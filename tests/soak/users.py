@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tests.support.monitoring import RuleViolation
 USERS = 6
 CALLS_PER_CONNECTION = 20
 SIZES = (48, 64)  # pixels
+MAX_ACTION_S = 120.0  # of an honest user; the longest takes seconds on a quiet server, also with the real engine
 CONTENTS = [synthetic(seed, 64) for seed in range(4)]
 STYLES = [synthetic(100 + seed, 64, 16) for seed in range(8)]
 
@@ -38,8 +40,11 @@ STYLES = [synthetic(100 + seed, 64, 16) for seed in range(8)]
 class User:
     """A user of a server, with random actions."""
 
-    def __init__(self, target: str, rng: random.Random, ends: Counter[tuple[str, str]]) -> None:
-        self.target, self.rng, self.ends = target, rng, ends
+    def __init__(
+        self, target: str, rng: random.Random, ends: Counter[tuple[str, str]], slowest_s: dict[str, float]
+    ) -> None:
+        """``ends`` and ``slowest_s`` are shared by all users: how actions ended, and how long each took at most."""
+        self.target, self.rng, self.ends, self.slowest_s = target, rng, ends, slowest_s
         self.client: AsyncGramophoneClient
 
     async def use_server(self, stop: asyncio.Event) -> None:
@@ -58,14 +63,18 @@ class User:
                     is_first = False
 
     async def _perform(self, name: str) -> None:
-        action = ACTIONS[name]
+        action, start = ACTIONS[name], time.monotonic()
         try:
             end = await action.perform(self)
         except GramophoneError as error:
             if not isinstance(error, action.errors):
                 raise RuleViolation(f"{name} ended in {type(error).__name__} ({error.code}): {error}") from error
             end = type(error).__name__
+        took_s = time.monotonic() - start
         self.ends[name, end] += 1
+        self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), took_s)
+        if took_s > MAX_ACTION_S:
+            raise RuleViolation(f"{name} took {took_s:.0f} s")
 
     def job(self, iterations: int = 8) -> dict[str, Any]:
         """The images and the recipe of a small job."""
@@ -193,6 +202,16 @@ async def miss_deadline(user: User) -> str:
     return "result"
 
 
+async def meet_deadline(user: User) -> str:
+    """Sends a job with a deadline between half and three times of what such a job just took."""
+    job = user.job(20)
+    start = time.monotonic()
+    await user.client.stylize(**job)
+    took_s = time.monotonic() - start
+    await user.client.stylize(timeout=took_s * user.rng.uniform(0.5, 3.0), **job)
+    return "result"
+
+
 RECIPE = ("size", "smallest_size", "iterations", "coarse_iterations")
 
 
@@ -216,6 +235,7 @@ ACTIONS: Mapping[str, Action] = {
     "resume": Action(resume),
     "send invalid": Action(send_invalid, (InvalidRequestError,)),
     "get missing": Action(get_missing, (JobNotFoundError, InvalidRequestError)),
+    "meet deadline": Action(meet_deadline, (DeadlineExceededError, DeadlineUnattainableError)),
     "miss deadline": Action(miss_deadline, (DeadlineExceededError, DeadlineUnattainableError)),
 }
 

@@ -36,7 +36,8 @@ def environment() -> dict[str, str]:
 class Process:
     """A Python program of this checkout, with both of its outputs. It is killed at the end of the block."""
 
-    def __init__(self, *command: str | Path, cwd: Path, **settings: str) -> None:
+    def __init__(self, *command: str | Path, cwd: Path, stderr: int = subprocess.STDOUT, **settings: str) -> None:
+        """``stderr``: a descriptor for its standard error, which is part of `output` by default."""
         self.command = tuple(str(word) for word in command)
         self.output = ""
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -46,7 +47,7 @@ class Process:
             env=environment() | settings,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             start_new_session=True,  # a group of its own, which `signal` reaches as a terminal's Ctrl-C does
         )
@@ -131,8 +132,15 @@ def processes_in(folder: Path) -> list[int]:
 class Server(Process):
     """A server on a free port, which listens at `address`: one with the real weights, or as `module` starts it."""
 
-    def __init__(self, *flags: str, cwd: Path, module: str = "gramophone_server.main", **settings: str) -> None:
-        super().__init__("-m", module, "--port", "0", *flags, cwd=cwd, **settings)
+    def __init__(
+        self,
+        *flags: str,
+        cwd: Path,
+        module: str = "gramophone_server.main",
+        stderr: int = subprocess.STDOUT,
+        **settings: str,
+    ) -> None:
+        super().__init__("-m", module, "--port", "0", *flags, cwd=cwd, stderr=stderr, **settings)
         try:
             self.address = self.line("listening on ")
         except BaseException:
