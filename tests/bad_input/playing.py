@@ -34,7 +34,7 @@ from gramophone_server.config import Limits
 from tests.bad_input import compressed, costly, shapes, streams, unfinished
 from tests.bad_input.inputs import in_jpeg, in_png
 from tests.bad_input.target import Case, Target
-from tests.support.monitoring import LeakCheck, ProcessUsage, RuleViolation
+from tests.support.monitoring import LeakCheck, ProcessUsage, RuleViolation, with_children
 from tests.support.processes import Server
 from tests.support.raw_http2 import StreamOver
 from tests.support.watched_server import StallWatch
@@ -211,7 +211,9 @@ class Player:
 
     def _reset_peak(self) -> int:
         """Starts a new peak. Returns the server's memory."""
-        Path(f"/proc/{self.server.pid}/clear_refs").write_text("5")
+        for pid in with_children(self.server.pid):
+            with contextlib.suppress(OSError):  # it has ended
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
         return self.target.memory()
 
 
@@ -257,8 +259,9 @@ async def _play_all(each: Player, cases: Iterable[Case], findings: CaseFindings)
     for case in cases:
         await each.play(case, findings)
         yield case
-        if each.server.has_ended:
-            findings.failures.append((name_of(case), f"the server has ended: {each.server.read_output()[-500:]}"))
+        if each.server.exit_code is not None:
+            end = f"the server has ended with code {each.server.exit_code}: {each.server.read_output()[-500:]}"
+            findings.failures.append((name_of(case), end))
             return
     findings.peak = max(findings.peak, each.peak)
     findings.failures += [("", failure) for failure in await _leaks(each, descriptors)]

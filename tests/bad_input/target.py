@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gramophone_server.config import Limits
 from gramophone_server.telemetry.metrics import SERVICE
-from tests.support.monitoring import RuleViolation
+from tests.support.monitoring import RuleViolation, memory_of, with_children
 from tests.support.raw_http2 import Answer, Headers, RawConnection, StreamOver, connection, prefixed
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -58,15 +58,14 @@ class Target:
         return connection(self.address, window=window)
 
     def memory(self, name: str = "VmRSS") -> int:
-        """The server's memory in bytes; "VmHWM": its peak."""
-        with open(f"/proc/{self.pid}/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
+        """The memory of the server and its decoders in bytes; "VmHWM": their peaks."""
+        return sum(memory_of(each, name) for each in with_children(self.pid))
 
     def cpu_s(self) -> float:
-        """The processor time that the server has used."""
+        """The processor time that the server and its decoders have used."""
         with open(f"/proc/{self.pid}/stat") as file:
-            user, system = file.read().rsplit(")", 1)[1].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+            times = file.read().rsplit(")", 1)[1].split()[11:15]  # its own, and those of children that have ended
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
     async def call(
         self,

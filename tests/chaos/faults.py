@@ -42,6 +42,13 @@ from tests.chaos.environment import (
     ChaosEnvironment,
     ErrorTypes,
 )
+from tests.chaos.shortages import (
+    SHORT_OF_DESCRIPTORS,
+    SHORT_OF_MEMORY,
+    descriptors_used_up,
+    job_that_kills_its_server,
+    memory_used_up_by_decoding,
+)
 from tests.support.monitoring import RuleViolation
 from tests.support.wire import Wire
 
@@ -258,5 +265,8 @@ FAULTS: Mapping[str, Fault] = {
         Fault(clock_jumps),
         Fault(engine_exceptions, (ServerFailedError,)),
         Fault(out_of_memory, (OutOfDeviceMemoryError,)),
+        Fault(descriptors_used_up, SHORT_OF_DESCRIPTORS),
+        Fault(memory_used_up_by_decoding, SHORT_OF_MEMORY),
+        Fault(job_that_kills_its_server),
     )
 }

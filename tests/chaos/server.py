@@ -1,7 +1,8 @@
 """A server whose engine fails on request: `python -m tests.chaos.server`, with the flags of `gramophone-server`.
 
 A fault is requested by a file in the working folder: a file "advance.exception" makes the next `advance` of a batch
-raise an exception, and is deleted when that happens. The server itself is the product's; only its engine is faulty.
+raise an exception, and is deleted when that happens. A file "killer-49" stays: every iteration of a picture whose
+longer side has 49 pixels kills the process. The server itself is the product's; only its engine is faulty.
 
 Keepalive is 1 s instead of 60 s, so that a dead connection is detected within seconds.
 """
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +54,11 @@ class FaultyEngine(FakeEngine):
                 os.unlink(self.folder / f"{place}.{kind}")
                 raise error(shape)
 
+    def kill_at(self, shape: Shape) -> None:
+        """Kills the process if this shape is requested to."""
+        if (self.folder / f"killer-{max(shape.width, shape.height)}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 class FaultyBatch(FakeBatch):
     """A batch of the `FaultyEngine`."""
@@ -66,7 +73,9 @@ class FaultyBatch(FakeBatch):
 
     def advance(self, iterations: int = 1) -> Mapping[int, Report]:
         self._faults.fail_at("advance", self.shape)
-        return super().advance(iterations)
+        reports = super().advance(iterations)
+        self._faults.kill_at(self.shape)
+        return reports
 
     def copy(self, slot: int) -> JobState:
         self._faults.fail_at("copy", self.shape)

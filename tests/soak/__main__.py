@@ -2,9 +2,9 @@
 
 Six honest users perform random actions at once on one server, and three hostile ones, in a process of their own, play
 the hostile clients of `tests.bad_input`. The server's log and its access log go to a pipe that is read slowly. Memory,
-file descriptors, threads, tasks and jobs are sampled every second. The default is the real engine, at 48 and 64 px: its caches, its allocators and the batches, which
-change with every shape, are what could grow. The fake engine runs many times as many jobs and frames in the same time,
-which tests everything else.
+file descriptors, threads, tasks and jobs are sampled every second. The default is the real engine, at 48 and 64 px: its
+caches, its allocators and the batches, which change with every shape, are what could grow. The fake engine runs many
+times as many jobs and frames in the same time, which tests everything else.
 
 The server's memory must not grow faster than a run of that length can detect (`max_mib_per_h`), by a line through the
 samples after the warm-up. When the load has ended, the server must hold no more descriptors, threads and tasks than

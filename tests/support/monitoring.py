@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import glob
 import os
 import threading
 import time
@@ -23,7 +25,8 @@ SETTLE_TIMEOUT_S = 30.0
 BASELINE_S = 2.0  # how long the baseline is sampled; in this time the tasks of finished calls end
 POLL_INTERVAL_S = 0.1
 # Threads: each of the two decoders and the two encoders gets an OpenMP thread at its first large tensor, and asyncio's
-# pool grows with its use to four more than there are cores; both may come after the warm-up. Tasks: gRPC has one for each call that it waits for. A leak of one per round is still found.
+# pool grows with its use to four more than there are cores; both may come after the warm-up. Tasks: gRPC has one for
+# each call that it waits for. A leak of one per round is still found.
 ALLOWED_GROWTH = {"threads": 8, "tasks": 2}
 ANSWER_TIMEOUT_S = 5.0  # hundreds of times the usual duration, so that a busy machine does not fail the check
 
@@ -42,11 +45,25 @@ class ProcessUsage:
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """The current values from /proc."""
-        with open(f"/proc/{pid}/statm") as file:
-            pages = int(file.read().split()[1])
-        resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        """The current values from /proc. The memory of its children is part of it."""
+        resident = sum(memory_of(each) for each in with_children(pid)) / 2**20
         return cls(len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), resident)
+
+
+def with_children(pid: int) -> list[int]:
+    """The process and its children, for example the decoders of a server."""
+    children = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as file:  # OSError: the thread has ended
+            children += [int(each) for each in file.read().split()]
+    return [pid, *children]
+
+
+def memory_of(pid: int, name: str = "VmRSS") -> int:
+    """Memory of a process in bytes; "VmHWM": its peak. 0 if it has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:")), 0)
+    return 0
 
 
 def scrape_metrics(url: str) -> dict[str, float]:

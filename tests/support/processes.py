@@ -70,8 +70,9 @@ class Process:
         return self._process.pid
 
     @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
+    def exit_code(self) -> int | None:
+        """Negative: the signal that has ended it. None while it runs."""
+        return self._process.poll()
 
     def read_output(self) -> str:
         """All that it has printed so far, without waiting for more."""
