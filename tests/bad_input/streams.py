@@ -46,7 +46,7 @@ def _upload_cases(limits: Limits) -> Iterator[Case]:
         "of empty pieces": [piece(b"")] * 3000,
         "of one empty piece": [piece(b"")],
         "of a piece above a MiB": [piece(bytes(MIB + 1))],
-        "of one byte more than an image may have": [
+        "of one byte more than allowed": [
             *[piece(bytes(MIB))] * (limits.max_image_bytes // MIB),
             piece(b"x"),
         ],
@@ -184,7 +184,7 @@ def _commands_case(what: str, encoded: list[bytes], *, reads: bool) -> Case:
 
 def _reader_cases(limits: Limits) -> Iterator[Case]:
     yield _changes_case(limits)
-    for count, frames in ((1, True), (200, True), (200, False)):
+    for count, frames in ((1, True), (15, True), (15, False)):
         yield _dripping_readers_case(count, limits, frames=frames)
 
 
@@ -241,5 +241,5 @@ def _dripping_readers_case(count: int, limits: Limits, *, frames: bool) -> Case:
             if not pb.StylizeStreamResponse.FromString(answer.messages[-1]).event.HasField("result"):
                 raise RuleViolation("a job beside dripping readers has no result")
 
-    what = f"{watchers} that drip {'frames' if frames else 'events'} ({count})"
+    what = f"{watchers} that drip {'frames' if frames else 'events'}"
     return Case("readers", what, play, 30, max_rise=limits.max_sending_bytes + 64 * MIB)

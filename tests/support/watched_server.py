@@ -55,8 +55,8 @@ def _main_thread(dump: str) -> str:
     return " < ".join(frame.strip().removeprefix("File ") for frame in frames[:6])
 
 
-async def _watch(folder: Path) -> None:
-    """Measures until it is cancelled."""
+async def watch_loop(folder: Path) -> None:
+    """The server's side: measures until it is cancelled."""
     thread = threading.get_native_id()
     with (
         (folder / STALL).open("r+b") as file,
@@ -69,13 +69,16 @@ async def _watch(folder: Path) -> None:
             """How long this thread has been ready to run without a processor."""
             return int(os.pread(schedule.fileno(), 64, 0).split()[1]) / 1e9
 
-        while True:
-            faulthandler.dump_traceback_later(TICK_S + STACK_S, file=stacks)
-            start, waited = time.monotonic(), waited_s()
-            await asyncio.sleep(TICK_S)
-            stall_s = time.monotonic() - start - TICK_S - (waited_s() - waited)
-            if stall_s > struct.unpack("d", page[:])[0]:
-                page[:] = struct.pack("d", stall_s)
+        try:
+            while True:
+                faulthandler.dump_traceback_later(TICK_S + STACK_S, file=stacks)
+                start, waited = time.monotonic(), waited_s()
+                await asyncio.sleep(TICK_S)
+                stall_s = time.monotonic() - start - TICK_S - (waited_s() - waited)
+                if stall_s > struct.unpack("d", page[:])[0]:
+                    page[:] = struct.pack("d", stall_s)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
@@ -85,12 +88,11 @@ if __name__ == "__main__":
 
     async def watched(*arguments: object) -> bool:
         """Serves as the product does, with one task more."""
-        watching = asyncio.create_task(_watch(Path.cwd()))
+        watching = asyncio.create_task(watch_loop(Path.cwd()))
         try:
             return await serve(*arguments)  # type: ignore[arg-type]
         finally:
             watching.cancel()
-            faulthandler.cancel_dump_traceback_later()
 
     main.serve = watched
     main.run(config.from_command_line())
