@@ -19,7 +19,7 @@ from gramophone_server.config import Limits
 from tests.bad_input.inputs import RECIPE, in_jpeg, in_png, job
 from tests.bad_input.streams import start
 from tests.bad_input.target import Case, Target, one, path_of
-from tests.support.bad_pictures import BOMBS
+from tests.support.bad_pictures import BOMBS, chunk
 from tests.support.monitoring import RuleViolation
 from tests.support.raw_http2 import RawStream, StreamOver, prefixed
 
@@ -39,10 +39,14 @@ def solid(width: int, height: int, colour: int) -> bytes:
     row = b"\0" + colour.to_bytes(3) * width
     packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND")
+
+
+def numbered(png: bytes, number: int) -> bytes:
+    """The same picture in other bytes, for each number."""
+    end = chunk(b"IEND")
+    return png.removesuffix(end) + chunk(b"tEXt", b"number\0%d" % number) + end
 
 
 def cases(limits: Limits) -> Iterator[Case]:
@@ -73,7 +77,7 @@ def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limi
     allowed = limits.max_decoded_bytes + 64 * MIB
 
     def request(number: int) -> bytes:
-        data = solid(width, height, number)
+        data = numbered(solid(width, height, 0), number)
         recipe = overrides_to_message({**RECIPE, "iterations": limits.max_iterations})
         if place == "content":
             spec = job(content=data, recipe=recipe)
@@ -106,12 +110,17 @@ def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limi
     return Case("pictures", f"{AT_ONCE} jobs with {shape} {place} pictures", play, 90, limits.request_memory_bytes)
 
 
+@cache
+def _slow_picture() -> bytes:
+    return BOMBS["webp-lossy-of-32-megapixels"]()
+
+
 def _cancelled_case() -> Case:
     """Calls with pictures that take long to decode, which are all cancelled. Others have their turn meanwhile, and the
     decoders are free soon afterwards."""
 
     async def play(target: Target) -> None:
-        data = BOMBS["webp-lossy-of-32-megapixels"]()
+        data = _slow_picture()
         request = pb.StylizeStreamRequest(spec=job(content=data, styles=[data] * 4)).SerializeToString()
         async with target.connection() as raw:
             streams = [raw.open_stream(STREAM) for _ in range(CANCELLED)]

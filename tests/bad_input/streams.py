@@ -14,7 +14,7 @@ from gramophone_server.config import Limits
 from tests.bad_input.inputs import RECIPE, job, make_checkpoint
 from tests.bad_input.target import Case, Target, one, path_of
 from tests.support.monitoring import RuleViolation
-from tests.support.raw_http2 import RawConnection, RawStream, StreamOver, connect, prefixed
+from tests.support.raw_http2 import Answer, RawConnection, RawStream, StreamOver, connect, prefixed
 
 MIB = 2**20
 ENDLESS_S = 4.0  # how long a client goes on that never ends by itself
@@ -91,6 +91,10 @@ def _endless_upload_case(what: str, chunk: bytes, pause_s: float) -> Case:
     return Case("upload", what, play, max_rise=64 * MIB)
 
 
+async def _upload_once(target: Target, raw: RawConnection) -> Answer:
+    return await target.call(raw, UPLOAD, [piece(job().content.data)], allowed=("OK", "SERVER_BUSY"))
+
+
 def _paused_uploads_case(limits: Limits) -> Case:
     """Many clients each send nearly a whole image and pause. All of them are ended, and an honest upload goes through
     in the meantime."""
@@ -111,9 +115,9 @@ def _paused_uploads_case(limits: Limits) -> Case:
                 for raw in every:
                     group.create_task(pause(raw))
                 await asyncio.sleep(1)
-                async with target.connection() as raw:
-                    image = job().content.data
-                    await target.call(raw, UPLOAD, [piece(image)], allowed=("OK",), within_s=within_s)
+                async with asyncio.timeout(within_s), target.connection() as raw:
+                    while (answer := await _upload_once(target, raw)).code != "OK":
+                        await asyncio.sleep(answer.retry_after_s or 1.0)  # as a client does
         finally:
             for raw in every:
                 raw.abort()

@@ -123,11 +123,12 @@ class Soak:
             start_new_session=True, limit=2**20,
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
-        lines, leaving = process.stdout, False
+        lines, started, leaving = process.stdout, asyncio.Event(), False
 
         async def read() -> None:
             async for line in lines:
                 report = json.loads(line)
+                started.set()
                 self.ends[report["action"], report["end"]] += 1
                 if report["violation"]:
                     raise RuleViolation(report["violation"])
@@ -137,6 +138,7 @@ class Soak:
         try:
             async with asyncio.TaskGroup() as group:  # a violation ends the load
                 group.create_task(read())
+                await started.wait()
                 yield
                 leaving = True
                 process.stdin.close()

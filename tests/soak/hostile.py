@@ -31,7 +31,7 @@ MAX_LATE_S = 60.0  # beyond the time of a case; only a server that hangs takes l
 PROBE_CONNECTIONS = 50  # silent ones, to the metrics port
 # Of the limits of the soaked server: small enough that three users reach them.
 SETTINGS = {
-    "max_idle_s": 2, "max_blocked_s": 3, "max_receiving_bytes": 64 * 2**20, "max_sending_bytes": 64 * 2**20,
+    "max_idle_s": 2, "max_blocked_s": 3, "max_receiving_bytes": 32 * 2**20, "max_sending_bytes": 64 * 2**20,
     "max_decoded_bytes": 256 * 2**20, "max_paused_s": 8, "max_size": 512, "max_calls_per_connection": 300,
     "max_queued": 64, "max_kept": 64,
     # So that uploads are evicted all the time. A checkpoint of 64 px has 1.2 MB.
@@ -110,6 +110,7 @@ async def use_server(address: str, pid: int, metrics_url: str, seed: str) -> Non
     """Runs all hostile users until standard input ends."""
     target = Target(address, pid, LIMITS, metrics_url, is_shared=True)
     users = [HostileUser(target, random.Random(f"{seed} {number}")) for number in range(USERS)]
+    _report("hostile: all", "started")
     tasks = [asyncio.create_task(user.use_server()) for user in users]
     tasks.append(asyncio.create_task(silent_probes(metrics_url)))
     ended = asyncio.create_task(_until_stdin_ends())

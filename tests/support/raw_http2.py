@@ -103,7 +103,8 @@ class RawStream:
         while sent < len(data):
             self._changed.clear()
             if self.window == 0 and not self.is_over:
-                await asyncio.wait_for(self._changed.wait(), patience_s)
+                async with asyncio.timeout(patience_s):
+                    await self._changed.wait()
             sent += self.send_now(data[sent:], end=end)
         await self._owner.drain(patience_s)
 
@@ -249,7 +250,8 @@ class RawConnection(asyncio.Protocol):
     async def drain(self, patience_s: float = 30.0) -> None:
         """Waits until the socket has taken most of what was written. Raises TimeoutError."""
         if not self._writable.is_set():
-            await asyncio.wait_for(self._writable.wait(), patience_s)
+            async with asyncio.timeout(patience_s):
+                await self._writable.wait()
 
     def pause_reading(self) -> None:
         """Reads nothing more from the socket, not even the server's acknowledgements."""
