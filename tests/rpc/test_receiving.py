@@ -163,12 +163,12 @@ def _frames(coroutine):
 # Time and room --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sent", [b"", b"\0", prefixed(b"abc", length=100)], ids=["nothing", "one byte", "a part"])
-async def test_a_message_that_does_not_come_ends_the_call(method, sent):
+async def test_a_message_that_does_not_come_ends_the_call(sent):
     async with serving(FakeEngine(), Limits(max_idle_s=1)) as s, connection(s.address) as raw:
-        answer = await answered(raw, method, sent, end=False)
-        assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER")
+        answers = await asyncio.gather(*(answered(raw, method, sent, end=False) for method in METHODS))
+    for method, answer in zip(METHODS, answers, strict=True):
+        assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER"), method
         assert "did not send a message for 1 s, although the server waited for it" in answer.message
 
 
@@ -218,14 +218,14 @@ async def test_no_more_clients_control_jobs_than_there_are_places():
 
 
 async def test_unfinished_messages_make_room_for_others():
-    """With room for one message, ten that do not arrive are ended one after another, and a bystander is served."""
+    """With room for one message, four that do not arrive are ended one after another, and a bystander is served."""
     async with contextlib.AsyncExitStack() as stack:
         s = await stack.enter_async_context(serving(FakeEngine(), replace(one_room(), max_idle_s=3)))
-        raws = [await stack.enter_async_context(connection(s.address)) for _ in range(10)]
+        raws = [await stack.enter_async_context(connection(s.address)) for _ in range(4)]
         streams = [raw.open_stream(PATH + "Stylize") for raw in raws]
         for stream in streams:
             await stream.send(prefixed(b"abc", length=10 * MIB))
-        await until(lambda: s.servicer.receiver.requests.budget.waiting == 9)
+        await until(lambda: s.servicer.receiver.requests.budget.waiting == 3)
         async with asyncio.timeout(5):
             response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         assert response.result.image.data
@@ -235,7 +235,7 @@ async def test_unfinished_messages_make_room_for_others():
         ("ABORTED", "SLOW_SENDER"),
     }
     busy = [answer for answer in answers if answer.reason == "SERVER_BUSY"]
-    assert len(busy) >= 8 and all(answer.retry_after_s for answer in busy)
+    assert len(busy) >= 2 and all(answer.retry_after_s for answer in busy)
 
 
 async def test_nothing_more_than_a_window_arrives_of_a_message_that_waits_for_room():
