@@ -5,7 +5,9 @@ import pytest
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.scheduling.fair_share import BURST_S
 from gramophone_server.scheduling.forecast import (
+    LONGEST_TURN_S,
     MAX_URGENT_SHARE,
+    PROMISE_RESERVE,
     Forecaster,
     Promise,
     broken_promise,
@@ -62,9 +64,9 @@ def test_jobs_that_share_batches_need_less_of_the_device_each():
     forecaster = Forecaster(throughput)
     alone, together = forecaster.work(job), forecaster.work(job, jobs=2)
     assert alone.share_s == alone.alone_s == pytest.approx(0.10, rel=0.05)
-    assert together.share_s == pytest.approx(0.06, rel=0.05) and together.alone_s == pytest.approx(0.10, rel=0.05)
-    in_batch = forecaster.work(job, jobs=2, slots=2)
-    assert in_batch.share_s == pytest.approx(0.06, rel=0.05) and in_batch.alone_s == pytest.approx(0.12, rel=0.05)
+    assert together.share_s == pytest.approx(0.06, rel=0.05) and together.alone_s == pytest.approx(0.12, rel=0.05)
+    with_an_empty_slot = forecaster.work(job, jobs=1, slots=2)
+    assert with_an_empty_slot.share_s == with_an_empty_slot.alone_s == pytest.approx(0.12, rel=0.05)
 
 
 # Even sharing ---------------------------------------------------------------------------------------------------------
@@ -118,55 +120,76 @@ def test_callers_share_evenly_and_a_short_job_goes_first():
 # Promises -------------------------------------------------------------------------------------------------------------
 
 
+def promise(left_s, work_s, alone_s=None, group=None):
+    return Promise(left_s, work_s, work_s if alone_s is None else alone_s, group or object())
+
+
+def broken(promises, other_s, new, credit_s=LONGEST_TURN_S):
+    return broken_promise(promises, other_s, new, credit_s)
+
+
 def test_a_promise_is_broken_by_work_with_an_earlier_deadline_only():
-    kept = Promise(left_s=10.0, work_s=6.0)
-    assert broken_promise([kept], 100.0, Promise(20.0, 9.0)) is None
-    assert broken_promise([kept], 100.0, Promise(5.0, 2.0)) is None
-    assert broken_promise([kept], 100.0, Promise(5.0, 3.0)) == pytest.approx(9 / MAX_URGENT_SHARE - 10)
+    kept = promise(10.0, 6.0)
+    assert broken([kept], 100.0, promise(20.0, 5.0)) is None
+    assert broken([kept], 100.0, promise(5.0, 1.5)) is None
+    late_s = 9 + (9 - LONGEST_TURN_S) * (1 / MAX_URGENT_SHARE - 1) - 10
+    assert broken([kept], 100.0, promise(5.0, 3.0)) == pytest.approx(late_s + 10 * PROMISE_RESERVE)
 
 
 def test_a_new_promise_waits_for_those_with_earlier_deadlines():
-    early = Promise(left_s=5.0, work_s=4.0)
-    assert broken_promise([early], 100.0, Promise(10.0, 4.0)) is None
-    assert broken_promise([early], 100.0, Promise(8.0, 4.0)) == pytest.approx(8 / MAX_URGENT_SHARE - 8)
+    early = promise(5.0, 4.0)
+    assert broken([early], 100.0, promise(10.0, 4.0)) is None
+    late_s = 8 + (8 - LONGEST_TURN_S) * (1 / MAX_URGENT_SHARE - 1) - 9
+    assert broken([early], 100.0, promise(9.0, 4.0)) == pytest.approx(late_s)
 
 
 def test_what_others_leave_of_the_device_is_free():
-    assert broken_promise([], 0.0, Promise(10.0, 9.9)) is None
-    assert broken_promise([], 100.0, Promise(10.0, 9.9)) is not None
+    assert broken([], 0.0, promise(10.0, 9.9)) is None
+    assert broken([], 100.0, promise(10.0, 9.9)) is not None
+    assert broken([], 100.0, promise(2.0, 1.9)) is None  # at once
+    assert broken([], 100.0, promise(2.0, 1.9), credit_s=0.0) is not None
 
 
 def test_a_promise_that_is_lost_anyway_refuses_nobody():
-    assert broken_promise([Promise(left_s=5.0, work_s=6.0)], 100.0, Promise(4.0, 1.0)) is None
+    assert broken([promise(5.0, 6.0)], 100.0, promise(4.0, 1.0)) is None
+
+
+def test_jobs_that_share_batches_need_the_time_of_the_longest_or_of_all_shares():
+    one, two = promise(10.0, 2.0, 4.0, "shape"), promise(11.0, 2.0, 4.0, "shape")
+    assert broken([one], 0.0, promise(5.0, 2.0, 4.0, "shape")) is None
+    assert broken([one], 0.0, promise(3.9, 2.0, 4.0, "shape")) is not None
+    assert broken([one, two], 0.0, promise(6.0, 2.0, 4.0, "shape")) is None  # 6 s for all three
+    assert broken([one], 0.0, promise(6.0, 2.0, 6.1, "shape")) is not None
+    assert broken([one], 0.0, promise(6.0, 2.0, 6.0, "another")) is not None  # 4 s and 6 s of 10 s
 
 
 def test_promises_are_those_of_a_device_that_runs_the_earliest_deadline_first():
-    """Against the slow way: each millisecond goes to the earliest deadline, but a fifth of it to jobs without one."""
+    """Against the slow way: after the longest turn, a fifth of each millisecond goes to jobs without a deadline."""
     chance = random.Random(1)
     outcomes = set()
-    for _ in range(60):
-        promises = [Promise(chance.uniform(1, 10), chance.uniform(0.1, 2)) for _ in range(4)]
-        new, other_s = Promise(chance.uniform(1, 10), chance.uniform(0.1, 2)), chance.choice([0.0, 0.5, 100.0])
+    for _ in range(300):
+        promises = [promise(chance.uniform(1, 10), chance.uniform(0.1, 2)) for _ in range(4)]
+        new, other_s = promise(chance.uniform(1, 10), chance.uniform(0.1, 2)), chance.choice([0.0, 0.5, 100.0])
         before, after = late(promises, other_s), late([*promises, new], other_s)
-        if any(before.values()) or any(0 < seconds < 0.5 for seconds in after.values()):
-            continue  # one is lost already, or within the tolerance
-        broken = broken_promise(promises, other_s, new)
-        assert (broken is not None) == any(after.values())
-        outcomes.add(broken is not None)
+        if any(seconds > 0 for seconds in before.values()) or any(-0.6 < seconds < 0.1 for seconds in after.values()):
+            continue  # one is lost already, or within the reserve
+        is_broken = broken(promises, other_s, new) is not None
+        assert is_broken == any(seconds > 0 for seconds in after.values())
+        outcomes.add(is_broken)
     assert outcomes == {True, False}
 
 
 def late(promises, other_s, step=0.002):
-    """By how many seconds each promise is late."""
+    """By how many seconds each promise is late; less than 0 if it is kept."""
     left = {promise: promise.work_s for promise in promises}
     ends, now = {}, 0.0
     while left:
-        share = MAX_URGENT_SHARE if other_s > 0 else 1.0
+        share = MAX_URGENT_SHARE if other_s > 0 and now > LONGEST_TURN_S else 1.0
         other_s -= (1 - share) * step
-        first = min(left)
+        first = min(left, key=lambda promise: promise.left_s)
         left[first] -= share * step
         now += step
         if left[first] <= 0:
             del left[first]
             ends[first] = now
-    return {promise: max(0.0, end - promise.left_s) for promise, end in ends.items()}
+    return {promise: end - promise.left_s for promise, end in ends.items()}

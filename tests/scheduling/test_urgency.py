@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from gramophone_server.scheduling.forecast import MAX_URGENT_SHARE, Work
+from gramophone_server.scheduling.forecast import LONGEST_TURN_S, MAX_URGENT_SHARE, Work
 from gramophone_server.scheduling.task import PooledBatch, Task
-from gramophone_server.scheduling.urgency import LONGEST_TURN_S, Urgency
+from gramophone_server.scheduling.urgency import Urgency
 from tests.support.specs import job_state
 
 TURN_S = 0.02

@@ -175,7 +175,7 @@ class Asking:
         """Whether a job is accepted; it is released at once."""
         reservation = Reservation(next(self.numbers))
         try:
-            self.queue.expect(reservation, running, job_state(**recipe), left_s, 0, "PNG", owner)
+            self.queue.expect(reservation, running, job_state(**recipe), left_s, 0, "PNG", owner, 2.0)
         except DeadlineUnattainable as error:
             return error
         self.queue.forget(reservation)
@@ -263,7 +263,7 @@ def test_decoding_and_delivery_are_counted():
     assert ask(13.0, iterations=10) is not None and ask(16.0, iterations=10) is None
     for number in range(3):
         reservation = Reservation(number)
-        queue.expect(reservation, [], job_state(), math.inf, 1000, "PNG", "")
+        queue.expect(reservation, [], job_state(), math.inf, 1000, "PNG", "", 2.0)
         clock.advance(8.0)
         queue.forget(reservation, used=True)
     assert Forecaster(throughput).decoding_s(1000) == pytest.approx(8.0)

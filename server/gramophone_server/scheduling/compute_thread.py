@@ -82,6 +82,11 @@ class ComputeThread:
         """Estimated device memory, in bytes, of the batches. Thread-safe."""
         return self._worker.batch_bytes if self._worker is not None else 0
 
+    @property
+    def urgent_credit_s(self) -> float:
+        """Seconds that jobs whose deadlines need it may take at once now. Thread-safe."""
+        return self._worker.urgent_credit_s if self._worker is not None else 0.0
+
     def may_have_memory(self, shape: Shape) -> bool:
         """Whether the device has memory for one more job of this shape now. Thread-safe."""
         return self._worker is None or self._worker.may_have_memory(shape)

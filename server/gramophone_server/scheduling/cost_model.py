@@ -38,7 +38,8 @@ DRIFT_S, POINT_S = 1.0, 30.0
 LARGEST_SURPRISE = 0.25
 # Standard deviations, in logarithms.
 FLOOR_SPREAD = 0.01  # of the best estimate
-OCTAVE_SPREAD, UNKNOWN_SLOPE_SPREAD = 0.1, math.log(2)  # for each octave of pixels away from a measurement
+USUAL_SPREAD = 0.02  # of one that was measured lately
+OCTAVE_SPREAD, UNKNOWN_SLOPE_SPREAD = 0.1, 0.75  # for each octave of pixels away from a measurement
 WIDTH_SPREAD = 0.05  # for each octave of batch width away from a measurement
 AGE_SPREAD = 0.004  # for a second of age; grows with its root, as a random walk does: 3 % in a minute, 7 % in five
 # A slope is known if the measured points span this factor of pixels.
@@ -59,8 +60,8 @@ class Estimate(NamedTuple):
 
     @property
     def low_s(self) -> float:
-        """One standard deviation less."""
-        return self.seconds * math.exp(-self.spread)
+        """The least that it may be: one standard deviation less, beyond the one that the best estimates have."""
+        return self.seconds * math.exp(-max(0.0, self.spread - USUAL_SPREAD))
 
     @property
     def high_s(self) -> float:

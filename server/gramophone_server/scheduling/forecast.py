@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from gramophone_server.domain.job_state import JobState, Shape
@@ -16,20 +17,25 @@ from gramophone_server.scheduling.fair_share import BURST_S
 from gramophone_server.scheduling.throughput import ThroughputModel
 
 __all__ = [
+    "LONGEST_TURN_S",
     "MAX_URGENT_SHARE",
+    "PROMISE_RESERVE",
     "Forecast",
     "Forecaster",
     "Promise",
     "Work",
     "broken_promise",
     "even_sharing",
+    "interruptions_s",
     "sharing_by_callers",
 ]
 
 # Of the device, for all jobs together whose deadlines need more than an even share. The others have a fifth of it.
 MAX_URGENT_SHARE = 0.8
-# Of the time to a deadline: estimates are not better than this, so a promise counts as broken only beyond it.
-PROMISE_TOLERANCE = 0.02
+# Seconds that urgent jobs may take at once, however short the others' turns are: then others have their share.
+LONGEST_TURN_S = 2.0
+# Of the time to a deadline that was accepted: no later one may take it, because estimates are not better than this.
+PROMISE_RESERVE = 0.04
 
 
 class Work(NamedTuple):
@@ -39,7 +45,7 @@ class Work(NamedTuple):
     """
 
     share_s: float  # device seconds
-    alone_s: float  # from now to its end, if it, or the batch that it is in, has the device alone
+    alone_s: float  # from now to its end, if its batch has the device alone
     low_share_s: float
     low_alone_s: float
     spread: float  # relative standard deviation
@@ -90,24 +96,22 @@ class Forecaster:
         return parts
 
     def _part(self, shape: Shape, iterations: int, jobs: int, slots: int | None, *, begins: bool) -> Work | None:
-        alone = self._throughput.iteration(shape, 1)
-        in_batch = slots is not None
         if slots is None:
             slots = jobs = self._throughput.known_best_width(shape, jobs)
-        shared = alone if slots == 1 else self._throughput.iteration(shape, slots)
-        if alone is None or shared is None:
+        iteration = self._throughput.iteration(shape, slots)
+        if iteration is None:
             return None
         beginning = self._throughput.beginning(shape) if begins else None
-        beginning_s = _seconds(beginning) + alone.first_s
-        low_beginning_s = (beginning.low_s if beginning else 0.0) + alone.first_s / 2
+        beginning_s = _seconds(beginning) + iteration.first_s
+        low_beginning_s = (beginning.low_s if beginning else 0.0) + iteration.first_s / 2
         return Work(
-            share_s=beginning_s + iterations * shared.seconds / jobs,
-            alone_s=beginning_s + iterations * (shared if in_batch else alone).seconds,
-            low_share_s=low_beginning_s + iterations * shared.low_s / jobs,
-            low_alone_s=low_beginning_s + iterations * min(alone.low_s, shared.low_s),
-            spread=math.expm1(max(alone.spread, shared.spread)),
-            age_s=max(alone.age_s, shared.age_s),
-            measured=alone.nearest_pixels,
+            share_s=beginning_s + iterations * iteration.seconds / jobs,
+            alone_s=beginning_s + iterations * iteration.seconds,
+            low_share_s=low_beginning_s + iterations * iteration.low_s / jobs,
+            low_alone_s=low_beginning_s + iterations * iteration.low_s,
+            spread=math.expm1(iteration.spread),
+            age_s=iteration.age_s,
+            measured=iteration.nearest_pixels // slots,
         )
 
 
@@ -176,23 +180,50 @@ class Promise(NamedTuple):
     """A deadline that was accepted, or is asked for."""
 
     left_s: float  # seconds from now
-    work_s: float  # device seconds until then
+    work_s: float  # device seconds until then, if it shares batches
+    alone_s: float  # seconds that its batch needs the device for it
+    group: Hashable = None  # the jobs of a group share batches
 
 
-def broken_promise(promises: Iterable[Promise], other_s: float, new: Promise) -> float | None:
+def interruptions_s(urgent_s: float, credit_s: float) -> float:
+    """Seconds that other jobs have at most until urgent ones have had ``urgent_s`` of the device, ``credit_s`` of it at
+    once."""
+    return (1 / MAX_URGENT_SHARE - 1) * max(0.0, urgent_s - credit_s)
+
+
+def broken_promise(promises: Iterable[Promise], other_s: float, new: Promise, credit_s: float) -> float | None:
     """By how many seconds a new promise, or another one because of it, would be late, at worst. None if none would be.
 
-    The jobs run in the order of their deadlines, and together have `MAX_URGENT_SHARE` of the device. The others need
-    ``other_s`` device seconds; if they end before, the rest of the device is free, too. A promise that not even all of
-    the device could keep is lost already.
+    The jobs run in the order of their deadlines, and together have ``credit_s`` of the device and then
+    `MAX_URGENT_SHARE` of it. The others need ``other_s`` device seconds; if they end before, the rest of the device is
+    free, too. A promise that not even all of the device could keep is lost already.
     """
     worst: float | None = None
-    total_s = 0.0
-    for promise in sorted((*promises, new)):
-        total_s += promise.work_s
-        if promise < new or (promise is not new and total_s - new.work_s > promise.left_s):
-            continue
-        late_s = min(total_s / MAX_URGENT_SHARE, total_s + other_s) - promise.left_s
-        if late_s > PROMISE_TOLERANCE * promise.left_s:
+    before, total = _Urgent(), _Urgent()
+    for promise in sorted((*promises, new), key=attrgetter("left_s")):
+        total.add(promise)
+        if promise is not new:
+            before.add(promise)
+            if before.seconds > promise.left_s or promise.left_s < new.left_s:
+                continue
+        late_s = total.seconds + min(other_s, interruptions_s(total.seconds, credit_s)) - promise.left_s
+        if promise is not new:
+            late_s += PROMISE_RESERVE * promise.left_s
+        if late_s > 0:
             worst = max(late_s, worst or 0.0)
     return worst
+
+
+class _Urgent:
+    """Device seconds of promised work. The jobs of a group need at least as long as the longest of them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._groups: dict[Hashable, tuple[float, float]] = {}  # sum of the shares, longest
+
+    def add(self, promise: Promise) -> None:
+        """One promise more."""
+        sum_s, longest_s = self._groups.get(promise.group, (0.0, 0.0))
+        group = sum_s + promise.work_s, max(longest_s, promise.alone_s)
+        self.seconds += max(group) - max(sum_s, longest_s)
+        self._groups[promise.group] = group

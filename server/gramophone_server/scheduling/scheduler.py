@@ -176,7 +176,8 @@ class Scheduler:
         """
         with self._table.lock:
             running = self._table.running
-            self._table.waiting.expect(reservation, running, state, left_s, image_pixels, result_kind, owner)
+            credit_s = self._thread.urgent_credit_s
+            self._table.waiting.expect(reservation, running, state, left_s, image_pixels, result_kind, owner, credit_s)
 
     def record_delivery(self, result_kind: str, pixels: int, seconds: float) -> None:
         """A result of so many pixels was encoded, as ``result_kind``, in ``seconds``: deadlines allow for it."""

@@ -60,6 +60,11 @@ class TurnOrder:
                 return task
         return None
 
+    @property
+    def credit_s(self) -> float:
+        """Seconds that urgent jobs may take at once now; see `Urgency`. Thread-safe."""
+        return self._urgency.credit_s
+
     def charge(self, seconds: float) -> None:
         """Counts the turn that `next` has chosen."""
         self._urgency.charge(seconds)

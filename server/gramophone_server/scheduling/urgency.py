@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
-from gramophone_server.scheduling.forecast import MAX_URGENT_SHARE
+from gramophone_server.scheduling.forecast import LONGEST_TURN_S, MAX_URGENT_SHARE
 from gramophone_server.scheduling.task import PooledBatch, Task
 
 __all__ = ["Urgency"]
 
-# Urgent jobs may take this long at once, or their part of the longest slice of another job: then others have a turn.
-LONGEST_TURN_S = 0.4
 # A job is urgent as soon as it needs this share of the device until its deadline: less than it can get, because batches
 # change, iterations are noisy, and more jobs come.
 URGENT_FROM = 0.65
+# Seconds in reserve, because a batch may be rebuilt: its jobs join again, and its first iteration takes longer.
+RESERVE_S = 0.15
 
 
 class Urgency:
@@ -27,23 +27,23 @@ class Urgency:
     """
 
     def __init__(self) -> None:
-        self._credit_s = LONGEST_TURN_S
+        self.credit_s = LONGEST_TURN_S  # of turns out of turn; any thread may read it
         self._out_of_turn = False  # whether the next slice is
 
     def first(self, ready: Sequence[Task], in_turn: Task, now: float, turn_s: float) -> Task:
         """The job of ``ready`` that is next: that whose deadline needs it, or the one that is ``in_turn``, whose turn
         would take ``turn_s`` seconds."""
-        urgent = self._urgent(ready, now, turn_s) if self._credit_s > 0 else None
+        urgent = self._urgent(ready, now, turn_s) if self.credit_s > 0 else None
         self._out_of_turn = urgent is not None and urgent is not in_turn and not _share_a_batch(urgent, in_turn)
         return urgent if urgent is not None and self._out_of_turn else in_turn
 
     def charge(self, seconds: float) -> None:
         """Counts the slice after `first`."""
         if self._out_of_turn:
-            self._credit_s -= seconds
+            self.credit_s -= seconds
         else:
             earned_s = seconds * MAX_URGENT_SHARE / (1 - MAX_URGENT_SHARE)
-            self._credit_s = min(self._credit_s + earned_s, max(LONGEST_TURN_S, earned_s))
+            self.credit_s = min(self.credit_s + earned_s, max(LONGEST_TURN_S, earned_s))
 
     def _urgent(self, ready: Sequence[Task], now: float, turn_s: float) -> Task | None:
         promised = [task for task in ready if now < task.deadline_at < math.inf]
@@ -61,7 +61,7 @@ class Urgency:
             else:
                 total_s += max(0.0, own_s - counted.get(task.batch, 0.0))
                 counted[task.batch] = max(own_s, counted.get(task.batch, 0.0))
-            if now + 2 * turn_s + total_s / URGENT_FROM > task.deadline_at:
+            if now + RESERVE_S + turn_s + total_s / URGENT_FROM > task.deadline_at:
                 return first
         return None
 

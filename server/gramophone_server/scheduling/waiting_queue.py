@@ -8,18 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import DeadlineUnattainable
 from gramophone_server.scheduling.forecast import (
-    MAX_URGENT_SHARE,
     Forecast,
     Forecaster,
     Promise,
     Work,
     broken_promise,
     even_sharing,
+    interruptions_s,
     sharing_by_callers,
 )
 from gramophone_server.scheduling.reservation import Reservation
@@ -50,6 +51,12 @@ class Expected:
     image_pixels: int
     work: Work | None
     deadline_at: float  # when its last iteration must end
+    shape: Shape
+
+
+class _Job(NamedTuple):
+    work: Work | None
+    deadline_at: float
     shape: Shape
 
 
@@ -123,9 +130,10 @@ class WaitingQueue:
         image_pixels: int,
         result_kind: str,
         owner: str,
+        credit_s: float,
     ) -> None:
-        """Includes the job of a reservation in forecasts until `forget`. Parameters and error: see
-        `Scheduler.require_time`."""
+        """Includes the job of a reservation in forecasts until `forget`. ``credit_s``: seconds that urgent jobs may
+        take at once now. Other parameters, and the error: see `Scheduler.require_time`."""
         now, shape = self._clock(), _last_shape(state)
         jobs = self._jobs_of(shape, running) + 1
         self._estimate(running)
@@ -134,7 +142,7 @@ class WaitingQueue:
         is_probe = False
         if left_s < math.inf:
             least = self._forecaster.least(state, jobs)
-            error = self._late(running, owner, state, least, left_s, ends_in_s, image_pixels)
+            error = self._late(running, owner, state, least, left_s, ends_in_s, image_pixels, credit_s)
             if error is not None:
                 if not self._may_probe(least, now):
                     self._refused_since_probe += 1
@@ -162,6 +170,7 @@ class WaitingQueue:
         left_s: float,
         ends_in_s: float,
         image_pixels: int,
+        credit_s: float,
     ) -> DeadlineUnattainable | None:
         """The reason to refuse a job: even if all takes the least time that the measurements allow, it ends late, or
         another one does whose deadline was promised. None if it can be accepted."""
@@ -169,23 +178,25 @@ class WaitingQueue:
             return None  # nothing was measured near by
         now, budget_s = self._clock(), state.recipe.time_budget or math.inf
         wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
-        run_s = max(least.low_alone_s * self._margin(least.low_alone_s, now), EVEN_TOLERANCE * shared_end_s - wait_s)
+        alone_s = least.low_alone_s
+        run_s = max(alone_s + self._interruptions_s(alone_s, now, credit_s), EVEN_TOLERANCE * shared_end_s - wait_s)
         # A time budget ends a job at its last iteration within it, but lets it have one.
-        run_s = min(run_s, max(0.0, budget_s - wait_s - least.low_alone_s / max(1, state.iterations - state.done)))
+        run_s = min(run_s, max(0.0, budget_s - wait_s - alone_s / max(1, state.iterations - state.done)))
         decoding_s = self._forecaster.decoding_s(image_pixels) / 2  # how long it takes is hardly known
         if wait_s + run_s + decoding_s > ends_in_s:
             wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
             run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
             return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
-        works = [work for work in self._works(running) if work is not None]
+        jobs = [job for job in self._jobs(running) if job.work is not None]
         promises = [
-            Promise(deadline_at - now, work.share_s)
-            for work, deadline_at in self._promised(running)
-            if work is not None and deadline_at < math.inf
+            Promise(job.deadline_at - now, job.work.share_s, job.work.alone_s, job.shape)
+            for job in jobs
+            if job.work is not None and job.deadline_at < math.inf
         ]
-        own_s = min(least.low_share_s, budget_s)
-        unpromised_s = max(0.0, sum(work.share_s for work in works) - sum(promise.work_s for promise in promises))
-        late_s = broken_promise(promises, unpromised_s, Promise(ends_in_s, own_s))
+        others_s = sum(job.work.share_s for job in jobs if job.work is not None and job.deadline_at == math.inf)
+        own_s = min(alone_s, budget_s)
+        own = Promise(ends_in_s, min(least.low_share_s, budget_s), own_s, _last_shape(state))
+        late_s = broken_promise(promises, others_s, own, credit_s)
         if late_s is None:
             return None
         promised_s = sum(promise.work_s for promise in promises)
@@ -193,12 +204,12 @@ class WaitingQueue:
             late_s, own_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
         )
 
-    def _margin(self, run_s: float, now: float) -> float:
-        """By how much longer a job takes that has `MAX_URGENT_SHARE` of the device from the next arrival on, if jobs
-        arrive as often as lately: the mean."""
+    def _interruptions_s(self, run_s: float, now: float, credit_s: float) -> float:
+        """For how long other jobs will probably have the device while an urgent one runs, if jobs arrive as often as
+        lately: the mean, over when the first of them comes."""
         rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
         arrivals: float = max(rate * run_s, 1e-6)
-        return 1 + (1 / MAX_URGENT_SHARE - 1) * (1 + math.expm1(-arrivals) / arrivals)
+        return interruptions_s(run_s, credit_s) * (1 + math.expm1(-arrivals) / arrivals)
 
     def _may_probe(self, least: Work, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
@@ -240,13 +251,11 @@ class WaitingQueue:
         counts = Counter(task.last_shape for task in (*running, *self._tasks))
         return min(self._max_running, counts[shape] + sum(job.shape == shape for job in self._expected.values()))
 
-    def _works(self, running: Sequence[Task]) -> list[Work | None]:
-        return [work for work, _ in self._promised(running)]
-
-    def _promised(self, running: Sequence[Task]) -> list[tuple[Work | None, float]]:
-        """The work of all jobs, and when they must end."""
-        tasks = [(task.remaining, task.deadline_at) for task in (*running, *self._tasks)]
-        return tasks + [(expected.work, expected.deadline_at) for expected in self._expected.values()]
+    def _jobs(self, running: Sequence[Task]) -> list[_Job]:
+        """All jobs, as far as promises are concerned."""
+        tasks = (*running, *self._tasks)
+        jobs = [_Job(task.remaining, task.deadline_at, task.last_shape) for task in tasks]
+        return jobs + [_Job(job.work, job.deadline_at, job.shape) for job in self._expected.values()]
 
     def _outcome(
         self, running: Sequence[Task], owner: str, must_end_at: float, own: Work, *, low: bool
@@ -284,22 +293,13 @@ class WaitingQueue:
         return even_sharing(running_s, waiting_s, 0.0, self._max_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
-        """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts. None for
-        those that wait for memory: how long the jobs that have it stay is not forecast."""
+        """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
         free = max(0, self._max_running - sum(not task.memory_short for task in running))
-        short_since = [task.memory_short_since for task in self._tasks]
-        # They get it in the order in which they came to wait for it, together with running jobs that have left it.
-        turns = sorted(since for since in (*short_since, *(t.memory_short_since for t in running)) if since is not None)
-        predicted = self._forecast(running, [task.remaining for task in self._tasks]) if self._tasks else None
-        starts = predicted.starts[:-1] if predicted is not None else (None,) * len(self._tasks)
-        outlook: list[tuple[int, float | None]] = []
-        for index, (since, start) in enumerate(zip(short_since, starts, strict=True)):
-            position = max(0, index + 1 - free)
-            if since is not None:  # it does not start at once, though a place is free
-                outlook.append((max(position, bisect.bisect_left(turns, since) + 1), None))
-            else:
-                outlook.append((position, start if position else 0.0))
-        return outlook
+        # A job that waits for memory does not start at once, though a place is free.
+        positions = [max(int(task.memory_short), index + 1 - free) for index, task in enumerate(self._tasks)]
+        predicted = self._forecast(running, [task.remaining for task in self._tasks]) if positions else None
+        starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
+        return [(position, start if position else 0.0) for position, start in zip(positions, starts, strict=True)]
 
 
 def _latest_start_at(task: Task) -> float:

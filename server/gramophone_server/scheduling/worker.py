@@ -70,6 +70,11 @@ class Worker:
         """Estimated device memory, in bytes, of the batches and of the jobs waiting to join one. Thread-safe."""
         return self._pool.bytes
 
+    @property
+    def urgent_credit_s(self) -> float:
+        """Seconds that jobs whose deadlines need it may take at once now. Thread-safe."""
+        return self._order.credit_s
+
     def may_have_memory(self, shape: Shape) -> bool:
         """Whether the device has memory for one more job of this shape now. Thread-safe."""
         return self._pool.fits(self._engine.batch_bytes(shape, 1))
@@ -134,7 +139,8 @@ class Worker:
                 self._pool.begin(chosen)
             except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
                 self._fail_each({chosen: error})
-        self._order.charge(self._clock() - started_at)
+        if moving is None:
+            self._order.charge(self._clock() - started_at)
 
     def finish_within_budget(self, task: Task) -> bool:
         """Ends a task whose time budget is used up, with its current picture. Returns False if it has none yet."""
