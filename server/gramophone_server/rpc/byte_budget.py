@@ -24,10 +24,10 @@ class Timers(Protocol):
 
 
 class Share:
-    """Bytes of a budget that somebody holds, until `give_back` or the end of a `with` block.
+    """Bytes of a budget that a call or a job holds, until `give_back` or the end of a `with` block.
 
     `bytes` are those that it holds, `owner` is whom they count for. `on_replaced` is called, once, if others wait and
-    the share is replaceable; it must see to it that the share is given back soon. None: nobody can replace it.
+    the share is replaceable; it must see to it that the share is given back soon. None: it cannot be replaced.
     """
 
     def __init__(self, budget: ByteBudget, size: int, owner: str) -> None:

@@ -1,4 +1,4 @@
-"""Lines for a log that may not be read: whoever writes them never waits, and what is not read in time is dropped."""
+"""Lines for a log that may not be read: writing them never waits, and what is not read in time is dropped."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class LineWriter:
 
 
 def write_some(descriptor: int, data: bytes | memoryview) -> int:
-    """Writes a part of `data` and returns its length; blocks, also if somebody has made the descriptor non-blocking."""
+    """Writes a part of `data` and returns its length; blocks, also if another process has made the descriptor non-blocking."""
     while True:
         with contextlib.suppress(BlockingIOError):
             return os.write(descriptor, data)
