@@ -25,8 +25,8 @@ MAX_CHUNK_BYTES = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
 # of the event loop, and 550 ms with twice as many files and claims.
 MAX_FILES = 1024
 MAX_CLAIMS = 4  # of one file
-# A file that was neither uploaded nor named for so long is evicted first, whichever connection uploaded it: that may have
-# ended, and would never become the one with the most bytes.
+# A file that was neither uploaded nor named for so long is evicted first, whichever connection uploaded it: that may
+# have ended, and would never become the one with the most bytes.
 STALE_S = 600.0
 BUSY_S = 1.0  # before a retry: decoding an image, for which it is held, takes less
 

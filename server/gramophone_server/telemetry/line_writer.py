@@ -137,7 +137,7 @@ class LineWriter:
 
 
 def write_some(descriptor: int, data: bytes | memoryview) -> int:
-    """Writes a part of `data` and returns its length; blocks, also if another process has made the descriptor non-blocking."""
+    """Writes a part of `data` and returns its length; blocks, also if the descriptor is non-blocking."""
     while True:
         with contextlib.suppress(BlockingIOError):
             return os.write(descriptor, data)
