@@ -63,7 +63,7 @@ gpu-bundle: ## compile and collect what a GPU machine without a network needs fo
 gpu-rehearsal: ## run all calls of `make gpu-check` on the CPU, from the bundle and without a network
 	PYTHONPATH=tools $(GPU_PYTHON) -m gpu_bundle rehearse
 
-fuzz: install ## send COUNT bad inputs to a server: damaged images, bombs, random bytes (20,000 in two minutes)
+fuzz: install ## play 900 hostile clients, then send COUNT bad inputs: damaged images, bombs, random bytes (40 minutes)
 	$(BIN)/python -m tests.bad_input --count $(or $(COUNT),20000) --seed $(or $(SEED),1)
 
 other-clients: install ## install or build what tests with other clients need: Node.js packages, k6, clients in Go, Java, C++
@@ -98,10 +98,10 @@ bench-load: install ## measure the server at its limits and under overload; take
 	$(BIN)/python -m benchmarks.overload --engine fake --svg benchmarks/overload.svg
 	$(BIN)/python -m benchmarks.overload --engine vgg
 
-chaos: install ## inject faults into real servers and clients for MINUTES=5: kills, cuts, stalls, no memory or disk, a moved clock
+chaos: install ## inject faults into real servers and clients for MINUTES=5: kills, cuts, stalls, no memory, disk or descriptors, a moved clock
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5)
 
-soak: install ## run everything at once on one server for MINUTES=20 and check that its memory does not grow
+soak: install ## run honest and hostile clients on one server for MINUTES=20 and check that its memory does not grow
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20)
 
 serve: install ## run the server on its default port
