@@ -172,6 +172,25 @@ async def test_a_share_that_comes_together_with_a_cancellation_is_given_back():
     assert waiting.cancelled() and budget.used == 0
 
 
+async def test_a_crowd_that_comes_or_leaves_in_one_turn_is_looked_at_once(monkeypatch):
+    """500 connections with three calls each, closed at the same time, blocked the event loop for 100 ms."""
+    looks = []
+    for name in ("_serve", "_replace"):
+        original = getattr(ByteBudget, name)
+        monkeypatch.setattr(ByteBudget, name, lambda self, original=original: (looks.append(1), original(self)))
+    budget = ByteBudget(10)
+    holder = budget.try_take(10, "x")
+    tasks = [taking(budget, 10, str(i % 50)) for i in range(150)]
+    await settle()
+    assert budget.waiting == 150 and len(looks) == 2
+    for task in tasks[:-1]:
+        task.cancel()
+    await settle()
+    assert budget.waiting == 1 and len(looks) == 4
+    holder.give_back()
+    assert (await tasks[-1]).bytes == budget.used == 10
+
+
 class Holder:
     """Takes a share that others can replace."""
 

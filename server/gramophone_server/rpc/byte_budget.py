@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -104,12 +103,15 @@ class ByteBudget:
         self._replaceable_after_s, self._max_wait_s = replaceable_after_s, max_wait_s
         self._timers = timers
         self._held: dict[str, int] = {}  # bytes by owner
-        self._waiting: dict[str, deque[_Waiting]] = {}  # by owner, the one that waits longest first
+        # By owner and arrival, the one that waits longest first.
+        self._waiting: dict[str, dict[int, _Waiting]] = {}
+        self._waiting_bytes = 0
         self._replaceable: dict[Share, None] = {}
         self._replaced: set[Share] = set()  # those that are not given back yet
         self._arrivals = 0
         self._newest_is_next = False
         self._next_replacement: asyncio.TimerHandle | None = None
+        self._update_is_due = False
 
     @property
     def owners(self) -> int:
@@ -162,7 +164,8 @@ class ByteBudget:
         """The share can be replaced when it is idle."""
         self._replaceable[share] = None
         self._replaced.discard(share)
-        self._replace()
+        if self._waiting:
+            self._update_soon()
 
     def forget(self, share: Share) -> None:
         """The share is not to be replaced any more."""
@@ -181,9 +184,10 @@ class ByteBudget:
     async def _wait_for_share(self, size: int, owner: str) -> Share:
         self._arrivals += 1
         waiting = _Waiting(size, owner, self._arrivals, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(owner, deque()).append(waiting)
+        self._waiting.setdefault(owner, {})[waiting.arrival] = waiting
+        self._waiting_bytes += size
         timeout = self._clock().call_later(self._max_wait_s, lambda: self._give_up(waiting))
-        self._replace()
+        self._update_soon()
         try:
             return await waiting.share
         except asyncio.CancelledError:
@@ -192,15 +196,31 @@ class ByteBudget:
             raise
         finally:
             timeout.cancel()
-            if waiting in self._waiting.get(owner, ()):
+            if waiting.arrival in self._waiting.get(owner, ()):
                 self._leave(waiting)
-                self._serve()  # the next one may need less
+                self._update_soon()  # the next one may need less
+
+    def _update_soon(self) -> None:
+        """Serves and replaces once, however many come or leave in this turn of the event loop: 1500 that left with
+        their connections blocked it for 100 ms."""
+        if not self._update_is_due:
+            self._update_is_due = True
+            asyncio.get_running_loop().call_soon(self._update)
+
+    def _update(self) -> None:
+        self._update_is_due = False
+        self._serve()
+        self._replace()
 
     def _serve(self) -> None:
         """Gives shares to those whose turn it is, as long as the first of them fits."""
         while self._waiting:
             least = min(self._held.get(owner, 0) for owner in self._waiting)
-            equals = [queue[0] for owner, queue in self._waiting.items() if self._held.get(owner, 0) == least]
+            equals = [
+                next(iter(queue.values()))
+                for owner, queue in self._waiting.items()
+                if self._held.get(owner, 0) == least
+            ]
             waiting = max(equals, key=lambda waiting: waiting.arrival) if self._newest_is_next else equals[0]
             if self.used + waiting.size > self.max_bytes:
                 return
@@ -212,7 +232,8 @@ class ByteBudget:
     def _leave(self, waiting: _Waiting) -> None:
         """Removes one that waits. Its owner goes behind the others."""
         queue = self._waiting.pop(waiting.owner)
-        queue.remove(waiting)
+        del queue[waiting.arrival]
+        self._waiting_bytes -= waiting.size
         if queue:
             self._waiting[waiting.owner] = queue
 
@@ -230,8 +251,7 @@ class ByteBudget:
             self._next_replacement = None
         if not self._waiting:
             return
-        missing = sum(waiting.size for queue in self._waiting.values() for waiting in queue)
-        missing -= self.max_bytes - self.used + sum(share.bytes for share in self._replaced)
+        missing = self._waiting_bytes + self.used - self.max_bytes - sum(share.bytes for share in self._replaced)
         for share in self._idle_shares() if missing > 0 else ():
             if missing <= 0:
                 return
