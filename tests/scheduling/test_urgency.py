@@ -11,6 +11,8 @@ TURN_S = 0.02
 
 
 def task(deadline_at=math.inf, needs_s=None, batch=None):
+    """A job in a batch of its own."""
+    batch = batch or PooledBatch(engine_batch=None, idle_since=0.0)
     remaining = None if needs_s is None else Work(needs_s, needs_s, needs_s, needs_s, 0.0, 0.0, 1)
     return Task(state=job_state(), observer=None, deadline_at=deadline_at, remaining=remaining, batch=batch)
 
@@ -32,6 +34,12 @@ def test_a_job_with_time_enough_waits_for_its_turn(urgency):
 def test_a_job_that_would_be_late_goes_first(urgency):
     other, hurried = task(), task(2.2, 2.0)
     assert first(urgency, [other, hurried], other) is hurried
+
+
+def test_no_deadline_keeps_a_job_from_joining_a_batch(urgency):
+    joining, hurried = task(), task(2.2, 2.0)
+    joining.batch = None
+    assert first(urgency, [joining, hurried], joining) is joining
 
 
 def test_without_an_estimate_or_with_a_deadline_that_is_lost_a_job_is_not_urgent(urgency):

@@ -33,7 +33,9 @@ class Urgency:
     def first(self, ready: Sequence[Task], in_turn: Task, now: float, turn_s: float) -> Task:
         """The job of ``ready`` that is next: that whose deadline needs it, or the one that is ``in_turn``, whose turn
         would take ``turn_s`` seconds."""
-        urgent = self._urgent(ready, now, turn_s) if self.credit_s > 0 else None
+        # A join is short, and a wider batch serves all in it: kept out, the others would halve the throughput.
+        joins = in_turn.batch is None and not (in_turn.beginning and in_turn.beginning.next_pixels)
+        urgent = self._urgent(ready, now, turn_s) if self.credit_s > 0 and not joins else None
         self._out_of_turn = urgent is not None and urgent is not in_turn and not _share_a_batch(urgent, in_turn)
         return urgent if urgent is not None and self._out_of_turn else in_turn
 
