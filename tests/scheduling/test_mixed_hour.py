@@ -1,11 +1,14 @@
 from tests.support.mixed_hour import Device, Hour, Verdict
 
+# In a sample of this size, one job is 0.4 %. `python -m tests.support.mixed_hour` has more of them.
+MOST_WRONG = 0.02
+
 
 def test_of_a_mixed_hour_almost_all_deadlines_are_judged_rightly():
-    """A sample of `python -m tests.support.mixed_hour`."""
     verdict = Verdict()
-    for seed in (1, 3):
-        verdict.add(Hour(seconds=600.0, device=Device(slow_from_s=240.0, slow_until_s=340.0)), seed)
-    assert verdict.possible > 150 and verdict.accepted > 240
-    assert verdict.wrongly_refused <= 0.01 * verdict.possible, verdict
-    assert verdict.late <= 0.01 * verdict.accepted, verdict
+    slow = Device(slow_from_s=240.0, slow_until_s=340.0)
+    for seed, device in ((1, slow), (2, Device()), (3, Device())):
+        verdict.add(Hour(seconds=600.0, device=device), seed)
+    assert verdict.possible > 250 and verdict.accepted > 350
+    assert verdict.wrongly_refused <= MOST_WRONG * verdict.possible, verdict
+    assert verdict.late <= MOST_WRONG * verdict.accepted, verdict

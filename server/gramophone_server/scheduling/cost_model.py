@@ -29,7 +29,7 @@ EVIDENCE_EXPIRES_S = 300.0
 MIN_MEASUREMENTS = 2
 # Until then a point takes the mean of its measurements. From then on it is known well enough to show a change of the
 # device, the drift.
-MIN_DRIFT_MEASUREMENTS = 16
+MIN_DRIFT_MEASUREMENTS = 12
 # Seconds of measured time in which the drift, and the cost of one point, follow a change. So of a lasting change of the
 # device 3 % go to the point, and the rest to the drift.
 DRIFT_S, POINT_S = 1.0, 30.0

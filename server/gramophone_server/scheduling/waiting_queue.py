@@ -38,8 +38,10 @@ PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 100
 ARRIVALS_S = 60.0  # over which arrivals are counted
 # Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
 EVEN_TOLERANCE = 0.85
-# From the response to its client, and for the slice of another job that is under way.
+# From the response to its client.
 TRANSIT_S = 0.003
+# Of another job: one turn is under way, and each newcomer has one, to join.
+TURN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,9 @@ class WaitingQueue:
         run_s = max(alone_s + self._interruptions_s(alone_s, now, credit_s), EVEN_TOLERANCE * shared_end_s - wait_s)
         # A time budget ends a job at its last iteration within it, but lets it have one.
         run_s = min(run_s, max(0.0, budget_s - wait_s - alone_s / max(1, state.iterations - state.done)))
-        decoding_s = self._forecaster.decoding_s(image_pixels) / 2  # how long it takes is hardly known
-        if wait_s + run_s + decoding_s > ends_in_s:
+        # How long decoding takes is hardly known.
+        until_turn_s = self._forecaster.decoding_s(image_pixels) / 2 + (TURN_S / 2 if running else 0.0)
+        if until_turn_s + wait_s + run_s > ends_in_s:
             wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
             run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
             return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
@@ -209,7 +212,7 @@ class WaitingQueue:
         lately: the mean, over when the first of them comes."""
         rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
         arrivals: float = max(rate * run_s, 1e-6)
-        return interruptions_s(run_s, credit_s) * (1 + math.expm1(-arrivals) / arrivals)
+        return interruptions_s(run_s, credit_s) * (1 + math.expm1(-arrivals) / arrivals) + arrivals * TURN_S
 
     def _may_probe(self, least: Work, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
