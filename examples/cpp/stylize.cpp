@@ -18,8 +18,8 @@
 namespace {
 
 constexpr int kLargestMessage = 64 << 20;  // bytes; gRPC's default is 4 MiB, and a PNG of 2048 px can be larger
-constexpr std::size_t kInline = 2 << 20;  // bytes; two images of at most this size fit in a request at every server
-constexpr std::size_t kChunk = 64 << 10;  // bytes
+constexpr std::size_t kInline = 2 << 20;   // bytes; two images of at most this size fit in a request at every server
+constexpr std::size_t kChunk = 64 << 10;   // bytes
 
 using Service = gramophone::v1::StyleTransferService::Stub;
 
