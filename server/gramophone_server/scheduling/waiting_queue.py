@@ -34,7 +34,7 @@ DEFAULT_RETRY_S = 5.0  # until the first iteration of this process has been meas
 REPORT_INTERVAL_S = 0.1
 # Of the jobs that would be refused, one is accepted if nothing near by was measured for so many seconds, or after so
 # many refusals: its iterations show whether the refusals are right.
-PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 100
+PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 200
 ARRIVALS_S = 60.0  # over which arrivals are counted
 # Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
 EVEN_TOLERANCE = 0.85
