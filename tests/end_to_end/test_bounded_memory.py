@@ -126,6 +126,6 @@ async def test_hundreds_of_connections_stay_below_the_bound(kind, tmp_path):
                 await asyncio.sleep(0.05)
         for raw in raws:
             raw.abort()
-        assert not server.has_ended and served >= 2
+        assert server.exit_code is None and served >= 2
         assert peak - before < bytes_that_may_arrive()
         assert "Traceback" not in server.read_output()
