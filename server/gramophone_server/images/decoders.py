@@ -33,6 +33,9 @@ T = TypeVar("T")
 SMALL_PIXELS = 2**20
 SMALL_BYTES = 2**20  # of the file
 THREADS = DECODERS  # of each kind
+# Three small images wait behind that of each thread, which so finds its next one without waiting for the event loop: 64
+# clients of small jobs had 170 jobs a second without them, and had 240 with them.
+SMALL_PLACES = 4 * THREADS
 
 
 class DecodedImage(NamedTuple):
@@ -52,7 +55,7 @@ class Decoders:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._large, self._small, self._other = FairQueue(DECODERS), FairQueue(THREADS), FairQueue(THREADS)
+        self._large, self._small, self._other = FairQueue(DECODERS), FairQueue(SMALL_PLACES), FairQueue(THREADS)
         self._idle = [DecoderProcess(limits) for _ in range(DECODERS)]
         self._busy: list[DecoderProcess] = []
         # Twice as many, because a thread may still wait for the end of a process when the next one is used.

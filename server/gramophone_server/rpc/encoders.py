@@ -15,14 +15,19 @@ __all__ = ["Encoders", "Shared"]
 
 T = TypeVar("T")
 
+# Quick pieces, which take up to 50 ms, may wait behind the threads' present ones, this many for each thread. So a thread
+# finds its next one without waiting for the event loop: 64 clients of small jobs had 200 pictures a second, not 320.
+QUICK_AHEAD = 3
+
 
 class Shared(Generic[T]):
     """One piece of work, and its outcome, for all calls that use it. It is forgotten when the last of them has left."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
+    def __init__(self, make: Callable[[], T], *, quick: bool = False) -> None:
+        self.quick = quick  # takes up to 50 ms
         self.outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.users = 0
-        self.make: Callable[[], T] | None = make  # None: a thread has begun with it
+        self.make: Callable[[], T] | None = make  # None: it was given to the threads
         self.callers: set[str] = set()  # in whose queues it waits
         self.holds = contextlib.ExitStack()  # closed when it has no users
 
@@ -47,13 +52,13 @@ class Encoders:
 
     def __init__(self) -> None:
         self._threads = started_threads(ENCODERS, "encode")
-        self._running = 0
+        self._given = 0  # to the threads, and not done
         self._queues: dict[str, dict[Shared[Any], None]] = {}  # by caller, the one whose turn is next first
         self._closed = False
 
     @property
     def waiting(self) -> int:
-        """The number of pieces of work that no thread has begun with."""
+        """The number of pieces of work that the threads were not given yet."""
         return len({work for queue in self._queues.values() for work in queue})
 
     def close(self) -> None:
@@ -63,14 +68,21 @@ class Encoders:
 
     @contextlib.contextmanager
     def sharing(
-        self, users: dict[Any, Any], key: Hashable, make: Callable[[], T], caller: str, *, keep: bool = False
+        self,
+        users: dict[Any, Any],
+        key: Hashable,
+        make: Callable[[], T],
+        caller: str,
+        *,
+        keep: bool = False,
+        quick: bool = False,
     ) -> Iterator[Shared[T]]:
         """Joins those that use the outcome of ``make``, which are found in ``users`` by ``key``, for as long as the
-        block runs. The first one starts the work. When the last one leaves, the outcome is dropped, unless ``keep`` is
-        set and there is one; work that no thread has begun with is not done."""
+        block runs. The first one starts the work, which is ``quick`` if it takes up to 50 ms. When the last one leaves,
+        the outcome is dropped, unless ``keep`` is set and there is one; work that still waits is not done."""
         work = users.get(key)
         if work is None:
-            work = users[key] = Shared(make)
+            work = users[key] = Shared(make, quick=quick)
         work.users += 1
         if work.make is not None and caller not in work.callers:
             work.callers.add(caller)
@@ -95,22 +107,24 @@ class Encoders:
         work.callers.clear()
 
     def _begin(self) -> None:
-        """Gives work to the threads that have none."""
-        while self._running < ENCODERS and self._queues and not self._closed:
+        """Gives work to the threads that have none, and quick work ahead."""
+        while self._queues and not self._closed:
             caller = next(iter(self._queues))
             work = next(iter(self._queues[caller]))
+            if self._given >= (ENCODERS * (1 + QUICK_AHEAD) if work.quick else ENCODERS):
+                break
             self._withdraw(work)
             if (queue := self._queues.pop(caller, None)) is not None:
                 self._queues[caller] = queue  # behind the others
             make, work.make = work.make, None  # it may hold a picture, or the state of a job
             assert make is not None, "work in a queue was not begun"
-            self._running += 1
+            self._given += 1
             running = asyncio.get_running_loop().run_in_executor(self._threads, make)
             del make
             running.add_done_callback(functools.partial(self._done, work))
 
     def _done(self, work: Shared[Any], running: asyncio.Future[Any]) -> None:
-        self._running -= 1
+        self._given -= 1
         if running.cancelled():
             work.outcome.cancel()
         elif (error := running.exception()) is not None:

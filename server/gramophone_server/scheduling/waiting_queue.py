@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import DeadlineUnattainable
 from gramophone_server.scheduling.forecast import (
+    PROMISE_RESERVE,
     Forecast,
     Forecaster,
     Promise,
@@ -179,13 +179,16 @@ class WaitingQueue:
         if not least.low_share_s:
             return None  # nothing was measured near by
         now, budget_s = self._clock(), state.recipe.time_budget or math.inf
-        wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
-        alone_s = least.low_alone_s
-        run_s = max(alone_s + self._interruptions_s(alone_s, now, credit_s), EVEN_TOLERANCE * shared_end_s - wait_s)
-        # A time budget ends a job at its last iteration within it, but lets it have one.
-        run_s = min(run_s, max(0.0, budget_s - wait_s - alone_s / max(1, state.iterations - state.done)))
         # How long decoding takes is hardly known.
         until_turn_s = self._forecaster.decoding_s(image_pixels) / 2 + (TURN_S / 2 if running else 0.0)
+        interrupted_s = self._interruptions_s(least.low_alone_s, now, credit_s)
+        if self._time_is_ample(running, now, ends_in_s, until_turn_s + least.alone_s + interrupted_s):
+            return None
+        wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
+        alone_s = least.low_alone_s
+        run_s = max(alone_s + interrupted_s, EVEN_TOLERANCE * shared_end_s - wait_s)
+        # A time budget ends a job at its last iteration within it, but lets it have one.
+        run_s = min(run_s, max(0.0, budget_s - wait_s - alone_s / max(1, state.iterations - state.done)))
         if until_turn_s + wait_s + run_s > ends_in_s:
             wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
             run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
@@ -206,6 +209,18 @@ class WaitingQueue:
         return DeadlineUnattainable(
             late_s, own_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
         )
+
+    def _time_is_ample(self, running: Sequence[Task], now: float, ends_in_s: float, own_s: float) -> bool:
+        """Whether this job and all others would meet their deadlines even one after another, in whatever order. Then
+        no closer look is needed, which takes 0.4 ms beside 60 jobs."""
+        needed_s, first_at = own_s, now + ends_in_s
+        for task in (*running, *self._tasks):
+            needed_s += 0.0 if task.remaining is None else task.remaining.alone_s
+            first_at = min(first_at, task.deadline_at)
+        for job in self._expected.values():
+            needed_s += 0.0 if job.work is None else job.work.alone_s
+            first_at = min(first_at, job.deadline_at)
+        return needed_s <= (1 - PROMISE_RESERVE) * (first_at - now)
 
     def _interruptions_s(self, run_s: float, now: float, credit_s: float) -> float:
         """For how long other jobs will probably have the device while an urgent one runs, if jobs arrive as often as
@@ -251,8 +266,8 @@ class WaitingQueue:
 
     def _jobs_of(self, shape: Shape, running: Sequence[Task]) -> int:
         """How many jobs of a shape run or will run."""
-        counts = Counter(task.last_shape for task in (*running, *self._tasks))
-        return min(self._max_running, counts[shape] + sum(job.shape == shape for job in self._expected.values()))
+        count = sum(task.last_shape == shape for task in (*running, *self._tasks))
+        return min(self._max_running, count + sum(job.shape == shape for job in self._expected.values()))
 
     def _jobs(self, running: Sequence[Task]) -> list[_Job]:
         """All jobs, as far as promises are concerned."""
