@@ -34,7 +34,7 @@ SMALL_PIXELS = 2**20
 SMALL_BYTES = 2**20  # of the file
 THREADS = DECODERS  # of each kind
 # Three small images wait behind that of each thread, which so finds its next one without waiting for the event loop: 64
-# clients of small jobs had 170 jobs a second without them, and had 240 with them.
+# clients of small jobs waited 308 ms for an image, and 18 ms with them.
 SMALL_PLACES = 4 * THREADS
 
 

@@ -49,10 +49,6 @@ TRANSIT_S = 0.02
 # Before a retry, if the server lacks file descriptors or room: it has them again when other calls have ended.
 SHORTAGE_RETRY_S = 2.0
 
-# A first message up to this size fits into any window for a stream that clients use, so it is as good as read. Sending
-# the metadata apart costs 0.1 ms.
-MAX_WITH_METADATA_BYTES = 2**14
-
 # A client may take this long to read a large message, if others wait for its memory: 12 MB at 2.5 MB/s.
 READING_S = 5.0
 
@@ -173,7 +169,7 @@ class RpcCall:
     async def begin_sending(self, message: Outgoing) -> None:
         """See `sending`."""
         self._outgoing = message
-        if not self.sent_messages and len(message.data) > MAX_WITH_METADATA_BYTES:
+        if not self.sent_messages:
             # Otherwise gRPC sends these with the message. If that is not read, it cannot send a status either.
             await self._context.send_initial_metadata(())
         await self._calls.turns.wait()

@@ -15,8 +15,8 @@ __all__ = ["Encoders", "Shared"]
 
 T = TypeVar("T")
 
-# Quick pieces, which take up to 50 ms, may wait behind the threads' present ones, this many for each thread. So a thread
-# finds its next one without waiting for the event loop: 64 clients of small jobs had 200 pictures a second, not 320.
+# So many quick pieces, which take up to 50 ms, may wait behind the present one of each thread, which so finds its next
+# one without waiting for the event loop: 64 clients of small jobs waited 174 ms for a picture, and 29 ms with them.
 QUICK_AHEAD = 3
 
 
