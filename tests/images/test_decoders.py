@@ -19,7 +19,7 @@ from gramophone_server.domain import job
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
-from gramophone_server.images.decoders import SMALL_PIXELS, Decoders
+from gramophone_server.images.decoders import SMALL_PIXELS, Decoders, EncodedImage
 from gramophone_server.images.decoding import read_header
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage
@@ -66,10 +66,16 @@ def pool():
     made.close()
 
 
+def encoded(data, needed=64):
+    return EncodedImage(lambda: data, read_header(data, LIMITS), needed)
+
+
 async def decoded(pool, data, owner="a", needed=64):
-    picture, digest = await pool.decode(lambda: data, read_header(data, LIMITS), needed, owner)
-    assert digest == job.digest(picture)
-    return picture
+    [outcome] = await pool.decode([encoded(data, needed)], owner)
+    if isinstance(outcome, UnusableImage):
+        raise outcome
+    assert outcome.digest == job.digest(outcome.picture)
+    return outcome.picture
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -101,6 +107,26 @@ async def test_an_image_that_cannot_be_used_is_refused_and_the_process_goes_on(p
     assert (await decoded(pool, LARGE)).shape[0] == 3 and children() == before
 
 
+async def test_the_images_of_a_job_come_in_their_order_and_each_with_its_own_fault(pool):
+    damaged = SMALL[: len(SMALL) // 2]
+    files = [LARGE, SMALL, damaged, many_codes(), image_file(1024), SMALL]
+    outcomes = await pool.decode([encoded(file) for file in files], "a")
+    assert isinstance(outcomes.pop(2), UnusableImage)
+    for outcome, file in zip(outcomes, [file for file in files if file != damaged], strict=True):
+        assert torch.equal(outcome.picture, codec.decode(file, LIMITS, 64))
+
+
+async def test_small_images_of_one_job_are_read_on_one_thread(pool):
+    threads = []
+
+    def read():
+        threads.append(threading.get_ident())
+        return SMALL
+
+    await pool.decode([EncodedImage(read, read_header(SMALL, LIMITS), 64) for _ in range(5)], "a")
+    assert len(threads) == 5 and len(set(threads)) == 1
+
+
 async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
     read, started = [], threading.Event()
 
@@ -111,7 +137,8 @@ async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
 
     header = read_header(slow, LIMITS)
     calls = [
-        asyncio.create_task(pool.decode(lambda number=number: reading(number), header, 64, "a")) for number in range(6)
+        asyncio.create_task(pool.decode([EncodedImage(lambda number=number: reading(number), header, 64)], "a"))
+        for number in range(6)
     ]
     await until(lambda: len(read) == DECODERS)
     await until(lambda: len(children()) == DECODERS)
@@ -127,8 +154,7 @@ async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
 
 
 async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
-    header = read_header(slow, LIMITS)
-    large = [asyncio.create_task(pool.decode(lambda: slow, header, 64, "a")) for _ in range(5)]
+    large = [asyncio.create_task(pool.decode([encoded(slow)], "a")) for _ in range(5)]
     await until(lambda: len(children()) == DECODERS)
     assert (await decoded(pool, SMALL, "b")).shape == (3, 64, 64)
     assert await pool.quickly(lambda: 1) == await pool.run(lambda: 1, "b") == 1

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from gramophone_server.config import ENCODERS
-from gramophone_server.rpc.encoders import Encoders
+from gramophone_server.rpc.encoders import QUICK_AHEAD, Encoders
 from tests.support.clock import until
 
 
@@ -83,6 +83,19 @@ async def test_callers_take_turns(encoders, work):
     await asyncio.gather(*others)
     # All that were being done, and one more of the caller who came first.
     assert max(work.done.index(f"other {i}") for i in range(3)) <= ENCODERS + 1 + 2 + 1
+    await asyncio.gather(*many)
+
+
+async def test_a_few_quick_pieces_wait_behind_each_thread_and_slow_ones_do_not(encoders, work):
+    given = ENCODERS * (1 + QUICK_AHEAD)
+    calls = [use(encoders, {}, i, work.piece(f"quick {i}"), "many", quick=True) for i in range(100)]
+    many = [asyncio.create_task(call) for call in calls]
+    await until(lambda: encoders.waiting == 100 - given)
+    others = [asyncio.create_task(use(encoders, {}, i, work.piece(f"slow {i}"), f"other {i}")) for i in range(2)]
+    await until(lambda: encoders.waiting == 102 - given)
+    work.go.set()
+    await asyncio.gather(*others)
+    assert max(work.done.index(f"slow {i}") for i in range(2)) <= given + 1 + 1 + given
     await asyncio.gather(*many)
 
 

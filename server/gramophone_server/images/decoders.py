@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -18,10 +19,11 @@ from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
 from gramophone_server.images.decoding import Header, decoding_bytes
 from gramophone_server.images.fair_queue import FairQueue
+from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage
 from gramophone_server.images.threads import started_threads
 
-__all__ = ["DecodedImage", "Decoders"]
+__all__ = ["DecodedImage", "Decoders", "EncodedImage"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,15 @@ class DecodedImage(NamedTuple):
 
     picture: Tensor  # uint8 [3, height, width]
     digest: bytes  # see `domain.job.digest`
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image of a job: ``read`` returns its file, and is called on a thread. ``needed``: see `decoding.decode`."""
+
+    read: Callable[[], bytes]
+    header: Header
+    needed: int
 
 
 class Decoders:
@@ -97,34 +108,56 @@ class Decoders:
         async with self._other.place(owner, 1):
             return await asyncio.get_running_loop().run_in_executor(self._other_threads, function)
 
-    async def decode(self, read: Callable[[], bytes], header: Header, needed: int, owner: str) -> DecodedImage:
-        """The picture of an image with this ``header``, see `decoding.decode`.
+    async def decode(self, images: Sequence[EncodedImage], owner: str) -> list[DecodedImage | UnusableImage]:
+        """The pictures of a job, in the same order, or what is wrong with them; see `decoding.decode`.
 
-        ``read`` returns the encoded image; it is called on a thread when it is the turn of ``owner``. Raises
-        `UnusableImage`, `Shortage`, and `EngineFailed` if a decoder crashes.
+        Each is read and decoded when it is the turn of ``owner``, small ones together, because to hand one over takes
+        longer than to decode it. Raises `Shortage`, and `EngineFailed` if a decoder crashes.
         """
-        if header.pixels <= SMALL_PIXELS:
-            async with self._small.place(owner, header.pixels):
-                decode = partial(self._decode_small, read, header, needed)
-                picture = await asyncio.get_running_loop().run_in_executor(self._small_threads, decode)
-            if picture is not None:
-                return picture
-        async with self._large.place(owner, header.pixels):
-            return await self._decode_large(read, needed)
+        small = [image for image in images if image.header.pixels <= SMALL_PIXELS]
+        together = small if sum(image.header.pixels for image in small) <= SMALL_PIXELS else []
+        try:
+            async with asyncio.TaskGroup() as group:  # an error, or a cancellation, ends all of them
+                tasks = [group.create_task(self._decode([image], owner)) for image in images if image not in together]
+                if together:
+                    tasks.append(group.create_task(self._decode(together, owner)))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        outcomes = dict(pair for task in tasks for pair in task.result())
+        return [outcomes[image] for image in images]
 
-    def _decode_small(self, read: Callable[[], bytes], header: Header, needed: int) -> DecodedImage | None:
-        """The picture; None if its file is large for its pixels, so that it belongs in a process."""
-        data = read()
-        if len(data) > SMALL_BYTES or decoding_bytes(data, header) > SMALL_DECODING_BYTES:
-            return None
-        return _with_digest(codec.decode(data, self._limits, needed))
+    async def _decode(
+        self, images: Sequence[EncodedImage], owner: str
+    ) -> list[tuple[EncodedImage, DecodedImage | UnusableImage]]:
+        """The pictures of some small images, or of one."""
+        outcomes: list[DecodedImage | UnusableImage | None] = [None] * len(images)
+        pixels = sum(image.header.pixels for image in images)
+        if pixels <= SMALL_PIXELS:
+            async with self._small.place(owner, pixels):
+                decode = partial(self._decode_small, images)
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._small_threads, decode)
+        for i, image in enumerate(images):
+            if outcomes[i] is None:
+                async with self._large.place(owner, image.header.pixels):
+                    outcomes[i] = await self._decode_large(image)
+        return [(image, outcome) for image, outcome in zip(images, outcomes, strict=True) if outcome is not None]
 
-    async def _decode_large(self, read: Callable[[], bytes], needed: int) -> DecodedImage:
+    def _decode_small(self, images: Sequence[EncodedImage]) -> list[DecodedImage | UnusableImage | None]:
+        """The pictures; None for one whose file is large for its pixels, so that it belongs in a process."""
+        outcomes: list[DecodedImage | UnusableImage | None] = []
+        for image in images:
+            data = image.read()
+            is_large = len(data) > SMALL_BYTES or decoding_bytes(data, image.header) > SMALL_DECODING_BYTES
+            decode = partial(codec.decode, data, self._limits, image.needed)
+            outcomes.append(None if is_large else _outcome(decode))
+        return outcomes
+
+    async def _decode_large(self, image: EncodedImage) -> DecodedImage | UnusableImage:
         process = self._idle.pop()
         self._busy.append(process)
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._process_threads, lambda: _with_digest(process.decode(read(), needed))
+                self._process_threads, lambda: _outcome(lambda: process.decode(image.read(), image.needed))
             )
         except asyncio.CancelledError:
             process.kill()
@@ -145,5 +178,9 @@ def _start(process: DecoderProcess) -> None:
             log.error("large images cannot be decoded: %s", error)
 
 
-def _with_digest(picture: Tensor) -> DecodedImage:
+def _outcome(decode: Callable[[], Tensor]) -> DecodedImage | UnusableImage:
+    try:
+        picture = decode()
+    except UnusableImage as error:
+        return error
     return DecodedImage(picture, digest(picture))

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from gramophone_server.config import ENCODERS
 from gramophone_server.images.threads import started_threads
 
-__all__ = ["Encoders", "Shared"]
+__all__ = ["QUICK_AHEAD", "Encoders", "Shared"]
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.errors import InvalidRequest, ServerBusy
-from gramophone_server.images.decoders import DecodedImage, Decoders
+from gramophone_server.images.decoders import DecodedImage, Decoders, EncodedImage
 from gramophone_server.images.decoding import Header, read_header
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.rpc.byte_budget import ByteBudget, Share
@@ -86,22 +86,16 @@ class JobImages:
         """The pictures by field. Raises `InvalidRequest` with the violations of all images,
         `Shortage`, `EngineFailed`."""
 
-        async def decode(source: Source) -> DecodedImage | Violation:
+        images = []
+        for source in sources.values():
             assert source.header is not None, "all headers are read, and valid"
-            try:
-                return await self._decoders.decode(
-                    source.read, source.header, source.needed(recipe, self._limits), owner
-                )
-            except UnusableImage as error:
-                return Violation(source.path, str(error))
-
-        try:
-            async with asyncio.TaskGroup() as group:  # an error, or a cancellation, ends all of them
-                tasks = {field: group.create_task(decode(source)) for field, source in sources.items()}
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        outcomes = {field: task.result() for field, task in tasks.items()}
-        violations = [outcome for outcome in outcomes.values() if isinstance(outcome, Violation)]
+            images.append(EncodedImage(source.read, source.header, source.needed(recipe, self._limits)))
+        outcomes = dict(zip(sources, await self._decoders.decode(images, owner), strict=True))
+        violations = [
+            Violation(sources[field].path, str(outcome))
+            for field, outcome in outcomes.items()
+            if isinstance(outcome, UnusableImage)
+        ]
         if violations:
             raise InvalidRequest(violations)
         return {field: outcome for field, outcome in outcomes.items() if isinstance(outcome, DecodedImage)}
