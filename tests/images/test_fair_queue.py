@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import random
 
 import pytest
@@ -124,3 +125,18 @@ async def test_places_are_never_lost_whatever_happens(places):
         await asyncio.sleep(0)
     assert most == places == queue.free and busy == queue.waiting == 0
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_pieces_that_have_left_are_not_kept():
+    queue = FairQueue(1)
+    async with queue.place("other", 1):
+        waits = asyncio.create_task(queue.place("owner", 1).__aenter__())
+        await asyncio.sleep(0)
+        for _ in range(100):
+            leaving = asyncio.create_task(queue.place("owner", 1).__aenter__())
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+        futures = [kept for kept in gc.get_objects() if type(kept) is type(asyncio.get_running_loop().create_future())]
+        assert queue.waiting == 1 and len(futures) < 20
+        waits.cancel()

@@ -21,7 +21,7 @@ from gramophone_server.config import Limits
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.images import codec
 from gramophone_server.network.precision import MODES
-from gramophone_server.rpc.job_images import Room
+from gramophone_server.rpc.job_images import DecodedShare
 from tests.support.bad_pictures import png as png_of
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
@@ -43,13 +43,13 @@ class Painter(VggEngine):
 @pytest.fixture
 def kept(monkeypatch):
     """Weak references to the tensors of all jobs."""
-    references, keep = [], Room.keep_until_freed
+    references, keep = [], DecodedShare.keep_until_freed
 
     def noted(self, job, size):
         references.extend(weakref.ref(image) for image in (job.content, *job.styles))
         keep(self, job, size)
 
-    monkeypatch.setattr(Room, "keep_until_freed", noted)
+    monkeypatch.setattr(DecodedShare, "keep_until_freed", noted)
     return references
 
 

@@ -26,7 +26,9 @@ class FairQueue:
         self._time = 0.0  # virtual: the work that each of the waiting owners would have received so far
         self._ends: dict[str, float] = {}  # of each owner's last piece, in virtual time
         self._pieces: Counter[str] = Counter()  # waiting and served, by owner
-        self._waiting: list[tuple[float, int, float, asyncio.Future[None]]] = []  # a heap: end, number, work, granted
+        self._number_of_pieces = 0
+        # A heap: end, number, work, granted. Some may have left, but no more than half of them.
+        self._waiting: list[tuple[float, int, float, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
     @property
@@ -41,11 +43,12 @@ class FairQueue:
 
     @contextlib.asynccontextmanager
     async def place(self, owner: str, work: float) -> AsyncIterator[None]:
-        """A place for a piece of ``work``, in any unit that is the same for all pieces; waits for its turn. Whoever is
-        cancelled while it waits has left the queue."""
+        """A place for a piece of ``work``, in any unit that is the same for all pieces; waits for its turn. A
+        caller that is cancelled while it waits has left the queue."""
         end = max(self._time, self._ends.get(owner, 0.0)) + work
         self._ends[owner] = end
         self._pieces[owner] += 1
+        self._number_of_pieces += 1
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (end, next(self._numbers), work, granted))
         try:
@@ -61,12 +64,16 @@ class FairQueue:
             finally:
                 self._free += 1
         finally:
+            self._number_of_pieces -= 1
             self._pieces[owner] -= 1
             if not self._pieces[owner]:
                 del self._pieces[owner], self._ends[owner]
             self._grant()
 
     def _grant(self) -> None:
+        if len(self._waiting) > 2 * self._number_of_pieces:  # those that have left may be behind all others
+            self._waiting = [piece for piece in self._waiting if not piece[-1].done()]
+            heapq.heapify(self._waiting)
         while self._free and self._waiting:
             _, _, work, granted = heapq.heappop(self._waiting)
             if not granted.done():

@@ -24,7 +24,7 @@ from gramophone_server.images.decoders import Decoders
 from gramophone_server.images.decoding import Header, upright_size
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.upload_store import Hold, Upload, UploadStore
-from gramophone_server.rpc.job_images import JobImages, Room, Source
+from gramophone_server.rpc.job_images import DecodedShare, JobImages, Source
 from gramophone_server.rpc.responses import result_encoding
 from gramophone_server.rpc.validation import check_result_size, check_resumed, check_spec, raise_violations
 from gramophone_server.scheduling.reservation import Reservation
@@ -79,7 +79,7 @@ class Admission:
         self,
         spec: pb.JobSpec,
         held: Hold,
-        room: Room,
+        room: DecodedShare,
         reservation: Reservation,
         deadline_at: float | None,
         owner: str,
@@ -137,7 +137,7 @@ class Admission:
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
     async def _recipe(
-        self, spec: pb.JobSpec, uploaded: bytes | None, room: Room, owner: str
+        self, spec: pb.JobSpec, uploaded: bytes | None, room: DecodedShare, owner: str
     ) -> tuple[Recipe, Checkpoint | None]:
         """The recipe and the checkpoint, which may be uploaded. Raises `InvalidRequest` and `ServerBusy`."""
         if not spec.HasField("resume") and uploaded is None:

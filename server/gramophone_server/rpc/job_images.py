@@ -21,7 +21,7 @@ from gramophone_server.images.decoding import Header, read_header
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.rpc.byte_budget import ByteBudget, Share
 
-__all__ = ["JobImages", "Room", "Source"]
+__all__ = ["DecodedShare", "JobImages", "Source"]
 
 
 @dataclass(eq=False)
@@ -78,9 +78,9 @@ class JobImages:
         headers = ((source, source.header) for source in sources.values() if source.header is not None)
         return sum(header.decoded_bytes(source.needed(recipe, self._limits)) for source, header in headers)
 
-    def room(self, owner: str) -> Room:
+    def room(self, owner: str) -> DecodedShare:
         """For the pictures of one job of ``owner``, in a `with` block."""
-        return Room(self.budget, owner, self._retry_after_s)
+        return DecodedShare(self.budget, owner, self._retry_after_s)
 
     async def decode(self, sources: Mapping[str, Source], recipe: Recipe, owner: str) -> dict[str, DecodedImage]:
         """The pictures by field. Raises `InvalidRequest` with the violations of all images,
@@ -101,7 +101,7 @@ class JobImages:
         return {field: outcome for field, outcome in outcomes.items() if isinstance(outcome, DecodedImage)}
 
 
-class Room:
+class DecodedShare:
     """The bytes of the pictures of one job. The `with` block gives them back, unless the job keeps them."""
 
     def __init__(self, budget: ByteBudget, owner: str, retry_after_s: Callable[[], float]) -> None:
