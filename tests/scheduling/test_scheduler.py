@@ -515,6 +515,23 @@ async def test_a_job_that_waits_for_memory_has_a_position_though_places_are_free
         assert (await kinds(second))[-1] == "Finished"
 
 
+async def test_jobs_that_wait_for_memory_are_told_their_place_among_them_and_no_time():
+    engine = FakeEngine(iteration_s=0.002, memory_bytes=1500 * 64 * 32)
+    async with scheduling(engine, max_running=8) as scheduler:
+        first = submit(scheduler, job_state(100_000))
+        await until(lambda: scheduler.estimated_wait_s() is not None)
+        engine.go.clear()
+        await until(engine.under_way.is_set)
+        large = [submit(scheduler, job_state(10, size=60)) for _ in range(3)]
+        small = submit(scheduler, job_state(10, size=16))
+        accepted = [(await anext(one.events()))[1] for one in (*large, small)]
+        assert [(event.position, event.wait_s) for event in accepted] == [(1, None), (2, None), (3, None), (0, 0.0)]
+        engine.go.set()
+        first.cancel()
+        for one in large:
+            assert (await kinds(one))[-1] == "Finished"
+
+
 async def test_drain_of_an_idle_scheduler_is_immediate():
     async with scheduling(FakeEngine()) as scheduler, asyncio.timeout(1):
         await scheduler.drain(within_s=30)

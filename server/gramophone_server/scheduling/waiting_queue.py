@@ -311,13 +311,22 @@ class WaitingQueue:
         return even_sharing(running_s, waiting_s, 0.0, self._max_running)
 
     def _outlook(self, running: Sequence[Task]) -> list[tuple[int, float | None]]:
-        """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts."""
+        """For each waiting task: its position, 0 if it will start at once, and the seconds until it starts. None for
+        those that wait for memory: how long the jobs that have it stay is not forecast."""
         free = max(0, self._max_running - sum(not task.memory_short for task in running))
-        # A job that waits for memory does not start at once, though a place is free.
-        positions = [max(int(task.memory_short), index + 1 - free) for index, task in enumerate(self._tasks)]
-        predicted = self._forecast(running, [task.remaining for task in self._tasks]) if positions else None
-        starts = predicted.starts[:-1] if predicted is not None else (None,) * len(positions)
-        return [(position, start if position else 0.0) for position, start in zip(positions, starts, strict=True)]
+        short_since = [task.memory_short_since for task in self._tasks]
+        # They get it in the order in which they came to wait for it, together with running jobs that have left it.
+        turns = sorted(since for since in (*short_since, *(t.memory_short_since for t in running)) if since is not None)
+        predicted = self._forecast(running, [task.remaining for task in self._tasks]) if self._tasks else None
+        starts = predicted.starts[:-1] if predicted is not None else (None,) * len(self._tasks)
+        outlook: list[tuple[int, float | None]] = []
+        for index, (since, start) in enumerate(zip(short_since, starts, strict=True)):
+            position = max(0, index + 1 - free)
+            if since is not None:  # it does not start at once, though a place is free
+                outlook.append((max(position, bisect.bisect_left(turns, since) + 1), None))
+            else:
+                outlook.append((position, start if position else 0.0))
+        return outlook
 
 
 def _latest_start_at(task: Task) -> float:
