@@ -172,7 +172,7 @@ class RpcCall:
         if not self.sent_messages:
             # Otherwise gRPC sends these with the message. If that is not read, it cannot send a status either.
             await self._context.send_initial_metadata(())
-        await self._calls.turns.wait()
+        await self._calls.turns.wait(len(message.data))
         self.sent_messages += 1
         self._metrics.message_sent(self._method)
         if message.dropped is not None:
