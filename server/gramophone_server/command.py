@@ -6,14 +6,14 @@ torch takes to load. `python -m gramophone_server.main` does the same, without t
 
 from __future__ import annotations
 
-from gramophone_server import config
+from gramophone_server import command_line
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Runs a server until it has drained."""
-    settings = config.from_command_line()
+    settings = command_line.from_command_line()
     from gramophone_server.main import run  # imports torch
 
     run(settings)

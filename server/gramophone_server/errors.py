@@ -58,11 +58,11 @@ class GramophoneError(Exception):
 
 
 class InvalidRequest(GramophoneError):
-    """The request violates at least one rule; `violations` has a field path and a sentence for each."""
+    """The request violates at least one rule; `violations` has a field path, or "", and a sentence for each."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+        super().__init__("; ".join(": ".join(filter(None, v)) for v in self.violations))
 
 
 class NotReady(GramophoneError):

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import grpc
 from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]
 
-from gramophone_server import config
+from gramophone_server import command_line
 from gramophone_server.config import (
     MAX_REFLECTION_CALLS,
     METADATA_BYTES,
@@ -385,4 +385,4 @@ def _limits_line(limits: Limits) -> str:
 
 
 if __name__ == "__main__":
-    run(config.from_command_line())
+    run(command_line.from_command_line())

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gramophone_server.memory_bound import request_memory_bytes
 from tests.bad_input import inputs
 from tests.bad_input.inputs import Input, corpus
 from tests.bad_input.sending import CONCURRENCY, LIMITS, ServerUnderTest, running_server, watch_health_during
@@ -107,9 +108,9 @@ async def _send(server: ServerUnderTest, name: str, sent: Input, findings: Findi
         findings.max_memory_concurrent, findings.max_memory_concurrent_input = memory, name
     elif not outcome.others and memory > findings.max_memory:
         findings.max_memory, findings.max_memory_input = memory, name
-    if memory > LIMITS.request_memory_bytes:
+    if memory > request_memory_bytes(LIMITS):
         others = f" with up to {outcome.others} other requests" if outcome.others else ""
-        limit = f"at most {LIMITS.request_memory_bytes / MIB:.0f} are allowed"
+        limit = f"at most {request_memory_bytes(LIMITS) / MIB:.0f} are allowed"
         findings.failures.append((sent, f"took {memory / MIB:.0f} MiB{others}, {limit}"))
 
 
@@ -134,7 +135,7 @@ def print_summary(findings: Findings, seconds: float, console: Console) -> None:
     console.print(
         f"memory: one request took at most {findings.max_memory / MIB:.0f} MiB ({findings.max_memory_input}), "
         f"up to {CONCURRENCY} concurrent requests {findings.max_memory_concurrent / MIB:.0f} MiB "
-        f"({findings.max_memory_concurrent_input}); the limit is {LIMITS.request_memory_bytes / MIB:.0f} MiB"
+        f"({findings.max_memory_concurrent_input}); the limit is {request_memory_bytes(LIMITS) / MIB:.0f} MiB"
     )
     console.print(
         f"{findings.repeated} inputs were slow and sent again; "

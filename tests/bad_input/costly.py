@@ -16,6 +16,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import overrides_to_message
 from gramophone_client import AsyncGramophoneClient
 from gramophone_server.config import Limits
+from gramophone_server.memory_bound import request_memory_bytes
 from tests.bad_input.inputs import RECIPE, in_jpeg, in_png, job
 from tests.bad_input.streams import start
 from tests.bad_input.target import Case, Target, one, path_of
@@ -107,7 +108,7 @@ def _pictures_case(shape: str, place: str, width: int, height: int, limits: Limi
             raise RuleViolation(message)
 
     # The decoders' own memory comes and goes.
-    return Case("pictures", f"{AT_ONCE} jobs with {shape} {place} pictures", play, 90, limits.request_memory_bytes)
+    return Case("pictures", f"{AT_ONCE} jobs with {shape} {place} pictures", play, 90, request_memory_bytes(limits))
 
 
 @cache

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 from google.protobuf import duration_pb2
@@ -18,6 +17,7 @@ from gramophone_server.engine.fake import FakeEngine
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec, decoding
 from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.memory_bound import request_memory_bytes
 from gramophone_server.rpc.status import abort_status
 from gramophone_server.rpc.validation import check_page_options, check_request_id, check_spec, check_watch_options
 from tests.bad_input import campaign, inputs, sending
@@ -39,15 +39,15 @@ async def test_the_server_survives_bad_inputs():
     findings = await run_campaign(COUNT, SEED, bombs=False)  # the bombs that ever failed are in the corpus
     assert not findings.failures, describe(findings)
     assert findings.total == COUNT + len(inputs.corpus())
-    assert 0 < findings.max_memory <= LIMITS.request_memory_bytes
-    assert 0 < findings.max_memory_concurrent <= LIMITS.request_memory_bytes
+    assert 0 < findings.max_memory <= request_memory_bytes(LIMITS)
+    assert 0 < findings.max_memory_concurrent <= request_memory_bytes(LIMITS)
 
 
 async def test_the_campaign_reports_failures_of_the_server(tmp_path, monkeypatch):
     """With limits that forbid all use of memory and time, and a method that does not exist. The limit of memory applies
     to damaged inputs as well as to those that are sent alone."""
     monkeypatch.setitem(sending.METHODS, "Paint", Method("Paint"))
-    monkeypatch.setattr(campaign, "LIMITS", SimpleNamespace(request_memory_bytes=-1))
+    monkeypatch.setattr(campaign, "request_memory_bytes", lambda limits: -1)
     monkeypatch.setattr(sending, "SLOW_S", 0.0)
     paths = [tmp_path / "absent.input", tmp_path / "slow.input"]
     absent, slow = Input("wire", "Paint", (b"x",)), Input("wire", "GetServerInfo", (b"",))

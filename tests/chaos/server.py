@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gramophone_server import config, main
+from gramophone_server import command_line, main
 from gramophone_server.config import Limits
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import JobState, Shape
@@ -101,7 +101,7 @@ def short_keepalive_options(limits: Limits) -> list[tuple[str, int]]:
 options = main.server_options
 
 if __name__ == "__main__":
-    settings, _ = config.load(sys.argv[1:], os.environ)
+    settings, _ = command_line.load(sys.argv[1:], os.environ)
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr)
     # It logs clients that disconnect; `main` filters that, too.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)

@@ -18,7 +18,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import GramophoneClient, errors
 from gramophone_client.commands.parser import parse
 from gramophone_client.types.options import JobOptions
-from gramophone_server import config
+from gramophone_server import command_line
 
 ROOT = Path(__file__).parents[2]
 INCLUDING = {
@@ -99,7 +99,7 @@ def test_commands_are_those_of_the_parser(page: str) -> None:
             if program == "gramophone" and "--help" not in words:
                 parse(words)
             elif program == "gramophone-server" and "--help" not in words:
-                config.load(words, {})
+                command_line.load(words, {})
 
 
 def test_commands_are_found() -> None:

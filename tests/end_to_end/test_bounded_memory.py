@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_server import config
+from gramophone_server import command_line
+from gramophone_server.memory_bound import memory_terms
 from tests.support.processes import Server
 from tests.support.raw_http2 import StreamOver, connect, prefixed
 from tests.support.specs import spec
@@ -36,9 +37,9 @@ FLAGS = (
 
 def bytes_that_may_arrive():
     """The parts of the bound that these clients can fill."""
-    settings, _ = config.load(list(FLAGS), {})
+    settings, _ = command_line.load(list(FLAGS), {})
     names = {"connections", "calls", "receiving", "small messages", "commands", "uploads"}
-    return sum(term.bytes for term in settings.memory_terms() if term.name in names)
+    return sum(term.bytes for term in memory_terms(settings) if term.name in names)
 
 
 def resident_bytes(pid):

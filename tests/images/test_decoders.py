@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gramophone_server.config import DECODERS, Limits
+from gramophone_server.config import Limits
 from gramophone_server.domain import job
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import codec
@@ -140,22 +140,22 @@ async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
         asyncio.create_task(pool.decode([EncodedImage(lambda number=number: reading(number), header, 64)], "a"))
         for number in range(6)
     ]
-    await until(lambda: len(read) == DECODERS)
-    await until(lambda: len(children()) == DECODERS)
+    await until(lambda: len(read) == LIMITS.max_decoders)
+    await until(lambda: len(children()) == LIMITS.max_decoders)
     working = children()
-    assert pool.waiting == 6 - DECODERS
+    assert pool.waiting == 6 - LIMITS.max_decoders
     for call in calls:
         call.cancel()
     await asyncio.wait(calls, timeout=0.1)  # they do not wait for the decoder
     assert all(call.cancelled() for call in calls) and pool.waiting == 0
     await until(lambda: not working & children())
-    assert len(read) == DECODERS  # the others never started
+    assert len(read) == LIMITS.max_decoders  # the others never started
     assert (await decoded(pool, LARGE)).shape == (3, 65, 65)
 
 
 async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
     large = [asyncio.create_task(pool.decode([encoded(slow)], "a")) for _ in range(5)]
-    await until(lambda: len(children()) == DECODERS)
+    await until(lambda: len(children()) == LIMITS.max_decoders)
     assert (await decoded(pool, SMALL, "b")).shape == (3, 64, 64)
     assert await pool.quickly(lambda: 1) == await pool.run(lambda: 1, "b") == 1
     assert not any(call.done() for call in large)
@@ -167,7 +167,7 @@ async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
 async def test_closing_ends_all_processes(slow):
     pool = Decoders(LIMITS)
     pool.start()
-    await until(lambda: len(children()) == DECODERS)
+    await until(lambda: len(children()) == LIMITS.max_decoders)
     call = asyncio.create_task(decoded(pool, slow))
     await until(lambda: pool.busy == 1)
     pool.close()
@@ -237,12 +237,12 @@ def test_processes_that_cannot_be_started_are_reported_when_the_server_starts(mo
     async def main():
         decoders = Decoders(LIMITS)
         decoders.start()
-        await until(lambda: len(caplog.messages) == DECODERS)
+        await until(lambda: len(caplog.messages) == LIMITS.max_decoders)
         decoders.close()
 
     asyncio.run(main())
     expected = "large images cannot be decoded: no process could be started (No such file or directory)"
-    assert caplog.messages == [expected] * DECODERS
+    assert caplog.messages == [expected] * LIMITS.max_decoders
 
 
 def test_a_process_that_is_killed_does_not_start_again(process):

@@ -107,8 +107,13 @@ def test_a_pause_that_would_keep_too_much_memory_is_refused_and_changes_nothing(
     task = one.task("caller", 100_000, **LARGE)
     add(one, task)
     one.run(lambda: task.state.done)
-    with pytest.raises(InvalidRequest, match="the server keeps 1000 more of paused jobs"):
+    with pytest.raises(InvalidRequest) as caught:
         one.worker.pause(task, one.engine.memory_bytes // 2 - 1000)
+    needed = one.engine.state_bytes(task.state)
+    assert str(caught.value) == (
+        f"the job's state takes {needed} bytes, and the server keeps 1000 more beside the device (server setting "
+        "GRAMOPHONE_MAX_PARKED_BYTES); take a checkpoint and end this one, or resume or end another paused job"
+    )
     assert task.batch is not None
     one.worker.pause(task, 0)
     assert task.batch is None

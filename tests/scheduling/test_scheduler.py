@@ -15,6 +15,7 @@ from gramophone_server.errors import (
     DeadlineUnattainable,
     Diverged,
     EngineFailed,
+    InvalidRequest,
     NotReady,
     OutOfDeviceMemory,
     QueueFull,
@@ -24,6 +25,7 @@ from gramophone_server.errors import (
 from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.mailbox import FrameRule
 from gramophone_server.jobs.registry import JobRegistry
+from gramophone_server.scheduling import memory_turns
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
@@ -530,6 +532,25 @@ async def test_jobs_that_wait_for_memory_are_told_their_place_among_them_and_no_
         first.cancel()
         for one in large:
             assert (await kinds(one))[-1] == "Finished"
+
+
+async def test_states_that_have_left_the_device_leave_less_room_for_paused_ones(monkeypatch):
+    monkeypatch.setattr(memory_turns, "MEMORY_TURN_S", 0.05)
+    engine = FakeEngine(iteration_s=0.002, memory_bytes=1500 * 64 * 32)
+    one_state = engine.state_bytes(job_state())
+    async with scheduling(engine, max_running=2, max_parked_bytes=one_state) as scheduler:
+        jobs = [submit(scheduler, job_state(100_000)) for _ in range(2)]
+        await until(lambda: scheduler.parked_bytes and all(job.state.done for job in jobs))
+        monkeypatch.setattr(memory_turns, "MEMORY_TURN_S", 100.0)
+        await until(lambda: scheduler.parked_bytes == one_state)
+        (running,) = (job for job in jobs if job.state.tensors is None)
+        (parked,) = (job for job in jobs if job is not running)
+        with pytest.raises(InvalidRequest, match="keeps 0 more beside the device"):
+            await scheduler.command(running.observer, Pause())
+        parked.cancel()
+        await until(lambda: not scheduler.parked_bytes)
+        await scheduler.command(running.observer, Pause())
+        running.cancel()
 
 
 async def test_drain_of_an_idle_scheduler_is_immediate():

@@ -88,7 +88,7 @@ async def watch_loop(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from gramophone_server import config, main
+    from gramophone_server import command_line, main
 
     serve = main.serve
 
@@ -101,4 +101,4 @@ if __name__ == "__main__":
             watching.cancel()
 
     main.serve = watched
-    main.run(config.from_command_line())
+    main.run(command_line.from_command_line())

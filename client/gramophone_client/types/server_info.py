@@ -38,6 +38,8 @@ class Limits:
     max_connections: int
     max_calls: int  # at the same time
     max_calls_per_connection: int
+    max_parked_bytes: int  # of the states of all jobs that are paused or have left the device for others
+    max_decoders: int  # large images that are decoded at the same time
 
 
 @dataclass(frozen=True)

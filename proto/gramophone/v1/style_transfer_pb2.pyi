@@ -695,7 +695,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s", "max_running", "max_paused_s", "max_checkpoint_bytes", "max_uploads_bytes", "max_watchers", "max_message_bytes", "max_receiving_bytes", "max_sending_bytes", "max_decoded_bytes", "max_idle_s", "max_connections", "max_calls", "max_calls_per_connection")
+    __slots__ = ("max_image_bytes", "max_image_pixels", "max_size", "max_styles", "max_iterations", "max_queued", "max_detach_s", "max_kept_s", "max_kept", "max_kept_bytes", "max_blocked_s", "max_running", "max_paused_s", "max_checkpoint_bytes", "max_uploads_bytes", "max_watchers", "max_message_bytes", "max_receiving_bytes", "max_sending_bytes", "max_decoded_bytes", "max_idle_s", "max_connections", "max_calls", "max_calls_per_connection", "max_parked_bytes", "max_decoders")
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -720,6 +720,8 @@ class Limits(_message.Message):
     MAX_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_CALLS_FIELD_NUMBER: _ClassVar[int]
     MAX_CALLS_PER_CONNECTION_FIELD_NUMBER: _ClassVar[int]
+    MAX_PARKED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DECODERS_FIELD_NUMBER: _ClassVar[int]
     max_image_bytes: int
     max_image_pixels: int
     max_size: int
@@ -744,7 +746,9 @@ class Limits(_message.Message):
     max_connections: int
     max_calls: int
     max_calls_per_connection: int
-    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ..., max_running: _Optional[int] = ..., max_paused_s: _Optional[int] = ..., max_checkpoint_bytes: _Optional[int] = ..., max_uploads_bytes: _Optional[int] = ..., max_watchers: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_receiving_bytes: _Optional[int] = ..., max_sending_bytes: _Optional[int] = ..., max_decoded_bytes: _Optional[int] = ..., max_idle_s: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_calls: _Optional[int] = ..., max_calls_per_connection: _Optional[int] = ...) -> None: ...
+    max_parked_bytes: int
+    max_decoders: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_size: _Optional[int] = ..., max_styles: _Optional[int] = ..., max_iterations: _Optional[int] = ..., max_queued: _Optional[int] = ..., max_detach_s: _Optional[int] = ..., max_kept_s: _Optional[int] = ..., max_kept: _Optional[int] = ..., max_kept_bytes: _Optional[int] = ..., max_blocked_s: _Optional[int] = ..., max_running: _Optional[int] = ..., max_paused_s: _Optional[int] = ..., max_checkpoint_bytes: _Optional[int] = ..., max_uploads_bytes: _Optional[int] = ..., max_watchers: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_receiving_bytes: _Optional[int] = ..., max_sending_bytes: _Optional[int] = ..., max_decoded_bytes: _Optional[int] = ..., max_idle_s: _Optional[int] = ..., max_connections: _Optional[int] = ..., max_calls: _Optional[int] = ..., max_calls_per_connection: _Optional[int] = ..., max_parked_bytes: _Optional[int] = ..., max_decoders: _Optional[int] = ...) -> None: ...
 
 class CacheStats(_message.Message):
     __slots__ = ("hits", "misses", "bytes", "max_bytes")

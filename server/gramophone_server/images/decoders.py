@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from gramophone_server.config import DECODERS, SMALL_DECODING_BYTES, Limits
+from gramophone_server.config import DECODER_THREADS, SMALL_DECODING_BYTES, Limits
 from gramophone_server.domain.job import digest
 from gramophone_server.images import codec
 from gramophone_server.images.decoder_client import DecoderProcess
@@ -34,10 +34,9 @@ T = TypeVar("T")
 # file and of the pixels.
 SMALL_PIXELS = 2**20
 SMALL_BYTES = 2**20  # of the file
-THREADS = DECODERS  # of each kind
 # Three small images wait behind that of each thread, which so finds its next one without waiting for the event loop: 64
 # clients of small jobs waited 308 ms for an image, and 18 ms with them.
-SMALL_PLACES = 4 * THREADS
+SMALL_PLACES = 4 * DECODER_THREADS
 
 
 class DecodedImage(NamedTuple):
@@ -59,21 +58,22 @@ class EncodedImage:
 class Decoders:
     """Decodes images, in turns, on threads and in processes. Its methods belong to the event loop.
 
-    Large images are decoded in `DECODERS` processes. If the caller of a method is cancelled, it leaves the queue, and a
-    process that works for it is ended; another one is started for the next image. A thread cannot be ended, so what one
-    has begun, a small image or a digest, goes on to its end.
+    Large images are decoded in `max_decoders` processes. If the caller of a method is cancelled, it leaves the queue,
+    and a process that works for it is ended; another one is started for the next image. A thread cannot be ended, so
+    what one has begun, a small image or a digest, goes on to its end.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._large, self._small, self._other = FairQueue(DECODERS), FairQueue(SMALL_PLACES), FairQueue(THREADS)
-        self._idle = [DecoderProcess(limits) for _ in range(DECODERS)]
+        self._large, self._small = FairQueue(limits.max_decoders), FairQueue(SMALL_PLACES)
+        self._other = FairQueue(DECODER_THREADS)
+        self._idle = [DecoderProcess(limits) for _ in range(limits.max_decoders)]
         self._busy: list[DecoderProcess] = []
         # Twice as many, because a thread may still wait for the end of a process when the next one is used.
-        self._process_threads = started_threads(2 * DECODERS, "decode-large")
-        self._small_threads = started_threads(THREADS, "decode")
-        self._other_threads = started_threads(THREADS, "read")
-        self._quick_threads = started_threads(THREADS, "header")
+        self._process_threads = started_threads(2 * limits.max_decoders, "decode-large")
+        self._small_threads = started_threads(DECODER_THREADS, "decode")
+        self._other_threads = started_threads(DECODER_THREADS, "read")
+        self._quick_threads = started_threads(DECODER_THREADS, "header")
 
     @property
     def waiting(self) -> int:

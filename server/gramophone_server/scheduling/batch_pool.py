@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from gramophone_server.config import PARKED_BYTES
+from gramophone_server.config import Limits
 from gramophone_server.domain.engine_api import BatchEngine, Beginning
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import Shape
@@ -46,10 +46,12 @@ class BatchPool:
         charge: Callable[[Task, float], None],
         on_iterations: OnIterations = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
+        max_parked_bytes: int = Limits.max_parked_bytes,
     ) -> None:
         self._engine, self._throughput, self._charge = engine, throughput, charge
         self._on_iterations = on_iterations
         self._clock = clock
+        self._max_parked_bytes = max_parked_bytes
         self._batches: list[PooledBatch] = []
         self._batches_bytes = 0  # estimated
         self._missing: dict[Shape, Counter[int]] = {}  # widths of the batches that are to be opened
@@ -81,13 +83,13 @@ class BatchPool:
 
     @property
     def host_bytes(self) -> int:
-        """Size of the states of jobs that have left the device for others, or are paused."""
+        """Size of the states of jobs that have left the device for others, or are paused. Thread-safe."""
         return self._host_bytes
 
     @property
     def max_host_bytes(self) -> int:
-        """Largest `host_bytes`."""
-        return min(PARKED_BYTES, self._engine.memory_bytes // 2)
+        """Largest `host_bytes`. Thread-safe."""
+        return min(self._max_parked_bytes, self._engine.memory_bytes // 2)
 
     def batch_bytes(self, batch: PooledBatch) -> int:
         """Estimated device memory of an open batch, in bytes."""

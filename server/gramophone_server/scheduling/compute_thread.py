@@ -83,6 +83,16 @@ class ComputeThread:
         return self._worker.batch_bytes if self._worker is not None else 0
 
     @property
+    def parked_bytes(self) -> int:
+        """Bytes of the states of jobs that are paused or have left the device for others. Thread-safe."""
+        return self._worker.parked_bytes if self._worker is not None else 0
+
+    @property
+    def max_parked_bytes(self) -> int:
+        """Largest `parked_bytes`. Thread-safe."""
+        return self._worker.max_parked_bytes if self._worker is not None else self._limits.max_parked_bytes
+
+    @property
     def urgent_credit_s(self) -> float:
         """Seconds that jobs whose deadlines need it may take at once now. Thread-safe."""
         return self._worker.urgent_credit_s if self._worker is not None else 0.0
@@ -104,7 +114,12 @@ class ComputeThread:
             _resolve(self.loaded, error)
             return
         worker = self._worker = Worker(
-            engine, self._throughput, self._limits.max_checkpoint_bytes, self._on_iterations, self._clock
+            engine,
+            self._throughput,
+            self._limits.max_checkpoint_bytes,
+            self._on_iterations,
+            self._clock,
+            self._limits.max_parked_bytes,
         )
         _resolve(self.loaded, engine)
         try:
@@ -209,8 +224,9 @@ class ComputeThread:
         with self._table.lock:
             if task in self._table.paused:
                 return
-            paused_bytes = sum(task.state.bytes for task in self._table.paused)
-        worker.pause(task, paused_bytes)  # copies tensors, so without the lock
+            parked = [other for other in self._table.running if other.parked and other is not task]
+            host_bytes = sum(other.state.bytes for other in (*self._table.paused, *parked))
+        worker.pause(task, host_bytes)  # copies tensors, so without the lock
         with self._table.lock:
             if self._table.pause(task, self._clock() + self._limits.max_paused_s):
                 task.observer.publish(Paused(task.state.done))

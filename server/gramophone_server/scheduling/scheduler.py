@@ -112,6 +112,16 @@ class Scheduler:
         return self._thread.batch_bytes
 
     @property
+    def parked_bytes(self) -> int:
+        """Bytes of the states of jobs that are paused or have left the device for others. Thread-safe."""
+        return self._thread.parked_bytes
+
+    @property
+    def max_parked_bytes(self) -> int:
+        """Largest `parked_bytes`: the setting, and at most half of the engine's memory. Thread-safe."""
+        return self._thread.max_parked_bytes
+
+    @property
     def step_s(self) -> float:
         """Seconds since the compute thread started its current step, of pending commands and one slice; 0 while it
         waits for work. Thread-safe."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from gramophone.recipe import Violation
+from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.engine_api import BatchEngine
 from gramophone_server.domain.events import Changed, Finished, Frame, Picture, Progress, Saved, SavedState, StopReason
 from gramophone_server.domain.job import Report, ran_out_of_memory
@@ -56,10 +57,11 @@ class Worker:
         max_checkpoint_bytes: int,
         on_iterations: OnIterations = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
+        max_parked_bytes: int = Limits.max_parked_bytes,
     ) -> None:
         self._engine, self._throughput, self._clock = engine, throughput, clock
         self._shares: DeviceShares[Task] = DeviceShares()
-        self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock)
+        self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock, max_parked_bytes)
         self._memory = MemoryTurns(engine, self._pool, self._park, clock)
         self._order = TurnOrder(self._shares, throughput, self.finish_within_budget, clock)
         self._forecaster = Forecaster(throughput)
@@ -69,6 +71,16 @@ class Worker:
     def batch_bytes(self) -> int:
         """Estimated device memory, in bytes, of the batches and of the jobs waiting to join one. Thread-safe."""
         return self._pool.bytes
+
+    @property
+    def parked_bytes(self) -> int:
+        """Size of the states of jobs that are paused or have left the device for others. Thread-safe."""
+        return self._pool.host_bytes
+
+    @property
+    def max_parked_bytes(self) -> int:
+        """Largest `parked_bytes`: the setting, and at most half of the engine's memory. Thread-safe."""
+        return self._pool.max_host_bytes
 
     @property
     def urgent_credit_s(self) -> float:
@@ -89,16 +101,18 @@ class Worker:
         task.idle_since = self._clock()
         task.observer.started()
 
-    def pause(self, task: Task, paused_bytes: int) -> None:
+    def pause(self, task: Task, host_bytes: int) -> None:
         """Takes a task out of its batch, into the host's memory; it can be admitted again. Raises `InvalidRequest` if
-        the paused jobs, with ``paused_bytes``, leave no room there. If memory runs out, the job fails, and
+        the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the job fails, and
         `OutOfDeviceMemory` is raised."""
         if task.batch is not None:
-            needed, room = self._engine.state_bytes(task.state), self._pool.max_host_bytes - paused_bytes
+            needed, most = self._engine.state_bytes(task.state), self._pool.max_host_bytes
+            room = max(0, most - host_bytes)
             if needed > room:
+                others = ", or resume or end another paused job" if needed <= most else ""
                 description = (
-                    f"the job's state takes {needed} bytes, and the server keeps {room} more of paused jobs; resume or "
-                    "end another paused job, or take a checkpoint and end this one"
+                    f"the job's state takes {needed} bytes, and the server keeps {room} more beside the device (server "
+                    f"setting {env_variable('max_parked_bytes')}); take a checkpoint and end this one{others}"
                 )
                 raise InvalidRequest([Violation("", description)])
         try:
