@@ -50,6 +50,11 @@ RAISED = {
 }
 
 
+def test_a_violation_of_no_field_is_only_its_sentence():
+    error = errors.InvalidRequest([Violation("", "came too early"), Violation("spec.content", "is odd")])
+    assert str(error) == "came too early; spec.content: is odd"
+
+
 @pytest.mark.parametrize("count", [1, 20, 21, 1000])
 @pytest.mark.parametrize("length", [1, 1000])
 def test_details_stay_within_4_kib(count, length):
