@@ -43,7 +43,7 @@ from gramophone_server.config import (
 )
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.errors import StartupError
-from gramophone_server.rpc import registration
+from gramophone_server.rpc import registration, usage
 from gramophone_server.rpc.event_loop import ServerEventLoop
 from gramophone_server.rpc.servicer import Servicer
 from gramophone_server.rpc.standard_calls import MAX_PER_CONNECTION, StandardCalls
@@ -148,9 +148,6 @@ class Server:
         self.servicer = Servicer(
             self.scheduler, settings, list_jobs=settings.list_jobs, metrics=metrics, access_log=self._access_log
         )
-        self._monitor = HealthMonitor(
-            self.scheduler, self.servicer.uploads, metrics, version(), dropped_lines=self._dropped_lines
-        )
         self._health = health.aio.HealthServicer()
         registration.add_to_server(self.servicer, self._grpc)
         receiver = self.servicer.receiver
@@ -160,6 +157,15 @@ class Server:
             queries = StandardCalls(receiver, receiver.small, MAX_REFLECTION_CALLS, "calls of reflection")
             registration.add_reflection(queries, self._grpc)
         self._port = _listen(self._grpc, settings.host, settings.port)
+        self._monitor = HealthMonitor(
+            self.scheduler,
+            self.servicer.uploads,
+            metrics,
+            version(),
+            dropped_lines=self._dropped_lines,
+            budgets=lambda: usage.budgets(self.servicer, self.scheduler, settings),
+            places=lambda: usage.places(self.servicer, probes, settings, self._port),
+        )
         self._probes = None
         if settings.metrics_port >= 0:
             self._probes = HttpProbes(

@@ -6,7 +6,8 @@ import urllib.parse
 
 import pytest
 
-from gramophone_server.rpc.connections import close_connection
+from gramophone_server.rpc.connections import close_connection, count_connections
+from tests.support.clock import until
 
 
 @pytest.mark.parametrize(("family", "host"), [("ipv4", "127.0.0.1"), ("ipv6", "::1")])
@@ -38,3 +39,19 @@ def test_a_peer_that_has_gone_is_no_error():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         assert not close_connection(f"ipv4:127.0.0.1:{listening.getsockname()[1]}")
     assert not close_connection("unix:/tmp/socket")
+
+
+async def test_only_the_connections_to_the_port_of_the_server_are_counted():
+    accepted = []
+    async with (
+        await asyncio.start_server(lambda *both: accepted.append(both), "127.0.0.1", 0) as one,
+        await asyncio.start_server(lambda *both: accepted.append(both), "127.0.0.1", 0) as other,
+    ):
+        ports = [server.sockets[0].getsockname()[1] for server in (one, other)]
+        assert [count_connections(port) for port in ports] == [0, 0]  # they listen
+        writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for port in (ports[0], ports[0], ports[1])]
+        await until(lambda: len(accepted) == 3)
+        assert [count_connections(port) for port in ports] == [2, 1]
+        for writer in (*writers, *(writer for _, writer in accepted)):
+            writer.close()
+        await until(lambda: count_connections(ports[0]) == 0)

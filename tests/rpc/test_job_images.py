@@ -56,7 +56,7 @@ def kept(monkeypatch):
 async def freed(s, kept):
     """Waits until no image is alive, and no byte is counted."""
     # The room is given back by a callback of the job's weak reference, a moment before its images are gone.
-    await until(lambda: s.servicer.decoded_bytes == 0 and all(image() is None for image in kept))
+    await until(lambda: s.servicer.admission.decoded.used == 0 and all(image() is None for image in kept))
 
 
 # The budget -----------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ async def test_the_images_of_a_job_are_counted_while_it_runs(kept, tiny_vgg):
     async with serving(Painter(tiny_vgg)) as s:
         call = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=5000)))
         await call.read()
-        assert s.servicer.decoded_bytes == PICTURES and len(kept) == 2
+        assert s.servicer.admission.decoded.used == PICTURES and len(kept) == 2
         call.cancel()
         await freed(s, kept)
 
@@ -88,7 +88,7 @@ async def test_a_job_without_room_is_refused_with_a_retry_before_it_is_decoded(m
             "the server is busy: the decoded images of its jobs take 960000 of 1048576 bytes (server setting "
             "GRAMOPHONE_MAX_DECODED_BYTES), and this job needs 960000; retry after about "
         )
-        assert s.servicer.decoded_bytes == 960_000 and s.scheduler.queued == 0
+        assert s.servicer.admission.decoded.used == 960_000 and s.scheduler.queued == 0
         small = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))  # there is room for this one
         await small.read()
         call.cancel()
@@ -105,7 +105,7 @@ async def test_a_job_that_never_fits_is_refused_for_good():
             "spec: has images that take 3148800 bytes once they are decoded; at most 1048576 are allowed (server "
             "setting GRAMOPHONE_MAX_DECODED_BYTES); send fewer or smaller images, or ask for a smaller size"
         )
-        assert s.servicer.decoded_bytes == 0
+        assert s.servicer.admission.decoded.used == 0
         wanted.recipe.size = 256  # the image is reduced by 4
         await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
 
@@ -195,11 +195,11 @@ async def test_a_cancelled_job_frees_its_images(kept, phase):
             await until(lambda: s.scheduler.pending_commands == 1)
             engine.go.set()
             await until(lambda: s.scheduler.paused == 1)
-        held = s.servicer.decoded_bytes
+        held = s.servicer.admission.decoded.used
         await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
         engine.jobs.clear(), engine.joined.clear()
         if phase == "waiting":  # at once, although the other job is in an iteration
-            await until(lambda: s.servicer.decoded_bytes == held - PICTURES)
+            await until(lambda: s.servicer.admission.decoded.used == held - PICTURES)
             first.cancel()
         engine.go.set()
         engine.batches.clear()
@@ -225,7 +225,7 @@ async def test_a_server_that_stops_frees_all_images(kept, tiny_vgg):
         calls = [s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec(iterations=5000))) for _ in range(3)]
         for call in calls:
             await call.read()
-        assert s.servicer.decoded_bytes == 3 * PICTURES
+        assert s.servicer.admission.decoded.used == 3 * PICTURES
         s.scheduler.stop()
         await freed(s, kept)
 
@@ -267,12 +267,12 @@ async def test_a_caller_that_leaves_gives_back_its_place_and_its_room_at_once():
     async with serving(FakeEngine(), Limits(max_running=2, max_queued=2)) as s:
         wanted = slow_spec()
         calls = [s.stub.Stylize(pb.StylizeRequest(spec=wanted)) for _ in range(4)]
-        await until(lambda: s.servicer.decoded_bytes > 50_000)
+        await until(lambda: s.servicer.admission.decoded.used > 50_000)
         assert (await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))).ErrorInfo.reason == "QUEUE_FULL"
         for call in calls:
             call.cancel()
         await until(lambda: s.scheduler.queued == 0)
-        await until(lambda: s.servicer.decoded_bytes == s.servicer.preparing == 0)
+        await until(lambda: s.servicer.admission.decoded.used == s.servicer.preparing == 0)
         await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
 
 

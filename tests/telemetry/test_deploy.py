@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 from gramophone.v1 import style_transfer_pb2 as pb
-from gramophone_server.telemetry.health import HealthMonitor
+from gramophone_server.telemetry.health import HealthMonitor, Usage
 from gramophone_server.telemetry.metrics import Metrics
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
@@ -24,7 +24,16 @@ async def served_series():
     """The series of a server after one job, as {name: labels}."""
     metrics = Metrics()
     async with serving(FakeEngine(iteration_s=0.001), metrics=metrics) as s:
-        HealthMonitor(s.scheduler, s.servicer.uploads, metrics, "1.0")
+        used = {"calls": Usage(1, 2)}
+        HealthMonitor(
+            s.scheduler,
+            s.servicer.uploads,
+            metrics,
+            "1.0",
+            dropped_lines=lambda: {"stderr": 0},
+            budgets=lambda: used,
+            places=lambda: used,
+        )
         await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         metrics.job_rejected("QUEUE_FULL")
         await until(lambda: metrics.registry.get_sample_value("gramophone_job_seconds_count") == 1)

@@ -58,6 +58,11 @@ class JobRegistry:
         """The number of jobs that have ended and are still kept."""
         return len(self._ended)
 
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of the results and events of these. Thread-safe."""
+        return sum(job.bytes for job in tuple(self._ended.values()))
+
     def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
         """Creates a job whose images are not known yet; see `Job.admit`."""
         self._created += 1
@@ -106,7 +111,7 @@ class JobRegistry:
             return
         self._ended[job.id] = job
         job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
-        kept_bytes = sum(ended.bytes for ended in self._ended.values())
+        kept_bytes = self.kept_bytes
         for ended in list(self._ended.values()):
             if len(self._ended) <= self._limits.max_kept and kept_bytes <= self._limits.max_kept_bytes:
                 break

@@ -24,6 +24,7 @@ from gramophone_server.images.decoders import Decoders
 from gramophone_server.images.decoding import Header, upright_size
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.upload_store import Hold, Upload, UploadStore
+from gramophone_server.rpc.byte_budget import ByteBudget
 from gramophone_server.rpc.job_images import DecodedShare, JobImages, Source
 from gramophone_server.rpc.responses import result_encoding
 from gramophone_server.rpc.validation import check_result_size, check_resumed, check_spec, raise_violations
@@ -47,9 +48,14 @@ class Admission:
         self._images = JobImages(limits, self._decoders, scheduler.retry_after_s)
 
     @property
-    def decoded_bytes(self) -> int:
+    def decoded(self) -> ByteBudget:
         """The bytes of the decoded images of all jobs, and the room for those that are being decoded."""
-        return self._images.budget.used
+        return self._images.budget
+
+    @property
+    def decoders(self) -> Decoders:
+        """The threads and processes that decode the images."""
+        return self._decoders
 
     def start(self) -> None:
         """Starts the processes that decode large images, so that the first ones do not wait for them."""

@@ -15,8 +15,8 @@ BUSY_S = 1.0  # before a client tries a call again for which there was no place
 
 
 class CallPlaces:
-    """The places of calls of one kind. A connection without calls always gets one, so that the many calls of others do
-    not shut it out."""
+    """The places of calls of one kind, of which so many are `taken`. A connection without calls always gets one, so
+    that the many calls of others do not shut it out."""
 
     def __init__(
         self,
@@ -28,9 +28,10 @@ class CallPlaces:
     ) -> None:
         """``kind``: what errors call the calls. ``settings``: clauses with the settings of both limits. ``on_full`` is
         called if there is no place in all; a later call may find one."""
-        self._max_calls, self._max_per_connection = max_calls, max_per_connection
+        self.max_calls, self._max_per_connection = max_calls, max_per_connection
         self._kind, self._settings, self._on_full = kind, settings, on_full
-        self._taken: Counter[str] = Counter()  # by connection
+        self.taken = 0
+        self._by_connection: Counter[str] = Counter()
 
     @classmethod
     def of_service(cls, limits: Limits, on_full: Callable[[], None]) -> Self:
@@ -40,26 +41,23 @@ class CallPlaces:
         )
         return cls(limits.max_calls, limits.max_calls_per_connection, "calls", (total, of_one), on_full)
 
-    @property
-    def taken(self) -> int:
-        """The number of places that are taken."""
-        return self._taken.total()
-
     def take(self, connection: str) -> None:
         """Takes a place. Raises `ServerBusy` if there is none."""
-        own = self._taken[connection]
+        own = self._by_connection[connection]
         if own >= self._max_per_connection:
             raise self._too_many("this connection has", own, self._settings[1])
-        if own and self.taken >= self._max_calls:
+        if own and self.taken >= self.max_calls:
             self._on_full()
             raise self._too_many("it has", self.taken, self._settings[0])
-        self._taken[connection] = own + 1
+        self._by_connection[connection] = own + 1
+        self.taken += 1
 
     def give_back(self, connection: str) -> None:
         """Gives a place back."""
-        self._taken[connection] -= 1
-        if not self._taken[connection]:
-            del self._taken[connection]
+        self._by_connection[connection] -= 1
+        self.taken -= 1
+        if not self._by_connection[connection]:
+            del self._by_connection[connection]
 
     def _too_many(self, who: str, number: int, setting: str) -> ServerBusy:
         return ServerBusy(f"{who} {number} {self._kind}, which is the most{setting}", BUSY_S)

@@ -71,7 +71,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._scheduler = scheduler
         self._limits = limits
         self._list_jobs = list_jobs
-        self._admission = Admission(scheduler, limits)
+        self.admission = Admission(scheduler, limits)
         self._encoders = Encoders()
         what = f"clients have not read all that they were sent (server setting {env_variable('max_sending_bytes')})"
         self.sending = ByteBudget(
@@ -82,17 +82,12 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
     @property
     def uploads(self) -> UploadStore:
         """The uploaded images that are kept for later jobs."""
-        return self._admission.uploads
+        return self.admission.uploads
 
     @property
     def preparing(self) -> int:
         """The number of jobs whose requests are being checked and images decoded."""
         return len(self._preparations)
-
-    @property
-    def decoded_bytes(self) -> int:
-        """The bytes of the decoded images of all jobs."""
-        return self._admission.decoded_bytes
 
     async def idle(self) -> None:
         """Returns when no RPC is active."""
@@ -100,14 +95,14 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     def start(self) -> None:
         """Starts what the first requests would wait for. Does not block."""
-        self._admission.start()
+        self.admission.start()
 
     def close(self) -> None:
         """Stops the threads, and forgets all jobs."""
         for preparation in self._preparations.values():
             preparation.cancel()
         self.jobs.close()
-        self._admission.close()
+        self.admission.close()
         self._encoders.close()
         self.receiver.close()
 
@@ -198,7 +193,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             upload = Upload(self._limits)
             while (request := await call.incoming.receive_next(pb.UploadImageRequest)) is not None:
                 upload.add(request.chunk)
-            async with call.replying(await self._admission.keep_upload(upload, call.peer)) as message:
+            async with call.replying(await self.admission.keep_upload(upload, call.peer)) as message:
                 yield message
 
     async def GetServerInfo(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
@@ -277,7 +272,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if job in self._preparations:  # its digest is known when that has ended
                 await asyncio.wait([self._preparations[job]])
             elif digest is None:
-                digest = await self._admission.digest(spec, call.peer)
+                digest = await self.admission.digest(spec, call.peer)
             elif digest != job.digest:
                 raise RequestIdTaken(request_id)
             else:
@@ -305,9 +300,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         """Decodes a request and queues its job. If that fails, so does the job, with the same error. If the job ends
         meanwhile, because its callers leave, this task is cancelled, and gives back all that it has taken."""
         try:
-            state = await self._admission.prepare(spec, reservation, deadline_at, owner)
+            state = await self.admission.prepare(spec, reservation, deadline_at, owner)
             if job.request_id:
-                job.digest = await self._admission.digest(spec, owner)
+                job.digest = await self.admission.digest(spec, owner)
             if job.admit(state):
                 self._scheduler.submit(reservation, state, job, deadline_at, owner)
         except GramophoneError as error:

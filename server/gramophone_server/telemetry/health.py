@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,7 +14,7 @@ from gramophone_server.domain.engine_api import CacheCounts, Engine
 from gramophone_server.errors import NotReady
 from gramophone_server.telemetry.metrics import Metrics
 
-__all__ = ["HealthMonitor"]
+__all__ = ["HealthMonitor", "Usage"]
 
 HEARTBEAT_S = 0.25
 # A step of the compute thread is one turn: a slice of 20 ms or one iteration, a convolution of a style image, or a job
@@ -50,11 +50,19 @@ class ObservedCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
 
+class Usage(NamedTuple):
+    """How much of a limit is used, in bytes or places."""
+
+    used: int
+    limit: int
+
+
 class HealthMonitor(Collector):
     """Reads the state of other parts when a probe or a scrape asks for it. All methods but `watch` are thread-safe.
 
-    `dropped_lines` returns how many lines could not be written, by the name of the log. `max_step_s` and `clock`, which
-    is monotonic and in seconds, are for tests to replace.
+    `dropped_lines` returns how many lines could not be written, by the name of the log; `budgets` the bytes of each
+    budget; `places` the places of connections, calls and others. `max_step_s` and `clock`, which is monotonic and in
+    seconds, are for tests to replace.
     """
 
     def __init__(
@@ -65,13 +73,15 @@ class HealthMonitor(Collector):
         version: str,
         *,
         dropped_lines: Callable[[], Mapping[str, int]] = dict,
+        budgets: Callable[[], Mapping[str, Usage]] = dict,
+        places: Callable[[], Mapping[str, Usage]] = dict,
         max_step_s: float = MAX_STEP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
         self._scheduler, self._uploads, self._metrics = scheduler, uploads, metrics
         self._version = version
-        self._dropped_lines = dropped_lines
+        self._dropped_lines, self._budgets, self._places = dropped_lines, budgets, places
         self._longest_step_s = max_step_s
         self._clock = clock
         self._tasks = 0
@@ -125,6 +135,15 @@ class HealthMonitor(Collector):
         for name, number in self._dropped_lines().items():
             dropped.add_metric([name], number)
         yield dropped
+        for name, text, usages in (
+            ("budget_bytes", "bytes of what clients make the server keep, and their limits", self._budgets()),
+            ("places", "connections, calls and decoders in use, and their limits", self._places()),
+        ):
+            usage = GaugeMetricFamily(f"gramophone_{name}", text, labels=["of", "kind"])
+            for of, (used, limit) in usages.items():
+                usage.add_metric([of, "used"], used)
+                usage.add_metric([of, "limit"], limit)
+            yield usage
         yield _gauge("gramophone_ready", "1 if the server accepts jobs", not self.readiness_problem())
         wait_s = scheduler.estimated_wait_s()
         if wait_s is not None:
