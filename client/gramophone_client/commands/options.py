@@ -18,6 +18,10 @@ __all__ = ["add_detach", "add_display", "add_job", "add_out", "add_server", "add
 SERVER_HELP = f"""\
 TARGET is HOST:PORT or a name of `gramophone targets`; without it $GRAMOPHONE_TARGET, else $GRAMOPHONE_SERVER, else the
 default of `gramophone targets`, else {BUILT_IN_ADDRESS}."""
+# shtab's own text for zsh runs the command for each option that uses it, at each TAB, 0.2 s each; _arguments runs the
+# text in these braces only to complete this option.
+PRINT_NAMES = "gramophone targets --names 2>/dev/null"
+TARGET_NAMES = {**shtab.cmd(PRINT_NAMES), "zsh": rf"{{compadd -- \$({PRINT_NAMES})}}"}
 
 
 def add_job(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -72,7 +76,7 @@ def add_server(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     target = group.add_argument(
         "--target", "--server", dest="target", metavar="TARGET", help="the server; both spellings are the same option"
     )
-    complete(target, shtab.cmd("gramophone targets --names 2>/dev/null"))
+    complete(target, TARGET_NAMES)
     group.add_argument(
         "--metadata",
         type=metadata_entry,

@@ -42,7 +42,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """With `gramophone` on the PATH, and a file of targets."""
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "gramophone"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gramophone_client "$@"\n')
+    note = f'echo "$@" >> "{tmp_path}/commands"'
+    command.write_text(f'#!/bin/sh\n{note}\nexec "{sys.executable}" -m gramophone_client "$@"\n')
     command.chmod(0o755)
     (tmp_path / "targets.toml").write_text(TARGETS)
     return os.environ | {
@@ -151,7 +152,7 @@ class ZshTerminal:
 
 
 @pytest.mark.parametrize("complete", ["bash", "zsh", "fish"], indirect=True)
-def test_commands_options_values_paths_and_targets_are_completed(complete: Complete) -> None:
+def test_commands_options_values_paths_and_targets_are_completed(complete: Complete, tmp_path: Path) -> None:
     for line, words in (
         ("gramophone styl", {"stylize"}),
         ("gramophone stylize --optim", {"--optimiser"}),
@@ -166,6 +167,8 @@ def test_commands_options_values_paths_and_targets_are_completed(complete: Compl
         found = {word.rstrip("/") for word in complete(line)}
         assert words <= found, f"{line!r}: {found}"
         assert "nothing" not in found
+    ran = (tmp_path / "commands").read_text().splitlines().count("targets --names")
+    assert 2 <= ran <= 4, "to complete a target, and for nothing else"  # zsh asks once more for its list
 
 
 @pytest.mark.parametrize("complete", ["bash", "fish"], indirect=True)
