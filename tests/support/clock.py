@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-WITHIN_S = 5.0  # the longest wait; only a broken program or a very busy machine reaches it
+WITHIN_S = 30.0  # the longest wait; only a broken program or a very busy machine reaches it
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Waits until the condition holds. Raises TimeoutError after 5 s."""
+    """Waits until the condition holds. Raises TimeoutError after `WITHIN_S`."""
     async with asyncio.timeout(WITHIN_S):
         while not condition():
             await asyncio.sleep(0.001)

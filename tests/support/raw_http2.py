@@ -83,13 +83,13 @@ class RawStream:
             return 0
         return self._owner.h2.local_flow_control_window(self.number)
 
-    def send_now(self, data: bytes, *, end: bool = False) -> int:
+    def send_now(self, data: bytes | memoryview, *, end: bool = False) -> int:
         """Sends what the windows take now and returns its size. ``end``: ends the stream if that is everything."""
         if self.is_over:
             raise StreamOver
         sent = 0
         while sent < len(data) and (room := min(self.window, self._owner.h2.max_outbound_frame_size)) > 0:
-            part = data[sent : sent + room]
+            part = bytes(data[sent : sent + room])
             sent += len(part)
             self._owner.h2.send_data(self.number, part, end_stream=end and sent == len(data))
         if end and not data:
@@ -98,14 +98,19 @@ class RawStream:
         return sent
 
     async def send(self, data: bytes, *, end: bool = False, patience_s: float = 30.0) -> None:
-        """Sends all data as the windows allow. Raises `StreamOver`, or TimeoutError if no window comes in that time."""
-        sent = self.send_now(data, end=end)
-        while sent < len(data):
+        """Sends all data as the windows allow. Raises `StreamOver`, or TimeoutError if no window comes in that time.
+
+        It copies only what it sends, so hundreds of streams that send the same bytes take the memory of one.
+        """
+        rest = memoryview(data)
+        rest = rest[self.send_now(rest, end=end) :]
+        while rest:
             self._changed.clear()
             if self.window == 0 and not self.is_over:
                 async with asyncio.timeout(patience_s):
                     await self._changed.wait()
-            sent += self.send_now(data[sent:], end=end)
+            rest = rest[self.send_now(rest, end=end) :]
+            await self._owner.drain(patience_s)
         await self._owner.drain(patience_s)
 
     def cancel(self, code: h2.errors.ErrorCodes = h2.errors.ErrorCodes.CANCEL) -> None:
