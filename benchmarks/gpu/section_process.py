@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu import records
@@ -17,27 +18,47 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.runner import end_session
 from benchmarks.gpu.section import Section
 
+__all__ = ["LIBRARY_OPS", "load", "main", "run"]
+
 # The server's setting. A kernel that breaks the device would otherwise break every section that makes an engine.
 LIBRARY_OPS = "GRAMOPHONE_LIBRARY_OPS"
 
 
 def main() -> int:
-    """Runs the section. The exit code is 0 also if parts of it failed, which the records say."""
+    """Runs the section of the command line. The exit code is 0 also if parts of it failed, which the records say."""
     function, name, device, began, seconds, record_file, folder = sys.argv[1:]
-    module, _, attribute = function.partition(":")
-    section_function = getattr(importlib.import_module(module), attribute)
+    section_function = load(function)
     line = sys.stdin.readline()
     if not line:  # the check has ended before this section's turn
         return 0
     threading.Thread(target=_end_with_the_check, daemon=True).start()
-    so_far = records.read(Path(record_file))["rows"]
     clock = Clock(float(began), float(seconds))
-    section = Section(name, device, clock, float(line), so_far, Path(record_file), Path(folder))
+    run(section_function, name, device, clock, float(line), Path(record_file), Path(folder))
+    return 0
+
+
+def load(function: str) -> Callable[[Section], object]:
+    """The section's function, which is named "module:function"."""
+    module, _, attribute = function.partition(":")
+    loaded: Callable[[Section], object] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def run(
+    function: Callable[[Section], object],
+    name: str,
+    device: str,
+    clock: Clock,
+    due: float,
+    record_file: Path,
+    folder: Path,
+) -> None:
+    """Runs the section in this process. It must end ``due``, by `time.monotonic`."""
+    section = Section(name, device, clock, due, records.read(record_file)["rows"], record_file, folder)
     if requested := os.environ.get(LIBRARY_OPS):
         section.attempt(LIBRARY_OPS, lambda: _replace(requested))
-    section.attempt("all of it", lambda: section_function(section))
+    section.attempt("all of it", lambda: function(section))
     _report_fallbacks(section)
-    return 0
 
 
 def _end_with_the_check() -> None:

@@ -1,4 +1,4 @@
-"""The whole GPU check as a dry run on the CPU: all sections of the three calls, their files, and their merge."""
+"""The GPU check as a dry run on the CPU: all sections of the three calls, their files, and their merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
     out, before = tmp_path_factory.mktemp("out"), kept()
 
     def call(name: str) -> str:
-        words = ("-m", "benchmarks.gpu.check", "--call", name, "--device", "cpu", "--out", out)
+        words = ("-m", "tests.support.gpu_check", "--call", name, "--device", "cpu", "--out", out)
         with Process(*words, cwd=ROOT) as process:
             assert process.code(within_s=240) == 0, process.output
         return process.output
