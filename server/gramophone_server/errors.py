@@ -193,8 +193,9 @@ class SlowSender(GramophoneError):
 class ImageNotFound(GramophoneError):
     """The server keeps no upload with these digests."""
 
-    def __init__(self, *images: str, checkpoint: str = "") -> None:
-        """``images``: the digests of images. ``checkpoint``: that of a checkpoint; empty if none is missing."""
+    def __init__(self, *images: str, checkpoint: str = "", keeps_none: bool = False) -> None:
+        """``images``: the digests of images. ``checkpoint``: that of a checkpoint; empty if none is missing.
+        ``keeps_none``: the server keeps no uploads at all."""
         self.digests = (*images, *filter(None, [checkpoint]))
         missing = []
         if images:
@@ -203,9 +204,10 @@ class ImageNotFound(GramophoneError):
         if checkpoint:
             missing.append(f"no checkpoint {checkpoint[:80]!a}")
         them = "it" if len(self.digests) == 1 else "them"
-        super().__init__(
-            f"this server keeps {' and '.join(missing)}; upload {them} with UploadImage, and send the job again"
-        )
+        advice = f"upload {them} with UploadImage, and send the job again"
+        if keeps_none:
+            advice = f"it keeps no uploads, so send {them} with the job, as `data` or `resume`"
+        super().__init__(f"this server keeps {' and '.join(missing)}; {advice}")
 
 
 class SlowReader(GramophoneError):

@@ -263,7 +263,7 @@ def test_size_is_checked_before_pixels_are_decoded(monkeypatch):
         "is 20000x20000, 400000000 pixels; at most 32000000 are allowed (server setting GRAMOPHONE_MAX_IMAGE_PIXELS); "
         "send a smaller image"
     )
-    assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels"
+    assert refused(png(8, 0, b"\0", side=15)) == "is 15x15; each side must have at least 16 pixels; enlarge or pad it"
 
 
 def test_a_webp_with_a_huge_canvas_is_refused_before_it_is_allocated(monkeypatch):

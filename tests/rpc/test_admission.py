@@ -43,7 +43,7 @@ RESERVATION = Reservation(1)
 
 @pytest.fixture
 def admission(monkeypatch):
-    """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `decoded` has the
+    """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `were_decoded` has the
     fields of decoded images."""
     asked, decoded, raises = [], [], {}
     decode = codec.decode
@@ -68,7 +68,7 @@ def admission(monkeypatch):
         retry_after_s=lambda: 3.0,
     )
     made = Admission(scheduler, Limits())
-    made.asked, made.decoded, made.raises = asked, decoded, raises
+    made.asked, made.were_decoded, made.raises = asked, decoded, raises
     yield made
     made.close()
 
@@ -85,7 +85,7 @@ async def test_memory_and_time_are_checked_before_decoding(admission):
     assert asked.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
     assert left_s == pytest.approx(LATER, rel=0.1)
     assert (image_pixels, result_kind, owner) == (64 * 32 + 32 * 32, "PNG", "a caller")
-    assert len(admission.decoded) == 2
+    assert len(admission.were_decoded) == 2
     await admission.prepare(wanted, RESERVATION)
     assert admission.asked[3][3] == math.inf  # without a deadline
 
@@ -97,14 +97,14 @@ async def test_a_refused_job_is_not_decoded(admission, kind, error):
     admission.raises[kind] = error
     with pytest.raises(type(error)):
         await admission.prepare(spec(), RESERVATION, LATER)
-    assert admission.decoded == []
+    assert admission.were_decoded == []
     admission.asked.clear()
     wrong = spec(beta=-1.0)
     wrong.content.data = b"GIF89a"
     with pytest.raises(InvalidRequest) as caught:  # violations are reported first, with those of the images' headers
         await admission.prepare(wrong, RESERVATION, LATER)
     assert [field for field, _ in caught.value.violations] == ["spec.recipe.beta", "spec.content.data"]
-    assert admission.decoded == admission.asked == []
+    assert admission.were_decoded == admission.asked == []
 
 
 @pytest.mark.parametrize("content", [png(64, 15), png(6000, 6000), png()[:20], b"GIF89a", png(1000, 16)])
@@ -113,7 +113,7 @@ async def test_an_image_without_a_valid_size_in_its_header_is_refused_first(admi
     wanted.content.data = content
     with pytest.raises(InvalidRequest):
         await admission.prepare(wanted, RESERVATION, LATER)
-    assert admission.asked == admission.decoded == []
+    assert admission.asked == admission.were_decoded == []
 
 
 @pytest.mark.parametrize(("grace_s", "asked_for"), [(0, True), (60, False)])
@@ -310,6 +310,16 @@ async def test_everything_that_is_missing_is_named_at_once():
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=resumed_by_digest(checkpoint))))
         assert got.ErrorInfo.metadata["digests"] == checkpoint
         assert got.message.startswith(f"this server keeps no checkpoint '{checkpoint}'; upload it with UploadImage")
+
+
+async def test_a_server_that_keeps_no_uploads_does_not_ask_for_one():
+    wanted = spec()
+    wanted.content.digest = digest = "sha256:" + "a" * 64
+    async with serving(FakeEngine(), Limits(max_uploads_bytes=0)) as s:
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+    assert got.message == (
+        f"this server keeps no image '{digest}'; it keeps no uploads, so send it with the job, as `data` or `resume`"
+    )
 
 
 @pytest.mark.parametrize(

@@ -119,16 +119,31 @@ async def test_a_thin_picture_takes_no_more_room_than_a_square_one():
     assert engine.jobs[0].styles[0].shape == (3, 64, 16)
 
 
-async def test_a_thin_content_image_is_refused_before_it_is_decoded(monkeypatch):
+@pytest.mark.parametrize(
+    ("data", "size", "or_larger"),
+    [
+        (png(1000, 20), "64x1", ", or ask for a size of 800 or more"),
+        (png_of(16, 2_000_000, 8, 2, bytes(49 * 2_000_000)), "1x64", ""),  # no server allows a size of 2,000,000
+    ],
+)
+async def test_a_thin_content_image_is_refused_before_it_is_decoded(monkeypatch, data, size, or_larger):
     monkeypatch.setattr(codec, "decode", lambda *_: pytest.fail("it was decoded"))
     async with serving(FakeEngine()) as s:
         wanted = spec()
-        wanted.content.data = png(1000, 20)
+        wanted.content.data = data
         got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
     assert got.message == (
-        "spec.recipe.size: makes a 64x1 picture of this content image; its shorter side must have at least 16 pixels, "
-        "so ask for a size of 800 or more, or crop the image"
+        f"spec.recipe.size: makes a {size} picture of this content image; its shorter side must have at least 16 "
+        f"pixels, so crop or pad the image until its longer side is at most 4 times the shorter one{or_larger}"
     )
+
+
+async def test_the_advice_for_a_thin_content_image_helps():
+    async with serving(engine := FakeEngine(iteration_s=0.0)) as s:
+        wanted = spec()
+        wanted.content.data = png(80, 20)
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+    assert engine.jobs[0].result_size == (64, 16)
 
 
 # Every end of a job ---------------------------------------------------------------------------------------------------

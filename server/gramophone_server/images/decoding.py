@@ -85,7 +85,9 @@ def read_header(data: bytes, limits: Limits) -> Header:
             f"(server setting {env_variable('max_image_pixels')}); send a smaller image"
         )
     if min(size) < MIN_SIDE:
-        raise UnusableImage(f"is {header.width}x{header.height}; each side must have at least {MIN_SIDE} pixels")
+        raise UnusableImage(
+            f"is {header.width}x{header.height}; each side must have at least {MIN_SIDE} pixels; enlarge or pad it"
+        )
     return header
 
 

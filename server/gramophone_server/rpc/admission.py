@@ -97,7 +97,8 @@ class Admission:
         checkpoint = held.find(spec.resume_digest) if spec.resume_digest else None
         missing_checkpoint = spec.resume_digest if checkpoint is None else ""
         if missing or missing_checkpoint:
-            raise ImageNotFound(*missing, checkpoint=missing_checkpoint)
+            keeps_none = not self._limits.max_uploads_bytes
+            raise ImageNotFound(*missing, checkpoint=missing_checkpoint, keeps_none=keeps_none)
         recipe, saved = await self._recipe(spec, checkpoint, room, owner)
         await self._require_capacity(spec, recipe, saved, sources, reservation, deadline_at, owner)
         room.take(self._images.decoded_bytes(sources, recipe))
@@ -115,7 +116,7 @@ class Admission:
         job.set_digests(content.digest, tuple(style.digest for style in styles))
         pictures = (image.picture for image in decoded.values())
         room.keep_until_freed(job, sum(tensor.nbytes for tensor in (*pictures, *_tensors(saved))))
-        raise_violations(check_result_size(job))
+        raise_violations(check_result_size(job, self._limits))
         state = self._scheduler.engine.admit(job)
         return state if saved is None else self._restore(saved, job, _resume_path(spec))
 
@@ -212,7 +213,7 @@ class Admission:
         # Has a shape and no memory.
         picture = torch.empty((3, content.height, content.width), dtype=torch.uint8, device="meta")
         job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
-        raise_violations(check_result_size(job))
+        raise_violations(check_result_size(job, self._limits))
         state = JobState(job)
         if saved is not None:
             state.scale_index, state.done = saved.counts["scale_index"], saved.counts["done"]

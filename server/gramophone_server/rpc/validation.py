@@ -109,16 +109,17 @@ def _without_invalid_fields(message: pb.Recipe, violations: Sequence[Violation])
         return Recipe()
 
 
-def check_result_size(job: StyleJob) -> Iterator[Violation]:
-    """Violations that need the decoded content image."""
-    shorter = min(job.result_size)
-    if shorter < MIN_SIDE:
-        sides = job.content.shape[1:]
-        min_size = -(-max(sides) * MIN_SIDE // min(sides))
+def check_result_size(job: StyleJob, limits: Limits) -> Iterator[Violation]:
+    """Violations that need the size of the content image."""
+    if min(job.result_size) < MIN_SIDE:
+        sides, size = job.content.shape[1:], job.recipe.size
+        needed = -(-max(sides) * MIN_SIDE // min(sides))
+        larger = f", or ask for a size of {needed} or more" if needed <= limits.max_size else ""
         yield Violation(
             "spec.recipe.size",
             f"makes a {job.result_size[0]}x{job.result_size[1]} picture of this content image; its shorter side must "
-            f"have at least {MIN_SIDE} pixels, so ask for a size of {min_size} or more, or crop the image",
+            f"have at least {MIN_SIDE} pixels, so crop or pad the image until its longer side is at most "
+            f"{size // MIN_SIDE} times the shorter one{larger}",
         )
 
 
