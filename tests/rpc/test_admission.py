@@ -43,8 +43,8 @@ RESERVATION = Reservation(1)
 
 @pytest.fixture
 def admission(monkeypatch):
-    """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `were_decoded` has the
-    fields of decoded images."""
+    """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `were_decoded` has
+    the fields of decoded images."""
     asked, decoded, raises = [], [], {}
     decode = codec.decode
 
