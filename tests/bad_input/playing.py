@@ -4,7 +4,7 @@ For each case:
 
 - every call ends in an answer that explains itself, in its time (`target`);
 - the server's event loop is never blocked for 50 ms, as the server itself measures;
-- the server's memory rises by no more than the case may take;
+- the server's memory rises by no more than the case may take, and never above the bound that its settings have;
 - the small jobs of a bystander succeed meanwhile, in seconds.
 
 A case that violates a rule of time is played again, up to twice, because the machine may have been the cause: it is a
@@ -30,11 +30,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gramophone_client import AsyncGramophoneClient, GramophoneError
+from gramophone_server.command_line import load
 from gramophone_server.config import Limits
+from gramophone_server.memory_bound import memory_bytes
 from tests.bad_input import compressed, costly, shapes, streams, unfinished
 from tests.bad_input.inputs import in_jpeg, in_png
 from tests.bad_input.target import Case, Target
-from tests.support.monitoring import LeakCheck, ProcessUsage, RuleViolation, with_children
+from tests.support.monitoring import LeakCheck, ProcessUsage, RuleViolation, scrape_metrics, with_children
 from tests.support.processes import Server
 from tests.support.raw_http2 import StreamOver
 from tests.support.watched_server import StallWatch
@@ -49,7 +51,8 @@ NOISE_BYTES = 16 * MIB  # by which memory rises without a reason
 SETTINGS = {
     "max_iterations": 100_000, "max_queued": 512, "max_paused_s": 8, "max_detach_s": 5, "max_idle_s": 2,
     "max_blocked_s": 3, "max_receiving_bytes": 80 * MIB, "max_sending_bytes": 32 * MIB,
-    "max_decoded_bytes": 256 * MIB, "max_calls_per_connection": 300,
+    "max_decoded_bytes": 256 * MIB, "max_calls_per_connection": 300, "max_parked_bytes": 256 * MIB,
+    "max_checkpoint_bytes": 16 * MIB,
 }  # fmt: skip
 LIMITS = Limits(**SETTINGS)
 ENGINES = {"fake": ("--engine", "fake", "--iter-ms", "1"), "vgg": ("--engine", "vgg")}
@@ -57,6 +60,7 @@ FLAGS = (
     *("--list-jobs", "--reflection", "--log-level", "error"),
     *("--metrics-port", "0"),
 )
+DEVICE_LIMIT = 'gramophone_device_memory_bytes{kind="limit"}'
 BYSTANDER = {"size": 32, "smallest_size": 0, "iterations": 6}
 
 
@@ -115,7 +119,9 @@ class CaseFindings:
     largest_rise: dict[str, int] = field(default_factory=dict)  # by kind, bytes
     answers: dict[str, Counter[str]] = field(default_factory=dict)  # by kind
     repeated: int = 0
-    peak: int = 0  # bytes of the server
+    memory: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # by engine: peak of the server and its bound, bytes
     failures: list[tuple[str, str]] = field(default_factory=list)  # of the case with this name, or of the server ("")
 
 
@@ -161,9 +167,15 @@ class Bystander:
 class Player:
     """Plays cases on one server."""
 
-    def __init__(self, server: Server, target: Target, stalls: StallWatch, bystander: Bystander) -> None:
+    def __init__(self, server: Server, target: Target, stalls: StallWatch, bystander: Bystander, engine: str) -> None:
         self.server, self.target, self.stalls, self.bystander = server, target, stalls, bystander
-        self.peak = 0
+        self.engine, self.peak = engine, 0
+
+    def memory_bound(self) -> int:
+        """Bytes that the server may take, by its settings. The batches of a real engine are also in its memory here."""
+        settings, _ = load(flags(self.engine), {})
+        batches = scrape_metrics(self.target.metrics_url)[DEVICE_LIMIT] if self.engine == "vgg" else 0
+        return memory_bytes(settings) + int(batches)
 
     async def play(self, case: Case, findings: CaseFindings) -> None:
         """Plays a case, up to three times, and adds its results."""
@@ -217,14 +229,19 @@ class Player:
         return self.target.memory()
 
 
+def flags(engine: str) -> list[str]:
+    """The server's command line."""
+    limits = (part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value)))
+    return [*ENGINES[engine], *FLAGS, *limits]
+
+
 @contextlib.asynccontextmanager
 async def player(engine: str) -> AsyncIterator[Player]:
     """A server, and a bystander that uses it."""
-    limits = (part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stalls = StallWatch(folder)
-        with Server(*ENGINES[engine], *FLAGS, *limits, cwd=folder, module="tests.support.watched_server") as server:
+        with Server(*flags(engine), cwd=folder, module="tests.support.watched_server") as server:
             target = Target(server.address, server.pid, LIMITS, server.line("metrics on "))
             server.line("ready in ")
             async with AsyncGramophoneClient(server.address, timeout=60) as client:
@@ -233,7 +250,7 @@ async def player(engine: str) -> AsyncIterator[Player]:
             running = asyncio.create_task(bystander.run())
             try:
                 await asyncio.sleep(1)
-                yield Player(server, target, stalls, bystander)
+                yield Player(server, target, stalls, bystander, engine)
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
@@ -263,7 +280,11 @@ async def _play_all(each: Player, cases: Iterable[Case], findings: CaseFindings)
             end = f"the server has ended with code {each.server.exit_code}: {each.server.read_output()[-500:]}"
             findings.failures.append((name_of(case), end))
             return
-    findings.peak = max(findings.peak, each.peak)
+    bound = await asyncio.to_thread(each.memory_bound)
+    findings.memory[each.engine] = each.peak, bound
+    if each.peak > bound:
+        what = f"{each.peak / MIB:.0f} MiB of memory, at most {bound / MIB:.0f} follow from its settings"
+        findings.failures.append(("", f"the server with the {each.engine} engine took {what}"))
     findings.failures += [("", failure) for failure in await _leaks(each, descriptors)]
     errors = [line for line in each.server.read_output().splitlines() if " ERROR " in line or "Traceback" in line]
     findings.failures += [("", f"logged {line.strip()}") for line in sorted(set(errors))]
@@ -292,7 +313,9 @@ def print_cases(findings: CaseFindings, seconds: float, console: Console) -> Non
             f"{findings.largest_rise[kind] / MIB:.0f} MiB", answers,
         )  # fmt: skip
     console.print(table)
-    console.print(f"{findings.repeated} cases were played again; the server had at most {findings.peak / MIB:.0f} MiB")
+    console.print(f"{findings.repeated} cases were played again")
+    for engine, (peak, bound) in findings.memory.items():
+        console.print(f"memory with the {engine} engine: {peak / MIB:.0f} MiB, bound {bound / MIB:.0f} MiB")
 
 
 def describe(findings: CaseFindings) -> list[str]:

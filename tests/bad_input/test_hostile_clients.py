@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 
@@ -69,6 +70,7 @@ async def test_violations_are_found_and_can_be_repeated(monkeypatch):
     monkeypatch.setattr(playing, "MAX_STALL_S", -1.0)
     monkeypatch.setattr(playing, "NOISE_BYTES", -(10**12))
     monkeypatch.setattr(playing, "MAX_JOB_S", -1.0)
+    monkeypatch.setattr(playing, "memory_bytes", lambda _: 2**20)
     wrong, silent = Case("kind", "wrong", _answered_as_expected), Case("kind", "silent", _never_answered)
     findings = await play_cases([wrong, silent])
     failures = describe(findings)
@@ -77,6 +79,7 @@ async def test_violations_are_found_and_can_be_repeated(monkeypatch):
     texts = "\n".join(failures)
     for words in ("was not answered within", "the event loop was blocked for", "are allowed", "a bystander's job took"):
         assert words in texts
+    assert re.search(r"the server with the fake engine took \d+ MiB of memory, at most 1 follow from its", texts)
 
 
 @pytest.mark.parametrize(("answer", "words"), [
