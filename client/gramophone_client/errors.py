@@ -20,7 +20,7 @@ GramophoneError
 ├── JobEndedError              the job ended before a command reached it
 ├── ImageNotFoundError         the server does not have an uploaded image or checkpoint, or no longer
 ├── RequestIdTakenError        the request_id belongs to a job with another spec
-├── AccessDeniedError          a proxy, or the server, refuses this caller
+├── AccessDeniedError          a proxy, or the server, refuses this client
 │   └── ListingDisabledError   the server does not list its jobs
 ├── CallCancelledError         the call or the job was stopped
 │   └── ClientClosedError      the client was closed during the call, or before
@@ -232,7 +232,7 @@ class RequestIdTakenError(GramophoneError):
 
 
 class AccessDeniedError(GramophoneError):
-    """A proxy before the server, or the server, refuses this caller: give a valid token in `metadata`."""
+    """A proxy before the server, or the server, refuses this client: give a valid token in `metadata`."""
 
 
 class ListingDisabledError(AccessDeniedError):

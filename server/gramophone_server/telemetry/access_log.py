@@ -123,7 +123,7 @@ def _recovered(missing: int) -> None:
 
 
 def trace_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
-    """The id of the caller's trace, 32 hexadecimal digits; None without a valid `traceparent`."""
+    """The id of the client's trace, 32 hexadecimal digits; None without a valid `traceparent`."""
     for key, value in metadata or ():
         if key == "traceparent" and isinstance(value, str) and (found := TRACEPARENT.fullmatch(value)):
             return found[1]

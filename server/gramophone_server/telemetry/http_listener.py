@@ -51,8 +51,8 @@ class Answer(NamedTuple):
 
 
 class _Connection:
-    def __init__(self, peer: socket.socket, opened_at: float) -> None:
-        self.socket, self.opened_at = peer, opened_at
+    def __init__(self, accepted: socket.socket, opened_at: float) -> None:
+        self.socket, self.opened_at = accepted, opened_at
         self.received = b""
         self.unsent: list[memoryview] | None = None  # None until the request has arrived
 
@@ -147,19 +147,19 @@ class HttpListener:
     def _accept_all(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                peer = self._accept()
+                accepted = self._accept()
             except BlockingIOError:
                 return
             except ConnectionError:  # it has gone before it was accepted
                 continue
-            if peer is None:
+            if accepted is None:
                 return
             if len(self._open) >= MAX_CONNECTIONS:
                 self._make_room()
-            connection = _Connection(peer, self._clock())
-            peer.setblocking(False)
-            self._open[peer.fileno()] = self._silent[peer.fileno()] = connection
-            self._selector.register(peer, selectors.EVENT_READ, connection)
+            connection = _Connection(accepted, self._clock())
+            accepted.setblocking(False)
+            self._open[accepted.fileno()] = self._silent[accepted.fileno()] = connection
+            self._selector.register(accepted, selectors.EVENT_READ, connection)
             self._proceed(connection)  # its request is often there already
         time.sleep(FULL_TURN_PAUSE_S)
 

@@ -2,7 +2,7 @@
 
 The `grpc_server_*` family has the names of go-grpc-middleware, with codes spelled as in Go ("Canceled"), because
 dashboards know these. Labels take a bounded set of values: methods, codes and reasons of the proto, and size classes
-instead of sizes, which callers choose.
+instead of sizes, which clients choose.
 """
 
 from __future__ import annotations
