@@ -44,10 +44,11 @@ DECODER_BYTES = 2**29
 SMALL_DECODING_BYTES = 2**26  # while an image is decoded on a thread; what takes more is decoded in a process
 ENCODERS = 2  # threads that encode pictures and write checkpoints; the compute thread uses the cores
 STREAM_WINDOW_BYTES = 65_535  # of a call whose message nobody has asked for: what HTTP/2 starts with
-METADATA_BYTES = 8192  # of one call; gRPC's own default
-# Messages that arrive at the same time, of all methods without images; honest ones come with their call.
-SMALL_READS = 8
-PROBE_READS = 4  # the same of health checks
+METADATA_BYTES = 8192  # of one call; gRPC's own default. It refuses some calls above this, and all above twice this.
+# Messages that arrive at the same time, of all methods without images. Honest ones come with their call, so a crowd of
+# calls without messages passes through these as fast as gRPC delivers it, 1000 a second.
+SMALL_READS = 32
+PROBE_READS = 16  # the same of health checks
 MAX_REFLECTION_CALLS = 64
 UNREAD_FRAMES = UNREAD_CHECKPOINTS = 2  # different ones of a job that may wait for its watchers
 MESSAGE_SLACK = 2**20  # bytes, for everything in a message but images and checkpoints
@@ -115,7 +116,7 @@ class Limits:
     )
     max_connections: int = _setting(512, "connections at the same time", allowed=Range(1, 65_536))
     max_calls: int = _setting(2048, "calls at the same time", allowed=Range(1, 65_536))
-    max_calls_per_connection: int = _setting(1024, "calls of one connection at the same time", allowed=Range(1, 65_536))
+    max_calls_per_connection: int = _setting(256, "calls of one connection at the same time", allowed=Range(1, 65_536))
 
     @property
     def max_controllers(self) -> int:

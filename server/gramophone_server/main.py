@@ -282,7 +282,8 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", limits.max_calls_per_connection + MAX_PER_CONNECTION),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
-        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.max_metadata_size", METADATA_BYTES),  # of clients that have acknowledged the server's settings
+        ("grpc.http2.settings_timeout", 10_000),
         ("grpc.absolute_max_metadata_size", 2 * METADATA_BYTES),
         ("grpc.server.max_pending_requests", limits.max_calls),
         ("grpc.server.max_pending_requests_hard_limit", limits.max_calls),

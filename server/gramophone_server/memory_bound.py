@@ -66,7 +66,11 @@ def memory_terms(settings: Settings) -> list[MemoryTerm]:
             2 * settings.max_receiving_bytes + 3 * message,
             "2 max_receiving_bytes: as bytes and as a message; 3 max_message_bytes: copies of one",
         ),
-        term("small messages", (SMALL_READS + PROBE_READS) * message, "12 max_message_bytes: 4 for health checks"),
+        term(
+            "small messages",
+            (SMALL_READS + PROBE_READS) * message,
+            f"{SMALL_READS + PROBE_READS} max_message_bytes: {PROBE_READS} for health checks",
+        ),
         term("commands", places * message, "max_message_bytes for each of max_running + max_queued controllers"),
         term("uploads", settings.max_uploads_bytes, "max_uploads_bytes, kept"),
         term(

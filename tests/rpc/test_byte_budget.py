@@ -1,12 +1,14 @@
 """Whose turn it is when all bytes are used, and whom the others replace."""
 
 import asyncio
+import itertools
 import random
 
 import pytest
 
 from gramophone_server.errors import ServerBusy
 from gramophone_server.rpc.byte_budget import ByteBudget
+from gramophone_server.rpc.timeouts import PER_TURN
 from tests.support.clock import ManualLoop
 
 
@@ -270,11 +272,92 @@ async def test_what_is_in_the_servers_hands_cannot_be_replaced():
     assert replaced == []
 
 
+async def test_one_owner_leaves_a_part_for_newcomers():
+    budget = ByteBudget(100, of_one=0.75)
+    while (share := budget.try_take(5, "many")) is not None:
+        assert share.bytes == 5
+    assert budget.used == 75
+    newcomer = budget.try_take(25, "one")  # one that holds nothing gets all that is free
+    assert newcomer is not None and budget.try_take(1, "many") is None
+    newcomer.shrink_to(5)
+    assert budget.try_take(1, "many") is None  # three quarters of the 95 that the other leaves are 71
+    assert budget.try_take(10, "one") is not None
+
+
+async def test_of_an_owner_at_its_part_only_its_own_shares_are_replaced():
+    """The shares of others are not in its way."""
+    loop, replaced = ManualLoop(), []
+    budget = ByteBudget(40, of_one=0.75, replaceable_after_s=1, timers=loop)
+    for owner in ("many", "many", "one"):
+        Holder(budget, owner, replaced)
+        await settle()
+    loop.advance(5)
+    waiting = taking(budget, 10, "many")
+    await settle()
+    assert waiting.done() and replaced == ["many"]
+
+
+async def test_a_crowd_of_idle_shares_is_replaced_a_few_in_each_turn_of_the_loop():
+    loop, replaced, turns = ManualLoop(), [], []
+    budget = ByteBudget(1000, replaceable_after_s=1, timers=loop)
+    for i in range(100):
+        Holder(budget, str(i), replaced)
+    await settle()
+    loop.advance(5)
+    waiting = taking(budget, 1000, "large")
+    while not waiting.done():
+        await asyncio.sleep(0)
+        turns.append(len(replaced))
+    assert len(replaced) == 100
+    assert max(after - before for before, after in itertools.pairwise(turns)) == PER_TURN
+
+
+class Collector:
+    """Holds a share and waits for another one."""
+
+    def __init__(self, budget, owner, share):
+        self.owner, self.share = owner, share
+        self.more = taking(budget, 10, owner)
+        share.replaceable_at_last(self.on_replaced)
+        self.replaced = False
+
+    def on_replaced(self):
+        self.replaced = True
+        self.more.cancel()
+        self.share.give_back()
+
+
+async def test_one_that_waits_for_more_is_replaced_only_if_all_others_wait_too():
+    """It is the server that lets it wait."""
+    loop = ManualLoop()
+    budget = ByteBudget(40, replaceable_after_s=1, max_wait_s=100, timers=loop)
+    shares = [budget.try_take(10, owner) for owner in ("a", "b", "c")]
+    busy = budget.try_take(10, "busy")
+    collectors = [Collector(budget, share.owner, share) for share in shares]
+    await settle()
+    loop.advance(50)
+    await settle()
+    assert [collector.replaced for collector in collectors] == [False] * 3
+    busy.give_back()  # its room goes to one of them, which gives it back when it is done
+    await settle()
+    served = next(collector for collector in collectors if collector.more.done())
+    loop.advance(5)
+    await settle()
+    assert [collector.replaced for collector in collectors] == [False] * 3
+    budget.forget(served.share)
+    served.share.absorb(served.more.result())
+    last = Collector(budget, served.owner, served.share)  # all wait now
+    await settle()
+    waiting = [collector for collector in (*collectors, last) if collector is not served]
+    assert sum(collector.replaced for collector in waiting) == 1
+    assert any(collector.more.done() and not collector.more.cancelled() for collector in waiting)
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_at_any_time_the_shares_are_within_the_budget(seed):
     """Against a count of our own, with holders that leave, wait, shrink and give back at random."""
     rng, loop = random.Random(seed), ManualLoop()
-    budget = ByteBudget(100, replaceable_after_s=1, max_wait_s=5, timers=loop)
+    budget = ByteBudget(100, of_one=rng.choice([1, 0.75]), replaceable_after_s=1, max_wait_s=5, timers=loop)
     tasks, replaced = [], []
     for _ in range(400):
         match rng.randrange(5):

@@ -1,29 +1,33 @@
-"""The server's event loop handles all events of gRPC's poller in one turn."""
+"""The server's event loop takes all events of gRPC's poller at once, and handles a few of them in each turn."""
 
 import asyncio
+import collections
 import contextlib
 import functools
 import socket
+import time
 
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from gramophone_server.rpc.event_loop import ServerEventLoop
+from gramophone_server.rpc.event_loop import MAX_EVENTS, MIN_EVENTS, ServerEventLoop, call_after_events, events_handled
 
 BYTES = 200  # fewer than fit into a socket
 
 
 class PollerCompletionQueue:
-    """Reads one byte per turn, as gRPC's class of this name does."""
+    """Reads one byte per turn and completes the futures of all events, as gRPC's class of this name does."""
 
-    def __init__(self, wakeups):
-        self.wakeups, self.turns = wakeups, 0
+    def __init__(self, wakeups, events=()):
+        self.wakeups, self.turns, self.events = wakeups, 0, list(events)
 
     def handle_events(self, loop):
         with contextlib.suppress(BlockingIOError):
             self.wakeups.recv(1)
         self.turns += 1
+        while self.events:
+            self.events.pop(0).set_result(None)
 
 
 @pytest.fixture
@@ -64,6 +68,65 @@ def test_other_readers_are_left_alone(loop):
         loop.add_reader(ours, lambda: read.done() or read.set_result(ours.recv(100)))
         assert loop.run_until_complete(asyncio.wait_for(read, 5)) == b"all of it"
         loop.remove_reader(ours)
+
+
+async def handle_crowd(loop, number, handle, during=None):
+    """Handles so many events, which arrive at the same time, each by a task; awaits `during` as soon as they are there.
+    Returns (event, turn of the loop) of each."""
+    handled, turn = [], 0
+
+    def next_turn():
+        nonlocal turn
+        turn += 1
+        loop.call_soon(next_turn)
+
+    async def one(event, arrival):
+        await arrival
+        handle(event)
+        handled.append((event, turn))
+
+    next_turn()
+    arrivals = [loop.create_future() for _ in range(number)]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        tasks = [asyncio.create_task(one(*numbered)) for numbered in enumerate(arrivals)]
+        await asyncio.sleep(0)
+        loop.add_reader(ours, functools.partial(PollerCompletionQueue(ours, arrivals).handle_events, loop))
+        theirs.send(b"1")
+        if during is not None:
+            await during()
+        await asyncio.gather(*tasks)
+        loop.remove_reader(ours)
+    return handled
+
+
+def test_a_crowd_of_events_is_handled_a_few_in_each_turn_and_in_order(loop):
+    """500 clients that leave together, with four calls each, stopped the loop for 540 ms."""
+    handled = loop.run_until_complete(handle_crowd(loop, 1000, lambda _: None))
+    assert [event for event, _ in handled] == list(range(1000))
+    assert max(collections.Counter(turn for _, turn in handled).values()) <= MAX_EVENTS
+
+
+def test_dear_events_are_fewer_in_a_turn(loop):
+    handled = loop.run_until_complete(handle_crowd(loop, 100, lambda _: time.sleep(0.002)))
+    assert list(collections.Counter(turn for _, turn in handled).values())[-5:-1] == [MIN_EVENTS] * 4
+
+
+def test_a_callback_after_the_events_comes_after_all_that_have_arrived(loop):
+    order = []
+
+    async def during():
+        call_after_events(lambda: order.append("callback"))
+        await events_handled()
+        order.append("awaited")
+
+    loop.run_until_complete(handle_crowd(loop, 100, order.append, during))
+    assert order == [*range(100), "callback", "awaited"]
+
+
+async def test_without_the_servers_loop_a_callback_comes_after_the_events_of_the_next_turn():
+    await events_handled()
 
 
 class Readers(asyncio.SelectorEventLoop):

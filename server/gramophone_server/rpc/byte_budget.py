@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from gramophone_server.errors import ServerBusy
+from gramophone_server.rpc.timeouts import PER_TURN, Timeouts, Timers
 
 __all__ = ["MAX_WAIT_S", "ByteBudget", "Share"]
 
 MAX_WAIT_S = 10.0  # for a share; a call that waits longer is better sent again, perhaps to another server
 RETRY_S = 0.01  # shortest wait for the next share that can be replaced; a timer may be early by a rounding error
-
-
-class Timers(Protocol):
-    """What a budget needs of an event loop."""
-
-    def time(self) -> float: ...
-    def call_later(self, after_s: float, callback: Callable[[], None], /) -> asyncio.TimerHandle: ...
 
 
 class Share:
@@ -65,6 +61,12 @@ class Share:
         self.touch()
         self._budget.add_replaceable(self)
 
+    def replaceable_at_last(self, on_replaced: Callable[[], object]) -> None:
+        """From now on others may replace it, if all bytes of the budget are held in this way: its holder waits for
+        more of them."""
+        self.on_replaced = on_replaced
+        self._budget.add_holder_that_waits(self)
+
     def shrink_to(self, size: int) -> None:
         """Gives back what is more than ``size`` bytes."""
         if size < self.bytes:
@@ -85,6 +87,9 @@ class ByteBudget:
     so that a newcomer does not wait behind hundreds of clients that hold their shares and do nothing. Meanwhile, shares
     that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most, and the newest
     ones, because the others may be nearly done.
+
+    One owner gets at most the part `of_one` of what the others leave, so that something is free for a newcomer: with
+    3/4, one busy owner leaves a quarter, and ten leave 1/31. Switches share their buffers so (dynamic thresholds).
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class ByteBudget:
         max_bytes: int,
         what: str = "",
         *,
+        of_one: float = 1.0,
         replaceable_after_s: float = 1.0,
         max_wait_s: float = MAX_WAIT_S,
         timers: Timers | None = None,
@@ -99,15 +105,18 @@ class ByteBudget:
         """``what``: the clause of `ServerBusy`, with the setting of the limit. ``timers``: for tests to replace."""
         self.max_bytes = max_bytes
         self.used = 0
-        self._what = what
-        self._replaceable_after_s, self._max_wait_s = replaceable_after_s, max_wait_s
+        self.now: Callable[[], float] = time.monotonic if timers is None else timers.time  # seconds
+        self._what, self._of_one = what, of_one
+        self._replaceable_after_s = replaceable_after_s
         self._timers = timers
         self._held: dict[str, int] = {}  # bytes by owner
         # By owner and arrival, the one that waits longest first.
         self._waiting: dict[str, dict[int, _Waiting]] = {}
         self._waiting_bytes = 0
+        self._timeouts: Timeouts[_Waiting] = Timeouts(max_wait_s, self._give_up, timers)
         self._replaceable: dict[Share, None] = {}
         self._replaced: set[Share] = set()  # those that are not given back yet
+        self._at_last: dict[Share, None] = {}  # of holders that wait for more
         self._arrivals = 0
         self._newest_is_next = False
         self._next_replacement: asyncio.TimerHandle | None = None
@@ -123,13 +132,9 @@ class ByteBudget:
         """How many wait for a share."""
         return sum(map(len, self._waiting.values()))
 
-    def now(self) -> float:
-        """The time in seconds, on the clock of the event loop."""
-        return self._clock().time()
-
     def try_take(self, size: int, owner: str = "") -> Share | None:
         """A share of so many bytes; None if there are not as many, or others wait."""
-        if self._waiting or self.used + size > self.max_bytes:
+        if self._waiting or size > self._free(owner):
             return None
         return self._share(size, owner)
 
@@ -158,7 +163,8 @@ class ByteBudget:
         self._held[owner] -= size
         if not self._held[owner]:
             del self._held[owner]
-        self._serve()
+        if self._waiting:
+            self._update_soon()
 
     def add_replaceable(self, share: Share) -> None:
         """The share can be replaced when it is idle."""
@@ -167,13 +173,24 @@ class ByteBudget:
         if self._waiting:
             self._update_soon()
 
+    def add_holder_that_waits(self, share: Share) -> None:
+        """The share can be replaced if all others are of holders that wait, too."""
+        self._at_last[share] = None
+
     def forget(self, share: Share) -> None:
         """The share is not to be replaced any more."""
         share.on_replaced = None
         self._replaceable.pop(share, None)
+        self._at_last.pop(share, None)
         self._replaced.discard(share)
 
     # The queue --------------------------------------------------------------------------------------------------------
+
+    def _free(self, owner: str) -> int:
+        """The bytes that this owner can get now. One that holds none can have all that are free."""
+        free = self.max_bytes - self.used
+        held = self._held.get(owner)
+        return min(free, int(self._of_one * (free + held)) - held) if held and self._of_one < 1 else free
 
     def _share(self, size: int, owner: str) -> Share:
         self.used += size
@@ -186,7 +203,7 @@ class ByteBudget:
         waiting = _Waiting(size, owner, self._arrivals, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(owner, {})[waiting.arrival] = waiting
         self._waiting_bytes += size
-        timeout = self._clock().call_later(self._max_wait_s, lambda: self._give_up(waiting))
+        self._timeouts.start(waiting)
         self._update_soon()
         try:
             return await waiting.share
@@ -195,7 +212,7 @@ class ByteBudget:
                 waiting.share.result().give_back()  # it came together with the cancellation
             raise
         finally:
-            timeout.cancel()
+            self._timeouts.stop(waiting)
             if waiting.arrival in self._waiting.get(owner, ()):
                 self._leave(waiting)
                 self._update_soon()  # the next one may need less
@@ -212,22 +229,27 @@ class ByteBudget:
         self._serve()
         self._replace()
 
+    def _next(self) -> _Waiting:
+        """The one whose turn it is."""
+        held = self._held
+        least = min(held.get(owner, 0) for owner in self._waiting)
+        equals = (queue for owner, queue in self._waiting.items() if held.get(owner, 0) == least)
+        firsts = (next(iter(queue.values())) for queue in equals)
+        return max(firsts, key=lambda waiting: waiting.arrival) if self._newest_is_next else next(firsts)
+
     def _serve(self) -> None:
-        """Gives shares to those whose turn it is, as long as the first of them fits."""
-        while self._waiting:
-            least = min(self._held.get(owner, 0) for owner in self._waiting)
-            equals = [
-                next(iter(queue.values()))
-                for owner, queue in self._waiting.items()
-                if self._held.get(owner, 0) == least
-            ]
-            waiting = max(equals, key=lambda waiting: waiting.arrival) if self._newest_is_next else equals[0]
-            if self.used + waiting.size > self.max_bytes:
+        """Gives shares to those whose turn it is, as long as the first of them fits, and `PER_TURN` at a time."""
+        for _ in range(PER_TURN):
+            if not self._waiting:
+                return
+            waiting = self._next()
+            if waiting.size > self._free(waiting.owner):
                 return
             self._leave(waiting)
             self._newest_is_next = not self._newest_is_next
             if not waiting.share.done():  # it is done if its wait was too long or has been cancelled
                 waiting.share.set_result(self._share(waiting.size, waiting.owner))
+        self._update_soon()
 
     def _leave(self, waiting: _Waiting) -> None:
         """Removes one that waits. Its owner goes behind the others."""
@@ -244,6 +266,8 @@ class ByteBudget:
     def _busy(self) -> ServerBusy:
         return ServerBusy(self._what, retry_after_s=self._replaceable_after_s)
 
+    # Replacements -----------------------------------------------------------------------------------------------------
+
     def _replace(self) -> None:
         """Replaces as many shares as those who wait need, or as can be replaced now, and the rest later."""
         if self._next_replacement is not None:
@@ -251,32 +275,42 @@ class ByteBudget:
             self._next_replacement = None
         if not self._waiting:
             return
-        missing = self._waiting_bytes + self.used - self.max_bytes - sum(share.bytes for share in self._replaced)
-        for share in self._idle_shares() if missing > 0 else ():
+        first = self._next()
+        missing = self._waiting_bytes - self._free(first.owner) - sum(share.bytes for share in self._replaced)
+        if missing <= 0:
+            return
+        # If the first would fit but for its owner's part, the shares of others are not in its way.
+        idle = self._idle_shares(of=first.owner if self.used + first.size <= self.max_bytes else None)
+        for share in itertools.islice(idle, PER_TURN):
             if missing <= 0:
                 return
             missing -= share.bytes
-            del self._replaceable[share]
+            self._replaceable.pop(share, None)
+            self._at_last.pop(share, None)
             self._replaced.add(share)
             assert share.on_replaced is not None, "a share that cannot be replaced is not among them"
             share.on_replaced()
-        if missing > 0 and self._replaceable:
+        if missing <= 0:
+            return
+        if len(idle) > PER_TURN:
+            self._update_soon()
+        elif self._replaceable:
             next_at = min(share.since for share in self._replaceable) + self._replaceable_after_s
-            self._next_replacement = self._clock().call_later(max(RETRY_S, next_at - self.now()), self._replace)
+            timers = self._timers or asyncio.get_running_loop()
+            self._next_replacement = timers.call_later(max(RETRY_S, next_at - self.now()), self._replace)
 
-    def _idle_shares(self) -> list[Share]:
-        """The shares that can be replaced now, in the order in which they should be."""
+    def _idle_shares(self, of: str | None) -> list[Share]:
+        """The shares that can be replaced now, in the order in which they should be; ``of``: those of one owner."""
+        if not self._replaceable and self._at_last and self.used == sum(share.bytes for share in self._at_last):
+            return [next(reversed(self._at_last))]  # one, so that the others go on
         idle_since = self.now() - self._replaceable_after_s
         held = dict(self._held)
         ranked = []
         for share in sorted(self._replaceable, key=lambda share: share.since, reverse=True):
-            if share.bytes and share.since <= idle_since:
+            if share.bytes and share.since <= idle_since and of in (None, share.owner):
                 ranked.append((held[share.owner], share.since, share))
                 held[share.owner] -= share.bytes
         return [share for *_, share in sorted(ranked, key=lambda rank: rank[:2], reverse=True)]
-
-    def _clock(self) -> Timers:
-        return self._timers or asyncio.get_running_loop()
 
 
 class _Waiting(NamedTuple):

@@ -130,8 +130,11 @@ class RpcCall:
         self.deadline_at = None if left_s is None else self._started_at + left_s
         self._late_at = math.inf if left_s is None else self._started_at + left_s * (1 - DEADLINE_ROUNDING) - TRANSIT_S
         # Read now: after the RPC, gRPC's context has lost its call, and reading these crashes the process (1.85.1).
-        self._trace, self.peer = trace_id(context.invocation_metadata()), context.peer()
-        self.incoming = Incoming(calls.receiver, calls.places, method, context, self.peer, self._count_received)
+        headers = context.invocation_metadata() or ()
+        self._trace, self.peer = trace_id(headers), context.peer()
+        self.incoming = Incoming(
+            calls.receiver, calls.places, method, context, headers, self.peer, self._count_received
+        )
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
         self._task = task

@@ -12,7 +12,8 @@ from gramophone.recipe import Violation
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.rpc.byte_budget import Share
 from gramophone_server.rpc.call_places import CallPlaces
-from gramophone_server.rpc.receiving import Context, Receiver, parse
+from gramophone_server.rpc.event_loop import events_handled
+from gramophone_server.rpc.receiving import Context, Headers, Receiver, check_headers, parse
 
 __all__ = ["Incoming"]
 
@@ -33,13 +34,14 @@ class Incoming:
         places: CallPlaces,
         method: str,
         context: Context,
+        headers: Headers,
         connection: str,
         on_received: Callable[[], None],
     ) -> None:
         """``on_received`` is called for each message that has arrived."""
         self._receiver, self._places = receiver, places
         self._room = receiver.requests if method in WITH_IMAGES else receiver.small
-        self._context, self._connection = context, connection
+        self._context, self._headers, self._connection = context, headers, connection
         self._on_received = on_received
         self._has_place = False
         self._share: Share | None = None  # of all messages so far
@@ -50,6 +52,7 @@ class Incoming:
         message = await self.receive_next(kind)
         if message is None:
             await asyncio.sleep(CANCELLATION_S)
+            await events_handled()
             description = f"is missing: the client has ended its side of the call without a {kind.DESCRIPTOR.full_name}"
             raise InvalidRequest([Violation("request", description)])
         return message
@@ -59,6 +62,8 @@ class Incoming:
         until `release`. Raises `SlowSender`, `InvalidRequest`, and `ServerBusy`, also if there is no place for a call.
         """
         if not self._has_place:
+            check_headers(self._headers)
+            self._headers = ()
             self._places.take(self._connection)
             self._has_place = True
         received = await self._receiver.read(self._context, self._room, self._connection, self._share)

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from gramophone.recipe import Violation
 from gramophone_server.errors import GramophoneError, InvalidRequest
 from gramophone_server.rpc.call_places import CallPlaces
-from gramophone_server.rpc.receiving import Context, Receiver, Room, parse
+from gramophone_server.rpc.receiving import Context, Receiver, Room, check_headers, parse
 from gramophone_server.rpc.status import abort_status
 
 __all__ = ["MAX_PER_CONNECTION", "StandardCalls"]
@@ -78,5 +78,6 @@ class StandardCall:
             return parse(received.data, kind)
 
     def _take_place(self) -> None:
+        check_headers(self._context.invocation_metadata() or ())
         self._calls.places.take(self._connection)
         self._has_place = True
