@@ -303,3 +303,23 @@ async def test_a_call_that_is_cancelled_before_its_message_is_logged_as_cancelle
     unary = [line for line in caplog.text.splitlines() if "code=" in line and "Interactive" not in line]
     assert unary and all("code=CANCELLED" in line for line in unary if "UploadImage" not in line)
     assert "failed" not in caplog.text
+
+
+# Headers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GetServerInfo", "UploadImage", "Stylize"])
+async def test_headers_are_bounded_before_a_client_has_acknowledged_the_settings(method):
+    """gRPC holds only clients that have done so to 16 KiB."""
+    async with serving(FakeEngine()) as s, connection(s.address) as raw:
+        raw.pause_reading()  # so they are not acknowledged
+        small, large = (
+            raw.open_stream(PATH + method, [(f"x-{i}", "y" * 1000) for i in range(kilobytes)]) for kilobytes in (5, 20)
+        )
+        for stream in (small, large):
+            await stream.send(prefixed(stylize() if method == "Stylize" else b""), end=True)
+        raw.resume_reading()
+        answer = await large.answer(within_s=10)
+        assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+        assert "request: must have at most 16384 bytes of headers, got 20" in answer.message
+        assert "headers" not in (await small.answer(within_s=10)).message

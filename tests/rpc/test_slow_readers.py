@@ -8,7 +8,7 @@ import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
-from gramophone_server.rpc.calls import LINK_BYTES_PER_S, SendTimeout
+from gramophone_server.rpc.send_timeout import LINK_BYTES_PER_S, SendTimeout
 from tests.support.clock import until
 from tests.support.engines import FakeEngine, NoisyEngine
 from tests.support.raw_http2 import connection, prefixed

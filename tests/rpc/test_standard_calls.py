@@ -142,3 +142,24 @@ async def test_checks_are_answered_beside_those_that_do_not_arrive():
         async with asyncio.timeout(3):
             for _ in range(5):
                 assert (await answered(raw, CHECK, prefixed(b""))).code == "OK"
+
+
+@pytest.mark.parametrize("path", [CHECK, WATCH, REFLECTION])
+async def test_headers_are_bounded_before_a_client_has_acknowledged_the_settings(path):
+    async with serving() as (address, checks), connection(address) as raw:
+        raw.pause_reading()  # so they are not acknowledged
+        stream = raw.open_stream(path, [(f"x-{i}", "y" * 1000) for i in range(20)])
+        await stream.send(prefixed(b""), end=True)
+        raw.resume_reading()
+        answer = await stream.answer(within_s=10)
+        assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+        assert "must have at most 16384 bytes of headers, got 20" in answer.message and checks.places.taken == 0
+
+
+@pytest.mark.parametrize("path", [CHECK, REFLECTION])
+async def test_no_thread_inflates_small_messages(path):
+    """It would let health checks wait behind a flood of large compressed requests."""
+    async with serving() as (address, checks), connection(address) as raw:
+        checks.receiver.close()  # stops the thread
+        answer = await answered(raw, path, prefixed(gzip.compress(b""), compressed=True), GZIP)
+        assert answer.code == "OK"

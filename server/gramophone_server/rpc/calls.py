@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ from gramophone_server.rpc.connections import close_connection
 from gramophone_server.rpc.incoming import Incoming
 from gramophone_server.rpc.outgoing import Outgoing
 from gramophone_server.rpc.receiving import Context, Receiver
+from gramophone_server.rpc.send_timeout import SendTimeout
 from gramophone_server.rpc.send_turns import SendTurns
 from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
@@ -349,53 +350,3 @@ def as_domain_error(error: BaseException) -> GramophoneError:
     if lacking is None:
         return EngineFailed()
     return OutOfHostMemory() if lacking == MEMORY else ServerBusy(lacking, SHORTAGE_RETRY_S)
-
-
-# A message may take a second for so many bytes without counting as lag: a slow link is no slow reader.
-LINK_BYTES_PER_S = 16 * 1024
-
-
-class SendTimeout:
-    """Calls ``on_expired`` if a client does not read: if one message takes longer than ``max_s`` seconds, or if the
-    client lags by as much.
-
-    It checks ten times in that period: a timer for each message was 5 % of the cost of sending it.
-    """
-
-    def __init__(self, max_s: float, on_expired: Callable[[], None]) -> None:
-        # For how long the client has kept an event waiting, on the clock `blocked_s`.
-        self.lag_s: Callable[[], float] = lambda: 0.0
-        self._max_s, self._on_expired = max_s, on_expired
-        self._since = math.inf  # on the monotonic clock
-        self._lags_from = math.inf  # `_since`, and the time for the bytes of the message
-        self._blocked_s = 0.0  # by earlier messages
-        self._closed = False
-        self._next_check: asyncio.TimerHandle | None = None
-
-    def begin(self, size: int) -> None:
-        """A message of so many bytes is given to gRPC."""
-        self._since = time.monotonic()
-        self._lags_from = self._since + size / LINK_BYTES_PER_S
-        if self._next_check is None:
-            self._check()
-
-    def end(self) -> None:
-        """gRPC has taken the message."""
-        self._blocked_s, self._since, self._lags_from = self.blocked_s(), math.inf, math.inf
-
-    def blocked_s(self) -> float:
-        """Seconds for which the server has waited for the client to read, beyond the time for the bytes."""
-        return self._blocked_s + max(0.0, time.monotonic() - self._lags_from)
-
-    def close(self) -> None:
-        """Stops the checks."""
-        self._closed = True
-        if self._next_check is not None:
-            self._next_check.cancel()
-
-    def _check(self) -> None:
-        is_sending = self._since < math.inf
-        if is_sending and (time.monotonic() - self._since >= self._max_s or self.lag_s() >= self._max_s):
-            self._on_expired()
-        elif not self._closed:
-            self._next_check = asyncio.get_running_loop().call_later(self._max_s / 10, self._check)
