@@ -226,10 +226,13 @@ def test_a_process_without_descriptors_answers_and_does_not_spin():
             with contextlib.ExitStack() as stack:
                 for _ in range(20):  # silent
                     stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("GET", "/livez")
-                assert connection.getresponse().read() == b"ok"
-                connection.close()
+                for pause_s in (0.0, 0.2):  # between the connection and its request
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                    connection.connect()
+                    time.sleep(pause_s)
+                    connection.request("GET", "/livez")
+                    assert connection.getresponse().read() == b"ok"
+                    connection.close()
                 waited_from = time.monotonic()
                 while time.monotonic() - waited_from < 1.0:
                     time.sleep(0.05)

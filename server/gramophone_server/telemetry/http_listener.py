@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import selectors
 import socket
 import threading
@@ -86,6 +87,8 @@ class HttpListener:
             self._socket.setblocking(False)
             self._selector = selectors.DefaultSelector()
             self._selector.register(self._socket, selectors.EVENT_READ)
+            self._poll = select.poll()  # which takes no descriptor
+            self._poll.register(self._socket, select.POLLIN)
             # With it, a process that has used up its descriptors still answers, one connection at a time.
             self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         except BaseException:
@@ -165,13 +168,15 @@ class HttpListener:
 
     def _accept(self) -> socket.socket | None:
         """A new connection. Without a descriptor for it, the oldest silent one, or the spare, gives its own; None if
-        there is none, and then nothing is accepted for a while."""
+        there is none, and then nothing is accepted for a while. Raises `BlockingIOError` if none is waiting."""
         while True:
             try:
                 return self._socket.accept()[0]
             except OSError as error:
                 if error.errno not in NO_DESCRIPTOR:
                     raise
+            if not self._poll.poll(0):  # the system asks for a descriptor before it looks for a connection
+                raise BlockingIOError
             if self._silent:
                 self._make_room()
             elif self._spare is not None:
