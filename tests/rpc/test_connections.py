@@ -1,6 +1,8 @@
 """Connections that the server ends."""
 
 import asyncio
+import contextlib
+import resource
 import socket
 import urllib.parse
 
@@ -8,6 +10,16 @@ import pytest
 
 from gramophone_server.rpc.connections import close_connection, count_connections
 from tests.support.clock import until
+
+
+@contextlib.contextmanager
+def without_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize(("family", "host"), [("ipv4", "127.0.0.1"), ("ipv6", "::1")])
@@ -51,6 +63,9 @@ async def test_only_the_connections_to_the_port_of_the_server_are_counted():
         assert [count_connections(port) for port in ports] == [0, 0]  # they listen
         writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for port in (ports[0], ports[0], ports[1])]
         await until(lambda: len(accepted) == 3)
+        assert [count_connections(port) for port in ports] == [2, 1]
+        with without_descriptors():
+            assert count_connections(ports[0]) is None
         assert [count_connections(port) for port in ports] == [2, 1]
         for writer in (*writers, *(writer for _, writer in accepted)):
             writer.close()

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from gramophone_server.telemetry import standard_streams
 from tests.support.processes import ROOT, WITHIN_S, environment
 
 LINES = 20_000  # more than a pipe and the queue take
@@ -240,3 +241,23 @@ def test_a_crash_in_c_leaves_its_trace(kind):
         assert end(child) == -signal.SIGSEGV
         reader.join(WITHIN_S)
     assert "Fatal Python error: Segmentation fault" in texts[0]
+
+
+def test_a_line_without_an_end_is_not_kept_for_ever(tmp_path):
+    program = (
+        "import sys, time\n"
+        "from gramophone_server.telemetry import standard_streams\n"
+        "standard_streams.make_non_blocking()\n"
+        "for _ in range(10): sys.stderr.write('x' * 20_000)\n"
+        "standard_streams.drain()\n"
+        "print('written', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    log = tmp_path / "log"
+    with log.open("wb") as file, subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=file,
+    ) as child:  # fmt: skip
+        assert child.stdout.readline() == b"written\n"
+        assert 200_000 - standard_streams.MAX_LINE_BYTES <= log.stat().st_size <= 200_000
+        child.stdin.close()

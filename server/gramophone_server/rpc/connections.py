@@ -28,21 +28,52 @@ def close_connection(peer: str) -> bool:
     return False
 
 
-def count_connections(port: int) -> int:
-    """The number of TCP connections to a port that this process listens on. Thread-safe; takes some microseconds for
-    each descriptor of the process."""
-    return sum(_peer_of(connection) is not None and connection.getsockname()[1] == port for connection in _sockets())
+def count_connections(port: int) -> int | None:
+    """The number of TCP connections to a port that this process listens on; None if the process has no descriptor left
+    to look at the others. Thread-safe; takes some microseconds for each descriptor of the process."""
+    try:
+        descriptors = list(_descriptors_of_sockets())
+    except OSError:
+        return None
+    return sum(_is_connected_to(port, descriptor) for descriptor in descriptors)
+
+
+def _is_connected_to(port: int, descriptor: int) -> bool:
+    """Whether it is a connection to a port of this machine. Takes no descriptor."""
+    try:
+        borrowed = socket.socket(fileno=descriptor)
+    except OSError:  # it was just closed
+        return False
+    try:
+        return _peer_of(borrowed) is not None and borrowed.getsockname()[1] == port
+    except OSError:
+        return False
+    finally:
+        borrowed.detach()  # it stays open
 
 
 def _sockets() -> Iterator[socket.socket]:
     """Copies of the sockets of this process, each until the next one is asked for."""
+    for descriptor in _descriptors_of_sockets():
+        # A copy, because gRPC's threads may close the descriptor meanwhile, and open another one with its number.
+        try:
+            own = os.dup(descriptor)
+        except OSError:  # it was just closed, or there is no descriptor left
+            continue
+        try:
+            copy = socket.socket(fileno=own)
+        except OSError:  # by now it is no socket
+            os.close(own)
+            continue
+        with copy:
+            yield copy
+
+
+def _descriptors_of_sockets() -> Iterator[int]:
     for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # a descriptor that is no socket, or was just closed
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            # A copy, because gRPC's threads may close the descriptor meanwhile, and open another one with its number.
-            with contextlib.closing(socket.socket(fileno=os.dup(int(name)))) as copy:
-                yield copy
+        with contextlib.suppress(OSError):  # it was just closed
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                yield int(name)
 
 
 def _peer_of(connection: socket.socket) -> tuple[str, str] | None:

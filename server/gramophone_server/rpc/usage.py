@@ -33,9 +33,9 @@ def budgets(servicer: Servicer, scheduler: Scheduler, limits: Limits) -> dict[st
 
 def places(servicer: Servicer, probes: StandardCalls, limits: Limits, port: int) -> dict[str, Usage]:
     """Places by what takes them, on a server that listens on ``port``. Thread-safe."""
-    calls, checks = servicer.calls.places, probes.places
+    calls, checks, connections = servicer.calls.places, probes.places, count_connections(port)
     return {
-        "connections": Usage(count_connections(port), limits.max_connections),
+        **({} if connections is None else {"connections": Usage(connections, limits.max_connections)}),
         "calls": Usage(calls.taken, calls.max_calls),
         "health checks": Usage(checks.taken, checks.max_calls),
         "decoders": Usage(servicer.admission.decoders.busy, limits.max_decoders),

@@ -22,12 +22,13 @@ import threading
 
 from gramophone_server.telemetry.line_writer import LineWriter, write_all
 
-__all__ = ["DRAIN_S", "drain", "dropped_lines", "make_non_blocking"]
+__all__ = ["DRAIN_S", "MAX_LINE_BYTES", "drain", "dropped_lines", "make_non_blocking"]
 
 log = logging.getLogger(__name__)
 
 DRAIN_S = 1.0  # at the end of the process, for the last lines of each stream that somebody reads
 STDOUT, STDERR = 1, 2
+MAX_LINE_BYTES = 2**16  # longer ones are written in parts
 
 _writers: dict[str, LineWriter] = {}  # by the name of the stream
 
@@ -81,8 +82,11 @@ class _Lines(io.RawIOBase):
         """Takes all of it."""
         with self._lock:
             lines, end, self._incomplete = (self._incomplete + bytes(data)).rpartition(b"\n")
-            if end:
-                self._writer.put(lines + end)
+            complete = lines + end
+            if len(self._incomplete) > MAX_LINE_BYTES:
+                complete, self._incomplete = complete + self._incomplete, b""
+            if complete:
+                self._writer.put(complete)
         return len(data)
 
 
