@@ -5,6 +5,7 @@ Machines with a GPU may have only torch and pytest: import no gRPC here, nor in 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,11 @@ from gramophone_server.network.vgg import Vgg
 from gramophone_server.ops import functional
 from tests.support.networks import make_tiny_vgg
 from tests.support.pictures import make_picture
+
+# A script's shell lets what it starts in the background ignore SIGINT, and Python and its children keep that.
+# Tests that interrupt something would fail, and a bench that one of them interrupts would fill 8 GB of memory.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # more threads make kernels this small slower, and much slower on a busy machine
 

@@ -304,7 +304,7 @@ def test_compute_threads_sleep_while_they_wait_unless_configured_otherwise(chose
 def page(url):
     """(status, text)"""
     try:
-        with urllib.request.urlopen(url, timeout=5) as shown:
+        with urllib.request.urlopen(url, timeout=60) as shown:
             return shown.status, shown.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -326,14 +326,14 @@ async def test_metrics_and_probes_have_a_port_of_their_own(capsys):
         engine.go.clear()
         running = p.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
         await running.read()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             status, text = 200, ""
             while 'gramophone_jobs{state="running"} 1.0' not in text and status == 200:  # it starts after `accepted`
                 status, text = await asyncio.to_thread(page, metrics)
         assert status == 200
         assert 'gramophone_jobs_finished_total{outcome="ITERATIONS_DONE"} 1.0' in text
         os.kill(os.getpid(), signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (await asyncio.to_thread(page, healthz))[1] != "shutting down\n":
                 pass
         engine.go.set()

@@ -51,7 +51,7 @@ def server_error(kind):
 async def test_every_error_of_the_server_is_rebuilt(service, kind):
     error = server_error(kind)
     service.scripts = [[refused(error)]]
-    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
+    async with AsyncGramophoneClient(service.target, timeout=60, max_retries=0) as client:
         for call in (client.stylize(PHOTO, PAINTING), collected(client.stream(PHOTO, PAINTING))):
             with pytest.raises(errors.GramophoneError) as raised:
                 await call
@@ -147,6 +147,6 @@ def test_the_docstring_draws_the_class_tree():
 
 
 async def test_metadata_that_is_too_large_for_the_server_is_named(service):
-    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
+    async with AsyncGramophoneClient(service.target, timeout=60, max_retries=0) as client:
         with pytest.raises(errors.MessageTooLargeError, match="metadata of the call is too large for the"):
             await client.server_info(metadata={"x-big": "x" * 100_000})

@@ -296,7 +296,7 @@ async def test_readers_that_do_not_read_cannot_keep_the_bytes_that_others_need(m
             for raw in silent:
                 await unread_frame(s, raw, job_id)
             await until(lambda: budget.used > 10 * MIB)
-            async with asyncio.timeout(10), grpc.aio.insecure_channel(s.address, options=LARGE_MESSAGES) as channel:
+            async with asyncio.timeout(60), grpc.aio.insecure_channel(s.address, options=LARGE_MESSAGES) as channel:
                 honest = pb_grpc.StyleTransferServiceStub(channel)
                 options = pb.FrameOptions(format=pb.IMAGE_FORMAT_PNG)
                 for _ in range(8):

@@ -39,7 +39,7 @@ async def answered(raw, method, *messages, headers=(), end=True):
     """The answer to a call that sends these bytes."""
     stream = raw.open_stream(PATH + method, headers)
     await stream.send(b"".join(messages), end=end)
-    return await stream.answer(within_s=10)
+    return await stream.answer(within_s=60)
 
 
 # Compression ----------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ async def test_a_compressed_command_is_read_and_a_bad_one_ends_the_stream():
         bomb = gzip.compress(pb.StylizeInteractiveRequest().SerializeToString() + b"\x32\0" * 3 * MIB)
         stream = raw.open_stream(PATH + "StylizeInteractive", GZIP)
         await stream.send(prefixed(gzip.compress(start), compressed=True) + prefixed(bomb, compressed=True))
-        answer = await stream.answer(within_s=10)
+        answer = await stream.answer(within_s=60)
         assert answer.code == "INVALID_ARGUMENT"
         assert "expands to more than 65536 bytes, which is the most of a message without images" in answer.message
 
@@ -114,7 +114,7 @@ async def test_a_message_above_the_limit_is_refused_at_its_prefix():
     async with serving(FakeEngine()) as s, connection(s.address) as raw:
         stream = raw.open_stream(PATH + "Stylize")
         await stream.send(prefixed(b"", length=9 * MIB))
-        answer = await stream.answer(within_s=10)
+        answer = await stream.answer(within_s=60)
         assert answer.code == "RESOURCE_EXHAUSTED" or answer.code == "RESET", answer
 
 
@@ -122,7 +122,7 @@ async def test_a_message_above_the_limit_is_refused_at_its_prefix():
 async def test_a_client_that_ends_its_side_without_a_message_is_answered(method):
     async with serving(FakeEngine()) as s, connection(s.address) as raw:
         stream = raw.open_stream(PATH + method, end=True)
-        answer = await stream.answer(within_s=10)
+        answer = await stream.answer(within_s=60)
         assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
 
 
@@ -181,7 +181,7 @@ async def test_an_upload_that_pauses_ends_and_gives_its_bytes_back():
         for _ in range(3):
             await stream.send(chunk)
         await until(lambda: budget.used > 11 * MIB)  # three chunks, and the room for the next message
-        answer = await stream.answer(within_s=10)
+        answer = await stream.answer(within_s=60)
         assert (answer.code, answer.reason) == ("ABORTED", "SLOW_SENDER")
         await until(lambda: budget.used == 0)
 
@@ -194,7 +194,7 @@ async def test_a_controller_may_be_silent_for_longer():
         await call.read()
         await asyncio.sleep(1.5)
         await call.write(pb.StylizeInteractiveRequest(command_id=7, finish=pb.FinishCommand()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not (message := await call.read()).HasField("command_result"):
                 pass
         assert message.command_result.command_id == 7 and not message.command_result.field_errors
@@ -227,10 +227,10 @@ async def test_unfinished_messages_make_room_for_others():
         for stream in streams:
             await stream.send(prefixed(b"abc", length=10 * MIB))
         await until(lambda: s.servicer.receiver.requests.budget.waiting == 3)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         assert response.result.image.data
-        answers = [await stream.answer(within_s=20) for stream in streams]
+        answers = [await stream.answer(within_s=60) for stream in streams]
     assert {(answer.code, answer.reason) for answer in answers} <= {
         ("RESOURCE_EXHAUSTED", "SERVER_BUSY"),
         ("ABORTED", "SLOW_SENDER"),
@@ -255,7 +255,7 @@ async def test_small_calls_are_answered_while_large_messages_have_no_room():
         for _ in range(20):
             await raw.open_stream(PATH + "Stylize").send(prefixed(b"abc", length=10 * MIB))
         await until(lambda: s.servicer.receiver.requests.budget.waiting)
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(10):
             await s.stub.GetServerInfo(pb.GetServerInfoRequest())
 
 
@@ -319,7 +319,7 @@ async def test_headers_are_bounded_before_a_client_has_acknowledged_the_settings
         for stream in (small, large):
             await stream.send(prefixed(stylize() if method == "Stylize" else b""), end=True)
         raw.resume_reading()
-        answer = await large.answer(within_s=10)
+        answer = await large.answer(within_s=60)
         assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
         assert "request: must have at most 16384 bytes of headers, got 20" in answer.message
-        assert "headers" not in (await small.answer(within_s=10)).message
+        assert "headers" not in (await small.answer(within_s=60)).message

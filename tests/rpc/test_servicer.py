@@ -195,7 +195,7 @@ async def test_a_diverged_stream_sends_its_last_good_picture_before_the_error():
 
 async def test_a_time_budget_ends_with_the_present_picture_and_a_deadline_with_none():
     async with serving(FakeEngine(iteration_s=0.002)) as s:
-        within = await s.stub.Stylize(pb.StylizeRequest(spec=spec(5000, time_budget=0.2)), timeout=10)
+        within = await s.stub.Stylize(pb.StylizeRequest(spec=spec(5000, time_budget=0.2)), timeout=60)
         assert within.result.stop_reason == pb.STOP_REASON_TIME_BUDGET
         assert 1 <= within.result.iterations <= 100 and within.result.image.data
         job = (await s.stub.GetJob(pb.GetJobRequest(job_id=within.accepted.job_id))).job

@@ -42,7 +42,7 @@ async def serving(max_idle_s=20, max_calls=100):
 async def answered(raw, path, data, headers=(), end=True):
     stream = raw.open_stream(path, headers)
     await stream.send(data, end=end)
-    return await stream.answer(within_s=10)
+    return await stream.answer(within_s=60)
 
 
 async def test_a_check_is_answered_plain_and_compressed():
@@ -99,7 +99,7 @@ async def test_bad_messages_are_refused(path, data, words, caplog):
 async def test_a_call_without_a_message_is_refused_or_ends():
     async with serving() as (address, _), connection(address) as raw:
         for path, code in ((CHECK, "INVALID_ARGUMENT"), (WATCH, "INVALID_ARGUMENT"), (REFLECTION, "OK")):
-            assert (await raw.open_stream(path, end=True).answer(within_s=10)).code == code
+            assert (await raw.open_stream(path, end=True).answer(within_s=60)).code == code
 
 
 @pytest.mark.parametrize("path", [CHECK, WATCH, REFLECTION])
@@ -139,7 +139,7 @@ async def test_checks_are_answered_beside_those_that_do_not_arrive():
             raw = await stack.enter_async_context(connection(address))
             await raw.open_stream(CHECK).send(prefixed(b"", length=1000))
         raw = await stack.enter_async_context(connection(address))
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(15):
             for _ in range(5):
                 assert (await answered(raw, CHECK, prefixed(b""))).code == "OK"
 

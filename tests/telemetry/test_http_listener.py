@@ -44,12 +44,12 @@ def listener(clock):
 def connect(listener):
     """Opens connections, which end with the test."""
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), 5))
+        yield lambda: stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), 60))
 
 
 def got(listener, path="/", headers=None):
     """(status, body) of a page."""
-    connection = http.client.HTTPConnection("127.0.0.1", listener.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", listener.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", path, headers=headers or {})
         response = connection.getresponse()
@@ -193,7 +193,7 @@ def test_a_defect_is_a_500_and_the_next_request_is_answered(listener, caplog):
     assert got(listener)[0] == 200
 
 
-# Uses up all descriptors, then reports the CPU seconds of each second.
+# Uses up all descriptors, then reports the CPU seconds since then.
 WITHOUT_DESCRIPTORS = """
 import os, resource, socket, sys, time
 from gramophone_server.telemetry.http_listener import Answer, HttpListener
@@ -206,8 +206,9 @@ try:
         os.dup(0)
 except OSError:
     print("used up", flush=True)
+began = time.process_time()
 sys.stdin.readline()
-print(time.process_time(), flush=True)
+print(time.process_time() - began, flush=True)
 """
 
 
@@ -225,9 +226,9 @@ def test_a_process_without_descriptors_answers_and_does_not_spin():
             child.stdout.readline()
             with contextlib.ExitStack() as stack:
                 for _ in range(20):  # silent
-                    stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
                 for pause_s in (0.0, 0.2):  # between the connection and its request
-                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                     connection.connect()
                     time.sleep(pause_s)
                     connection.request("GET", "/livez")
@@ -238,6 +239,6 @@ def test_a_process_without_descriptors_answers_and_does_not_spin():
                     time.sleep(0.05)
                 child.stdin.write("\n")
                 child.stdin.flush()
-                assert float(child.stdout.readline()) < 0.9  # of which starting is most
+                assert float(child.stdout.readline()) < 0.5 * (time.monotonic() - waited_from)
         finally:
             child.kill()

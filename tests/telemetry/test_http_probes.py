@@ -43,7 +43,7 @@ def served(probes):
 def got(address, path):
     """(status, text) of a page."""
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as page:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as page:
             return page.status, page.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -74,7 +74,7 @@ def test_an_unknown_path_lists_the_known_ones(served):
 def test_both_formats_of_prometheus_are_served(served):
     for accept, content_type in (("text/plain;version=0.0.4", "text/plain"), (OPEN, "application/openmetrics-text")):
         asked = urllib.request.Request(f"http://{served}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(asked, timeout=5) as page:
+        with urllib.request.urlopen(asked, timeout=60) as page:
             assert page.headers.get_content_type() == content_type
             assert page.read().endswith(b"# EOF\n") == (accept == OPEN)
 

@@ -111,7 +111,7 @@ async def test_a_lost_stream_is_given_up_when_the_grace_is_over(client, service)
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, detach_grace=0.3, patience=0))
-    assert 0.3 <= time.monotonic() - started < 3
+    assert 0.3 <= time.monotonic() - started < 15
     assert raised.value.frame.iteration == 1
     assert len(service.watches) > 2
 

@@ -109,7 +109,7 @@ async def test_a_killed_servers_job_goes_to_the_next_address(service, other_serv
                 killed = time.monotonic()
                 await asyncio.to_thread(holder.stop)
     assert kinds(updates) == ["Accepted", "Progress", "Checkpoint", "Accepted", "Progress", "Result"]
-    assert time.monotonic() - killed < 3
+    assert time.monotonic() - killed < 15  # of the 20 s of the call
     assert [spec.resume for spec in next_one.specs] == [b"state after 20"]
 
 
@@ -167,7 +167,7 @@ async def test_patience_is_bounded_and_the_loss_is_raised(client, service):
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, PAINTING, patience=0.4))
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 15  # of the 30 s of patience by default
     assert partial_result(raised) == (3, 4)
     assert len(service.specs) > 3
 
@@ -177,7 +177,7 @@ async def test_the_calls_timeout_bounds_the_search(client, service):
     started = time.monotonic()
     with pytest.raises(errors.ConnectionFailedError, match="gone"):
         await collected(client.stream(PHOTO, PAINTING, timeout=1.5))
-    assert time.monotonic() - started < 5  # of the 30 s of patience
+    assert time.monotonic() - started < 15  # of the 30 s of patience
 
 
 @pytest.mark.parametrize("grace", [0.0, 5.0], ids=["sent again", "looked for"])
@@ -366,7 +366,7 @@ async def test_a_server_that_takes_no_jobs_is_asked_for_as_long_as_patience_last
 @pytest.mark.parametrize("status", [LOST, refused(server_errors.ShuttingDown(0.01))], ids=["lost", "down"])
 async def test_without_retries_a_job_is_sent_once(service, how, status):
     service.scripts = [[status]]
-    async with AsyncGramophoneClient(service.target, timeout=10, max_retries=0) as client:
+    async with AsyncGramophoneClient(service.target, timeout=60, max_retries=0) as client:
         with pytest.raises(errors.ConnectionFailedError):
             await run_job(client, how)
     assert len(service.specs) == 1

@@ -25,7 +25,7 @@ async def chunks(*sizes):
 
 
 async def test_all_requests_arrive_and_the_side_is_closed(stub, service):
-    call = stub.UploadImage(timeout=10)
+    call = stub.UploadImage(timeout=60)
     send(call, chunks(10, 0, 1000, 2**20))
     answer = await call
     assert len(service.images[answer.digest]) == 10 + 1000 + 2**20
@@ -59,13 +59,13 @@ async def test_cancelling_an_upload_ends_it_at_the_server(stub, service):
             left.set()
 
     left = asyncio.Event()
-    call = stub.UploadImage(timeout=10)
+    call = stub.UploadImage(timeout=60)
     send(call, endless())
     answer = asyncio.ensure_future(call)
     assert await asyncio.to_thread(service.uploading.wait, 5)
     answer.cancel()
     assert await asyncio.to_thread(service.call_ended.wait, 5)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await left.wait()
 
 
@@ -77,7 +77,7 @@ async def test_an_error_in_making_requests_ends_the_call_and_is_logged(stub, ser
 
     failures = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
-    call = stub.UploadImage(timeout=10)
+    call = stub.UploadImage(timeout=60)
     send(call, broken())
     with pytest.raises(asyncio.CancelledError):
         await call
@@ -96,9 +96,9 @@ async def test_waiting_for_requests_ends_with_the_call(stub, service):
 
     left = asyncio.Event()
     service.scripts = [[accepted(), HANG]]
-    call = stub.StylizeInteractive(timeout=10)
+    call = stub.StylizeInteractive(timeout=60)
     send(call, silent())
     await call.read()
     call.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await left.wait()
