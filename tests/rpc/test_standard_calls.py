@@ -163,3 +163,19 @@ async def test_no_thread_inflates_small_messages(path):
         checks.receiver.close()  # stops the thread
         answer = await answered(raw, path, prefixed(gzip.compress(b""), compressed=True), GZIP)
         assert answer.code == "OK"
+
+
+async def test_a_check_whose_response_is_not_read_keeps_its_place():
+    """As long as gRPC keeps the response."""
+    async with serving() as (address, checks):
+        async with connection(address, window=0) as raw:
+            streams = [raw.open_stream(CHECK) for _ in range(MAX_PER_CONNECTION)]
+            for stream in streams:
+                await stream.send(prefixed(b""), end=True)
+            await until(lambda: checks.places.taken == MAX_PER_CONNECTION)
+            busy = await answered(raw, CHECK, prefixed(b""))
+            assert (busy.code, busy.reason) == ("RESOURCE_EXHAUSTED", "SERVER_BUSY")
+            async with connection(address) as other:
+                assert (await answered(other, CHECK, prefixed(b""))).code == "OK"
+            assert checks.places.taken == MAX_PER_CONNECTION
+        await until(lambda: not checks.places.taken)

@@ -42,7 +42,6 @@ class StandardCall:
     def __init__(self, calls: StandardCalls, context: Context) -> None:
         self._calls, self._context = calls, context
         self._connection = context.peer()
-        self._has_place = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -50,8 +49,6 @@ class StandardCall:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._has_place:
-            self._calls.places.give_back(self._connection)
         if isinstance(error, GramophoneError):
             code, message, trailers = abort_status(error)
             await self._context.abort(code, message, trailing_metadata=trailers)
@@ -80,4 +77,8 @@ class StandardCall:
     def _take_place(self) -> None:
         check_headers(self._context.invocation_metadata() or ())
         self._calls.places.take(self._connection)
-        self._has_place = True
+        # Not at the end of the handler: gRPC keeps the response until the client reads it.
+        self._context.add_done_callback(self._give_back_place)  # type: ignore[arg-type]  # the stub asks for its own class
+
+    def _give_back_place(self, _: object) -> None:
+        self._calls.places.give_back(self._connection)
