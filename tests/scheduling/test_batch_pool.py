@@ -49,15 +49,19 @@ def make_pool(engine, throughput=None):
 
 def assign(pool, tasks, paused_bytes=0):
     """Every job that has the memory joins a batch, in many turns of a worker. Returns the errors of lost ones."""
-    failed = pool.plan(tasks, paused_bytes)
+    failed = plan(pool, tasks, paused_bytes)
     for task in tasks:
         while task not in failed and task.batch is None and pool.fits(pool.needs(task)):
             try:
                 pool.begin(task)
             except Exception as error:  # noqa: BLE001 - the test says which it expects
                 failed[task] = error
-            pool.plan(tasks, paused_bytes)
+            plan(pool, tasks, paused_bytes)
     return failed
+
+
+def plan(pool, tasks, paused_bytes=0):
+    return pool.plan([task for task in tasks if task.batch is None], paused_bytes)
 
 
 def run_rounds(pool, tasks, rounds=1):

@@ -134,6 +134,19 @@ def test_what_first_iterations_take_more_is_expected_of_new_sizes_only():
     assert device.model.estimate(KIND, 2000).first_s == 0.0
 
 
+def test_a_rough_estimate_is_there_from_the_first_measurement_on_and_at_any_distance():
+    device = Device(fixed_s=0.004, pixel_s=1e-6)
+    assert device.model.rough_s(KIND, 1000) is None
+    device.run(1000, times=1)
+    assert device.model.rough_s(KIND, 1000) == pytest.approx(device.true_s(1000))
+    device.run(1_000_000, times=1)
+    for _ in range(50):  # many small ones do not outweigh it
+        device.run(1000, times=1)
+    device.clock.advance(2 * EVIDENCE_EXPIRES_S)
+    for pixels in (10, 10_000, 10_000_000):
+        assert device.model.rough_s(KIND, pixels) == pytest.approx(device.true_s(pixels), rel=0.01)
+
+
 def test_what_is_kept_is_bounded():
     model = CostModel(ManualClock())
     for number in range(1000):

@@ -1,7 +1,7 @@
 from tests.support.mixed_hour import Device, Hour, Verdict
 
-# In a sample of this size, one job is 0.4 %. `python -m tests.support.mixed_hour` has more of them.
-MOST_WRONG = 0.02
+# The goal is 1 % over an hour (`python -m tests.support.mixed_hour`). In a sample of this size, one job is 0.35 %.
+MOST_WRONG = 0.015
 
 
 def test_of_a_mixed_hour_almost_all_deadlines_are_judged_rightly():

@@ -559,15 +559,15 @@ async def test_drain_of_an_idle_scheduler_is_immediate():
 
 
 async def test_a_defect_of_ours_ends_the_running_jobs_and_no_later_one(caplog):
-    """`max_slots` never raises. An error where none is expected must not end the compute thread."""
+    """`begin` never raises. An error where none is expected must not end the compute thread."""
     engine = FakeEngine()
-    engine.max_slots = broken = lambda shape: 1 // 0
+    engine.begin = broken = lambda state: 1 // 0
     async with scheduling(engine, max_running=2) as scheduler:
         for job in [submit(scheduler), submit(scheduler)]:
             with pytest.raises(EngineFailed):
                 await kinds(job)
-        assert engine.max_slots is broken and "ZeroDivisionError" in caplog.text
-        del engine.max_slots
+        assert engine.begin is broken and "ZeroDivisionError" in caplog.text
+        del engine.begin
         assert (await kinds(submit(scheduler)))[-1] == "Finished"
         await until(lambda: scheduler.running == scheduler.queued == 0)
 

@@ -1,4 +1,6 @@
 import math
+import random
+from collections import Counter
 
 import pytest
 
@@ -207,6 +209,39 @@ def test_a_refusal_says_what_was_measured_and_how_sure_it_is():
     assert alone.retry_after_s is None  # it takes longer by itself
 
 
+def test_time_that_looks_ample_is_so_at_a_closer_look(monkeypatch):
+    """With jobs and deadlines by chance: what is accepted without a closer look is accepted by it, too."""
+    chance, outcomes = random.Random(1), Counter()
+    quick_look = WaitingQueue.time_is_ample
+
+    def asked(tasks, expected, closely, **question):
+        """Whether a job is accepted, and whether its time looked ample."""
+        looks = []
+        look = lambda *arguments: looks.append(quick_look(*arguments)) or (looks[-1] and not closely)
+        monkeypatch.setattr(WaitingQueue, "time_is_ample", look)
+        queue, _, _ = queue_with(1.0, max_running=4)
+        for number, deadline_s in enumerate(expected):
+            queue.expect(Reservation(-number), [], job_state(), deadline_s, 0, "PNG", f"expected {number}", 2.0)
+        for task in tasks[4:]:
+            queue.resume(task)
+        return Asking(queue)(running=tasks[:4], **question) is None, looks[-1]
+
+    for _ in range(2000):
+        tasks = []
+        for _ in range(chance.choice([0, 1, 2, 6])):
+            needs_s = chance.choice([0.1, 1.0, 10.0])
+            deadline_at = chance.choice([math.inf, needs_s * chance.uniform(0.5, 20)])
+            tasks.append(waiting(deadline_at, needs_s, owner=chance.choice("ab")))
+        expected = [math.inf] * chance.choice([0, 0, 1, 3])
+        question = {"left_s": 2 ** chance.uniform(0, 7), "owner": chance.choice("ab")}
+        question |= {"iterations": chance.randint(1, 30), "time_budget": chance.choice([0.0, 5.0])}
+        is_ample = asked(tasks, expected, closely=False, **question)[1]
+        is_accepted = asked(tasks, expected, closely=True, **question)[0]
+        assert is_accepted or not is_ample
+        outcomes[is_ample, is_accepted] += 1
+    assert outcomes[True, True] > 200 and outcomes[False, True] > 200 and outcomes[False, False] > 200
+
+
 def test_a_time_budget_ends_a_job_before_its_deadline():
     queue, _, _ = queue_with(1.0)
     ask = Asking(queue)
@@ -245,14 +280,15 @@ def test_after_a_slow_minute_a_job_is_let_through_and_shows_that_it_is_over():
 
 
 def test_of_many_refusals_one_is_let_through():
-    """Its size may have been judged by its neighbours, which are measured all the time."""
+    """It is judged by its neighbours, which are measured all the time. One whose own size is measured shows nothing."""
     queue, _, throughput = queue_with(10.0)
     ask = Asking(queue)
     refused = 0
-    while ask(60.0, iterations=10) is not None:
+    while ask(60.0, iterations=10, size=80) is not None:
         measure(throughput, 10.0, times=1)
         refused += 1
-    assert refused == PROBE_AFTER_REFUSALS and queue.probes == 1
+        assert ask(60.0, iterations=10) is not None
+    assert 2 * refused >= PROBE_AFTER_REFUSALS and queue.probes == 1
 
 
 def test_decoding_and_delivery_are_counted():

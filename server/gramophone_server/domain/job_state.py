@@ -80,6 +80,8 @@ class JobState:
         self.recipe = self.recipe or self.job.recipe
         *coarse, final = self.job.scales
         self.scales: tuple[Scale, ...] = (*coarse, final._replace(iterations=self.recipe.iterations))
+        # Of the batches at each scale. No update changes them, and the scheduler asks for them all the time.
+        self.shapes = tuple(Shape.of(self.recipe, height, width) for width, height, _ in self.scales)
 
     @property
     def iterations(self) -> int:
@@ -113,8 +115,7 @@ class JobState:
     @property
     def shape(self) -> Shape:
         """The shape of the batch that the job can join."""
-        width, height, _ = self.scales[self.next_scale_index]
-        return Shape.of(self.recipe, height, width)
+        return self.shapes[self.next_scale_index]
 
     @property
     def pixel_iterations_left(self) -> int:

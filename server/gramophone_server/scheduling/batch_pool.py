@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from gramophone_server.config import Limits
@@ -97,13 +97,12 @@ class BatchPool:
 
     # Before a turn ---------------------------------------------------------------------------------------------------
 
-    def plan(self, tasks: Sequence[Task], paused_bytes: int = 0) -> dict[Task, Exception]:
+    def plan(self, apart: Sequence[Task], paused_bytes: int = 0) -> dict[Task, Exception]:
         """Decides which batches the jobs need, and disbands those whose width is no longer the best. Returns the jobs
         that are lost by that, each with its error.
 
-        ``paused_bytes``: size of the tensors of paused jobs.
+        ``apart``: the running jobs that are in no batch. ``paused_bytes``: size of the tensors of paused jobs.
         """
-        apart = [task for task in tasks if task.batch is None]
         self._host_bytes = paused_bytes + sum(task.state.bytes for task in apart if task.parked)
         self._parked_bytes = sum(task.state.bytes for task in apart if not task.parked)
         if self._engine.shares_host_memory:
@@ -111,16 +110,18 @@ class BatchPool:
         under_way = (task.beginning for task in apart)
         self._pass_bytes = sum(beginning.next_bytes for beginning in under_way if beginning and beginning.under_way)
         self.moving.intersection_update(apart)
-        by_shape: dict[Shape, list[Task]] = defaultdict(list)
-        for task in tasks:
-            by_shape[task.state.shape if task.batch is None else task.batch.shape].append(task)
-        self._max_slots = {shape: slots for shape, slots in self._max_slots.items() if shape in by_shape}
+        # By shapes and batches, not by jobs: this is done before each turn, and most jobs are in a batch.
+        joining = Counter(task.state.shape for task in apart)
+        batches: dict[Shape, list[PooledBatch]] = {shape: [] for shape in joining}
+        for batch in self._batches:
+            batches.setdefault(batch.shape, []).append(batch)
+        self._max_slots = {shape: slots for shape, slots in self._max_slots.items() if shape in batches}
         self._missing = {}
         failed: dict[Task, Exception] = {}
-        for shape, tasks_of_shape in by_shape.items():
-            failed |= self._plan(shape, tasks_of_shape)
-        for task in tasks:
-            if task.batch is None and task.beginning is None and task not in failed:
+        for shape, batches_of_shape in batches.items():
+            failed |= self._plan(shape, joining[shape], batches_of_shape)
+        for task in (*apart, *self.moving):
+            if task.beginning is None and task not in failed:
                 task.beginning = self._engine.begin(task.state)
         return failed
 
@@ -158,7 +159,7 @@ class BatchPool:
         try:
             if pixels:
                 beginning.advance()
-                self._throughput.beginnings.record(pixels, self._clock() - started_at)
+                self._throughput.record_turn("step", pixels, self._clock() - started_at)
             else:
                 batch = self._batch_with_slot(shape)
                 if batch is None:
@@ -167,7 +168,7 @@ class BatchPool:
                 width = batch.slots
                 joining_at = self._clock()
                 self._join(batch, task)
-                self._throughput.joins.record(shape.width * shape.height, self._clock() - joining_at)
+                self._throughput.record_turn("join", shape.width * shape.height, self._clock() - joining_at)
         except OutOfDeviceMemory:
             if width > 1:
                 self._max_slots[shape] = width // 2
@@ -250,11 +251,12 @@ class BatchPool:
         batch.tasks.clear()
         self._close_batch(batch)
 
-    def _plan(self, shape: Shape, tasks: list[Task]) -> dict[Task, Exception]:
-        """Disbands the batches of one shape whose width is no longer the best, and sets its missing widths."""
-        max_width = self._max_width(shape, len(tasks))
-        target_widths = widths(len(tasks), max_width)
-        batches = [batch for batch in self._batches if batch.shape == shape]
+    def _plan(self, shape: Shape, joining: int, batches: Sequence[PooledBatch]) -> dict[Task, Exception]:
+        """Disbands those ``batches`` of one shape whose width is no longer the best, and sets its missing widths.
+        ``joining``: jobs of this shape in no batch."""
+        jobs = joining + sum(len(batch.tasks) for batch in batches)
+        max_width = self._max_width(shape, jobs)
+        target_widths = widths(jobs, max_width)
         if sorted((batch.slots for batch in batches), reverse=True) == target_widths:
             return {}
         missing = Counter(target_widths)
@@ -266,9 +268,8 @@ class BatchPool:
                 misfits.append(batch)
         now = self._clock()
         if misfits and now < self._rebuilt_at + REBUILD_PART * self._moved_s:
-            apart = sum(task.batch is None for task in tasks)
             free = sum(batch.slots - len(batch.tasks) for batch in batches)
-            self._missing[shape] = Counter(widths(max(0, apart - free), max_width))
+            self._missing[shape] = Counter(widths(max(0, joining - free), max_width))
             return {}
         failed: dict[Task, Exception] = {}
         if misfits:
@@ -281,6 +282,8 @@ class BatchPool:
 
     def _max_width(self, shape: Shape, jobs: int) -> int:
         """The widest batch that is expected to be fast and fits the device; a power of two."""
+        if jobs == 1:
+            return 1
         best, limit = self._throughput.best_width(shape, jobs), self._engine.max_slots(shape)
         width = min(best, self._max_slots.get(shape, best), 1 << (limit.bit_length() - 1))
         while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:

@@ -135,16 +135,15 @@ class DeviceShares(Generic[T]):
         """The job whose turn is next; None without any. ``turns``: jobs that compete and can have a turn, with the
         estimated seconds that it takes of their time; more than `BURST_S` count as this, so that an estimate that is
         far too high keeps no job waiting for long."""
-        turns = {job: min(turn_s, BURST_S) for job, turn_s in turns.items()}
-        first: dict[Account[T], T] = {}
+        first: dict[Account[T], tuple[float, float, T]] = {}  # what it would have had then, its turn, the job
         for job, turn_s in turns.items():
-            account = self._accounts[job.owner]
-            other = first.get(account)
-            if other is None or job.used_s + turn_s < other.used_s + turns[other]:
-                first[account] = job
+            account, turn_s = self._accounts[job.owner], min(turn_s, BURST_S)
+            if account not in first or job.used_s + turn_s < first[account][0]:
+                first[account] = job.used_s + turn_s, turn_s, job
         if not first:
             return None
-        return first[min(first, key=lambda account: account.used_s + turns[first[account]])]
+        account = min(first, key=lambda account: account.used_s + first[account][1])
+        return first[account][2]
 
     def _account(self, job: T) -> Account[T]:
         if job.owner not in self._accounts:

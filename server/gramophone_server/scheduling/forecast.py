@@ -52,10 +52,15 @@ class Work(NamedTuple):
     age_s: float  # of the device's newest measurement
     measured: int  # pixels of the nearest one to the last scale; 0: nothing was measured near by
 
-    @property
-    def high_s(self) -> float:
-        """Device seconds, one standard deviation more than estimated."""
-        return self.share_s * (1 + self.spread)
+    def within(self, seconds: float) -> Work:
+        """What is done of it within so many seconds: of a job with a time budget."""
+        limit_s = max(0.0, seconds)
+        return self._replace(
+            share_s=min(self.share_s, limit_s),
+            alone_s=min(self.alone_s, limit_s),
+            low_share_s=min(self.low_share_s, limit_s),
+            low_alone_s=min(self.low_alone_s, limit_s),
+        )
 
 
 class Forecaster:
@@ -72,12 +77,15 @@ class Forecaster:
         """Estimated seconds from a job's end to its response; 0 if unknown."""
         return _seconds(self._throughput.delivery(kind, pixels))
 
-    def work(self, state: JobState, jobs: int = 1, slots: int | None = None) -> Work | None:
-        """What a job still needs. ``jobs``: of its shape, itself included, that share its batch of ``slots``, or will
-        share batches of the best width. None if one of its scales was not measured near by."""
+    def work(
+        self, state: JobState, jobs: int = 1, slots: int | None = None, *, budget_s: float = math.inf
+    ) -> Work | None:
+        """What a job still needs, but no more than is left of its time budget. ``jobs``: of its shape, itself included,
+        that share its batch of ``slots``, or will share batches of the best width. None if one of its scales was not
+        measured near by."""
         parts = self._parts(state, jobs, slots)
         known = [part for part in parts if part is not None]
-        return _sum(known) if len(known) == len(parts) else None
+        return _sum(known).within(budget_s) if len(known) == len(parts) else None
 
     def least(self, state: JobState, jobs: int = 1) -> Work:
         """As `work`, without the scales that were not measured near by."""
@@ -87,12 +95,12 @@ class Forecaster:
         """The work at each scale that is left, from the first."""
         parts = []
         done = state.done
-        for index, (width, height, iterations) in enumerate(state.scales):
-            left = max(0, iterations - done)
-            done = max(0, done - iterations)
+        for index, (scale, shape) in enumerate(zip(state.scales, state.shapes, strict=True)):
+            left = max(0, scale.iterations - done)
+            done = max(0, done - scale.iterations)
             if left:
                 begins = not state.joined or index > state.scale_index
-                parts.append(self._part(Shape.of(state.recipe, height, width), left, jobs, slots, begins=begins))
+                parts.append(self._part(shape, left, jobs, slots, begins=begins))
         return parts
 
     def _part(self, shape: Shape, iterations: int, jobs: int, slots: int | None, *, begins: bool) -> Work | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 from gramophone_server.domain.engine_api import Batch, Beginning
@@ -114,11 +113,10 @@ class Task:
         must_start_at = min(self.deadline_at, self.budget_ends_at) - remaining_s
         return min(self.arrived_at + PATIENCE_S, max(self.arrived_at, must_start_at))
 
-    @cached_property
+    @property
     def last_shape(self) -> Shape:
         """The shape of the job at its last scale."""
-        width, height, _ = self.state.scales[-1]
-        return Shape.of(self.state.recipe, height, width)
+        return self.state.shapes[-1]
 
     @property
     def pause_ends_at(self) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.scheduling.beginning_costs import BeginningCosts
 from gramophone_server.scheduling.cost_model import CostModel, Estimate
 
 __all__ = ["ThroughputModel"]
@@ -55,7 +54,7 @@ class ThroughputModel:
         self._shapes: dict[Shape, ShapeSpeeds] = {}
         # Beginnings differ by what is cached, and the host's work is on other threads: both say little of the device.
         self._iterations, self._beginnings, self._host = CostModel(clock), CostModel(clock), CostModel(clock)
-        self.beginnings, self.joins = BeginningCosts(), BeginningCosts()  # for turns
+        self._turns = CostModel(clock)
 
     def __len__(self) -> int:
         """The number of shapes that are kept."""
@@ -119,6 +118,11 @@ class ThroughputModel:
         """The beginning of a job at a scale, its style targets and its join, took ``seconds`` of the device."""
         self._beginnings.record(_beginning_kind(shape), shape.width * shape.height, seconds)
 
+    def record_turn(self, kind: str, pixels: float, seconds: float) -> None:
+        """A turn of a job in no batch took ``seconds``: a "step" of a style image, of so many pixels, or a "join" with
+        a picture of so many."""
+        self._turns.record(kind, round(pixels), seconds)
+
     def record_decoding(self, image_pixels: int, seconds: float) -> None:
         """From the check of its deadline to its submission a job took ``seconds``: the decoding of its images."""
         self._host.record("decoding", image_pixels, seconds)
@@ -142,6 +146,10 @@ class ThroughputModel:
     def delivery(self, kind: str, pixels: int) -> Estimate | None:
         """Seconds from a job's end to the response with its result."""
         return self._host.estimate(("delivery", kind), pixels)
+
+    def turn_s(self, kind: str, pixels: float) -> float:
+        """Rough seconds of such a turn; 0 if none was measured."""
+        return self._turns.rough_s(kind, round(pixels)) or 0.0
 
     def known_best_width(self, shape: Shape, jobs: int) -> int:
         """The width that `best_width` has returned for a shape, but no more than this many jobs fill: what a forecast

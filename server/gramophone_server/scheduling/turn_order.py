@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from gramophone_server.scheduling.fair_share import DeviceShares
 from gramophone_server.scheduling.task import PooledBatch, Task
@@ -40,15 +40,14 @@ class TurnOrder:
         one whose deadline needs the turn, see `Urgency`. If that turn would last beyond the time budget of a job in
         another batch, that one goes first, unless the other has been idle for longer than its turn takes. A job whose
         budget does not last until its next picture ends now."""
-        turns = {task: self._turn_s(task) for task in ready}
-        while (task := self._shares.next({task: s for task, s in turns.items() if not task.ended})) is not None:
+        turns = self._turns(ready)
+        while (task := self._shares.next(turns)) is not None:
             now = self._clock()
-            running = [other for other in turns if not other.ended]
-            task = self._urgency.first(running, task, now, self._whole_turn_s(task))
+            task = self._urgency.first(turns, task, now, self._whole_turn_s(task, turns))
             batch = task.batch
-            turn_s = self._whole_turn_s(task)
+            turn_s = self._whole_turn_s(task, turns)
             idle_since = task.idle_since if batch is None else batch.idle_since
-            urgent = [t for t in turns if t.batch and not t.ended and t.budget_ends_at < now + max(turn_s, SLICE_S)]
+            urgent = [t for t in turns if t.batch and t.budget_ends_at < now + max(turn_s, SLICE_S)]
             elsewhere = [other for other in urgent if other.batch is not batch]
             if elsewhere and now < idle_since + turn_s:
                 return min(elsewhere, key=lambda other: other.budget_ends_at)
@@ -56,7 +55,9 @@ class TurnOrder:
             for other in urgent:
                 if other in elsewhere or other.budget_ends_at < now + iteration_s:
                     self._finish_within_budget(other)
-            if not task.ended:
+                    if other.ended:
+                        del turns[other]
+            if task in turns:
                 return task
         return None
 
@@ -69,18 +70,28 @@ class TurnOrder:
         """Counts the turn that `next` has chosen."""
         self._urgency.charge(seconds)
 
-    def _whole_turn_s(self, task: Task) -> float:
-        """Estimated seconds of a job's next turn."""
-        return self._turn_s(task) if task.batch is None else self._slice_s(task.batch)
+    def _turns(self, ready: Iterable[Task]) -> dict[Task, float]:
+        """For each job the estimated seconds of its next turn that are charged to it; 0 if nothing was measured."""
+        turns, of_batches = {}, dict[PooledBatch, float]()
+        for task in ready:
+            batch = task.batch
+            if batch is None:
+                turns[task] = self._beginning_s(task)
+            else:
+                if batch not in of_batches:
+                    of_batches[batch] = self._slice_s(batch) / len(batch.tasks)
+                turns[task] = of_batches[batch]
+        return turns
 
-    def _turn_s(self, task: Task) -> float:
-        """Estimated seconds of a job's next turn that are charged to it; 0 if nothing was measured."""
-        if task.batch is not None:
-            return self._slice_s(task.batch) / len(task.batch.tasks)
+    def _whole_turn_s(self, task: Task, turns: Mapping[Task, float]) -> float:
+        """Estimated seconds of a job's next turn."""
+        return turns[task] * (1 if task.batch is None else len(task.batch.tasks))
+
+    def _beginning_s(self, task: Task) -> float:
         assert task.beginning is not None, "`BatchPool.plan` has set it"
         if pixels := task.beginning.next_pixels:
-            return self._throughput.beginnings.seconds(pixels) or 0.0
-        return self._throughput.joins.seconds(task.state.shape.width * task.state.shape.height) or 0.0
+            return self._throughput.turn_s("step", pixels)
+        return self._throughput.turn_s("join", task.state.shape.width * task.state.shape.height)
 
     def _slice_s(self, batch: PooledBatch) -> float:
         return max(self._iteration_s(batch), SLICE_S)

@@ -32,8 +32,8 @@ __all__ = ["PROBE_AFTER_REFUSALS", "PROBE_AFTER_S", "REPORT_INTERVAL_S", "Expect
 DEFAULT_RETRY_S = 5.0  # until the first iteration of this process has been measured
 # No client reads faster, and a thousand waiting jobs need no update for each of 300 jobs that start in a second.
 REPORT_INTERVAL_S = 0.1
-# Of the jobs that would be refused, one is accepted if nothing near by was measured for so many seconds, or after so
-# many refusals: its iterations show whether the refusals are right.
+# Of the jobs that would be refused, one is accepted if nothing was measured for so many seconds, or after so many
+# refusals if its own size was not measured: its iterations show whether the refusals are right.
 PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 200
 ARRIVALS_S = 60.0  # over which arrivals are counted
 # Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
@@ -92,7 +92,7 @@ class WaitingQueue:
     def accept(self, task: Task, running: Sequence[Task]) -> None:
         """Adds a new task and publishes `Accepted` to it."""
         self._estimate(running)
-        task.remaining = self._forecaster.work(task.state, self._jobs_of(task.last_shape, running) + 1)
+        task.remaining = self._work(task, self._jobs_of(task.last_shape, running) + 1)
         index = self._insert(task)
         now = self._clock()
         self._arrivals = 1 + self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S)
@@ -136,7 +136,7 @@ class WaitingQueue:
     ) -> None:
         """Includes the job of a reservation in forecasts until `forget`. ``credit_s``: seconds that urgent jobs may
         take at once now. Other parameters, and the error: see `Scheduler.require_time`."""
-        now, shape = self._clock(), _last_shape(state)
+        now, shape = self._clock(), state.shapes[-1]
         jobs = self._jobs_of(shape, running) + 1
         self._estimate(running)
         delivery_s = self._forecaster.delivery_s(result_kind, shape.width * shape.height)
@@ -146,13 +146,14 @@ class WaitingQueue:
             least = self._forecaster.least(state, jobs)
             error = self._late(running, owner, state, least, left_s, ends_in_s, image_pixels, credit_s)
             if error is not None:
-                if not self._may_probe(least, now):
+                if not self._may_probe(least, shape, now):
                     self._refused_since_probe += 1
                     raise error
                 self.probes += 1
                 self._probed_at, self._refused_since_probe, is_probe = now, 0, True
+        budget_s = state.recipe.time_budget or math.inf
         deadline_at = math.inf if is_probe else now + ends_in_s
-        work = self._forecaster.work(state, jobs)
+        work = self._forecaster.work(state, jobs, budget_s=budget_s)
         self._expected[reservation] = Expected(owner, now, image_pixels, work, deadline_at, shape)
 
     def forget(self, reservation: Reservation, *, used: bool = False) -> Expected | None:
@@ -182,17 +183,21 @@ class WaitingQueue:
         # How long decoding takes is hardly known.
         until_turn_s = self._forecaster.decoding_s(image_pixels) / 2 + (TURN_S / 2 if running else 0.0)
         interrupted_s = self._interruptions_s(least.low_alone_s, now, credit_s)
-        if self._time_is_ample(running, now, ends_in_s, until_turn_s + least.alone_s + interrupted_s):
+        if self.time_is_ample(running, now, ends_in_s, until_turn_s + least.alone_s + interrupted_s):
             return None
         wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
         alone_s = least.low_alone_s
         run_s = max(alone_s + interrupted_s, EVEN_TOLERANCE * shared_end_s - wait_s)
+        end_s = until_turn_s + wait_s + run_s
         # A time budget ends a job at its last iteration within it, but lets it have one.
-        run_s = min(run_s, max(0.0, budget_s - wait_s - alone_s / max(1, state.iterations - state.done)))
-        if until_turn_s + wait_s + run_s > ends_in_s:
+        first_s = alone_s / max(1, state.iterations - state.done)
+        end_s = min(end_s, max(budget_s - first_s, until_turn_s + wait_s + first_s))
+        if end_s > ends_in_s:
             wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
             run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
             return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
+        if budget_s + TURN_S <= ends_in_s:
+            return None  # it ends in time whoever has the device, unless that is in a turn just then
         jobs = [job for job in self._jobs(running) if job.work is not None]
         promises = [
             Promise(job.deadline_at - now, job.work.share_s, job.work.alone_s, job.shape)
@@ -200,17 +205,17 @@ class WaitingQueue:
             if job.work is not None and job.deadline_at < math.inf
         ]
         others_s = sum(job.work.share_s for job in jobs if job.work is not None and job.deadline_at == math.inf)
-        own_s = min(alone_s, budget_s)
-        own = Promise(ends_in_s, min(least.low_share_s, budget_s), own_s, _last_shape(state))
+        within_budget = least.within(budget_s)
+        own = Promise(ends_in_s, within_budget.low_share_s, within_budget.low_alone_s, state.shapes[-1])
         late_s = broken_promise(promises, others_s, own, credit_s)
         if late_s is None:
             return None
         promised_s = sum(promise.work_s for promise in promises)
         return DeadlineUnattainable(
-            late_s, own_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
+            late_s, alone_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
         )
 
-    def _time_is_ample(self, running: Sequence[Task], now: float, ends_in_s: float, own_s: float) -> bool:
+    def time_is_ample(self, running: Sequence[Task], now: float, ends_in_s: float, own_s: float) -> bool:
         """Whether this job and all others would meet their deadlines even one after another, in whatever order. Then
         no closer look is needed, which takes 0.4 ms beside 60 jobs."""
         needed_s, first_at = own_s, now + ends_in_s
@@ -223,15 +228,18 @@ class WaitingQueue:
         return needed_s <= (1 - PROMISE_RESERVE) * (first_at - now)
 
     def _interruptions_s(self, run_s: float, now: float, credit_s: float) -> float:
-        """For how long other jobs will probably have the device while an urgent one runs, if jobs arrive as often as
-        lately: the mean, over when the first of them comes."""
+        """For how long other jobs will have the device while an urgent one runs, if jobs arrive as often as lately: the
+        median, since a job is refused only if it is more likely late than not, and during most short jobs none comes.
+        """
         rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
-        arrivals: float = max(rate * run_s, 1e-6)
-        return interruptions_s(run_s, credit_s) * (1 + math.expm1(-arrivals) / arrivals) + arrivals * TURN_S
+        arrivals = max(rate * run_s, 1e-6)
+        after_first = max(0.0, 1 - math.log(2) / arrivals)  # the part of the run after the first of them
+        return interruptions_s(run_s, credit_s) * after_first + math.floor(arrivals + 1 / 3) * TURN_S
 
-    def _may_probe(self, least: Work, now: float) -> bool:
+    def _may_probe(self, least: Work, shape: Shape, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
-        return is_old or self._refused_since_probe >= PROBE_AFTER_REFUSALS
+        is_by_neighbours = least.measured != shape.width * shape.height
+        return is_old or (is_by_neighbours and self._refused_since_probe >= PROBE_AFTER_REFUSALS)
 
     # Forecasts --------------------------------------------------------------------------------------------------------
 
@@ -258,11 +266,15 @@ class WaitingQueue:
         """Estimates the tasks that arrived before a speed near theirs was measured, and orders the queue by that."""
         unknown = [task for task in (*running, *self._tasks) if task.remaining is None]
         for task in unknown:
-            task.remaining = self._forecaster.work(task.state)
+            task.remaining = self._work(task)
         if any(task.remaining is not None for task in unknown):
             before = list(self._tasks)
             self._tasks.sort(key=_latest_start_at)
             self._positions_changed |= before != self._tasks
+
+    def _work(self, task: Task, jobs: int = 1) -> Work | None:
+        """What a task in the queue needs."""
+        return self._forecaster.work(task.state, jobs, budget_s=task.budget_ends_at - self._clock())
 
     def _jobs_of(self, shape: Shape, running: Sequence[Task]) -> int:
         """How many jobs of a shape run or will run."""
@@ -331,8 +343,3 @@ class WaitingQueue:
 
 def _latest_start_at(task: Task) -> float:
     return task.latest_start_at
-
-
-def _last_shape(state: JobState) -> Shape:
-    width, height, _ = state.scales[-1]
-    return Shape.of(state.recipe, height, width)

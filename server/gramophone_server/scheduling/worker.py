@@ -133,14 +133,11 @@ class Worker:
         for task in tasks:
             if task.observer.cancelled:
                 self._end(task)
-        running = [task for task in tasks if not task.ended]
-        self._fail_each(self._pool.plan(running, paused_bytes))
-        running = [task for task in running if not task.ended]
-        having = dict.fromkeys(self._memory.with_memory([task for task in running if task.batch is None]))
-        running = [task for task in running if not task.ended]
-        ready = dict.fromkeys(task for task in running if task.batch is not None or task in having)
-        for task in running:
-            (self._shares.arrive if task in ready else self._shares.leave)(task)
+        self._fail_each(self._pool.plan(_apart(tasks), paused_bytes))
+        having = dict.fromkeys(self._memory.with_memory(_apart(tasks)))
+        for task in _apart(tasks):  # a job in a batch competes already
+            (self._shares.arrive if task in having else self._shares.leave)(task)
+        ready = [task for task in tasks if not task.ended and (task.batch is not None or task in having)]
         moving = next((task for task in having if task in self._pool.moving), None)
         chosen = moving or self._order.next(ready)
         if chosen is None:
@@ -328,7 +325,8 @@ class Worker:
         now, batch = self._clock(), task.batch
         jobs, slots = (1, 1) if batch is None else (len(batch.tasks), batch.slots)
         if task.remaining is None or now >= task.estimated_at + jobs * ESTIMATE_INTERVAL_S:
-            task.remaining, task.estimated_at = self._forecaster.work(task.state, jobs, slots), now
+            work = self._forecaster.work(task.state, jobs, slots, budget_s=task.budget_ends_at - now)
+            task.remaining, task.estimated_at = work, now
 
     def _picture(self, task: Task) -> Callable[[], Tensor]:
         """A function that returns the current picture. Raises `InvalidRequest` if there is none yet."""
@@ -371,6 +369,11 @@ class Worker:
         self._shares.leave(task)
         self._pool.discard(task)
         task.ended = True
+
+
+def _apart(tasks: Iterable[Task]) -> list[Task]:
+    """The jobs that are in no batch."""
+    return [task for task in tasks if task.batch is None and not task.ended]
 
 
 def _slice_iterations(tasks: list[Task], now: float, iteration_s: float | None) -> int:
