@@ -1,6 +1,7 @@
 """Shares of the device: the counters by themselves, and simulations of hours with many callers. No time passes."""
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -118,6 +119,23 @@ def test_a_small_job_keeps_its_part_of_the_device_beside_callers_of_the_dearest_
     step_s = STEP_PIXELS * STYLE_PIXEL_S
     assert took_s <= (attackers + 1) * alone(iterations) * 1.05 + 2 * step_s
     assert device.longest_step_s < step_s + 0.1
+
+
+@pytest.mark.parametrize("hurried", [1, 2, 4])
+@pytest.mark.parametrize("urgency", [1.05, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("iterations", [10, 60])
+def test_deadlines_of_callers_of_the_dearest_beginnings_take_nothing_from_a_small_job(hurried, urgency, iterations):
+    """Some of four callers set deadlines so short that their jobs are urgent sooner or later."""
+    device, needs_s = Device(), 4 * STYLE_PIXEL_S * 256**2
+    for n in range(4):
+        deadline_s = (lambda: needs_s * urgency) if n < hurried else (lambda: math.inf)
+        attacker = f"attacker {n}"
+        device.add(stream(device, attacker, *DEAREST, deadline_s=deadline_s, needs_s=needs_s, **DEAREST_RECIPE))
+    device.run(lambda: False, 104)
+    for _ in range(5):
+        took_s = device.seconds(device.task("victim", iterations))
+        assert took_s <= 5 * alone(iterations) * 1.05 + 2 * STEP_PIXELS * STYLE_PIXEL_S
+        device.run(lambda: False, 23)
 
 
 @pytest.mark.parametrize(

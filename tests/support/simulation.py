@@ -11,6 +11,7 @@ import torch
 from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
+from gramophone_server.scheduling.forecast import Work
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.worker import Worker
@@ -44,7 +45,8 @@ class Device:
         self.clock = ManualClock(reading_s=1e-7)
         options = {"pixel_s": ITERATION_S / (64 * 32), "style_pixel_s": STYLE_PIXEL_S, "step_pixels": STEP_PIXELS}
         self.engine = FakeEngine(clock=self.clock, **(options | engine))
-        self.worker = Worker(self.engine, ThroughputModel(), 2**20, clock=self.clock)
+        self.throughput = ThroughputModel(self.clock)
+        self.worker = Worker(self.engine, self.throughput, 2**20, clock=self.clock)
         self.running: list[Task] = []
         self.waiting: list[Task] = []
         self._callers: list[tuple[Task, Caller]] = []  # by the task that they wait for
@@ -100,11 +102,16 @@ def stream(
     styles: Sequence[int] = (32,),
     idle_s: float = 0.0,
     cancels_after: float | None = None,
+    deadline_s: Callable[[], float] = lambda: math.inf,
+    needs_s: float = 0.0,
     **recipe: Any,
 ) -> Caller:
-    """A caller that sends one job after another. ``owner``: its name, or a function that names a new connection."""
+    """A caller that sends one job after another. ``owner``: its name, or a function that names a new connection.
+    ``deadline_s``: of the next job, after its arrival; ``needs_s``: what the forecast says that it needs."""
     while True:
         task = device.task(owner if isinstance(owner, str) else owner(), iterations, styles, **recipe)
+        task.deadline_at = device.clock.now + idle_s + deadline_s()
+        task.remaining = Work(needs_s, needs_s, needs_s, needs_s, 0.0, 0.0, 1) if needs_s else None
         if cancels_after is not None:
             assert isinstance(task.observer, Recorder)
             task.observer.cancel_at(device.clock.now + idle_s + cancels_after)

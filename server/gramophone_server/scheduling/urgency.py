@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 
 from gramophone_server.scheduling.forecast import LONGEST_TURN_S, MAX_URGENT_SHARE
@@ -22,19 +22,21 @@ class Urgency:
     """Decides whose deadline needs the next slice. Belongs to the compute thread.
 
     Jobs with deadlines are urgent in the order of these, and from the moment on at which the last one of them would be
-    late otherwise. A job that would be late even alone is not urgent. While others have work, slices out of turn take
-    at most `MAX_URGENT_SHARE` of the device: a slice in turn gives credit for them, and each of them uses it up.
+    late otherwise. A job that would be late even alone is not urgent, nor is one in its beginning, however dear: that
+    is done in turn, so that dear beginnings with deadlines leave each other caller its even share. While others have
+    work, slices out of turn take at most `MAX_URGENT_SHARE` of the device: a slice in turn gives credit for them, and
+    each of them uses it up.
     """
 
     def __init__(self) -> None:
         self.credit_s = LONGEST_TURN_S  # of turns out of turn; any thread may read it
         self._out_of_turn = False  # whether the next slice is
 
-    def first(self, ready: Sequence[Task], in_turn: Task, now: float, turn_s: float) -> Task:
+    def first(self, ready: Iterable[Task], in_turn: Task, now: float, turn_s: float) -> Task:
         """The job of ``ready`` that is next: that whose deadline needs it, or the one that is ``in_turn``, whose turn
         would take ``turn_s`` seconds."""
         # A join is short, and a wider batch serves all in it: kept out, the others would halve the throughput.
-        joins = in_turn.batch is None and not (in_turn.beginning and in_turn.beginning.next_pixels)
+        joins = in_turn.batch is None and not _is_beginning(in_turn)
         urgent = self._urgent(ready, now, turn_s) if self.credit_s > 0 and not joins else None
         self._out_of_turn = urgent is not None and urgent is not in_turn and not _share_a_batch(urgent, in_turn)
         return urgent if urgent is not None and self._out_of_turn else in_turn
@@ -47,8 +49,8 @@ class Urgency:
             earned_s = seconds * MAX_URGENT_SHARE / (1 - MAX_URGENT_SHARE)
             self.credit_s = min(self.credit_s + earned_s, max(LONGEST_TURN_S, earned_s))
 
-    def _urgent(self, ready: Sequence[Task], now: float, turn_s: float) -> Task | None:
-        promised = [task for task in ready if now < task.deadline_at < math.inf]
+    def _urgent(self, ready: Iterable[Task], now: float, turn_s: float) -> Task | None:
+        promised = [task for task in ready if now < task.deadline_at < math.inf and not _is_beginning(task)]
         counted: dict[PooledBatch, float] = {}  # seconds of the slices of a batch until its last counted job ends
         first = None
         total_s = 0.0
@@ -66,6 +68,11 @@ class Urgency:
             if now + RESERVE_S + turn_s + total_s / URGENT_FROM > task.deadline_at:
                 return first
         return None
+
+
+def _is_beginning(task: Task) -> bool:
+    """Whether its next turn is a step of its beginning."""
+    return task.batch is None and task.beginning is not None and task.beginning.next_pixels > 0
 
 
 def _share_a_batch(a: Task, b: Task) -> bool:
