@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Unpack
 
 from gramophone_client.blocking.iteration import Iteration
+from gramophone_client.errors import (
+    GramophoneError,
+)
 from gramophone_client.streams.job_control import AsyncJobControl
 from gramophone_client.streams.job_stream import AsyncJobStream
 from gramophone_client.types.options import Changes
@@ -44,6 +47,12 @@ class JobStream(Iteration[AsyncJobStream]):
     def upload_progress(self) -> UploadProgress | None:
         """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
         return self._job.upload_progress
+
+    @property
+    def loss(self) -> GramophoneError | None:
+        """What the job is recovered from now: the loss of its connection or server, or why no server takes it yet. None
+        unless it is being recovered."""
+        return self._job.loss
 
     def close(self) -> None:
         """Leaves the job: it stops, or continues without this watcher for its `detach_grace`. A second call does
@@ -90,6 +99,12 @@ class JobControl(Iteration[AsyncJobControl]):
     def upload_progress(self) -> UploadProgress | None:
         """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
         return self._job.upload_progress
+
+    @property
+    def loss(self) -> GramophoneError | None:
+        """What the job is recovered from now: the loss of its connection or server, or why no server takes it yet. None
+        unless it is being recovered."""
+        return self._job.loss
 
     def close(self) -> None:
         """Gives up control, which for the job counts as the loss of a watcher. A second call does nothing, nor does the

@@ -10,7 +10,7 @@ from gramophone import recipe as recipes
 from gramophone_client.commands.clients import async_client
 from gramophone_client.commands.local_server import LocalServerError, local_server, server_is_installed
 from gramophone_client.console.display import print_errors
-from gramophone_client.console.outputs import Display, Outputs, UsageError, display, showing_uploads
+from gramophone_client.console.outputs import Display, Outputs, UsageError, display, showing_waits
 from gramophone_client.console.recipe_flags import flag, recipe_overrides
 from gramophone_client.console.targets import LOCAL, Target, chosen_target
 from gramophone_client.errors import ConnectionFailedError, GramophoneError, NotReadyError
@@ -138,7 +138,7 @@ class _Job(Outputs):
                 detach_grace=args.detach or None,
                 **self.overrides,
             )
-            async with showing_uploads(lambda: updates.upload_progress, shown), updates:
+            async with showing_waits(updates, shown), updates:
                 await self.follow(updates, shown)
 
     def _not_for_local(self) -> list[str]:

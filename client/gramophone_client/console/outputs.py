@@ -6,25 +6,36 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
 from gramophone_client.console.display import LiveDisplay, PlainDisplay, print_errors
 from gramophone_client.console.timelapse import Timelapse
+from gramophone_client.errors import GramophoneError, NotReadyError, QueueFullError, ServerBusyError
 from gramophone_client.types.options import FrameOptions
 from gramophone_client.types.updates import Accepted, Checkpoint, Frame, Result, Update, UploadProgress
 
-__all__ = ["Display", "Outputs", "UsageError", "display", "showing_uploads"]
+__all__ = ["Display", "Outputs", "UsageError", "display", "showing_waits"]
 
 FALLBACK_INTERVAL_S = 2.0  # between frames that are used only if the job ends early
 DISPLAY_INTERVAL_S = 0.2  # between frames of a preview or a film
-UPLOAD_SHOWN_AFTER_S = 1.0
-UPLOAD_INTERVAL_S = 0.25  # between two looks at an upload
+WAIT_SHOWN_AFTER_S = 1.0
+WAIT_INTERVAL_S = 0.25  # between two looks at what a job waits for
 
 Display = LiveDisplay | PlainDisplay
+
+
+class Waits(Protocol):
+    """What a job waits for, see `AsyncJobStream`."""
+
+    @property
+    def upload_progress(self) -> UploadProgress | None: ...
+    @property
+    def loss(self) -> GramophoneError | None: ...
 
 
 class UsageError(Exception):
@@ -40,23 +51,27 @@ def display(args: argparse.Namespace) -> AbstractContextManager[Display | None]:
 
 
 @asynccontextmanager
-async def showing_uploads(
-    progress_of: Callable[[], UploadProgress | None], shown: Display | None
-) -> AsyncIterator[None]:
-    """Shows in its block how much has been uploaded, whenever an upload takes longer than a second."""
+async def showing_waits(job: Waits, shown: Display | None) -> AsyncIterator[None]:
+    """Shows in its block what a job waits for beside its updates, whenever that takes longer than a second: how much
+    has been uploaded, and that its server is lost."""
 
     async def watch(display: Display) -> None:
         since_s: float | None = None
         while True:
-            await asyncio.sleep(UPLOAD_INTERVAL_S)
-            progress = progress_of()
-            if progress is None:
+            await asyncio.sleep(WAIT_INTERVAL_S)
+            progress, loss = job.upload_progress, job.loss
+            if progress is None and loss is None:
                 since_s = None
                 continue
             since_s = time.monotonic() if since_s is None else since_s
-            if time.monotonic() - since_s >= UPLOAD_SHOWN_AFTER_S:
+            waited_s = time.monotonic() - since_s
+            if waited_s < WAIT_SHOWN_AFTER_S:
+                continue
+            if progress is not None:
                 sent, total = progress.sent_bytes / 2**20, progress.total_bytes / 2**20
                 display.set_status(f"uploads images, {sent:.1f} of {total:.1f} MiB")
+            elif loss is not None:
+                display.set_status(f"{_lacking(loss)}, for {waited_s:.0f} s so far")
 
     watching = None if shown is None else asyncio.create_task(watch(shown))
     try:
@@ -64,6 +79,14 @@ async def showing_uploads(
     finally:
         if watching is not None:
             watching.cancel()
+
+
+def _lacking(loss: GramophoneError) -> str:
+    if isinstance(loss, NotReadyError):
+        return "waits until the server is ready"
+    if isinstance(loss, QueueFullError | ServerBusyError):
+        return "waits until the server has room"
+    return "the server is lost; looks for it, or for another one"
 
 
 class Outputs:

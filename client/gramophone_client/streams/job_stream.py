@@ -95,6 +95,12 @@ class AsyncJobStream:
         """How much of the job's large images and checkpoint has been uploaded; None unless that happens now."""
         return self._recovery.upload_progress
 
+    @property
+    def loss(self) -> GramophoneError | None:
+        """What the job is recovered from now: the loss of its connection or server, or why no server takes it yet. None
+        unless it is being recovered."""
+        return self._recovery.loss
+
     async def close(self) -> None:
         """Leaves the job: it stops, or continues without this watcher for its `detach_grace`. A second call does
         nothing, nor does the first after the end of the job."""

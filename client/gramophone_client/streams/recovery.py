@@ -118,6 +118,11 @@ class Recovery:
         return self._uploads.progress
 
     @property
+    def loss(self) -> GramophoneError | None:
+        """The error that the job is recovered from now; None unless it is."""
+        return self._states.loss
+
+    @property
     def left_s(self) -> float:
         """Seconds of the job's time that are left."""
         return max(0.0, self._end_s - time.monotonic())

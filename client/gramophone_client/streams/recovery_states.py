@@ -122,6 +122,11 @@ class RecoveryStates:
         """Whether the next loss is final because of the losses before it."""
         return self._patience_s > 0 and 0 < self._max_resends <= self._resends
 
+    @property
+    def loss(self) -> GramophoneError | None:
+        """The error that it recovers from now; None unless it does."""
+        return None if self._loss is None else self._loss.error
+
     def accepted(self) -> None:
         """A server has accepted the job."""
         self.state, self._loss = RecoveryState.FOLLOWING, None

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from gramophone.options import INLINE_BYTES
 from gramophone.recipe import PRESETS, LayerWeight, Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
-from gramophone_client import Frame, Progress, UploadProgress
+from gramophone_client import Frame, Progress, UploadProgress, errors
 from gramophone_client.commands import local_server, stylize
 from gramophone_client.console import outputs, targets
 from gramophone_client.console.display import PlainDisplay
@@ -391,8 +392,8 @@ def test_large_files_are_uploaded_and_named_in_errors(gramophone, service, folde
 
 
 def test_a_long_upload_is_shown(gramophone, service, folder, monkeypatch):
-    monkeypatch.setattr(outputs, "UPLOAD_INTERVAL_S", 0.01)
-    monkeypatch.setattr(outputs, "UPLOAD_SHOWN_AFTER_S", 0.02)
+    monkeypatch.setattr(outputs, "WAIT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(outputs, "WAIT_SHOWN_AFTER_S", 0.02)
 
     class Watched(PlainDisplay):
         def set_status(self, text):
@@ -413,7 +414,38 @@ async def test_a_short_upload_is_not_shown():
         def set_status(self, text):
             pytest.fail(text)
 
-    async with outputs.showing_uploads(lambda: UploadProgress(1, 2), Silent(io.StringIO())):
-        await asyncio.sleep(2 * outputs.UPLOAD_INTERVAL_S)
-    async with outputs.showing_uploads(lambda: pytest.fail("--quiet shows nothing"), None):
-        pass
+    async with outputs.showing_waits(waiting(UploadProgress(1, 2)), Silent(io.StringIO())):
+        await asyncio.sleep(2 * outputs.WAIT_INTERVAL_S)
+
+
+async def test_quiet_shows_no_wait():
+    async with outputs.showing_waits(waiting(), None):
+        assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (errors.ConnectionFailedError("gone"), "the server is lost; looks for it, or for another one, for 0 s so far"),
+        (errors.JobNotFoundError("gone"), "the server is lost; looks for it, or for another one, for 0 s so far"),
+        (errors.NotReadyError("loads"), "waits until the server is ready, for 0 s so far"),
+        (errors.QueueFullError("full"), "waits until the server has room, for 0 s so far"),
+    ],
+)
+async def test_a_wait_for_a_server_is_shown(monkeypatch, loss, words):
+    monkeypatch.setattr(outputs, "WAIT_INTERVAL_S", 0.001)
+    monkeypatch.setattr(outputs, "WAIT_SHOWN_AFTER_S", 0.0)
+    shown = asyncio.Queue()
+    job = waiting(loss=loss)
+    async with outputs.showing_waits(job, SimpleNamespace(set_status=shown.put_nowait)), asyncio.timeout(5):
+        assert await shown.get() == words
+        job.loss = None
+        await asyncio.sleep(0.01)
+        while not shown.empty():
+            shown.get_nowait()
+        await asyncio.sleep(0.01)
+        assert shown.empty()  # the job runs again
+
+
+def waiting(progress=None, loss=None):
+    return SimpleNamespace(upload_progress=progress, loss=loss)

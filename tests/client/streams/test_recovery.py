@@ -12,7 +12,7 @@ import pytest
 from gramophone.recipe import Violation
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client import Accepted, AsyncGramophoneClient, Checkpoint, CheckpointOptions, errors
-from gramophone_client.streams import job_uploads, recovery
+from gramophone_client.streams import job_uploads, recovery, recovery_states
 from gramophone_client.transport.call_options import DEFAULT_MAX_RETRIES
 from gramophone_client.transport.connection import Connection
 from gramophone_server import errors as server_errors
@@ -203,6 +203,19 @@ async def test_a_timeout_while_images_are_uploaded_again_raises_the_loss_before(
     with pytest.raises(errors.ConnectionFailedError, match="gone") as raised:
         await collected(client.stream(PHOTO, style))
     assert isinstance(raised.value.__cause__, errors.DeadlineExceededError)
+
+
+async def test_a_stream_says_what_it_recovers_from(client, service, monkeypatch):
+    monkeypatch.setattr(recovery_states, "RETRY_PAUSE_S", (0.2, 0.2))
+    service.scripts = [[accepted(), LOST], [accepted(), result()]]
+    async with client.stream(PHOTO, PAINTING) as stream:
+        assert stream.loss is None
+        following = asyncio.create_task(collected(stream))
+        while stream.loss is None:
+            await asyncio.sleep(0.001)
+        assert isinstance(stream.loss, errors.ConnectionFailedError)
+        await following
+        assert stream.loss is None
 
 
 async def test_without_patience_a_loss_is_an_error(client, service):
