@@ -16,6 +16,7 @@ import asyncio
 import math
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +38,7 @@ SQUARE = torch.zeros((3, 64, 64), dtype=torch.uint8)
 DELIVERY_S, DELIVERY_PIXEL_S = 0.005, 2e-8
 TRANSIT_S = 0.003  # not measured by the server
 PICTURE = torch.zeros((1, 1, 3), dtype=torch.uint8)
+BORDER = 0.05  # iterations are noisy: of 100, 1.5 %
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -75,6 +77,8 @@ class Visit:
     is_forced: bool = False  # it is accepted without being asked for its deadline
     outcome: str = ""  # done, refused, full, cancelled
     took_s: float = math.nan
+    is_probe: bool = False  # it was let through although it should be late
+    for_promise: bool = False  # it was refused because of the deadline of another job
 
     @property
     def counts(self) -> bool:
@@ -85,6 +89,21 @@ class Visit:
     def in_time(self) -> bool:
         """Whether it ended before its deadline."""
         return self.outcome == "done" and self.took_s <= self.deadline_s
+
+    def cause(self, device: Device) -> str:
+        """What was special about one that was judged wrongly."""
+        took_s = self.took_s if self.outcome == "done" else self.truth_s
+        if self.is_probe:
+            return "let through, to see"
+        if any(self.at - 5 <= at <= self.at + took_s for at in (device.slow_from_s, device.slow_until_s)):
+            return "the device's speed changed"
+        if self.for_promise:
+            return "promises to others"
+        if self.time_budget:
+            return "time budget"
+        if abs(took_s / self.deadline_s - 1) <= BORDER:
+            return f"within {BORDER:.0%} of the truth"
+        return "several scales" if self.scales else "other jobs came, or one size was new"
 
 
 @dataclass(frozen=True)
@@ -254,12 +273,14 @@ async def _run(hour: Hour, visits: list[Visit], seed: int) -> Scheduler:
             reservation = scheduler.reserve()
         except QueueFull:
             return observer.end("full")
-        left_s = visit.at + visit.deadline_s - clock.now
+        left_s, probes = visit.at + visit.deadline_s - clock.now, scheduler.deadline_probes
         try:
             scheduler.require_time(reservation, state, math.inf if visit.is_forced else left_s, owner=visit.caller)
-        except DeadlineUnattainable:
+        except DeadlineUnattainable as error:
+            visit.for_promise = "promised" in str(error)
             observer.end("refused")
         else:
+            visit.is_probe = scheduler.deadline_probes > probes
             scheduler.submit(
                 reservation, state, observer, visit.at + visit.deadline_s if visit.counts else None, visit.caller
             )
@@ -294,6 +315,7 @@ class Verdict:
     accepted: int = 0
     late: int = 0  # of those
     probes: int = 0
+    causes: Counter[tuple[str, str]] = field(default_factory=Counter)  # of what was judged wrongly: how, and why
 
     def __str__(self) -> str:
         wrong, late = self.wrongly_refused / max(1, self.possible), self.late / max(1, self.accepted)
@@ -317,10 +339,14 @@ class Verdict:
                 self.deadlines += 1
                 self.possible += visit.factor >= 1
                 self.accepted += visit.outcome == "done"
-                self.late += visit.outcome == "done" and not visit.in_time
+                if visit.outcome == "done" and not visit.in_time:
+                    self.late += 1
+                    self.causes["late", visit.cause(hour.device)] += 1
                 if visit.factor >= 1 and visit.outcome == "refused":
                     self.refused += 1
-                    self.wrongly_refused += _was_wrong(hour, seed, judged, index)
+                    if _was_wrong(hour, seed, judged, index):
+                        self.wrongly_refused += 1
+                        self.causes["refused wrongly", visit.cause(hour.device)] += 1
 
 
 def _again(visits: list[Visit]) -> list[Visit]:
@@ -343,7 +369,7 @@ def _was_wrong(hour: Hour, seed: int, judged: list[Visit], index: int) -> bool:
 
 
 def main() -> None:
-    """Simulates some hours."""
+    """Simulates some hours, and prints what was judged wrongly, by cause."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.mixed_hour", description=__doc__)
     parser.add_argument("--hours", type=int, default=1)
     parser.add_argument("--load", type=float, default=Hour.load, help="part of the device that the jobs need")
@@ -353,6 +379,8 @@ def main() -> None:
         device = Device(slow_from_s=1200.0, slow_until_s=1440.0)
         total.add(Hour(load=arguments.load, device=device), seed)
         print(total, flush=True)
+    for (how, why), number in sorted(total.causes.items()):
+        print(f"{number:4d} {how}: {why}")
 
 
 if __name__ == "__main__":
