@@ -118,15 +118,33 @@ async def test_server_info_describes_the_server():
     assert info.version
 
 
-async def test_server_info_names_the_ops_without_a_right_kernel():
+@pytest.mark.parametrize(
+    ("report", "ops", "milliseconds"),
+    [
+        (None, [], 20),
+        (
+            KernelReport({"gram": "error 0.1", "tv_": "requested"}, 0.05),
+            [("gram", "error 0.1"), ("tv_", "requested")],
+            50,
+        ),
+    ],
+)
+async def test_server_info_names_the_ops_without_a_right_kernel(report, ops, milliseconds):
     engine = FakeEngine()
+    engine.kernels = report or engine.kernels
     async with serving(engine) as s:
         info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
-        assert not info.library_ops and info.self_test_time.ToMilliseconds() == 20
-        engine.kernels = KernelReport({"gram": "error 0.1", "tv_": "requested"}, 0.05)
-        info = await s.stub.GetServerInfo(pb.GetServerInfoRequest())
-    assert [(op.name, op.reason) for op in info.library_ops] == [("gram", "error 0.1"), ("tv_", "requested")]
-    assert info.self_test_time.ToMilliseconds() == 50
+    assert [(op.name, op.reason) for op in info.library_ops] == ops
+    assert info.self_test_time.ToMilliseconds() == milliseconds
+
+
+async def test_server_info_counts_jobs_anew_in_each_answer():
+    engine = FakeEngine()
+    async with serving(engine) as s:
+        assert (await s.stub.GetServerInfo(pb.GetServerInfoRequest())).running_jobs == 0
+        call = await start_stream(s, engine)
+        assert (await s.stub.GetServerInfo(pb.GetServerInfoRequest())).running_jobs == 1
+        call.cancel()
 
 
 async def test_one_line_is_logged_for_each_rpc(caplog):

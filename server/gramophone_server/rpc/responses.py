@@ -1,4 +1,4 @@
-"""Events of a job, and jobs, as messages."""
+"""Events of a job, jobs, and what a server is, as messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from gramophone.recipe import PRESETS
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_to_message
-from gramophone_server.config import version
+from gramophone_server.config import Limits, version
+from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.events import (
     Accepted,
     Changed,
@@ -27,6 +29,7 @@ from gramophone_server.jobs.job import Job, JobPhase, JobSummary
 
 __all__ = [
     "accepted_message",
+    "constant_info",
     "frame_encoding",
     "image_message",
     "job_message",
@@ -37,6 +40,23 @@ __all__ = [
 ]
 
 FRAME_QUALITY, RESULT_QUALITY = 85, 95  # of JPEG and WebP, if the request has 0
+
+
+def constant_info(engine: Engine, limits: Limits) -> pb.GetServerInfoResponse:
+    """What GetServerInfo answers as long as the server runs: all but the numbers of jobs and of the caches."""
+    response = pb.GetServerInfoResponse(
+        version=version(),
+        device=engine.device_name,
+        precision=engine.precision,
+        backbone=engine.backbone,
+        weights=engine.weights_source,
+        layers=engine.layers,
+        limits=pb.Limits(**{f.name: getattr(limits, f.name) for f in dataclasses.fields(Limits)}),
+        presets=(pb.PresetRecipe(name=name, recipe=recipe_to_message(preset)) for name, preset in PRESETS.items()),
+        library_ops=(pb.LibraryOp(name=name, reason=reason) for name, reason in engine.kernels.by_library.items()),
+    )
+    response.self_test_time.FromMicroseconds(round(engine.kernels.seconds * 1e6))
+    return response
 
 
 def frame_encoding(options: pb.FrameOptions) -> Encoding:
