@@ -2,6 +2,7 @@
 
 import pytest
 
+from gramophone_server.domain.job_state import JobState
 from gramophone_server.errors import InvalidRequest, OutOfDeviceMemory
 from gramophone_server.scheduling.memory_turns import JOIN_PART, MEMORY_TURN_S
 from tests.support.simulation import Device
@@ -117,6 +118,22 @@ def test_a_pause_that_would_keep_too_much_memory_is_refused_and_changes_nothing(
     assert task.batch is not None
     one.worker.pause(task, 0)
     assert task.batch is None
+
+
+def test_a_pause_between_two_scales_takes_the_state_off_the_device(monkeypatch):
+    moved = []
+    monkeypatch.setattr(JobState, "move_to_host", lambda state: moved.append(state))
+    one = device()
+    task = one.task("caller", 100_000, smallest_size=45, coarse_iterations=3)
+    add(one, task)
+    one.run(lambda: task.batch is None and task.state.done == 3)
+    with pytest.raises(
+        InvalidRequest, match=f"the job's state takes {task.state.bytes} bytes, and the server keeps 9 "
+    ):
+        one.worker.pause(task, one.worker.max_parked_bytes - 9)
+    assert task.state.bytes and not moved
+    one.worker.pause(task, 0)
+    assert moved == [task.state]
 
 
 def test_memory_that_runs_out_although_the_estimate_allows_it_lets_jobs_take_turns():

@@ -129,6 +129,11 @@ class JobState:
         """Size of `tensors`: 276 bytes per pixel with L-BFGS, 48 with Adam."""
         return sum(tensor.nbytes for tensor in (self.tensors or {}).values())
 
+    def move_to_host(self) -> None:
+        """Moves `tensors` from a device to the host's memory. The next batch that the job joins copies them back."""
+        if self.tensors is not None:
+            self.tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+
     def report(self, losses: Losses) -> Report:
         """The report of the last iteration, with its ``losses``."""
         width, height, _ = self.scales[self.scale_index]

@@ -63,7 +63,7 @@ class BatchPool:
         self.moving: set[Task] = set()  # jobs that a rebuild has taken out of their batches
         self._rebuilt_at = -math.inf
         self._moved_s = 0.0  # that the jobs took since then to leave and to join again
-        self._parked_bytes = 0  # of the tensors of jobs that are in no batch, on the device
+        self._apart_bytes = 0  # of the tensors of jobs that are in no batch, on the device
         self._host_bytes = 0  # of those that have left the device for others, or are paused
         self._pass_bytes = 0  # of beginnings that are under way
 
@@ -74,7 +74,7 @@ class BatchPool:
     def bytes(self) -> int:
         """Estimated device memory, in bytes, of all open batches, of jobs between two of them, and of beginnings.
         Thread-safe."""
-        return self._parked_bytes + self._pass_bytes + self._batches_bytes
+        return self._apart_bytes + self._pass_bytes + self._batches_bytes
 
     @property
     def allocator_full(self) -> bool:
@@ -104,9 +104,9 @@ class BatchPool:
         ``apart``: the running jobs that are in no batch. ``paused_bytes``: size of the tensors of paused jobs.
         """
         self._host_bytes = paused_bytes + sum(task.state.bytes for task in apart if task.parked)
-        self._parked_bytes = sum(task.state.bytes for task in apart if not task.parked)
+        self._apart_bytes = sum(task.state.bytes for task in apart if not task.parked)
         if self._engine.shares_host_memory:
-            self._parked_bytes += self._host_bytes
+            self._apart_bytes += self._host_bytes
         under_way = (task.beginning for task in apart)
         self._pass_bytes = sum(beginning.next_bytes for beginning in under_way if beginning and beginning.under_way)
         self.moving.intersection_update(apart)
@@ -224,9 +224,12 @@ class BatchPool:
         return {batch.tasks[slot]: report for slot, report in reports.items()}, {}
 
     def detach(self, task: Task, *, to_host: bool = False) -> None:
-        """Takes a job out of its batch, with its tensors, which counts as its device time. If this raises
-        `OutOfDeviceMemory`, the job stays there."""
+        """Takes a job out of its batch, with its tensors, which counts as its device time. ``to_host``: they leave the
+        device, also those of a job between two batches. If this raises `OutOfDeviceMemory`, the job stays in its
+        batch."""
         task.beginning = None
+        if to_host and task.batch is None:
+            task.state.move_to_host()
         if task.batch is not None:
             started_at = self._clock()
             task.batch.engine_batch.leave(task.slot, to_host=to_host)
