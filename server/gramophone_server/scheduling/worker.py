@@ -106,7 +106,8 @@ class Worker:
         the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the job fails, and
         `OutOfDeviceMemory` is raised."""
         if not task.parked:
-            needed, most = self._host_bytes_of(task), self._pool.max_host_bytes
+            needed = task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
+            most = self._pool.max_host_bytes
             room = max(0, most - host_bytes)
             if needed > room:
                 others = ", or resume or end another paused job" if needed <= most else ""
@@ -122,10 +123,6 @@ class Worker:
             raise
         self._shares.leave(task)
         task.memory_short_since = None
-
-    def _host_bytes_of(self, task: Task) -> int:
-        """The bytes of the host's memory that a job needs when it leaves the device."""
-        return task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
 
     def step(self, tasks: Sequence[Task], paused_bytes: int = 0) -> None:
         """Runs one turn: of the task that would have had the least device time after it. That is a step of its
