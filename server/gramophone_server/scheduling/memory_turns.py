@@ -10,7 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from gramophone.recipe import Violation
+from gramophone_server.config import env_variable
 from gramophone_server.domain.engine_api import BatchEngine
+from gramophone_server.errors import InvalidRequest
 from gramophone_server.scheduling.batch_pool import BatchPool
 from gramophone_server.scheduling.task import PooledBatch, Task
 
@@ -94,6 +97,22 @@ class MemoryTurns:
             else:
                 self._wait(task)
         return having
+
+    def require_host_memory(self, task: Task, host_bytes: int) -> None:
+        """Raises `InvalidRequest` if the host has no memory for the state of a job that is to be paused, beside the
+        ``host_bytes`` of others."""
+        if task.parked:
+            return
+        needed = task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
+        most = self._pool.max_host_bytes
+        room = max(0, most - host_bytes)
+        if needed > room:
+            others = ", or resume or end another paused job" if needed <= most else ""
+            description = (
+                f"the job's state takes {needed} bytes, and the server keeps {room} more beside the device (server "
+                f"setting {env_variable('max_parked_bytes')}); take a checkpoint and end this one{others}"
+            )
+            raise InvalidRequest([Violation("", description)])
 
     def _may_have(self, task: Task, needed: int, pending: int = 0) -> bool:
         if task is self._first or self._first is None or not needed:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from gramophone.recipe import Violation
-from gramophone_server.config import Limits, env_variable
+from gramophone_server.config import Limits
 from gramophone_server.domain.engine_api import BatchEngine
 from gramophone_server.domain.events import Changed, Finished, Frame, Picture, Progress, Saved, SavedState, StopReason
 from gramophone_server.domain.job import Report, ran_out_of_memory
@@ -105,17 +105,7 @@ class Worker:
         """Takes a task out of its batch, into the host's memory; it can be admitted again. Raises `InvalidRequest` if
         the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the job fails, and
         `OutOfDeviceMemory` is raised."""
-        if not task.parked:
-            needed = task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
-            most = self._pool.max_host_bytes
-            room = max(0, most - host_bytes)
-            if needed > room:
-                others = ", or resume or end another paused job" if needed <= most else ""
-                description = (
-                    f"the job's state takes {needed} bytes, and the server keeps {room} more beside the device (server "
-                    f"setting {env_variable('max_parked_bytes')}); take a checkpoint and end this one{others}"
-                )
-                raise InvalidRequest([Violation("", description)])
+        self._memory.require_host_memory(task, host_bytes)
         try:
             self._leave(task)
         except OutOfDeviceMemory as error:
