@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -121,3 +122,89 @@ def test_a_beginning_that_runs_out_of_memory_starts_its_style_anew(
     assert not beginning.under_way
     expected = steps_of(engine, make_job())[0].finish()
     assert all(torch.equal(a, b) for a, b in zip(beginning.finish()[0], expected[0], strict=True))
+
+
+def beginnings(engine: VggEngine, job: StyleJob, count: int) -> list[style_targets.StyleBeginning]:
+    """Of so many jobs with the same styles."""
+    return [engine.begin(engine.admit(replace(job, seed=seed))) for seed in range(count)]
+
+
+@pytest.mark.parametrize("max_bytes", [2**20, 0])
+def test_jobs_in_one_style_share_its_pass(
+    make_job: Callable[..., StyleJob], monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    """They take turns at its steps, and each gets the same matrices, even if the cache keeps none."""
+    monkeypatch.setattr(style_targets, "STEP_PIXELS", 1)
+    job = replace(make_job(iterations=1), styles=(make_picture(6), make_picture(7)), style_weights=(1.0, 2.0))
+    alone, steps = steps_of(engine_with_cache(2**20), job)
+    engine = engine_with_cache(max_bytes)
+    sharing, turns = beginnings(engine, job, 3), 0
+    while any(beginning.next_pixels for beginning in sharing):
+        for beginning in sharing:
+            if pixels := beginning.next_pixels:
+                assert pixels == steps[turns]
+                beginning.advance()
+                turns += 1
+                assert sum(one.next_bytes > 0 for one in sharing if one.under_way) <= 1
+    assert turns == len(steps) > 4
+    assert engine.style_cache.misses == 2
+    for beginning in sharing:
+        for got, expected in zip(beginning.finish(), alone.finish(), strict=True):
+            assert all(torch.equal(*both) for both in zip(got, expected, strict=True))
+
+
+def test_a_pass_goes_on_without_the_job_that_began_it(
+    make_job: Callable[..., StyleJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(style_targets, "STEP_PIXELS", 1)
+    engine, job = engine_with_cache(2**20), make_job(iterations=1)
+    first, second = beginnings(engine, job, 2)
+    first.advance()
+    assert second.next_bytes == 0 < first.next_bytes  # it is counted once
+    second.advance()
+    left = second.next_pixels
+    del first
+    assert second.next_pixels == left and second.next_bytes > 0
+    second.finish()
+    assert engine.style_cache.misses == 1
+
+
+def test_a_pass_that_no_job_waits_for_is_freed_at_once(
+    make_job: Callable[..., StyleJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its activations, a gigabyte at 2048 px, do not wait for the garbage collector."""
+    monkeypatch.setattr(style_targets, "STEP_PIXELS", 1)
+    engine = engine_with_cache(2**20)
+    (beginning,) = beginnings(engine, make_job(iterations=1), 1)
+    gc.collect()
+    gc.disable()
+    try:
+        tensors = living_tensors()
+        beginning.advance()
+        assert living_tensors() > tensors
+        del beginning
+        assert living_tensors() <= tensors
+    finally:
+        gc.enable()
+
+
+def living_tensors() -> int:
+    return sum(type(one) is torch.Tensor for one in gc.get_objects())
+
+
+def test_a_pass_that_ran_out_of_memory_begins_anew_for_every_job(
+    make_job: Callable[..., StyleJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(style_targets, "STEP_PIXELS", 1)
+    engine, job = engine_with_cache(2**20), make_job(iterations=1)
+    first, second = beginnings(engine, job, 2)
+    first.advance()
+    second.advance()
+    original = ops.gram
+    monkeypatch.setattr(ops, "gram", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(OutOfDeviceMemory):
+        first.finish()
+    monkeypatch.setattr(ops, "gram", original)
+    results = second.finish(), first.finish()
+    assert all(torch.equal(*both) for both in zip(*(grams[0] for grams in results), strict=True))
+    assert engine.style_cache.misses == 1

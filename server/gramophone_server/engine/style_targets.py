@@ -2,12 +2,13 @@
 
 Every scale of every job needs the Gram matrices of its style images. Their forward pass costs half an iteration of a
 picture of their size (benchmarks/RESULTS.md): 13 s for a painting of 2048 px on two cores. So it is done in steps,
-between which other jobs have their turns. A cached matrix equals a computed one bit for bit. A cache belongs to one
-network in one precision, and to its engine's thread.
+between which other jobs have their turns; jobs that wait for the same matrices share a pass. A cached matrix equals a
+computed one bit for bit. A cache belongs to one network in one precision, and to its engine's thread.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -59,6 +60,45 @@ class _Step(NamedTuple):
     pixels: float  # for which the whole network costs as much
 
 
+class _Pass:
+    """The pass of one style, done in steps, at which the jobs that wait for it take turns."""
+
+    def __init__(self, features: VggFeatures, style: _Style, steps: Sequence[_Step], first: StyleBeginning) -> None:
+        self.style, self.steps = style, steps
+        self.first = weakref.ref(first)  # whose memory it counts as
+        self.steps_done = 0
+        self._results: list[tuple[Tensor, ...]] = []
+        # Without a reference to this object: its activations are freed with the last job that waits for it.
+        self._work = _work(features, style, steps, self._results)
+
+    @property
+    def grams(self) -> tuple[Tensor, ...] | None:
+        """The Gram matrices; None before the end."""
+        return self._results[0] if self._results else None
+
+    def advance(self) -> None:
+        """Does the next step."""
+        next(self._work, None)
+        self.steps_done += 1
+
+
+def _work(
+    features: VggFeatures, style: _Style, steps: Sequence[_Step], results: list[tuple[Tensor, ...]]
+) -> Iterator[None]:
+    """A pass; yields between two steps, and adds the matrices to ``results`` at the end."""
+    grams: dict[str, Tensor] = {}
+    if style.layers:
+        image = resize(style.image.to(features.device), style.width, style.height)
+        convolutions = _gram_steps(features, image, style.layers, style.pooling, grams)
+        del image
+        for number, step in enumerate(steps):
+            if number:
+                yield
+            for _ in range(step.convolutions):
+                next(convolutions)
+    results.append(tuple(grams[layer] for layer in style.layers))
+
+
 class StyleTargets:
     """A cache of Gram matrices by image, size, layers and pooling, on the device.
 
@@ -69,6 +109,8 @@ class StyleTargets:
         self.features, self._max_bytes = features, max_bytes
         self._kept: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
         self._hits = self._misses = self._bytes = 0
+        # Passes under way, for as long as a job waits for them.
+        self._passes: weakref.WeakValueDictionary[tuple[object, ...], _Pass] = weakref.WeakValueDictionary()
 
     @property
     def counts(self) -> CacheCounts:
@@ -106,6 +148,23 @@ class StyleTargets:
         while self._bytes > self._max_bytes:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
 
+    def under_way(self, style: _Style) -> _Pass | None:
+        """The pass of a style that some job has begun."""
+        return self._passes.get(style.key)
+
+    def join_pass(self, style: _Style, steps: Sequence[_Step], beginning: StyleBeginning) -> _Pass:
+        """The pass of a style, which a job begins if no other one has."""
+        found = self._passes.get(style.key)
+        if found is None:
+            found = self._passes[style.key] = _Pass(self.features, style, steps, beginning)
+        elif found.first() is None:
+            found.first = weakref.ref(beginning)
+        return found
+
+    def end_pass(self, style: _Style) -> None:
+        """The pass of a style is done, or has failed."""
+        self._passes.pop(style.key, None)
+
     def clear(self) -> None:
         """Drops all entries."""
         self._kept.clear()
@@ -119,54 +178,60 @@ class StyleBeginning:
         self._targets, self._styles, self._on_memory_out = targets, styles, on_memory_out
         self._grams: list[tuple[Tensor, ...]] = []  # of the first styles; the cache may drop its own references
         self._steps = [_steps(targets.features, style) for style in styles]
-        self._pass: Iterator[None] | None = None  # of the next style, under way
-        self._steps_done = 0  # of that pass
+        self._pass: _Pass | None = None  # of the next style, in which this job has taken part
 
     @property
     def next_pixels(self) -> float:
         """See `engine_api.Beginning.next_pixels`."""
-        if self._pass is not None:
-            return self._steps[len(self._grams)][self._steps_done].pixels
         index = self._next_missing()
-        return 0.0 if index is None else self._steps[index][0].pixels
+        if index is None:
+            return 0.0
+        under_way = self._targets.under_way(self._styles[index])
+        return self._steps[index][0 if under_way is None else under_way.steps_done].pixels
 
     @property
     def next_bytes(self) -> int:
-        """See `engine_api.Beginning.next_bytes`."""
+        """See `engine_api.Beginning.next_bytes`. A pass that another job has begun takes no more memory."""
         index = self._next_missing()
         if index is None:
             return 0
         style = self._styles[index]
+        under_way = self._targets.under_way(style)
+        if under_way is not None and under_way.first() not in (None, self):
+            return 0
         activation = self._targets.features.precision.forward.itemsize
         return style.width * style.height * (PASS_ACTIVATIONS * activation + PASS_PICTURE_BYTES)
 
     @property
     def under_way(self) -> bool:
         """See `engine_api.Beginning.under_way`."""
-        return self._pass is not None
+        return self._pass is not None and self._pass.grams is None
 
     def advance(self) -> None:
         """See `engine_api.Beginning.advance`."""
-        if self._pass is None:
-            self._take_cached()
-            if len(self._grams) == len(self._styles):
-                return
-            self._pass, self._steps_done = self._compute(len(self._grams)), 0
+        self._take_done()
+        if len(self._grams) == len(self._styles):
+            return
+        index = len(self._grams)
+        style = self._styles[index]
+        self._pass = self._targets.join_pass(style, self._steps[index], self)
         try:
             with torch.inference_mode():
-                next(self._pass)
-            self._steps_done += 1
-        except StopIteration:
-            self._pass = None
-            self._take_cached()
+                self._pass.advance()
         except Exception as error:
+            self._targets.end_pass(style)
             self._pass = None  # what is left of it holds nothing that another attempt could use
             if not ran_out_of_memory(error):
                 raise
             self._targets.clear()
             self._on_memory_out()
-            style = self._styles[len(self._grams)]
             raise OutOfDeviceMemory(style.width, style.height) from error
+        if self._pass.grams is not None:
+            self._targets.end_pass(style)
+            self._targets.keep(style, self._pass.grams)
+            self._grams.append(self._pass.grams)
+            self._pass = None
+            self._take_done()
         if self._targets.features.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # so that the time of the step is that of its job
 
@@ -179,31 +244,20 @@ class StyleBeginning:
     def _next_missing(self) -> int | None:
         """The first style whose pass is not done and not cached."""
         missing = range(len(self._grams), len(self._styles))
+        if self._pass is not None and self._pass.grams is not None:
+            missing = missing[1:]  # another job has done its last step
         return next((index for index in missing if not self._targets.holds(self._styles[index])), None)
 
-    def _take_cached(self) -> None:
+    def _take_done(self) -> None:
+        """Takes the matrices that are cached, or that another job has computed the last of."""
+        if self._pass is not None and self._pass.grams is not None:
+            self._grams.append(self._targets.find(self._pass.style) or self._pass.grams)
+            self._pass = None
         while len(self._grams) < len(self._styles):
             grams = self._targets.find(self._styles[len(self._grams)])
             if grams is None:
                 return
             self._grams.append(grams)
-
-    def _compute(self, index: int) -> Iterator[None]:
-        """The pass of a style; yields between two steps, and keeps the matrices at the end."""
-        style, features = self._styles[index], self._targets.features
-        grams: dict[str, Tensor] = {}
-        if style.layers:
-            image = resize(style.image.to(features.device), style.width, style.height)
-            convolutions = _gram_steps(features, image, style.layers, style.pooling, grams)
-            del image
-            for number, step in enumerate(self._steps[index]):
-                if number:
-                    yield
-                for _ in range(step.convolutions):
-                    next(convolutions)
-        result = tuple(grams[layer] for layer in style.layers)
-        self._grams.append(result)
-        self._targets.keep(style, result)
 
 
 @torch.inference_mode()
