@@ -124,6 +124,12 @@ class Limits:
         return self.max_running + self.max_queued
 
     @property
+    def max_arrived_calls(self) -> int:
+        """Calls of one kind that have arrived and that no handler has seen: of the service, or one of two kinds of
+        health checks. gRPC itself ends further ones, without a reason; it was seen to do so from half of this on."""
+        return 2 * self.max_calls
+
+    @property
     def max_probe_calls(self) -> int:
         """Health checks at the same time: each connection may have one that watches, and 256 may ask."""
         return self.max_connections + 256

@@ -285,8 +285,8 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", METADATA_BYTES),  # of clients that have acknowledged the server's settings
         ("grpc.http2.settings_timeout", 10_000),
         ("grpc.absolute_max_metadata_size", 2 * METADATA_BYTES),
-        ("grpc.server.max_pending_requests", limits.max_calls),
-        ("grpc.server.max_pending_requests_hard_limit", limits.max_calls),
+        ("grpc.server.max_pending_requests", limits.max_arrived_calls),
+        ("grpc.server.max_pending_requests_hard_limit", limits.max_arrived_calls),
         # gRPC itself would decompress a message of 20 KB to 8 MiB on the event loop; see `rpc.receiving`. Only gzip and
         # no compression are left, because deflate has no start that tells it from a message.
         ("grpc.per_message_decompression", 0),

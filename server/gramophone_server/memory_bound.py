@@ -51,7 +51,8 @@ def memory_terms(settings: Settings) -> list[MemoryTerm]:
     places, message = settings.max_controllers, settings.max_message_bytes
     # Open calls, and those that have arrived and wait for a handler in three queues, two of them of health checks. The
     # first call of a connection has a place in any case: of the service, health checks and reflection.
-    calls = 4 * settings.max_calls + 3 * settings.max_connections + settings.max_probe_calls + MAX_REFLECTION_CALLS
+    calls = settings.max_calls + 3 * settings.max_connections + settings.max_probe_calls + MAX_REFLECTION_CALLS
+    calls += 3 * settings.max_arrived_calls
     watchers = min(settings.max_calls + settings.max_connections, (places + settings.max_kept) * settings.max_watchers)
     copies = ENCODERS * ENCODING_COPIES
     pictures = DECODED_BYTES_PER_PIXEL * settings.max_size**2 * (places * (1 + UNREAD_FRAMES) + copies)
@@ -60,7 +61,11 @@ def memory_terms(settings: Settings) -> list[MemoryTerm]:
     return [
         term("process", PROCESS_BYTES[settings.engine], f"Python, libraries and the {settings.engine} engine"),
         term("connections", settings.max_connections * CONNECTION_BYTES, "max_connections, 64 KiB each"),
-        term("calls", calls * CALL_BYTES, "max_calls and health checks, 104 KiB each: window and headers"),
+        term(
+            "calls",
+            calls * CALL_BYTES,
+            "7 max_calls, open ones and those that have arrived, and health checks: 104 KiB each, window and headers",
+        ),
         term(
             "receiving",
             2 * settings.max_receiving_bytes + 3 * message,
