@@ -258,6 +258,8 @@ class BatchPool:
         """Disbands those ``batches`` of one shape whose width is no longer the best, and sets its missing widths.
         ``joining``: jobs of this shape in no batch."""
         jobs = joining + sum(len(batch.tasks) for batch in batches)
+        if jobs == 1 and [batch.slots for batch in batches] == [1]:
+            return {}
         max_width = self._max_width(shape, jobs)
         target_widths = widths(jobs, max_width)
         if sorted((batch.slots for batch in batches), reverse=True) == target_widths:
@@ -285,8 +287,6 @@ class BatchPool:
 
     def _max_width(self, shape: Shape, jobs: int) -> int:
         """The widest batch that is expected to be fast and fits the device; a power of two."""
-        if jobs == 1:
-            return 1
         best, limit = self._throughput.best_width(shape, jobs), self._engine.max_slots(shape)
         width = min(best, self._max_slots.get(shape, best), 1 << (limit.bit_length() - 1))
         while width > 1 and self._engine.batch_bytes(shape, width) > self._engine.memory_bytes:

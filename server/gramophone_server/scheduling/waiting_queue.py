@@ -228,13 +228,13 @@ class WaitingQueue:
         return needed_s <= (1 - PROMISE_RESERVE) * (first_at - now)
 
     def _interruptions_s(self, run_s: float, now: float, credit_s: float) -> float:
-        """For how long other jobs will have the device while an urgent one runs, if jobs arrive as often as lately: the
-        median, since a job is refused only if it is more likely late than not, and during most short jobs none comes.
+        """For how long other jobs will have the device while an urgent one runs, if jobs arrive as often as lately.
+        Less than the mean: a job is refused only if it is more likely late than not, and during most jobs none comes.
         """
         rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
         arrivals = max(rate * run_s, 1e-6)
-        after_first = max(0.0, 1 - math.log(2) / arrivals)  # the part of the run after the first of them
-        return interruptions_s(run_s, credit_s) * after_first + math.floor(arrivals + 1 / 3) * TURN_S
+        after_first = max(0.0, 1 - math.log(2) / arrivals)  # the part of the run after the first of them, by its median
+        return interruptions_s(run_s, credit_s) * after_first + arrivals / 2 * TURN_S
 
     def _may_probe(self, least: Work, shape: Shape, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
