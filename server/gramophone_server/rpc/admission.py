@@ -21,7 +21,7 @@ from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import ImageNotFound, InvalidRequest
 from gramophone_server.images.decoders import Decoders
-from gramophone_server.images.decoding import Header, upright_size
+from gramophone_server.images.decoding import upright_size
 from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.upload_store import Hold, Upload, UploadStore
 from gramophone_server.rpc.byte_budget import ByteBudget
@@ -92,15 +92,27 @@ class Admission:
     ) -> JobState:
         violations = list(check_spec(spec, self._limits, self._scheduler.engine.layers))
         sources, missing = self._sources(spec, held)
-        violations.extend(await self._images.read_headers(sources))
+        resumes = spec.HasField("resume") or bool(spec.resume_digest)
+
+        def read() -> JobState | None:
+            violations.extend(self._images.read_headers(sources))
+            if violations or missing or resumes:
+                return None
+            return self._expected_state(recipe_from_message(spec.recipe), None, sources)
+
+        expected = await self._decoders.quickly(read)
         raise_violations(violations)
         checkpoint = held.find(spec.resume_digest) if spec.resume_digest else None
         missing_checkpoint = spec.resume_digest if checkpoint is None else ""
         if missing or missing_checkpoint:
             keeps_none = not self._limits.max_uploads_bytes
             raise ImageNotFound(*missing, checkpoint=missing_checkpoint, keeps_none=keeps_none)
-        recipe, saved = await self._recipe(spec, checkpoint, room, owner)
-        await self._require_capacity(spec, recipe, saved, sources, reservation, deadline_at, owner)
+        saved = await self._read_checkpoint(spec, checkpoint, room, owner) if resumes else None
+        if saved is not None:
+            expected = await self._decoders.quickly(partial(self._expected_state, saved.recipe, saved, sources))
+        assert expected is not None, "it is expected from a recipe or a checkpoint"
+        self._require_time(spec, expected, sources, reservation, deadline_at, owner)
+        recipe = expected.recipe
         room.take(self._images.decoded_bytes(sources, recipe))
         decoded = await self._images.decode(sources, recipe, owner)
         content, start = decoded["spec.content"], decoded.get("spec.start_image")
@@ -143,12 +155,10 @@ class Admission:
         self.uploads.keep(upload.digest, data, owner)
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
-    async def _recipe(
+    async def _read_checkpoint(
         self, spec: pb.JobSpec, uploaded: bytes | None, room: DecodedShare, owner: str
-    ) -> tuple[Recipe, Checkpoint | None]:
-        """The recipe and the checkpoint, which may be uploaded. Raises `InvalidRequest` and `ServerBusy`."""
-        if not spec.HasField("resume") and uploaded is None:
-            return recipe_from_message(spec.recipe), None
+    ) -> Checkpoint:
+        """The checkpoint in the request, or the uploaded one. Raises `InvalidRequest` and `ServerBusy`."""
         path = _resume_path(spec)
         size = len(uploaded) if uploaded is not None else await self._decoders.quickly(lambda: len(spec.resume))
         room.take(CHECKPOINT_BYTES * min(size, self._limits.max_checkpoint_bytes))
@@ -160,7 +170,7 @@ class Admission:
         except InvalidCheckpoint as error:
             raise InvalidRequest([Violation(path, str(error))]) from None
         raise_violations(check_resumed(path, saved.recipe, self._limits, self._scheduler.engine.layers))
-        return saved.recipe, saved
+        return saved
 
     def _sources(self, spec: pb.JobSpec, held: Hold) -> tuple[dict[str, Source], list[str]]:
         """The images that are set and found, by field, and the digests of those that are not found."""
@@ -181,46 +191,43 @@ class Admission:
                 sources[source.field] = source
         return sources, list(missing)
 
-    async def _require_capacity(
+    def _require_time(
         self,
         spec: pb.JobSpec,
-        recipe: Recipe,
-        saved: Checkpoint | None,
+        expected: JobState,
         sources: Mapping[str, Source],
         reservation: Reservation,
         deadline_at: float | None,
         owner: str,
     ) -> None:
-        """Raises `OutOfDeviceMemory` and `DeadlineUnattainable`, estimated from the size in the content image's header,
-        and `InvalidRequest` if it is too thin for the recipe. A refusal takes 0.3 ms of the server's time from the
-        start of the call, and 0.2 ms/MiB of the images to copy them out of the message and read their headers."""
-        content = sources["spec.content"]
-        assert content.header is not None, "all headers are read, and valid"
-        measure = partial(self._state_without_images, recipe, saved, content.header)
-        state = await self._decoders.quickly(measure)
-        if state is None:
-            return  # `_restore` refuses it
+        """Raises `DeadlineUnattainable`. A refusal takes 0.3 ms of the server's time from the start of the call, and
+        0.2 ms/MiB of the images to copy them out of the message and read their headers."""
+        if expected.scale_index >= len(expected.scales):
+            return  # its checkpoint does not fit it: `_restore` refuses it
         left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
         headers = [source.header for source in sources.values() if source.header is not None]
         image_pixels = sum(header.width * header.height for header in headers)
         result_kind = result_encoding(spec).format.name
-        self._scheduler.require_time(reservation, state, left_s, image_pixels, result_kind, owner)
+        self._scheduler.require_time(reservation, expected, left_s, image_pixels, result_kind, owner)
 
-    def _state_without_images(self, recipe: Recipe, saved: Checkpoint | None, content: Header) -> JobState | None:
-        """The state that a job would have, for estimates; None if its checkpoint does not fit it. Raises
-        `OutOfDeviceMemory` and `InvalidRequest`. For a thread, because a shape that is seen for the first time takes
-        20 ms."""
+    def _expected_state(self, recipe: Recipe, saved: Checkpoint | None, sources: Mapping[str, Source]) -> JobState:
+        """The state that a job will have, without its images: for estimates, from the header of the content image.
+
+        Raises `OutOfDeviceMemory`, and `InvalidRequest` if that image is too thin for the recipe. For a thread, because
+        a shape that is seen for the first time takes 20 ms.
+        """
+        header = sources["spec.content"].header
+        assert header is not None, "all headers are read, and valid"
         # Has a shape and no memory.
-        picture = torch.empty((3, content.height, content.width), dtype=torch.uint8, device="meta")
+        picture = torch.empty((3, header.height, header.width), dtype=torch.uint8, device="meta")
         job = StyleJob(recipe=recipe, content=picture, styles=(), style_weights=(), start=None, seed=0)
         raise_violations(check_result_size(job, self._limits))
         state = JobState(job)
         if saved is not None:
             state.scale_index, state.done = saved.counts["scale_index"], saved.counts["done"]
-        if state.scale_index >= len(state.scales):
-            return None
-        width, height = job.result_size
-        self._scheduler.require_memory(Shape.of(recipe, height, width), state.shape)
+        if state.scale_index < len(state.scales):
+            width, height = job.result_size
+            self._scheduler.require_memory(Shape.of(recipe, height, width), state.shape)
         return state
 
     def _restore(self, saved: Checkpoint, job: StyleJob, path: str) -> JobState:

@@ -50,7 +50,7 @@ class Source:
 
 
 class JobImages:
-    """The images of all requests of a server. Its methods belong to the event loop.
+    """The images of all requests of a server. Its other methods than `read_headers` belong to the event loop.
 
     ``retry_after_s`` returns the seconds until a job probably ends, which makes room for the images of another one.
     """
@@ -59,19 +59,15 @@ class JobImages:
         self.budget = ByteBudget(limits.max_decoded_bytes)
         self._limits, self._decoders, self._retry_after_s = limits, decoders, retry_after_s
 
-    async def read_headers(self, sources: Mapping[str, Source]) -> list[Violation]:
-        """Sets the header of each image that has a valid one; returns the violations of the others."""
-
-        def read() -> list[Violation]:
-            violations = []
-            for source in sources.values():
-                try:
-                    source.header = read_header(source.read(), self._limits)
-                except UnusableImage as error:
-                    violations.append(Violation(source.path, str(error)))
-            return violations
-
-        return await self._decoders.quickly(read)
+    def read_headers(self, sources: Mapping[str, Source]) -> list[Violation]:
+        """Sets the header of each image that has a valid one; returns the violations of the others. For a thread."""
+        violations = []
+        for source in sources.values():
+            try:
+                source.header = read_header(source.read(), self._limits)
+            except UnusableImage as error:
+                violations.append(Violation(source.path, str(error)))
+        return violations
 
     def decoded_bytes(self, sources: Mapping[str, Source], recipe: Recipe) -> int:
         """The bytes of the decoded images of a job, from their headers."""
