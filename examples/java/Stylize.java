@@ -23,6 +23,7 @@ import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.ExecutionException;
 
 class Stylize {
@@ -42,16 +43,20 @@ class Stylize {
     var channel = builder.build();
     var call = Context.current().withCancellation();
     // Ctrl-C ends the program with exit code 130. It first cancels the call, which stops the job.
-    Runtime.getRuntime().addShutdownHook(new Thread(() -> cancel(call, channel)));
+    var ended = new CountDownLatch(1);
+    Runtime.getRuntime().addShutdownHook(new Thread(() -> cancel(call, channel, ended)));
+    var error = "";
     try {
       call.call(() -> stylize(channel, args));
-    } catch (StatusRuntimeException error) {
-      System.err.println("stylize: " + message(error));
-      System.exit(1);
-    } catch (IOException | NumberFormatException error) {
-      System.err.println("stylize: " + error);
-      System.exit(1);
+    } catch (StatusRuntimeException failure) {
+      error = "stylize: " + message(failure);
+    } catch (IOException | NumberFormatException failure) {
+      error = "stylize: " + failure;
+    } finally {
+      if (!error.isEmpty()) System.err.println(error);
+      ended.countDown();
     }
+    if (!error.isEmpty()) System.exit(1);
   }
 
   static Void stylize(ManagedChannel channel, String[] args) throws Exception {
@@ -107,10 +112,12 @@ class Stylize {
     }
   }
 
-  static void cancel(Context.CancellableContext call, ManagedChannel channel) {
+  /** Cancels the call, and waits for its end and for what the program says about it. */
+  static void cancel(Context.CancellableContext call, ManagedChannel channel, CountDownLatch ended) {
     call.cancel(null);
     try {
       channel.shutdown().awaitTermination(5, SECONDS);
+      ended.await(5, SECONDS);
     } catch (InterruptedException error) {
       channel.shutdownNow();
     }
