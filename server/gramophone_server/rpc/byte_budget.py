@@ -10,11 +10,13 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from gramophone_server.errors import ServerBusy
+from gramophone_server.rpc.promptness import Promptness, Standing
 from gramophone_server.rpc.timeouts import PER_TURN, Timeouts, Timers
 
 __all__ = ["MAX_WAIT_S", "ByteBudget", "Share"]
 
 MAX_WAIT_S = 10.0  # for a share; a call that waits longer is better sent again, perhaps to another server
+OLDEST_EACH = 4  # shares, so that one that has waited long does not wait for ever
 RETRY_S = 0.01  # shortest wait for the next share that can be replaced; a timer may be early by a rounding error
 
 
@@ -42,6 +44,14 @@ class Share:
     def touch(self) -> None:
         """Its holder has made progress, so that the share cannot be replaced for a while."""
         self.since = self._budget.now()
+
+    def was_prompt(self) -> None:
+        """Its owner has sent, or read, all that the bytes were for."""
+        self._budget.promptness.was_prompt(self.owner)
+
+    def was_slow(self) -> None:
+        """Its owner has kept others waiting."""
+        self._budget.promptness.was_slow(self.owner, self._budget.now())
 
     def absorb(self, other: Share) -> None:
         """Takes over the bytes of another share of the same budget and owner, which then has none."""
@@ -82,11 +92,13 @@ class Share:
 class ByteBudget:
     """At most `max_bytes` at a time, shared by owners, which are connections.
 
-    If all are used, those who want some wait. Owners that hold least are served first. Among equal owners, every second
-    share goes to the one that waits longest, so that each wait has an end, and the others to the one that came last,
-    so that a newcomer does not wait behind hundreds of clients that hold their shares and do nothing. Meanwhile, shares
-    that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most, and the newest
-    ones, because the others may be nearly done.
+    If all are used, those who want some wait. Owners that have been prompt are served first, so that they do not wait
+    behind hundreds of clients that hold their shares and do nothing; among these the one that holds least, and among
+    equals the one that waits longest. Of owners that nothing is known of, the one that came last is next, for the same
+    reason. One share in `OLDEST_EACH` goes to the longest wait of all owners that hold least.
+
+    Meanwhile, shares that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most,
+    of slow ones first, and the newest ones, because the others may be nearly done.
 
     One owner gets at most the part `of_one` of what the others leave, so that something is free for a newcomer: with
     3/4, one busy owner leaves a quarter, and ten leave 1/31. Switches share their buffers so (dynamic thresholds).
@@ -117,8 +129,9 @@ class ByteBudget:
         self._replaceable: dict[Share, None] = {}
         self._replaced: set[Share] = set()  # those that are not given back yet
         self._at_last: dict[Share, None] = {}  # of holders that wait for more
+        self.promptness = Promptness()
         self._arrivals = 0
-        self._newest_is_next = False
+        self._served = 0
         self._next_replacement: asyncio.TimerHandle | None = None
         self._update_is_due = False
 
@@ -231,11 +244,20 @@ class ByteBudget:
 
     def _next(self) -> _Waiting:
         """The one whose turn it is."""
-        held = self._held
-        least = min(held.get(owner, 0) for owner in self._waiting)
-        equals = (queue for owner, queue in self._waiting.items() if held.get(owner, 0) == least)
-        firsts = (next(iter(queue.values())) for queue in equals)
-        return max(firsts, key=lambda waiting: waiting.arrival) if self._newest_is_next else next(firsts)
+        firsts = [next(iter(queue.values())) for queue in self._waiting.values()]
+        free = self.max_bytes - self.used
+        # One that would fit but for its owner's part is not in the way of others.
+        firsts = [each for each in firsts if each.size > free or each.size <= self._free(each.owner)] or firsts
+        held = [self._held.get(waiting.owner, 0) for waiting in firsts]
+        if self._served % OLDEST_EACH == 0:
+            return firsts[held.index(min(held))]
+        now = self.now()
+        ranks = [(self.promptness.of(waiting.owner, now), size) for waiting, size in zip(firsts, held, strict=True)]
+        best = min(ranks)
+        if best[0] is Standing.PROMPT:
+            return firsts[ranks.index(best)]
+        ranked = (waiting for waiting, rank in zip(firsts, ranks, strict=True) if rank == best)
+        return max(ranked, key=lambda waiting: waiting.arrival)
 
     def _serve(self) -> None:
         """Gives shares to those whose turn it is, as long as the first of them fits, and `PER_TURN` at a time."""
@@ -246,7 +268,7 @@ class ByteBudget:
             if waiting.size > self._free(waiting.owner):
                 return
             self._leave(waiting)
-            self._newest_is_next = not self._newest_is_next
+            self._served += 1
             if not waiting.share.done():  # it is done if its wait was too long or has been cancelled
                 waiting.share.set_result(self._share(waiting.size, waiting.owner))
         self._update_soon()
@@ -304,13 +326,13 @@ class ByteBudget:
         if not self._replaceable and self._at_last and self.used == sum(share.bytes for share in self._at_last):
             return [next(reversed(self._at_last))]  # one, so that the others go on
         idle_since = self.now() - self._replaceable_after_s
-        held = dict(self._held)
+        held, now = dict(self._held), self.now()
         ranked = []
         for share in sorted(self._replaceable, key=lambda share: share.since, reverse=True):
             if share.bytes and share.since <= idle_since and of in (None, share.owner):
-                ranked.append((held[share.owner], share.since, share))
+                ranked.append((held[share.owner], self.promptness.of(share.owner, now), share.since, share))
                 held[share.owner] -= share.bytes
-        return [share for *_, share in sorted(ranked, key=lambda rank: rank[:2], reverse=True)]
+        return [share for *_, share in sorted(ranked, key=lambda rank: rank[:3], reverse=True)]
 
 
 class _Waiting(NamedTuple):

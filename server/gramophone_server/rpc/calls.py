@@ -236,11 +236,14 @@ class RpcCall:
         """The client has not read for `max_blocked_s`."""
         self._drop_slow_reader(self._calls.max_blocked_s)
         if self._outgoing is not None and self._outgoing.share is not None:
+            self._outgoing.share.was_slow()
             self._outgoing.share.replaceable(self.close_connection)
 
     def _make_room(self) -> None:
         """Others wait for the bytes of a message that the client has not read for `READING_S`."""
         self._drop_slow_reader(READING_S)
+        if self._outgoing is not None and self._outgoing.share is not None:
+            self._outgoing.share.was_slow()
         asyncio.get_running_loop().call_later(READING_S, self.close_connection)
 
     def _drop_slow_reader(self, blocked_s: float) -> None:
@@ -338,7 +341,9 @@ class Sending:
         await self._call.begin_sending(self._message)
         return self._message
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._message.share is not None:
+            self._message.share.was_prompt()
         self._call.end_sending()
 
 

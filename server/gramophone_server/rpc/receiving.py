@@ -109,12 +109,13 @@ class Receiver:
                     if kept is not None:
                         room.budget.forget(kept)
             try:
-                share.replaceable(wait.replace)
+                share.replaceable(partial(wait.replace, share))
                 data = await wait.message(context)
                 room.budget.forget(share)
                 if data is None:
                     share.give_back()
                     return None
+                share.was_prompt()
                 if data.startswith(GZIP_START):
                     data = await self._inflate(data, room)
                 _check_size(data, room)
@@ -203,18 +204,22 @@ class _Wait:
         """The client has taken too long."""
         self._end(SlowSender(self._idle.after_s))
 
-    def replace(self) -> None:
+    def replace(self, share: Share | None = None) -> None:
         """Others need the room. A message that has already come is taken nevertheless: the server was slow, not the
-        client."""
-        call_after_events(self._make_room)
+        client. ``share``: what the client has kept idle."""
+        call_after_events(partial(self._make_room, share))
 
-    def _make_room(self) -> None:
-        self._end(ServerBusy("the room that this call had for a message was needed for others", retry_after_s=1.0))
+    def _make_room(self, share: Share | None) -> None:
+        error = ServerBusy("the room that this call had for a message was needed for others", retry_after_s=1.0)
+        if self._end(error) and share is not None:
+            share.was_slow()
 
-    def _end(self, error: GramophoneError) -> None:
-        if self._error is None and not self._is_over:
-            self._error = error
-            self._task.cancel()
+    def _end(self, error: GramophoneError) -> bool:
+        if self._error is not None or self._is_over:
+            return False
+        self._error = error
+        self._task.cancel()
+        return True
 
 
 async def _read(context: Context) -> bytes | None:
