@@ -20,7 +20,7 @@ GramophoneError
 ├── OutOfDeviceMemory     the job does not fit into device memory
 ├── OutOfHostMemory       host memory ran out while an image was decoded, encoded or copied
 ├── EngineFailed          a defect: the engine raised an error that is none of the above
-└── StartupError          the server cannot start as configured; never reaches a caller
+└── StartupError          the server cannot start as configured; never reaches a client
 """
 
 from collections.abc import Iterable
@@ -83,7 +83,7 @@ class QueueFull(GramophoneError):
 
 
 class DeadlineUnattainable(GramophoneError):
-    """By what was measured, the job would not end before its caller's deadline, or would break that of another one.
+    """By what was measured, the job would not end before its client's deadline, or would break that of another one.
 
     ``wait_s``, ``run_s``: until its start, and from there to its end, as estimated; both are ``spread`` more or less
     (relative), and rest on pictures of ``measured`` pixels. ``promised_s``: device seconds that are promised to jobs

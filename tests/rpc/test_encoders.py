@@ -1,4 +1,4 @@
-"""Work that calls share, and the turns of callers."""
+"""Work that calls share, and the turns of connections."""
 
 import asyncio
 import threading
@@ -40,14 +40,14 @@ def work():
     work.go.set()
 
 
-async def use(encoders, users, key, make, caller, **options):
-    with encoders.sharing(users, key, make, caller, **options) as shared:
+async def use(encoders, users, key, make, connection, **options):
+    with encoders.sharing(users, key, make, connection, **options) as shared:
         return await shared.result()
 
 
 async def test_equal_work_is_done_once_and_forgotten(encoders, work):
     users = {}
-    calls = [asyncio.create_task(use(encoders, users, "a", work.piece("a"), f"caller {i % 3}")) for i in range(9)]
+    calls = [asyncio.create_task(use(encoders, users, "a", work.piece("a"), f"connection {i % 3}")) for i in range(9)]
     await until(lambda: users and users["a"].users == 9)
     work.go.set()
     assert await asyncio.gather(*calls) == ["a"] * 9
@@ -58,7 +58,7 @@ async def test_work_may_be_kept(encoders, work):
     users = {}
     work.go.set()
     for _ in range(3):
-        assert await use(encoders, users, "a", work.piece("a"), "caller", keep=True) == "a"
+        assert await use(encoders, users, "a", work.piece("a"), "connection", keep=True) == "a"
     assert work.done == ["a"] and len(users) == 1
 
 
@@ -68,20 +68,20 @@ async def test_an_error_reaches_all_and_is_not_kept(encoders):
     def fail():
         raise MemoryError("no memory")
 
-    calls = [use(encoders, users, "a", fail, "caller", keep=True) for _ in range(3)]
+    calls = [use(encoders, users, "a", fail, "connection", keep=True) for _ in range(3)]
     for error in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(error, MemoryError)
     assert users == {}
 
 
-async def test_callers_take_turns(encoders, work):
+async def test_connections_take_turns(encoders, work):
     many = [asyncio.create_task(use(encoders, {}, i, work.piece(f"many {i}"), "many")) for i in range(100)]
     await until(lambda: encoders.waiting == 100 - ENCODERS)
     others = [asyncio.create_task(use(encoders, {}, 0, work.piece(f"other {i}"), f"other {i}")) for i in range(3)]
     await until(lambda: encoders.waiting == 103 - ENCODERS)
     work.go.set()
     await asyncio.gather(*others)
-    # All that were being done, and one more of the caller who came first.
+    # All that were being done, and one more of the connection that came first.
     assert max(work.done.index(f"other {i}") for i in range(3)) <= ENCODERS + 1 + 2 + 1
     await asyncio.gather(*many)
 
@@ -112,9 +112,9 @@ async def test_shared_work_is_done_in_the_first_turn_of_those_who_wait_for_it(en
     assert sorted(work.done) == list(range(100))
 
 
-async def test_the_work_of_a_caller_that_has_left_is_not_done(encoders, work):
+async def test_the_work_of_a_connection_that_has_left_is_not_done(encoders, work):
     users = {}
-    calls = [asyncio.create_task(use(encoders, users, i, work.piece(i), "caller")) for i in range(50)]
+    calls = [asyncio.create_task(use(encoders, users, i, work.piece(i), "connection")) for i in range(50)]
     stays = asyncio.create_task(use(encoders, users, 49, work.piece(49), "other"))
     await until(lambda: len(users) == 50 and users[49].users == 2)
     for call in calls:

@@ -118,7 +118,7 @@ async def test_a_checkpoint_is_written_once_for_all_watchers_and_then_dropped():
     written = []
     state = SavedState(True, lambda: written.append(1) or b"state" * 20_000, 108_000)
     encoders, budget = Encoders(), ByteBudget(MIB)
-    streams = [JobEventStream(None, None, encoders, budget, caller=f"{i}") for i in range(3)]
+    streams = [JobEventStream(None, None, encoders, budget, connection=f"{i}") for i in range(3)]
     messages = await asyncio.gather(*(stream.outgoing(7, Saved(5, state)) for stream in streams))
     assert len(written) == 1 and len({id(message.data) for message in messages}) == 1
     event = pb.WatchJobResponse.FromString(messages[0].data).event
@@ -155,9 +155,9 @@ async def test_frames_that_were_dropped_before_differ_and_the_picture_does_not()
 class Watcher:
     """A watcher without a job."""
 
-    def __init__(self, encoders, budget, caller=""):
+    def __init__(self, encoders, budget, connection=""):
         self.mailbox = Mailbox(asyncio.get_running_loop(), FrameRule(), CheckpointRule())
-        self.stream = JobEventStream(None, self.mailbox, encoders, budget, caller=caller)
+        self.stream = JobEventStream(None, self.mailbox, encoders, budget, connection=connection)
         self.number = 0
 
     def put(self, event):

@@ -1,4 +1,4 @@
-"""Shares of the device: the counters by themselves, and simulations of hours with many callers. No time passes."""
+"""Shares of the device: the counters by themselves, and simulations of hours with many owners. No time passes."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from tests.support.simulation import STEP_PIXELS, STYLE_PIXEL_S, Device, stream
 
 @dataclass(eq=False)
 class One:
-    """A job or a caller with a counter."""
+    """A job or an owner with a counter."""
 
     owner: str = ""
     used_s: float = 0.0
@@ -85,12 +85,12 @@ def test_callers_without_jobs_are_forgotten_when_the_others_have_had_as_much():
     shares, steady = DeviceShares(), One("steady")
     shares.arrive(steady)
     for n in range(1000):
-        job = One(f"caller {n}")
+        job = One(f"owner {n}")
         shares.arrive(job)
         shares.charge(job, 1.0)
         shares.leave(job)
         shares.charge(steady, 1.0)
-    assert len(shares) < 5 and shares.callers == 1
+    assert len(shares) < 5 and shares.competing == 1
 
 
 def test_nobody_competes_at_first():
@@ -125,7 +125,7 @@ def test_a_small_job_keeps_its_part_of_the_device_beside_callers_of_the_dearest_
 @pytest.mark.parametrize("urgency", [1.05, 1.5, 3.0, 6.0])
 @pytest.mark.parametrize("iterations", [10, 60])
 def test_deadlines_of_callers_of_the_dearest_beginnings_take_nothing_from_a_small_job(hurried, urgency, iterations):
-    """Some of four callers set deadlines so short that their jobs are urgent sooner or later."""
+    """Some of four owners set deadlines so short that their jobs are urgent sooner or later."""
     device, needs_s = Device(), 4 * STYLE_PIXEL_S * 256**2
     for n in range(4):
         deadline_s = (lambda: needs_s * urgency) if n < hurried else (lambda: math.inf)
@@ -213,7 +213,7 @@ def test_jobs_that_join_and_end_all_the_time_do_not_make_others_rejoin_all_the_t
 
 
 def test_a_mixed_half_hour_ends_and_is_fair(seed=7):
-    """Jobs of random shapes, some of which are cancelled at random; each caller who always has a job gets its share."""
+    """Jobs of random shapes, some of which are cancelled at random; each owner who always has a job gets its share."""
     device, dice = Device(), random.Random(seed)
     steady = [device.task(f"steady {n}", 100_000, size=size) for n, size in enumerate((64, 128, 48))]
     for task in steady:

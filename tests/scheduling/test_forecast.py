@@ -12,7 +12,7 @@ from gramophone_server.scheduling.forecast import (
     Promise,
     broken_promise,
     even_sharing,
-    sharing_by_callers,
+    sharing_by_owners,
 )
 from gramophone_server.scheduling.throughput import ThroughputModel
 from tests.support.specs import job_state
@@ -111,10 +111,10 @@ def simulated(running, waiting, own, max_running, step=0.001):
 
 def test_callers_share_evenly_and_a_short_job_goes_first():
     many = [("one", 100.0)] * 10
-    assert sharing_by_callers(many, BURST_S, "another") == BURST_S
-    assert sharing_by_callers(many, BURST_S + 7, "another") == BURST_S + 7 + 7
-    assert sharing_by_callers(many, BURST_S + 7, "one") == BURST_S + 7 + 10 * 7
-    assert sharing_by_callers([("one", 2.0), ("two", 100.0)], BURST_S + 7, "another") == BURST_S + 7 + 2 + 7
+    assert sharing_by_owners(many, BURST_S, "another") == BURST_S
+    assert sharing_by_owners(many, BURST_S + 7, "another") == BURST_S + 7 + 7
+    assert sharing_by_owners(many, BURST_S + 7, "one") == BURST_S + 7 + 10 * 7
+    assert sharing_by_owners([("one", 2.0), ("two", 100.0)], BURST_S + 7, "another") == BURST_S + 7 + 2 + 7
 
 
 # Promises -------------------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_a_promise_is_kept_against_later_jobs():
     assert ask(12.0, [waiting(math.inf, 15.0)], iterations=6) is None  # no promise
 
 
-def test_jobs_of_one_caller_share_what_is_the_callers():
+def test_jobs_of_one_owner_share_what_is_the_owners():
     queue, _, _ = queue_with(1.0, max_running=32)
     ask, others = Asking(queue), [waiting(remaining_s=1000.0, owner="busy") for _ in range(10)]
     assert ask(60.0, others, "another", iterations=30) is None

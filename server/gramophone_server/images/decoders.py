@@ -1,4 +1,4 @@
-"""Who decodes what, and when: callers take turns, small images do not wait for large ones, and a caller that leaves
+"""Who decodes what, and when: owners take turns, small images do not wait for large ones, and one that leaves
 ends what runs for it."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Places that callers take in turns: one with much work does not delay one with little."""
+"""Places that owners take in turns: one with much work does not delay one with little."""
 
 from __future__ import annotations
 

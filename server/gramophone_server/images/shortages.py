@@ -8,7 +8,7 @@ import os
 
 __all__ = ["MEMORY", "Shortage", "shortage_behind"]
 
-# Of system calls that may succeed later, and never because of what a caller has sent.
+# Of system calls that may succeed later, and never because of what a client has sent.
 SHORTAGES = frozenset({
     errno.EAGAIN, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC,
 })  # fmt: skip

@@ -91,8 +91,8 @@ class ActiveCalls:
     def _make_place(self) -> None:
         """Ends the connection of the client that has left a message unread for longest, as there are too many calls.
         Until its calls have gone, nothing more: to find a connection among 1000 takes some ms of the event loop."""
-        if self.unread and (oldest := next(iter(self.unread))).peer != self._closed_for_place:
-            self._closed_for_place = oldest.peer
+        if self.unread and (oldest := next(iter(self.unread))).connection != self._closed_for_place:
+            self._closed_for_place = oldest.connection
             oldest.close_connection()
 
     async def idle(self) -> None:
@@ -132,9 +132,9 @@ class RpcCall:
         self._late_at = math.inf if left_s is None else self._started_at + left_s * (1 - DEADLINE_ROUNDING) - TRANSIT_S
         # Read now: after the RPC, gRPC's context has lost its call, and reading these crashes the process (1.85.1).
         headers = context.invocation_metadata() or ()
-        self._trace, self.peer = trace_id(headers), context.peer()
+        self._trace, self.connection = trace_id(headers), context.peer()
         self.incoming = Incoming(
-            calls.receiver, calls.places, method, context, headers, self.peer, self._count_received
+            calls.receiver, calls.places, method, context, headers, self.connection, self._count_received
         )
         task = asyncio.current_task()
         assert task is not None, "a handler runs in a task"
@@ -275,8 +275,8 @@ class RpcCall:
     def close_connection(self) -> None:
         """Ends the connection of a client that was dropped as a slow reader, and still reads neither the message nor
         the status."""
-        if self._late_status is not None and close_connection(self.peer):
-            log.warning("%s reads nothing, and others need the room: its connection was closed", self.peer)
+        if self._late_status is not None and close_connection(self.connection):
+            log.warning("%s reads nothing, and others need the room: its connection was closed", self.connection)
 
     def _close_outgoing(self) -> None:
         """Gives back what the message holds, unless gRPC still keeps it for a slow reader."""
@@ -323,7 +323,7 @@ class RpcCall:
             ms=round(took_s * 1000, 1),
             job=self._job_id,
             trace=self._trace,
-            peer=self.peer,
+            peer=self.connection,
             received=self.received_messages,
             sent=self.sent_messages,
             frames=self.frames,

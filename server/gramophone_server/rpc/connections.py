@@ -12,18 +12,18 @@ from urllib.parse import unquote
 __all__ = ["close_connection", "count_connections"]
 
 
-def close_connection(peer: str) -> bool:
-    """Ends the connection of a peer, as gRPC names it: "ipv4:127.0.0.1:51234", and so all its calls. Returns False if
-    there is none.
+def close_connection(connection: str) -> bool:
+    """Ends a connection and so all its calls, by the name that gRPC gives its other end: "ipv4:127.0.0.1:51234".
+    Returns False if there is none.
 
     gRPC keeps a message that a client does not read until the client resets the call or closes the connection; for
     Python it has no way to do either from the server.
     """
-    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
-    for connection in _sockets():
-        if _peer_of(connection) == (host.strip("[]"), port):
+    host, _, port = unquote(connection).partition(":")[2].rpartition(":")
+    for own in _sockets():
+        if _peer_of(own) == (host.strip("[]"), port):
             with contextlib.suppress(OSError):  # it has just been closed
-                connection.shutdown(socket.SHUT_RDWR)
+                own.shutdown(socket.SHUT_RDWR)
             return True
     return False
 

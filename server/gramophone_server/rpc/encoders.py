@@ -1,4 +1,4 @@
-"""Threads that encode pictures and write checkpoints: once for all calls that want the same, in turns of callers."""
+"""Threads that encode pictures and write checkpoints: once for all calls that want the same, in turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shared(Generic[T]):
         self.outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.users = 0
         self.make: Callable[[], T] | None = make  # None: it was given to the threads
-        self.callers: set[str] = set()  # in whose queues it waits
+        self.connections: set[str] = set()  # in whose queues it waits
         self.holds = contextlib.ExitStack()  # closed when it has no users
 
     @property
@@ -45,15 +45,15 @@ class Shared(Generic[T]):
 class Encoders:
     """Threads for work that blocks or computes. Belongs to the event loop.
 
-    Each caller, a connection, has a queue of its own, and they take turns: one that wants a hundred pictures at once
-    delays another by at most the pictures that are being encoded and one more of each caller. Work that several callers
-    wait for is done in the turn that comes first.
+    Each connection has a queue of its own, and they take turns: one that wants a hundred pictures at once delays
+    another by at most the pictures that are being encoded and one more of each connection. Work that several wait
+    for is done in the turn that comes first.
     """
 
     def __init__(self) -> None:
         self._threads = started_threads(ENCODERS, "encode")
         self._given = 0  # to the threads, and not done
-        self._queues: dict[str, dict[Shared[Any], None]] = {}  # by caller, the one whose turn is next first
+        self._queues: dict[str, dict[Shared[Any], None]] = {}  # by connection, the one whose turn is next first
         self._closed = False
 
     @property
@@ -72,7 +72,7 @@ class Encoders:
         users: dict[Any, Any],
         key: Hashable,
         make: Callable[[], T],
-        caller: str,
+        connection: str,
         *,
         keep: bool = False,
         quick: bool = False,
@@ -84,9 +84,9 @@ class Encoders:
         if work is None:
             work = users[key] = Shared(make, quick=quick)
         work.users += 1
-        if work.make is not None and caller not in work.callers:
-            work.callers.add(caller)
-            self._queues.setdefault(caller, {})[work] = None
+        if work.make is not None and connection not in work.connections:
+            work.connections.add(connection)
+            self._queues.setdefault(connection, {})[work] = None
             self._begin()
         try:
             yield work
@@ -99,23 +99,23 @@ class Encoders:
                     self._withdraw(work)
 
     def _withdraw(self, work: Shared[Any]) -> None:
-        for caller in work.callers:
-            queue = self._queues[caller]
+        for connection in work.connections:
+            queue = self._queues[connection]
             del queue[work]
             if not queue:
-                del self._queues[caller]
-        work.callers.clear()
+                del self._queues[connection]
+        work.connections.clear()
 
     def _begin(self) -> None:
         """Gives work to the threads that have none, and quick work ahead."""
         while self._queues and not self._closed:
-            caller = next(iter(self._queues))
-            work = next(iter(self._queues[caller]))
+            connection = next(iter(self._queues))
+            work = next(iter(self._queues[connection]))
             if self._given >= (ENCODERS * (1 + QUICK_AHEAD) if work.quick else ENCODERS):
                 break
             self._withdraw(work)
-            if (queue := self._queues.pop(caller, None)) is not None:
-                self._queues[caller] = queue  # behind the others
+            if (queue := self._queues.pop(connection, None)) is not None:
+                self._queues[connection] = queue  # behind the others
             make, work.make = work.make, None  # it may hold a picture, or the state of a job
             assert make is not None, "work in a queue was not begun"
             self._given += 1

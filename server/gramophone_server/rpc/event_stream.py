@@ -45,7 +45,7 @@ Levels: TypeAlias = Sequence[tuple[Message, int]]  # see `outgoing.nested`
 class JobEventStream:
     """The events of a job as messages for one of its watchers.
 
-    ``sending`` counts the bytes of large messages, here for ``caller``, a connection. ``frames`` are the options of the
+    ``sending`` counts the bytes of large messages, here for ``connection``. ``frames`` are the options of the
     watcher's frames. ``attached``: the watcher's request found an existing job. ``weights`` names the weights of the
     network. ``on_result`` is told how long it took to write a result: its format, pixels, seconds.
     """
@@ -57,7 +57,7 @@ class JobEventStream:
         encoders: Encoders,
         sending: ByteBudget,
         *,
-        caller: str = "",
+        connection: str = "",
         frames: pb.FrameOptions | None = None,
         attached: bool = False,
         weights: str = "",
@@ -66,7 +66,7 @@ class JobEventStream:
         self.job = job
         self.mailbox = mailbox
         self._encoders = encoders
-        self._sending, self._caller = sending, caller
+        self._sending, self._connection = sending, connection
         self._frames = frame_encoding(frames or pb.FrameOptions())
         self._attached = attached
         self._weights = weights
@@ -130,14 +130,14 @@ class JobEventStream:
             self.mailbox.put_back(number, event)
             needed = large.needed_first(self._sending.max_bytes)
             del event, large
-            self._reserved = await self._sending.take(needed, self._caller)
+            self._reserved = await self._sending.take(needed, self._connection)
         return message
 
     async def _written(self, large: _Large) -> Outgoing:
         """The message, as soon as its bytes are free."""
         while (message := await self._try_write(large)) is None:
             needed = large.needed_first(self._sending.max_bytes)
-            self._reserved = await self._sending.take(needed, self._caller)
+            self._reserved = await self._sending.take(needed, self._connection)
         return message
 
     async def _try_write(self, large: _Large) -> Outgoing | None:
@@ -148,7 +148,7 @@ class JobEventStream:
             share.give_back()
             share = None
         if share is None and needed:
-            share = self._sending.try_take(needed, self._caller)
+            share = self._sending.try_take(needed, self._connection)
             if share is None:
                 return None
         holds = contextlib.ExitStack()
@@ -158,7 +158,7 @@ class JobEventStream:
                     large.users,
                     large.key,
                     large.make,
-                    self._caller,
+                    self._connection,
                     keep=large.keep,
                     quick=large.most_bytes <= QUICK_BYTES,
                 )
@@ -173,7 +173,7 @@ class JobEventStream:
             if shared_part is not None:
                 shared_part.shrink_to(size)
             if share is None and size > SMALL_BYTES:
-                share = self._sending.try_take(min(size * large.copies, self._sending.max_bytes), self._caller)
+                share = self._sending.try_take(min(size * large.copies, self._sending.max_bytes), self._connection)
                 if share is None:
                     holds.close()
                     return None

@@ -191,7 +191,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             upload = Upload(self._limits)
             while (request := await call.incoming.receive_next(pb.UploadImageRequest)) is not None:
                 upload.add(request.chunk)
-            async with call.replying(await self.admission.keep_upload(upload, call.peer)) as message:
+            async with call.replying(await self.admission.keep_upload(upload, call.connection)) as message:
                 yield message
 
     async def GetServerInfo(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
@@ -258,7 +258,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             if job in self._preparations:  # its digest is known when that has ended
                 await asyncio.wait([self._preparations[job]])
             elif digest is None:
-                digest = await self.admission.digest(spec, call.peer)
+                digest = await self.admission.digest(spec, call.connection)
             elif digest != job.digest:
                 raise RequestIdTaken(request_id)
             else:
@@ -273,7 +273,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = self.jobs.create(request_id, grace_s, result_encoding(spec))
         # A task of its own, so that the job gets its images even if this call ends before they are decoded.
         deadline_at = None if grace_s else call.deadline_at
-        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.peer))
+        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.connection))
         self._preparations[job] = preparation
         preparation.add_done_callback(lambda _: self._preparations.pop(job))
         if (received := call.incoming.take_share()) is not None:
@@ -284,7 +284,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None, owner: str
     ) -> None:
         """Decodes a request and queues its job. If that fails, so does the job, with the same error. If the job ends
-        meanwhile, because its callers leave, this task is cancelled, and gives back all that it has taken."""
+        meanwhile, because its watchers leave, this task is cancelled, and gives back all that it has taken."""
         try:
             state = await self.admission.prepare(spec, reservation, deadline_at, owner)
             if job.request_id:
@@ -327,7 +327,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             mailbox,
             self._encoders,
             self.sending,
-            caller=call.peer,
+            connection=call.connection,
             frames=options.frames,
             attached=attached,
             weights=weights,
@@ -349,7 +349,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         assert job.duration_s is not None, "it has ended"
         if (preparation := self._preparations.get(job)) is not None:
             preparation.cancel()
-        if job.summary is None:  # never accepted; if its caller gave it up before that, it was not rejected either
+        if job.summary is None:  # never accepted; if its client gave it up before that, it was not rejected either
             if job.error is not None and not isinstance(job.error, Cancelled):
                 self._metrics.job_rejected(reason(job.error))
             return

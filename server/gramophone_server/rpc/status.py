@@ -54,7 +54,7 @@ class Code(NamedTuple):
     reason: pb.ErrorReason
 
 
-# Without `StartupError`, which never reaches a caller.
+# Without `StartupError`, which never reaches a client.
 CODES: Mapping[type[GramophoneError], Code] = {
     InvalidRequest: Code(grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_REQUEST),
     QueueFull: Code(grpc.StatusCode.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),

@@ -84,7 +84,7 @@ def check_resumed(path: str, recipe: Recipe, limits: Limits, layers: Sequence[st
 
 
 def check_request_id(request_id: str) -> Iterator[Violation]:
-    """Violations of the caller's id of a request; it may be empty."""
+    """Violations of the client's id of a request; it may be empty."""
     if request_id and not UUID.fullmatch(request_id):
         yield Violation("request_id", f"must be a UUID of 36 characters, or empty, got {request_id[:48]!a}")
 

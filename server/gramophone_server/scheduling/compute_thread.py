@@ -138,7 +138,7 @@ class ComputeThread:
             self._step_started_at = None
             self._wait(worker)
             self._step_started_at = self._clock()
-            # One at least, and no more than take as long as a slice, so that one caller's commands keep no job waiting.
+            # One at least, and no more than take as long as a slice, so that one client's commands keep no job waiting.
             while table.commands and not table.stopped:
                 self._execute(worker, table.commands.popleft())
                 if self.step_s >= SLICE_S:
@@ -202,7 +202,7 @@ class ComputeThread:
         self._table.remove_ended()
 
     def _apply(self, worker: Worker, task: Task, command: Command) -> Done:
-        """The one place where commands take effect. All watchers receive an event; the caller also receives `Done`."""
+        """The one place where commands take effect. All watchers receive an event, and who gave it also `Done`."""
         match command:
             case Pause():
                 self._pause(worker, task)

@@ -45,7 +45,7 @@ AGE_SPREAD = 0.004  # for a second of age; grows with its root, as a random walk
 # A slope is known if the measured points span this factor of pixels.
 SLOPE_SPAN = 1.5
 FIRST_WEIGHT = 0.2  # of the newest in the mean of what first measurements take more
-MAX_KINDS, MAX_POINTS = 64, 64  # callers choose recipes and sizes; a forgotten point is soon measured again
+MAX_KINDS, MAX_POINTS = 64, 64  # clients choose recipes and sizes; a forgotten point is soon measured again
 MEMO_S = 0.2  # for which an estimate is kept
 
 

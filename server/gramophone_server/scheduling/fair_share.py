@@ -1,8 +1,8 @@
-"""Who is next: device time, shared evenly by callers, and by the jobs of each caller.
+"""Who is next: device time, shared evenly by owners, and by the jobs of each owner.
 
-Each turn is charged to the jobs that it was for, and the next turn goes to the caller who would have had the least
+Each turn is charged to the jobs that it was for, and the next turn goes to the owner who would have had the least
 device time after it. So a turn that takes long waits until the others have had as much, and afterwards they catch up.
-A caller is a connection: one who sends one short job after another has one counter for all of them.
+An owner is a connection: one who sends one short job after another has one counter for all of them.
 """
 
 from __future__ import annotations
@@ -75,38 +75,38 @@ T = TypeVar("T", bound=Job)
 
 @dataclass(eq=False)
 class Account(Generic[T]):
-    """One caller."""
+    """One owner."""
 
     used_s: float
     jobs: FairShare[T]
 
 
 class DeviceShares(Generic[T]):
-    """The shares of all callers, and of their jobs."""
+    """The shares of all owners, and of their jobs."""
 
     def __init__(self) -> None:
-        self._callers: FairShare[Account[T]] = FairShare()
+        self._competing: FairShare[Account[T]] = FairShare()
         # By owner. Without jobs that compete, one is kept until the others have had as much.
         self._accounts: dict[str, Account[T]] = {}
         # By all jobs ever. A new account starts with it, so that no job of an earlier one owes it anything.
         self._total_s = 0.0
 
     def __len__(self) -> int:
-        """The number of callers whose use is remembered."""
+        """The number of owners whose use is remembered."""
         return len(self._accounts)
 
     @property
-    def callers(self) -> int:
-        """The number of callers that compete."""
-        return len(self._callers)
+    def competing(self) -> int:
+        """The number of owners that compete."""
+        return len(self._competing)
 
     def arrive(self, job: T) -> None:
         """The job competes from now on."""
         account = self._account(job)
         if job in account.jobs:
             return
-        if account not in self._callers:
-            self._callers.arrive(account)
+        if account not in self._competing:
+            self._competing.arrive(account)
         account.jobs.arrive(job)
 
     def leave(self, job: T) -> None:
@@ -116,10 +116,10 @@ class DeviceShares(Generic[T]):
             return
         account.jobs.leave(job)
         if not account.jobs:
-            self._callers.leave(account)
-        if not self._callers:  # nobody has waited for what others owe
-            self._callers.level_s = max(other.used_s for other in self._accounts.values())
-        level_s = self._callers.level_s
+            self._competing.leave(account)
+        if not self._competing:  # nobody has waited for what others owe
+            self._competing.level_s = max(other.used_s for other in self._accounts.values())
+        level_s = self._competing.level_s
         self._accounts = {
             owner: other for owner, other in self._accounts.items() if other.jobs or other.used_s > level_s
         }
@@ -129,7 +129,7 @@ class DeviceShares(Generic[T]):
         self._total_s += seconds
         account = self._account(job)
         account.jobs.charge(job, seconds)
-        self._callers.charge(account, seconds)
+        self._competing.charge(account, seconds)
 
     def next(self, turns: Mapping[T, float]) -> T | None:
         """The job whose turn is next; None without any. ``turns``: jobs that compete and can have a turn, with the

@@ -27,7 +27,7 @@ __all__ = [
     "broken_promise",
     "even_sharing",
     "interruptions_s",
-    "sharing_by_callers",
+    "sharing_by_owners",
 ]
 
 # Of the device, for all jobs together whose deadlines need more than an even share. The others have a fifth of it.
@@ -168,20 +168,20 @@ def even_sharing(running: Iterable[float], waiting: Iterable[float], own: float,
     return Forecast(tuple(starts), now + sum(min(other - share, own) for other in ends))
 
 
-def sharing_by_callers(others: Sequence[tuple[str, float]], own_s: float, owner: str) -> float:
+def sharing_by_owners(others: Sequence[tuple[str, float]], own_s: float, owner: str) -> float:
     """Seconds until a job of ``own_s`` device seconds ends that has a place now.
 
-    Callers share the device evenly, and so do the jobs of each, but one that has just come is `BURST_S` ahead.
-    ``others``: the callers of the other jobs, and the device seconds that these need.
+    Owners share the device evenly, and so do the jobs of each, but one that has just come is `BURST_S` ahead.
+    ``others``: the owners of the other jobs, and the device seconds that these need.
     """
     shared_s = max(0.0, own_s - BURST_S)
-    own_caller_s = own_s + sum(min(seconds, shared_s) for other, seconds in others if other == owner)
+    all_own_s = own_s + sum(min(seconds, shared_s) for other, seconds in others if other == owner)
     by_owner: dict[str, float] = {}
     for other, seconds in others:
         if other != owner:
             by_owner[other] = by_owner.get(other, 0.0) + seconds
-    shared_s = max(0.0, own_caller_s - BURST_S)
-    return own_caller_s + sum(min(seconds, shared_s) for seconds in by_owner.values())
+    shared_s = max(0.0, all_own_s - BURST_S)
+    return all_own_s + sum(min(seconds, shared_s) for seconds in by_owner.values())
 
 
 class Promise(NamedTuple):

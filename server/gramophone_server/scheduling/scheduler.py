@@ -7,7 +7,7 @@ moves tasks between waiting, running and paused, and removes those that have end
 by side, in slices of about 20 ms, and pending commands are executed between two slices (see `worker`). Events go to
 each job's `JobObserver`, and the outcomes of commands to futures of the event loop.
 
-The next turn is for the caller, and of its jobs for the one, who would have had the least device time after it,
+The next turn is for the owner, and of its jobs for the one, who would have had the least device time after it,
 together with the jobs that share its batch (see `fair_share`, `batch_pool`). This is weighted fair queueing: before an
 iteration of a second for a job of 2048 px, the other jobs have slices for a second. Waiting jobs start in the order of
 the latest time at which they must start to meet their deadlines.
@@ -206,9 +206,9 @@ class Scheduler:
         deadline_at: float | None = None,
         owner: str = "",
     ) -> None:
-        """Queues a job, which takes the place of its reservation. ``deadline_at``: when the caller stops waiting for
-        the result, on the scheduler's clock. ``owner``: the caller; jobs of one share its part of the device. Raises
-        `ShuttingDown` after `stop`."""
+        """Queues a job, which takes the place of its reservation. ``deadline_at``: when the client stops waiting for
+        the result, on the scheduler's clock. ``owner``: for whom it counts; jobs of one share its part of the device.
+        Raises `ShuttingDown` after `stop`."""
         now = self._clock()
         task = Task(
             state=state,

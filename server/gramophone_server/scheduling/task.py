@@ -67,9 +67,9 @@ class Task:
 
     state: JobState
     observer: JobObserver
-    owner: str = ""  # the caller, with whom it shares the device: see `fair_share`
+    owner: str = ""  # for whom it counts, and with whose jobs it shares the device: see `fair_share`
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
-    deadline_at: float = math.inf  # when its last iteration must end, for its result to reach a caller in time
+    deadline_at: float = math.inf  # when its last iteration must end, for its result to reach the client in time
     arrived_at: float = 0.0
     remaining: Work | None = None  # estimated, to the end; None: nothing was measured near its sizes yet
     estimated_at: float = -math.inf  # when `remaining` was updated last

@@ -19,7 +19,7 @@ NEWEST_WEIGHT = 0.3
 GAIN_TO_WIDEN, GAIN_TO_NARROW = 1.05, 0.97
 # A longer iteration delays all other jobs, and keeps the device so busy that nothing is gained by a shared batch.
 MAX_SHARED_S = 0.05
-MAX_SHAPES = 256  # kept at the same time: callers choose any size, and a forgotten shape is soon measured again
+MAX_SHAPES = 256  # kept at the same time: clients choose any size, and a forgotten shape is soon measured again
 
 
 @dataclass

@@ -23,7 +23,7 @@ class Urgency:
 
     Jobs with deadlines are urgent in the order of these, and from the moment on at which the last one of them would be
     late otherwise. A job that would be late even alone is not urgent, nor is one in its beginning, however dear: that
-    is done in turn, so that dear beginnings with deadlines leave each other caller its even share. While others have
+    is done in turn, so that dear beginnings with deadlines leave each other owner its even share. While others have
     work, slices out of turn take at most `MAX_URGENT_SHARE` of the device: a slice in turn gives credit for them, and
     each of them uses it up.
     """

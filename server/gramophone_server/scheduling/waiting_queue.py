@@ -21,7 +21,7 @@ from gramophone_server.scheduling.forecast import (
     broken_promise,
     even_sharing,
     interruptions_s,
-    sharing_by_callers,
+    sharing_by_owners,
 )
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import Task
@@ -307,7 +307,7 @@ class WaitingQueue:
             [other_s for _, other_s in with_place], [other_s for _, other_s in before], own_s, self._max_running
         )
         wait_s = by_jobs.starts[-1]
-        end_s = wait_s + sharing_by_callers((*with_place, *before), own_s, owner)
+        end_s = wait_s + sharing_by_owners((*with_place, *before), own_s, owner)
         if wait_s:  # the others have had a part of that by then
             end_s = min(end_s, by_jobs.end)
         return wait_s, max(end_s, wait_s + (own.low_alone_s if low else own.alone_s))
