@@ -30,7 +30,7 @@ CANCELLED = 40  # calls
 WATCHERS = 40
 ENCODED_S = 2.0  # within which a frame arrives
 BESIDE = 5.0  # times longer than alone may a small job take beside dear beginnings
-CALLERS, DEAR_JOBS = 4, 3
+CLIENTS, DEAR_JOBS = 4, 3
 STREAM = path_of("StylizeStream")
 
 
@@ -205,17 +205,17 @@ def _memory_case(limits: Limits) -> Case:
 
 
 def _beginnings_case() -> Case:
-    """Four callers, each with one job after another whose styles are new, solid and large; one small job beside them.
+    """Four clients, each with one job after another whose styles are new, solid and large; one small job beside them.
 
     With the real engine, because a pattern has no beginning.
     """
     small: dict[str, Any] = {"size": 64, "smallest_size": 0, "iterations": 60}
 
     async def play(target: Target) -> None:
-        async def dear_jobs(caller: int) -> None:
+        async def dear_jobs(attacker: int) -> None:
             async with target.connection() as raw:
                 for number in range(DEAR_JOBS):
-                    colours = [caller << 16 | number << 8 | style for style in range(4)]
+                    colours = [attacker << 16 | number << 8 | style for style in range(4)]
                     styles = [solid(1024, 1024, colour) for colour in colours]
                     recipe = overrides_to_message({**RECIPE, "size": 256, "iterations": 1, "style_scale": 4.0})
                     request = pb.StylizeRequest(spec=job(styles=styles, recipe=recipe)).SerializeToString()
@@ -230,13 +230,13 @@ def _beginnings_case() -> Case:
 
             alone_s = median([await seconds() for _ in range(3)])
             async with asyncio.TaskGroup() as group:
-                callers = [group.create_task(dear_jobs(caller)) for caller in range(CALLERS)]
+                attackers = [group.create_task(dear_jobs(number)) for number in range(CLIENTS)]
                 await asyncio.sleep(2)
                 beside_s = [await seconds() for _ in range(3)]
-                for caller in callers:
-                    caller.cancel()
+                for attacker in attackers:
+                    attacker.cancel()
         if median(beside_s) > BESIDE * alone_s:
             times = ", ".join(f"{each:.1f}" for each in beside_s)
             raise RuleViolation(f"small jobs take {alone_s:.1f} s alone and {times} s beside dear beginnings")
 
-    return Case("beginnings", f"{CALLERS} callers with dear styles", play, 300, max_rise=2**31, engine="vgg")
+    return Case("beginnings", f"{CLIENTS} clients with dear styles", play, 300, max_rise=2**31, engine="vgg")

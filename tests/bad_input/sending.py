@@ -50,7 +50,7 @@ REFUSALS = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
-INTERNALS = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # must not be in a message to a caller
+INTERNALS = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # must not be in a message to a client
 
 
 class Outcome(NamedTuple):

@@ -65,7 +65,7 @@ def smallest(field: Any) -> bytes:
 
 
 def sample(field: Any) -> bytes:
-    """An encoding of a field with all fields of its message, as a caller would set them."""
+    """An encoding of a field with all fields of its message, as a client would set them."""
     if field.message_type is not None:
         return submessage(field.number, b"".join(sample(each) for each in field.message_type.fields))
     texts = {"layer": "relu1_1", "digest": DIGEST, "job_id": JOB_ID, "request_id": JOB_ID, "page_token": "7"}

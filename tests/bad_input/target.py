@@ -16,7 +16,7 @@ from tests.support.raw_http2 import Answer, Headers, RawConnection, StreamOver, 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-INTERNALS = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # must not be in a message to a caller
+INTERNALS = re.compile(r"PIL|object at 0x|Traceback|Error\(|the server failed")  # must not be in a message to a client
 REFUSALS = frozenset({
     "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "ABORTED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED",
     "PERMISSION_DENIED", "UNAVAILABLE",

@@ -70,7 +70,7 @@ async def _send_jobs(
         try:
             await env.await_result(client.stylize(images[number % len(images)], STYLE, patience=0.0, **SMALL), allowed)
         except InvalidRequestError as error:
-            raise RuleViolation(f"a shortage of the server is called the caller's fault: {error}") from error
+            raise RuleViolation(f"a shortage of the server is called the client's fault: {error}") from error
 
     async with asyncio.TaskGroup() as group:
         for number in range(JOBS):

@@ -324,7 +324,7 @@ def test_k6_counts_jobs_frames_and_refusals(server: Server, tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path / "summary.json").read_text())["metrics"]
     assert metrics["jobs_done"]["values"]["count"] >= 1
-    assert metrics["jobs_refused"]["values"]["count"] >= 1  # two callers, but only one place
+    assert metrics["jobs_refused"]["values"]["count"] >= 1  # two clients, but only one place
     assert metrics["frames"]["values"]["count"] >= 1
     assert metrics["time_to_accepted"]["values"]["max"] <= metrics["time_to_result"]["values"]["max"]
     assert "jobs done in" in done.stdout and "to the first frame" in done.stdout

@@ -28,13 +28,13 @@ LATER = 10.0**9  # s on the monotonic clock
 
 async def test_memory_and_time_are_checked_before_decoding(admission):
     wanted = spec(size=64, smallest_size=40, iterations=5, coarse_iterations=3, time_budget=2.5)
-    state = await admission.prepare(wanted, RESERVATION, LATER, "a caller")
+    state = await admission.prepare(wanted, RESERVATION, LATER, "an owner")
     memory, (_, _, asked, left_s, image_pixels, result_kind, owner) = admission.asked
     assert memory == ("memory", Shape.of(state.recipe, 32, 64), state.shape)  # of the last scale, and of the first
     assert asked.scales == state.scales and asked.recipe == state.recipe
     assert asked.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
     assert left_s == pytest.approx(LATER, rel=0.1)
-    assert (image_pixels, result_kind, owner) == (64 * 32 + 32 * 32, "PNG", "a caller")
+    assert (image_pixels, result_kind, owner) == (64 * 32 + 32 * 32, "PNG", "an owner")
     assert len(admission.were_decoded) == 2
     await admission.prepare(wanted, RESERVATION)
     assert admission.asked[3][3] == math.inf  # without a deadline

@@ -278,7 +278,7 @@ def slow_spec(**fields):
     return wanted
 
 
-async def test_a_caller_that_leaves_gives_back_its_place_and_its_room_at_once():
+async def test_a_client_that_leaves_gives_back_its_place_and_its_room_at_once():
     async with serving(FakeEngine(), Limits(max_running=2, max_queued=2)) as s:
         wanted = slow_spec()
         calls = [s.stub.Stylize(pb.StylizeRequest(spec=wanted)) for _ in range(4)]
@@ -291,7 +291,7 @@ async def test_a_caller_that_leaves_gives_back_its_place_and_its_room_at_once():
         await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
 
 
-async def test_the_images_of_a_job_with_a_grace_are_decoded_without_its_caller():
+async def test_the_images_of_a_job_with_a_grace_are_decoded_without_its_client():
     engine = FakeEngine()
     async with serving(engine) as s:
         wanted = slow_spec()

@@ -130,7 +130,7 @@ def test_every_reason_is_used():
     reasons = [reason for _, reason in status.CODES.values()]
     assert set(reasons) == set(pb.ErrorReason.values()) - {pb.ERROR_REASON_UNSPECIFIED}
     shared = [reason for reason in reasons if reasons.count(reason) > 1]
-    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: the caller reacts alike
+    assert shared == [pb.ERROR_REASON_OUT_OF_MEMORY] * 2  # of the device and of the host: the client reacts alike
 
 
 async def test_an_unexpected_exception_is_not_disclosed(caplog):

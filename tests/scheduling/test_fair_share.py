@@ -59,7 +59,7 @@ def test_who_comes_back_owes_what_it_used_until_the_others_have_had_as_much():
     assert dear.used_s == other.used_s == 50.0
 
 
-def test_callers_share_evenly_whatever_the_number_of_their_jobs():
+def test_owners_share_evenly_whatever_the_number_of_their_jobs():
     shares, many, few = DeviceShares(), [One("many") for _ in range(5)], One("few")
     for job in (*many, few):
         shares.arrive(job)
@@ -81,7 +81,7 @@ def test_a_turn_waits_until_the_others_have_had_as_much_as_it_takes():
     assert order.index(dear) in (49, 50, 51) and sum(job is dear for job in order) == 3
 
 
-def test_callers_without_jobs_are_forgotten_when_the_others_have_had_as_much():
+def test_owners_without_jobs_are_forgotten_when_the_others_have_had_as_much():
     shares, steady = DeviceShares(), One("steady")
     shares.arrive(steady)
     for n in range(1000):
@@ -110,7 +110,7 @@ def alone(iterations):
 
 @pytest.mark.parametrize("attackers", [1, 2, 4, 8, 15])
 @pytest.mark.parametrize("iterations", [10, 40, 200])
-def test_a_small_job_keeps_its_part_of_the_device_beside_callers_of_the_dearest_beginnings(attackers, iterations):
+def test_a_small_job_keeps_its_part_of_the_device_beside_owners_of_the_dearest_beginnings(attackers, iterations):
     device = Device()
     for n in range(attackers):
         device.add(stream(device, f"attacker {n}", *DEAREST, idle_s=0.01 * n, **DEAREST_RECIPE))
@@ -124,7 +124,7 @@ def test_a_small_job_keeps_its_part_of_the_device_beside_callers_of_the_dearest_
 @pytest.mark.parametrize("hurried", [1, 2, 4])
 @pytest.mark.parametrize("urgency", [1.05, 1.5, 3.0, 6.0])
 @pytest.mark.parametrize("iterations", [10, 60])
-def test_deadlines_of_callers_of_the_dearest_beginnings_take_nothing_from_a_small_job(hurried, urgency, iterations):
+def test_deadlines_of_owners_of_the_dearest_beginnings_take_nothing_from_a_small_job(hurried, urgency, iterations):
     """Some of four owners set deadlines so short that their jobs are urgent sooner or later."""
     device, needs_s = Device(), 4 * STYLE_PIXEL_S * 256**2
     for n in range(4):
@@ -149,7 +149,7 @@ def test_deadlines_of_callers_of_the_dearest_beginnings_take_nothing_from_a_smal
     ids=["dearest", "medium", "several scales", "long iterations"],
 )
 @pytest.mark.parametrize("new_connections", [False, True])
-def test_four_callers_of_any_shape_leave_a_steady_one_its_fifth(shape, new_connections):
+def test_four_owners_of_any_shape_leave_a_steady_one_its_fifth(shape, new_connections):
     """Even if each of their jobs is of a new connection."""
     device, numbers = Device(), itertools.count()
     shape = dict(shape)
@@ -165,7 +165,7 @@ def test_four_callers_of_any_shape_leave_a_steady_one_its_fifth(shape, new_conne
     assert victim.used_s - had > 0.19 * (device.clock.now - start)
 
 
-def test_four_callers_who_cancel_each_dear_job_in_its_beginning_and_connect_anew_leave_a_steady_one_its_fifth():
+def test_four_owners_who_cancel_each_dear_job_in_its_beginning_and_connect_anew_leave_a_steady_one_its_fifth():
     device, numbers = Device(), itertools.count()
     victim = device.task("victim", 100_000)
     device.add(iter([(victim, 0.0)]))
@@ -177,7 +177,7 @@ def test_four_callers_who_cancel_each_dear_job_in_its_beginning_and_connect_anew
     assert victim.used_s - had > 0.19 * (device.clock.now - start)
 
 
-def test_one_caller_with_fifteen_streams_has_half_of_the_device():
+def test_one_owner_with_fifteen_streams_has_half_of_the_device():
     device = Device()
     victim = device.task("victim", 100_000)
     device.add(iter([(victim, 0.0)]))
@@ -198,7 +198,7 @@ def test_dear_beginnings_are_not_starved_by_streams_of_small_jobs():
 
 
 def test_jobs_that_join_and_end_all_the_time_do_not_make_others_rejoin_all_the_time():
-    """A caller's jobs of the victim's shape come and go; joining takes 0.1 s."""
+    """An owner's jobs of the victim's shape come and go; joining takes 0.1 s."""
     device = Device(pixel_s=0.0, iteration_s=0.005, join_s=0.1)
     victims = [device.task(f"victim {n}", 100_000) for n in range(3)]
     for victim in victims:
@@ -236,7 +236,7 @@ def test_a_mixed_half_hour_ends_and_is_fair(seed=7):
 
 def test_a_style_that_was_seen_before_costs_nothing():
     device = Device()
-    first = device.task("caller", *DEAREST, **DEAREST_RECIPE)
+    first = device.task("owner", *DEAREST, **DEAREST_RECIPE)
     assert device.seconds(first) > 50
     again = Task(state=JobState(first.state.job), observer=Recorder(device.clock), owner="other")
     assert device.seconds(again) < 1
@@ -244,7 +244,7 @@ def test_a_style_that_was_seen_before_costs_nothing():
 
 def test_a_pause_or_a_drain_in_the_beginning_gives_it_up():
     device = Device()
-    task = device.task("caller", *DEAREST, **DEAREST_RECIPE)
+    task = device.task("owner", *DEAREST, **DEAREST_RECIPE)
     device.add(iter([(task, 0.0)]))
     device.run(lambda: False, 5)
     assert task.beginning.under_way and task.state.done == 0
@@ -253,7 +253,7 @@ def test_a_pause_or_a_drain_in_the_beginning_gives_it_up():
     device.worker.admit(task)
     device.run(lambda: task.ended)
     assert task.observer.end.iterations == 1
-    other = device.task("caller", *DEAREST, **DEAREST_RECIPE)
+    other = device.task("owner", *DEAREST, **DEAREST_RECIPE)
     device.add(iter([(other, 0.0)]))
     device.run(lambda: False, 5)
     device.worker.drain_task(other)

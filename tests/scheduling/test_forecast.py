@@ -109,7 +109,7 @@ def simulated(running, waiting, own, max_running, step=0.001):
     return starts, now
 
 
-def test_callers_share_evenly_and_a_short_job_goes_first():
+def test_owners_share_evenly_and_a_short_job_goes_first():
     many = [("one", 100.0)] * 10
     assert sharing_by_owners(many, BURST_S, "another") == BURST_S
     assert sharing_by_owners(many, BURST_S + 7, "another") == BURST_S + 7 + 7

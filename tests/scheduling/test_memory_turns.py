@@ -45,7 +45,7 @@ def test_two_jobs_that_do_not_fit_beside_each_other_take_turns(owners):
 
 def test_a_turn_is_longer_if_it_takes_long_to_join():
     one = device(join_s=2.0)
-    first, second = (one.task("caller", 100_000, **LARGE) for _ in range(2))
+    first, second = (one.task("owner", 100_000, **LARGE) for _ in range(2))
     add(one, first, second)
     one.run(lambda: False, 400)
     assert len(one.engine.batches) < 400 / (JOIN_PART * 2.0) + 2
@@ -72,7 +72,7 @@ def test_a_large_job_is_not_starved_by_streams_of_medium_ones():
 def test_the_states_of_jobs_that_left_are_bounded():
     """Half of the memory, in the host's; a job that would need more of it waits until another one has ended."""
     one = device(34)
-    tasks = [one.task("caller", 2000, **LARGE) for _ in range(6)]
+    tasks = [one.task("owner", 2000, **LARGE) for _ in range(6)]
     add(one, *tasks)
     parked = 0
     while not all(task.ended for task in tasks):
@@ -84,7 +84,7 @@ def test_the_states_of_jobs_that_left_are_bounded():
 
 def test_on_a_device_without_memory_of_its_own_the_states_of_jobs_that_left_take_of_it():
     one = device(16.2, shares_host_memory=True)  # no room for a state beside a large job
-    first, second = (one.task("caller", 1000, **LARGE) for _ in range(2))
+    first, second = (one.task("owner", 1000, **LARGE) for _ in range(2))
     add(one, first, second)
     one.run(lambda: first.ended)
     assert not second.state.done and not second.parked and not first.parked
@@ -94,7 +94,7 @@ def test_on_a_device_without_memory_of_its_own_the_states_of_jobs_that_left_take
 
 def test_a_cancelled_job_that_left_frees_its_memory():
     one = device()
-    first, second = (one.task("caller", 100_000, **LARGE) for _ in range(2))
+    first, second = (one.task("owner", 100_000, **LARGE) for _ in range(2))
     add(one, first, second)
     one.run(lambda: first.parked)
     first.observer.cancelled = True
@@ -105,7 +105,7 @@ def test_a_cancelled_job_that_left_frees_its_memory():
 
 def test_a_pause_that_would_keep_too_much_memory_is_refused_and_changes_nothing():
     one = device()
-    task = one.task("caller", 100_000, **LARGE)
+    task = one.task("owner", 100_000, **LARGE)
     add(one, task)
     one.run(lambda: task.state.done)
     with pytest.raises(InvalidRequest) as caught:
@@ -124,7 +124,7 @@ def test_a_pause_between_two_scales_takes_the_state_off_the_device(monkeypatch):
     moved = []
     monkeypatch.setattr(JobState, "move_to_host", lambda state: moved.append(state))
     one = device()
-    task = one.task("caller", 100_000, smallest_size=45, coarse_iterations=3)
+    task = one.task("owner", 100_000, smallest_size=45, coarse_iterations=3)
     add(one, task)
     one.run(lambda: task.batch is None and task.state.done == 3)
     with pytest.raises(
@@ -155,6 +155,6 @@ def test_memory_that_runs_out_although_the_estimate_allows_it_lets_jobs_take_tur
 
 def test_a_task_without_memory_takes_no_place():
     one = device()
-    first, second = (one.task("caller", 100_000, **LARGE) for _ in range(2))
+    first, second = (one.task("owner", 100_000, **LARGE) for _ in range(2))
     assert one.worker.startable([first, second], 2, []) == [first]
     assert second.memory_short and not first.memory_short

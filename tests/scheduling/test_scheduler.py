@@ -478,7 +478,7 @@ async def test_a_lost_device_ends_all_jobs_and_new_ones_are_refused(caplog):
     assert "the device fails at an addition" in caplog.text
 
 
-async def test_the_commands_of_one_caller_alternate_with_the_turns_of_the_others(monkeypatch):
+async def test_the_commands_of_one_owner_alternate_with_the_turns_of_the_others(monkeypatch):
     """Each copies a state for longer than a slice."""
     engine, slices = FakeEngine(iteration_s=0.005), []
     original_copy = FakeBatch.copy

@@ -23,7 +23,7 @@ def calls_of_a_join(jobs, shapes, deadline_at):
     """Calls in the turn in which one more job joins a batch beside so many jobs in batches."""
     device = Device(max_running=2 * MANY, pixel_s=0.0, iteration_s=0.001, style_pixel_s=0.0)
     for n in range(jobs):
-        task = device.task(f"caller {n % 8}", 10**5, size=64 + 2 * (n % shapes))
+        task = device.task(f"owner {n % 8}", 10**5, size=64 + 2 * (n % shapes))
         task.deadline_at = deadline_at
         device.add(iter([(task, 0.0)]))
     device.run(lambda: False, 30)

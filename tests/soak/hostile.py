@@ -39,7 +39,7 @@ SETTINGS = {
 }  # fmt: skip
 LIMITS = Limits(**SETTINGS)
 # Those that fill all places, and by design send others away, are not for a server that others use.
-NOT_BESIDE_OTHERS = ("silent connections", "calls of one connection", "callers with dear styles")
+NOT_BESIDE_OTHERS = ("silent connections", "calls of one connection", "clients with dear styles")
 
 
 def cases() -> dict[str, list[Case]]:

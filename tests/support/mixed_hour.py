@@ -1,7 +1,7 @@
 """An hour of mixed jobs with deadlines, in simulated time: the real scheduler on its real compute thread, with an
 engine that only moves a clock.
 
-Jobs arrive by chance from several callers, in sizes from 16 to 1024 px, some with a time budget, some cancelled. The
+Jobs arrive by chance from several clients, in sizes from 16 to 1024 px, some with a time budget, some cancelled. The
 engine's iteration has a fixed cost, a cost for each pixel and noise, and takes twice as long in a slow phase. First all
 jobs run without deadlines: when each ends then is the truth. Then they run again, half of them with a deadline that is
 0.5 to 2 times as long as that, and the scheduler accepts or refuses each. Whoever is refused although its deadline is
@@ -62,7 +62,7 @@ class Device:
 
 @dataclass
 class Visit:
-    """A job of a caller, and what became of it."""
+    """A job of a client, and what became of it."""
 
     at: float
     side: int
@@ -71,7 +71,7 @@ class Visit:
     time_budget: float
     cancelled_after: float  # seconds
     factor: float  # of the truth; inf: no deadline
-    caller: str
+    client: str
     truth_s: float = math.nan  # seconds to its end without any deadlines
     deadline_s: float = math.inf
     is_forced: bool = False  # it is accepted without being asked for its deadline
@@ -116,7 +116,7 @@ class Hour:
     with_deadline: float = 0.5
     with_budget: float = 0.1
     cancelled: float = 0.05
-    callers: int = 6
+    clients: int = 6
     max_running: int = 16
     device: Device = field(default_factory=Device)
 
@@ -139,7 +139,7 @@ class Hour:
                     time_budget=own_s * chance.uniform(0.3, 3) if chance.random() < self.with_budget else 0.0,
                     cancelled_after=own_s * chance.uniform(0.1, 3) if chance.random() < self.cancelled else math.inf,
                     factor=2 ** chance.uniform(-1, 1) if chance.random() < self.with_deadline else math.inf,
-                    caller=f"caller {chance.randrange(self.callers)}",
+                    client=f"client {chance.randrange(self.clients)}",
                 )
             )
         return visits
@@ -275,14 +275,14 @@ async def _run(hour: Hour, visits: list[Visit], seed: int) -> Scheduler:
             return observer.end("full")
         left_s, probes = visit.at + visit.deadline_s - clock.now, scheduler.deadline_probes
         try:
-            scheduler.require_time(reservation, state, math.inf if visit.is_forced else left_s, owner=visit.caller)
+            scheduler.require_time(reservation, state, math.inf if visit.is_forced else left_s, owner=visit.client)
         except DeadlineUnattainable as error:
             visit.for_promise = "promised" in str(error)
             observer.end("refused")
         else:
             visit.is_probe = scheduler.deadline_probes > probes
             scheduler.submit(
-                reservation, state, observer, visit.at + visit.deadline_s if visit.counts else None, visit.caller
+                reservation, state, observer, visit.at + visit.deadline_s if visit.counts else None, visit.client
             )
             if visit.cancelled_after < math.inf:
                 cancelling.append((visit.at + visit.cancelled_after, observer))

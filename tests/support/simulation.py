@@ -1,4 +1,4 @@
-"""A worker with callers on a clock that only the engine moves: hours of scheduling in seconds."""
+"""A worker with clients on a clock that only the engine moves: hours of scheduling in seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.clock import ManualClock
 from tests.support.engines import FakeEngine
 from tests.support.observers import Recorder
 
-Caller = Iterator[tuple[Task, float]]  # the tasks that it sends, one after the other, and idle seconds before each
+Client = Iterator[tuple[Task, float]]  # the tasks that it sends, one after the other, and idle seconds before each
 
 ITERATION_S = 0.1  # of 64 x 32 px, as on a slow machine
 # A style of 256 px stands for one of 2048 px: 13 s, of which the dearest convolution takes a tenth.
@@ -39,7 +39,7 @@ def state(iterations: int, styles: Sequence[int] = (32,), **recipe: Any) -> JobS
 
 
 class Device:
-    """A worker with callers."""
+    """A worker with clients."""
 
     def __init__(self, max_running: int = 16, **engine: Any) -> None:
         self.clock = ManualClock(reading_s=1e-7)
@@ -49,19 +49,19 @@ class Device:
         self.worker = Worker(self.engine, self.throughput, 2**20, clock=self.clock)
         self.running: list[Task] = []
         self.waiting: list[Task] = []
-        self._callers: list[tuple[Task, Caller]] = []  # by the task that they wait for
-        self._due: list[tuple[float, Task, Caller]] = []
+        self._clients: list[tuple[Task, Client]] = []  # by the task that they wait for
+        self._due: list[tuple[float, Task, Client]] = []
         self.max_running = max_running
         self.longest_step_s = 0.0
 
     def task(self, owner: str, iterations: int, styles: Sequence[int] = (32,), **recipe: Any) -> Task:
         return Task(state=state(iterations, styles, **recipe), observer=Recorder(self.clock), owner=owner)
 
-    def add(self, caller: Caller) -> None:
-        """A caller sends its first task."""
-        item = next(caller, None)
+    def add(self, client: Client) -> None:
+        """A client sends its first task."""
+        item = next(client, None)
         if item is not None:
-            self._due.append((self.clock.now + item[1], item[0], caller))
+            self._due.append((self.clock.now + item[1], item[0], client))
 
     def run(self, until: Callable[[], object], seconds: float = math.inf) -> None:
         """Runs until the condition holds, or for some seconds."""
@@ -70,7 +70,7 @@ class Device:
             for entry in [entry for entry in self._due if entry[0] <= self.clock.now]:
                 self._due.remove(entry)
                 self.waiting.append(entry[1])
-                self._callers.append(entry[1:])
+                self._clients.append(entry[1:])
             places = self.max_running - sum(not task.memory_short for task in self.running)
             for task in self.worker.startable(self.waiting, places, self.running):
                 self.waiting.remove(task)
@@ -82,8 +82,8 @@ class Device:
             if not self.running:
                 self.clock.advance(0.01)
             self.running = [task for task in self.running if not task.ended]
-            for ended in [pair for pair in self._callers if pair[0].ended]:
-                self._callers.remove(ended)
+            for ended in [pair for pair in self._clients if pair[0].ended]:
+                self._clients.remove(ended)
                 self.add(ended[1])
 
     def seconds(self, task: Task, limit_s: float = 100_000) -> float:
@@ -105,8 +105,8 @@ def stream(
     deadline_s: Callable[[], float] = lambda: math.inf,
     needs_s: float = 0.0,
     **recipe: Any,
-) -> Caller:
-    """A caller that sends one job after another. ``owner``: its name, or a function that names a new connection.
+) -> Client:
+    """A client that sends one job after another. ``owner``: its name, or a function that names a new connection.
     ``deadline_s``: of the next job, after its arrival; ``needs_s``: what the forecast says that it needs."""
     while True:
         task = device.task(owner if isinstance(owner, str) else owner(), iterations, styles, **recipe)
