@@ -166,6 +166,19 @@ def test_a_position_is_sent_when_it_has_changed(registry):
     assert (job.position, job.phase) == (0, JobPhase.RUNNING)
 
 
+def test_a_job_that_gives_its_place_up_is_queued_again(registry):
+    jobs = registry()
+    job = jobs.create("", 0.0, Encoding(Format.PNG, 0))
+    watcher = job.watch()
+    job.publish(Accepted(0))
+    job.started()
+    job.publish(Waiting(0))
+    assert (job.position, job.phase) == (0, JobPhase.QUEUED)
+    job.started()
+    assert job.phase is JobPhase.RUNNING
+    assert unread(watcher) == [(1, Accepted(0)), (2, Waiting(0))]
+
+
 def test_nothing_changes_after_the_end(registry, loop):
     job, watcher = create(registry())
     job.cancel()

@@ -48,14 +48,14 @@ async def scheduling(engine, max_running=1, throughput=None, **limits):
         assert await asyncio.to_thread(scheduler.join, 5)
 
 
-def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None):
+def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None, owner=""):
     """A job with one watcher."""
     job, reservation = job or job_state(), reservation or scheduler.reserve()
     observer = JobRegistry(scheduler.withdraw, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
     watcher = observer.watch(frames)
     assert observer.admit(job)
     try:
-        scheduler.submit(reservation, job, observer, deadline_at)
+        scheduler.submit(reservation, job, observer, deadline_at, owner)
     finally:
         scheduler.release(reservation)
     return types.SimpleNamespace(
@@ -551,6 +551,32 @@ async def test_states_that_have_left_the_device_leave_less_room_for_paused_ones(
         await until(lambda: not scheduler.parked_bytes)
         await scheduler.command(running.observer, Pause())
         running.cancel()
+
+
+async def test_no_job_waits_for_places_that_another_owner_keeps():
+    engine = FakeEngine(iteration_s=0.002)
+    async with scheduling(engine, max_running=2) as scheduler:
+        long = [submit(scheduler, job_state(400), owner="one") for _ in range(2)]
+        await until(lambda: all(job.state.done for job in long))
+        short = submit(scheduler, job_state(5), owner="other")
+        events = [event async for _, event in short.events()]
+        assert events[0].position == 0 and isinstance(events[-1], Finished)
+        assert max(job.state.done for job in long) < 400
+        displaced = [[event async for _, event in job.events()] for job in long]
+    # The one that gave its place up was told, and both end with the pictures of jobs that were never interrupted.
+    assert sorted(sum(isinstance(event, Waiting) for event in events) for events in displaced) == [0, 1]
+    assert [events[-1].iterations for events in displaced] == [400, 400]
+    assert torch.equal(*(events[-1].picture.wait() for events in displaced))
+
+
+async def test_a_job_keeps_its_place_if_the_host_has_no_room_for_its_state():
+    engine = FakeEngine(iteration_s=0.002)
+    async with scheduling(engine, max_running=1, max_parked_bytes=0) as scheduler:
+        long = submit(scheduler, job_state(50), owner="one")
+        await until(lambda: long.state.done)
+        short = submit(scheduler, job_state(5), owner="other")
+        assert (await kinds(long)).count("Waiting") == 0 and long.state.done == 50
+        assert (await kinds(short))[-1] == "Finished"
 
 
 async def test_drain_of_an_idle_scheduler_is_immediate():

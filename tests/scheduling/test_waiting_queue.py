@@ -8,6 +8,7 @@ from gramophone.recipe import Pooling
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.errors import DeadlineUnattainable
 from gramophone_server.scheduling.forecast import Forecaster, Work
+from gramophone_server.scheduling.place_turns import PLACE_TURN_S
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import PATIENCE_S, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
@@ -68,16 +69,16 @@ def test_no_stream_of_short_deadlines_or_budgets_overtakes_a_job_for_longer_than
     queue, _, _ = queue_with()
     patient = waiting()
     queue.accept(patient, [])
-    for arrived_at in range(0, 100, 10):
-        queue.accept(waiting(arrived_at + 0.1, arrived_at=arrived_at), [])
-        queue.accept(waiting(arrived_at=arrived_at, budget_ends_at=arrived_at + 0.1), [])
+    for queued_at in range(0, 100, 10):
+        queue.accept(waiting(queued_at + 0.1, queued_at=queued_at), [])
+        queue.accept(waiting(queued_at=queued_at, budget_ends_at=queued_at + 0.1), [])
     before = list(queue)[: list(queue).index(patient)]
-    assert before and all(task.arrived_at <= PATIENCE_S for task in before)
+    assert before and all(task.queued_at <= PATIENCE_S for task in before)
 
 
 def test_a_job_that_needs_hours_does_not_start_before_those_that_came_earlier():
     queue, _, _ = queue_with(1000.0)
-    first, long, hopeless = waiting(50.0, 1.0), waiting(arrived_at=51.0), waiting(60.0, arrived_at=51.0)
+    first, long, hopeless = waiting(50.0, 1.0), waiting(queued_at=51.0), waiting(60.0, queued_at=51.0)
     for task in (first, long, hopeless):
         queue.accept(task, [])
     assert next(iter(queue)) is first and long.remaining.share_s > 9000 and list(queue)[-1] is long
@@ -92,6 +93,38 @@ def test_a_job_that_came_before_its_speed_was_known_gets_its_place_when_it_is():
     measure(throughput, 1.0)
     queue.accept(waiting(), [waiting()])
     assert list(queue)[:2] == [long, short]
+
+
+def test_a_job_whose_owner_has_no_place_waits_for_a_turn_and_not_for_the_end_of_others():
+    queue, _, throughput = queue_with(max_running=2)
+    measure(throughput, 1.0)
+    running = [waiting(remaining_s=5000.0, owner=owner) for owner in ("one", "two")]
+    same, other = waiting(owner="one"), waiting(owner="three")
+    for task in (same, other):
+        queue.accept(task, running)
+    assert same.observer == [Accepted(1, pytest.approx(10_000, rel=0.01))]
+    assert other.observer == [Accepted(2, 2 * PLACE_TURN_S)]
+
+
+def test_a_job_starts_at_once_if_another_owner_has_two_places_more():
+    queue, _, throughput = queue_with(max_running=2)
+    measure(throughput, 1.0)
+    running = [waiting(remaining_s=5000.0, owner="one") for _ in range(2)]
+    first, second = waiting(owner="two"), waiting(owner="two")
+    for task in (first, second):
+        queue.accept(task, running)
+    assert first.observer == [Accepted(0, 0.0)]
+    assert second.observer[0].position == 2
+
+
+@pytest.mark.parametrize("deadline_s", [100.0, 3600.0])
+def test_a_deadline_is_not_refused_for_places_that_its_owner_will_get(deadline_s):
+    queue, _, throughput = queue_with(max_running=2)
+    measure(throughput, 1.0)
+    running = [waiting(remaining_s=5000.0, owner="one") for _ in range(2)]
+    ask = Asking(queue)
+    assert ask(deadline_s, running, owner="two", iterations=10) is None
+    assert "would wait for about 10000" in str(ask(deadline_s, running, owner="one", iterations=10))
 
 
 def test_position_and_wait_are_those_of_even_sharing():

@@ -12,6 +12,7 @@ from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.scheduling.forecast import Work
+from gramophone_server.scheduling.place_turns import exchange
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.worker import Worker
@@ -53,6 +54,7 @@ class Device:
         self._due: list[tuple[float, Task, Client]] = []
         self.max_running = max_running
         self.longest_step_s = 0.0
+        self.exchanges = 0
 
     def task(self, owner: str, iterations: int, styles: Sequence[int] = (32,), **recipe: Any) -> Task:
         return Task(state=state(iterations, styles, **recipe), observer=Recorder(self.clock), owner=owner)
@@ -69,13 +71,17 @@ class Device:
         while not until() and self.clock.now < end:
             for entry in [entry for entry in self._due if entry[0] <= self.clock.now]:
                 self._due.remove(entry)
+                entry[1].queued_at = self.clock.now
                 self.waiting.append(entry[1])
+                self.waiting.sort(key=lambda task: task.latest_start_at)
                 self._clients.append(entry[1:])
             places = self.max_running - sum(not task.memory_short for task in self.running)
             for task in self.worker.startable(self.waiting, places, self.running):
                 self.waiting.remove(task)
                 self.worker.admit(task)
                 self.running.append(task)
+            if places <= 0:
+                self._exchange_places()
             before = self.clock.now
             self.worker.step(self.running)
             self.longest_step_s = max(self.longest_step_s, self.clock.now - before)
@@ -85,6 +91,19 @@ class Device:
             for ended in [pair for pair in self._clients if pair[0].ended]:
                 self._clients.remove(ended)
                 self.add(ended[1])
+
+    def _exchange_places(self) -> None:
+        """As the compute thread does."""
+        due = exchange(self.running, self.waiting, self.clock.now)
+        if due is not None:
+            self.worker.pause(due.leaving, sum(task.state.bytes for task in self.waiting))
+            due.leaving.gave_place_up, due.leaving.queued_at = True, self.clock.now
+            self.waiting.remove(due.starting)
+            self.worker.admit(due.starting)
+            self.running[self.running.index(due.leaving)] = due.starting
+            self.waiting.append(due.leaving)
+            self.waiting.sort(key=lambda task: task.latest_start_at)
+            self.exchanges += 1
 
     def seconds(self, task: Task, limit_s: float = 100_000) -> float:
         """How long a job takes that is sent now."""

@@ -276,7 +276,7 @@ class Job:
         return {mailbox for mailbox in of_kind if mailbox.wants_checkpoint(now)}
 
     def started(self) -> None:
-        """The job has left the queue, for the first time or after a pause."""
+        """The job has left the queue, for the first time, after a pause, or with a new place."""
         with self._lock:
             if not self.ended:
                 self.phase, self.position = JobPhase.RUNNING, 0
@@ -289,10 +289,10 @@ class Job:
             if self.ended:
                 return
             match event:
-                case Waiting(position) if position == self.position:
+                case Waiting(position) if position == self.position and self.phase is not JobPhase.RUNNING:
                     return
                 case Accepted(position) | Waiting(position):
-                    self.position = position
+                    self.phase, self.position = JobPhase.QUEUED, position
                 case Progress():
                     self.progress = event
                 case Frame() if self.first_frame_s is None:

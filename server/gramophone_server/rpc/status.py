@@ -45,6 +45,9 @@ MAX_DETAILS_BYTES = 4096  # bytes
 MAX_MESSAGE_LENGTH = 400  # characters
 
 RETRY_SPREAD = 0.25  # of the retry delay
+# Seconds. Jobs come and go, and are cancelled, so estimates of longer waits are rough; and gRPC's clients wait for a
+# retry without a word.
+MAX_RETRY_S = 30.0
 
 
 class Code(NamedTuple):
@@ -123,7 +126,7 @@ def _retry_ms(error: GramophoneError) -> int | None:
     if not isinstance(error, QueueFull | DeadlineUnattainable | NotReady | OutOfHostMemory | ServerBusy | ShuttingDown):
         return None
     after_s = error.retry_after_s
-    return None if after_s is None else round(1000 * after_s * random.uniform(1, 1 + RETRY_SPREAD))
+    return None if after_s is None else round(1000 * min(after_s, MAX_RETRY_S) * random.uniform(1, 1 + RETRY_SPREAD))
 
 
 def _bad_request(error: InvalidRequest, room: int) -> error_details_pb2.BadRequest:

@@ -25,8 +25,16 @@ from gramophone_server.domain.commands import (
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.events import Paused, Resumed
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, InvalidRequest, ShuttingDown
+from gramophone_server.errors import (
+    DeviceLost,
+    EngineFailed,
+    GramophoneError,
+    InvalidRequest,
+    OutOfDeviceMemory,
+    ShuttingDown,
+)
 from gramophone_server.scheduling.batch_pool import OnIterations
+from gramophone_server.scheduling.place_turns import exchange
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
@@ -143,10 +151,11 @@ class ComputeThread:
                 self._execute(worker, table.commands.popleft())
                 if self.step_s >= SLICE_S:
                     break
+            self._exchange_places(worker)
             with table.lock:
-                paused_bytes = sum(task.state.bytes for task in table.paused)
+                away_bytes = sum(task.state.bytes for task in (*table.paused, *table.waiting))
             try:
-                worker.step(table.running, paused_bytes)
+                worker.step(table.running, away_bytes)
             except DeviceLost:
                 raise
             except Exception as error:  # noqa: BLE001 - a defect, but the thread must serve later jobs
@@ -181,6 +190,36 @@ class ComputeThread:
         for task in worker.startable(table.waiting, free, table.running):
             worker.admit(task)
             table.start(task)
+
+    def _exchange_places(self, worker: Worker) -> None:
+        """Takes one place from the owner with most, if another one waits for it; see `place_turns`."""
+        table = self._table
+        with table.lock:
+            if not table.waiting or table.places_taken < self._limits.max_running:
+                return
+            waiting = (task for task in table.waiting if worker.may_have_memory(task.state.shape))
+            due = exchange(table.running, waiting, self._clock())
+            if due is None:
+                return
+            host_bytes = self._host_bytes(due.leaving)
+        try:
+            worker.pause(due.leaving, host_bytes)  # copies tensors, so without the lock
+        except InvalidRequest:
+            return  # the host has no memory for it
+        except OutOfDeviceMemory:
+            pass  # it has failed
+        with table.lock:
+            due.leaving.gave_place_up, due.leaving.queued_at = True, self._clock()
+            if due.starting in table.waiting:  # it has not left meanwhile
+                worker.admit(due.starting)
+                table.start(due.starting)
+            table.put_back(due.leaving)
+
+    def _host_bytes(self, leaving: Task) -> int:
+        """The size of all states in the host's memory, but that of a task that is about to leave the device."""
+        table = self._table
+        parked = [task for task in table.running if task.parked and task is not leaving]
+        return sum(task.state.bytes for task in (*table.paused, *table.waiting, *parked))
 
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""
@@ -224,8 +263,7 @@ class ComputeThread:
         with self._table.lock:
             if task in self._table.paused:
                 return
-            parked = [other for other in self._table.running if other.parked and other is not task]
-            host_bytes = sum(other.state.bytes for other in (*self._table.paused, *parked))
+            host_bytes = self._host_bytes(task)
         worker.pause(task, host_bytes)  # copies tensors, so without the lock
         with self._table.lock:
             if self._table.pause(task, self._clock() + self._limits.max_paused_s):

@@ -217,7 +217,7 @@ class Scheduler:
             memory_short_since=None if self._thread.may_have_memory(state.shape) else now,
             budget_ends_at=now + state.recipe.time_budget if state.recipe.time_budget else math.inf,
             deadline_at=math.inf if deadline_at is None else deadline_at,
-            arrived_at=now,
+            queued_at=now,
         )
         table = self._table
         with table.lock:

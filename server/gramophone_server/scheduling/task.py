@@ -70,7 +70,7 @@ class Task:
     owner: str = ""  # for whom it counts, and with whose jobs it shares the device: see `fair_share`
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
     deadline_at: float = math.inf  # when its last iteration must end, for its result to reach the client in time
-    arrived_at: float = 0.0
+    queued_at: float = 0.0  # its arrival, or when it gave its place up
     remaining: Work | None = None  # estimated, to the end; None: nothing was measured near its sizes yet
     estimated_at: float = -math.inf  # when `remaining` was updated last
     # Batch
@@ -84,6 +84,9 @@ class Task:
     begun_s: float = 0.0  # of its present beginning, so far
     join_s: float = 0.0  # of its last join
     idle_since: float = 0.0  # the end of its last turn, or its arrival
+    # Place
+    used_before_place_s: float | None = None  # `used_s` when it began to compete in its place
+    gave_place_up: bool = False  # for another owner: it had one before, so its deadline was promised
     # Memory
     memory_short_since: float | None = None  # since when it waits for device memory: in the queue, or without its batch
     parked: bool = False  # it has left the device for another job: its tensors are in the host's memory
@@ -106,12 +109,16 @@ class Task:
         return self.memory_short_since is not None
 
     @property
-    def latest_start_at(self) -> float:
-        """The latest start that still meets the deadline or the time budget, as far as is known, but not before the
-        arrival, nor later than `PATIENCE_S` after it. Waiting jobs start in this order."""
+    def must_start_at(self) -> float:
+        """The latest start that still meets the deadline or the time budget, as far as is known."""
         remaining_s = 0.0 if self.remaining is None else self.remaining.share_s
-        must_start_at = min(self.deadline_at, self.budget_ends_at) - remaining_s
-        return min(self.arrived_at + PATIENCE_S, max(self.arrived_at, must_start_at))
+        return min(self.deadline_at, self.budget_ends_at) - remaining_s
+
+    @property
+    def latest_start_at(self) -> float:
+        """`must_start_at`, but not before the job was queued, nor later than `PATIENCE_S` after that. Waiting jobs
+        start in this order."""
+        return min(self.queued_at + PATIENCE_S, max(self.queued_at, self.must_start_at))
 
     @property
     def last_shape(self) -> Shape:

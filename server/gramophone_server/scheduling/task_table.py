@@ -125,6 +125,13 @@ class TaskTable:
             self.waiting.remove(task)
             self.running.append(task)
 
+    def put_back(self, task: Task) -> None:
+        """Moves a running task back to the waiting ones, unless it has ended."""
+        with self.lock:
+            if not task.ended:
+                self.running.remove(task)
+                self.waiting.put_back(task, self.running)
+
     def pause(self, task: Task, until: float) -> bool:
         """Moves a waiting or running task to the paused ones. Returns False if it was withdrawn or cancelled: a
         cancelled task must end at the next step, which does not look at paused tasks."""

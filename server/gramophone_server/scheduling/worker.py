@@ -99,6 +99,7 @@ class Worker:
     def admit(self, task: Task) -> None:
         """Adds a job. It is owed nothing of what the others used before: see `fair_share`."""
         task.idle_since = self._clock()
+        task.used_before_place_s = None
         task.observer.started()
 
     def pause(self, task: Task, host_bytes: int) -> None:
@@ -128,6 +129,8 @@ class Worker:
         having = dict.fromkeys(self._memory.with_memory(_apart(tasks)))
         for task in _apart(tasks):  # a job in a batch competes already
             (self._shares.arrive if task in having else self._shares.leave)(task)
+            if task.used_before_place_s is None and task in having:
+                task.used_before_place_s = task.used_s
         ready = [task for task in tasks if not task.ended and (task.batch is not None or task in having)]
         moving = next((task for task in having if task in self._pool.moving), None)
         chosen = moving or self._order.next(ready)
