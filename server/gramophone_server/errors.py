@@ -74,12 +74,13 @@ class NotReady(GramophoneError):
 
 
 class QueueFull(GramophoneError):
-    """The queue has as many jobs as allowed."""
+    """The queue has as many jobs as allowed, or as one connection may have: ``own``."""
 
-    def __init__(self, waiting: int, limit: int, retry_after_s: float, paused: int = 0) -> None:
+    def __init__(self, waiting: int, limit: int, retry_after_s: float, paused: int = 0, own: int = 0) -> None:
         self.retry_after_s = retry_after_s
         jobs = f"{waiting} waiting" + (f" and {paused} paused, which keep their places" if paused else "")
-        super().__init__(f"queue is full: {jobs}, limit {limit}; retry after about {retry_after_s:.0f} s")
+        full = f"this connection has {own} jobs, and the rest of the queue is for others" if own else "queue is full"
+        super().__init__(f"{full}: {jobs}, limit {limit}; retry after about {retry_after_s:.0f} s")
 
 
 class DeadlineUnattainable(GramophoneError):

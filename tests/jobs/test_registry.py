@@ -63,6 +63,23 @@ def test_the_job_that_ended_first_is_forgotten_first(registry, loop):
     assert len(loop.timers) == 2
 
 
+@pytest.mark.parametrize("limit", [{"max_kept": 4}, {"max_kept_bytes": 4 * most_encoded_bytes(64, 32)}])
+def test_an_owner_of_many_jobs_does_not_remove_those_of_others(registry, loop, limit):
+    jobs = registry(**limit)
+
+    def end(owner):
+        job, _ = create(jobs, owner=owner)
+        job.publish(finished())
+        loop.advance()
+        return job
+
+    few = [end("few") for _ in range(2)]
+    many = [end("many") for _ in range(10)]
+    assert list(jobs.newest_first()) == [*reversed(many[-2:]), *reversed(few)]
+    few.append(end("few"))
+    assert set(jobs.newest_first()) == {*few[1:], *many[-2:]}
+
+
 def test_the_bytes_of_kept_results_are_bounded(registry, loop):
     jobs = registry(max_kept_bytes=2 * most_encoded_bytes(64, 32))
     failed, _ = create(jobs)

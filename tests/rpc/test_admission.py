@@ -83,7 +83,7 @@ async def test_a_job_that_outlives_its_call_has_no_deadline(monkeypatch, grace_s
         if asked_for:
             got = await refused(call)
             assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNATTAINABLE")
-            assert 100 <= got.RetryInfo.retry_delay.ToSeconds() <= 125
+            assert 30 <= got.RetryInfo.retry_delay.ToSeconds() <= 38  # at most, also after an estimate of 100 s
             assert s.scheduler.queued == 0
             assert left == [pytest.approx(50, abs=5)]
         else:

@@ -1,6 +1,7 @@
 """Decoded images: counted before they are decoded, and given back however their job ends."""
 
 import asyncio
+import contextlib
 import gc
 import io
 import logging
@@ -16,11 +17,13 @@ from google.protobuf import duration_pb2
 from PIL import Image
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server import errors
 from gramophone_server.config import Limits
 from gramophone_server.engine.engine import VggEngine
 from gramophone_server.images import codec
 from gramophone_server.network.precision import MODES
+from gramophone_server.rpc.byte_budget import ByteBudget
 from gramophone_server.rpc.job_images import DecodedShare
 from tests.support.bad_pictures import png as png_of
 from tests.support.clock import until
@@ -71,6 +74,27 @@ async def test_the_images_of_a_job_are_counted_while_it_runs(kept, tiny_vgg):
         await freed(s, kept)
 
 
+@contextlib.asynccontextmanager
+async def another_connection(address):
+    """A stub with a connection of its own."""
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        yield pb_grpc.StyleTransferServiceStub(channel)
+
+
+async def test_a_job_whose_pieces_come_one_after_another_has_the_whole_budget():
+    budget = ByteBudget(1000, of_one=0.75)
+    with DecodedShare(budget, "one", lambda: 1.0) as share:
+        share.take(400)
+        share.take(600)
+        assert budget.used == 1000
+        with (
+            DecodedShare(budget, "two", lambda: 1.0) as other,
+            pytest.raises(errors.ServerBusy, match="of its jobs take 1000"),
+        ):
+            other.take(1)
+    assert budget.used == 0
+
+
 async def test_a_job_without_room_is_refused_with_a_retry_before_it_is_decoded(monkeypatch):
     engine = FakeEngine()
     async with serving(engine, Limits(max_decoded_bytes=2**20)) as s:
@@ -89,8 +113,14 @@ async def test_a_job_without_room_is_refused_with_a_retry_before_it_is_decoded(m
             "GRAMOPHONE_MAX_DECODED_BYTES), and this job needs 960000; retry after about "
         )
         assert s.servicer.admission.decoded.used == 960_000 and s.scheduler.queued == 0
-        small = s.stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))  # there is room for this one
-        await small.read()
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=spec())))
+        assert got.message.startswith(
+            "the server is busy: the decoded images of this connection's jobs take 960000 of 1048576 bytes (server "
+            "setting GRAMOPHONE_MAX_DECODED_BYTES), the rest is for others, and this job needs 9216; retry after about "
+        )
+        async with another_connection(s.address) as stub:  # there is room for this one
+            small = stub.StylizeStream(pb.StylizeStreamRequest(spec=spec()))
+            await small.read()
         call.cancel()
         engine.go.set()
 

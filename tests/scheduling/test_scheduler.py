@@ -538,14 +538,14 @@ async def test_states_that_have_left_the_device_leave_less_room_for_paused_ones(
     monkeypatch.setattr(memory_turns, "MEMORY_TURN_S", 0.05)
     engine = FakeEngine(iteration_s=0.002, memory_bytes=1500 * 64 * 32)
     one_state = engine.state_bytes(job_state())
-    async with scheduling(engine, max_running=2, max_parked_bytes=one_state) as scheduler:
+    async with scheduling(engine, max_running=2, max_parked_bytes=2 * one_state) as scheduler:
         jobs = [submit(scheduler, job_state(100_000)) for _ in range(2)]
         await until(lambda: scheduler.parked_bytes and all(job.state.done for job in jobs))
         monkeypatch.setattr(memory_turns, "MEMORY_TURN_S", 100.0)
         await until(lambda: scheduler.parked_bytes == one_state)
         (running,) = (job for job in jobs if job.state.tensors is None)
         (parked,) = (job for job in jobs if job is not running)
-        with pytest.raises(InvalidRequest, match="keeps 0 more beside the device"):
+        with pytest.raises(InvalidRequest, match=f"keeps {one_state // 2} more beside the device"):
             await scheduler.command(running.observer, Pause())
         parked.cancel()
         await until(lambda: not scheduler.parked_bytes)
@@ -571,12 +571,39 @@ async def test_no_job_waits_for_places_that_another_owner_keeps():
 
 async def test_a_job_keeps_its_place_if_the_host_has_no_room_for_its_state():
     engine = FakeEngine(iteration_s=0.002)
-    async with scheduling(engine, max_running=1, max_parked_bytes=0) as scheduler:
-        long = submit(scheduler, job_state(50), owner="one")
-        await until(lambda: long.state.done)
+    async with scheduling(engine, max_running=2, max_parked_bytes=0) as scheduler:
+        long = [submit(scheduler, job_state(50), owner="one") for _ in range(2)]
+        await until(lambda: all(job.state.done for job in long))
         short = submit(scheduler, job_state(5), owner="other")
-        assert (await kinds(long)).count("Waiting") == 0 and long.state.done == 50
+        for job in long:
+            assert "Waiting" not in await kinds(job) and job.state.done == 50
         assert (await kinds(short))[-1] == "Finished"
+
+
+async def test_one_owner_leaves_others_a_part_of_the_queue():
+    engine = FakeEngine()
+    async with scheduling(engine, max_running=4, max_queued=36) as scheduler:
+        taken = [scheduler.reserve("one") for _ in range(35)]
+        with pytest.raises(QueueFull, match="this connection has 35 jobs, and the rest of the queue is for others: 35"):
+            scheduler.reserve("one")
+        taken += [scheduler.reserve("two") for _ in range(5)]
+        with pytest.raises(QueueFull, match="queue is full: 40 waiting, limit 36"):
+            scheduler.reserve("three")
+        scheduler.release(taken.pop())
+        with pytest.raises(QueueFull, match="this connection has 35 jobs"):
+            scheduler.reserve("one")
+        scheduler.reserve("three")
+
+
+async def test_the_last_places_are_left_by_each_owner_in_turn():
+    async with scheduling(FakeEngine(), max_running=16, max_queued=64) as scheduler:
+        numbers = []
+        for owner in range(8):
+            with contextlib.suppress(QueueFull):
+                for number in itertools.count(1):
+                    scheduler.reserve(f"owner {owner}")
+                    numbers[owner:] = [number]
+        assert numbers == [70, 9, 1]
 
 
 async def test_drain_of_an_idle_scheduler_is_immediate():

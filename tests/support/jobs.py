@@ -19,9 +19,11 @@ from gramophone_server.jobs.registry import JobRegistry
 LOSSES = Losses(content={"relu4_2": 1.0}, style={"relu1_1": 2.0}, tv=0.5)
 
 
-def create(jobs: JobRegistry, request_id: str = "", grace_s: float = 0.0, **size: int) -> tuple[Job, Mailbox]:
+def create(
+    jobs: JobRegistry, request_id: str = "", grace_s: float = 0.0, owner: str = "", **size: int
+) -> tuple[Job, Mailbox]:
     """A job that was accepted, and its first watcher; keyword arguments are width and height."""
-    job = jobs.create(request_id, grace_s, Encoding(Format.PNG, 0))
+    job = jobs.create(request_id, grace_s, Encoding(Format.PNG, 0), owner)
     watcher = job.watch()
     assert job.admit(_state(**size))
     job.publish(Accepted(0))

@@ -270,7 +270,7 @@ async def _run(hour: Hour, visits: list[Visit], seed: int) -> Scheduler:
         state = JobState(job)
         observer = Observer(visit, clock, scheduler.record_delivery)
         try:
-            reservation = scheduler.reserve()
+            reservation = scheduler.reserve(visit.client)
         except QueueFull:
             return observer.end("full")
         left_s, probes = visit.at + visit.deadline_s - clock.now, scheduler.deadline_probes

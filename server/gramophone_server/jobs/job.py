@@ -88,6 +88,7 @@ class Job:
         grace_s: float,
         encoding: Encoding,
         *,
+        owner: str = "",
         max_watchers: int,
         withdraw: Callable[[Job], None],
         on_end: Callable[[Job], None],
@@ -100,6 +101,7 @@ class Job:
         self.digest = b""  # of the request; set before the job is submitted
         self.grace_s = grace_s  # for how long the job may have no watcher before it is cancelled
         self.encoding = encoding  # of the result
+        self.owner = owner  # for whom it counts
         self.admitted_summary: JobSummary | None = None  # with the recipe of the request
         self.summary: JobSummary | None = None  # with the current recipe
         self.phase = JobPhase.QUEUED

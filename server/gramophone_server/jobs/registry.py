@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from gramophone_server.config import Limits
@@ -63,14 +64,15 @@ class JobRegistry:
         """The bytes of the results and events of these. Thread-safe."""
         return sum(job.bytes for job in tuple(self._ended.values()))
 
-    def create(self, request_id: str, grace_s: float, encoding: Encoding) -> Job:
-        """Creates a job whose images are not known yet; see `Job.admit`."""
+    def create(self, request_id: str, grace_s: float, encoding: Encoding, owner: str = "") -> Job:
+        """Creates a job whose images are not known yet; see `Job.admit`. ``owner``: for whom it counts."""
         self._created += 1
         job = Job(
             self._created,
             request_id,
             grace_s,
             encoding,
+            owner=owner,
             max_watchers=self._limits.max_watchers,
             withdraw=self._withdraw,
             on_end=self._keep,
@@ -104,19 +106,29 @@ class JobRegistry:
             self._forget(job)
 
     def _keep(self, job: Job) -> None:
-        """Keeps a job that has ended, within the limits of number, bytes and time. A refused job is not kept."""
+        """Keeps a job that has ended, within the limits of number, bytes and time. A refused job is not kept.
+
+        Where there are too many, the owner of most, or of most bytes, loses its oldest, so that one who runs many jobs
+        does not remove the results of others.
+        """
         self._on_end(job)
         if job.summary is None or job.id not in self._jobs:  # refused, or the registry was closed
             self._forget(job)
             return
         self._ended[job.id] = job
         job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
-        kept_bytes = self.kept_bytes
-        for ended in list(self._ended.values()):
-            if len(self._ended) <= self._limits.max_kept and kept_bytes <= self._limits.max_kept_bytes:
-                break
-            kept_bytes -= ended.bytes
-            self._forget(ended)
+        while len(self._ended) > self._limits.max_kept:
+            self._forget(self._oldest_of_most(lambda _: 1))
+        while self.kept_bytes > self._limits.max_kept_bytes:
+            self._forget(self._oldest_of_most(lambda kept: kept.bytes))
+
+    def _oldest_of_most(self, size: Callable[[Job], int]) -> Job:
+        """The job that ended first, of the owner whose kept jobs are the most by ``size``."""
+        sizes: Counter[str] = Counter()
+        for kept in self._ended.values():
+            sizes[kept.owner] += size(kept)
+        ((owner, _),) = sizes.most_common(1)
+        return next(kept for kept in self._ended.values() if kept.owner == owner)
 
     def _forget(self, job: Job) -> None:
         job.clear_timer()

@@ -13,9 +13,10 @@ from gramophone_server.errors import ServerBusy
 from gramophone_server.rpc.promptness import Promptness, Standing
 from gramophone_server.rpc.timeouts import PER_TURN, Timeouts, Timers
 
-__all__ = ["MAX_WAIT_S", "ByteBudget", "Share"]
+__all__ = ["MAX_WAIT_S", "OF_ONE_CONNECTION", "ByteBudget", "Share"]
 
 MAX_WAIT_S = 10.0  # for a share; a call that waits longer is better sent again, perhaps to another server
+OF_ONE_CONNECTION = 0.75  # most of what one connection gets of what the others leave, where it has a bound
 OLDEST_EACH = 4  # shares, so that one that has waited long does not wait for ever
 RETRY_S = 0.01  # shortest wait for the next share that can be replaced; a timer may be early by a rounding error
 
@@ -144,6 +145,10 @@ class ByteBudget:
     def waiting(self) -> int:
         """How many wait for a share."""
         return sum(map(len, self._waiting.values()))
+
+    def held(self, owner: str) -> int:
+        """The bytes that an owner holds."""
+        return self._held.get(owner, 0)
 
     def try_take(self, size: int, owner: str = "") -> Share | None:
         """A share of so many bytes; None if there are not as many, or others wait."""

@@ -19,7 +19,7 @@ from gramophone_server.errors import InvalidRequest, ServerBusy
 from gramophone_server.images.decoders import DecodedImage, Decoders, EncodedImage
 from gramophone_server.images.decoding import Header, read_header
 from gramophone_server.images.metadata_stripping import UnusableImage
-from gramophone_server.rpc.byte_budget import ByteBudget, Share
+from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget, Share
 
 __all__ = ["DecodedShare", "JobImages", "Source"]
 
@@ -56,7 +56,7 @@ class JobImages:
     """
 
     def __init__(self, limits: Limits, decoders: Decoders, retry_after_s: Callable[[], float]) -> None:
-        self.budget = ByteBudget(limits.max_decoded_bytes)
+        self.budget = ByteBudget(limits.max_decoded_bytes, of_one=OF_ONE_CONNECTION)
         self._limits, self._decoders, self._retry_after_s = limits, decoders, retry_after_s
 
     def read_headers(self, sources: Mapping[str, Source]) -> list[Violation]:
@@ -124,16 +124,18 @@ class DecodedShare:
                 f"allowed {setting}; send fewer or smaller images, or ask for a smaller size"
             )
             raise InvalidRequest([Violation("spec", description)])
-        share = self._budget.try_take(size, self._owner)
-        if share is None:
+        if self._share is not None:  # all in one: its first bytes leave the second ones no less room
+            self._share.give_back()
+        self._share = self._budget.try_take(needed, self._owner)
+        if self._share is None:
+            fits = self._budget.used + needed <= self._budget.max_bytes
+            whose, rest = ("this connection's", ", the rest is for others") if fits else ("its", "")
+            used = self._budget.held(self._owner) if fits else self._budget.used
             raise ServerBusy(
-                f"the decoded images of its jobs take {self._budget.used} of {self._budget.max_bytes} bytes {setting}, "
+                f"the decoded images of {whose} jobs take {used} of {self._budget.max_bytes} bytes {setting}{rest}, "
                 f"and this job needs {needed}",
                 self._retry_after_s(),
             )
-        if self._share is not None:
-            share.absorb(self._share)
-        self._share = share
 
     def keep_until_freed(self, job: StyleJob, size: int) -> None:
         """Shrinks to ``size`` bytes, and gives them back when the images of the job are freed, however it ends."""

@@ -20,7 +20,7 @@ from gramophone.recipe import Violation
 from gramophone_server.config import METADATA_BYTES, PROBE_READS, SMALL_READS, Limits, env_variable
 from gramophone_server.errors import GramophoneError, InvalidRequest, ServerBusy, SlowSender
 from gramophone_server.images.threads import started_threads
-from gramophone_server.rpc.byte_budget import ByteBudget, Share
+from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget, Share
 from gramophone_server.rpc.event_loop import call_after_events
 from gramophone_server.rpc.field_counts import check_fields
 from gramophone_server.rpc.timeouts import Timeouts
@@ -38,8 +38,6 @@ MAX_SMALL_BYTES = 2**16
 # Honest messages without images come with their call. So one that has not come after this time makes room if others
 # wait: the crowd of 2000 calls that never send theirs has made room after 1.3 s.
 SMALL_REPLACEABLE_AFTER_S = 0.02
-# Most of the room that one connection gets, of what the others leave.
-OF_ONE_CONNECTION = 0.75
 HEADER_BYTES = 32  # of each header, beside its name and value, as HTTP/2 counts them
 GZIP_START = b"\x1f\x8b"  # no message starts so: it would be field 3 of the wire type 7, which does not exist
 GZIP_FORMAT = 31  # of zlib: a gzip header and a window of 32 KiB

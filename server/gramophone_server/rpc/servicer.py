@@ -267,10 +267,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
 
     def _create(self, spec: pb.JobSpec, request_id: str, call: RpcCall) -> Job:
         """Creates a job and starts to prepare it. The caller must watch it at once."""
-        reservation = self._scheduler.reserve()  # before anything is hashed or decoded
+        reservation = self._scheduler.reserve(call.connection)  # before anything is hashed or decoded
         # Clipped, because it is not checked yet, and GetJob may need the job's expire time before that.
         grace_s = min(max(0.0, _seconds(spec.detach_grace)), self._limits.max_detach_s)
-        job = self.jobs.create(request_id, grace_s, result_encoding(spec))
+        job = self.jobs.create(request_id, grace_s, result_encoding(spec), call.connection)
         # A task of its own, so that the job gets its images even if this call ends before they are decoded.
         deadline_at = None if grace_s else call.deadline_at
         preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.connection))

@@ -46,6 +46,10 @@ __all__ = ["ComputeThread"]
 log = logging.getLogger(__name__)
 
 
+# Of the host's memory for states, left free by pauses: otherwise whoever pauses large jobs keeps others from places.
+FOR_EXCHANGES = 1 / 4
+
+
 class ComputeThread:
     """The thread that owns the engine and runs the tasks of a table. Build it inside the event loop that awaits its
     futures.
@@ -197,8 +201,8 @@ class ComputeThread:
         with table.lock:
             if not table.waiting or table.places_taken < self._limits.max_running:
                 return
-            waiting = (task for task in table.waiting if worker.may_have_memory(task.state.shape))
-            due = exchange(table.running, waiting, self._clock())
+            now = self._clock()
+            due = exchange(table.running, table.waiting, now, lambda task: worker.may_have_memory(task.state.shape))
             if due is None:
                 return
             host_bytes = self._host_bytes(due.leaving)
@@ -263,7 +267,7 @@ class ComputeThread:
         with self._table.lock:
             if task in self._table.paused:
                 return
-            host_bytes = self._host_bytes(task)
+            host_bytes = self._host_bytes(task) + int(FOR_EXCHANGES * worker.max_parked_bytes)
         worker.pause(task, host_bytes)  # copies tensors, so without the lock
         with self._table.lock:
             if self._table.pause(task, self._clock() + self._limits.max_paused_s):

@@ -7,7 +7,7 @@ gives its place up moves to the host's memory and waits in the queue, as after a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
@@ -17,6 +17,7 @@ __all__ = ["PLACE_TURN_S", "Exchange", "exchange", "has_claim", "places_of"]
 
 # Device seconds for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
 PLACE_TURN_S = 5.0
+CLAIM = 2  # so many places fewer give an owner a claim to one
 # A job that has given its place up gets one again so long before it must run for its deadline.
 RETURN_S = PATIENCE_S / 2
 
@@ -36,11 +37,14 @@ def places_of(running: Iterable[Task]) -> Counter[str]:
 def has_claim(owner: str, places: Counter[str]) -> bool:
     """Whether a job of this owner gets a place at once: another one has two more, so that it still has more or as many
     afterwards."""
-    return max(places.values(), default=0) >= places[owner] + 2
+    return max(places.values(), default=0) >= places[owner] + CLAIM
 
 
-def exchange(running: Sequence[Task], waiting: Iterable[Task], now: float) -> Exchange | None:
-    """The exchange that is due when all places are taken; None: none is.
+def exchange(
+    running: Sequence[Task], waiting: Iterable[Task], now: float, may_start: Callable[[Task], bool] = lambda _: True
+) -> Exchange | None:
+    """The exchange that is due when all places are taken; None: none is. ``may_start``: whether there is memory for a
+    waiting job.
 
     The first waiting job that has a claim gets the place of a job of the owner that has most. An owner without a place,
     where no one has two, gets that of a job that has had its turn. And a job that has given its place up gets one back
@@ -55,9 +59,7 @@ def exchange(running: Sequence[Task], waiting: Iterable[Task], now: float) -> Ex
     if not able:
         return None
     for task in waiting:
-        if task.memory_short:
-            continue
-        if has_claim(task.owner, places):
+        if most >= places[task.owner] + CLAIM:
             leaving = [other for other in able if places[other.owner] == most]
         elif task.gave_place_up and task.must_start_at - now < RETURN_S:
             leaving = able
@@ -65,7 +67,7 @@ def exchange(running: Sequence[Task], waiting: Iterable[Task], now: float) -> Ex
             leaving = [other for other in able if _had_its_turn(other)]
         else:
             continue
-        if leaving:
+        if leaving and not task.memory_short and may_start(task):
             return Exchange(max(leaving, key=lambda other: (other.batch is not None, _used_in_place_s(other))), task)
     return None
 

@@ -12,3 +12,4 @@ class Reservation:
     """A place for one job whose images are not decoded yet. See `Scheduler.reserve`, `submit` and `release`."""
 
     number: int
+    owner: str = ""  # for whom it counts

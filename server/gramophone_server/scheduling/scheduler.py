@@ -37,6 +37,10 @@ from gramophone_server.scheduling.throughput import ThroughputModel
 __all__ = ["Scheduler"]
 
 
+# Most of the places for jobs that one owner gets, of those that the others leave. A client alone has 70 of 80.
+OF_ONE_OWNER = 7 / 8
+
+
 class Scheduler:
     """Runs jobs on a compute thread. Build it inside the event loop that submits them; its methods belong to that loop.
 
@@ -140,17 +144,23 @@ class Scheduler:
 
     # One job ----------------------------------------------------------------------------------------------------------
 
-    def reserve(self) -> Reservation:
-        """Reserves a place for one job. `submit` uses it, and `release` gives it back if it was not used. Raises
-        `ShuttingDown`, `NotReady` or `QueueFull`."""
+    def reserve(self, owner: str = "") -> Reservation:
+        """Reserves a place for one job. `submit` uses it, and `release` gives it back if it was not used. ``owner``:
+        for whom it counts, and who gets at most `OF_ONE_OWNER` of the places that others leave. Raises `ShuttingDown`,
+        `NotReady` or `QueueFull`."""
         table = self._table
         with table.lock:
             if table.draining:
                 raise ShuttingDown
             _ = self.engine
-            if table.occupied_places >= self._limits.max_running + self._limits.max_queued:
+            places, occupied = self._limits.max_running + self._limits.max_queued, table.occupied_places
+            if occupied >= places:
                 raise QueueFull(self.queued, self._limits.max_queued, self.retry_after_s(), self.paused)
-            reservation = Reservation(next(self._reservation_numbers))
+            if occupied >= math.ceil(OF_ONE_OWNER * places):  # below that no owner has its part
+                own = table.places_of(owner)
+                if own >= math.ceil(OF_ONE_OWNER * (places - occupied + own)):
+                    raise QueueFull(self.queued, self._limits.max_queued, self.retry_after_s(), self.paused, own)
+            reservation = Reservation(next(self._reservation_numbers), owner)
             table.reservations.add(reservation)
         return reservation
 

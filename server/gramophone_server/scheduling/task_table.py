@@ -71,6 +71,11 @@ class TaskTable:
         with self.lock:
             return self.active + len(self.paused)
 
+    def places_of(self, owner: str) -> int:
+        """How many of these places an owner has."""
+        with self.lock:
+            return sum(each.owner == owner for each in (*self.reservations, *self.waiting, *self.running, *self.paused))
+
     @property
     def places_taken(self) -> int:
         """How many of the ``max_running`` places are taken: running jobs, but not those that wait for memory."""
