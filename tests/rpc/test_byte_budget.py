@@ -133,7 +133,7 @@ async def test_prompt_owners_are_next_and_slow_ones_last():
         with budget.take_now(1, owner) as share:
             share.was_slow()
             share.was_prompt()  # once is not enough
-    assert "".join(await serve_one_after_another(budget, "abcdefgh")) == "acfgbedh"
+    assert "".join(await serve_one_after_another(budget, "abcdefgh")) == "agcfbedh"
 
 
 async def test_a_prompt_owner_does_not_wait_behind_a_crowd_that_holds_its_shares():

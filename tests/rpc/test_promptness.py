@@ -10,7 +10,7 @@ def test_a_connection_is_prompt_when_it_has_used_its_room():
     assert promptness.of("a", 0) is Standing.PROMPT and promptness.of("b", 0) is Standing.UNKNOWN
 
 
-def test_one_that_kept_others_waiting_is_slow_for_a_minute_whatever_else_it_does():
+def test_one_that_kept_others_waiting_is_slow_for_a_while_whatever_else_it_does():
     promptness = Promptness()
     promptness.was_prompt("a")
     promptness.was_slow("a", 100)

@@ -156,5 +156,5 @@ def test_memory_that_runs_out_although_the_estimate_allows_it_lets_jobs_take_tur
 def test_a_task_without_memory_takes_no_place():
     one = device()
     first, second = (one.task("owner", 100_000, **LARGE) for _ in range(2))
-    assert one.worker.startable([first, second], 2, []) == [first]
+    assert one.worker.memory.startable([first, second], 2, []) == [first]
     assert second.memory_short and not first.memory_short

@@ -2,20 +2,26 @@
 
 import itertools
 import math
+import time
+from collections import Counter
 
 import pytest
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
-from gramophone_server.scheduling.place_turns import PLACE_TURN_S, RETURN_S, exchange, has_claim, places_of
+from gramophone_server.scheduling.place_turns import PLACE_TURN_S, Claims, exchange
 from gramophone_server.scheduling.task import PATIENCE_S
 from tests.support.simulation import ITERATION_S, Device, stream
 
 LONG = 10**5
+DEAREST = {"styles": (256,) * 4, "style_scale": 4.0}  # 52 s before the first iteration
 
 
 def add(device, *tasks):
     for task in tasks:
         device.add(iter([(task, 0.0)]))
+
+
+# Who gets a place ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("attackers", "each"), [(1, 16), (1, 64), (2, 8), (3, 12), (8, 2), (15, 4)])
@@ -37,6 +43,26 @@ def test_all_owners_have_their_part_if_there_are_more_of_them_than_places():
     assert min(done) > 0.7 * max(done) and device.exchanges < 1000 / PLACE_TURN_S + 10
 
 
+def test_short_jobs_of_many_connections_leave_a_long_one_its_part():
+    device, numbers = Device(max_running=4), itertools.count()
+    long = device.task("long", LONG)
+    add(device, long)
+    for _ in range(12):
+        device.add(stream(device, lambda: f"connection {next(numbers)}", 20))
+    device.run(lambda: False, 1000)
+    assert long.state.done * ITERATION_S > 1000 / 13 / 2
+
+
+def test_connections_with_dear_beginnings_do_not_keep_all_places():
+    device = Device(max_running=8)
+    add(device, *(device.task(f"attacker {n}", 10, **DEAREST) for n in range(8)))
+    device.run(lambda: False, 5)
+    assert device.seconds(device.task("victim", 10), 500) < 8 * PLACE_TURN_S + 9 * 10 * ITERATION_S + 2
+
+
+# Who keeps one ------------------------------------------------------------------------------------------------------
+
+
 def test_a_job_keeps_its_place_for_longer_if_it_takes_long_to_join():
     device = Device(max_running=2, join_s=2.0)
     add(device, *(device.task(f"owner {n}", LONG) for n in range(3)))
@@ -56,64 +82,142 @@ def test_owners_with_about_as_many_places_do_not_take_turns():
     device = Device(max_running=5)
     add(device, *(device.task(f"owner {n % 2}", LONG) for n in range(10)))
     device.run(lambda: False, 300)
-    places = places_of(device.running)
-    assert sorted(places.values()) == [2, 3] and device.exchanges <= 5
-    assert not has_claim("owner 0", places) and not has_claim("owner 1", places) and has_claim("owner 2", places)
+    assert sorted(Counter(task.owner for task in device.running).values()) == [2, 3] and device.exchanges <= 5
 
 
-def test_a_job_with_a_dear_beginning_has_it_also_if_others_wait_for_its_place():
-    """A beginning that is interrupted begins anew."""
-    device = Device(max_running=2)
-    dear = device.task("dear", 10, (256,) * 4, style_scale=4.0)
-    add(device, dear, *(device.task(f"owner {n}", LONG) for n in range(4)))
-    device.run(lambda: dear.ended, 1000)
+@pytest.mark.parametrize("caches_styles", [True, False])
+def test_a_job_with_a_dear_beginning_also_has_its_iterations(caches_styles):
+    """Its beginning is no turn, and if it is interrupted it begins anew."""
+    device = Device(max_running=2, caches_styles=caches_styles)
+    dear = device.task("dear", 10, **DEAREST)
+    add(device, dear, *(device.task(f"owner {n}", LONG) for n in range(3)))
+    device.run(lambda: dear.ended, 300)
     assert dear.ended
 
 
-def test_short_jobs_of_many_connections_leave_a_long_one_its_part():
-    device, numbers = Device(max_running=4), itertools.count()
-    long = device.task("long", LONG)
-    add(device, long)
-    for _ in range(12):
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_dear_jobs_of_one_owner_end_beside_clients_that_come_one_after_the_other(jobs):
+    device, numbers = Device(max_running=2), itertools.count()
+    dear = [device.task("dear", 10, **DEAREST) for _ in range(jobs)]
+    add(device, *dear)
+    for _ in range(4):
         device.add(stream(device, lambda: f"connection {next(numbers)}", 20))
-    device.run(lambda: False, 1000)
-    assert long.state.done * ITERATION_S > 1000 / 13 / 2
+    device.run(lambda: all(task.ended for task in dear), 600)
+    assert all(task.ended for task in dear)
+
+
+# Deadlines ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_whose_deadline_is_near_keeps_its_place():
     device = Device(max_running=2)
-    hurried = [device.task("one", LONG) for _ in range(2)]
+    hurried = [device.task("one", 300) for _ in range(2)]
     for task in hurried:
         task.deadline_at = device.clock.now + PATIENCE_S - 1
     add(device, *hurried, device.task("other", 10))
-    device.run(lambda: False, 30)
+    device.run(lambda: False, 10)
     assert device.exchanges == 0 and device.running == hurried
 
 
-def test_a_job_that_gave_its_place_up_has_one_in_time_for_its_deadline():
+@pytest.mark.parametrize("limit", ["time_budget", "lost deadline"])
+def test_neither_a_time_budget_nor_a_lost_deadline_keeps_a_place(limit):
+    """A client can set both to anything."""
     device = Device(max_running=2)
-    task = device.task("one", LONG)
-    add(device, task, device.task("one", LONG))
-    device.run(lambda: False, 10)
-    add(device, *(device.task(f"other {n}", LONG) for n in range(6)))
-    device.run(lambda: task.gave_place_up, 100)
-    assert task in device.waiting
-    task.deadline_at = device.clock.now + RETURN_S + 5
-    device.run(lambda: task in device.running, 10)
-    assert task in device.running
-    device.run(lambda: False, 20)
-    assert task in device.running
+    attackers = [device.task("attacker", LONG) for _ in range(2)]
+    for task in attackers:
+        if limit == "time_budget":
+            task.budget_ends_at = device.clock.now + 500
+        else:
+            task.deadline_at = device.clock.now + 500
+    add(device, *attackers)
+    device.run(lambda: False, 30)
+    assert device.seconds(device.task("victim", 10), 100) < 4
 
 
-def test_a_job_that_waits_for_memory_takes_no_place_and_gets_none():
-    device = Device(max_running=2)
-    tasks = [device.task("one", LONG) for _ in range(2)]
+def test_promises_are_kept_though_jobs_give_their_places_up():
+    """In a batch of eight, a job needs eight times its share of the device."""
+    device = Device(max_running=8, iteration_s=0.02, pixel_s=1e-9)
+    tasks = [device.task("one", 5000) for _ in range(8)]
     add(device, *tasks)
-    device.run(lambda: False, 10)
-    waiting = device.task("other", 10)
-    assert exchange(device.running, [waiting], device.clock.now).starting is waiting
-    waiting.memory_short_since = 0.0
-    assert exchange(device.running, [waiting], device.clock.now) is None
+    device.run(lambda: all(task.state.done >= 100 for task in tasks), 2000)
+    needed_s = max(task.remaining.alone_s for task in tasks)
     for task in tasks:
+        task.deadline_at = device.clock.now + 3 * needed_s
+    add(device, *(device.task(f"other {n}", LONG) for n in range(7)))
+    ended_at = {}
+
+    def all_have_ended():
+        for task in tasks:
+            if task.ended:
+                ended_at.setdefault(task, device.clock.now)
+        return len(ended_at) == len(tasks)
+
+    device.run(all_have_ended, 5000)
+    assert device.exchanges >= 7
+    assert all(ended_at[task] <= task.deadline_at for task in tasks)
+
+
+def test_a_job_returns_for_its_deadline_to_a_place_of_its_own_owner():
+    device = Device(max_running=2)
+    task, sibling = (device.task("one", 1000) for _ in range(2))
+    add(device, task, sibling)
+    device.run(lambda: False, 10)
+    other = device.task("other", LONG)
+    add(device, other)
+    device.run(lambda: device.exchanges == 1, 100)
+    away = next(each for each in (task, sibling) if each not in device.running)
+    away.deadline_at = device.clock.now + 2.5 * away.remaining.alone_s
+    device.run(lambda: away in device.running, 2.5 * away.remaining.alone_s)
+    assert away in device.running and other in device.running and other.state.done
+
+
+# The function by itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full():
+    """A device whose places have two jobs of one owner."""
+    device = Device(max_running=2)
+    add(device, *(device.task("one", LONG) for _ in range(2)))
+    device.run(lambda: False, 10)
+    return device
+
+
+def test_a_job_that_waits_for_memory_has_no_place_to_give(full):
+    assert exchange(full.running, [full.task("other", 10)], full.clock.now)
+    for task in full.running:
         task.memory_short_since = 0.0
-    assert places_of(tasks).total() == 0 and exchange(tasks, [device.task("other", 10)], math.inf) is None
+    assert exchange(full.running, [full.task("other", 10)], full.clock.now) is None
+
+
+def test_a_job_leaves_only_if_the_host_has_room_and_starts_only_if_the_device_has(full):
+    second = full.running[1]
+    one, two = full.task("other", 10), full.task("third", 10)
+    due = exchange(full.running, [one, two], full.clock.now, lambda task: task is second, lambda task: task is two)
+    assert due == (second, two, False)
+    assert exchange(full.running, [one], full.clock.now, may_leave=lambda _: False) is None
+    assert exchange(full.running, [one], full.clock.now, may_start=lambda _: False) is None
+
+
+def test_claims_are_foreseen_one_after_the_other(full):
+    add(full, *(full.task("one", LONG) for _ in range(2)))
+    full.max_running = 4
+    full.run(lambda: False, 10)
+    claims = Claims(full.running, full.clock.now)
+    assert [claims.take(owner) for owner in ("two", "one", "two", "three", "four")] == [True, False, True, True, False]
+    assert claims.wait_s("two") == math.inf and claims.wait_s("four") == 4 * PLACE_TURN_S
+    assert [claims.take(f"owner {n}") for n in range(10)] == [False] * 10
+    assert claims.wait_s("owner 9") == 11 * PLACE_TURN_S
+
+
+def test_a_look_at_a_long_queue_is_short():
+    device = Device(max_running=256)
+    add(device, *(device.task(f"owner {n}", LONG, size=16 + n) for n in range(256)))
+    device.run(lambda: len(device.running) == 256, 1)
+    waiting = [device.task(f"other {n}", 10) for n in range(1024)]
+    took_s = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert exchange(device.running, waiting, device.clock.now) is None
+        took_s.append(time.perf_counter() - start)
+    assert min(took_s) < 0.02

@@ -3,7 +3,6 @@ import contextlib
 import itertools
 import threading
 import time
-import types
 
 import pytest
 import torch
@@ -22,49 +21,15 @@ from gramophone_server.errors import (
     ShuttingDown,
     StartupError,
 )
-from gramophone_server.images.codec import Encoding, Format
 from gramophone_server.jobs.mailbox import FrameRule
-from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.scheduling import memory_turns
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
-from tests.support.jobs import events_of
+from tests.support.schedulers import kinds, scheduling, submit
 from tests.support.specs import job_state
-
-
-@contextlib.asynccontextmanager
-async def scheduling(engine, max_running=1, throughput=None, **limits):
-    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits), throughput=throughput)
-    scheduler.start()
-    await scheduler.ready()
-    try:
-        yield scheduler
-    finally:
-        scheduler.stop()
-        engine.go.set()
-        assert await asyncio.to_thread(scheduler.join, 5)
-
-
-def submit(scheduler, job=None, frames=None, reservation=None, deadline_at=None, owner=""):
-    """A job with one watcher."""
-    job, reservation = job or job_state(), reservation or scheduler.reserve()
-    observer = JobRegistry(scheduler.withdraw, Limits()).create("", 0.0, Encoding(Format.PNG, 0))
-    watcher = observer.watch(frames)
-    assert observer.admit(job)
-    try:
-        scheduler.submit(reservation, job, observer, deadline_at, owner)
-    finally:
-        scheduler.release(reservation)
-    return types.SimpleNamespace(
-        state=job, events=lambda: events_of(watcher), cancel=observer.cancel, observer=observer
-    )
-
-
-async def kinds(job):
-    return [type(event).__name__ async for _, event in job.events()]
 
 
 async def test_a_job_is_accepted_reported_and_finished():
@@ -551,33 +516,6 @@ async def test_states_that_have_left_the_device_leave_less_room_for_paused_ones(
         await until(lambda: not scheduler.parked_bytes)
         await scheduler.command(running.observer, Pause())
         running.cancel()
-
-
-async def test_no_job_waits_for_places_that_another_owner_keeps():
-    engine = FakeEngine(iteration_s=0.002)
-    async with scheduling(engine, max_running=2) as scheduler:
-        long = [submit(scheduler, job_state(400), owner="one") for _ in range(2)]
-        await until(lambda: all(job.state.done for job in long))
-        short = submit(scheduler, job_state(5), owner="other")
-        events = [event async for _, event in short.events()]
-        assert events[0].position == 0 and isinstance(events[-1], Finished)
-        assert max(job.state.done for job in long) < 400
-        displaced = [[event async for _, event in job.events()] for job in long]
-    # The one that gave its place up was told, and both end with the pictures of jobs that were never interrupted.
-    assert sorted(sum(isinstance(event, Waiting) for event in events) for events in displaced) == [0, 1]
-    assert [events[-1].iterations for events in displaced] == [400, 400]
-    assert torch.equal(*(events[-1].picture.wait() for events in displaced))
-
-
-async def test_a_job_keeps_its_place_if_the_host_has_no_room_for_its_state():
-    engine = FakeEngine(iteration_s=0.002)
-    async with scheduling(engine, max_running=2, max_parked_bytes=0) as scheduler:
-        long = [submit(scheduler, job_state(50), owner="one") for _ in range(2)]
-        await until(lambda: all(job.state.done for job in long))
-        short = submit(scheduler, job_state(5), owner="other")
-        for job in long:
-            assert "Waiting" not in await kinds(job) and job.state.done == 50
-        assert (await kinds(short))[-1] == "Finished"
 
 
 async def test_one_owner_leaves_others_a_part_of_the_queue():

@@ -363,7 +363,7 @@ def test_a_failed_device_loses_all_jobs_and_the_worker_continues():
     worker.fail_all(tasks, RuntimeError("the device is gone"))
     assert all(isinstance(one.observer.error, EngineFailed) and one.ended for one in tasks)
     engine.close_error, fresh = None, task(3)
-    assert worker.startable([fresh], 1, []) == [fresh]
+    assert worker.memory.startable([fresh], 1, []) == [fresh]
     worker.admit(fresh)
     run_to_end(worker, [fresh])
     assert fresh.observer.end is not None

@@ -76,7 +76,7 @@ class Device:
                 self.waiting.sort(key=lambda task: task.latest_start_at)
                 self._clients.append(entry[1:])
             places = self.max_running - sum(not task.memory_short for task in self.running)
-            for task in self.worker.startable(self.waiting, places, self.running):
+            for task in self.worker.memory.startable(self.waiting, places, self.running):
                 self.waiting.remove(task)
                 self.worker.admit(task)
                 self.running.append(task)
@@ -96,9 +96,9 @@ class Device:
         """As the compute thread does."""
         due = exchange(self.running, self.waiting, self.clock.now)
         if due is not None:
-            self.worker.pause(due.leaving, sum(task.state.bytes for task in self.waiting))
-            due.leaving.gave_place_up, due.leaving.queued_at = True, self.clock.now
+            self.worker.give_place_up(due.leaving)
             self.waiting.remove(due.starting)
+            due.starting.keeps_place = due.to_stay
             self.worker.admit(due.starting)
             self.running[self.running.index(due.leaving)] = due.starting
             self.waiting.append(due.leaving)

@@ -17,7 +17,9 @@ __all__ = ["MAX_WAIT_S", "OF_ONE_CONNECTION", "ByteBudget", "Share"]
 
 MAX_WAIT_S = 10.0  # for a share; a call that waits longer is better sent again, perhaps to another server
 OF_ONE_CONNECTION = 0.75  # most of what one connection gets of what the others leave, where it has a bound
-OLDEST_EACH = 4  # shares, so that one that has waited long does not wait for ever
+# Of so many shares one goes to the longest wait, so that none waits for ever, and one to the newest unknown owner, so
+# that prompt ones do not keep newcomers out.
+ROUND = 4
 RETRY_S = 0.01  # shortest wait for the next share that can be replaced; a timer may be early by a rounding error
 
 
@@ -96,7 +98,7 @@ class ByteBudget:
     If all are used, those who want some wait. Owners that have been prompt are served first, so that they do not wait
     behind hundreds of clients that hold their shares and do nothing; among these the one that holds least, and among
     equals the one that waits longest. Of owners that nothing is known of, the one that came last is next, for the same
-    reason. One share in `OLDEST_EACH` goes to the longest wait of all owners that hold least.
+    reason, and they get one share in `ROUND` in any case, as does the longest wait of all owners that hold least.
 
     Meanwhile, shares that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most,
     of slow ones first, and the newest ones, because the others may be nearly done.
@@ -254,11 +256,12 @@ class ByteBudget:
         # One that would fit but for its owner's part is not in the way of others.
         firsts = [each for each in firsts if each.size > free or each.size <= self._free(each.owner)] or firsts
         held = [self._held.get(waiting.owner, 0) for waiting in firsts]
-        if self._served % OLDEST_EACH == 0:
+        if self._served % ROUND == 0:
             return firsts[held.index(min(held))]
         now = self.now()
         ranks = [(self.promptness.of(waiting.owner, now), size) for waiting, size in zip(firsts, held, strict=True)]
-        best = min(ranks)
+        unknown = [rank for rank in ranks if rank[0] is Standing.UNKNOWN]
+        best = min(unknown) if unknown and self._served % ROUND == 1 else min(ranks)
         if best[0] is Standing.PROMPT:
             return firsts[ranks.index(best)]
         ranked = (waiting for waiting, rank in zip(firsts, ranks, strict=True) if rank == best)

@@ -6,7 +6,9 @@ from enum import IntEnum
 
 __all__ = ["Promptness", "Standing"]
 
-SLOW_S = 60.0  # how long a connection is slow after it has kept others waiting
+# How long a connection is slow after it has kept others waiting: it can hold its room for a second then, a tenth of the
+# time, and an honest one on a slow line is not last for long.
+SLOW_S = 10.0
 MAX_KNOWN = 4096  # connections of each kind, a hundred bytes each; the oldest are forgotten
 
 
@@ -20,7 +22,7 @@ class Standing(IntEnum):
 
 class Promptness:
     """The standing of connections. A crowd can open new connections without end, but none of them is prompt before it
-    has sent or read something whole, and each loses it for a minute when it keeps others waiting."""
+    has sent or read something whole, and each loses it for a while when it keeps others waiting."""
 
     def __init__(self) -> None:
         self._prompt: dict[str, None] = {}

@@ -187,6 +187,8 @@ class BatchPool:
             if task.batch is not None:
                 task.parked = False
                 task.join_s, task.used_before_batch_s = took_s, task.used_s
+                if task.used_before_place_s is None:
+                    task.used_before_place_s = task.used_s
                 if task not in self.moving:
                     self._throughput.record_beginning(shape, task.begun_s)
                 task.begun_s = 0.0
@@ -227,7 +229,7 @@ class BatchPool:
         """Takes a job out of its batch, with its tensors, which counts as its device time. ``to_host``: they leave the
         device, also those of a job between two batches. If this raises `OutOfDeviceMemory`, the job stays in its
         batch."""
-        task.beginning = None
+        task.beginning, task.begun_s = None, 0.0
         if to_host and task.batch is None:
             task.state.move_to_host()
         if task.batch is not None:

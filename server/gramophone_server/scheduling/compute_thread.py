@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +31,6 @@ from gramophone_server.errors import (
     EngineFailed,
     GramophoneError,
     InvalidRequest,
-    OutOfDeviceMemory,
     ShuttingDown,
 )
 from gramophone_server.scheduling.batch_pool import OnIterations
@@ -157,7 +157,7 @@ class ComputeThread:
                     break
             self._exchange_places(worker)
             with table.lock:
-                away_bytes = sum(task.state.bytes for task in (*table.paused, *table.waiting))
+                away_bytes = sum(task.state.bytes for task in table.away)
             try:
                 worker.step(table.running, away_bytes)
             except DeviceLost:
@@ -187,11 +187,13 @@ class ComputeThread:
         for task in [task for task in self._table.paused if task.pause_ends_at <= now]:
             if task.budget_ends_at > now or not worker.finish_within_budget(task):
                 self._resume(task)
+        for task in [task for task in self._table.waiting if task.gave_place_up and task.budget_ends_at <= now]:
+            worker.finish_within_budget(task)
 
     def _start_waiting(self, worker: Worker) -> None:
         table = self._table
-        free = self._limits.max_running - table.places_taken
-        for task in worker.startable(table.waiting, free, table.running):
+        free = self._limits.max_running - table.places_taken  # less than 0 if jobs have got their memory back
+        for task in worker.memory.startable(table.waiting, free, table.running):
             worker.admit(task)
             table.start(task)
 
@@ -201,29 +203,30 @@ class ComputeThread:
         with table.lock:
             if not table.waiting or table.places_taken < self._limits.max_running:
                 return
-            now = self._clock()
-            due = exchange(table.running, table.waiting, now, lambda task: worker.may_have_memory(task.state.shape))
-            if due is None:
-                return
-            host_bytes = self._host_bytes(due.leaving)
-        try:
-            worker.pause(due.leaving, host_bytes)  # copies tensors, so without the lock
-        except InvalidRequest:
-            return  # the host has no memory for it
-        except OutOfDeviceMemory:
-            pass  # it has failed
+            host_bytes = self._host_bytes()
+            due = exchange(
+                table.running,
+                table.waiting,
+                self._clock(),
+                lambda task: worker.memory.has_host_memory(task, host_bytes),
+                worker.memory.may_start,
+            )
+        if due is None:
+            return
+        worker.give_place_up(due.leaving)  # copies tensors, so without the lock
         with table.lock:
-            due.leaving.gave_place_up, due.leaving.queued_at = True, self._clock()
             if due.starting in table.waiting:  # it has not left meanwhile
+                due.starting.keeps_place = due.to_stay
                 worker.admit(due.starting)
                 table.start(due.starting)
             table.put_back(due.leaving)
 
-    def _host_bytes(self, leaving: Task) -> int:
-        """The size of all states in the host's memory, but that of a task that is about to leave the device."""
+    def _host_bytes(self, leaving: Task | None = None) -> int:
+        """The size of all states that have left the device, but that of ``leaving``. Those of checkpoints whose jobs
+        have not run yet count as decoded images."""
         table = self._table
         parked = [task for task in table.running if task.parked and task is not leaving]
-        return sum(task.state.bytes for task in (*table.paused, *table.waiting, *parked))
+        return sum(task.state.bytes for task in (*table.away, *parked))
 
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""
@@ -254,7 +257,11 @@ class ComputeThread:
                 self._resume(task)
                 return Done(task.state.done + 1)
             case UpdateRecipe(changes):
-                return Done(worker.update(task, changes))
+                promised = task.state.iterations
+                first = worker.update(task, changes)
+                if task.state.iterations > promised:
+                    task.deadline_at = math.inf  # it was promised for fewer
+                return Done(first)
             case TakePicture():
                 return Done(task.state.done, worker.frame(task))
             case TakeCheckpoint(light):

@@ -50,21 +50,30 @@ class MemoryTurns:
             self._first = None  # nothing takes memory that would be kept for it
         pending = self._pending([task for task in running if task.batch is None])
         for task in waiting:
-            if len(starting) == places:
-                break
-            needed = self._seat_bytes(task)
-            if self._may_have(task, needed, pending) or (
-                task is self._first and self._victims(task, needed, self._after_their_turn()) is not None
-            ):
-                if task is not self._first:
-                    task.memory_short_since = None
+            if len(starting) >= places:
+                if task.memory_short and not self.may_start(task, pending):
+                    outside.append(task)  # it has its turn, for when it has a place
+                continue
+            if self.may_start(task, pending):
                 starting.append(task)
-                pending += needed
+                pending += self._seat_bytes(task)
             else:
                 outside.append(task)
                 self._wait(task)
         self._outside = outside
         return starting
+
+    def may_start(self, task: Task, pending: int = 0) -> bool:
+        """Whether a waiting job has the memory to start, or will have it when its turn comes, beside ``pending`` bytes
+        of others that start."""
+        needed = self._seat_bytes(task)
+        if task is self._first and not self._pool.fits(needed, pending):
+            return self._victims(task, needed, self._after_their_turn()) is not None
+        if not self._may_have(task, needed, pending):
+            return False
+        if task is not self._first:
+            task.memory_short_since = None
+        return True
 
     def with_memory(self, apart: Sequence[Task]) -> list[Task]:
         """Of the running jobs in no batch, those that have the memory for their next turn. Makes room for the one that
@@ -101,18 +110,22 @@ class MemoryTurns:
     def require_host_memory(self, task: Task, host_bytes: int) -> None:
         """Raises `InvalidRequest` if the host has no memory for the state of a job that is to be paused, beside the
         ``host_bytes`` of others."""
-        if task.parked:
-            return
-        needed = task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
-        most = self._pool.max_host_bytes
-        room = max(0, most - host_bytes)
-        if needed > room:
+        if not self.has_host_memory(task, host_bytes):
+            needed, most = self._leaving_bytes(task), self._pool.max_host_bytes
+            room = max(0, most - host_bytes)
             others = ", or resume or end another paused job" if needed <= most else ""
             description = (
                 f"the job's state takes {needed} bytes, and the server keeps {room} more beside the device (server "
                 f"setting {env_variable('max_parked_bytes')}); take a checkpoint and end this one{others}"
             )
             raise InvalidRequest([Violation("", description)])
+
+    def has_host_memory(self, task: Task, host_bytes: int) -> bool:
+        """Whether the host has memory for the state of a job that leaves the device, beside those of others."""
+        return task.parked or self._leaving_bytes(task) <= max(0, self._pool.max_host_bytes - host_bytes)
+
+    def _leaving_bytes(self, task: Task) -> int:
+        return task.state.bytes if task.batch is None else self._engine.state_bytes(task.state)
 
     def _may_have(self, task: Task, needed: int, pending: int = 0) -> bool:
         if task is self._first or self._first is None or not needed:

@@ -6,70 +6,136 @@ gives its place up moves to the host's memory and waits in the queue, as after a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
 from gramophone_server.scheduling.task import PATIENCE_S, Task
+from gramophone_server.scheduling.urgency import URGENT_FROM
 
-__all__ = ["PLACE_TURN_S", "Exchange", "exchange", "has_claim", "places_of"]
+__all__ = ["PLACE_TURN_S", "Claims", "Exchange", "exchange"]
 
-# Device seconds for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
+# Device seconds in its batch for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
 PLACE_TURN_S = 5.0
-CLAIM = 2  # so many places fewer give an owner a claim to one
-# A job that has given its place up gets one again so long before it must run for its deadline.
+CLAIM = 2  # so many places fewer than another owner give one a claim to a place
+# A job that has given its place up gets one again so long before its deadline would need more than it can get.
 RETURN_S = PATIENCE_S / 2
 
 
 class Exchange(NamedTuple):
-    """A running job that gives its place up, and a waiting one that gets it."""
+    """A running job that gives its place up, and a waiting one that gets it: ``to_stay`` if its deadline needs it."""
 
     leaving: Task
     starting: Task
+    to_stay: bool
 
 
-def places_of(running: Iterable[Task]) -> Counter[str]:
+def exchange(
+    running: Sequence[Task],
+    waiting: Iterable[Task],
+    now: float,
+    may_leave: Callable[[Task], bool] = lambda _: True,
+    may_start: Callable[[Task], bool] = lambda _: True,
+) -> Exchange | None:
+    """The exchange that is due when all places are taken; None: none is.
+
+    In the order of the queue: a job whose owner has at least `CLAIM` places fewer than another one gets one of the
+    owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job that
+    has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
+    leaves can wait: its own deadline leaves it a minute.
+
+    ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
+    memory for a waiting one.
+    """
+    places = _places_of(running)
+    able = [task for task in running if not task.memory_short and _can_wait(task, now) and may_leave(task)]
+    if not able:
+        return None
+    most = max(places[task.owner] for task in able)
+    of_most = [task for task in able if places[task.owner] == most]
+    after_turn = [task for task in able if _had_its_turn(task)] or _beginnings_after_turn(able)
+    for task in waiting:
+        if most >= places[task.owner] + CLAIM:
+            leaving = of_most
+        elif not places[task.owner]:
+            leaving = after_turn
+        else:
+            leaving = []
+        to_stay = not leaving and task.gave_place_up and _spare_s(task, now) < RETURN_S
+        if to_stay:
+            leaving = [other for other in able if other.owner == task.owner]
+            leaving = leaving or (of_most if most >= CLAIM else after_turn or able)
+        if leaving and may_start(task):
+            return Exchange(max(leaving, key=_readiness), task, to_stay)
+    return None
+
+
+class Claims:
+    """Foresees which jobs get a place at once though all are taken, if they come one after the other."""
+
+    def __init__(self, running: Sequence[Task], now: float) -> None:
+        self._places = _places_of(running)
+        self._able = Counter(task.owner for task in running if not task.memory_short and _can_wait(task, now))
+        self._without = 0  # jobs whose owners have no place
+
+    def take(self, owner: str) -> bool:
+        """Whether the next job, of this owner, gets a place at once."""
+        if self._able:
+            giving = max(self._able, key=self._places.__getitem__)
+            if self._places[giving] >= self._places[owner] + CLAIM:
+                self._places.subtract([giving])
+                self._able.subtract([giving])
+                self._able = +self._able
+                self._places[owner] += 1
+                return True
+        self._without += not self._places[owner]
+        return False
+
+    def wait_s(self, owner: str) -> float:
+        """At most so many seconds until the job gets a place for which `take` was called last; inf: not before others
+        end."""
+        places = self._places.total()
+        return math.inf if self._places[owner] or not self._able else PLACE_TURN_S * max(places, self._without)
+
+
+def _places_of(running: Iterable[Task]) -> Counter[str]:
     """How many places each owner has. Jobs that wait for memory have none."""
     return Counter(task.owner for task in running if not task.memory_short)
 
 
-def has_claim(owner: str, places: Counter[str]) -> bool:
-    """Whether a job of this owner gets a place at once: another one has two more, so that it still has more or as many
-    afterwards."""
-    return max(places.values(), default=0) >= places[owner] + CLAIM
+def _can_wait(task: Task, now: float) -> bool:
+    spare_s = _spare_s(task, now)
+    return spare_s == math.inf or (spare_s > PATIENCE_S and not task.keeps_place)
 
 
-def exchange(
-    running: Sequence[Task], waiting: Iterable[Task], now: float, may_start: Callable[[Task], bool] = lambda _: True
-) -> Exchange | None:
-    """The exchange that is due when all places are taken; None: none is. ``may_start``: whether there is memory for a
-    waiting job.
+def _spare_s(task: Task, now: float) -> float:
+    """For how long a job can wait for the sake of its deadline: inf if it has none, or will miss it anyway. A time
+    budget is no promise."""
+    left_s, work = task.deadline_at - now, task.remaining
+    if work is None or left_s == math.inf:
+        return left_s
+    if work.alone_s * (1 - 2 * work.spread) > left_s:
+        return math.inf
+    return left_s - work.alone_s * (1 + work.spread) / URGENT_FROM
 
-    The first waiting job that has a claim gets the place of a job of the owner that has most. An owner without a place,
-    where no one has two, gets that of a job that has had its turn. And a job that has given its place up gets one back
-    when its deadline needs it.
 
-    The job that leaves can wait: its own deadline leaves it a minute. If possible it is in a batch, because a beginning
-    that is interrupted begins anew, and of those the one that has used most of the device since it got its place.
-    """
-    places = places_of(running)
-    most = max(places.values(), default=0)
-    able = [task for task in running if not task.memory_short and task.must_start_at - now > PATIENCE_S]
-    if not able:
-        return None
-    for task in waiting:
-        if most >= places[task.owner] + CLAIM:
-            leaving = [other for other in able if places[other.owner] == most]
-        elif task.gave_place_up and task.must_start_at - now < RETURN_S:
-            leaving = able
-        elif not places[task.owner]:
-            leaving = [other for other in able if _had_its_turn(other)]
-        else:
-            continue
-        if leaving and not task.memory_short and may_start(task):
-            return Exchange(max(leaving, key=lambda other: (other.batch is not None, _used_in_place_s(other))), task)
-    return None
+def _readiness(task: Task) -> tuple[int, float]:
+    """How ready a job is to leave: first those that have had their turn, then beginnings, of which the most advanced
+    one ends soonest, and last those that have just joined."""
+    if _had_its_turn(task):
+        return 2, _used_in_place_s(task)
+    return (1, -task.begun_s) if task.batch is None else (0, _used_in_place_s(task))
+
+
+def _beginnings_after_turn(able: Sequence[Task]) -> list[Task]:
+    """Where there are only beginnings, which begin anew when they are interrupted: those that have had as much of the
+    device as a turn, without the most advanced one, so that always one ends."""
+    if any(task.batch is not None for task in able):
+        return []
+    begun = sorted(able, key=lambda task: task.begun_s)[:-1]
+    return [task for task in begun if task.begun_s >= PLACE_TURN_S]
 
 
 def _used_in_place_s(task: Task) -> float:

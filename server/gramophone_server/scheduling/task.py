@@ -85,8 +85,9 @@ class Task:
     join_s: float = 0.0  # of its last join
     idle_since: float = 0.0  # the end of its last turn, or its arrival
     # Place
-    used_before_place_s: float | None = None  # `used_s` when it began to compete in its place
+    used_before_place_s: float | None = None  # `used_s` when it first joined a batch in its place
     gave_place_up: bool = False  # for another owner: it had one before, so its deadline was promised
+    keeps_place: bool = False  # it has got one back for its deadline
     # Memory
     memory_short_since: float | None = None  # since when it waits for device memory: in the queue, or without its batch
     parked: bool = False  # it has left the device for another job: its tensors are in the host's memory
@@ -109,16 +110,12 @@ class Task:
         return self.memory_short_since is not None
 
     @property
-    def must_start_at(self) -> float:
-        """The latest start that still meets the deadline or the time budget, as far as is known."""
-        remaining_s = 0.0 if self.remaining is None else self.remaining.share_s
-        return min(self.deadline_at, self.budget_ends_at) - remaining_s
-
-    @property
     def latest_start_at(self) -> float:
-        """`must_start_at`, but not before the job was queued, nor later than `PATIENCE_S` after that. Waiting jobs
-        start in this order."""
-        return min(self.queued_at + PATIENCE_S, max(self.queued_at, self.must_start_at))
+        """The latest start that still meets the deadline or the time budget, as far as is known, but not before the job
+        was queued, nor later than `PATIENCE_S` after that. Waiting jobs start in this order."""
+        remaining_s = 0.0 if self.remaining is None else self.remaining.share_s
+        must_start_at = min(self.deadline_at, self.budget_ends_at) - remaining_s
+        return min(self.queued_at + PATIENCE_S, max(self.queued_at, must_start_at))
 
     @property
     def last_shape(self) -> Shape:

@@ -77,6 +77,12 @@ class TaskTable:
             return sum(each.owner == owner for each in (*self.reservations, *self.waiting, *self.running, *self.paused))
 
     @property
+    def away(self) -> list[Task]:
+        """The paused tasks, and those waiting ones that have run before: their states have left the device."""
+        with self.lock:
+            return [*self.paused, *(task for task in self.waiting if task.last_report is not None)]
+
+    @property
     def places_taken(self) -> int:
         """How many of the ``max_running`` places are taken: running jobs, but not those that wait for memory."""
         with self.lock:
@@ -131,9 +137,9 @@ class TaskTable:
             self.running.append(task)
 
     def put_back(self, task: Task) -> None:
-        """Moves a running task back to the waiting ones, unless it has ended."""
+        """Moves a running task back to the waiting ones, unless it has ended, or must end at the next step."""
         with self.lock:
-            if not task.ended:
+            if not task.ended and not task.observer.cancelled:
                 self.running.remove(task)
                 self.waiting.put_back(task, self.running)
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 from gramophone_server.scheduling.forecast import LONGEST_TURN_S, MAX_URGENT_SHARE
 from gramophone_server.scheduling.task import PooledBatch, Task
 
-__all__ = ["Urgency"]
+__all__ = ["URGENT_FROM", "Urgency"]
 
 # A job is urgent as soon as it needs this share of the device until its deadline: less than it can get, because batches
 # change, iterations are noisy, and more jobs come.

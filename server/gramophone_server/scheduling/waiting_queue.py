@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from gramophone_server.scheduling.forecast import (
     interruptions_s,
     sharing_by_owners,
 )
-from gramophone_server.scheduling.place_turns import PLACE_TURN_S, has_claim, places_of
+from gramophone_server.scheduling.place_turns import Claims
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
@@ -313,20 +312,16 @@ class WaitingQueue:
         by_jobs = even_sharing(
             [other_s for _, other_s in with_place], [other_s for _, other_s in before], own_s, self._max_running
         )
-        places = places_of(running)
-        places[owner] += sum(other == owner for other, _ in before)  # theirs come first
-        wait_s = self._wait_for_place_s(owner, places, by_jobs.starts[-1])
+        wait_s = by_jobs.starts[-1]
+        if wait_s:
+            claims = Claims(running, self._clock())
+            for other, _ in before:
+                claims.take(other)
+            wait_s = 0.0 if claims.take(owner) else min(wait_s, claims.wait_s(owner))
         end_s = wait_s + sharing_by_owners((*with_place, *before), own_s, owner)
         if wait_s:  # the others have had a part of that by then
             end_s = min(end_s, by_jobs.end)
         return wait_s, max(end_s, wait_s + (own.low_alone_s if low else own.alone_s))
-
-    @staticmethod
-    def _wait_for_place_s(owner: str, places: Counter[str], in_order_s: float) -> float:
-        """Seconds until a job gets a place; ``in_order_s``: if no other job gives its own up for it."""
-        if has_claim(owner, places):
-            return 0.0
-        return in_order_s if places[owner] else min(in_order_s, PLACE_TURN_S * places.total())
 
     def _forecast(self, running: Sequence[Task], waiting: Sequence[Work | None]) -> Forecast | None:
         """None if a job that arrives now must wait, and the speed of one of the others is not known."""
@@ -347,19 +342,16 @@ class WaitingQueue:
         turns = sorted(since for since in (*short_since, *(t.memory_short_since for t in running)) if since is not None)
         predicted = self._forecast(running, [task.remaining for task in self._tasks]) if self._tasks else None
         starts = predicted.starts[:-1] if predicted is not None else (None,) * len(self._tasks)
-        places = places_of(running)
+        claims = Claims(running, self._clock())
         outlook: list[tuple[int, float | None]] = []
         for index, (since, start) in enumerate(zip(short_since, starts, strict=True)):
             position = max(0, index + 1 - free)
             if since is not None:  # it does not start at once, though a place is free
                 outlook.append((max(position, bisect.bisect_left(turns, since) + 1), None))
-            elif not position or has_claim(self._tasks[index].owner, places):
-                places[self._tasks[index].owner] += 1
+            elif not position or claims.take(owner := self._tasks[index].owner):
                 outlook.append((0, 0.0))
-            elif start is None:
-                outlook.append((position, None))
             else:
-                outlook.append((position, self._wait_for_place_s(self._tasks[index].owner, places, start)))
+                outlook.append((position, None if start is None else min(start, claims.wait_s(owner))))
         return outlook
 
 

@@ -62,7 +62,7 @@ class Worker:
         self._engine, self._throughput, self._clock = engine, throughput, clock
         self._shares: DeviceShares[Task] = DeviceShares()
         self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock, max_parked_bytes)
-        self._memory = MemoryTurns(engine, self._pool, self._park, clock)
+        self.memory = MemoryTurns(engine, self._pool, self._park, clock)
         self._order = TurnOrder(self._shares, throughput, self.finish_within_budget, clock)
         self._forecaster = Forecaster(throughput)
         self._max_checkpoint_bytes = max_checkpoint_bytes
@@ -91,22 +91,16 @@ class Worker:
         """Whether the device has memory for one more job of this shape now. Thread-safe."""
         return self._pool.fits(self._engine.batch_bytes(shape, 1))
 
-    def startable(self, waiting: Iterable[Task], places: int, running: Sequence[Task]) -> list[Task]:
-        """The waiting tasks that may start, at most ``places``: those for which there is memory beside the ``running``
-        ones, or will be when their turn comes."""
-        return self._memory.startable(waiting, places, running)
-
     def admit(self, task: Task) -> None:
         """Adds a job. It is owed nothing of what the others used before: see `fair_share`."""
         task.idle_since = self._clock()
-        task.used_before_place_s = None
         task.observer.started()
 
     def pause(self, task: Task, host_bytes: int) -> None:
         """Takes a task out of its batch, into the host's memory; it can be admitted again. Raises `InvalidRequest` if
         the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the job fails, and
         `OutOfDeviceMemory` is raised."""
-        self._memory.require_host_memory(task, host_bytes)
+        self.memory.require_host_memory(task, host_bytes)
         try:
             self._leave(task)
         except OutOfDeviceMemory as error:
@@ -114,6 +108,12 @@ class Worker:
             raise
         self._shares.leave(task)
         task.memory_short_since = None
+
+    def give_place_up(self, task: Task) -> None:
+        """Takes a task out of its batch, into the host's memory, for another owner. If that fails, so does the job."""
+        self._leave_or_fail(task)
+        self._shares.leave(task)
+        task.gave_place_up, task.queued_at = True, self._clock()
 
     def step(self, tasks: Sequence[Task], paused_bytes: int = 0) -> None:
         """Runs one turn: of the task that would have had the least device time after it. That is a step of its
@@ -126,11 +126,9 @@ class Worker:
             if task.observer.cancelled:
                 self._end(task)
         self._fail_each(self._pool.plan(_apart(tasks), paused_bytes))
-        having = dict.fromkeys(self._memory.with_memory(_apart(tasks)))
+        having = dict.fromkeys(self.memory.with_memory(_apart(tasks)))
         for task in _apart(tasks):  # a job in a batch competes already
             (self._shares.arrive if task in having else self._shares.leave)(task)
-            if task.used_before_place_s is None and task in having:
-                task.used_before_place_s = task.used_s
         ready = [task for task in tasks if not task.ended and (task.batch is not None or task in having)]
         moving = next((task for task in having if task in self._pool.moving), None)
         chosen = moving or self._order.next(ready)
@@ -249,15 +247,19 @@ class Worker:
         if task.last_report is not task.last_sent_report:
             self._send_progress(task)
         task.measured_scale = -1  # so that its speed is measured anew
+        task.used_before_place_s = None
         self._pool.detach(task, to_host=True)
 
     def _park(self, task: Task) -> None:
         """Takes a task out of its batch, because another one has waited for its memory."""
+        self._leave_or_fail(task)
+        task.parked, task.memory_short_since = True, self._clock()
+
+    def _leave_or_fail(self, task: Task) -> None:
         try:
             self._leave(task)
-            task.parked, task.memory_short_since = True, self._clock()
         except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
-            self._fail(task, error)
+            self._fail_each({task: error})
 
     def _fail_each(self, errors: Mapping[Task, Exception]) -> None:
         for task, error in errors.items():
