@@ -6,11 +6,17 @@ import torch
 from gramophone_server.domain.commands import Finish
 from gramophone_server.domain.events import Finished, StopReason, Waiting
 from gramophone_server.errors import EngineFailed
-from gramophone_server.scheduling import memory_turns
+from gramophone_server.scheduling import memory_turns, place_turns
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.schedulers import kinds, scheduling, submit
 from tests.support.specs import job_state
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_short(monkeypatch):
+    """So that jobs of a second give their places up."""
+    monkeypatch.setattr(place_turns, "SHORT_S", 0.0)
 
 
 async def test_no_job_waits_for_places_that_another_owner_keeps():

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
-from gramophone_server.scheduling.place_turns import PLACE_TURN_S, Claims, exchange
+from gramophone_server.scheduling.place_turns import PLACE_TURN_S, Claims, exchange, in_order
 from gramophone_server.scheduling.task import PATIENCE_S
 from tests.support.simulation import ITERATION_S, Device, stream
 
@@ -83,6 +83,16 @@ def test_owners_with_about_as_many_places_do_not_take_turns():
     add(device, *(device.task(f"owner {n % 2}", LONG) for n in range(10)))
     device.run(lambda: False, 300)
     assert sorted(Counter(task.owner for task in device.running).values()) == [2, 3] and device.exchanges <= 5
+
+
+def test_short_jobs_of_many_owners_do_not_take_turns():
+    """That would cost more than it gives."""
+    device = Device(iteration_s=0.002, pixel_s=1e-9)
+    for n in range(4):
+        for _ in range(3 + 4 * n):  # so that some have many more places
+            device.add(stream(device, f"owner {n}", 50))
+    device.run(lambda: False, 20)
+    assert device.exchanges < 20 and device.waiting
 
 
 @pytest.mark.parametrize("caches_styles", [True, False])
@@ -197,6 +207,13 @@ def test_a_job_leaves_only_if_the_host_has_room_and_starts_only_if_the_device_ha
     assert due == (second, two, False)
     assert exchange(full.running, [one], full.clock.now, may_leave=lambda _: False) is None
     assert exchange(full.running, [one], full.clock.now, may_start=lambda _: False) is None
+
+
+def test_free_places_go_first_to_owners_with_a_claim(full):
+    """So a job does not wait behind the many short ones of another owner, which nobody displaces."""
+    waiting = [full.task(owner, 10) for owner in ("one", "two", "one", "three", "two")]
+    assert in_order(waiting, full.running) == [waiting[i] for i in (1, 3, 4, 0, 2)]
+    assert in_order(waiting, full.running[:1]) == waiting
 
 
 def test_claims_are_foreseen_one_after_the_other(full):

@@ -12,7 +12,7 @@ from gramophone.recipe import Recipe
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.domain.job_state import JobState
 from gramophone_server.scheduling.forecast import Work
-from gramophone_server.scheduling.place_turns import exchange
+from gramophone_server.scheduling.place_turns import exchange, in_order
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.worker import Worker
@@ -76,7 +76,7 @@ class Device:
                 self.waiting.sort(key=lambda task: task.latest_start_at)
                 self._clients.append(entry[1:])
             places = self.max_running - sum(not task.memory_short for task in self.running)
-            for task in self.worker.memory.startable(self.waiting, places, self.running):
+            for task in self.worker.memory.startable(in_order(self.waiting, self.running), places, self.running):
                 self.waiting.remove(task)
                 self.worker.admit(task)
                 self.running.append(task)

@@ -34,7 +34,7 @@ from gramophone_server.errors import (
     ShuttingDown,
 )
 from gramophone_server.scheduling.batch_pool import OnIterations
-from gramophone_server.scheduling.place_turns import exchange
+from gramophone_server.scheduling.place_turns import exchange, in_order
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
@@ -193,7 +193,7 @@ class ComputeThread:
     def _start_waiting(self, worker: Worker) -> None:
         table = self._table
         free = self._limits.max_running - table.places_taken  # less than 0 if jobs have got their memory back
-        for task in worker.memory.startable(table.waiting, free, table.running):
+        for task in worker.memory.startable(in_order(table.waiting, table.running), free, table.running):
             worker.admit(task)
             table.start(task)
 

@@ -15,11 +15,13 @@ from gramophone_server.scheduling.memory_turns import JOIN_PART
 from gramophone_server.scheduling.task import PATIENCE_S, Task
 from gramophone_server.scheduling.urgency import URGENT_FROM
 
-__all__ = ["PLACE_TURN_S", "Claims", "Exchange", "exchange"]
+__all__ = ["PLACE_TURN_S", "Claims", "Exchange", "exchange", "in_order"]
 
 # Device seconds in its batch for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
 PLACE_TURN_S = 5.0
 CLAIM = 2  # so many places fewer than another owner give one a claim to a place
+# Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
+SHORT_S = 1.0
 # A job that has given its place up gets one again so long before its deadline would need more than it can get.
 RETURN_S = PATIENCE_S / 2
 
@@ -44,7 +46,7 @@ def exchange(
     In the order of the queue: a job whose owner has at least `CLAIM` places fewer than another one gets one of the
     owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job that
     has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
-    leaves can wait: its own deadline leaves it a minute.
+    leaves can wait: its own deadline leaves it a minute, and it needs more than `SHORT_S`.
 
     ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
     memory for a waiting one.
@@ -70,6 +72,14 @@ def exchange(
         if leaving and may_start(task):
             return Exchange(max(leaving, key=_readiness), task, to_stay)
     return None
+
+
+def in_order(waiting: Iterable[Task], running: Iterable[Task]) -> list[Task]:
+    """The waiting jobs in the order in which they get places that are free: first those whose owners have a claim, so
+    that none waits behind the many short jobs of another one, and then in the order of the queue."""
+    places = _places_of(running)
+    most = max(places.values(), default=0)
+    return sorted(waiting, key=lambda task: places[task.owner] + CLAIM > most)
 
 
 class Claims:
@@ -106,6 +116,8 @@ def _places_of(running: Iterable[Task]) -> Counter[str]:
 
 
 def _can_wait(task: Task, now: float) -> bool:
+    if task.remaining is not None and task.remaining.share_s < SHORT_S:
+        return False
     spare_s = _spare_s(task, now)
     return spare_s == math.inf or (spare_s > PATIENCE_S and not task.keeps_place)
 
