@@ -69,7 +69,10 @@ def silent_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SilentCal
     """Started before all tests of this module, so that the others run during the silence."""
     folder = tmp_path_factory.mktemp("silent")
     with (
-        Server("--engine", "fake", "--iter-ms", "50", "--max-running", "1", cwd=folder) as server,
+        # Without room for states the first job keeps its place, so that the others are silent.
+        Server(
+            *("--engine", "fake", "--iter-ms", "50", "--max-running", "1", "--max-parked-bytes", "0"), cwd=folder
+        ) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         server.line("ready in ")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from gramophone_server.domain.commands import Finish
+from gramophone_server.domain.commands import Finish, Pause
 from gramophone_server.domain.events import Finished, StopReason, Waiting
 from gramophone_server.errors import EngineFailed
+from gramophone_server.jobs.job import JobPhase
 from gramophone_server.scheduling import memory_turns, place_turns
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
@@ -102,6 +103,20 @@ async def test_a_time_budget_ends_a_job_that_has_given_its_place_up():
         assert any(isinstance(event, Waiting) for event in (*events[0], *events[1]))
         assert [each[-1].reason for each in events] == [StopReason.TIME_BUDGET] * 2
         for job in others:
+            job.cancel()
+
+
+async def test_a_job_that_has_given_its_place_up_can_be_paused():
+    engine = FakeEngine(iteration_s=0.002)
+    room = 1.5 * engine.state_bytes(job_state())  # a quarter of it is left free by pauses
+    async with scheduling(engine, max_running=2, max_parked_bytes=int(room)) as scheduler:
+        jobs = await two_long_jobs(scheduler)
+        other = submit(scheduler, job_state(100_000), owner="other")
+        await until(lambda: any(job.observer.phase is JobPhase.QUEUED for job in jobs))
+        (away,) = (job for job in jobs if job.observer.phase is JobPhase.QUEUED)
+        await scheduler.command(away.observer, Pause())
+        assert away.observer.phase is JobPhase.PAUSED
+        for job in (*jobs, other):
             job.cancel()
 
 

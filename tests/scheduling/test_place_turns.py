@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
-from gramophone_server.scheduling.place_turns import PLACE_TURN_S, Claims, exchange, in_order
+from gramophone_server.scheduling.place_turns import PATIENT_S, PLACE_TURN_S, Claims, exchange, in_order
 from gramophone_server.scheduling.task import PATIENCE_S
 from tests.support.simulation import ITERATION_S, Device, stream
 
@@ -125,20 +125,23 @@ def test_a_job_whose_deadline_is_near_keeps_its_place():
     for task in hurried:
         task.deadline_at = device.clock.now + PATIENCE_S - 1
     add(device, *hurried, device.task("other", 10))
-    device.run(lambda: False, 10)
+    device.run(lambda: False, PATIENT_S - 2)
     assert device.exchanges == 0 and device.running == hurried
+    device.run(lambda: False, 4)  # but not both, if another owner has none
+    assert device.exchanges == 1
 
 
-@pytest.mark.parametrize("limit", ["time_budget", "lost deadline"])
-def test_neither_a_time_budget_nor_a_lost_deadline_keeps_a_place(limit):
+@pytest.mark.parametrize(
+    ("budget_s", "deadline_s"),
+    [(500, math.inf), (500, 550), (math.inf, 500), (math.inf, 20)],
+    ids=["time budget", "time budget before a deadline", "lost deadline", "deadline that has passed"],
+)
+def test_neither_a_time_budget_nor_a_lost_deadline_keeps_a_place(budget_s, deadline_s):
     """A client can set both to anything."""
     device = Device(max_running=2)
     attackers = [device.task("attacker", LONG) for _ in range(2)]
     for task in attackers:
-        if limit == "time_budget":
-            task.budget_ends_at = device.clock.now + 500
-        else:
-            task.deadline_at = device.clock.now + 500
+        task.budget_ends_at, task.deadline_at = device.clock.now + budget_s, device.clock.now + deadline_s
     add(device, *attackers)
     device.run(lambda: False, 30)
     assert device.seconds(device.task("victim", 10), 100) < 4
@@ -165,6 +168,30 @@ def test_promises_are_kept_though_jobs_give_their_places_up():
     device.run(all_have_ended, 5000)
     assert device.exchanges >= 7
     assert all(ended_at[task] <= task.deadline_at for task in tasks)
+
+
+def test_promises_are_kept_together():
+    """Each alone could wait until its last moment, but not all of them."""
+    device = Device(max_running=4)
+    tasks = [device.task("one", 400, size=64 + 16 * n) for n in range(4)]
+    add(device, *tasks)
+    device.run(lambda: all(task.state.done >= 5 for task in tasks), 100)
+    needed_s = sum(task.remaining.alone_s for task in tasks)
+    for task in tasks:
+        task.deadline_at = device.clock.now + 2.5 * needed_s
+    add(device, *(device.task(f"other {n}", LONG, size=40) for n in range(3)))
+    device.run(lambda: all(task.ended for task in tasks), 2.5 * needed_s)
+    assert device.exchanges >= 3 and all(task.ended for task in tasks)
+
+
+def test_jobs_take_turns_if_there_are_too_few_places_and_too_little_memory():
+    """A job that finds no memory for its return waits for it in its turn."""
+    device = Device(max_running=2, memory_bytes=2 * 1000 * 64 * 32)
+    tasks = [device.task(f"owner {n}", LONG) for n in range(4)]
+    add(device, *tasks)
+    device.run(lambda: False, 600)
+    done = [task.state.done for task in tasks]
+    assert min(done) > 0.6 * max(done)
 
 
 def test_a_job_returns_for_its_deadline_to_a_place_of_its_own_owner():

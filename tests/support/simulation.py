@@ -94,7 +94,14 @@ class Device:
 
     def _exchange_places(self) -> None:
         """As the compute thread does."""
-        due = exchange(self.running, self.waiting, self.clock.now)
+        host_bytes, memory = sum(task.state.bytes for task in self.waiting), self.worker.memory
+        due = exchange(
+            self.running,
+            self.waiting,
+            self.clock.now,
+            lambda task: memory.has_host_memory(task, host_bytes),
+            lambda task: memory.may_take_place(task, self.running),
+        )
         if due is not None:
             self.worker.give_place_up(due.leaving)
             self.waiting.remove(due.starting)

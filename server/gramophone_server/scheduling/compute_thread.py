@@ -206,10 +206,10 @@ class ComputeThread:
             host_bytes = self._host_bytes()
             due = exchange(
                 table.running,
-                table.waiting,
+                list(table.waiting),
                 self._clock(),
                 lambda task: worker.memory.has_host_memory(task, host_bytes),
-                worker.memory.may_start,
+                lambda task: worker.memory.may_take_place(task, table.running),
             )
         if due is None:
             return
@@ -225,8 +225,8 @@ class ComputeThread:
         """The size of all states that have left the device, but that of ``leaving``. Those of checkpoints whose jobs
         have not run yet count as decoded images."""
         table = self._table
-        parked = [task for task in table.running if task.parked and task is not leaving]
-        return sum(task.state.bytes for task in (*table.away, *parked))
+        parked = (task for task in table.running if task.parked)
+        return sum(task.state.bytes for task in (*table.away, *parked) if task is not leaving)
 
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""

@@ -51,8 +51,9 @@ class MemoryTurns:
         pending = self._pending([task for task in running if task.batch is None])
         for task in waiting:
             if len(starting) >= places:
-                if task.memory_short and not self.may_start(task, pending):
-                    outside.append(task)  # it has its turn, for when it has a place
+                # It has its turn for memory, also without a place.
+                if task.memory_short and (not self.may_start(task, pending) or task.memory_short):
+                    outside.append(task)
                 continue
             if self.may_start(task, pending):
                 starting.append(task)
@@ -74,6 +75,14 @@ class MemoryTurns:
         if task is not self._first:
             task.memory_short_since = None
         return True
+
+    def may_take_place(self, task: Task, running: Sequence[Task]) -> bool:
+        """As `may_start`, of a waiting job that would take the place of another one. If not, it waits for memory in its
+        turn."""
+        if self.may_start(task, self._pending([other for other in running if other.batch is None])):
+            return True
+        self._wait(task)
+        return False
 
     def with_memory(self, apart: Sequence[Task]) -> list[Task]:
         """Of the running jobs in no batch, those that have the memory for their next turn. Makes room for the one that

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from gramophone_server.scheduling.memory_turns import JOIN_PART
@@ -22,12 +23,13 @@ PLACE_TURN_S = 5.0
 CLAIM = 2  # so many places fewer than another owner give one a claim to a place
 # Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
 SHORT_S = 1.0
+PATIENT_S = 10.0  # that an owner waits without a place before promised jobs of one with several are in question
 # A job that has given its place up gets one again so long before its deadline would need more than it can get.
 RETURN_S = PATIENCE_S / 2
 
 
 class Exchange(NamedTuple):
-    """A running job that gives its place up, and a waiting one that gets it: ``to_stay`` if its deadline needs it."""
+    """A running job that gives its place up, and a waiting one that gets it; ``to_stay``: for a while in any case."""
 
     leaving: Task
     starting: Task
@@ -36,7 +38,7 @@ class Exchange(NamedTuple):
 
 def exchange(
     running: Sequence[Task],
-    waiting: Iterable[Task],
+    waiting: Sequence[Task],
     now: float,
     may_leave: Callable[[Task], bool] = lambda _: True,
     may_start: Callable[[Task], bool] = lambda _: True,
@@ -46,30 +48,33 @@ def exchange(
     In the order of the queue: a job whose owner has at least `CLAIM` places fewer than another one gets one of the
     owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job that
     has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
-    leaves can wait: its own deadline leaves it a minute, and it needs more than `SHORT_S`.
+    leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`. Where
+    none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
+    without any, of the job that can wait for longest.
 
     ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
-    memory for a waiting one.
+    memory for a waiting one; asked only of one whose turn it is.
     """
-    places = _places_of(running)
-    able = [task for task in running if not task.memory_short and _can_wait(task, now) and may_leave(task)]
-    if not able:
-        return None
-    most = max(places[task.owner] for task in able)
+    places, spares = _places_of(running), _spares([*running, *(task for task in waiting if task.gave_place_up)], now)
+    placed = [task for task in running if not task.memory_short and not _is_short(task) and may_leave(task)]
+    able = [task for task in placed if _can_wait(task, spares)]
+    most = max((places[task.owner] for task in able), default=0)
     of_most = [task for task in able if places[task.owner] == most]
     after_turn = [task for task in able if _had_its_turn(task)] or _beginnings_after_turn(able)
+    of_several = [] if able else [task for task in placed if places[task.owner] >= CLAIM]
     for task in waiting:
-        if most >= places[task.owner] + CLAIM:
+        own, to_stay = places[task.owner], False
+        if most >= own + CLAIM:
             leaving = of_most
-        elif not places[task.owner]:
-            leaving = after_turn
+        elif not own and (after_turn or now - task.queued_at >= PATIENT_S):
+            leaving = after_turn or of_several
         else:
-            leaving = []
-        to_stay = not leaving and task.gave_place_up and _spare_s(task, now) < RETURN_S
-        if to_stay:
-            leaving = [other for other in able if other.owner == task.owner]
-            leaving = leaving or (of_most if most >= CLAIM else after_turn or able)
+            to_stay = task.gave_place_up and spares.get(task, math.inf) < RETURN_S
+            leaving = [other for other in able if other.owner == task.owner] if to_stay else []
+            leaving = leaving or ((of_most if most >= CLAIM else after_turn or able) if to_stay else [])
         if leaving and may_start(task):
+            if not able:
+                return Exchange(max(leaving, key=lambda other: spares.get(other, math.inf)), task, to_stay=True)
             return Exchange(max(leaving, key=_readiness), task, to_stay)
     return None
 
@@ -87,7 +92,9 @@ class Claims:
 
     def __init__(self, running: Sequence[Task], now: float) -> None:
         self._places = _places_of(running)
-        self._able = Counter(task.owner for task in running if not task.memory_short and _can_wait(task, now))
+        spares = _spares(running, now)
+        placed = (task for task in running if not task.memory_short and not _is_short(task))
+        self._able = Counter(task.owner for task in placed if _can_wait(task, spares))
         self._without = 0  # jobs whose owners have no place
 
     def take(self, owner: str) -> bool:
@@ -115,22 +122,43 @@ def _places_of(running: Iterable[Task]) -> Counter[str]:
     return Counter(task.owner for task in running if not task.memory_short)
 
 
-def _can_wait(task: Task, now: float) -> bool:
-    if task.remaining is not None and task.remaining.share_s < SHORT_S:
+def _is_short(task: Task) -> bool:
+    return task.remaining is not None and task.remaining.share_s < SHORT_S
+
+
+def _can_wait(task: Task, spares: Mapping[Task, float]) -> bool:
+    if task.keeps_place and (task in spares or not _had_its_turn(task)):
         return False
-    spare_s = _spare_s(task, now)
-    return spare_s == math.inf or (spare_s > PATIENCE_S and not task.keeps_place)
+    return spares.get(task, math.inf) > PATIENCE_S
 
 
-def _spare_s(task: Task, now: float) -> float:
-    """For how long a job can wait for the sake of its deadline: inf if it has none, or will miss it anyway. A time
-    budget is no promise."""
+def _spares(tasks: Iterable[Task], now: float) -> dict[Task, float]:
+    """For how many seconds each of these jobs can wait for the sake of deadlines: its own, and those of the jobs
+    after it, which run in the order of their deadlines. Without those that have none, or will miss it anyway, and those
+    whose time budget ends first: it is no promise, and has a picture then."""
+    promised = [task for task in tasks if _has_promise(task, now)]
+    promised.sort(key=attrgetter("deadline_at"))
+    spares: dict[Task, float] = {}
+    counted: dict[Hashable, float] = {}  # seconds of a shape, whose jobs share batches, until its last counted job ends
+    total_s = 0.0
+    for task in promised:
+        work = task.remaining
+        own_s = 0.0 if work is None else work.alone_s * (1 + work.spread)
+        before_s = counted.get(task.state.shape, 0.0)
+        total_s += max(0.0, own_s - before_s)
+        counted[task.state.shape] = max(own_s, before_s)
+        spares[task] = task.deadline_at - now - total_s / URGENT_FROM
+    least_s = math.inf
+    for task in reversed(promised):
+        least_s = spares[task] = min(least_s, spares[task])
+    return spares
+
+
+def _has_promise(task: Task, now: float) -> bool:
     left_s, work = task.deadline_at - now, task.remaining
-    if work is None or left_s == math.inf:
-        return left_s
-    if work.alone_s * (1 - 2 * work.spread) > left_s:
-        return math.inf
-    return left_s - work.alone_s * (1 + work.spread) / URGENT_FROM
+    if left_s == math.inf or left_s <= 0 or task.is_kept_by_budget:
+        return False
+    return work is None or work.alone_s * (1 - 2 * work.spread) <= left_s
 
 
 def _readiness(task: Task) -> tuple[int, float]:

@@ -87,7 +87,7 @@ class Task:
     # Place
     used_before_place_s: float | None = None  # `used_s` when it first joined a batch in its place
     gave_place_up: bool = False  # for another owner: it had one before, so its deadline was promised
-    keeps_place: bool = False  # it has got one back for its deadline
+    keeps_place: bool = False  # it has got one for its deadline, or until it has had a turn
     # Memory
     memory_short_since: float | None = None  # since when it waits for device memory: in the queue, or without its batch
     parked: bool = False  # it has left the device for another job: its tensors are in the host's memory
@@ -108,6 +108,11 @@ class Task:
     def memory_short(self) -> bool:
         """Whether it waits for device memory. Such a job takes no place of a running one."""
         return self.memory_short_since is not None
+
+    @property
+    def is_kept_by_budget(self) -> bool:
+        """Whether its time budget ends it before its deadline, with the picture that it has."""
+        return self.budget_ends_at <= self.deadline_at and self.last_report is not None
 
     @property
     def latest_start_at(self) -> float:

@@ -22,10 +22,10 @@ class Urgency:
     """Decides whose deadline needs the next slice. Belongs to the compute thread.
 
     Jobs with deadlines are urgent in the order of these, and from the moment on at which the last one of them would be
-    late otherwise. A job that would be late even alone is not urgent, nor is one in its beginning, however dear: that
-    is done in turn, so that dear beginnings with deadlines leave each other owner its even share. While others have
-    work, slices out of turn take at most `MAX_URGENT_SHARE` of the device: a slice in turn gives credit for them, and
-    each of them uses it up.
+    late otherwise. A job that would be late even alone is not urgent, nor is one whose time budget ends it before its
+    deadline, nor one in its beginning, however dear: that is done in turn, so that dear beginnings with deadlines leave
+    each other owner its even share. While others have work, slices out of turn take at most `MAX_URGENT_SHARE` of the
+    device: a slice in turn gives credit for them, and each of them uses it up.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,11 @@ class Urgency:
             self.credit_s = min(self.credit_s + earned_s, max(LONGEST_TURN_S, earned_s))
 
     def _urgent(self, ready: Iterable[Task], now: float, turn_s: float) -> Task | None:
-        promised = [task for task in ready if now < task.deadline_at < math.inf and not _is_beginning(task)]
+        promised = [
+            task
+            for task in ready
+            if now < task.deadline_at < math.inf and not task.is_kept_by_budget and not _is_beginning(task)
+        ]
         counted: dict[PooledBatch, float] = {}  # seconds of the slices of a batch until its last counted job ends
         first = None
         total_s = 0.0

@@ -108,6 +108,8 @@ class WaitingQueue:
 
     def put_back(self, task: Task, running: Sequence[Task]) -> None:
         """Adds a task that has given its place up, and publishes `Waiting` to it."""
+        # In the batch that it will join, of which it left another part.
+        task.remaining = self._work(task, self._jobs_of(task.last_shape, running) + 1) or task.remaining
         index = self._insert(task)
         task.observer.publish(Waiting(*self._outlook(running)[index]))
 
