@@ -248,10 +248,10 @@ def test_claims_are_foreseen_one_after_the_other(full):
     full.max_running = 4
     full.run(lambda: False, 10)
     claims = Claims(full.running, full.clock.now)
-    assert [claims.take(owner) for owner in ("two", "one", "two", "three", "four")] == [True, False, True, True, False]
-    assert claims.wait_s("two") == math.inf and claims.wait_s("four") == 4 * PLACE_TURN_S
+    assert [claims.take(owner) for owner in ("two", "one", "two", "three", "four")] == [True, False, False, True, True]
+    assert claims.wait_s("two") == math.inf and claims.wait_s("five") == 4 * PLACE_TURN_S
     assert [claims.take(f"owner {n}") for n in range(10)] == [False] * 10
-    assert claims.wait_s("owner 9") == 11 * PLACE_TURN_S
+    assert claims.wait_s("owner 9") == 10 * PLACE_TURN_S
 
 
 def test_a_look_at_a_long_queue_is_short():

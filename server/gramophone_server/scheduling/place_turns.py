@@ -20,7 +20,9 @@ __all__ = ["PLACE_TURN_S", "Claims", "Exchange", "exchange", "in_order"]
 
 # Device seconds in its batch for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
 PLACE_TURN_S = 5.0
-CLAIM = 2  # so many places fewer than another owner give one a claim to a place
+# An owner with so many times the places of another one gives it one at once. A smaller difference hardly matters, because
+# owners share the device evenly anyway, and each exchange takes time.
+UNEVEN = 4
 # Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
 SHORT_S = 1.0
 PATIENT_S = 10.0  # that an owner waits without a place before promised jobs of one with several are in question
@@ -45,11 +47,11 @@ def exchange(
 ) -> Exchange | None:
     """The exchange that is due when all places are taken; None: none is.
 
-    In the order of the queue: a job whose owner has at least `CLAIM` places fewer than another one gets one of the
-    owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job that
-    has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
-    leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`. Where
-    none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
+    In the order of the queue: a job whose owner has none, or at most a fourth of the places of another one, gets one of
+    the owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job
+    that has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one.
+    Who leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`.
+    Where none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
     without any, of the job that can wait for longest.
 
     ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
@@ -61,17 +63,17 @@ def exchange(
     most = max((places[task.owner] for task in able), default=0)
     of_most = [task for task in able if places[task.owner] == most]
     after_turn = [task for task in able if _had_its_turn(task)] or _beginnings_after_turn(able)
-    of_several = [] if able else [task for task in placed if places[task.owner] >= CLAIM]
+    of_several = [] if able else [task for task in placed if places[task.owner] > 1]
     for task in waiting:
         own, to_stay = places[task.owner], False
-        if most >= own + CLAIM:
+        if _has_claim(own, most):
             leaving = of_most
         elif not own and (after_turn or now - task.queued_at >= PATIENT_S):
             leaving = after_turn or of_several
         else:
             to_stay = task.gave_place_up and spares.get(task, math.inf) < RETURN_S
             leaving = [other for other in able if other.owner == task.owner] if to_stay else []
-            leaving = leaving or ((of_most if most >= CLAIM else after_turn or able) if to_stay else [])
+            leaving = leaving or ((of_most if most > 1 else after_turn or able) if to_stay else [])
         if leaving and may_start(task):
             if not able:
                 return Exchange(max(leaving, key=lambda other: spares.get(other, math.inf)), task, to_stay=True)
@@ -84,7 +86,7 @@ def in_order(waiting: Iterable[Task], running: Iterable[Task]) -> list[Task]:
     that none waits behind the many short jobs of another one, and then in the order of the queue."""
     places = _places_of(running)
     most = max(places.values(), default=0)
-    return sorted(waiting, key=lambda task: places[task.owner] + CLAIM > most)
+    return sorted(waiting, key=lambda task: not _has_claim(places[task.owner], most))
 
 
 class Claims:
@@ -101,7 +103,7 @@ class Claims:
         """Whether the next job, of this owner, gets a place at once."""
         if self._able:
             giving = max(self._able, key=self._places.__getitem__)
-            if self._places[giving] >= self._places[owner] + CLAIM:
+            if _has_claim(self._places[owner], self._places[giving]):
                 self._places.subtract([giving])
                 self._able.subtract([giving])
                 self._able = +self._able
@@ -120,6 +122,11 @@ class Claims:
 def _places_of(running: Iterable[Task]) -> Counter[str]:
     """How many places each owner has. Jobs that wait for memory have none."""
     return Counter(task.owner for task in running if not task.memory_short)
+
+
+def _has_claim(own: int, most: int) -> bool:
+    """Whether an owner with ``own`` places gets one at once of an owner that has ``most``."""
+    return most > 1 and most >= UNEVEN * own
 
 
 def _is_short(task: Task) -> bool:
