@@ -20,7 +20,7 @@ __all__ = ["PLACE_TURN_S", "Claims", "Exchange", "exchange", "in_order"]
 
 # Device seconds in its batch for which a job keeps its place while an owner without any waits, as `MEMORY_TURN_S`.
 PLACE_TURN_S = 5.0
-# An owner with so many times the places of another one gives it one at once. A smaller difference hardly matters: owners
+# An owner with so many times the places of another one gives it one at once. Smaller differences hardly matter: owners
 # share the device evenly anyway, and each exchange takes time.
 UNEVEN = 4
 # Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
