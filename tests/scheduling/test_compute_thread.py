@@ -66,7 +66,8 @@ async def test_a_job_that_cannot_leave_its_place_fails_alone(monkeypatch, caplog
         jobs = await two_long_jobs(scheduler)
         monkeypatch.setattr(FakeBatch, "leave", fail)
         assert (await kinds(submit(scheduler, owner="other")))[-1] == "Finished"
-        failed = [job for job in jobs if job.observer.error is not None]
+        await until(lambda: any(job.observer.ended for job in jobs))
+        failed = [job for job in jobs if job.observer.ended]
         assert len(failed) == 1
         with pytest.raises(EngineFailed):
             await kinds(failed[0])

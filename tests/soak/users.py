@@ -23,6 +23,7 @@ from gramophone_client import (
     InvalidRequestError,
     JobEndedError,
     JobNotFoundError,
+    JobState,
     Progress,
     Update,
 )
@@ -68,13 +69,20 @@ class User:
             async with asyncio.timeout(MAX_ACTION_S):
                 end = await action.perform(self)
         except TimeoutError:
-            raise RuleViolation(f"{name} was not done within {MAX_ACTION_S:g} s") from None
+            jobs = await self._open_jobs()
+            raise RuleViolation(f"{name} was not done within {MAX_ACTION_S:g} s; open jobs: {jobs or 'none'}") from None
         except GramophoneError as error:
             if not isinstance(error, action.errors):
                 raise RuleViolation(f"{name} ended in {type(error).__name__} ({error.code}): {error}") from error
             end = type(error).__name__
         self.ends[name, end] += 1
         self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), time.monotonic() - start)
+
+    async def _open_jobs(self) -> str:
+        """What the server is doing, for the report of a violation."""
+        async with AsyncGramophoneClient(self.target) as client:
+            jobs = [job for job in await client.list_jobs() if job.state in (JobState.RUNNING, JobState.QUEUED)]
+        return ", ".join(f"{job.state} {job.iteration}/{job.iterations} {job.width}x{job.height}" for job in jobs)
 
     def job(self, iterations: int = 8) -> dict[str, Any]:
         """The images and the recipe of a small job."""

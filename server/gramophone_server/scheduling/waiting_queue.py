@@ -111,7 +111,8 @@ class WaitingQueue:
         # In the batch that it will join, of which it left another part.
         task.remaining = self._work(task, self._jobs_of(task.last_shape, running) + 1) or task.remaining
         index = self._insert(task)
-        task.observer.publish(Waiting(*self._outlook(running)[index]))
+        position, wait_s = self._outlook(running)[index]
+        task.observer.publish(Waiting(max(1, position), wait_s))
 
     def remove(self, task: Task) -> None:
         """Removes a task. Raises `ValueError` if it does not wait."""
