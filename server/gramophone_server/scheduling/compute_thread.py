@@ -26,13 +26,7 @@ from gramophone_server.domain.commands import (
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.events import Paused, Resumed
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.errors import (
-    DeviceLost,
-    EngineFailed,
-    GramophoneError,
-    InvalidRequest,
-    ShuttingDown,
-)
+from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, InvalidRequest, ShuttingDown
 from gramophone_server.scheduling.batch_pool import OnIterations
 from gramophone_server.scheduling.place_turns import exchange, in_order
 from gramophone_server.scheduling.task import Task

@@ -108,7 +108,7 @@ class WaitingQueue:
 
     def put_back(self, task: Task, running: Sequence[Task]) -> None:
         """Adds a task that has given its place up, and publishes `Waiting` to it."""
-        # In the batch that it will join, of which it left another part.
+        # Its batch may have another width when it returns.
         task.remaining = self._work(task, self._jobs_of(task.last_shape, running) + 1) or task.remaining
         index = self._insert(task)
         position, wait_s = self._outlook(running)[index]
