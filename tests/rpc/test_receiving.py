@@ -231,12 +231,14 @@ async def test_unfinished_messages_make_room_for_others():
             response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
         assert response.result.image.data
         answers = [await stream.answer(within_s=60) for stream in streams]
+        promptness = s.servicer.receiver.requests.budget.promptness
     assert {(answer.code, answer.reason) for answer in answers} <= {
         ("RESOURCE_EXHAUSTED", "SERVER_BUSY"),
         ("ABORTED", "SLOW_SENDER"),
     }
     busy = [answer for answer in answers if answer.reason == "SERVER_BUSY"]
     assert len(busy) >= 2 and all(answer.retry_after_s for answer in busy)
+    assert len(promptness._prompt) == 1 and len(promptness._slow) == len(busy)
 
 
 async def test_nothing_more_than_a_window_arrives_of_a_message_that_waits_for_room():
