@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
 from gramophone_server.rpc.byte_budget import ByteBudget
 from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.rpc.event_stream import JobEventStream
+from gramophone_server.rpc.promptness import Standing
 from tests.support.clock import until
 from tests.support.controllers import PAUSE, start_controller
 from tests.support.engines import FakeEngine, NoisyEngine
@@ -263,9 +265,9 @@ async def test_a_message_larger_than_the_budget_takes_all_of_it():
 # Readers that do not read ---------------------------------------------------------------------------------------------
 
 
-async def unread_frame(s, raw, job_id):
-    """A watcher that reads the small events of a job and then no byte of its frame."""
-    stream = raw.open_stream(WATCH, hold=True)
+async def watch_frames(raw, job_id, *, hold=False):
+    """A watcher of a job's frames. ``hold``: it reads the small events, and then no byte of a frame."""
+    stream = raw.open_stream(WATCH, hold=hold)
     request = pb.WatchJobRequest(job_id=job_id, frames=pb.FrameOptions(format=pb.IMAGE_FORMAT_PNG))
     await stream.send(prefixed(request.SerializeToString()), end=True)
     return stream
@@ -276,12 +278,23 @@ async def test_the_bytes_of_a_message_count_until_grpc_has_dropped_it():
     async with serving(engine, SENDING) as s, paused_job(s, wanted) as job_id:
         budget, job = s.servicer.sending, s.servicer.jobs.find(job_id)
         async with connection(s.address) as raw:
-            await unread_frame(s, raw, job_id)
+            await watch_frames(raw, job_id, hold=True)
             await until(lambda: job.watchers == 2)
             await until(lambda: job.watchers == 1)  # dropped as a slow reader
             await until(lambda: 1.5 * MIB <= budget.used < 1.6 * MIB)  # one copy, gRPC's
             assert len(s.servicer.calls.unread) == 1
+            assert budget.promptness.of(raw.peer, budget.now()) is Standing.SLOW
         await until(lambda: budget.used == 0 and not s.servicer.calls.unread)
+
+
+async def test_who_reads_a_message_is_prompt():
+    wanted, engine = noise()
+    async with serving(engine, SENDING) as s, paused_job(s, wanted) as job_id, connection(s.address) as raw:
+        budget = s.servicer.sending
+        assert budget.promptness.of(raw.peer, budget.now()) is Standing.UNKNOWN
+        stream = await watch_frames(raw, job_id)
+        await until(lambda: budget.promptness.of(raw.peer, budget.now()) is Standing.PROMPT)
+        stream.cancel()
 
 
 async def test_readers_that_do_not_read_cannot_keep_the_bytes_that_others_need(monkeypatch):
@@ -289,12 +302,12 @@ async def test_readers_that_do_not_read_cannot_keep_the_bytes_that_others_need(m
     for module in ("servicer", "calls"):
         monkeypatch.setattr(f"gramophone_server.rpc.{module}.READING_S", 0.2)
     wanted, engine = noise()
-    async with serving(engine, SENDING) as s, paused_job(s, wanted) as job_id:
+    async with serving(engine, replace(SENDING, max_blocked_s=30)) as s, paused_job(s, wanted) as job_id:
         budget = s.servicer.sending
         async with contextlib.AsyncExitStack() as stack:
             silent = [await stack.enter_async_context(connection(s.address)) for _ in range(16)]
             for raw in silent:
-                await unread_frame(s, raw, job_id)
+                await watch_frames(raw, job_id, hold=True)
             await until(lambda: budget.used > 10 * MIB)
             async with asyncio.timeout(60), grpc.aio.insecure_channel(s.address, options=LARGE_MESSAGES) as channel:
                 honest = pb_grpc.StyleTransferServiceStub(channel)
@@ -303,7 +316,9 @@ async def test_readers_that_do_not_read_cannot_keep_the_bytes_that_others_need(m
                     frame = await frame_of(honest.WatchJob(pb.WatchJobRequest(job_id=job_id, frames=options)))
                     assert len(frame.image.data) > 1.5 * MIB
                     assert budget.used <= budget.max_bytes
-            assert 1 <= sum(raw.is_closed for raw in silent) < 16
+            standings = [budget.promptness.of(raw.peer, budget.now()) for raw in silent]
+            assert {raw.is_closed for raw in silent} == {True, False}
+            assert set(standings) == {Standing.SLOW, Standing.UNKNOWN}
         await until(lambda: budget.used == 0)
 
 
@@ -346,7 +361,7 @@ async def test_a_watcher_with_a_closed_window_from_the_start_leaves_its_place_to
     engine = FakeEngine()
     async with serving(engine, Limits(max_blocked_s=1, max_watchers=2)) as s, connection(s.address, window=0) as raw:
         _, job_id = await start_detachable(s, engine)
-        stream = await unread_frame(s, raw, job_id)
+        stream = await watch_frames(raw, job_id, hold=True)
         job = s.servicer.jobs.find(job_id)
         await until(lambda: job.watchers == 2)
         assert (await refused(watch(s, job_id))).ErrorInfo.reason == "TOO_MANY_WATCHERS"

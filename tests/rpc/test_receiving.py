@@ -11,6 +11,7 @@ import pytest
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
+from gramophone_server.rpc.promptness import Standing
 from gramophone_server.rpc.receiving import MAX_SMALL_BYTES
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
@@ -227,18 +228,19 @@ async def test_unfinished_messages_make_room_for_others():
         for stream in streams:
             await stream.send(prefixed(b"abc", length=10 * MIB))
         await until(lambda: s.servicer.receiver.requests.budget.waiting == 3)
-        async with asyncio.timeout(60):
-            response = await s.stub.Stylize(pb.StylizeRequest(spec=spec()))
-        assert response.result.image.data
+        bystander = await stack.enter_async_context(connection(s.address))
+        assert (await answered(bystander, "Stylize", prefixed(stylize()))).code == "OK"
         answers = [await stream.answer(within_s=60) for stream in streams]
-        promptness = s.servicer.receiver.requests.budget.promptness
+        budget = s.servicer.receiver.requests.budget
+        assert budget.promptness.of(bystander.peer, budget.now()) is Standing.PROMPT
+        standings = [budget.promptness.of(raw.peer, budget.now()) for raw in raws]
     assert {(answer.code, answer.reason) for answer in answers} <= {
         ("RESOURCE_EXHAUSTED", "SERVER_BUSY"),
         ("ABORTED", "SLOW_SENDER"),
     }
     busy = [answer for answer in answers if answer.reason == "SERVER_BUSY"]
     assert len(busy) >= 2 and all(answer.retry_after_s for answer in busy)
-    assert len(promptness._prompt) == 1 and len(promptness._slow) == len(busy)
+    assert [standing is Standing.SLOW for standing in standings] == [answer in busy for answer in answers]
 
 
 async def test_nothing_more_than_a_window_arrives_of_a_message_that_waits_for_room():

@@ -226,6 +226,12 @@ class RawConnection(asyncio.Protocol):
         """Whether the connection has ended, from either side."""
         return self.closed.is_set()
 
+    @property
+    def peer(self) -> str:
+        """The name that gRPC gives this end, at the server."""
+        host, port = self._transport.get_extra_info("sockname")
+        return f"ipv4:{host}:{port}"
+
     def open_stream(
         self, path: str, headers: Headers = (), *, method: str = "POST", end: bool = False, hold: bool = False
     ) -> RawStream:
