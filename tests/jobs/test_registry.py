@@ -80,6 +80,23 @@ def test_an_owner_of_many_jobs_does_not_remove_those_of_others(registry, loop, l
     assert set(jobs.newest_first()) == {*few[1:], *many[-2:]}
 
 
+@pytest.mark.parametrize("limit", [{"max_kept": 3}, {"max_kept_bytes": 3 * most_encoded_bytes(64, 32)}])
+def test_of_owners_with_as_many_jobs_the_one_whose_job_ended_first_loses_it(registry, loop, limit):
+    jobs = registry(**limit)
+
+    def end(owner):
+        job, _ = create(jobs, owner=owner)
+        job.publish(finished())
+        loop.advance(1)
+        return job
+
+    _, b, second, c = (end(owner) for owner in "abac")
+    assert list(jobs.newest_first()) == [c, second, b]
+    d = end("d")
+    assert list(jobs.newest_first()) == [d, c, second]
+    assert (jobs.ended, jobs.kept_bytes) == (3, 3 * most_encoded_bytes(64, 32))
+
+
 def test_the_bytes_of_kept_results_are_bounded(registry, loop):
     jobs = registry(max_kept_bytes=2 * most_encoded_bytes(64, 32))
     failed, _ = create(jobs)

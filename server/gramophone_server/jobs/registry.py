@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gramophone_server.config import Limits
 from gramophone_server.errors import JobNotFound
@@ -41,10 +41,13 @@ class JobRegistry:
         self._on_end = on_end
         self._loop = loop or asyncio.get_running_loop()
         self._clock = clock
+        self.kept_bytes = 0  # of the results and events of jobs that have ended and are still kept
         self._created = 0
         self._jobs: dict[str, Job] = {}  # by id, oldest first
         self._by_request: dict[str, Job] = {}  # by request_id
-        self._ended: dict[str, Job] = {}  # by id, in the order of their ends
+        self._ended: dict[Job, int] = {}  # with their bytes, in the order of their ends
+        # Of these, by owner. They are counted, not added up, because each end asks for them.
+        self._number_of, self._bytes_of = Counter[str](), Counter[str]()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -58,11 +61,6 @@ class JobRegistry:
     def ended(self) -> int:
         """The number of jobs that have ended and are still kept."""
         return len(self._ended)
-
-    @property
-    def kept_bytes(self) -> int:
-        """The bytes of the results and events of these. Thread-safe."""
-        return sum(job.bytes for job in tuple(self._ended.values()))
 
     def create(self, request_id: str, grace_s: float, encoding: Encoding, owner: str = "") -> Job:
         """Creates a job whose images are not known yet; see `Job.admit`. ``owner``: for whom it counts."""
@@ -115,24 +113,30 @@ class JobRegistry:
         if job.summary is None or job.id not in self._jobs:  # refused, or the registry was closed
             self._forget(job)
             return
-        self._ended[job.id] = job
+        self._ended[job] = size = job.bytes
+        self._count(job, 1, size)
         job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
         while len(self._ended) > self._limits.max_kept:
-            self._forget(self._oldest_of_most(lambda _: 1))
+            self._forget(self._oldest_of_most(self._number_of))
         while self.kept_bytes > self._limits.max_kept_bytes:
-            self._forget(self._oldest_of_most(lambda kept: kept.bytes))
+            self._forget(self._oldest_of_most(self._bytes_of))
 
-    def _oldest_of_most(self, size: Callable[[Job], int]) -> Job:
-        """The job that ended first, of the owner whose kept jobs are the most by ``size``."""
-        sizes: Counter[str] = Counter()
-        for kept in self._ended.values():
-            sizes[kept.owner] += size(kept)
-        ((owner, _),) = sizes.most_common(1)
-        return next(kept for kept in self._ended.values() if kept.owner == owner)
+    def _oldest_of_most(self, amounts: Mapping[str, int]) -> Job:
+        """Of the jobs whose owners have most, the one that ended first."""
+        most = max(amounts.values())
+        return next(job for job in self._ended if amounts[job.owner] == most)
 
     def _forget(self, job: Job) -> None:
         job.clear_timer()
         self._jobs.pop(job.id, None)
-        self._ended.pop(job.id, None)
+        if job in self._ended:
+            self._count(job, -1, -self._ended.pop(job))
         if self._by_request.get(job.request_id) is job:
             del self._by_request[job.request_id]
+
+    def _count(self, job: Job, number: int, size: int) -> None:
+        self.kept_bytes += size
+        self._bytes_of[job.owner] += size
+        self._number_of[job.owner] += number
+        if not self._number_of[job.owner]:
+            del self._number_of[job.owner], self._bytes_of[job.owner]

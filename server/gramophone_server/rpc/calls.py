@@ -236,14 +236,11 @@ class RpcCall:
         """The client has not read for `max_blocked_s`."""
         self._drop_slow_reader(self._calls.max_blocked_s)
         if self._outgoing is not None and self._outgoing.share is not None:
-            self._outgoing.share.was_slow()
             self._outgoing.share.replaceable(self.close_connection)
 
     def _make_room(self) -> None:
         """Others wait for the bytes of a message that the client has not read for `READING_S`."""
         self._drop_slow_reader(READING_S)
-        if self._outgoing is not None and self._outgoing.share is not None:
-            self._outgoing.share.was_slow()
         asyncio.get_running_loop().call_later(READING_S, self.close_connection)
 
     def _drop_slow_reader(self, blocked_s: float) -> None:
@@ -251,6 +248,8 @@ class RpcCall:
         and send the status from another task; the client sees it after the messages still in flight."""
         if self.disconnected or self._late_status is not None:
             return
+        if self._outgoing is not None and self._outgoing.share is not None:
+            self._outgoing.share.was_slow()
         self._detach()
         error = SlowReader(blocked_s)
         self._code, self._error = grpc.StatusCode.ABORTED, error

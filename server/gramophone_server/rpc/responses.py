@@ -162,9 +162,10 @@ def _format(value: int, default: codec.Format) -> codec.Format:
 def result_metadata(summary: JobSummary, iterations: int, weights: str) -> str:
     """ASCII JSON for the result's metadata. With the same images it reproduces the picture, unless the recipe was
     changed while the job ran, or the job ended early."""
+    recipe = summary.recipe
     metadata = {
         "gramophone": version(),
-        "recipe": dataclasses.asdict(summary.recipe),  # fields by name; layers as [name, weight]
+        "recipe": {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)},  # layers as [name, weight]
         "style_weights": summary.style_weights,
         "seed": summary.seed,
         "weights": weights,
