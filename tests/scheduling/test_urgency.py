@@ -54,6 +54,15 @@ def test_the_earliest_deadline_is_first_as_soon_as_a_later_one_needs_it(urgency)
     assert first(urgency, [other, late, early], other) is early
 
 
+def test_a_job_is_kept_by_its_time_budget_if_that_ends_a_turn_before_its_deadline(urgency):
+    """A turn may be under way when it ends. Without a picture it is kept by nothing."""
+    other = task()
+    for budget_ends_at, has_picture, is_urgent in ((2.1, True, False), (2.19, True, True), (2.1, False, True)):
+        hurried = task(2.2, 2.0)
+        hurried.budget_ends_at, hurried.last_report = budget_ends_at, "a report" if has_picture else None
+        assert (first(urgency, [other, hurried], other) is hurried) == is_urgent
+
+
 def test_jobs_of_one_batch_advance_together(urgency):
     batch = PooledBatch(engine_batch=None, idle_since=0.0)
     other, one, two = task(), task(5.0, 2.0, batch), task(5.1, 2.0, batch)

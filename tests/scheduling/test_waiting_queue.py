@@ -293,6 +293,24 @@ def test_a_promise_is_kept_against_later_jobs():
     assert ask(12.0, [waiting(math.inf, 15.0)], iterations=6) is None  # no promise
 
 
+@pytest.mark.parametrize("is_decoded", [True, False])
+@pytest.mark.parametrize(
+    ("budget_s", "are_accepted"), [(math.inf, False), (60.0, False), (59.0, True), (1.0, True)], ids=str
+)
+def test_a_job_whose_time_budget_ends_before_its_deadline_takes_no_deadline_from_others(
+    is_decoded, budget_s, are_accepted
+):
+    """It wants 59 s of the 60 s until its deadline. If its time budget ends it before, it needs none of them."""
+    queue, _, _ = queue_with(0.1, max_running=4)
+    running = [waiting(60.0, min(59.0, budget_s), owner="greedy", budget_ends_at=budget_s)]
+    if not is_decoded:
+        running, time_budget = [], 0.0 if budget_s == math.inf else budget_s
+        state = job_state(590, time_budget=time_budget)
+        queue.expect(Reservation(0), [], state, 60.0, 0, "PNG", "greedy", 2.0)
+    answers = [Asking(queue)(left_s, running, "another", iterations=5) for left_s in (2.0, 5.0, 10.0)]
+    assert [answer is None for answer in answers] == [are_accepted] * 3
+
+
 def test_jobs_of_one_owner_share_what_is_the_owners():
     queue, _, _ = queue_with(1.0, max_running=32)
     ask, others = Asking(queue), [waiting(remaining_s=1000.0, owner="busy") for _ in range(10)]

@@ -20,6 +20,7 @@ __all__ = [
     "LONGEST_TURN_S",
     "MAX_URGENT_SHARE",
     "PROMISE_RESERVE",
+    "TURN_S",
     "Forecast",
     "Forecaster",
     "Promise",
@@ -27,6 +28,7 @@ __all__ = [
     "broken_promise",
     "even_sharing",
     "interruptions_s",
+    "needs_promise",
     "sharing_by_owners",
 ]
 
@@ -36,6 +38,8 @@ MAX_URGENT_SHARE = 0.8
 LONGEST_TURN_S = 2.0
 # Of the time to a deadline that was accepted: no later one may take it, because estimates are not better than this.
 PROMISE_RESERVE = 0.04
+# A turn of another job, as it is under way when a job comes or its budget ends.
+TURN_S = 0.02
 
 
 class Work(NamedTuple):
@@ -182,6 +186,12 @@ def sharing_by_owners(others: Sequence[tuple[str, float]], own_s: float, owner: 
             by_owner[other] = by_owner.get(other, 0.0) + seconds
     shared_s = max(0.0, all_own_s - BURST_S)
     return all_own_s + sum(min(seconds, shared_s) for seconds in by_owner.values())
+
+
+def needs_promise(deadline_at: float, budget_ends_at: float) -> bool:
+    """Whether a job meets its deadline only if others leave it time. One whose time budget ends before that has no
+    claim to the device until then: whatever it has by the end of its budget is its result."""
+    return deadline_at < math.inf and deadline_at < budget_ends_at + TURN_S
 
 
 class Promise(NamedTuple):

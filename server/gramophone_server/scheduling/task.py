@@ -11,7 +11,7 @@ from gramophone_server.domain.events import Event
 from gramophone_server.domain.job import Report
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import GramophoneError
-from gramophone_server.scheduling.forecast import Work
+from gramophone_server.scheduling.forecast import Work, needs_promise
 
 __all__ = ["PATIENCE_S", "JobObserver", "PooledBatch", "Task"]
 
@@ -110,9 +110,14 @@ class Task:
         return self.memory_short_since is not None
 
     @property
+    def has_promise(self) -> bool:
+        """Whether others must leave it time for its deadline; see `needs_promise`."""
+        return needs_promise(self.deadline_at, self.budget_ends_at)
+
+    @property
     def is_kept_by_budget(self) -> bool:
         """Whether its time budget ends it before its deadline, with the picture that it has."""
-        return self.budget_ends_at <= self.deadline_at and self.last_report is not None
+        return not self.has_promise and self.last_report is not None
 
     @property
     def latest_start_at(self) -> float:

@@ -14,6 +14,7 @@ from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import DeadlineUnattainable
 from gramophone_server.scheduling.forecast import (
     PROMISE_RESERVE,
+    TURN_S,
     Forecast,
     Forecaster,
     Promise,
@@ -21,6 +22,7 @@ from gramophone_server.scheduling.forecast import (
     broken_promise,
     even_sharing,
     interruptions_s,
+    needs_promise,
     sharing_by_owners,
 )
 from gramophone_server.scheduling.place_turns import Claims
@@ -41,8 +43,6 @@ ARRIVALS_S = 60.0  # over which arrivals are counted
 EVEN_TOLERANCE = 0.85
 # From the response to its client.
 TRANSIT_S = 0.003
-# Of another job: one turn is under way, and each newcomer has one, to join.
-TURN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ class Expected:
     image_pixels: int
     work: Work | None
     deadline_at: float  # when its last iteration must end
+    has_promise: bool  # see `needs_promise`
     shape: Shape
 
 
 class _Job(NamedTuple):
     work: Work | None
-    deadline_at: float
+    promised_at: float  # its deadline, if others must leave it time for that; else inf
     shape: Shape
 
 
@@ -163,7 +164,8 @@ class WaitingQueue:
         budget_s = state.recipe.time_budget or math.inf
         deadline_at = math.inf if is_probe else now + ends_in_s
         work = self._forecaster.work(state, jobs, budget_s=budget_s)
-        self._expected[reservation] = Expected(owner, now, image_pixels, work, deadline_at, shape)
+        has_promise = needs_promise(deadline_at, now + budget_s)
+        self._expected[reservation] = Expected(owner, now, image_pixels, work, deadline_at, has_promise, shape)
 
     def forget(self, reservation: Reservation, *, used: bool = False) -> Expected | None:
         """Removes the job of a reservation, which was ``used`` or released, from forecasts, and returns what was
@@ -205,15 +207,15 @@ class WaitingQueue:
             wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
             run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
             return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
-        if budget_s + TURN_S <= ends_in_s:
-            return None  # it ends in time whoever has the device, unless that is in a turn just then
+        if not needs_promise(ends_in_s, budget_s):
+            return None  # it ends in time whoever has the device
         jobs = [job for job in self._jobs(running) if job.work is not None]
         promises = [
-            Promise(job.deadline_at - now, job.work.share_s, job.work.alone_s, job.shape)
+            Promise(job.promised_at - now, job.work.share_s, job.work.alone_s, job.shape)
             for job in jobs
-            if job.work is not None and job.deadline_at < math.inf
+            if job.work is not None and job.promised_at < math.inf
         ]
-        others_s = sum(job.work.share_s for job in jobs if job.work is not None and job.deadline_at == math.inf)
+        others_s = sum(job.work.share_s for job in jobs if job.work is not None and job.promised_at == math.inf)
         within_budget = least.within(budget_s)
         own = Promise(ends_in_s, within_budget.low_share_s, within_budget.low_alone_s, state.shapes[-1])
         late_s = broken_promise(promises, others_s, own, credit_s)
@@ -292,9 +294,14 @@ class WaitingQueue:
 
     def _jobs(self, running: Sequence[Task]) -> list[_Job]:
         """All jobs, as far as promises are concerned."""
-        tasks = (*running, *self._tasks)
-        jobs = [_Job(task.remaining, task.deadline_at, task.last_shape) for task in tasks]
-        return jobs + [_Job(job.work, job.deadline_at, job.shape) for job in self._expected.values()]
+        jobs = [
+            _Job(task.remaining, task.deadline_at if task.has_promise else math.inf, task.last_shape)
+            for task in (*running, *self._tasks)
+        ]
+        return jobs + [
+            _Job(job.work, job.deadline_at if job.has_promise else math.inf, job.shape)
+            for job in self._expected.values()
+        ]
 
     def _outcome(
         self, running: Sequence[Task], owner: str, must_end_at: float, own: Work, *, low: bool
