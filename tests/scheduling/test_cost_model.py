@@ -155,3 +155,15 @@ def test_what_is_kept_is_bounded():
             model.record(f"kind {number}", 1000, 0.1)
     assert len(model) <= 64 + 64
     assert model.estimate("one", 1999) is not None  # the newest
+
+
+@pytest.mark.parametrize("other", [lambda n: (f"kind {n}", 1000), lambda n: (KIND, 10**6 + n)], ids=["kinds", "sizes"])
+def test_short_jobs_unlike_each_other_do_not_make_the_model_forget_what_it_measured_for_long(other):
+    device = Device(pixel_s=1e-5)
+    device.run(1000, times=100)  # one second
+    for number in range(500):
+        kind, pixels = other(number)
+        for _ in range(2):
+            device.clock.advance(0.02)
+            device.model.record(kind, pixels, 0.02)
+    assert device.model.estimate(KIND, 1000) is not None and len(device.model) <= 64 + 1

@@ -94,3 +94,22 @@ def test_the_number_of_kept_shapes_is_bounded():
     )
     assert sum(model.batch_seconds_per_iteration(shape, 1) is not None for shape in shapes) == 256
     assert len(model) <= 256
+
+
+def test_many_shapes_with_an_iteration_each_leave_the_best_width_of_another():
+    model = ThroughputModel()
+    for slots, seconds in ((1, 0.010), (2, 0.012), (4, 0.014)):
+        for _ in range(3):
+            model.record(SMALL, slots, 1, seconds)
+        model.best_width(SMALL, 64)
+    for width in range(16, 1016):
+        model.record(Shape.of(Recipe(), 16, width), 1, 1, 0.001)
+    assert model.known_best_width(SMALL, 64) == 8
+
+
+def test_the_decay_of_a_running_average_is_no_part_of_the_kind_of_an_iteration():
+    model = ThroughputModel()
+    with_average, other, without = (Shape.of(Recipe(average=average), 64, 64) for average in (0.9, 0.5, 0.0))
+    for _ in range(2):
+        model.record(with_average, 1, 10, 1.0)
+    assert model.iteration(other, 1) is not None and model.iteration(without, 1) is None

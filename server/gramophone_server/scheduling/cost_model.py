@@ -19,6 +19,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gramophone_server.scheduling.evidence import Evidence, forget_least
+
 __all__ = ["EVIDENCE_EXPIRES_S", "NEAR_OCTAVES", "CostModel", "Estimate"]
 
 # Only what was measured within this many octaves (factors of two) of pixels, and this many seconds, is evidence. A
@@ -45,7 +47,7 @@ AGE_SPREAD = 0.004  # for a second of age; grows with its root, as a random walk
 # A slope is known if the measured points span this factor of pixels.
 SLOPE_SPAN = 1.5
 FIRST_WEIGHT = 0.2  # of the newest in the mean of what first measurements take more
-MAX_KINDS, MAX_POINTS = 64, 64  # clients choose recipes and sizes; a forgotten point is soon measured again
+MAX_KINDS, MAX_POINTS = 64, 64  # clients choose recipes and sizes; see `forget_least`
 MEMO_S = 0.2  # for which an estimate is kept
 
 
@@ -78,7 +80,12 @@ class Point:
     log_s: float  # of the mean, without the drift
     scatter: float = 0.1  # mean absolute surprise
     measurements: int = 1
-    measured_at: float = 0.0
+    evidence: Evidence = field(default_factory=Evidence)
+
+    @property
+    def measured_at(self) -> float:
+        """When it was measured last."""
+        return self.evidence.measured_at
 
     @property
     def variance(self) -> float:
@@ -88,9 +95,10 @@ class Point:
 
 @dataclass
 class Kind:
-    """The points of one kind of work, the newest last."""
+    """The points of one kind of work."""
 
     points: dict[tuple[int, int], Point] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
     first_s: float = 0.0  # mean of what the first measurement of a point took more than the second
     firsts: int = 0
 
@@ -116,13 +124,12 @@ class CostModel:
         if seconds <= 0 or pixels <= 0:
             return
         now, observed = self._clock(), math.log(seconds / repeats)
-        known = self._kind(kind)
+        known = self._kind(kind, now)
         points, key = known.points, (pixels, width)
-        point = points.pop(key, None)
+        point = points.get(key)
         if point is None:
-            while len(points) >= MAX_POINTS:
-                del points[next(iter(points))]
-            point = Point(pixels, width, observed - self._drift)
+            forget_least(points, MAX_POINTS, now)
+            points[key] = point = Point(pixels, width, observed - self._drift)
         elif point.measurements < MIN_MEASUREMENTS:
             extra_s = max(0.0, math.exp(point.log_s + self._drift) - math.exp(observed))
             known.firsts += 1
@@ -131,8 +138,9 @@ class CostModel:
             point.measurements += 1
         else:
             self._update(point, observed, seconds)
-        point.measured_at = self._measured_at = now
-        points[key] = point  # the newest last
+        self._measured_at = now
+        known.evidence.add(seconds, now)
+        point.evidence.add(seconds, now)
         if point.measurements <= MIN_MEASUREMENTS:
             self._memo_until = now  # something is known that was not
 
@@ -148,11 +156,12 @@ class CostModel:
     def rough_s(self, kind: Hashable, pixels: int) -> float | None:
         """Seconds of a piece of work by all that was measured of its kind, however far away and long ago: for the order
         of turns, which needs a number. None before the first measurement."""
-        if kind not in self._kinds:
+        of_kind = self._kinds.get(kind)
+        if of_kind is None:
             return None
         self._forget_old_estimates(self._clock())
         if kind not in self._fits:
-            self._fits[kind] = _fit(list(self._kinds[kind].points.values()))
+            self._fits[kind] = _fit(list(of_kind.points.values()))
         fixed, slope = self._fits[kind]
         return (fixed + slope * pixels) * math.exp(self._drift)
 
@@ -161,13 +170,11 @@ class CostModel:
         if now >= self._memo_until:
             self._memo, self._fits, self._memo_until = {}, {}, now + MEMO_S
 
-    def _kind(self, kind: Hashable) -> Kind:
+    def _kind(self, kind: Hashable, now: float) -> Kind:
         if kind not in self._kinds:
-            while len(self._kinds) >= MAX_KINDS:
-                del self._kinds[next(iter(self._kinds))]
-        else:
-            self._kinds[kind] = self._kinds.pop(kind)  # the newest last
-        return self._kinds.setdefault(kind, Kind())
+            forget_least(self._kinds, MAX_KINDS, now)
+            self._kinds[kind] = Kind()
+        return self._kinds[kind]
 
     def _update(self, point: Point, observed: float, seconds: float) -> None:
         surprise = observed - point.log_s - self._drift
@@ -184,11 +191,12 @@ class CostModel:
         point.log_s += gain * surprise
 
     def _estimate(self, kind: Hashable, pixels: int, width: int, now: float) -> Estimate | None:
-        if kind not in self._kinds:
+        of_kind = self._kinds.get(kind)
+        if of_kind is None:
             return None
         known = [
             point
-            for point in list(self._kinds[kind].points.values())  # a copy, because the other thread may add a point
+            for point in list(of_kind.points.values())  # a copy, because the other thread may add a point
             if point.measurements >= MIN_MEASUREMENTS and now - point.measured_at <= EVIDENCE_EXPIRES_S
         ]
         near = [point for point in known if abs(math.log2(pixels / point.pixels)) <= NEAR_OCTAVES]
@@ -208,7 +216,7 @@ class CostModel:
         variance = 1 / total + FLOOR_SPREAD**2 + AGE_SPREAD**2 * min(EVIDENCE_EXPIRES_S, now - self._measured_at)
         log_s = math.log(fixed + slope * pixels) + weighted / total + self._drift
         nearest = min(near, key=lambda point: abs(math.log2(pixels / point.pixels)))
-        first_s = 0.0 if (pixels, width) in self._kinds[kind].points else self._kinds[kind].first_s
+        first_s = 0.0 if (pixels, width) in of_kind.points else of_kind.first_s
         return Estimate(math.exp(log_s), math.sqrt(variance), now - self._measured_at, nearest.pixels, first_s)
 
 

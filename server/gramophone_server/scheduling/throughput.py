@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.scheduling.cost_model import CostModel, Estimate
+from gramophone_server.scheduling.evidence import Evidence, forget_least
 
 __all__ = ["ThroughputModel"]
 
@@ -19,7 +20,7 @@ NEWEST_WEIGHT = 0.3
 GAIN_TO_WIDEN, GAIN_TO_NARROW = 1.05, 0.97
 # A longer iteration delays all other jobs, and keeps the device so busy that nothing is gained by a shared batch.
 MAX_SHARED_S = 0.05
-MAX_SHAPES = 256  # kept at the same time: clients choose any size, and a forgotten shape is soon measured again
+MAX_SHAPES = 256  # kept at the same time: clients choose any size; see `forget_least`
 
 
 @dataclass
@@ -44,6 +45,7 @@ class ShapeSpeeds:
 
     by_width: dict[int, Speed] = field(default_factory=dict)
     best_width: int = 1  # of those that were measured
+    evidence: Evidence = field(default_factory=Evidence)
 
 
 class ThroughputModel:
@@ -55,6 +57,7 @@ class ThroughputModel:
         # Beginnings differ by what is cached, and the host's work is on other threads: both say little of the device.
         self._iterations, self._beginnings, self._host = CostModel(clock), CostModel(clock), CostModel(clock)
         self._turns = CostModel(clock)
+        self._clock = clock
 
     def __len__(self) -> int:
         """The number of shapes that are kept."""
@@ -62,12 +65,13 @@ class ThroughputModel:
 
     def record(self, shape: Shape, slots: int, iterations: int, seconds: float) -> None:
         """Adds a measurement: ``iterations`` of a batch of ``slots`` took ``seconds``."""
-        new = seconds / iterations
+        new, now = seconds / iterations, self._clock()
         if shape not in self._shapes:
-            while len(self._shapes) >= MAX_SHAPES:
-                del self._shapes[next(iter(self._shapes))]
+            forget_least(self._shapes, MAX_SHAPES, now)
             self._shapes[shape] = ShapeSpeeds({slots: Speed(new)})
-        speed = self._shapes[shape].by_width.setdefault(slots, Speed(new))
+        speeds = self._shapes[shape]
+        speeds.evidence.add(seconds, now)
+        speed = speeds.by_width.setdefault(slots, Speed(new))
         if speed.measurements < 2:
             speed.mean_s = new
         else:
@@ -163,8 +167,9 @@ class ThroughputModel:
 
 
 def _iteration_kind(shape: Shape) -> Hashable:
-    """Everything that changes the time of an iteration, but its pixels."""
-    return shape._replace(height=0, width=0)
+    """Everything that changes the time of an iteration, but its pixels. Whether there is a running average does, but
+    not which."""
+    return shape._replace(height=0, width=0, average=float(shape.average > 0))
 
 
 def _beginning_kind(shape: Shape) -> Hashable:
