@@ -54,20 +54,28 @@ async def test_a_compressed_message_is_that_message():
         assert empty.code == "OK"
 
 
+HELP = "; compress the message as one gzip member, or send it uncompressed"
 BAD_GZIP = {
-    "cut off": (gzip.compress(b"x" * 1000)[:-12], "is gzip data that is cut off"),
-    "only its start": (b"\x1f\x8b", "is gzip data that is cut off"),
-    "damaged": (b"\x1f\x8b\x08\x00" + b"\xff" * 50, "is no valid gzip data"),
-    "wrong checksum": (gzip.compress(b"abc")[:-8] + b"\0" * 8, "is no valid gzip data"),
-    "two members": (gzip.compress(b"") * 2, "is gzip data followed by 20 further bytes"),
-    "many members": (gzip.compress(b"") * 10_000, "is gzip data followed by 199980 further bytes"),
-    "trailing bytes": (gzip.compress(b"") + b"abc", "is gzip data followed by 3 further bytes"),
+    "cut off": (gzip.compress(b"x" * 1000)[:-12], "is gzip data that is cut off after 17 bytes" + HELP),
+    "only its start": (b"\x1f\x8b", "is gzip data that is cut off after 2 bytes" + HELP),
+    "damaged": (b"\x1f\x8b\x08\x00" + b"\xff" * 50, "is no valid gzip data (Error -3"),
+    "wrong checksum": (gzip.compress(b"abc")[:-8] + b"\0" * 8, "incorrect data check)" + HELP),
+    "two members": (gzip.compress(b"") * 2, "is gzip data followed by 20 further bytes" + HELP),
+    "many members": (gzip.compress(b"") * 10_000, "is gzip data followed by 199980 further bytes" + HELP),
+    "trailing bytes": (gzip.compress(b"") + b"abc", "is gzip data followed by 3 further bytes" + HELP),
     "nested": (gzip.compress(gzip.compress(bytes(100))), "bytes that cannot be parsed as one"),
     "too large": (
         gzip.compress(bytes(9 * MIB)),
-        "expands to more than 8388608 bytes, which is the most (server setting GRAMOPHONE_MAX_MESSAGE_BYTES)",
+        (
+            "expands to more than 8388608 bytes, which is the most (server setting GRAMOPHONE_MAX_MESSAGE_BYTES); "
+            "upload images, in chunks, and name them by their digests"
+        ),
     ),
     "many fields": (gzip.compress(b"\x0a\0" * 3 * MIB), "occurs more than 100 times"),
+    "of empty blocks": (
+        gzip.compress(b"")[:10] + b"\0\0\0\xff\xff" * MIB + gzip.compress(b"")[10:],
+        "has 131072 bytes of gzip data with 0 bytes of content, more than a compressor makes of them" + HELP,
+    ),
 }
 
 
@@ -91,7 +99,8 @@ async def test_a_compressed_command_is_read_and_a_bad_one_ends_the_stream():
         await stream.send(prefixed(gzip.compress(start), compressed=True) + prefixed(bomb, compressed=True))
         answer = await stream.answer(within_s=60)
         assert answer.code == "INVALID_ARGUMENT"
-        assert "expands to more than 65536 bytes, which is the most of a message without images" in answer.message
+        words = "expands to more than 65536 bytes, which is the most of a message without images; shorten its fields"
+        assert words in answer.message
 
 
 async def test_the_flags_of_a_message_are_answered_whatever_they_are():

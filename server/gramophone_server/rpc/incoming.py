@@ -78,7 +78,7 @@ class Incoming:
 
     async def receive_command(self, kind: type[M]) -> M | None:
         """The next command of a controller; None if the client has ended its side. It may take any time."""
-        data = await self._receiver.read_command(self._context)
+        data = await self._receiver.read_command(self._context, self._connection)
         if data is None:
             return None
         self._on_received()

@@ -7,7 +7,6 @@ when a budget has room for the largest one, and its fields are counted before pr
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Iterable
 from functools import partial
 from types import TracebackType
@@ -19,10 +18,10 @@ from google.protobuf.message import DecodeError, Message
 from gramophone.recipe import Violation
 from gramophone_server.config import METADATA_BYTES, PROBE_READS, SMALL_READS, Limits, env_variable
 from gramophone_server.errors import GramophoneError, InvalidRequest, ServerBusy, SlowSender
-from gramophone_server.images.threads import started_threads
 from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget, Share
 from gramophone_server.rpc.event_loop import call_after_events
 from gramophone_server.rpc.field_counts import check_fields
+from gramophone_server.rpc.inflating import GZIP_START, Inflater
 from gramophone_server.rpc.timeouts import Timeouts
 
 __all__ = ["MAX_SMALL_BYTES", "Context", "Headers", "Received", "Receiver", "Room", "check_headers", "parse"]
@@ -39,8 +38,6 @@ MAX_SMALL_BYTES = 2**16
 # wait: the crowd of 2000 calls that never send theirs has made room after 1.3 s.
 SMALL_REPLACEABLE_AFTER_S = 0.02
 HEADER_BYTES = 32  # of each header, beside its name and value, as HTTP/2 counts them
-GZIP_START = b"\x1f\x8b"  # no message starts so: it would be field 3 of the wire type 7, which does not exist
-GZIP_FORMAT = 31  # of zlib: a gzip header and a window of 32 KiB
 
 
 class Room(NamedTuple):
@@ -58,7 +55,7 @@ class Received(NamedTuple):
 
 
 class Receiver:
-    """The rooms in which the messages of one server arrive, and the thread that decompresses them."""
+    """The rooms in which the messages of one server arrive, and what decompresses them."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -82,12 +79,12 @@ class Receiver:
             )
         )
         self._idle: Timeouts[_Wait] = Timeouts(limits.max_idle_s, _Wait.expire)
-        self._inflater = started_threads(1, "inflate")
+        self._inflater = Inflater()
 
     def close(self) -> None:
         """Stops the thread."""
         self._idle.close()
-        self._inflater.shutdown(wait=False, cancel_futures=True)
+        self._inflater.close()
 
     async def read(self, context: Context, room: Room, owner: str, kept: Share | None = None) -> Received | None:
         """The next message of a client, decompressed; None if it will send no further one.
@@ -115,7 +112,7 @@ class Receiver:
                     return None
                 share.was_prompt()
                 if data.startswith(GZIP_START):
-                    data = await self._inflate(data, room)
+                    data = await self._inflate(data, room, owner)
                 _check_size(data, room)
                 share.shrink_to(len(data))
             except BaseException:
@@ -123,13 +120,13 @@ class Receiver:
                 raise
         return Received(data, share)
 
-    async def read_command(self, context: Context) -> bytes | None:
+    async def read_command(self, context: Context, owner: str) -> bytes | None:
         """The next command of a controller, which may take any time to send it; None if it will send no further one.
-        The caller has a share of `command_share`."""
+        The caller has a share of `command_share`. ``owner`` is its connection."""
         data = await _read(context)
         if data is not None:
             if data.startswith(GZIP_START):
-                data = await self._inflate(data, self.commands)
+                data = await self._inflate(data, self.commands, owner)
             _check_size(data, self.commands)
         return data
 
@@ -137,14 +134,15 @@ class Receiver:
         """What one controller may send while nothing else is read from it. Raises `ServerBusy`."""
         return self.commands.budget.take_now(self._limits.max_message_bytes, owner)
 
-    async def _inflate(self, data: bytes, room: Room) -> bytes:
+    async def _inflate(self, data: bytes, room: Room, owner: str) -> bytes:
         """The content of a compressed message. Raises `InvalidRequest`."""
         if room.max_bytes == MAX_SMALL_BYTES:
-            # Here, in less than a millisecond, so that a flood of large messages does not delay health checks.
             _check_size(data, room)
-            return _inflated(data, room.max_bytes)
-        inflated = partial(_inflated, data, room.max_bytes)
-        return await asyncio.get_running_loop().run_in_executor(self._inflater, inflated)
+            most = "which is the most of a message without images; shorten its fields"
+        else:
+            setting = f"server setting {env_variable('max_message_bytes')}"
+            most = f"which is the most ({setting}); upload images, in chunks, and name them by their digests"
+        return await self._inflater.inflate(data, room.max_bytes, most, owner)
 
 
 def check_headers(headers: Headers) -> None:
@@ -232,27 +230,6 @@ def _check_size(data: bytes, room: Room) -> None:
     """Raises `InvalidRequest`."""
     if len(data) > room.max_bytes:
         raise _refusal(f"must have at most {room.max_bytes} bytes, because it carries no image, got {len(data)}")
-
-
-def _inflated(data: bytes, max_bytes: int) -> bytes:
-    """The content of a gzip file. Raises `InvalidRequest` if it is damaged, has more than one part, or is too large."""
-    inflater = zlib.decompressobj(GZIP_FORMAT)
-    try:
-        content = inflater.decompress(data, max_bytes + 1)
-    except zlib.error as error:
-        raise _refusal(f"is no valid gzip data ({error})") from None
-    if len(content) > max_bytes:
-        of = (
-            "of a message without images"
-            if max_bytes == MAX_SMALL_BYTES
-            else f"(server setting {env_variable('max_message_bytes')})"
-        )
-        raise _refusal(f"expands to more than {max_bytes} bytes, which is the most {of}")
-    if not inflater.eof:
-        raise _refusal("is gzip data that is cut off")
-    if inflater.unused_data:
-        raise _refusal(f"is gzip data followed by {len(inflater.unused_data)} further bytes")
-    return content
 
 
 def _refusal(description: str) -> InvalidRequest:
