@@ -1,5 +1,6 @@
 """The store of uploads: what is kept, and what is evicted."""
 
+import contextlib
 import hashlib
 import random
 
@@ -28,14 +29,14 @@ def keep(uploads, names, owner=A, size=3):
 
 def kept(uploads, names):
     """Those of the letters whose files are kept. They count as used."""
-    with uploads.hold() as held:
+    with uploads.hold("ipv4:10.0.0.3:40001") as held:
         return "".join(name for name in names if held.find(name) is not None)
 
 
 def test_the_least_recently_used_file_of_a_client_is_evicted():
     uploads, _ = store(10)
     keep(uploads, "abc")
-    with uploads.hold() as held:
+    with uploads.hold(A) as held:
         assert held.find("a") == b"aaa"
     keep(uploads, "b")  # uploaded again, which counts as a use
     keep(uploads, "d", size=4)
@@ -96,7 +97,7 @@ def test_files_that_nobody_uses_are_evicted_first():
 def test_a_file_that_a_job_holds_is_not_evicted():
     uploads, _ = store(10)
     keep(uploads, "ab", size=5)
-    with uploads.hold() as first, uploads.hold() as second:
+    with uploads.hold(A) as first, uploads.hold(B) as second:
         assert first.find("a") == second.find("a") == first.find("a") == b"aaaaa"
         keep(uploads, "cd", size=5)
         assert kept(uploads, "abcd") == "ad"
@@ -109,12 +110,50 @@ def test_a_file_that_a_job_holds_is_not_evicted():
     assert kept(uploads, "ade") == "ae"  # was held until later
 
 
+def test_the_jobs_of_one_connection_hold_three_quarters_of_what_others_leave():
+    uploads, _ = store(100)
+    keep(uploads, "abcdefghij", size=10)
+    with contextlib.ExitStack() as stack:
+        jobs = [stack.enter_context(uploads.hold(A)) for _ in range(4)]
+        for job, names in zip(jobs, ("abc", "abc", "defg"), strict=False):  # files that both hold count once
+            assert all(job.find(name) for name in names)
+        with pytest.raises(ServerBusy, match=r"jobs of this connection .* use 70 of the 100 bytes .*_MAX_UPLOADS_BYTES\)"):
+            jobs[3].find("h")
+        assert jobs[3].find("a")
+        other = stack.enter_context(uploads.hold(B))
+        assert other.find("h") and other.find("i") and other.find("j")  # one job may hold what is left
+        jobs[2].__exit__(None, None, None)
+        second, third = stack.enter_context(uploads.hold(B)), stack.enter_context(uploads.hold(B))
+        assert second.find("d") and second.find("e")  # B holds 50 of the 70 that A leaves, and may hold 52
+        with pytest.raises(ServerBusy):
+            third.find("f")
+    with uploads.hold(A) as job:
+        assert all(job.find(name) for name in "abcdefghij")  # nothing is held any more, and this job is alone
+
+
+def test_who_has_most_and_lets_jobs_hold_all_of_it_does_not_evict_those_of_others():
+    uploads, _ = store(100)
+    keep(uploads, "abcdef", A, 12)
+    keep(uploads, "xy", B, 12)
+    with uploads.hold(A) as job:
+        for name in "abcdef":
+            job.find(name)
+        with pytest.raises(ServerBusy, match="use all 72 that this connection has of the 100 bytes"):
+            keep(uploads, "g", A, 10)
+        assert kept(uploads, "abcdefxyg") == "abcdefxy"
+        keep(uploads, "z", B, 10)
+        keep(uploads, "!", ELSEWHERE, 10)
+        assert kept(uploads, "abcdefxyz!") == "abcdefz!"
+    keep(uploads, "g", A, 10)
+    assert kept(uploads, "g") == "g"
+
+
 def test_small_files_are_counted_too(monkeypatch):
     monkeypatch.setattr(upload_store, "MAX_FILES", 3)
     uploads, _ = store(10**6)
     keep(uploads, "abcd")
     assert kept(uploads, "abcd") == "bcd"
-    with uploads.hold() as held:
+    with uploads.hold(A) as held:
         for name in "bcd":
             held.find(name)
         with pytest.raises(ServerBusy):
@@ -136,8 +175,9 @@ def test_the_bytes_are_those_of_the_kept_files_whatever_happens():
                 except ServerBusy:
                     assert holds
             case 1:
-                holds.append(uploads.hold())
-                holds[-1].find(rng.choice(list(sizes)))
+                holds.append(uploads.hold(rng.choice((A, B))))
+                with contextlib.suppress(ServerBusy):
+                    holds[-1].find(rng.choice(list(sizes)))
             case 2 if holds:
                 holds.pop(rng.randrange(len(holds))).__exit__(None, None, None)
             case 3:

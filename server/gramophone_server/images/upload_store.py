@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,9 @@ MAX_CLAIMS = 4  # of one file
 # have ended, and would never become the one with the most bytes.
 STALE_S = 600.0
 BUSY_S = 1.0  # before a retry: decoding an image, for which it is held, takes less
+# Most that the jobs of one connection hold of what others leave, so that uploads still find room. A single job may hold
+# more.
+HELD_OF_ONE = 0.75
 
 
 class Upload:
@@ -119,8 +123,8 @@ class UploadStore:
 
     The connection of an upload has a claim on the file. If there is too little room, the store drops the oldest claim
     of the connection that claims the most bytes, of the host whose connections claim the most. A file without a claim
-    is evicted. So a client that uploads a lot evicts its own files first. A file that was not used for `STALE_S` is
-    evicted before all others, and one that a job holds is not evicted.
+    is evicted. So a client that uploads a lot evicts its own files first, and is told to wait if jobs hold all of them.
+    A file that was not used for `STALE_S` is evicted before all others, and one that a job holds is not evicted.
     """
 
     def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -128,6 +132,7 @@ class UploadStore:
         self._files: dict[str, StoredFile] = {}
         self._idle: OrderedDict[str, StoredFile] = OrderedDict()  # those that no job holds, oldest use first
         self._hosts: dict[str, Host] = {}
+        self._holders: dict[str, _Holder] = {}  # by the connection of their jobs
         self._hits = self._misses = self._bytes = self._held_bytes = 0
 
     @property
@@ -137,24 +142,21 @@ class UploadStore:
 
     def keep(self, digest: str, data: bytes, owner: str) -> None:
         """Keeps a file, or marks it as used if it is kept already. ``owner``: the address of the connection, whose part
-        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files."""
+        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files, or all files of
+        this connection, which claims the most."""
         file = self._files.get(digest)
         if file is None:
             if self._held_bytes + len(data) > self._max_bytes or len(self._files) - len(self._idle) >= MAX_FILES:
-                raise ServerBusy(
-                    f"jobs that are about to start use most of the {self._max_bytes} bytes of uploads that are kept "
-                    f"(server setting {env_variable('max_uploads_bytes')})",
-                    BUSY_S,
-                )
-            self._make_room(len(data))
+                raise self._busy("jobs that are about to start use most")
+            self._make_room(len(data), owner)
             file = self._files[digest] = self._idle[digest] = StoredFile(digest, data, self._clock())
             self._bytes += len(data)
         self._claim(file, owner)
         self._use(file)
 
-    def hold(self) -> Hold:
-        """For the files of one job, in a `with` block."""
-        return Hold(self)
+    def hold(self, owner: str) -> Hold:
+        """For the files of one job of this connection, in a `with` block."""
+        return Hold(self, owner)
 
     def find(self, digest: str) -> StoredFile | None:
         """A file, marked as used, and counted as a hit or a miss."""
@@ -166,8 +168,31 @@ class UploadStore:
             self._use(file)
         return file
 
-    def set_held(self, file: StoredFile, change: int) -> None:
-        """Counts a job that holds the file (1), or no longer does (-1)."""
+    def take(self, file: StoredFile, owner: str, *, is_first: bool) -> None:
+        """Counts a job of this connection that holds the file. ``is_first``: it holds no other one yet. Raises
+        `ServerBusy` if the other jobs of this connection hold too much beside it."""
+        holder = self._holders.setdefault(owner, _Holder())
+        others = holder.jobs - (not is_first)
+        allowed = HELD_OF_ONE * (self._max_bytes - (self._held_bytes - holder.bytes))
+        if others and not holder.counts[file] and holder.bytes + len(file.data) > allowed:
+            raise self._busy(f"jobs of this connection that are about to start use {holder.bytes}")
+        holder.jobs += is_first
+        holder.bytes += 0 if holder.counts[file] else len(file.data)
+        holder.counts[file] += 1
+        self._set_held(file, 1)
+
+    def give_back(self, files: Iterable[StoredFile], owner: str) -> None:
+        """A job of this connection holds these files no more, and no other ones."""
+        holder = self._holders[owner]
+        holder.jobs -= 1
+        for file in files:
+            holder.counts[file] -= 1
+            holder.bytes -= 0 if holder.counts[file] else len(file.data)
+            self._set_held(file, -1)
+        if not holder.jobs:
+            del self._holders[owner]
+
+    def _set_held(self, file: StoredFile, change: int) -> None:
         was_held = file.holds > 0
         file.holds += change
         if (file.holds > 0) == was_held:
@@ -216,8 +241,9 @@ class UploadStore:
             del self._files[file.digest], self._idle[file.digest]
             self._bytes -= len(file.data)
 
-    def _make_room(self, size: int) -> None:
-        """Evicts files until one of ``size`` bytes fits. It fits beside those that jobs hold."""
+    def _make_room(self, size: int, uploader: str) -> None:
+        """Evicts files until one of ``size`` bytes fits. It fits beside those that jobs hold. Raises `ServerBusy` if it
+        is the turn of the uploader itself, and jobs hold all of its files."""
         stale_s = self._clock() - STALE_S
         while self._lacks_room(size) and (oldest := next(iter(self._idle.values()))).used_s < stale_s:
             for owner in tuple(oldest.owners):
@@ -225,7 +251,8 @@ class UploadStore:
         # Heaps, because the scan of all owners for each of thousands of small files would take seconds.
         hosts = [(-host.bytes, host.name) for host in self._hosts.values()]
         owners = {
-            host.name: [_rank(owner) for owner in host.owners.values() if owner.idle] for host in self._hosts.values()
+            host.name: [_rank(owner) for owner in host.owners.values() if owner.idle or owner.name == uploader]
+            for host in self._hosts.values()
         }
         heapq.heapify(hosts)
         for heap in owners.values():
@@ -235,21 +262,36 @@ class UploadStore:
             if not owners[host.name]:  # jobs hold all of its files
                 continue
             owner = host.owners[heapq.heappop(owners[host.name])[2]]
+            if not owner.idle:
+                raise self._busy(f"jobs that are about to start use all {owner.bytes} that this connection has")
             self._drop_claim(next(iter(owner.idle.values())), owner)
-            if owner.idle:
+            if owner.idle or owner.name == uploader and owner.bytes:
                 heapq.heappush(owners[host.name], _rank(owner))
             if host.bytes:
                 heapq.heappush(hosts, (-host.bytes, host.name))
+
+    def _busy(self, who: str) -> ServerBusy:
+        of = f"of the {self._max_bytes} bytes of uploads that are kept"
+        return ServerBusy(f"{who} {of} (server setting {env_variable('max_uploads_bytes')})", BUSY_S)
 
     def _lacks_room(self, size: int) -> bool:
         return self._bytes + size > self._max_bytes or len(self._files) >= MAX_FILES
 
 
+@dataclass(eq=False)
+class _Holder:
+    """A connection whose jobs hold files, each counted once."""
+
+    jobs: int = 0
+    bytes: int = 0
+    counts: Counter[StoredFile] = field(default_factory=Counter)  # the jobs that hold a file
+
+
 class Hold:
     """The files that one job uses until its images are decoded. They are not evicted during the `with` block."""
 
-    def __init__(self, store: UploadStore) -> None:
-        self._store = store
+    def __init__(self, store: UploadStore, owner: str) -> None:
+        self._store, self._owner = store, owner
         self._files: dict[str, StoredFile] = {}
 
     def __enter__(self) -> Self:
@@ -258,23 +300,26 @@ class Hold:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        while self._files:
-            self._store.set_held(self._files.popitem()[1], -1)
+        if self._files:
+            self._store.give_back(self._files.values(), self._owner)
+            self._files = {}
 
     def find(self, digest: str) -> bytes | None:
-        """The file with this digest; None if it is not kept."""
+        """The file with this digest; None if it is not kept. Raises `ServerBusy` if other jobs of the connection hold
+        too many others."""
         file = self._store.find(digest)
         if file is None:
             return None
         if digest not in self._files:
+            self._store.take(file, self._owner, is_first=not self._files)
             self._files[digest] = file
-            self._store.set_held(file, 1)
         return file.data
 
 
 def _rank(owner: Owner) -> tuple[int, float, str]:
     """The lowest is the owner that loses a file first."""
-    return -owner.bytes, next(iter(owner.idle.values())).used_s, owner.name
+    used_s = next(iter(owner.idle.values())).used_s if owner.idle else math.inf
+    return -owner.bytes, used_s, owner.name
 
 
 def _refusal(description: str) -> InvalidRequest:

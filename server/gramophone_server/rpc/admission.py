@@ -78,7 +78,7 @@ class Admission:
         Raises `InvalidRequest` with all violations of the first of these groups that has any, `ImageNotFound`,
         `OutOfDeviceMemory`, `DeadlineUnattainable`, `ServerBusy`. If it is cancelled, decoding ends.
         """
-        with self.uploads.hold() as held, self._images.room(owner) as room:
+        with self.uploads.hold(owner) as held, self._images.room(owner) as room:
             return await self._prepare(spec, held, room, reservation, deadline_at, owner)
 
     async def _prepare(
