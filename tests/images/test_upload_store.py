@@ -117,7 +117,9 @@ def test_the_jobs_of_one_connection_hold_three_quarters_of_what_others_leave():
         jobs = [stack.enter_context(uploads.hold(A)) for _ in range(4)]
         for job, names in zip(jobs, ("abc", "abc", "defg"), strict=False):  # files that both hold count once
             assert all(job.find(name) for name in names)
-        with pytest.raises(ServerBusy, match=r"jobs of this connection .* use 70 of the 100 bytes .*_MAX_UPLOADS_BYTES\)"):
+        with pytest.raises(
+            ServerBusy, match=r"jobs of this connection .* use 70 of the 100 bytes .*_MAX_UPLOADS_BYTES\)"
+        ):
             jobs[3].find("h")
         assert jobs[3].find("a")
         other = stack.enter_context(uploads.hold(B))

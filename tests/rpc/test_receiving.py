@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import os
+import uuid
 from dataclasses import replace
 
 import grpc
@@ -14,6 +15,7 @@ from gramophone_server.config import Limits
 from gramophone_server.rpc.promptness import Standing
 from gramophone_server.rpc.receiving import MAX_SMALL_BYTES
 from tests.support.clock import until
+from tests.support.controllers import start_controller
 from tests.support.engines import FakeEngine
 from tests.support.raw_http2 import connection, prefixed
 from tests.support.serving import refused, serving, start_stream
@@ -22,6 +24,7 @@ from tests.support.specs import spec
 PATH = "/gramophone.v1.StyleTransferService/"
 MIB = 2**20
 GZIP = [("grpc-encoding", "gzip")]
+UPLOAD = pb.UploadImageRequest(chunk=spec().content.data).SerializeToString()
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["StyleTransferService"].methods]
 
 
@@ -213,19 +216,85 @@ async def test_a_controller_may_be_silent_for_longer():
         assert s.servicer.receiver.commands.budget.used == 0
 
 
-async def test_no_more_clients_control_jobs_than_there_are_places():
-    engine = FakeEngine()
-    async with serving(engine, Limits(max_running=1, max_queued=0)) as s:
-        engine.go.clear()
-        first = s.stub.StylizeInteractive()
-        await first.write(pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=spec(iterations=1000))))
-        await first.read()
-        second = s.stub.StylizeInteractive()
-        await second.write(pb.StylizeInteractiveRequest(attach=pb.AttachCommand(job_id="x")))
-        got = await refused(second)
-        assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
-        assert "too many clients control a job (server settings GRAMOPHONE_MAX_RUNNING and" in got.message
-        first.cancel()
+async def test_a_controller_that_reads_nothing_leaves_when_another_one_needs_its_place(monkeypatch):
+    """Its job has ended, so it is none of the running ones, which are no more than there are places."""
+    for module in ("calls", "receiving"):
+        monkeypatch.setattr(f"gramophone_server.rpc.{module}.READING_S", 0.2)
+    async with serving(FakeEngine(), Limits(max_running=1, max_queued=0)) as s, connection(s.address, window=0) as raw:
+        budget = s.servicer.receiver.commands.budget
+        start = pb.StylizeInteractiveRequest(start=pb.StartCommand(spec=spec(iterations=1)))
+        await raw.open_stream(PATH + "StylizeInteractive", hold=True).send(prefixed(start.SerializeToString()))
+        await until(lambda: s.servicer.jobs.ended == 1)
+        assert budget.used == budget.max_bytes
+        second = await start_controller(s, spec(iterations=5))
+        await second.rest()
+        assert second.order[-1] == "result" and budget.promptness.of(raw.peer, budget.now()) is Standing.SLOW
+        await until(lambda: raw.is_closed)
+        await until(lambda: budget.used == 0)
+
+
+@pytest.mark.parametrize("how", ["attach", "start again"])
+async def test_a_controller_needs_no_place_for_a_job_that_has_ended(how):
+    async with serving(FakeEngine(), Limits(max_running=1, max_queued=0)) as s, connection(s.address) as raw:
+        request_id = str(uuid.uuid4())
+        first = await start_controller(s, spec(iterations=5), request_id=request_id)
+        await first.rest()
+        job = s.servicer.jobs.find(first.job_id)
+        assert job.ended
+        again = (
+            {"attach": pb.AttachCommand(job_id=job.id)}
+            if how == "attach"
+            else {"start": pb.StartCommand(spec=spec(iterations=5), request_id=request_id)}
+        )
+        streams = [raw.open_stream(PATH + "StylizeInteractive", hold=True) for _ in range(3)]
+        for stream in streams:
+            await stream.send(prefixed(pb.StylizeInteractiveRequest(**again).SerializeToString()))
+        for stream in streams:
+            assert (await stream.answer(within_s=10)).code == "OK"
+        assert s.servicer.receiver.commands.budget.used == 0
+
+
+async def test_calls_that_wait_for_the_job_of_their_request_id_give_way_to_others(monkeypatch):
+    """With room for two large messages, that of a waiting call goes when a bystander needs it."""
+    limits = replace(one_room(), max_receiving_bytes=2**25)
+    async with contextlib.AsyncExitStack() as stack:
+        s = await stack.enter_async_context(serving(FakeEngine(), limits))
+        prepare, go = s.servicer.admission.prepare, asyncio.Event()
+
+        async def prepare_later(*about):
+            monkeypatch.setattr(s.servicer.admission, "prepare", prepare)
+            await go.wait()
+            return await prepare(*about)
+
+        monkeypatch.setattr(s.servicer.admission, "prepare", prepare_later)
+        request = pb.StylizeRequest(spec=spec(), request_id=str(uuid.uuid4()))
+        first = s.stub.Stylize(request)
+        await until(lambda: s.servicer.preparing == 1)
+        request.spec.content.data = bytes(15 * MIB)
+        streams = []
+        for number in (1, 2):
+            raw = await stack.enter_async_context(connection(s.address))
+            streams.append(raw.open_stream(PATH + "Stylize"))
+            await streams[-1].send(prefixed(request.SerializeToString()), end=True)
+            await until(lambda number=number: s.servicer.receiver.requests.budget.used > number * 15 * MIB)
+        bystander = await stack.enter_async_context(connection(s.address))
+        answering = asyncio.create_task(answered(bystander, "Stylize", prefixed(stylize())))
+        answers = [asyncio.create_task(stream.answer(within_s=60)) for stream in streams]
+        assert (await answering).code == "OK"
+        busy, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        assert {answer.result().reason for answer in busy} == {"SERVER_BUSY"} and len(busy) == 1
+        go.set()
+        assert (await first).result.image.data
+        assert {(await answer).reason for answer in answers} == {"SERVER_BUSY", "REQUEST_ID_TAKEN"}
+
+
+async def test_an_upload_whose_reply_is_not_read_keeps_no_room():
+    async with serving(FakeEngine()) as s, connection(s.address, window=0) as raw:
+        stream = raw.open_stream(PATH + "UploadImage", hold=True)
+        await stream.send(prefixed(UPLOAD), end=True)
+        await until(lambda: s.servicer.uploads.counts.bytes > 0)
+        await until(lambda: s.servicer.receiver.requests.budget.used == 0)
+        assert not stream.is_over
 
 
 async def test_unfinished_messages_make_room_for_others():

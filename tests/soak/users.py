@@ -33,7 +33,10 @@ from tests.support.monitoring import RuleViolation
 USERS = 6
 CALLS_PER_CONNECTION = 20
 SIZES = (48, 64)  # pixels
-MAX_ACTION_S = 60.0  # of an honest user; the longest takes seconds on a quiet server, also with the real engine
+# Of an honest user; the longest takes seconds on a quiet server, also with the real engine. Beside hostile crowds a job
+# may wait until each place was someone's for five seconds of the device, and then shares it with all of them: 52 s were
+# seen beside other work. Only a server that hangs takes longer than this.
+MAX_ACTION_S = 180.0
 CONTENTS = [synthetic(seed, 64) for seed in range(4)]
 STYLES = [synthetic(100 + seed, 64, 16) for seed in range(8)]
 

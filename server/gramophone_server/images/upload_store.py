@@ -142,8 +142,8 @@ class UploadStore:
 
     def keep(self, digest: str, data: bytes, owner: str) -> None:
         """Keeps a file, or marks it as used if it is kept already. ``owner``: the address of the connection, whose part
-        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files, or all files of
-        this connection, which claims the most."""
+        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files, or all those
+        of the owner, which claims the most."""
         file = self._files.get(digest)
         if file is None:
             if self._held_bytes + len(data) > self._max_bytes or len(self._files) - len(self._idle) >= MAX_FILES:
@@ -265,7 +265,7 @@ class UploadStore:
             if not owner.idle:
                 raise self._busy(f"jobs that are about to start use all {owner.bytes} that this connection has")
             self._drop_claim(next(iter(owner.idle.values())), owner)
-            if owner.idle or owner.name == uploader and owner.bytes:
+            if owner.idle or (owner.name == uploader and owner.bytes):
                 heapq.heappush(owners[host.name], _rank(owner))
             if host.bytes:
                 heapq.heappush(hosts, (-host.bytes, host.name))

@@ -56,6 +56,10 @@ class Share:
         """Its owner has kept others waiting."""
         self._budget.promptness.was_slow(self.owner, self._budget.now())
 
+    def keep(self) -> None:
+        """From now on it cannot be replaced."""
+        self._budget.forget(self)
+
     def absorb(self, other: Share) -> None:
         """Takes over the bytes of another share of the same budget and owner, which then has none."""
         self.bytes += other.bytes

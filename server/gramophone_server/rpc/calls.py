@@ -26,18 +26,19 @@ from gramophone_server.errors import (
 from gramophone_server.images.shortages import MEMORY, shortage_behind
 from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import Mailbox
+from gramophone_server.rpc.byte_budget import Share
 from gramophone_server.rpc.call_places import CallPlaces
 from gramophone_server.rpc.connections import close_connection
 from gramophone_server.rpc.incoming import Incoming
 from gramophone_server.rpc.outgoing import Outgoing
 from gramophone_server.rpc.receiving import Context, Receiver
-from gramophone_server.rpc.send_timeout import SendTimeout
+from gramophone_server.rpc.send_timeout import READING_S, SendTimeout
 from gramophone_server.rpc.send_turns import SendTurns
 from gramophone_server.rpc.status import abort_status, reason
 from gramophone_server.telemetry.access_log import AccessLog, trace_id
 from gramophone_server.telemetry.metrics import METHODS, Metrics
 
-__all__ = ["READING_S", "ActiveCalls", "Context", "RpcCall", "as_domain_error"]
+__all__ = ["ActiveCalls", "Context", "RpcCall", "as_domain_error"]
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,6 @@ DEADLINE_ROUNDING = 0.01
 TRANSIT_S = 0.02
 # Before a retry, if the server lacks file descriptors or room: it has them again when other calls have ended.
 SHORTAGE_RETRY_S = 2.0
-
-# A client may take this long to read a large message, if others wait for its memory: 12 MB at 2.5 MB/s.
-READING_S = 5.0
 
 
 class ActiveCalls:
@@ -183,13 +181,16 @@ class RpcCall:
             self.frames += 1
             self.dropped_frames += message.dropped
             self._metrics.frame_sent(message.dropped)
-        if message.share is not None:
-            message.share.replaceable(self._make_room)
+        for share in (message.share, self.incoming.commands):
+            if share is not None:
+                share.replaceable(self._make_room)
         self._send_timeout.begin(len(message.data))
 
     def end_sending(self) -> None:
         """See `sending`."""
         self._send_timeout.end()
+        if self.incoming.commands is not None and self._late_status is None:
+            self.incoming.commands.keep()
         self._close_outgoing()
 
     def set_job(self, job: Job) -> None:
@@ -235,11 +236,11 @@ class RpcCall:
     def _time_out(self) -> None:
         """The client has not read for `max_blocked_s`."""
         self._drop_slow_reader(self._calls.max_blocked_s)
-        if self._outgoing is not None and self._outgoing.share is not None:
-            self._outgoing.share.replaceable(self.close_connection)
+        for share in self._kept_shares():
+            share.replaceable(self.close_connection)
 
     def _make_room(self) -> None:
-        """Others wait for the bytes of a message that the client has not read for `READING_S`."""
+        """Others wait for what a client keeps that has not read a message for `READING_S`."""
         self._drop_slow_reader(READING_S)
         asyncio.get_running_loop().call_later(READING_S, self.close_connection)
 
@@ -248,8 +249,8 @@ class RpcCall:
         and send the status from another task; the client sees it after the messages still in flight."""
         if self.disconnected or self._late_status is not None:
             return
-        if self._outgoing is not None and self._outgoing.share is not None:
-            self._outgoing.share.was_slow()
+        for share in self._kept_shares():
+            share.was_slow()
         self._detach()
         error = SlowReader(blocked_s)
         self._code, self._error = grpc.StatusCode.ABORTED, error
@@ -276,6 +277,11 @@ class RpcCall:
         the status."""
         if self._late_status is not None and close_connection(self.connection):
             log.warning("%s reads nothing, and others need the room: its connection was closed", self.connection)
+
+    def _kept_shares(self) -> Iterator[Share]:
+        """What it keeps while the client does not read: the bytes of the message, and the place of a controller."""
+        message = None if self._outgoing is None else self._outgoing.share
+        return (share for share in (message, self.incoming.commands) if share is not None)
 
     def _close_outgoing(self) -> None:
         """Gives back what the message holds, unless gRPC still keeps it for a slow reader."""

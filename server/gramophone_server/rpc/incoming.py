@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -45,7 +46,7 @@ class Incoming:
         self._on_received = on_received
         self._has_place = False
         self._share: Share | None = None  # of all messages so far
-        self._commands: Share | None = None
+        self.commands: Share | None = None  # what a controller may send
 
     async def receive(self, kind: type[M]) -> M:
         """The one message of a method whose client sends one. Raises as `receive_next` does."""
@@ -84,9 +85,20 @@ class Incoming:
         self._on_received()
         return parse(data, kind)
 
-    def reserve_commands(self) -> None:
-        """Reserves the memory for what a client may send as a command. Raises `ServerBusy`."""
-        self._commands = self._receiver.command_share(self._connection)
+    async def reserve_commands(self) -> None:
+        """Reserves the memory for what a client may send as a command, when it is its turn. Raises `ServerBusy`."""
+        with self.giving_way():
+            self.commands = await self._receiver.command_share(self._connection)
+
+    @contextlib.contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """While its body waits for others than this client, these may have the room of its messages so far. If they
+        need it, the body is cancelled. Raises `ServerBusy` then."""
+        if self._share is None:
+            yield
+        else:
+            with self._receiver.giving_way(self._share):
+                yield
 
     def take_share(self) -> Share | None:
         """The share of the messages so far. The caller gives it back, when they are handled."""
@@ -102,8 +114,8 @@ class Incoming:
     def close(self) -> None:
         """The call has ended."""
         self.release()
-        if self._commands is not None:
-            self._commands.give_back()
+        if self.commands is not None:
+            self.commands.give_back()
 
     def give_back_place(self) -> None:
         """Nothing of the call is left in gRPC. Further calls change nothing."""

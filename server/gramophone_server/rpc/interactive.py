@@ -85,7 +85,11 @@ class Controller:
 
     @contextlib.contextmanager
     def _reading_commands(self, call: RpcCall) -> Iterator[None]:
-        """Reads and executes commands while its body runs, or until the client leaves."""
+        """Reads and executes commands while its body runs, or until the client leaves. None are read, and so no memory
+        is reserved for them, if the job had ended before the client came."""
+        if call.incoming.commands is None:
+            yield
+            return
         task = asyncio.create_task(self._read_commands(call))
         task.add_done_callback(self._reader_done)
         call.set_reader(task)

@@ -7,7 +7,8 @@ when a budget has room for the largest one, and its fields are counted before pr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
@@ -22,6 +23,7 @@ from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget, Sha
 from gramophone_server.rpc.event_loop import call_after_events
 from gramophone_server.rpc.field_counts import check_fields
 from gramophone_server.rpc.inflating import GZIP_START, Inflater
+from gramophone_server.rpc.send_timeout import READING_S
 from gramophone_server.rpc.timeouts import Timeouts
 
 __all__ = ["MAX_SMALL_BYTES", "Context", "Headers", "Received", "Receiver", "Room", "check_headers", "parse"]
@@ -37,6 +39,9 @@ MAX_SMALL_BYTES = 2**16
 # Honest messages without images come with their call. So one that has not come after this time makes room if others
 # wait: the crowd of 2000 calls that never send theirs has made room after 1.3 s.
 SMALL_REPLACEABLE_AFTER_S = 0.02
+CONTROLLERS_OF_ONE = 7 / 8  # of the places for controllers that others leave: as many as jobs
+# For a place: those who read nothing are told to leave after `READING_S`, and disconnected after as much again.
+CONTROLLER_WAIT_S = 2.5 * READING_S
 HEADER_BYTES = 32  # of each header, beside its name and value, as HTTP/2 counts them
 
 
@@ -76,6 +81,9 @@ class Receiver:
                 limits.max_controllers * largest,
                 "too many clients control a job (server settings "
                 f"{env_variable('max_running')} and {env_variable('max_queued')})",
+                of_one=CONTROLLERS_OF_ONE,
+                replaceable_after_s=READING_S,
+                max_wait_s=CONTROLLER_WAIT_S,
             )
         )
         self._idle: Timeouts[_Wait] = Timeouts(limits.max_idle_s, _Wait.expire)
@@ -102,11 +110,11 @@ class Receiver:
                     share = await room.budget.take(size, owner)
                 finally:
                     if kept is not None:
-                        room.budget.forget(kept)
+                        kept.keep()
             try:
                 share.replaceable(partial(wait.replace, share))
                 data = await wait.message(context)
-                room.budget.forget(share)
+                share.keep()
                 if data is None:
                     share.give_back()
                     return None
@@ -130,9 +138,19 @@ class Receiver:
             _check_size(data, self.commands)
         return data
 
-    def command_share(self, owner: str) -> Share:
+    async def command_share(self, owner: str) -> Share:
         """What one controller may send while nothing else is read from it. Raises `ServerBusy`."""
-        return self.commands.budget.take_now(self._limits.max_message_bytes, owner)
+        return await self.commands.budget.take(self._limits.max_message_bytes, owner)
+
+    @contextlib.contextmanager
+    def giving_way(self, share: Share) -> Iterator[None]:
+        """Others may have this share while the body waits. The body is cancelled then. Raises `ServerBusy`."""
+        with _Wait(self._idle) as wait:
+            share.replaceable(wait.replace)
+            try:
+                yield
+            finally:
+                share.keep()
 
     async def _inflate(self, data: bytes, room: Room, owner: str) -> bytes:
         """The content of a compressed message. Raises `InvalidRequest`."""

@@ -7,10 +7,13 @@ import math
 import time
 from collections.abc import Callable
 
-__all__ = ["LINK_BYTES_PER_S", "SendTimeout"]
+__all__ = ["LINK_BYTES_PER_S", "READING_S", "SendTimeout"]
 
 # A message may take a second for so many bytes without counting as lag: a slow link is no slow reader.
 LINK_BYTES_PER_S = 16 * 1024
+# A client may take this long to read a message if others wait for its bytes, or for the place of a controller: 12 MB at
+# 2.5 MB/s.
+READING_S = 5.0
 
 
 class SendTimeout:

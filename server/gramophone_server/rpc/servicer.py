@@ -21,13 +21,14 @@ from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
 from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.rpc.admission import Admission
 from gramophone_server.rpc.byte_budget import ByteBudget
-from gramophone_server.rpc.calls import READING_S, ActiveCalls, Context, RpcCall, as_domain_error
+from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
 from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.rpc.event_stream import JobEventStream
 from gramophone_server.rpc.interactive import Controller
 from gramophone_server.rpc.outgoing import Outgoing
 from gramophone_server.rpc.receiving import Receiver
 from gramophone_server.rpc.responses import constant_info, job_message, result_encoding
+from gramophone_server.rpc.send_timeout import READING_S
 from gramophone_server.rpc.status import reason
 from gramophone_server.rpc.validation import (
     check_first_message,
@@ -191,7 +192,10 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             upload = Upload(self._limits)
             while (request := await call.incoming.receive_next(pb.UploadImageRequest)) is not None:
                 upload.add(request.chunk)
-            async with call.replying(await self.admission.keep_upload(upload, call.connection)) as message:
+            response = await self.admission.keep_upload(upload, call.connection)
+            del upload
+            call.incoming.release()
+            async with call.replying(response) as message:
                 yield message
 
     async def GetServerInfo(self, _: object, context: Context) -> AsyncIterator[Outgoing]:
@@ -222,11 +226,12 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
             first = await call.incoming.receive_next(pb.StylizeInteractiveRequest)
             raise_violations(check_first_message(first))
             assert first is not None, "its absence was refused"
-            call.incoming.reserve_commands()
             if first.HasField("start"):
                 return await self._create_or_find(first.start, call, controls=True)
         raise_violations(check_watch_options(first.attach, "attach."))
         job = self.jobs.find(first.attach.job_id)
+        if not job.ended:  # otherwise it takes no command
+            await call.incoming.reserve_commands()
         call.incoming.release()
         return self._watch(job, call, first.attach, after=first.attach.after_sequence, controls=True)
 
@@ -241,6 +246,9 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         spec, request_id = request.spec, request.request_id.lower()
         raise_violations(check_request_id(request_id))
         job = await self._find_by_request(request_id, spec, call)
+        if controls and (job is None or not job.ended):
+            await call.incoming.reserve_commands()
+            job = await self._find_by_request(request_id, spec, call)  # again, because others came meanwhile
         attached = job is not None
         if job is None:
             job = self._create(spec, request_id, call)
@@ -256,7 +264,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         # Looked up again after each wait: if the job has failed in the meantime, the request is a new one.
         while (job := self.jobs.find_by_request(request_id)) is not None:
             if job in self._preparations:  # its digest is known when that has ended
-                await asyncio.wait([self._preparations[job]])
+                with call.incoming.giving_way():
+                    await asyncio.wait([self._preparations[job]])
             elif digest is None:
                 digest = await self.admission.digest(spec, call.connection)
             elif digest != job.digest:
