@@ -16,7 +16,7 @@ from gramophone_server.config import Limits
 from gramophone_server.engine.fake import FakeEngine
 from gramophone_server.errors import InvalidRequest
 from gramophone_server.images import codec, decoding
-from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.memory_bound import request_memory_bytes
 from gramophone_server.rpc.status import abort_status
 from gramophone_server.rpc.validation import check_page_options, check_request_id, check_spec, check_watch_options
@@ -144,7 +144,10 @@ def test_2000_damaged_pictures_are_decoded_or_refused():
         data = bad_pictures.damaged(
             rng.choice(bad_pictures.valid_pictures()), rng, rng.choice(bad_pictures.valid_pictures())
         )
-        for read in (lambda d: decoding.upright_size(d, LIMITS), lambda d: codec.decode(d, LIMITS, 64)):
+        for read in (
+            lambda d: decoding.upright_size(d, decoding.read_header(d, LIMITS)),
+            lambda d: codec.decode(d, LIMITS, 64),
+        ):
             try:
                 read(data)
             except UnusableImage as error:

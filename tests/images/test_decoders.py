@@ -9,19 +9,20 @@ import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from gramophone_server.config import Limits
+from gramophone_server.config import DECODER_THREADS, Limits
 from gramophone_server.domain import job
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import codec
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoder_client import DecoderProcess
-from gramophone_server.images.decoders import SMALL_PIXELS, Decoders, EncodedImage
+from gramophone_server.images.decoders import QUICK_PLACES, SMALL_PIXELS, Decoders, EncodedImage
 from gramophone_server.images.decoding import read_header
-from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage
 from tests.support.bad_pictures import many_codes
 from tests.support.clock import until
@@ -157,11 +158,29 @@ async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
     large = [asyncio.create_task(pool.decode([encoded(slow)], "a")) for _ in range(5)]
     await until(lambda: len(children()) == LIMITS.max_decoders)
     assert (await decoded(pool, SMALL, "b")).shape == (3, 64, 64)
-    assert await pool.quickly(lambda: 1) == await pool.run(lambda: 1, "b") == 1
+    assert await pool.quickly(lambda: 1, "b", 0) == await pool.run(lambda: 1, "b", 0) == 1
     assert not any(call.done() for call in large)
     for call in large:
         call.cancel()
     await asyncio.wait(large)
+
+
+@pytest.mark.parametrize("kind", ["quickly", "run"])
+async def test_an_owner_with_much_to_read_does_not_delay_others(pool, kind):
+    run, go, order = getattr(pool, kind), threading.Event(), []
+
+    def work(name):
+        assert go.wait(10), "the test never set it"
+        order.append(name)
+
+    many = [asyncio.create_task(run(partial(work, "large"), "a", 2**20)) for _ in range(40)]
+    await asyncio.sleep(0)  # it is before them
+    few = [asyncio.create_task(run(partial(work, "small"), "b", 1000)) for _ in range(5)]
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.gather(*many, *few)
+    last = max(i for i, name in enumerate(order) if name == "small")
+    assert last < QUICK_PLACES + 5 + DECODER_THREADS  # after those that have begun
 
 
 async def test_closing_ends_all_processes(slow):
@@ -291,7 +310,7 @@ WITHOUT_MEMORY = """
     import resource, sys
     from gramophone_server.config import Limits
     from gramophone_server.images.decoding import decode
-    from gramophone_server.images.metadata_stripping import UnusableImage
+    from gramophone_server.images.containers import UnusableImage
     from gramophone_server.images.shortages import Shortage
     import mmap
     used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE

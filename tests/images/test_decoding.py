@@ -1,8 +1,10 @@
 import contextlib
 import io
 import itertools
+import random
 import struct
 import time
+import tracemalloc
 import zlib
 
 import pytest
@@ -12,7 +14,8 @@ from PIL import Image, ImageCms, ImageDraw
 from gramophone_server.config import Limits
 from gramophone_server.domain.picture_size import style_size
 from gramophone_server.images import codec, decoding
-from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.images.containers import UnusableImage
+from gramophone_server.images.metadata_stripping import MAX_PROFILE_BYTES
 from tests.support.bad_pictures import program_profile
 
 LIMITS = Limits()
@@ -140,6 +143,30 @@ def test_an_unusable_profile_is_ignored(profile):
     assert pixel(decoded(encoded(Image.new("L", (16, 16), 77), icc_profile=profile))) == (77,) * 3
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [100_000, 1_400_000, MAX_PROFILE_BYTES - 1])
+def test_a_large_profile_is_converted_too(format, size):
+    """A printer's profile has 500 KB, one with fine tables 2 MB."""
+    profile = swapped_profile()
+    profile = struct.pack(">I", size) + profile[4:] + random.Random(1).randbytes(size - len(profile))
+    data = encoded(Image.new("RGB", (16, 16), RED), format, icc_profile=profile)
+    got = pixel(decoded(data))
+    assert got[0] < 10 and got[1] > 245 and got[2] < 10
+    assert decoding.upright_size(data, decoding.read_header(data, LIMITS)) == (16, 16)
+
+
+def test_a_profile_that_inflates_beyond_the_limit_is_refused_by_name():
+    bomb = png(8, 2, bytes(3), (b"iCCP", b"a\0\0" + zlib.compress(bytes(2**28), 9)))
+    tracemalloc.start()
+    try:
+        assert refused(bomb) == (
+            "has a colour profile of 4194304 bytes or more; convert the image to sRGB, or remove the profile"
+        )
+        assert tracemalloc.get_traced_memory()[1] < 3 * MAX_PROFILE_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_program_in_a_profile_is_not_run():
     """A program of 80 KB took 15 s for 256 pixels."""
     data = encoded(Image.new("RGB", (16, 16), RED), icc_profile=program_profile(10_000))
@@ -208,8 +235,10 @@ def test_of_two_sizes_the_one_that_was_checked_holds():
 def test_the_size_of_an_upload_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decoding.upright_size(encoded(Image.new("RGB", (64, 32)), "JPEG", exif=exif), LIMITS) == (32, 64)
-    assert decoding.upright_size(encoded(Image.new("RGB", (64, 32)), "PNG"), LIMITS) == (64, 32)
+    for options, size in (({"exif": exif}, (32, 64)), ({}, (64, 32))):
+        for format in ("JPEG", "PNG", "WEBP"):
+            data = encoded(Image.new("RGB", (64, 32)), format, **options)
+            assert decoding.upright_size(data, decoding.read_header(data, LIMITS)) == size
 
 
 def test_other_formats_are_refused_by_name():

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from gramophone_server.config import Limits
-from gramophone_server.images import codec, metadata_stripping
-from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.images import codec, containers, metadata_stripping
+from gramophone_server.images.containers import MAX_SCANS, PNG_START, UnusableImage
 from tests.support import bad_pictures as pictures
 from tests.support.bad_pictures import LARGE, chunk, encoded, exif_bomb, in_jpeg, in_png, in_webp, segment
 
@@ -104,9 +104,34 @@ def test_too_many_scans_are_refused():
     data = encoded(RED, "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     scans = data.count(b"\xff\xda")
-    assert decoded(data[:-2] + last * (metadata_stripping.MAX_SCANS - scans) + data[-2:]).shape == (3, HEIGHT, WIDTH)
+    assert decoded(data[:-2] + last * (MAX_SCANS - scans) + data[-2:]).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(UnusableImage, match="has more than 32 scans; save it with an ordinary encoder"):
-        decoded(data[:-2] + last * (metadata_stripping.MAX_SCANS - scans + 1) + data[-2:])
+        decoded(data[:-2] + last * (MAX_SCANS - scans + 1) + data[-2:])
+
+
+def test_the_orientation_behind_the_pixels_does_not_count():
+    """So a survey needs no scan, and a decoder ignores it, too."""
+    data = encoded(RED, "JPEG")
+    exif = segment(0xE1, b"Exif\0\0" + tiff((0x0112, 3, 1, 6)))
+    late = data[:-2] + exif + data[-2:]
+    assert metadata_stripping.strip(late).orientation == metadata_stripping.survey(late).orientation == 1
+    assert decoded(late).shape == (3, HEIGHT, WIDTH)
+
+
+def test_a_survey_does_not_look_at_scans(monkeypatch):
+    monkeypatch.setattr(containers, "SCAN_END", None)
+    assert metadata_stripping.survey(encoded(RED, "JPEG")) == (1, 1)
+
+
+def test_a_survey_counts_pictures_and_finds_damage():
+    for format in ("PNG", "WEBP"):
+        data = encoded(RED, format, save_all=True, append_images=[Image.new("RGB", pictures.SIZE)])
+        assert metadata_stripping.survey(data).frames == 2
+        assert metadata_stripping.survey(encoded(RED, format)) == (1, 1)
+    with pytest.raises(UnusableImage, match="is truncated or damaged"):
+        metadata_stripping.survey(encoded(RED, "PNG")[:40])
+    with pytest.raises(UnusableImage, match="must be a JPEG, PNG or WebP image"):
+        metadata_stripping.survey(b"GIF89a")
 
 
 def test_scans_of_a_preview_do_not_count():
@@ -118,7 +143,7 @@ def test_scans_of_a_preview_do_not_count():
 def test_orientation_is_read_from_its_directory(order):
     exif = tiff((0x010F, 2, 4, 0), (0x0112, 3, 1, 6), order=order)
     for data in (in_jpeg(segment(0xE1, b"Exif\0\0" + exif)), in_png(chunk(b"eXIf", exif)), in_webp((b"EXIF", exif))):
-        assert metadata_stripping.strip(data).orientation == 6
+        assert metadata_stripping.strip(data).orientation == metadata_stripping.survey(data).orientation == 6
         assert decoded(data).shape == (3, WIDTH, HEIGHT)
 
 
@@ -143,12 +168,12 @@ def test_every_truncation_is_a_picture_or_refused(format):
     for kept in range(len(data)):
         try:
             metadata_stripping.strip(data[:kept])
-        except metadata_stripping.UnusableImage as error:
+        except UnusableImage as error:
             assert str(error).startswith(("is truncated or damaged", "must be a JPEG, PNG or WebP"))
 
 
 def test_noise_is_refused():
-    for start in (b"", metadata_stripping.PNG_START, b"\xff\xd8\xff", b"RIFF....WEBP"):
+    for start in (b"", PNG_START, b"\xff\xd8\xff", b"RIFF....WEBP"):
         for _ in range(200):
-            with contextlib.suppress(metadata_stripping.UnusableImage):
+            with contextlib.suppress(UnusableImage):
                 metadata_stripping.strip(start + os.urandom(100))

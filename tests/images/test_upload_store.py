@@ -10,6 +10,7 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.checkpoint import CHECKPOINT_START
 from gramophone_server.errors import InvalidRequest, ServerBusy
 from gramophone_server.images import upload_store
+from gramophone_server.images.decoding import Header
 from gramophone_server.images.upload_store import STALE_S, Upload, UploadStore
 from tests.support.clock import ManualClock
 
@@ -37,11 +38,20 @@ def test_the_least_recently_used_file_of_a_client_is_evicted():
     uploads, _ = store(10)
     keep(uploads, "abc")
     with uploads.hold(A) as held:
-        assert held.find("a") == b"aaa"
+        assert held.find("a").data == b"aaa"
     keep(uploads, "b")  # uploaded again, which counts as a use
     keep(uploads, "d", size=4)
     assert kept(uploads, "abcd") == "abd"
     assert uploads.counts == (4, 1, 10, 10)
+
+
+def test_the_header_of_an_image_is_kept_with_it():
+    uploads, _ = store(10)
+    header = Header("PNG", 64, 32)
+    uploads.keep("a", b"image", A, header)
+    uploads.keep("b", b"state", A)
+    with uploads.hold(A) as held:
+        assert (held.find("a").header, held.find("b").header) == (header, None)
 
 
 def test_a_client_that_uploads_a_lot_evicts_its_own_files():
@@ -98,7 +108,8 @@ def test_a_file_that_a_job_holds_is_not_evicted():
     uploads, _ = store(10)
     keep(uploads, "ab", size=5)
     with uploads.hold(A) as first, uploads.hold(B) as second:
-        assert first.find("a") == second.find("a") == first.find("a") == b"aaaaa"
+        assert first.find("a") is second.find("a") is first.find("a")
+        assert first.find("a").data == b"aaaaa"
         keep(uploads, "cd", size=5)
         assert kept(uploads, "abcd") == "ad"
         second.find("d")

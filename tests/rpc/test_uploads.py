@@ -12,7 +12,9 @@ from PIL import ExifTags, Image
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
+from gramophone_server.domain.checkpoint import CHECKPOINT_START
 from gramophone_server.images import codec
+from gramophone_server.rpc import job_images
 from tests.support.clock import until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
@@ -58,6 +60,33 @@ async def test_an_image_is_uploaded_once_and_used_in_many_jobs():
         assert (job.content_digest, job.style_digests) == (first.content_digest, first.style_digests)
     kept = len(content) + len(style)
     assert info.uploads == pb.CacheStats(hits=4, misses=0, bytes=kept, max_bytes=128 * 2**20)
+
+
+async def test_a_small_request_does_not_read_large_uploads(monkeypatch):
+    """474 bytes that named an upload of 10 MB six times held the interpreter for 0.5 s, also when they were refused."""
+    content, style = png(), noise()
+    wanted, engine = spec(iterations=1), FakeEngine()
+    wanted.content.digest, wanted.styles[0].image.digest = digest(content), digest(style)
+    async with serving(engine) as s:
+        await uploaded(s, content)
+        await uploaded(s, style)
+        monkeypatch.setattr(job_images, "read_header", lambda *_: pytest.fail("an upload was read again"))
+        await s.stub.Stylize(pb.StylizeRequest(spec=wanted))
+        wanted.result_quality = 101
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+    assert [violation.field for violation in got.BadRequest.field_violations] == ["spec.result_quality"]
+    assert engine.jobs[0].content.shape == (3, 32, 64)
+
+
+async def test_a_checkpoint_named_as_an_image_is_refused():
+    state = CHECKPOINT_START + b"\1"
+    wanted = spec()
+    wanted.content.digest = digest(state)
+    async with serving(FakeEngine()) as s:
+        s.servicer.uploads.keep(digest(state), state, "somebody")
+        got = await refused(s.stub.Stylize(pb.StylizeRequest(spec=wanted)))
+    (violation,) = got.BadRequest.field_violations
+    assert violation.field == "spec.content.digest" and "must be a JPEG, PNG or WebP image" in violation.description
 
 
 async def test_the_size_is_that_after_exif_orientation():

@@ -21,8 +21,8 @@ from torch import Tensor
 from gramophone_server.config import Limits
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import decoder_process
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoder_process import READY, REPLY, REQUEST, Outcome
-from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import MEMORY, Shortage, shortage_behind
 
 __all__ = ["DecoderProcess"]

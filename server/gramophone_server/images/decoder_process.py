@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 from gramophone_server.config import DECODER_BYTES, DECODING_BYTES_PER_PIXEL, Limits
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoding import decode
-from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage
 
 __all__ = ["READY", "REPLY", "REQUEST", "Outcome", "main"]

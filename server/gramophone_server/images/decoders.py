@@ -16,10 +16,10 @@ from torch import Tensor
 from gramophone_server.config import DECODER_THREADS, SMALL_DECODING_BYTES, Limits
 from gramophone_server.domain.job import digest
 from gramophone_server.images import codec
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoder_client import DecoderProcess
 from gramophone_server.images.decoding import Header, decoding_bytes
 from gramophone_server.images.fair_queue import FairQueue
-from gramophone_server.images.metadata_stripping import UnusableImage
 from gramophone_server.images.shortages import Shortage
 from gramophone_server.images.threads import started_threads
 
@@ -36,7 +36,8 @@ SMALL_PIXELS = 2**20
 SMALL_BYTES = 2**20  # of the file
 # Three small images wait behind that of each thread, which so finds its next one without waiting for the event loop: 64
 # clients of small jobs waited 308 ms for an image, and 18 ms with them.
-SMALL_PLACES = 4 * DECODER_THREADS
+SMALL_PLACES = QUICK_PLACES = 4 * DECODER_THREADS
+PIECE_BYTES = 2**16  # that take as long as a piece of work without any bytes
 
 
 class DecodedImage(NamedTuple):
@@ -66,7 +67,7 @@ class Decoders:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._large, self._small = FairQueue(limits.max_decoders), FairQueue(SMALL_PLACES)
-        self._other = FairQueue(DECODER_THREADS)
+        self._quick, self._other = FairQueue(QUICK_PLACES), FairQueue(DECODER_THREADS)
         self._idle = [DecoderProcess(limits) for _ in range(limits.max_decoders)]
         self._busy: list[DecoderProcess] = []
         # Twice as many, because a thread may still wait for the end of a process when the next one is used.
@@ -99,13 +100,15 @@ class Decoders:
             self._process_threads.submit(process.close)
         self._process_threads.shutdown(wait=False)
 
-    async def quickly(self, function: Callable[[], T]) -> T:
-        """Runs a function that takes about a millisecond, on a thread. It does not wait for anything slow."""
-        return await asyncio.get_running_loop().run_in_executor(self._quick_threads, function)
+    async def quickly(self, function: Callable[[], T], owner: str, size: int) -> T:
+        """Runs a function that takes about a millisecond, on a thread, when it is the turn of ``owner``. It does not
+        wait for anything slow. ``size``: the bytes that it may look at."""
+        async with self._quick.place(owner, PIECE_BYTES + size):
+            return await asyncio.get_running_loop().run_in_executor(self._quick_threads, function)
 
-    async def run(self, function: Callable[[], T], owner: str) -> T:
-        """Runs a function that reads or hashes megabytes for ``owner``, on a thread, when it is its turn."""
-        async with self._other.place(owner, 1):
+    async def run(self, function: Callable[[], T], owner: str, size: int) -> T:
+        """Runs a function that reads or hashes ``size`` bytes for ``owner``, on a thread, when it is its turn."""
+        async with self._other.place(owner, PIECE_BYTES + size):
             return await asyncio.get_running_loop().run_in_executor(self._other_threads, function)
 
     async def decode(self, images: Sequence[EncodedImage], owner: str) -> list[DecodedImage | UnusableImage]:

@@ -2,151 +2,164 @@
 
 Texts, EXIF, XMP, previews and unknown chunks are where a file of 10 MiB can cost gigabytes or minutes: Pillow reads
 every entry of an EXIF directory, and a thousand entries may refer to the same 10 MiB; it inflates each of ten thousand
-colour profiles of a PNG; it walks a million empty chunks in Python. So this module walks the file in a bounded number
-of steps, drops these parts, and reads only the orientation from EXIF. Standard library only.
+colour profiles of a PNG; it walks a million empty chunks in Python. So this module drops these parts, and reads only
+the orientation from EXIF. Standard library only.
 """
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterator
+import zlib
 from typing import NamedTuple
 
-__all__ = ["StrippedImage", "UnusableImage", "strip"]
+from gramophone_server.images.containers import (
+    PNG_START,
+    SOS,
+    Chunk,
+    UnusableImage,
+    is_jpeg,
+    is_png,
+    is_webp,
+    jpeg_segments,
+    png_chunks,
+    unpacked,
+    webp_chunks,
+)
 
-# A photo has about 20 JPEG segments before its pixels, and at most 400 with a large profile and XMP; a PNG of 10 MiB
-# written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
-MAX_PARTS = 16_384
-# libjpeg processes the whole picture for each scan, 11 to 30 ms at 32 megapixels, even if the scan is short. An encoder
-# writes 10 scans for a photo, and libjpeg's script for CMYK has 18.
-MAX_SCANS = 32
+__all__ = ["MAX_PROFILE_BYTES", "StrippedImage", "Survey", "strip", "survey"]
+
+# Of an inflated colour profile of a PNG; those of JPEG and WebP are not compressed. A display's profile has 4 KB, one
+# with fine tables 2 MB.
+MAX_PROFILE_BYTES = 2**22
 
 ORIENTATION, SHORT = 0x0112, 3  # the EXIF tag and its type
-PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"})
 WEBP_KEPT = frozenset({b"VP8X", b"ICCP", b"ALPH", b"VP8 ", b"VP8L"})
 # JPEG markers. Of the application segments, those of JFIF, ICC and Adobe define the colours.
 APP_MARKERS, COMMENT = range(0xE0, 0xF0), 0xFE
 APP_KEPT = ((0xE0, b"JFIF\0"), (0xE2, b"ICC_PROFILE\0"), (0xEE, b"Adobe"))
 EXIF_APP, EXIF_START = 0xE1, b"Exif\0\0"
-SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
-MARKERS_WITHOUT_LENGTH = frozenset({TEM, SOI, *range(0xD0, 0xD8)})  # markers without a length
-MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
-# The end of a scan. Within it, FF 00 is a byte, and FF D0 to D7 are restarts.
-SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
-class UnusableImage(ValueError):
-    """A file cannot be used. The message continues a sentence that starts with the field's name: "is damaged"."""
+class Survey(NamedTuple):
+    """What a file says of its picture beside the pixels."""
+
+    orientation: int  # EXIF orientation, 1 for upright
+    frames: int  # more than 1: an animation
 
 
 class StrippedImage(NamedTuple):
     """An image file without its metadata."""
 
     data: bytes  # the file with pixels and colours only
-    orientation: int  # EXIF orientation, 1 for upright
-    frames: int  # more than 1: an animation
+    orientation: int  # as in `Survey`
+    frames: int
+
+
+def survey(data: bytes) -> Survey:
+    """The orientation and the number of frames of a JPEG, PNG or WebP file. It copies nothing, and does not look at the
+    scans of a JPEG. Raises `UnusableImage` as `strip` does for what it walks through."""
+    if is_jpeg(data):
+        return Survey(_jpeg_orientation(data), 1)
+    if is_png(data):
+        return _png(data)[1]
+    if is_webp(data):
+        return _webp(data)[1]
+    raise UnusableImage("must be a JPEG, PNG or WebP image")
 
 
 def strip(data: bytes) -> StrippedImage:
     """Removes the metadata of a JPEG, PNG or WebP file. Raises `UnusableImage` for other formats, for a file that takes
-    too many steps, and for one that is truncated or damaged where the walk reads it."""
-    try:
-        if data.startswith(PNG_START):
-            return _png(data)
-        if data.startswith(b"\xff\xd8\xff"):
-            return _jpeg(data)
-        if data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
-            return _webp(data)
-    except struct.error:
-        raise UnusableImage("is truncated or damaged; send the whole file again") from None
-    raise UnusableImage("must be a JPEG, PNG or WebP image")
-
-
-def _png(data: bytes) -> StrippedImage:
-    kept, seen, orientation, frames = [PNG_START], set(), 1, 1
-    for name, start, content_start, end in _chunks(data, len(PNG_START), ">I4s", 4, padded=False):
-        if name == b"eXIf" and name not in seen:
-            orientation = _orientation(data[content_start : end - 4])
-        elif name == b"acTL" and name not in seen:
-            (frames,) = struct.unpack_from(">I", data, content_start)
-        elif name in PNG_KEPT and (name == b"IDAT" or name not in seen):
-            kept.append(data[start:end])
-        seen.add(name)
-        if name == b"IEND":
-            break
-    return StrippedImage(b"".join(kept), orientation, frames)
-
-
-def _webp(data: bytes) -> StrippedImage:
-    kept, seen, orientation, frames = [b"WEBP"], set(), 1, 0
-    whole = data[: 8 + struct.unpack_from("<I", data, 4)[0]]
-    for name, start, content_start, end in _chunks(whole, 12, "<4sI", 0, padded=True):
-        if name == b"EXIF" and name not in seen:
-            orientation = _orientation(data[content_start:end].removeprefix(EXIF_START))
-        elif name == b"ANMF":
-            frames += 1
-        elif name in WEBP_KEPT and name not in seen:
-            kept.append(data[start : end + (end - start) % 2])  # sizes are even in a WebP
-        seen.add(name)
-    body = b"".join(kept)
-    return StrippedImage(b"RIFF" + struct.pack("<I", len(body)) + body, orientation, max(frames, 1))
-
-
-def _chunks(
-    data: bytes, offset: int, head: str, tail_bytes: int, *, padded: bool
-) -> Iterator[tuple[bytes, int, int, int]]:
-    """Yields (name, start, start of the content, end) of each chunk from ``offset`` on. The last chunk may be
-    truncated, which the decoder reports.
-
-    ``head``: the struct format of a chunk's 8 bytes of name and size. ``tail_bytes``: those after the content.
-    ``padded``: chunks start at even offsets.
-    """
-    for _ in range(MAX_PARTS):
-        if offset >= len(data):
-            return
-        first, second = struct.unpack_from(head, data, offset)
-        name, size = (first, second) if isinstance(first, bytes) else (second, first)
-        end = offset + 8 + size + tail_bytes
-        yield name, offset, offset + 8, end
-        offset = end + (size % 2 if padded else 0)
-    raise UnusableImage(f"has more than {MAX_PARTS} chunks; save it with an ordinary encoder")
-
-
-def _jpeg(data: bytes) -> StrippedImage:
-    kept, orientation, scans, offset = [b"\xff\xd8"], 1, 0, 2
-    exif_seen = False
-    for _ in range(MAX_PARTS):
-        found = SCAN_END.search(data, offset) if scans else MARKER.match(data, offset)
-        if found is None:
-            if scans:  # truncated in its pixels, which the decoder reports
-                kept.append(data[offset:])
-                return StrippedImage(b"".join(kept), orientation, 1)
-            break
-        marker, start, marker_end = found.group()[-1], found.end() - 2, found.end()
-        kept.append(data[offset:start] if scans else b"")
-        if marker == EOI:
-            kept.append(data[start:marker_end])
-            return StrippedImage(b"".join(kept), orientation, 1)
-        if marker in MARKERS_WITHOUT_LENGTH or marker == 0:  # some cameras write a meaningless FF 00 before a scan
-            offset = marker_end
-            continue
-        (length,) = struct.unpack_from(">H", data, marker_end)
-        offset = marker_end + max(length, 2)
-        content = data[marker_end + 2 : offset]
-        if marker == EXIF_APP and content.startswith(EXIF_START) and not exif_seen:
-            exif_seen, orientation = True, _orientation(content[len(EXIF_START) :])
-        is_metadata = marker in APP_MARKERS or marker == COMMENT
-        if not is_metadata or any(marker == app and content.startswith(prefix) for app, prefix in APP_KEPT):
-            kept.append(data[start:offset])
-        if marker == SOS:
-            scans += 1
-            if scans > MAX_SCANS:
-                raise UnusableImage(f"has more than {MAX_SCANS} scans; save it with an ordinary encoder")
+    too many steps, for one that is truncated or damaged where the walk reads it, and for a PNG whose colour profile is
+    too large."""
+    if is_png(data):
+        chunks, surveyed = _png(data)
+        start = PNG_START
+        for chunk in chunks:
+            if chunk.name == b"iCCP":
+                _check_profile(data, chunk)
+        kept = [(chunk.start, chunk.end) for chunk in chunks]
+    elif is_jpeg(data):
+        start, kept, surveyed = b"\xff\xd8", _jpeg(data), Survey(_jpeg_orientation(data), 1)
+    elif is_webp(data):
+        chunks, surveyed = _webp(data)
+        # Sizes are even in a WebP.
+        kept = [(chunk.start, chunk.end + chunk.end % 2) for chunk in chunks]
+        size = 4 + sum(min(end, len(data)) - start for start, end in kept)
+        start = b"RIFF" + struct.pack("<I", size) + b"WEBP"
     else:
-        raise UnusableImage(f"has more than {MAX_PARTS} segments; save it with an ordinary encoder")
-    raise UnusableImage("is truncated or damaged; send the whole file again")
+        raise UnusableImage("must be a JPEG, PNG or WebP image")
+    view = memoryview(data)
+    return StrippedImage(b"".join((start, *(view[at:end] for at, end in kept))), *surveyed)
+
+
+def _png(data: bytes) -> tuple[list[Chunk], Survey]:
+    """The chunks that are kept."""
+    kept, seen, orientation, frames = [], set(), 1, 1
+    for chunk in png_chunks(data):
+        is_first = chunk.name not in seen
+        seen.add(chunk.name)
+        if chunk.name == b"eXIf" and is_first:
+            orientation = _orientation(data[chunk.content : chunk.content_end])
+        elif chunk.name == b"acTL" and is_first:
+            (frames,) = unpacked(">I", data, chunk.content)
+        elif chunk.name in PNG_KEPT and (chunk.name == b"IDAT" or is_first):
+            kept.append(chunk)
+    return kept, Survey(orientation, frames)
+
+
+def _webp(data: bytes) -> tuple[list[Chunk], Survey]:
+    """The chunks that are kept."""
+    kept, seen, orientation, frames = [], set(), 1, 0
+    for chunk in webp_chunks(data):
+        is_first = chunk.name not in seen
+        seen.add(chunk.name)
+        if chunk.name == b"EXIF" and is_first:
+            orientation = _orientation(data[chunk.content : chunk.content_end].removeprefix(EXIF_START))
+        elif chunk.name == b"ANMF":
+            frames += 1
+        elif chunk.name in WEBP_KEPT and is_first:
+            kept.append(chunk)
+    return kept, Survey(orientation, max(frames, 1))
+
+
+def _jpeg(data: bytes) -> list[tuple[int, int]]:
+    """The start and the end of each part that is kept."""
+    kept = []
+    for marker, start, content, end in jpeg_segments(data):
+        is_metadata = marker in APP_MARKERS or marker == COMMENT
+        is_colours = any(marker == app and data.startswith(prefix, content) for app, prefix in APP_KEPT)
+        if not is_metadata or is_colours:
+            kept.append((start, end))
+    return kept
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The orientation in the first EXIF segment before the pixels, where decoders read it, too."""
+    for marker, _, content, end in jpeg_segments(data):
+        if marker == EXIF_APP and data.startswith(EXIF_START, content):
+            return _orientation(data[content + len(EXIF_START) : end])
+        if marker == SOS:
+            break
+    return 1
+
+
+def _check_profile(data: bytes, chunk: Chunk) -> None:
+    """Raises `UnusableImage` if a PNG's profile is too large. Its content is a name, a zero, the method of compression,
+    and the compressed profile. One that is damaged is left to the decoder, which ignores it."""
+    name_end = data.find(b"\0", chunk.content, chunk.content_end)
+    if name_end < 0:
+        return
+    inflating = zlib.decompressobj()
+    try:
+        inflating.decompress(memoryview(data)[name_end + 2 : chunk.content_end], MAX_PROFILE_BYTES)
+    except zlib.error:
+        return
+    if inflating.unconsumed_tail:
+        raise UnusableImage(
+            f"has a colour profile of {MAX_PROFILE_BYTES} bytes or more; "
+            "convert the image to sRGB, or remove the profile"
+        )
 
 
 def _orientation(exif: bytes) -> int:

@@ -18,8 +18,9 @@ from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.checkpoint import CHECKPOINT_START
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.images.decoding import Header
 
-__all__ = ["MAX_CHUNK_BYTES", "Hold", "Upload", "UploadStore"]
+__all__ = ["MAX_CHUNK_BYTES", "Hold", "StoredFile", "Upload", "UploadStore"]
 
 MAX_CHUNK_BYTES = 2**20  # bytes; hashing it takes 0.7 ms of the event loop
 # Kept at a time: files of 70 bytes would take ten times their size. To evict all of them for one large file takes 13 ms
@@ -94,6 +95,7 @@ class StoredFile:
 
     digest: str
     data: bytes
+    header: Header | None  # None for a checkpoint
     used_s: float  # on the store's clock, when it was last uploaded or found
     owners: list[Owner] = field(default_factory=list)  # that have a claim on it
     holds: int = 0
@@ -140,16 +142,17 @@ class UploadStore:
         """Hits and misses of `Hold.find`, and the bytes that are kept."""
         return CacheCounts(self._hits, self._misses, self._bytes, self._max_bytes)
 
-    def keep(self, digest: str, data: bytes, owner: str) -> None:
+    def keep(self, digest: str, data: bytes, owner: str, header: Header | None = None) -> None:
         """Keeps a file, or marks it as used if it is kept already. ``owner``: the address of the connection, whose part
-        before the last colon is that of its host. Raises `ServerBusy` if jobs hold too many other files, or all those
-        of the owner, which claims the most."""
+        before the last colon is that of its host. ``header``: of an image, so that the jobs that name it do not read it
+        again. Raises `ServerBusy` if jobs hold too many other files, or all those of the owner, which claims the most.
+        """
         file = self._files.get(digest)
         if file is None:
             if self._held_bytes + len(data) > self._max_bytes or len(self._files) - len(self._idle) >= MAX_FILES:
                 raise self._busy("jobs that are about to start use most")
             self._make_room(len(data), owner)
-            file = self._files[digest] = self._idle[digest] = StoredFile(digest, data, self._clock())
+            file = self._files[digest] = self._idle[digest] = StoredFile(digest, data, header, self._clock())
             self._bytes += len(data)
         self._claim(file, owner)
         self._use(file)
@@ -304,7 +307,7 @@ class Hold:
             self._store.give_back(self._files.values(), self._owner)
             self._files = {}
 
-    def find(self, digest: str) -> bytes | None:
+    def find(self, digest: str) -> StoredFile | None:
         """The file with this digest; None if it is not kept. Raises `ServerBusy` if other jobs of the connection hold
         too many others."""
         file = self._store.find(digest)
@@ -313,7 +316,7 @@ class Hold:
         if digest not in self._files:
             self._store.take(file, self._owner, is_first=not self._files)
             self._files[digest] = file
-        return file.data
+        return file
 
 
 def _rank(owner: Owner) -> tuple[int, float, str]:

@@ -100,6 +100,11 @@ class Incoming:
             with self._receiver.giving_way(self._share):
                 yield
 
+    @property
+    def received_bytes(self) -> int:
+        """The bytes of the messages so far, until they are released or their share is taken."""
+        return 0 if self._share is None else self._share.bytes
+
     def take_share(self) -> Share | None:
         """The share of the messages so far. The caller gives it back, when they are handled."""
         share, self._share = self._share, None

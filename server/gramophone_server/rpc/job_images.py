@@ -16,9 +16,10 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits, env_variable
 from gramophone_server.domain.job import StyleJob
 from gramophone_server.errors import InvalidRequest, ServerBusy
+from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoders import DecodedImage, Decoders, EncodedImage
 from gramophone_server.images.decoding import Header, read_header
-from gramophone_server.images.metadata_stripping import UnusableImage
+from gramophone_server.images.upload_store import StoredFile
 from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget, Share
 
 __all__ = ["DecodedShare", "JobImages", "Source"]
@@ -30,8 +31,8 @@ class Source:
 
     field: str  # "spec.content"
     image: pb.ImageSource
-    uploaded: bytes = b""  # the encoded image, if the request names it by its digest
-    header: Header | None = None  # see `JobImages.read_headers`
+    uploaded: StoredFile | None = None  # if the request names it by its digest
+    header: Header | None = None  # see `JobImages.read_headers`; that of an upload is known
 
     @property
     def path(self) -> str:
@@ -40,7 +41,7 @@ class Source:
 
     def read(self) -> bytes:
         """The encoded image. Copies it out of its message, 0.2 ms/MiB, so not for the event loop."""
-        return self.uploaded or self.image.data
+        return self.image.data if self.uploaded is None else self.uploaded.data
 
     def needed(self, recipe: Recipe, limits: Limits) -> int:
         """Pixels of the longest side that the job uses."""
@@ -63,6 +64,8 @@ class JobImages:
         """Sets the header of each image that has a valid one; returns the violations of the others. For a thread."""
         violations = []
         for source in sources.values():
+            if source.header is not None:
+                continue
             try:
                 source.header = read_header(source.read(), self._limits)
             except UnusableImage as error:

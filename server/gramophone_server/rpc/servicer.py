@@ -267,7 +267,7 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
                 with call.incoming.giving_way():
                     await asyncio.wait([self._preparations[job]])
             elif digest is None:
-                digest = await self.admission.digest(spec, call.connection)
+                digest = await self.admission.digest(spec, call.connection, call.incoming.received_bytes)
             elif digest != job.digest:
                 raise RequestIdTaken(request_id)
             else:
@@ -282,7 +282,8 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         job = self.jobs.create(request_id, grace_s, result_encoding(spec), call.connection)
         # A task of its own, so that the job gets its images even if this call ends before they are decoded.
         deadline_at = None if grace_s else call.deadline_at
-        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.connection))
+        size = call.incoming.received_bytes
+        preparation = asyncio.create_task(self._prepare(job, reservation, spec, deadline_at, call.connection, size))
         self._preparations[job] = preparation
         preparation.add_done_callback(lambda _: self._preparations.pop(job))
         if (received := call.incoming.take_share()) is not None:
@@ -290,14 +291,15 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         return job
 
     async def _prepare(
-        self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None, owner: str
+        self, job: Job, reservation: Reservation, spec: pb.JobSpec, deadline_at: float | None, owner: str, size: int
     ) -> None:
-        """Decodes a request and queues its job. If that fails, so does the job, with the same error. If the job ends
-        meanwhile, because its watchers leave, this task is cancelled, and gives back all that it has taken."""
+        """Decodes a request of ``size`` bytes and queues its job. If that fails, so does the job, with the same error.
+        If the job ends meanwhile, because its watchers leave, this task is cancelled, and gives back all that it has
+        taken."""
         try:
-            state = await self.admission.prepare(spec, reservation, deadline_at, owner)
+            state = await self.admission.prepare(spec, reservation, deadline_at, owner, size)
             if job.request_id:
-                job.digest = await self.admission.digest(spec, owner)
+                job.digest = await self.admission.digest(spec, owner, size)
             if job.admit(state):
                 self._scheduler.submit(reservation, state, job, deadline_at, owner)
         except GramophoneError as error:
