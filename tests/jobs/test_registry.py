@@ -97,6 +97,20 @@ def test_of_owners_with_as_many_jobs_the_one_whose_job_ended_first_loses_it(regi
     assert (jobs.ended, jobs.kept_bytes) == (3, 3 * most_encoded_bytes(64, 32))
 
 
+@pytest.mark.parametrize("limit", [{"max_kept": 4}, {"max_kept_bytes": 4 * most_encoded_bytes(64, 32)}])
+def test_a_host_of_many_connections_does_not_remove_the_jobs_of_another_one(registry, loop, limit):
+    jobs = registry(**limit)
+    made = {}
+    for owner in ("ipv4:10.0.0.1:1", "ipv4:10.0.0.1:1", *(f"ipv4:10.0.0.2:{port}" for port in range(9))):
+        job, _ = create(jobs, owner=owner)
+        job.publish(finished())
+        loop.advance(1)
+        made.setdefault(owner, []).append(job)
+    assert list(jobs.newest_first()) == [
+        *made["ipv4:10.0.0.2:8"], *made["ipv4:10.0.0.2:7"], *reversed(made["ipv4:10.0.0.1:1"])
+    ]  # fmt: skip
+
+
 def test_the_bytes_of_kept_results_are_bounded(registry, loop):
     jobs = registry(max_kept_bytes=2 * most_encoded_bytes(64, 32))
     failed, _ = create(jobs)

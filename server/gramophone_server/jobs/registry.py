@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 
 from gramophone_server.config import Limits
 from gramophone_server.errors import JobNotFound
@@ -46,8 +46,9 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}  # by id, oldest first
         self._by_request: dict[str, Job] = {}  # by request_id
         self._ended: dict[Job, int] = {}  # with their bytes, in the order of their ends
-        # Of these, by owner. They are counted, not added up, because each end asks for them.
-        self._number_of, self._bytes_of = Counter[str](), Counter[str]()
+        # The number and the bytes of these, by host and by owner. They are counted, not added up, because each end asks
+        # for them.
+        self._numbers, self._bytes = _Amounts(), _Amounts()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -106,8 +107,8 @@ class JobRegistry:
     def _keep(self, job: Job) -> None:
         """Keeps a job that has ended, within the limits of number, bytes and time. A refused job is not kept.
 
-        Where there are too many, the owner of most, or of most bytes, loses its oldest, so that one who runs many jobs
-        does not remove the results of others.
+        Where there are too many, the owner of most, or of most bytes, loses its oldest, of the host whose owners have
+        most. So one who runs many jobs, on as many connections as it likes, does not remove the results of other hosts.
         """
         self._on_end(job)
         if job.summary is None or job.id not in self._jobs:  # refused, or the registry was closed
@@ -117,14 +118,12 @@ class JobRegistry:
         self._count(job, 1, size)
         job.set_timer(self._limits.max_kept_s, lambda: self._forget(job))
         while len(self._ended) > self._limits.max_kept:
-            self._forget(self._oldest_of_most(self._number_of))
+            self._forget(self._oldest_of(self._numbers.largest_owners()))
         while self.kept_bytes > self._limits.max_kept_bytes:
-            self._forget(self._oldest_of_most(self._bytes_of))
+            self._forget(self._oldest_of(self._bytes.largest_owners()))
 
-    def _oldest_of_most(self, amounts: Mapping[str, int]) -> Job:
-        """Of the jobs whose owners have most, the one that ended first."""
-        most = max(amounts.values())
-        return next(job for job in self._ended if amounts[job.owner] == most)
+    def _oldest_of(self, owners: Container[str]) -> Job:
+        return next(job for job in self._ended if job.owner in owners)
 
     def _forget(self, job: Job) -> None:
         job.clear_timer()
@@ -136,7 +135,31 @@ class JobRegistry:
 
     def _count(self, job: Job, number: int, size: int) -> None:
         self.kept_bytes += size
-        self._bytes_of[job.owner] += size
-        self._number_of[job.owner] += number
-        if not self._number_of[job.owner]:
-            del self._number_of[job.owner], self._bytes_of[job.owner]
+        self._bytes.add(job.owner, size)
+        self._numbers.add(job.owner, number)
+
+
+class _Amounts:
+    """What owners have, and what all owners of a host have together. An owner is the address of a connection, whose
+    part before the last colon is that of its host."""
+
+    def __init__(self) -> None:
+        self._of_owners, self._of_hosts = Counter[str](), Counter[str]()
+
+    def add(self, owner: str, amount: int) -> None:
+        """Adds to what an owner has."""
+        for amounts, name in ((self._of_owners, owner), (self._of_hosts, _host(owner))):
+            amounts[name] += amount
+            if not amounts[name]:
+                del amounts[name]
+
+    def largest_owners(self) -> set[str]:
+        """The owners that have most, of the hosts that have most."""
+        of_host = max(self._of_hosts.values())
+        theirs = {owner: own for owner, own in self._of_owners.items() if self._of_hosts[_host(owner)] == of_host}
+        most = max(theirs.values())
+        return {owner for owner, own in theirs.items() if own == most}
+
+
+def _host(owner: str) -> str:
+    return owner.rpartition(":")[0]
