@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import Recipe
+from gramophone_server.domain.byte_copies import memory_of
 from gramophone_server.domain.picture_size import MIN_SIDE, fit
 
 __all__ = ["Losses", "Report", "Scale", "StyleJob", "digest", "ran_out_of_memory"]
@@ -30,7 +30,7 @@ def digest(image: Tensor) -> bytes:
     """The sha256 of a uint8 image on the CPU and its shape; takes 2 ms for a megapixel."""
     image = image.contiguous()
     sha256 = hashlib.sha256(repr(tuple(image.shape)).encode())
-    sha256.update((ctypes.c_ubyte * image.numel()).from_address(image.data_ptr()))
+    sha256.update(memory_of(image))
     return sha256.digest()
 
 

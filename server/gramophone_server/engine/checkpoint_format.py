@@ -15,7 +15,6 @@ from it.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import math
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gramophone.recipe import FIELD_TYPES, Recipe, Violation
+from gramophone_server.domain.byte_copies import fill, memory_of, pieces
 from gramophone_server.domain.checkpoint import CHECKPOINT_START, Checkpoint, InvalidCheckpoint
 from gramophone_server.domain.job_state import JobState, SlotTensors
 from gramophone_server.errors import InvalidRequest
@@ -105,12 +105,12 @@ class CheckpointFormat:
         header = _header(state, light)
         parts = [MAGIC, len(header).to_bytes(4, "little"), header]
         if picture is not None:
-            parts.append(_to_bytes(picture))
+            parts += pieces(memory_of(picture.contiguous()))
         else:
             width, height, _ = state.scales[state.scale_index]
-            tensors = {name: tensor.cpu() for name, tensor in (state.tensors or {}).items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in (state.tensors or {}).items()}
             for name, like in self._layout(state.recipe, height, width).items():
-                parts.append(_to_bytes(tensors[name]) if name in tensors else bytes(like.nbytes))
+                parts += pieces(memory_of(tensors[name])) if name in tensors else [bytes(like.nbytes)]
         return b"".join(parts)
 
     def picture_size(self, data: bytes, *, max_bytes: int) -> tuple[int, int]:
@@ -213,15 +213,14 @@ def _header(state: JobState, light: bool) -> bytes:
 def _full(data: bytes, at: int, layout: SlotTensors) -> SlotTensors:
     tensors = {}
     for name, like in layout.items():
-        # A `bytearray`, because a tensor must own writable memory.
-        raw = bytearray(memoryview(data)[at : at + like.nbytes])
-        tensors[name] = torch.frombuffer(raw, dtype=like.dtype).view(like.shape)
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        tensors[name] = fill(tensor, memoryview(data)[at : at + like.nbytes])
         at += like.nbytes
     return tensors
 
 
 def _light(data: bytes, at: int, height: int, width: int) -> SlotTensors:
-    picture = torch.frombuffer(bytearray(memoryview(data)[at:]), dtype=torch.uint8).view(height, width, 3)
+    picture = fill(torch.empty((height, width, 3), dtype=torch.uint8), memoryview(data)[at:])
     image = picture.permute(2, 0, 1).float().contiguous() / 255
     return {"image": image, "last_good": image}
 
@@ -259,9 +258,3 @@ def _number(value: Any) -> float:
 
 def _bytes(tensors: SlotTensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _to_bytes(tensor: Tensor) -> bytes:
-    """The tensor's memory, little endian as on all machines that torch runs on. numpy is not needed."""
-    tensor = tensor.contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

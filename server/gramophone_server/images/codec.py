@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 from enum import StrEnum
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from gramophone_server.config import Limits
+from gramophone_server.domain.byte_copies import memory_of
 from gramophone_server.domain.picture_size import fit
 from gramophone_server.images import decoding
 from gramophone_server.images.shortages import Shortage, shortage_behind
@@ -75,8 +75,7 @@ def encode(picture: Tensor, format: Format, quality: int, max_side: int = 0, met
 
 def _encode(picture: Tensor, format: Format, quality: int, max_side: int, metadata: str | None) -> Encoded:
     height, width, _ = picture.shape
-    # Without numpy, which torch does not need. `frombytes` copies, and `picture` is valid until then.
-    image = Image.frombytes("RGB", (width, height), ctypes.string_at(picture.data_ptr(), picture.numel()))
+    image = Image.frombytes("RGB", (width, height), memory_of(picture))  # copies it, without the interpreter's lock
     if 0 < max_side < max(width, height):
         image = image.resize(fit(width, height, max_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     out = io.BytesIO()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import logging
 import os
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gramophone_server.config import Limits
+from gramophone_server.domain.byte_copies import memory_of
 from gramophone_server.errors import EngineFailed
 from gramophone_server.images import decoder_process
 from gramophone_server.images.containers import UnusableImage
@@ -143,8 +143,7 @@ class DecoderProcess:
         if outcome == Outcome.DECODED:
             picture = torch.empty((3, height, width), dtype=torch.uint8)
             # The system fills it, without the interpreter's lock.
-            pixels = (ctypes.c_ubyte * picture.numel()).from_address(picture.data_ptr())
-            _read_into(replies, memoryview(pixels).cast("B"), ends_at)
+            _read_into(replies, memory_of(picture), ends_at)
             return picture
         body = bytearray(size)
         _read_into(replies, memoryview(body), ends_at)
