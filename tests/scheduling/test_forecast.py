@@ -150,8 +150,11 @@ def test_what_others_leave_of_the_device_is_free():
     assert broken([], 100.0, promise(2.0, 1.9), credit_s=0.0) is not None
 
 
-def test_a_promise_that_is_lost_anyway_refuses_nobody():
+def test_a_promise_that_is_lost_anyway_or_needs_more_than_its_share_of_the_device_refuses_nobody():
     assert broken([promise(5.0, 6.0)], 100.0, promise(4.0, 1.0)) is None
+    for other_s in (0.0, 100.0):
+        assert broken([promise(60.0, 57.0)], other_s, promise(40.0, 10.0)) is None
+        assert broken([promise(60.0, 48.0)], other_s, promise(40.0, 10.0)) is not None
 
 
 def test_jobs_that_share_batches_need_the_time_of_the_longest_or_of_all_shares():

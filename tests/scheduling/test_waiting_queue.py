@@ -300,15 +300,23 @@ def test_a_promise_is_kept_against_later_jobs():
 def test_a_job_whose_time_budget_ends_before_its_deadline_takes_no_deadline_from_others(
     is_decoded, budget_s, are_accepted
 ):
-    """It wants 59 s of the 60 s until its deadline. If its time budget ends it before, it needs none of them."""
+    """It wants 47.5 s of the 60 s until its deadline. If its time budget ends it before, it needs none of them."""
     queue, _, _ = queue_with(0.1, max_running=4)
-    running = [waiting(60.0, min(59.0, budget_s), owner="greedy", budget_ends_at=budget_s)]
+    running = [waiting(60.0, min(47.5, budget_s), owner="greedy", budget_ends_at=budget_s)]
     if not is_decoded:
         running, time_budget = [], 0.0 if budget_s == math.inf else budget_s
-        state = job_state(590, time_budget=time_budget)
+        state = job_state(475, time_budget=time_budget)
         queue.expect(Reservation(0), [], state, 60.0, 0, "PNG", "greedy", 2.0)
-    answers = [Asking(queue)(left_s, running, "another", iterations=5) for left_s in (2.0, 5.0, 10.0)]
+    answers = [Asking(queue)(left_s, running, "another", iterations=105) for left_s in (16.0, 30.0, 50.0)]
     assert [answer is None for answer in answers] == [are_accepted] * 3
+
+
+def test_a_job_that_needs_almost_all_of_the_device_takes_no_deadline_from_others():
+    """It was accepted because the device was free. That refused others, the smallest ones too, for a minute."""
+    queue, _, _ = queue_with(0.1, max_running=4)
+    for needed_s in (50.0, 57.0, 59.0):
+        greedy = waiting(60.0, needed_s, owner="greedy")
+        assert [Asking(queue)(left_s, [greedy], "another", iterations=5) for left_s in (2.0, 5.0, 10.0)] == [None] * 3
 
 
 def test_jobs_of_one_owner_share_what_is_the_owners():

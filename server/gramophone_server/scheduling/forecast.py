@@ -214,7 +214,8 @@ def broken_promise(promises: Iterable[Promise], other_s: float, new: Promise, cr
 
     The jobs run in the order of their deadlines, and together have ``credit_s`` of the device and then
     `MAX_URGENT_SHARE` of it. The others need ``other_s`` device seconds; if they end before, the rest of the device is
-    free, too. A promise that not even all of the device could keep is lost already.
+    free, too. A promise that needs more than that share of the device was given because the rest was free. It refuses
+    nobody: otherwise a job of 57 s with a deadline of 60 s would keep all others with deadlines away for so long.
     """
     worst: float | None = None
     before, total = _Urgent(), _Urgent()
@@ -222,7 +223,8 @@ def broken_promise(promises: Iterable[Promise], other_s: float, new: Promise, cr
         total.add(promise)
         if promise is not new:
             before.add(promise)
-            if before.seconds > promise.left_s or promise.left_s < new.left_s:
+            needed_s = before.seconds + interruptions_s(before.seconds, credit_s)
+            if needed_s > promise.left_s or promise.left_s < new.left_s:
                 continue
         late_s = total.seconds + min(other_s, interruptions_s(total.seconds, credit_s)) - promise.left_s
         if promise is not new:
