@@ -86,9 +86,10 @@ class QueueFull(GramophoneError):
 class DeadlineUnattainable(GramophoneError):
     """By what was measured, the job would not end before its client's deadline, or would break that of another one.
 
-    ``wait_s``, ``run_s``: until its start, and from there to its end, as estimated; both are ``spread`` more or less
-    (relative), and rest on pictures of ``measured`` pixels. ``promised_s``: device seconds that are promised to jobs
-    with deadlines, if that is the reason.
+    The least seconds, as estimated: ``decoding_s`` of its largest image, ``wait_s`` until it starts, ``run_s`` of the
+    device, ``others_s`` that other jobs have it meanwhile, ``delivery_s`` of its result. They are ``spread`` more or
+    less (relative), and rest on pictures of ``measured`` pixels. ``promised_s``: device seconds that are promised to
+    jobs with deadlines, if that is the reason; ``wait_s`` is then by how much it or one of these would be late.
     """
 
     def __init__(
@@ -97,24 +98,42 @@ class DeadlineUnattainable(GramophoneError):
         run_s: float,
         left_s: float,
         *,
+        decoding_s: float = 0.0,
+        others_s: float = 0.0,
+        delivery_s: float = 0.0,
         spread: float = 0.0,
         measured: int = 0,
         promised_s: float | None = None,
     ) -> None:
-        # A retry helps only if the wait is the problem: a job that runs too long by itself must not be sent again.
-        self.retry_after_s = wait_s if run_s <= left_s else None
-        sure = f", {100 * spread:.0f} % more or less, as measured at about {measured} pixels" if measured else ""
+        alone_s = decoding_s + run_s + delivery_s
+        needed_s = wait_s + others_s + alone_s
+        # A retry helps only if the others are the problem: a job that takes too long alone must not be sent again.
+        self.retry_after_s = max(wait_s, needed_s - left_s) if alone_s <= left_s else None
+        uncertain = f", less the uncertainty of {100 * spread:.0f} %"
+        basis = f" (iterations as measured at about {measured} pixels{uncertain})" if measured else ""
         if promised_s is None:
-            reason = f"the job would wait for about {wait_s:.1f} s and then take about {run_s:.1f} s{sure}"
+            parts = {
+                "to decode its images": decoding_s,
+                "until its turn": wait_s,
+                "for its iterations": run_s,
+                "for the jobs beside it": others_s,
+                "to encode and send its result": delivery_s,
+            }
+            named = ", ".join(f"{_duration(seconds)} {what}" for what, seconds in parts.items() if seconds >= 0.0005)
+            reason = f"the job would need at least {_duration(needed_s)}: {named}{basis}"
         else:
             reason = (
-                f"the job would take about {run_s:.1f} s{sure}, and {promised_s:.1f} s of the device are promised to "
-                "jobs with deadlines"
+                f"the job would take at least {_duration(run_s)} of the device{basis}; {_duration(promised_s)} of it "
+                f"are promised to jobs with deadlines, and this job or one of these would be {_duration(wait_s)} late"
             )
         super().__init__(
-            f"{reason}, and the call ends in {left_s:.1f} s; "
+            f"{reason}; the call ends in {_duration(left_s)}; "
             "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 class ShuttingDown(GramophoneError):

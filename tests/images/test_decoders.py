@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -117,6 +118,19 @@ async def test_the_images_of_a_job_come_in_their_order_and_each_with_its_own_fau
         assert torch.equal(outcome.picture, codec.decode(file, LIMITS, 64))
 
 
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["threads", "processes"])
+async def test_the_time_of_an_image_is_that_of_its_decoding_and_not_of_its_wait(pool, data):
+    """All images together take no longer than the decoders have. With their waits they would take eight times as long."""
+    pool.start()
+    await decoded(pool, data)  # the processes have started
+    decoders = max(DECODER_THREADS, LIMITS.max_decoders)
+    started_at = time.monotonic()
+    images = await pool.decode([encoded(data) for _ in range(16 * decoders)], "a")
+    took_s = time.monotonic() - started_at
+    assert all(image.seconds > 0 for image in images)
+    assert sum(image.seconds for image in images) <= decoders * took_s
+
+
 async def test_small_images_of_one_job_are_read_on_one_thread(pool):
     threads = []
 
@@ -198,7 +212,7 @@ async def test_closing_ends_all_processes(slow):
 def test_a_process_ends_when_its_server_is_gone():
     program = f"""
         import os
-        from gramophone_server.config import Limits
+        from gramophone_server.config import DECODER_THREADS, Limits
         from gramophone_server.images.decoder_client import DecoderProcess
         process = DecoderProcess(Limits())
         process.start()

@@ -13,8 +13,8 @@ from tests.support.engines import FakeEngine
 @pytest.fixture
 def admission(monkeypatch):
     """Admission with a scheduler that records its calls in `asked`, and raises errors from `raises`. `were_decoded` has
-    the fields of decoded images."""
-    asked, decoded, raises = [], [], {}
+    the fields of decoded images, `recorded_decodings` their pixels and seconds."""
+    asked, decoded, raises, recorded = [], [], {}, []
     decode = codec.decode
 
     def noted(data, limits, needed):
@@ -34,9 +34,10 @@ def admission(monkeypatch):
         engine=FakeEngine(),
         require_memory=require("memory"),
         require_time=require("time"),
+        record_decoding=lambda pixels, seconds: recorded.append((pixels, seconds)),
         retry_after_s=lambda: 3.0,
     )
     made = Admission(scheduler, Limits())
-    made.asked, made.were_decoded, made.raises = asked, decoded, raises
+    made.asked, made.were_decoded, made.raises, made.recorded_decodings = asked, decoded, raises, recorded
     yield made
     made.close()

@@ -34,8 +34,9 @@ async def test_memory_and_time_are_checked_before_decoding(admission):
     assert asked.scales == state.scales and asked.recipe == state.recipe
     assert asked.pixel_iterations_left == 5 * 64 * 32 + 3 * 45 * 22
     assert left_s == pytest.approx(LATER, rel=0.1)
-    assert (image_pixels, result_kind, owner) == (64 * 32 + 32 * 32, "PNG", "an owner")
+    assert (image_pixels, result_kind, owner) == (64 * 32, "PNG", "an owner")  # of the largest image
     assert len(admission.were_decoded) == 2
+    assert [pixels for pixels, _ in admission.recorded_decodings] == [64 * 32, 32 * 32]
     await admission.prepare(wanted, RESERVATION)
     assert admission.asked[3][3] == math.inf  # without a deadline
 

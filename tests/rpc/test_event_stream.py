@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import replace
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from gramophone.recipe import Recipe
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_server.config import Limits
+from gramophone_server.config import ENCODERS, Limits
 from gramophone_server.domain.events import Answer, Changed, Finished, Frame, Picture, Saved, SavedState, StopReason
 from gramophone_server.images import codec
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule, Mailbox
@@ -18,12 +19,13 @@ from gramophone_server.rpc.byte_budget import ByteBudget
 from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.rpc.event_stream import JobEventStream
 from gramophone_server.rpc.promptness import Standing
+from gramophone_server.scheduling.scheduler import Scheduler
 from tests.support.clock import until
 from tests.support.controllers import PAUSE, start_controller
 from tests.support.engines import FakeEngine, NoisyEngine
 from tests.support.raw_http2 import connection, prefixed
 from tests.support.serving import LARGE_MESSAGES, events_of, refused, serving, start_detachable, watch
-from tests.support.specs import detachable_spec
+from tests.support.specs import detachable_spec, spec
 
 MIB = 2**20
 SIDE = 1024  # pixels; a picture of noise of 1024 x 512 px is a PNG of 1.5 MiB
@@ -149,6 +151,21 @@ async def test_frames_that_were_dropped_before_differ_and_the_picture_does_not()
         message.close()
     assert budget.used == 0
     encoders.close()
+
+
+async def test_the_time_of_a_result_is_that_of_its_encoding_and_not_of_its_wait_for_a_thread(monkeypatch):
+    """All results together take no longer than the threads have. With their waits they would take eight times as long."""
+    recorded, encode, number = [], codec.encode, 16 * ENCODERS
+    monkeypatch.setattr(codec, "encode", lambda *asked: (time.sleep(0.02), encode(*asked))[1])
+    monkeypatch.setattr(Scheduler, "record_delivery", lambda _, *result: recorded.append(result))
+    async with serving(FakeEngine()) as s:
+        request = pb.StylizeRequest(spec=spec(iterations=1))
+        started_at = time.monotonic()
+        await asyncio.gather(*(s.stub.Stylize(request) for _ in range(number)))
+        took_s = time.monotonic() - started_at
+    assert [(kind, pixels) for kind, pixels, _ in recorded] == [("PNG", 64 * 32)] * number
+    assert all(seconds >= 0.02 for _, _, seconds in recorded)
+    assert sum(seconds for _, _, seconds in recorded) <= ENCODERS * took_s
 
 
 # The bytes of messages ------------------------------------------------------------------------------------------------

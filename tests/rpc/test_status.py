@@ -117,8 +117,8 @@ def test_clients_refused_together_do_not_retry_together():
 def test_a_job_that_takes_too_long_by_itself_is_not_retried():
     aborted = status.abort_status(errors.DeadlineUnattainable(wait_s=1, run_s=20, left_s=10.5))
     assert aborted.message == (
-        "the job would wait for about 1.0 s and then take about 20.0 s, and the call ends in 10.5 s; "
-        "allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
+        "the job would need at least 21.0 s: 1.00 s until its turn, 20.0 s for its iterations; "
+        "the call ends in 10.5 s; allow more time, set a time_budget, or ask for fewer iterations or a smaller size"
     )
     trailers = dict(aborted.trailers)
     assert trailers["grpc-retry-pushback-ms"] == "-1"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,7 @@ class DecodedImage(NamedTuple):
 
     picture: Tensor  # uint8 [3, height, width]
     digest: bytes  # see `domain.job.digest`
+    seconds: float  # that it took to decode and to digest, without the wait for a turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +184,9 @@ def _start(process: DecoderProcess) -> None:
 
 
 def _outcome(decode: Callable[[], Tensor]) -> DecodedImage | UnusableImage:
+    started_at = time.monotonic()
     try:
         picture = decode()
     except UnusableImage as error:
         return error
-    return DecodedImage(picture, digest(picture))
+    return DecodedImage(picture, digest(picture), time.monotonic() - started_at)

@@ -125,6 +125,8 @@ class Admission:
         recipe = expected.recipe
         room.take(self._images.decoded_bytes(sources, recipe))
         decoded = await self._images.decode(sources, recipe, owner)
+        for field, image in decoded.items():
+            self._scheduler.record_decoding(_pixels(sources[field]), image.seconds)
         content, start = decoded["spec.content"], decoded.get("spec.start_image")
         styles = [decoded[f"spec.styles[{i}].image"] for i in range(len(spec.styles))]
         job = StyleJob(
@@ -221,8 +223,7 @@ class Admission:
         if expected.scale_index >= len(expected.scales):
             return  # its checkpoint does not fit it: `_restore` refuses it
         left_s = math.inf if deadline_at is None else deadline_at - time.monotonic()
-        headers = [source.header for source in sources.values() if source.header is not None]
-        image_pixels = sum(header.width * header.height for header in headers)
+        image_pixels = max(map(_pixels, sources.values()))  # they are decoded side by side
         result_kind = result_encoding(spec).format.name
         self._scheduler.require_time(reservation, expected, left_s, image_pixels, result_kind, owner)
 
@@ -276,6 +277,12 @@ def spec_digest(spec: pb.JobSpec) -> bytes:
         reduced.resume_digest = _digest(reduced.resume)
         reduced.ClearField("resume")
     return hashlib.sha256(reduced.SerializeToString(deterministic=True)).digest()
+
+
+def _pixels(source: Source) -> int:
+    header = source.header
+    assert header is not None, "all headers are read, and valid"
+    return header.pixels
 
 
 def _tensors(saved: Checkpoint | None) -> Iterable[Tensor]:

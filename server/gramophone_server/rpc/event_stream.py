@@ -3,9 +3,9 @@ so, and each checkpoint is written once."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -47,7 +47,7 @@ class JobEventStream:
 
     ``sending`` counts the bytes of large messages, here for ``connection``. ``frames`` are the options of the
     watcher's frames. ``attached``: the watcher's request found an existing job. ``weights`` names the weights of the
-    network. ``on_result`` is told how long it took to write a result: its format, pixels, seconds.
+    network. ``on_result`` is told what it takes to write a result: its format, pixels, seconds of a thread.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class JobEventStream:
                 shared_part = share.split(share.bytes // (1 + large.copies))
                 work.holds.callback(shared_part.give_back)
             written = await work.result()
-            large.on_written()
+            large.on_written(written)
             size = len(written.data)
             if shared_part is not None:
                 shared_part.shrink_to(size)
@@ -232,12 +232,9 @@ class JobEventStream:
         def levels() -> Levels:
             return [*_event_levels(number, "result"), (result_message(event), pb.Result.IMAGE_FIELD_NUMBER)]
 
-        loop = asyncio.get_running_loop()
-        ended_at = loop.time()
-
-        def release_pixels() -> None:
+        def release_pixels(written: _Written) -> None:
             if picture.wait is not None:
-                self._on_result(encoding.format.name, summary.width * summary.height, loop.time() - ended_at)
+                self._on_result(encoding.format.name, summary.width * summary.height, written.seconds)
             picture.wait = None  # the result has one encoding for all watchers, which is kept
 
         return _Large(
@@ -255,6 +252,7 @@ class _Written(NamedTuple):
 
     data: bytes
     body_at: int  # where the innermost message starts, an `Image`
+    seconds: float = 0.0  # that a thread took for a picture, without its wait for the thread, the device or a reader
 
 
 @dataclass
@@ -268,7 +266,7 @@ class _Large:
     own: Callable[[], Levels] | None = None  # of the message of this call, if it is not the shared one
     dropped: int | None = None
     keep: bool = False
-    on_written: Callable[[], None] = lambda: None
+    on_written: Callable[[_Written], None] = lambda _: None
 
     @property
     def copies(self) -> int:
@@ -326,9 +324,12 @@ def _image_writer(
     def make() -> _Written:
         wait = picture.wait
         assert wait is not None, "the pixels are released when the only encoding is kept"
-        encoded = codec.encode(wait(), *encoding, metadata)
+        pixels = wait()
+        started_at = time.monotonic()
+        encoded = codec.encode(pixels, *encoding, metadata)
         outer = levels()
         parts = nested([*outer, (image_message(encoded), pb.Image.DATA_FIELD_NUMBER)], encoded.data)
-        return _Written(b"".join(parts), sum(map(len, parts[: len(outer)])))
+        data, body_at = b"".join(parts), sum(map(len, parts[: len(outer)]))
+        return _Written(data, body_at, time.monotonic() - started_at)
 
     return make

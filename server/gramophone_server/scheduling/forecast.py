@@ -38,6 +38,9 @@ MAX_URGENT_SHARE = 0.8
 LONGEST_TURN_S = 2.0
 # Of the time to a deadline that was accepted: no later one may take it, because estimates are not better than this.
 PROMISE_RESERVE = 0.04
+# To decode or encode an ordinary image, and each pixel of it, the slower kinds included. Some take a thousand times as
+# long, so those of one client say nothing of another's.
+ORDINARY_S, ORDINARY_PIXEL_S = 0.01, 1.5e-7
 # A turn of another job, as it is under way when a job comes or its budget ends.
 TURN_S = 0.02
 
@@ -73,13 +76,17 @@ class Forecaster:
     def __init__(self, throughput: ThroughputModel) -> None:
         self._throughput = throughput
 
-    def decoding_s(self, image_pixels: int) -> float:
-        """Estimated seconds until a job whose images are to be decoded is submitted; 0 if unknown."""
-        return _seconds(self._throughput.decoding(image_pixels)) if image_pixels else 0.0
+    def least_decoding_s(self, image_pixels: int) -> float:
+        """The least seconds until an image is decoded; 0 if unknown."""
+        return _least_of_contents_s(self._throughput.decoding(image_pixels), image_pixels) if image_pixels else 0.0
 
     def delivery_s(self, kind: str, pixels: int) -> float:
-        """Estimated seconds from a job's end to its response; 0 if unknown."""
+        """Estimated seconds to encode a result; 0 if unknown."""
         return _seconds(self._throughput.delivery(kind, pixels))
+
+    def least_delivery_s(self, kind: str, pixels: int) -> float:
+        """The least seconds to encode a result; 0 if unknown."""
+        return _least_of_contents_s(self._throughput.delivery(kind, pixels), pixels)
 
     def work(
         self, state: JobState, jobs: int = 1, slots: int | None = None, *, budget_s: float = math.inf
@@ -140,6 +147,10 @@ def _sum(parts: Sequence[Work]) -> Work:
         max(part.age_s for part in parts),
         parts[-1].measured,
     )
+
+
+def _least_of_contents_s(estimate: Estimate | None, pixels: int) -> float:
+    return 0.0 if estimate is None else min(estimate.low_s, ORDINARY_S + ORDINARY_PIXEL_S * pixels)
 
 
 def _seconds(estimate: Estimate | None) -> float:

@@ -191,7 +191,7 @@ class Scheduler:
         whose deadline was accepted before: by what was measured near its sizes and lately, and even if everything takes
         the least time that this allows. Otherwise later forecasts include the job while its images are decoded.
 
-        ``state``: of the job, with or without images. ``image_pixels``: of its images before they are reduced.
+        ``state``: of the job, with or without images. ``image_pixels``: of its largest image, as it is sent.
         ``result_kind``: how its result will be encoded, as in `record_delivery`. ``owner``: as in `submit`.
         """
         with self._table.lock:
@@ -199,8 +199,12 @@ class Scheduler:
             credit_s = self._thread.urgent_credit_s
             self._table.waiting.expect(reservation, running, state, left_s, image_pixels, result_kind, owner, credit_s)
 
+    def record_decoding(self, image_pixels: int, seconds: float) -> None:
+        """An image of so many pixels was decoded in ``seconds`` of a thread: deadlines allow for it."""
+        self._throughput.record_decoding(image_pixels, seconds)
+
     def record_delivery(self, result_kind: str, pixels: int, seconds: float) -> None:
-        """A result of so many pixels was encoded, as ``result_kind``, in ``seconds``: deadlines allow for it."""
+        """A result was encoded, as ``result_kind``, in ``seconds`` of a thread: deadlines allow for it."""
         self._throughput.record_delivery(result_kind, pixels, seconds)
 
     @property

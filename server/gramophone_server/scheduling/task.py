@@ -70,6 +70,8 @@ class Task:
     owner: str = ""  # for whom it counts, and with whose jobs it shares the device: see `fair_share`
     budget_ends_at: float = math.inf  # end of the time budget: the job ends with a result by then
     deadline_at: float = math.inf  # when its last iteration must end, for its result to reach the client in time
+    came_at: float = 0.0  # its arrival
+    device_s: float = 0.0  # seconds that it has taken of the device
     queued_at: float = 0.0  # its arrival, or when it gave its place up
     remaining: Work | None = None  # estimated, to the end; None: nothing was measured near its sizes yet
     estimated_at: float = -math.inf  # when `remaining` was updated last

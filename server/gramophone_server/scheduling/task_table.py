@@ -107,7 +107,7 @@ class TaskTable:
         """Removes a reservation, whose task takes its place, and returns what was expected of it."""
         with self.lock:
             self.reservations.remove(reservation)
-            return self.waiting.forget(reservation, used=True)
+            return self.waiting.forget(reservation)
 
     def withdraw(self, observer: JobObserver) -> None:
         """Removes a job that waits or is paused."""
@@ -116,6 +116,7 @@ class TaskTable:
             found = [(group, task) for group in groups for task in group if task.observer is observer]
             for group, task in found:
                 group.remove(task)
+                self.waiting.record_end(task)
             self.waiting.report_positions(self.running)
             if found:
                 self._on_place_freed()
@@ -127,6 +128,7 @@ class TaskTable:
             ended = [(group, task) for group in groups for task in group if task.ended]
             for group, task in ended:
                 group.remove(task)
+                self.waiting.record_end(task)
             if ended:
                 self._on_place_freed()
 

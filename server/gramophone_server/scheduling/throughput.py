@@ -128,11 +128,11 @@ class ThroughputModel:
         self._turns.record(kind, round(pixels), seconds)
 
     def record_decoding(self, image_pixels: int, seconds: float) -> None:
-        """From the check of its deadline to its submission a job took ``seconds``: the decoding of its images."""
+        """An image of so many pixels was decoded in ``seconds`` of a thread."""
         self._host.record("decoding", image_pixels, seconds)
 
     def record_delivery(self, kind: str, pixels: int, seconds: float) -> None:
-        """From its end to the response with its result a job took ``seconds``: the encoding, as ``kind``."""
+        """A result of so many pixels was encoded, as ``kind``, in ``seconds`` of a thread."""
         self._host.record(("delivery", kind), pixels, seconds)
 
     def iteration(self, shape: Shape, slots: int) -> Estimate | None:
@@ -144,11 +144,11 @@ class ThroughputModel:
         return self._beginnings.estimate(_beginning_kind(shape), shape.width * shape.height)
 
     def decoding(self, image_pixels: int) -> Estimate | None:
-        """Seconds until a job with so many pixels of images is submitted."""
+        """Seconds to decode an image."""
         return self._host.estimate("decoding", image_pixels)
 
     def delivery(self, kind: str, pixels: int) -> Estimate | None:
-        """Seconds from a job's end to the response with its result."""
+        """Seconds to encode a result."""
         return self._host.estimate(("delivery", kind), pixels)
 
     def turn_s(self, kind: str, pixels: float) -> float:

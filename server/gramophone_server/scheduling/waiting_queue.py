@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import DeadlineUnattainable
+from gramophone_server.scheduling.arrivals import Arrivals
 from gramophone_server.scheduling.forecast import (
     PROMISE_RESERVE,
     TURN_S,
@@ -21,7 +22,6 @@ from gramophone_server.scheduling.forecast import (
     Work,
     broken_promise,
     even_sharing,
-    interruptions_s,
     needs_promise,
     sharing_by_owners,
 )
@@ -38,7 +38,6 @@ REPORT_INTERVAL_S = 0.1
 # Of the jobs that would be refused, one is accepted if nothing was measured for so many seconds, or after so many
 # refusals if its own size was not measured: its iterations show whether the refusals are right.
 PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 200
-ARRIVALS_S = 60.0  # over which arrivals are counted
 # Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
 EVEN_TOLERANCE = 0.85
 # From the response to its client.
@@ -50,12 +49,26 @@ class Expected:
     """A job whose images are being decoded."""
 
     owner: str
-    since: float
-    image_pixels: int
     work: Work | None
     deadline_at: float  # when its last iteration must end
     has_promise: bool  # see `needs_promise`
     shape: Shape
+
+
+class _Asked(NamedTuple):
+    """A deadline that is asked for, and the least seconds of what the job needs besides the device."""
+
+    owner: str
+    state: JobState
+    left_s: float
+    decoding_s: float
+    delivery_s: float
+    credit_s: float
+
+    @property
+    def ends_in_s(self) -> float:
+        """When its last iteration must end."""
+        return self.left_s - self.delivery_s
 
 
 class _Job(NamedTuple):
@@ -83,7 +96,7 @@ class WaitingQueue:
         self._next_report_at = 0.0
         self._probed_at = -math.inf
         self._refused_since_probe = 0
-        self._arrivals, self._arrived_at = 0.0, 0.0  # jobs of the last `ARRIVALS_S`, older ones counting less
+        self._arrivals = Arrivals()
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks)
@@ -96,9 +109,8 @@ class WaitingQueue:
         self._estimate(running)
         task.remaining = self._work(task, self._jobs_of(task.last_shape, running) + 1)
         index = self._insert(task)
-        now = self._clock()
-        self._arrivals = 1 + self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S)
-        self._arrived_at = now
+        task.came_at = self._clock()
+        self._arrivals.came(task.came_at)
         task.observer.publish(Accepted(*self._outlook(running)[index]))
         self.report_positions(running)
 
@@ -119,6 +131,10 @@ class WaitingQueue:
         """Removes a task. Raises `ValueError` if it does not wait."""
         self._tasks.remove(task)
         self._positions_changed = bool(self._tasks)
+
+    def record_end(self, task: Task) -> None:
+        """A task has ended, in whatever way."""
+        self._arrivals.ended(task, self._clock())
 
     def report_positions(self, running: Sequence[Task]) -> None:
         """Publishes `Waiting` to the waiting tasks, if a position has changed and the last report is at least
@@ -149,12 +165,13 @@ class WaitingQueue:
         now, shape = self._clock(), state.shapes[-1]
         jobs = self._jobs_of(shape, running) + 1
         self._estimate(running)
-        delivery_s = self._forecaster.delivery_s(result_kind, shape.width * shape.height)
-        ends_in_s = left_s - delivery_s - TRANSIT_S
-        is_probe = False
+        result_pixels, is_probe = shape.width * shape.height, False
         if left_s < math.inf:
             least = self._forecaster.least(state, jobs)
-            error = self._late(running, owner, state, least, left_s, ends_in_s, image_pixels, credit_s)
+            decoding_s = self._forecaster.least_decoding_s(image_pixels)
+            least_delivery_s = self._forecaster.least_delivery_s(result_kind, result_pixels) + TRANSIT_S
+            asked = _Asked(owner, state, left_s, decoding_s, least_delivery_s, credit_s)
+            error = self._late(running, asked, least)
             if error is not None:
                 if not self._may_probe(least, shape, now):
                     self._refused_since_probe += 1
@@ -162,52 +179,46 @@ class WaitingQueue:
                 self.probes += 1
                 self._probed_at, self._refused_since_probe, is_probe = now, 0, True
         budget_s = state.recipe.time_budget or math.inf
-        deadline_at = math.inf if is_probe else now + ends_in_s
+        delivery_s = self._forecaster.delivery_s(result_kind, result_pixels) + TRANSIT_S
+        deadline_at = math.inf if is_probe else now + left_s - delivery_s
         work = self._forecaster.work(state, jobs, budget_s=budget_s)
         has_promise = needs_promise(deadline_at, now + budget_s)
-        self._expected[reservation] = Expected(owner, now, image_pixels, work, deadline_at, has_promise, shape)
+        self._expected[reservation] = Expected(owner, work, deadline_at, has_promise, shape)
 
-    def forget(self, reservation: Reservation, *, used: bool = False) -> Expected | None:
-        """Removes the job of a reservation, which was ``used`` or released, from forecasts, and returns what was
-        expected of it."""
-        expected = self._expected.pop(reservation, None)
-        if used and expected is not None and expected.image_pixels:
-            self._throughput.record_decoding(expected.image_pixels, self._clock() - expected.since)
-        return expected
+    def forget(self, reservation: Reservation) -> Expected | None:
+        """Removes the job of a reservation from forecasts, and returns what was expected of it."""
+        return self._expected.pop(reservation, None)
 
-    def _late(
-        self,
-        running: Sequence[Task],
-        owner: str,
-        state: JobState,
-        least: Work,
-        left_s: float,
-        ends_in_s: float,
-        image_pixels: int,
-        credit_s: float,
-    ) -> DeadlineUnattainable | None:
-        """The reason to refuse a job: even if all takes the least time that the measurements allow, it ends late, or
-        another one does whose deadline was promised. None if it can be accepted."""
+    def _late(self, running: Sequence[Task], asked: _Asked, least: Work) -> DeadlineUnattainable | None:
+        """The reason to refuse a job: even if all takes the ``least`` time that the measurements allow, it ends late,
+        or another one does whose deadline was promised. None if it can be accepted."""
         if not least.low_share_s:
             return None  # nothing was measured near by
-        now, budget_s = self._clock(), state.recipe.time_budget or math.inf
-        # How long decoding takes is hardly known.
-        until_turn_s = self._forecaster.decoding_s(image_pixels) / 2 + (TURN_S / 2 if running else 0.0)
-        interrupted_s = self._interruptions_s(least.low_alone_s, now, credit_s)
-        if self.time_is_ample(running, now, ends_in_s, until_turn_s + least.alone_s + interrupted_s):
+        now, state, ends_in_s = self._clock(), asked.state, asked.ends_in_s
+        budget_s, alone_s = state.recipe.time_budget or math.inf, least.low_alone_s
+        until_turn_s = TURN_S / 2 if running else 0.0
+        others_s = self._arrivals.interruptions_s(alone_s, asked.credit_s, (*running, *self._tasks), now)
+        if self.time_is_ample(running, now, ends_in_s, asked.decoding_s + until_turn_s + least.alone_s + others_s):
             return None
-        wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=True)
-        alone_s = least.low_alone_s
-        run_s = max(alone_s + interrupted_s, EVEN_TOLERANCE * shared_end_s - wait_s)
-        end_s = until_turn_s + wait_s + run_s
+        wait_s, shared_end_s = self._outcome(running, asked.owner, now + ends_in_s, least)
+        run_s = max(alone_s + others_s, EVEN_TOLERANCE * shared_end_s - wait_s)
+        wait_s += until_turn_s
         # A time budget ends a job at its last iteration within it, but lets it have one.
         first_s = alone_s / max(1, state.iterations - state.done)
-        end_s = min(end_s, max(budget_s - first_s, until_turn_s + wait_s + first_s))
-        if end_s > ends_in_s:
-            wait_s, shared_end_s = self._outcome(running, owner, now + ends_in_s, least, low=False)
-            run_s = min(shared_end_s - wait_s, max(0.0, budget_s - wait_s))
-            return DeadlineUnattainable(wait_s, run_s, left_s, measured=least.measured, spread=least.spread)
-        if not needs_promise(ends_in_s, budget_s):
+        run_s = min(run_s, max(budget_s - first_s - wait_s, first_s))
+        if asked.decoding_s + wait_s + run_s > ends_in_s:
+            own_s = min(run_s, alone_s)
+            return DeadlineUnattainable(
+                wait_s,
+                own_s,
+                asked.left_s,
+                decoding_s=asked.decoding_s,
+                others_s=run_s - own_s,
+                delivery_s=asked.delivery_s,
+                measured=least.measured,
+                spread=least.spread,
+            )
+        if not needs_promise(ends_in_s, asked.decoding_s + budget_s):
             return None  # it ends in time whoever has the device
         jobs = [job for job in self._jobs(running) if job.work is not None]
         promises = [
@@ -215,15 +226,15 @@ class WaitingQueue:
             for job in jobs
             if job.work is not None and job.promised_at < math.inf
         ]
-        others_s = sum(job.work.share_s for job in jobs if job.work is not None and job.promised_at == math.inf)
+        unpromised_s = sum(job.work.share_s for job in jobs if job.work is not None and job.promised_at == math.inf)
         within_budget = least.within(budget_s)
         own = Promise(ends_in_s, within_budget.low_share_s, within_budget.low_alone_s, state.shapes[-1])
-        late_s = broken_promise(promises, others_s, own, credit_s)
+        late_s = broken_promise(promises, unpromised_s, own, asked.credit_s)
         if late_s is None:
             return None
         promised_s = sum(promise.work_s for promise in promises)
         return DeadlineUnattainable(
-            late_s, alone_s, left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
+            late_s, own.alone_s, asked.left_s, measured=least.measured, spread=least.spread, promised_s=promised_s
         )
 
     def time_is_ample(self, running: Sequence[Task], now: float, ends_in_s: float, own_s: float) -> bool:
@@ -237,15 +248,6 @@ class WaitingQueue:
             needed_s += 0.0 if job.work is None else job.work.alone_s
             first_at = min(first_at, job.deadline_at)
         return needed_s <= (1 - PROMISE_RESERVE) * (first_at - now)
-
-    def _interruptions_s(self, run_s: float, now: float, credit_s: float) -> float:
-        """For how long other jobs will have the device while an urgent one runs, if jobs arrive as often as lately.
-        Less than the mean: a job is refused only if it is more likely late than not, and during most jobs none comes.
-        """
-        rate = self._arrivals * math.exp((self._arrived_at - now) / ARRIVALS_S) / ARRIVALS_S
-        arrivals = max(rate * run_s, 1e-6)
-        after_first = max(0.0, 1 - math.log(2) / arrivals)  # the part of the run after the first of them, by its median
-        return interruptions_s(run_s, credit_s) * after_first + arrivals / 2 * TURN_S
 
     def _may_probe(self, least: Work, shape: Shape, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
@@ -303,24 +305,23 @@ class WaitingQueue:
             for job in self._expected.values()
         ]
 
-    def _outcome(
-        self, running: Sequence[Task], owner: str, must_end_at: float, own: Work, *, low: bool
-    ) -> tuple[float, float]:
-        """Seconds until a job that must end then starts, and until it ends, if the device is shared evenly; ``low``:
-        the least."""
+    def _outcome(self, running: Sequence[Task], owner: str, must_end_at: float, own: Work) -> tuple[float, float]:
+        """The least seconds until a job that must end then starts, and until it ends, by even sharing."""
 
         def seconds(work: Work | None) -> float:
-            return 0.0 if work is None else work.low_share_s if low else work.share_s
+            return 0.0 if work is None else work.low_share_s
 
-        latest_start_at = must_end_at - seconds(own)
+        latest_start_at = must_end_at - own.low_share_s
         before = [
             (task.owner, seconds(task.remaining)) for task in self._tasks if task.latest_start_at <= latest_start_at
         ]
         before += [(job.owner, seconds(job.work)) for job in self._expected.values()]
         with_place = [(task.owner, seconds(task.remaining)) for task in running]
-        own_s = seconds(own)
         by_jobs = even_sharing(
-            [other_s for _, other_s in with_place], [other_s for _, other_s in before], own_s, self._max_running
+            [other_s for _, other_s in with_place],
+            [other_s for _, other_s in before],
+            own.low_share_s,
+            self._max_running,
         )
         wait_s = by_jobs.starts[-1]
         if wait_s:
@@ -328,10 +329,10 @@ class WaitingQueue:
             for other, _ in before:
                 claims.take(other)
             wait_s = 0.0 if claims.take(owner) else min(wait_s, claims.wait_s(owner))
-        end_s = wait_s + sharing_by_owners((*with_place, *before), own_s, owner)
+        end_s = wait_s + sharing_by_owners((*with_place, *before), own.low_share_s, owner)
         if wait_s:  # the others have had a part of that by then
             end_s = min(end_s, by_jobs.end)
-        return wait_s, max(end_s, wait_s + (own.low_alone_s if low else own.alone_s))
+        return wait_s, max(end_s, wait_s + own.low_alone_s)
 
     def _forecast(self, running: Sequence[Task], waiting: Sequence[Work | None]) -> Forecast | None:
         """None if a job that arrives now must wait, and the speed of one of the others is not known."""

@@ -61,7 +61,7 @@ class Worker:
     ) -> None:
         self._engine, self._throughput, self._clock = engine, throughput, clock
         self._shares: DeviceShares[Task] = DeviceShares()
-        self._pool = BatchPool(engine, throughput, self._shares.charge, on_iterations, clock, max_parked_bytes)
+        self._pool = BatchPool(engine, throughput, self.charge, on_iterations, clock, max_parked_bytes)
         self.memory = MemoryTurns(engine, self._pool, self._park, clock)
         self._order = TurnOrder(self._shares, throughput, self.finish_within_budget, clock)
         self._forecaster = Forecaster(throughput)
@@ -195,7 +195,8 @@ class Worker:
         return first
 
     def charge(self, task: Task, seconds: float) -> None:
-        """Counts the time of a command as device time of its job."""
+        """Counts device time of a job: its turns, its share of those of its batch, and its commands and pictures."""
+        task.device_s += seconds
         self._shares.charge(task, seconds)
 
     def frame(self, task: Task) -> Frame:
@@ -240,7 +241,7 @@ class Worker:
                 except Exception as error:  # noqa: BLE001 - `_fail` logs an unexpected one
                     self._fail(task, error)
                 if not task.ended:
-                    self._shares.charge(task, self._clock() - started_at)
+                    self.charge(task, self._clock() - started_at)
 
     def _leave(self, task: Task) -> None:
         """Takes a task out of its batch, into the host's memory. Raises `OutOfDeviceMemory`."""
