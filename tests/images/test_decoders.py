@@ -120,7 +120,7 @@ async def test_the_images_of_a_job_come_in_their_order_and_each_with_its_own_fau
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["threads", "processes"])
 async def test_the_time_of_an_image_is_that_of_its_decoding_and_not_of_its_wait(pool, data):
-    """All images together take no longer than the decoders have. With their waits they would take eight times as long."""
+    """All images together take no longer than the decoders have. With their waits they would take eight times that."""
     pool.start()
     await decoded(pool, data)  # the processes have started
     decoders = max(DECODER_THREADS, LIMITS.max_decoders)

@@ -154,7 +154,7 @@ async def test_frames_that_were_dropped_before_differ_and_the_picture_does_not()
 
 
 async def test_the_time_of_a_result_is_that_of_its_encoding_and_not_of_its_wait_for_a_thread(monkeypatch):
-    """All results together take no longer than the threads have. With their waits they would take eight times as long."""
+    """All results together take no longer than the threads have. With their waits they would take eight times that."""
     recorded, encode, number = [], codec.encode, 16 * ENCODERS
     monkeypatch.setattr(codec, "encode", lambda *asked: (time.sleep(0.02), encode(*asked))[1])
     monkeypatch.setattr(Scheduler, "record_delivery", lambda _, *result: recorded.append(result))
