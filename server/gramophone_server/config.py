@@ -23,6 +23,7 @@ __all__ = [
     "MAX_REFLECTION_CALLS",
     "METADATA_BYTES",
     "PROBE_READS",
+    "QUICK_ENCODERS",
     "SMALL_DECODING_BYTES",
     "SMALL_READS",
     "STREAM_WINDOW_BYTES",
@@ -43,6 +44,7 @@ DECODING_BYTES_PER_PIXEL = 24
 DECODER_BYTES = 2**29
 SMALL_DECODING_BYTES = 2**26  # while an image is decoded on a thread; what takes more is decoded in a process
 ENCODERS = 2  # threads that encode pictures and write checkpoints; the compute thread uses the cores
+QUICK_ENCODERS = 1  # further ones, for what takes up to 50 ms
 STREAM_WINDOW_BYTES = 65_535  # of a call whose message nobody has asked for: what HTTP/2 starts with
 METADATA_BYTES = 8192  # of one call; gRPC's own default. It refuses some calls above this, and all above twice this.
 # Messages that arrive at the same time, of all methods without images. Honest ones come with their call, so a crowd of

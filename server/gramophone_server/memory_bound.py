@@ -16,6 +16,7 @@ from gramophone_server.config import (
     MAX_REFLECTION_CALLS,
     METADATA_BYTES,
     PROBE_READS,
+    QUICK_ENCODERS,
     SMALL_DECODING_BYTES,
     SMALL_READS,
     STREAM_WINDOW_BYTES,
@@ -55,7 +56,8 @@ def memory_terms(settings: Settings) -> list[MemoryTerm]:
     calls += 3 * settings.max_arrived_calls
     watchers = min(settings.max_calls + settings.max_connections, (places + settings.max_kept) * settings.max_watchers)
     copies = ENCODERS * ENCODING_COPIES
-    pictures = DECODED_BYTES_PER_PIXEL * settings.max_size**2 * (places * (1 + UNREAD_FRAMES) + copies)
+    quick_copies = QUICK_ENCODERS * ENCODING_COPIES
+    pictures = DECODED_BYTES_PER_PIXEL * settings.max_size**2 * (places * (1 + UNREAD_FRAMES) + copies + quick_copies)
     checkpoints = settings.max_checkpoint_bytes * (UNREAD_CHECKPOINTS * settings.max_running + places + copies)
     term = MemoryTerm
     return [

@@ -18,11 +18,11 @@ async def settle():
         await asyncio.sleep(0)
 
 
-def taking(budget, size, owner, served=None):
+def taking(budget, size, owner, served=None, *, is_urgent=False):
     """A task that takes a share and adds its owner to `served`."""
 
     async def take():
-        share = await budget.take(size, owner)
+        share = await budget.take(size, owner, is_urgent=is_urgent)
         if served is not None:
             served.append(owner)
         return share
@@ -105,10 +105,14 @@ async def test_an_owner_that_holds_less_is_served_first():
     assert sorted(served) == ["a", "a", "b", "c", "c"] and budget.used == 0
 
 
-async def serve_one_after_another(budget, owners):
-    """The order in which these owners, which have come in this order, get the whole budget."""
+async def serve_one_after_another(budget, owners, sizes=None, urgent=""):
+    """The order in which these owners, which have come in this order, get the whole budget, or so much of it."""
     served, holder = [], budget.try_take(10, "x")
-    tasks = [taking(budget, 10, owner, served) for owner in owners]
+    sizes = sizes or [10] * len(owners)
+    tasks = [
+        taking(budget, size, owner, served, is_urgent=owner in urgent)
+        for owner, size in zip(owners, sizes, strict=True)
+    ]
     await settle()
     holder.give_back()
     for _ in tasks:
@@ -134,6 +138,25 @@ async def test_prompt_owners_are_next_and_slow_ones_last():
             share.was_slow()
             share.was_prompt()  # once is not enough
     assert "".join(await serve_one_after_another(budget, "abcdefgh")) == "agcfbedh"
+
+
+async def test_little_does_not_wait_behind_much_and_the_longest_wait_has_its_turns():
+    """Of prompt owners that hold nothing. Every fourth share goes to the longest wait: first to a, then to b."""
+    budget = ByteBudget(10)
+    for owner in "abcdefgh":
+        with budget.take_now(1, owner) as share:
+            share.was_prompt()
+    order = await serve_one_after_another(budget, "abcdefgh", sizes=[10, 10, 10, 10, 9, 8, 7, 6])
+    assert "".join(order) == "ahgfbecd"
+
+
+async def test_what_is_urgent_comes_before_what_is_small():
+    budget = ByteBudget(10)
+    for owner in "abcdefgh":
+        with budget.take_now(1, owner) as share:
+            share.was_prompt()
+    order = await serve_one_after_another(budget, "abcdefgh", sizes=[10, 6, 6, 6, 10, 6, 10, 6], urgent="eg")
+    assert "".join(order) == "aegbcdfh"
 
 
 async def test_a_prompt_owner_does_not_wait_behind_a_crowd_that_holds_its_shares():

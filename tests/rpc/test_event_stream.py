@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from dataclasses import replace
 
@@ -277,6 +278,47 @@ async def test_a_message_larger_than_the_budget_takes_all_of_it():
     message.close()
     assert budget.used == 0
     encoders.close()
+
+
+# Many watchers --------------------------------------------------------------------------------------------------------
+
+
+async def test_small_jobs_do_not_wait_behind_the_large_pictures_of_watchers(monkeypatch):
+    """However many there are, in encodings of their own and on connections of their own: here none of them ends."""
+    encode, go, begun = codec.encode, threading.Event(), []
+
+    def slow(picture, *encoding):
+        if max(picture.shape) > 256:
+            begun.append(encoding)
+            assert go.wait(60), "the test did not set `go`"
+        return encode(picture, *encoding)
+
+    wanted, engine = noise()
+    async with serving(engine, Limits(max_watchers=64)) as s, paused_job(s, wanted) as job_id:
+        monkeypatch.setattr("gramophone_server.images.codec.encode", slow)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(go.set)
+            for quality in range(1, 11):
+                raw = await stack.enter_async_context(connection(s.address))
+                options = pb.FrameOptions(format=pb.IMAGE_FORMAT_WEBP, quality=quality)
+                request = pb.WatchJobRequest(job_id=job_id, frames=options)
+                await raw.open_stream(WATCH).send(prefixed(request.SerializeToString()), end=True)
+            await until(lambda: len(begun) >= ENCODERS)
+            engine.noise = NoisyEngine(64).noise
+            async with asyncio.timeout(60):
+                for _ in range(3):
+                    response = await s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(3)))
+                    assert response.result.image.width == 64
+            assert len(begun) == ENCODERS
+
+
+async def test_the_watchers_of_one_connection_leave_others_a_part_of_the_bytes():
+    async with serving(FakeEngine()) as s:
+        budget, taken = s.servicer.sending, []
+        while (share := budget.try_take(MIB, "one")) is not None:
+            taken.append(share)
+        assert budget.used <= 0.75 * budget.max_bytes
+        assert budget.try_take(budget.max_bytes // 4, "other") is not None
 
 
 # Readers that do not read ---------------------------------------------------------------------------------------------

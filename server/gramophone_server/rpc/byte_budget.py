@@ -100,9 +100,10 @@ class ByteBudget:
     """At most `max_bytes` at a time, shared by owners, which are connections.
 
     If all are used, those who want some wait. Owners that have been prompt are served first, so that they do not wait
-    behind hundreds of clients that hold their shares and do nothing; among these the one that holds least, and among
-    equals the one that waits longest. Of owners that nothing is known of, the one that came last is next, for the same
-    reason, and they get one share in `ROUND` in any case, as does the longest wait of all owners that hold least.
+    behind hundreds of clients that hold their shares and do nothing; among these the one that would then hold least,
+    where what is urgent does not count, and among equals the one that waits longest. Of owners that nothing is known
+    of, the one that came last is next, for the same reason, and they get one share in `ROUND` in any case, as does the
+    longest wait of all owners that hold least.
 
     Meanwhile, shares that nothing was done with for `replaceable_after_s` are replaced: of the owner that holds most,
     of slow ones first, and the newest ones, because the others may be nearly done.
@@ -162,12 +163,14 @@ class ByteBudget:
             return None
         return self._share(size, owner)
 
-    async def take(self, size: int, owner: str = "", on_replaced: Callable[[], object] | None = None) -> Share:
-        """A share of so many bytes, at most `max_bytes`, as soon as it is this owner's turn. Raises `ServerBusy` if
-        that takes too long."""
+    async def take(
+        self, size: int, owner: str = "", on_replaced: Callable[[], object] | None = None, *, is_urgent: bool = False
+    ) -> Share:
+        """A share of so many bytes, at most `max_bytes`, as soon as it is this owner's turn. ``is_urgent``: it comes
+        before what others want, however large it is. Raises `ServerBusy` if that takes too long."""
         if size > self.max_bytes:
             raise ValueError(f"{size} bytes are more than the whole budget of {self.max_bytes}")
-        share = self.try_take(size, owner) or await self._wait_for_share(size, owner)
+        share = self.try_take(size, owner) or await self._wait_for_share(size, owner, is_urgent)
         if on_replaced is not None:
             share.replaceable(on_replaced)
         return share
@@ -222,9 +225,9 @@ class ByteBudget:
             self._held[owner] = self._held.get(owner, 0) + size
         return Share(self, size, owner)
 
-    async def _wait_for_share(self, size: int, owner: str) -> Share:
+    async def _wait_for_share(self, size: int, owner: str, is_urgent: bool) -> Share:
         self._arrivals += 1
-        waiting = _Waiting(size, owner, self._arrivals, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(size, owner, self._arrivals, is_urgent, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(owner, {})[waiting.arrival] = waiting
         self._waiting_bytes += size
         self._timeouts.start(waiting)
@@ -263,7 +266,10 @@ class ByteBudget:
         if self._served % ROUND == 0:
             return firsts[held.index(min(held))]
         now = self.now()
-        ranks = [(self.promptness.of(waiting.owner, now), size) for waiting, size in zip(firsts, held, strict=True)]
+        ranks = [
+            (self.promptness.of(waiting.owner, now), size + (0 if waiting.is_urgent else waiting.size))
+            for waiting, size in zip(firsts, held, strict=True)
+        ]
         unknown = [rank for rank in ranks if rank[0] is Standing.UNKNOWN]
         best = min(unknown) if unknown and self._served % ROUND == 1 else min(ranks)
         if best[0] is Standing.PROMPT:
@@ -353,4 +359,5 @@ class _Waiting(NamedTuple):
     size: int
     owner: str
     arrival: int
+    is_urgent: bool
     share: asyncio.Future[Share]

@@ -35,8 +35,11 @@ __all__ = ["SMALL_BYTES", "JobEventStream"]
 
 # Messages of at most this size need no share of `max_sending_bytes`. A call sends one message at a time.
 SMALL_BYTES = 64 * 1024
-# A picture that can have at most so many bytes, 350,000 pixels, is a PNG in up to 50 ms and a JPEG in 5 ms.
-QUICK_BYTES = 2**20
+# What is measured for pictures of noise, the slowest kind; of each pixel before it is reduced, and of each byte of a
+# checkpoint.
+ENCODING_S_PER_PIXEL = {Format.PNG: 110e-9, Format.WEBP: 120e-9, Format.JPEG: 10e-9}
+REDUCING_S_PER_PIXEL = 5e-9
+WRITING_S_PER_BYTE = 1e-9
 LOSSLESS = Encoding(Format.PNG, 100)
 
 Levels: TypeAlias = Sequence[tuple[Message, int]]  # see `outgoing.nested`
@@ -137,7 +140,7 @@ class JobEventStream:
         """The message, as soon as its bytes are free."""
         while (message := await self._try_write(large)) is None:
             needed = large.needed_first(self._sending.max_bytes)
-            self._reserved = await self._sending.take(needed, self._connection)
+            self._reserved = await self._sending.take(needed, self._connection, is_urgent=large.is_result)
         return message
 
     async def _try_write(self, large: _Large) -> Outgoing | None:
@@ -159,8 +162,8 @@ class JobEventStream:
                     large.key,
                     large.make,
                     self._connection,
-                    keep=large.keep,
-                    quick=large.most_bytes <= QUICK_BYTES,
+                    seconds=large.seconds,
+                    is_result=large.is_result,
                 )
             )
             shared_part = None
@@ -209,6 +212,7 @@ class JobEventStream:
             encoding,
             _image_writer(lambda: levels(0), picture, encoding),
             _most_bytes(picture, encoding),
+            _encoding_s(picture, encoding),
             own=(lambda: levels(event.dropped)) if event.dropped else None,
             dropped=event.dropped,
         )
@@ -221,7 +225,7 @@ class JobEventStream:
             levels = [*_event_levels(number, "checkpoint"), (checkpoint, pb.Checkpoint.DATA_FIELD_NUMBER)]
             return _Written(b"".join(nested(levels, state.write())), 0)
 
-        return _Large(state.written, None, make, state.most_bytes)
+        return _Large(state.written, None, make, state.most_bytes, state.most_bytes * WRITING_S_PER_BYTE)
 
     def _result(self, number: int, event: Finished) -> _Large:
         summary, picture = self.job.summary, event.picture
@@ -242,7 +246,8 @@ class JobEventStream:
             encoding,
             _image_writer(levels, picture, encoding, metadata),
             _most_bytes(picture, encoding),
-            keep=True,
+            _encoding_s(picture, encoding),
+            is_result=True,
             on_written=release_pixels,
         )
 
@@ -263,9 +268,10 @@ class _Large:
     key: Hashable
     make: Callable[[], _Written]
     most_bytes: int  # of the message
+    seconds: float  # that it takes to write it, about
     own: Callable[[], Levels] | None = None  # of the message of this call, if it is not the shared one
     dropped: int | None = None
-    keep: bool = False
+    is_result: bool = False
     on_written: Callable[[_Written], None] = lambda _: None
 
     @property
@@ -311,9 +317,19 @@ def _as_needed(wanted: Encoding, picture: Picture) -> Encoding:
     )
 
 
-def _most_bytes(picture: Picture, encoding: Encoding) -> int:
+def _encoded_size(picture: Picture, encoding: Encoding) -> tuple[int, int]:
     width, height = picture.width, picture.height
-    return most_encoded_bytes(*(fit(width, height, encoding.max_side) if encoding.max_side else (width, height)))
+    return fit(width, height, encoding.max_side) if encoding.max_side else (width, height)
+
+
+def _most_bytes(picture: Picture, encoding: Encoding) -> int:
+    return most_encoded_bytes(*_encoded_size(picture, encoding))
+
+
+def _encoding_s(picture: Picture, encoding: Encoding) -> float:
+    width, height = _encoded_size(picture, encoding)
+    reducing_s = REDUCING_S_PER_PIXEL * picture.width * picture.height if encoding.max_side else 0.0
+    return reducing_s + ENCODING_S_PER_PIXEL[encoding.format] * width * height
 
 
 def _image_writer(

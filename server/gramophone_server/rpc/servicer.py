@@ -20,7 +20,7 @@ from gramophone_server.jobs.job import Job
 from gramophone_server.jobs.mailbox import CheckpointRule, FrameRule
 from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.rpc.admission import Admission
-from gramophone_server.rpc.byte_budget import ByteBudget
+from gramophone_server.rpc.byte_budget import OF_ONE_CONNECTION, ByteBudget
 from gramophone_server.rpc.calls import ActiveCalls, Context, RpcCall, as_domain_error
 from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.rpc.event_stream import JobEventStream
@@ -73,7 +73,11 @@ class Servicer(pb_grpc.StyleTransferServiceServicer):
         self._encoders = Encoders()
         what = f"clients have not read all that they were sent (server setting {env_variable('max_sending_bytes')})"
         self.sending = ByteBudget(
-            limits.max_sending_bytes, what, replaceable_after_s=READING_S, max_wait_s=limits.max_blocked_s
+            limits.max_sending_bytes,
+            what,
+            of_one=OF_ONE_CONNECTION,
+            replaceable_after_s=READING_S,
+            max_wait_s=limits.max_blocked_s,
         )
         self._preparations: dict[Job, asyncio.Task[None]] = {}
         self._constant_info: pb.GetServerInfoResponse | None = None  # 0.2 ms to build
