@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gramophone_server.images import containers
-from gramophone_server.images.containers import EOI, SCAN, SOS, UnusableImage
+from gramophone_server.images.containers import EOI, MAX_HEAD_PARTS, SCAN, SOS, UnusableImage
 from tests.support.bad_pictures import LARGE, SIZE, chunk, encoded, in_jpeg, in_png, in_webp, segment
 
 RED = Image.new("RGB", SIZE, "red")
@@ -52,9 +52,8 @@ def test_a_scan_ends_at_its_marker_wherever_slices_end(monkeypatch, filled, odd)
         assert (scan.marker, end.marker, end.end) == (SCAN, EOI, len(data) - 2)
 
 
-def test_fill_bytes_end_at_the_marker_wherever_slices_end(monkeypatch):
-    monkeypatch.setattr(containers, "SLICE_BYTES", 16)
-    for length in range(50):
+def test_fill_bytes_end_at_the_marker():
+    for length in (*range(50), 255, 256, 4095, 4096, 4097, 10_000):
         data = JPEG[:2] + b"\xff" * length + JPEG[2:]
         assert len(list(containers.jpeg_segments(data))) == len(list(containers.jpeg_segments(JPEG)))
         with pytest.raises(UnusableImage, match="is truncated or damaged; send the whole file again"):
@@ -72,19 +71,41 @@ class Searches:
         return self._pattern.search(data, start, end)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [in_jpeg(b"\xff" * LARGE), in_scan(b"\xff\0" * (LARGE // 2)), in_scan(b"\xff" * LARGE)],
-    ids=["fill", "FF 00", "FF FF"],
-)
-def test_no_step_holds_the_interpreter_for_long(monkeypatch, data):
+@pytest.mark.parametrize("pixels", [b"\xff\0", b"\xff\xff"], ids=bytes.hex)
+def test_no_step_holds_the_interpreter_for_long(monkeypatch, pixels):
     """The search of 10 MiB took 75 ms, in which no other thread ran."""
-    patterns = [Searches(pattern) for pattern in (containers.NO_FILL, containers.SCAN_END)]
-    monkeypatch.setattr(containers, "NO_FILL", patterns[0])
-    monkeypatch.setattr(containers, "SCAN_END", patterns[1])
+    searches = Searches(containers.SCAN_END)
+    monkeypatch.setattr(containers, "SCAN_END", searches)
+    assert list(containers.jpeg_segments(in_scan(pixels * (LARGE // 2))))[-1].marker == EOI
+    assert sum(searches.spans) > LARGE - 10 and max(searches.spans) <= containers.SLICE_BYTES + 1 <= 2**19
+
+
+def test_long_fill_bytes_take_few_steps():
+    """They are compared in blocks. A search of 10 MiB took 75 ms, for six images of a request of 474 bytes."""
+    compared = []
+
+    class File(bytes):
+        def startswith(self, prefix, at):
+            compared.append(len(prefix))
+            return super().startswith(prefix, at)
+
+    assert list(containers.jpeg_segments(File(in_jpeg(b"\xff" * LARGE))))[-1].marker == EOI
+    assert len(compared) < LARGE / 2000
+
+
+def test_a_header_of_many_parts_is_refused():
+    comments = segment(0xFE) * (MAX_HEAD_PARTS - 20)
+    assert list(containers.jpeg_segments(JPEG[:2] + comments + JPEG[2:]))[-1].marker == EOI
+    with pytest.raises(UnusableImage) as caught:
+        list(containers.jpeg_segments(JPEG[:2] + segment(0xFE) * MAX_HEAD_PARTS + JPEG[2:]))
+    assert str(caught.value) == "has more than 1024 segments before its pixels; save it with an ordinary encoder"
+
+
+def test_between_scans_there_may_be_more_parts():
+    data = JPEG[:-2] + segment(0xFE) * 8000 + JPEG[-2:]
     assert list(containers.jpeg_segments(data))[-1].marker == EOI
-    spans = [span for pattern in patterns for span in pattern.spans]
-    assert sum(spans) > LARGE - 10 and max(spans) <= containers.SLICE_BYTES + 1 <= 2**19
+    with pytest.raises(UnusableImage, match="has more than 16384 segments; save it with an ordinary encoder"):
+        list(containers.jpeg_segments(JPEG[:-2] + segment(0xFE) * 20_000 + JPEG[-2:]))
 
 
 def test_a_scan_is_searched_only_when_what_follows_is_asked_for(monkeypatch):

@@ -1,8 +1,11 @@
 import contextlib
 import io
 import itertools
+import os
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -131,6 +134,12 @@ def swapped_profile():
     return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
 
 
+def large_profile(size):
+    """The same with noise behind its tags."""
+    profile = swapped_profile()
+    return struct.pack(">I", size) + profile[4:] + random.Random(1).randbytes(size - len(profile))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_an_embedded_profile_is_converted_to_srgb(mode):
     image = Image.new("RGB", (16, 16), RED).convert(mode)
@@ -147,12 +156,46 @@ def test_an_unusable_profile_is_ignored(profile):
 @pytest.mark.parametrize("size", [100_000, 1_400_000, MAX_PROFILE_BYTES - 1])
 def test_a_large_profile_is_converted_too(format, size):
     """A printer's profile has 500 KB, one with fine tables 2 MB."""
-    profile = swapped_profile()
-    profile = struct.pack(">I", size) + profile[4:] + random.Random(1).randbytes(size - len(profile))
-    data = encoded(Image.new("RGB", (16, 16), RED), format, icc_profile=profile)
+    data = encoded(Image.new("RGB", (16, 16), RED), format, icc_profile=large_profile(size))
     got = pixel(decoded(data))
     assert got[0] < 10 and got[1] > 245 and got[2] < 10
     assert decoding.upright_size(data, decoding.read_header(data, LIMITS)) == (16, 16)
+
+
+MEASURING = """
+import io, pathlib, sys
+from PIL import Image
+from gramophone_server.config import Limits
+from gramophone_server.images import decoding
+
+def bytes_of(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+def decode(data):
+    return decoding.decode(data, Limits(), 1024)
+
+data = sys.stdin.buffer.read()
+small = io.BytesIO()
+Image.new("RGB", (16, 16)).save(small, sys.argv[1])
+decode(small.getvalue())  # loads what all images need
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = bytes_of("VmRSS")
+decode(data)
+print(bytes_of("VmHWM") - before, decoding.decoding_bytes(data, decoding.read_header(data, Limits())))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be measured")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("side", [32, 1000])
+def test_a_large_profile_takes_no_more_memory_than_is_counted(format, side):
+    data = encoded(Image.new("RGB", (side, side), RED), format, icc_profile=large_profile(MAX_PROFILE_BYTES - 1))
+    command = [sys.executable, "-c", MEASURING, format]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(command, input=data, capture_output=True, check=True, env=environment)
+    peak, bound = map(int, run.stdout.split())
+    assert 2 * MAX_PROFILE_BYTES < peak <= bound
 
 
 def test_a_profile_that_inflates_beyond_the_limit_is_refused_by_name():

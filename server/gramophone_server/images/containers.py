@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "EOI",
+    "MAX_HEAD_PARTS",
     "MAX_PARTS",
     "MAX_SCANS",
     "PNG_START",
@@ -30,21 +31,23 @@ __all__ = [
     "webp_chunks",
 ]
 
-# A photo has about 20 JPEG segments before its pixels, and at most 400 with a large profile and XMP; a PNG of 10 MiB
-# written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
+# A PNG of 10 MiB written by libpng has 1,300 chunks. A step of this walk takes 1 us, one of Pillow's 10 us.
 MAX_PARTS = 16_384
+# Before the pixels. A photo has about 20 JPEG segments there, and at most 400 with a large profile and XMP.
+MAX_HEAD_PARTS = 1024
 # libjpeg processes the whole picture for each scan, 11 to 30 ms at 32 megapixels, even if the scan is short. An encoder
 # writes 10 scans for a photo, and libjpeg's script for CMYK has 18.
 MAX_SCANS = 32
-# Bytes that are searched at a time. A search holds the interpreter: 2 ms for these, and 75 ms for 10 MiB.
+# Bytes of a scan that are searched at a time. A search holds the interpreter: 2 ms for these, and 75 ms for 10 MiB.
 SLICE_BYTES = 2**18
+# Any number of FF may precede a marker. Comparing 10 MiB of them in such blocks takes 1 ms, and a search 75 ms.
+FILLS = [b"\xff" * size for size in (4096, 256, 16, 1)]
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 # JPEG markers
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
 MARKERS_WITHOUT_LENGTH = frozenset({TEM, SOI, *range(0xD0, 0xD8)})
 SCAN = -1  # instead of a marker: the pixels of a scan
-NO_FILL = re.compile(rb"[^\xff]", re.DOTALL)  # any number of FF may precede a marker
 # The end of a scan. Within it, FF 00 is a byte, and FF D0 to D7 are restarts.
 SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
@@ -121,19 +124,23 @@ def jpeg_segments(data: bytes) -> Iterator[Segment]:
     """Yields the segments of a JPEG, up to EOI, and the pixels of each scan after its SOS. Without those before EOI
     that have no length and no meaning.
 
-    A scan is searched for its end when the next segment is asked for. Raises `UnusableImage` if the segments or scans
-    are too many, or the segments before the first scan are damaged.
+    A scan is searched for its end when the next segment is asked for. Raises `UnusableImage` if the segments, those
+    before the first scan, or the scans are too many, or if segments before the first scan are damaged.
     """
     at, scans = 2, 0
-    for _ in range(MAX_PARTS):
+    for number in range(MAX_PARTS):
         if scans:
-            start = _search(SCAN_END, data, at)
+            start = _scan_end(data, at)
             yield Segment(SCAN, at, at, len(data) if start is None else start)
             if start is None:  # truncated in its pixels, which the decoder reports
                 return
         else:
-            fill_end = _search(NO_FILL, data, at)
-            if fill_end is None or fill_end == at:
+            if number == MAX_HEAD_PARTS:
+                raise UnusableImage(
+                    f"has more than {MAX_HEAD_PARTS} segments before its pixels; save it with an ordinary encoder"
+                )
+            fill_end = _fill_end(data, at)
+            if fill_end == at or fill_end == len(data):
                 raise _damaged()
             start = fill_end - 1
         marker, content = data[start + 1], start + 2
@@ -153,10 +160,18 @@ def jpeg_segments(data: bytes) -> Iterator[Segment]:
     raise UnusableImage(f"has more than {MAX_PARTS} segments; save it with an ordinary encoder")
 
 
-def _search(pattern: re.Pattern[bytes], data: bytes, start: int) -> int | None:
-    """Where a pattern of one or two bytes is found first. Other threads may run after each slice."""
+def _fill_end(data: bytes, at: int) -> int:
+    """Where the bytes FF that start at an offset end."""
+    for fill in FILLS:
+        while data.startswith(fill, at):
+            at += len(fill)
+    return at
+
+
+def _scan_end(data: bytes, start: int) -> int | None:
+    """Where the pixels of a scan end; None if they do not. Other threads may run after each slice."""
     for at in range(start, len(data), SLICE_BYTES):
-        found = pattern.search(data, at, at + SLICE_BYTES + 1)
+        found = SCAN_END.search(data, at, at + SLICE_BYTES + 1)
         if found is not None:
             return found.start()
     return None
