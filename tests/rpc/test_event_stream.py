@@ -159,7 +159,7 @@ async def test_the_time_of_a_result_is_that_of_its_encoding_and_not_of_its_wait_
     recorded, encode, number = [], codec.encode, 16 * ENCODERS
     monkeypatch.setattr(codec, "encode", lambda *asked: (time.sleep(0.02), encode(*asked))[1])
     monkeypatch.setattr(Scheduler, "record_delivery", lambda _, *result: recorded.append(result))
-    async with serving(FakeEngine()) as s:
+    async with serving(FakeEngine(), Limits(max_queued=8 * number)) as s:
         request = pb.StylizeRequest(spec=spec(iterations=1))
         started_at = time.monotonic()
         await asyncio.gather(*(s.stub.Stylize(request) for _ in range(number)))
