@@ -418,6 +418,16 @@ def test_slow_images_of_one_client_refuse_no_deadline_of_another():
     assert Asking(queue, 1_000_000)(1.0, iterations=10) is None
 
 
+def test_dear_beginnings_of_one_client_refuse_no_deadline_of_another_but_its_own():
+    """Style images of four times the side take 16 times as long."""
+    queue, _, throughput = queue_with(0.01)
+    for _ in range(50):
+        throughput.record_beginning(job_state().shape, 60.0)
+    ask = Asking(queue)
+    assert ask(0.25, iterations=10) is None and ask(0.15, iterations=10) is not None
+    assert ask(0.4, iterations=10, style_scale=4.0) is not None
+
+
 def test_many_short_jobs_of_another_client_refuse_no_deadline():
     queue, clock, throughput = queue_with(1.0)
     ask = Asking(queue)

@@ -41,6 +41,10 @@ PROMISE_RESERVE = 0.04
 # To decode or encode an ordinary image, and each pixel of it, the slower kinds included. Some take a thousand times as
 # long, so those of one client say nothing of another's.
 ORDINARY_S, ORDINARY_PIXEL_S = 0.01, 1.5e-7
+# Iterations that an ordinary beginning takes, besides a turn: to join, and for style images of the picture's size, each
+# of which takes about a third of one. Images of four times the side take 16 times as long, and those of one client say
+# nothing of another's.
+ORDINARY_JOIN, ORDINARY_STYLES = 2, 2
 # A turn of another job, as it is under way when a job comes or its budget ends.
 TURN_S = 0.02
 
@@ -111,18 +115,25 @@ class Forecaster:
             done = max(0, done - scale.iterations)
             if left:
                 begins = not state.joined or index > state.scale_index
-                parts.append(self._part(shape, left, jobs, slots, begins=begins))
+                style_scale = state.recipe.style_scale if begins else None
+                parts.append(self._part(shape, left, jobs, slots, style_scale))
         return parts
 
-    def _part(self, shape: Shape, iterations: int, jobs: int, slots: int | None, *, begins: bool) -> Work | None:
+    def _part(
+        self, shape: Shape, iterations: int, jobs: int, slots: int | None, style_scale: float | None
+    ) -> Work | None:
+        """The work at one scale; without a beginning if there is no ``style_scale``."""
         if slots is None:
             slots = jobs = self._throughput.known_best_width(shape, jobs)
         iteration = self._throughput.iteration(shape, slots)
         if iteration is None:
             return None
-        beginning = self._throughput.beginning(shape) if begins else None
+        beginning = None if style_scale is None else self._throughput.beginning(shape)
         beginning_s = _seconds(beginning) + iteration.first_s
-        low_beginning_s = (beginning.low_s if beginning else 0.0) + iteration.first_s / 2
+        low_beginning_s = iteration.first_s / 2
+        if style_scale is not None and beginning is not None:
+            ordinary = ORDINARY_JOIN + ORDINARY_STYLES * style_scale**2
+            low_beginning_s += min(beginning.low_s, TURN_S + ordinary * iteration.low_s)
         return Work(
             share_s=beginning_s + iterations * iteration.seconds / jobs,
             alone_s=beginning_s + iterations * iteration.seconds,
