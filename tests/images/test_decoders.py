@@ -25,7 +25,7 @@ from gramophone_server.images.decoder_client import DecoderProcess
 from gramophone_server.images.decoders import QUICK_PLACES, SMALL_PIXELS, Decoders, EncodedImage
 from gramophone_server.images.decoding import read_header
 from gramophone_server.images.shortages import Shortage
-from tests.support.bad_pictures import many_codes
+from tests.support.bad_pictures import in_jpeg, many_codes, segment
 from tests.support.clock import until
 
 LIMITS = Limits()
@@ -177,6 +177,28 @@ async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
     for call in large:
         call.cancel()
     await asyncio.wait(large)
+
+
+async def test_a_small_picture_in_a_large_file_counts_as_its_bytes(pool):
+    """By pixels alone, an owner with small pictures in files of 10 MB would be served before one with a photo."""
+    order, go = [], threading.Event()
+
+    def image(name, data):
+        def read():
+            order.append(name)
+            assert go.wait(10), "the test never set it"
+            return data
+
+        return EncodedImage(read, read_header(data, LIMITS), 64)
+
+    padded = in_jpeg(*[segment(0xFE, bytes(65_000))] * 30)
+    many = [asyncio.create_task(pool.decode([image("padded", padded)], "a")) for _ in range(8)]
+    await until(lambda: len(order) == LIMITS.max_decoders)
+    photo = asyncio.create_task(pool.decode([image("photo", LARGE)], "b"))
+    await until(lambda: pool.waiting == 8 + 1 - LIMITS.max_decoders)
+    go.set()
+    await asyncio.gather(photo, *many)
+    assert order.index("photo") <= LIMITS.max_decoders + 1
 
 
 @pytest.mark.parametrize("kind", ["quickly", "run"])

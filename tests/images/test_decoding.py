@@ -260,7 +260,7 @@ def test_the_size_is_found_behind_any_metadata():
     segment = b"\xff\xe1\xff\xff" + bytes(65_533)
     for segments in (1, 2, 100):
         late = photo[:2] + segment * segments + photo[2:]
-        assert decoding.read_header(late, LIMITS)[1:] == (48, 32)
+        assert decoding.read_header(late, LIMITS)[1:] == (48, 32, len(late))
         assert decoded(late).shape == (3, 32, 48)
 
 

@@ -47,7 +47,7 @@ def test_the_least_recently_used_file_of_a_client_is_evicted():
 
 def test_the_header_of_an_image_is_kept_with_it():
     uploads, _ = store(10)
-    header = Header("PNG", 64, 32)
+    header = Header("PNG", 64, 32, 5)
     uploads.keep("a", b"image", A, header)
     uploads.keep("b", b"state", A)
     with uploads.hold(A) as held:

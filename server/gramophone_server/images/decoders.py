@@ -119,7 +119,7 @@ class Decoders:
         Each is read and decoded when it is the turn of ``owner``, small ones together, because to hand one over takes
         longer than to decode it. Raises `Shortage`, and `EngineFailed` if a decoder crashes.
         """
-        small = [image for image in images if image.header.pixels <= SMALL_PIXELS]
+        small = [image for image in images if _is_small(image.header)]
         together = small if sum(image.header.pixels for image in small) <= SMALL_PIXELS else []
         try:
             async with asyncio.TaskGroup() as group:  # an error, or a cancellation, ends all of them
@@ -136,23 +136,22 @@ class Decoders:
     ) -> list[tuple[EncodedImage, DecodedImage | UnusableImage]]:
         """The pictures of some small images, or of one."""
         outcomes: list[DecodedImage | UnusableImage | None] = [None] * len(images)
-        pixels = sum(image.header.pixels for image in images)
-        if pixels <= SMALL_PIXELS:
-            async with self._small.place(owner, pixels):
+        if all(_is_small(image.header) for image in images):
+            async with self._small.place(owner, sum(image.header.work for image in images)):
                 decode = partial(self._decode_small, images)
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._small_threads, decode)
         for i, image in enumerate(images):
             if outcomes[i] is None:
-                async with self._large.place(owner, image.header.pixels):
+                async with self._large.place(owner, image.header.work):
                     outcomes[i] = await self._decode_large(image)
         return [(image, outcome) for image, outcome in zip(images, outcomes, strict=True) if outcome is not None]
 
     def _decode_small(self, images: Sequence[EncodedImage]) -> list[DecodedImage | UnusableImage | None]:
-        """The pictures; None for one whose file is large for its pixels, so that it belongs in a process."""
+        """The pictures; None for one that takes much memory for its pixels, so that it belongs in a process."""
         outcomes: list[DecodedImage | UnusableImage | None] = []
         for image in images:
             data = image.read()
-            is_large = len(data) > SMALL_BYTES or decoding_bytes(data, image.header) > SMALL_DECODING_BYTES
+            is_large = decoding_bytes(data, image.header) > SMALL_DECODING_BYTES
             decode = partial(codec.decode, data, self._limits, image.needed)
             outcomes.append(None if is_large else _outcome(decode))
         return outcomes
@@ -172,6 +171,10 @@ class Decoders:
         finally:
             self._busy.remove(process)
             self._idle.append(DecoderProcess(self._limits) if process.killed else process)
+
+
+def _is_small(header: Header) -> bool:
+    return header.pixels <= SMALL_PIXELS and header.file_bytes <= SMALL_BYTES
 
 
 def _start(process: DecoderProcess) -> None:
