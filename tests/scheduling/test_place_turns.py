@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from gramophone_server.scheduling.forecast import Work
 from gramophone_server.scheduling.memory_turns import JOIN_PART
 from gramophone_server.scheduling.place_turns import PATIENT_S, PLACE_TURN_S, Claims, exchange, in_order
 from gramophone_server.scheduling.task import PATIENCE_S
@@ -51,6 +52,47 @@ def test_short_jobs_of_many_connections_leave_a_long_one_its_part():
         device.add(stream(device, lambda: f"connection {next(numbers)}", 20))
     device.run(lambda: False, 1000)
     assert long.state.done * ITERATION_S > 1000 / 13 / 2
+
+
+def short(device, owner, iterations=5):
+    """A job that needs half a second of the device."""
+    task, needs_s = device.task(owner, iterations), iterations * ITERATION_S
+    task.remaining = Work(needs_s, needs_s, needs_s, needs_s, 0.0, 0.0, 1)
+    return task
+
+
+@pytest.mark.parametrize("others", [8, 20])
+def test_a_short_job_waits_for_no_turns_of_long_ones(others):
+    device = Device(max_running=8, join_s=0.1)
+    add(device, *(device.task(f"owner {n}", LONG, size=96) for n in range(others)))
+    device.run(lambda: False, 300)
+    slice_s = 8 * ITERATION_S * (96 / 64) ** 2  # of the others, in one batch
+    took_s = [device.seconds(short(device, "victim"), 100) for _ in range(5)]
+    assert max(took_s) < 9 * 5 * ITERATION_S + 6 * slice_s < 8 * PLACE_TURN_S / 2
+
+
+def test_a_short_job_waits_for_the_beginnings_of_long_ones_and_a_fifth_of_a_turn():
+    device = Device(max_running=8, join_s=0.1)
+    add(device, *(device.task(f"owner {n}", LONG, size=96) for n in range(8)))
+    device.run(lambda: False, 6)
+    assert device.seconds(short(device, "victim"), 100) < 0.75 * 8 * PLACE_TURN_S
+
+
+def test_short_jobs_without_end_leave_long_ones_their_places():
+    """Of twenty connections, one after the other, while eight places are taken."""
+    device, numbers = Device(max_running=8, join_s=0.1), itertools.count()
+    long = [device.task(f"owner {n}", LONG) for n in range(8)]
+    add(device, *long)
+
+    def client():
+        while True:
+            yield short(device, f"connection {next(numbers)}"), 0.0
+
+    for _ in range(20):
+        device.add(client())
+    device.run(lambda: False, 1000)
+    done = [task.state.done for task in long]
+    assert min(done) > 0.6 * max(done) and sum(done) * ITERATION_S > 1000 * 8 / 28
 
 
 def test_connections_with_dear_beginnings_do_not_keep_all_places():
@@ -231,7 +273,7 @@ def test_a_job_leaves_only_if_the_host_has_room_and_starts_only_if_the_device_ha
     second = full.running[1]
     one, two = full.task("other", 10), full.task("third", 10)
     due = exchange(full.running, [one, two], full.clock.now, lambda task: task is second, lambda task: task is two)
-    assert due == (second, two, False)
+    assert due == (second, two, False, False)
     assert exchange(full.running, [one], full.clock.now, may_leave=lambda _: False) is None
     assert exchange(full.running, [one], full.clock.now, may_start=lambda _: False) is None
 

@@ -105,7 +105,7 @@ class Device:
         if due is not None:
             self.worker.give_place_up(due.leaving)
             self.waiting.remove(due.starting)
-            due.starting.keeps_place = due.to_stay
+            due.starting.keeps_place, due.starting.came_early = due.to_stay, due.is_early
             self.worker.admit(due.starting)
             self.running[self.running.index(due.leaving)] = due.starting
             self.waiting.append(due.leaving)

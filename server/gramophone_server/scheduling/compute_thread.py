@@ -210,7 +210,7 @@ class ComputeThread:
         worker.give_place_up(due.leaving)  # copies tensors, so without the lock
         with table.lock:
             if due.starting in table.waiting:  # it has not left meanwhile
-                due.starting.keeps_place = due.to_stay
+                due.starting.keeps_place, due.starting.came_early = due.to_stay, due.is_early
                 worker.admit(due.starting)
                 table.start(due.starting)
             table.put_back(due.leaving)

@@ -25,17 +25,24 @@ PLACE_TURN_S = 5.0
 UNEVEN = 4
 # Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
 SHORT_S = 1.0
+# Device seconds in its batch, or those of its join if these are more, after which a job may leave for a short one: so
+# joins take at most half of what one place has.
+EARLY_S = 1.0
 PATIENT_S = 10.0  # that an owner waits without a place before promised jobs of one with several are in question
 # A job that has given its place up gets one again so long before its deadline would need more than it can get.
 RETURN_S = PATIENCE_S / 2
 
 
 class Exchange(NamedTuple):
-    """A running job that gives its place up, and a waiting one that gets it; ``to_stay``: for a while in any case."""
+    """A running job that gives its place up, and a waiting one that gets it.
+
+    ``to_stay``: for a while in any case. ``is_early``: before that job has had its turn, because the other is short.
+    """
 
     leaving: Task
     starting: Task
-    to_stay: bool
+    to_stay: bool = False
+    is_early: bool = False
 
 
 def exchange(
@@ -48,10 +55,11 @@ def exchange(
     """The exchange that is due when all places are taken; None: none is.
 
     In the order of the queue: a job whose owner has none, or at most a fourth of the places of another one, gets one of
-    the owner with most. Where no owner has two, one without any gets the place of a job that has had its turn. A job
-    that has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one.
-    Who leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`.
-    Where none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
+    the owner with most. Where no owner has two, one without any gets the place of a job that has had its turn, and a
+    short one that of a job that has had `EARLY_S`: only one at a time, so that the others have their turns. A job that
+    has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
+    leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`. Where
+    none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
     without any, of the job that can wait for longest.
 
     ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
@@ -63,13 +71,20 @@ def exchange(
     most = max((places[task.owner] for task in able), default=0)
     of_most = [task for task in able if places[task.owner] == most]
     after_turn = [task for task in able if _had_its_turn(task)] or _beginnings_after_turn(able)
+    early = [] if any(map(_came_early, running)) else [task for task in able if _may_leave_early(task)]
     of_several = [] if able else [task for task in placed if places[task.owner] > 1]
     for task in waiting:
         own, to_stay = places[task.owner], False
         if _has_claim(own, most):
             leaving = of_most
-        elif not own and (after_turn or now - task.queued_at >= PATIENT_S):
-            leaving = after_turn or of_several
+        elif not own and after_turn:
+            leaving = after_turn
+        elif not own and early and _is_short(task):
+            if may_start(task):
+                return Exchange(max(early, key=_used_in_place_s), task, is_early=True)
+            leaving = []
+        elif not own and of_several and now - task.queued_at >= PATIENT_S:
+            leaving = of_several
         else:
             to_stay = task.gave_place_up and spares.get(task, math.inf) < RETURN_S
             leaving = [other for other in able if other.owner == task.owner] if to_stay else []
@@ -183,6 +198,15 @@ def _beginnings_after_turn(able: Sequence[Task]) -> list[Task]:
         return []
     begun = sorted(able, key=lambda task: task.begun_s)[:-1]
     return [task for task in begun if task.begun_s >= PLACE_TURN_S]
+
+
+def _came_early(task: Task) -> bool:
+    """Whether it has got its place before its turn, and may still need it."""
+    return task.came_early and not _had_its_turn(task)
+
+
+def _may_leave_early(task: Task) -> bool:
+    return task.batch is not None and _used_in_place_s(task) >= max(EARLY_S, task.join_s)
 
 
 def _used_in_place_s(task: Task) -> float:

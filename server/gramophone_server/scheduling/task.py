@@ -90,6 +90,7 @@ class Task:
     used_before_place_s: float | None = None  # `used_s` when it first joined a batch in its place
     gave_place_up: bool = False  # for another owner: it had one before, so its deadline was promised
     keeps_place: bool = False  # it has got one for its deadline, or until it has had a turn
+    came_early: bool = False  # it has got one before its turn, because it is short
     # Memory
     memory_short_since: float | None = None  # since when it waits for device memory: in the queue, or without its batch
     parked: bool = False  # it has left the device for another job: its tensors are in the host's memory

@@ -113,7 +113,7 @@ class Worker:
         """Takes a task out of its batch, into the host's memory, for another owner. If that fails, so does the job."""
         self._leave_or_fail(task)
         self._shares.leave(task)
-        task.gave_place_up, task.keeps_place, task.queued_at = True, False, self._clock()
+        task.gave_place_up, task.keeps_place, task.came_early, task.queued_at = True, False, False, self._clock()
 
     def step(self, tasks: Sequence[Task], paused_bytes: int = 0) -> None:
         """Runs one turn: of the task that would have had the least device time after it. That is a step of its
