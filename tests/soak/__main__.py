@@ -6,9 +6,9 @@ file descriptors, threads, tasks and jobs are sampled every second. The default 
 caches, its allocators and the batches, which change with every shape, are what could grow. The fake engine runs many
 times as many jobs and frames in the same time, which tests everything else.
 
-The server's memory must not grow faster than a run of that length can detect (`max_mib_per_h`), by a line through the
-samples after the warm-up. When the load has ended, the server must hold no more descriptors, threads and tasks than
-before. The exit code is 1 if it does, or if this could not be measured.
+After each minute of load the server rests. It must then hold no more descriptors, threads and tasks than before, and
+after the warm-up its memory at rest must not grow faster than a run of that length can detect (`max_mib_per_h`). The
+exit code is 1 if it does, or if this could not be measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -29,6 +30,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -46,16 +48,17 @@ FLAGS = (
 ENGINES = {"vgg": ("--engine", "vgg"), "fake": ("--engine", "fake", "--iter-ms", "2")}
 SAMPLE_INTERVAL_S = 1.0
 PRINT_INTERVAL_S = 60.0
-FLOOR_S = 30.0  # memory is judged by its least value in each such time; decoders take hundreds of MiB for a while
+# Memory is judged by what an idle server has after each round, because under load it changes by hundreds of MiB.
+ROUND_S, REST_S = 60.0, 3.0
 LOG_BYTES, LOG_PAUSE_S = 2048, 0.5  # how slowly the log is read
 # During the warm-up, caches fill, every shape and width of a batch occurs, and the allocators reach their plateau. In
 # three runs of 20 minutes memory rose by 10 to 15 MiB within the first 7 minutes, and not at all after the tenth.
 WARM_UP_SHARE = 0.5  # of the time, at most
 MAX_WARM_UP_S = 600.0
 BURST = 16  # simultaneous users before the measurement, for which the server starts all of its threads
-MAX_SLOPE_MIB_PER_H = 24.0  # in a run that is long enough to detect such a small slope
+MAX_SLOPE_MIB_PER_H = 24.0  # in a run of an hour and a half, which can detect such a small slope
 MIN_MEASURED_S = 300.0  # after the warm-up; memory is not judged in a shorter run, because caches still fill
-NOISE_MIB = 6.0  # change by the same line without growth; allocators alone have made 4 MiB of it within ten minutes
+NOISE_MIB = 40.0  # standard deviation of the memory at rest without growth: the allocators keep more or less
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,13 @@ class Sample:
     jobs: int
 
 
+class Rest(NamedTuple):
+    """The memory of the server when it has nothing to do, at a time in seconds since the start of the load."""
+
+    at_s: float
+    resident_mib: float
+
+
 class Soak:
     """One server under load, and its samples."""
 
@@ -78,6 +88,7 @@ class Soak:
         self.ends: Counter[tuple[str, str]] = Counter()
         self.slowest_s: dict[str, float] = {}  # by action of the honest users
         self.samples: list[Sample] = []
+        self.rests: list[Rest] = []
         self.health: HealthProbe | None = None
         self.leak_check: LeakCheck
         self.after: dict[str, float] = {}
@@ -98,12 +109,21 @@ class Soak:
                 self.ends.clear()
                 async with asyncio.TaskGroup() as group:  # if the sampler fails, it ends the load
                     sampler = group.create_task(self._sample(server, metrics_url))
-                    async with self._hostile_users(server, metrics_url):
-                        await self._run_users(server, seconds, USERS)
+                    await self._run_rounds(server, metrics_url, seconds)
                     sampler.cancel()
                 self.health.check()
                 self.after = await self.leak_check.wait_until_settled()
         self.check_memory()
+
+    async def _run_rounds(self, server: Server, metrics_url: str, seconds: float) -> None:
+        """Runs the load for this time, with a rest after each round, in which the server has nothing to do."""
+        start = time.monotonic()
+        while (left_s := start + seconds - time.monotonic()) > 0:
+            async with self._hostile_users(server, metrics_url):
+                await self._run_users(server, min(ROUND_S, left_s), USERS)
+            await self.leak_check.wait_until_settled()
+            await asyncio.sleep(REST_S)
+            self.rests.append(Rest(time.monotonic() - start, ProcessUsage.of(server.pid).resident_mib))
 
     async def _run_users(self, server: Server, seconds: float, users: int) -> None:
         """Runs this number of users for this time; each uses the server at least once."""
@@ -111,13 +131,22 @@ class Soak:
         asyncio.get_running_loop().call_later(seconds, stop.set)
         async with asyncio.TaskGroup() as group:
             for number in range(users):
-                user = User(server.address, random.Random(f"{self.seed} {number}"), self.ends, self.slowest_s)
+                user = User(
+                    server.address, random.Random(f"{self.seed} {len(self.rests)} {number}"), self.ends, self.slowest_s
+                )
                 group.create_task(user.use_server(stop))
 
     @contextlib.asynccontextmanager
     async def _hostile_users(self, server: Server, metrics_url: str) -> AsyncIterator[None]:
         """Hostile users for the length of the block. Raises `RuleViolation` for what they report."""
-        command = ("-m", "tests.soak.hostile", server.address, str(server.pid), metrics_url, str(self.seed))
+        command = (
+            "-m",
+            "tests.soak.hostile",
+            server.address,
+            str(server.pid),
+            metrics_url,
+            str(self.seed + len(self.rests)),
+        )
         process = await asyncio.create_subprocess_exec(
             sys.executable, *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
             start_new_session=True, limit=2**20,
@@ -167,10 +196,10 @@ class Soak:
                     self.console.print(line)
 
     @property
-    def warm(self) -> list[Sample]:
-        """The samples after the warm-up."""
-        end_s = self.samples[-1].at_s if self.samples else 0.0
-        return [sample for sample in self.samples if sample.at_s >= min(WARM_UP_SHARE * end_s, MAX_WARM_UP_S)]
+    def warm(self) -> list[Rest]:
+        """The rests after the warm-up."""
+        end_s = self.rests[-1].at_s if self.rests else 0.0
+        return [rest for rest in self.rests if rest.at_s >= min(WARM_UP_SHARE * end_s, MAX_WARM_UP_S)]
 
     @property
     def is_long(self) -> bool:
@@ -180,26 +209,14 @@ class Soak:
     @property
     def mib_per_h(self) -> float:
         """The growth of memory."""
-        return 3600 * slope([(sample.at_s, sample.resident_mib) for sample in self.floor])
-
-    @property
-    def floor(self) -> list[Sample]:
-        """The sample with the least memory of each half minute after the warm-up."""
-        least: dict[int, Sample] = {}
-        for sample in self.warm:
-            window = int(sample.at_s // FLOOR_S)
-            if window not in least or sample.resident_mib < least[window].resident_mib:
-                least[window] = sample
-        return list(least.values())
+        return 3600 * slope([(rest.at_s, rest.resident_mib) for rest in self.warm])
 
     @property
     def max_mib_per_h(self) -> float:
-        """The allowed growth of memory. The shorter the run, the larger the slope that noise alone can cause.
-
-        After a warm-up of 10 minutes a run of 20 minutes can detect 36 MiB/h, and a run of more than 25 minutes the 24
-        MiB/h that are the limit for long runs.
-        """
-        return max(MAX_SLOPE_MIB_PER_H, 3600 * NOISE_MIB / (self.warm[-1].at_s - self.warm[0].at_s))
+        """The allowed growth of memory: three standard errors of a line through so many rests, and at least
+        `MAX_SLOPE_MIB_PER_H`."""
+        hours = (self.warm[-1].at_s - self.warm[0].at_s) / 3600
+        return max(MAX_SLOPE_MIB_PER_H, 3 * NOISE_MIB * math.sqrt(12 / len(self.warm)) / hours)
 
     def check_memory(self) -> None:
         """Prints the verdict on memory, or that the run was too short. Raises `RuleViolation` if memory grew."""
@@ -232,9 +249,9 @@ class Soak:
         latencies_ms = sorted(self.health.latencies_ms) if self.health is not None else [0.0]
         cells = (
             self.engine,
-            f"{self.samples[-1].at_s / 60:.0f}",
+            f"{self.rests[-1].at_s / 60:.0f}",
             f"{self.ends.total()}",
-            f"{median(sample.resident_mib for sample in warm):.0f}",
+            f"{median(rest.resident_mib for rest in warm):.0f}",
             f"{self.mib_per_h:+.1f}",
             *(f"{before[name]:.0f} / {after[name]:.0f}" for name in ("descriptors", "threads", "tasks")),
             f"{latencies_ms[int(0.99 * len(latencies_ms))]:.0f}",
@@ -252,11 +269,12 @@ class Soak:
             "before": self.leak_check.baseline,
             "after": self.after,
             "ends": {f"{action}: {end}": count for (action, end), count in sorted(self.ends.items())},
+            "rests": self.rests,
             "samples": [asdict(sample) for sample in self.samples],
         }
         (folder / f"soak-{self.engine}.json").write_text(json.dumps(report, indent=1))
-        points = [(sample.at_s / 60, sample.resident_mib) for sample in self.samples]
-        svg = chart(points, "minutes", "resident memory of the server in MiB")
+        points = [(rest.at_s / 60, rest.resident_mib) for rest in self.rests]
+        svg = chart(points, "minutes", "resident memory of the server at rest in MiB")
         (folder / f"soak-{self.engine}.svg").write_text(svg)
 
 

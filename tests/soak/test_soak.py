@@ -25,7 +25,7 @@ def test_a_few_seconds_of_mixed_load_leave_nothing_behind(tmp_path, capsys):
         re.MULTILINE,
     )
     saved = json.loads((tmp_path / "soak-fake.json").read_text())
-    assert saved["ends"] and saved["samples"]
+    assert saved["ends"] and saved["samples"] and saved["rests"]
     ElementTree.parse(tmp_path / "soak-fake.svg")
 
 
@@ -46,19 +46,18 @@ def test_outliers_do_not_change_the_slope():
 @pytest.mark.parametrize(
     ("mib_per_h", "minutes", "is_growth"),
     [
-        *((100, 20, True), (42, 20, True), (30, 20, False), (20, 20, False), (-100, 20, False)),
-        *((40, 12, False), (80, 12, True), (1000, 1, False)),
-        *((30, 26, True), (18, 26, False), (30, 60, True), (18, 60, False)),
+        *((1500, 20, True), (300, 20, False), (-300, 20, False), (5000, 1, False)),
+        *((60, 120, True), (0, 120, False), (40, 240, True), (5, 240, False)),
     ],
 )
 def test_growth_of_memory_is_detected_in_its_noise(mib_per_h, minutes, is_growth, capsys):
-    """36 MiB/h can be detected in the last ten of 20 minutes, 60 in the last six of 12, and 24 is the limit."""
-    max_mib_per_h = {12: 60, 20: 36, 26: 24, 60: 24}
+    """752 MiB/h can be detected in the last ten of 20 minutes, and 24 is the limit."""
+    max_mib_per_h = {20: 752, 120: 24, 240: 24}
     rng, run = random.Random(1), soak.Soak("fake", 1, Console(width=200))
-    for second in range(60 * minutes):
-        filling = min(second, 15 * minutes) / minutes  # caches, which are full after a quarter of the time
-        resident = 500 + filling + mib_per_h / 3600 * second + rng.gauss(0, 2)
-        run.samples.append(soak.Sample(second, resident, 16, 17, 17, 5))
+    for minute in range(1, minutes + 1):
+        filling = min(minute, 10) * 5  # of caches
+        resident = 500 + filling + mib_per_h / 60 * minute + rng.gauss(0, 30)
+        run.rests.append(soak.Rest(60 * minute, resident))
     if minutes == 1:
         run.check_memory()
         assert capsys.readouterr().out == "memory: not judged; this needs 5 minutes after the warm-up\n"
