@@ -47,9 +47,9 @@ async def test_shares_add_up_and_are_given_back_once():
 
 async def test_an_owner_that_holds_nothing_is_forgotten():
     budget = ByteBudget(100)
-    with budget.take_now(0, "a"):
+    with budget.try_take(0, "a"):
         assert budget.owners == 0
-    with budget.take_now(1, "a"), budget.take_now(1, "b"):
+    with budget.try_take(1, "a"), budget.try_take(1, "b"):
         assert budget.owners == 2
     assert budget.owners == 0
 
@@ -131,10 +131,10 @@ async def test_of_unknown_owners_the_last_is_next_and_sometimes_the_first():
 async def test_prompt_owners_are_next_and_slow_ones_last():
     budget = ByteBudget(10)
     for owner in "cf":
-        with budget.take_now(1, owner) as share:
+        with budget.try_take(1, owner) as share:
             share.was_prompt()
     for owner in "bh":
-        with budget.take_now(1, owner) as share:
+        with budget.try_take(1, owner) as share:
             share.was_slow()
             share.was_prompt()  # once is not enough
     assert "".join(await serve_one_after_another(budget, "abcdefgh")) == "agcfbedh"
@@ -144,7 +144,7 @@ async def test_little_does_not_wait_behind_much_and_the_longest_wait_has_its_tur
     """Of prompt owners that hold nothing. Every fourth share goes to the longest wait: first to a, then to b."""
     budget = ByteBudget(10)
     for owner in "abcdefgh":
-        with budget.take_now(1, owner) as share:
+        with budget.try_take(1, owner) as share:
             share.was_prompt()
     order = await serve_one_after_another(budget, "abcdefgh", sizes=[10, 10, 10, 10, 9, 8, 7, 6])
     assert "".join(order) == "ahgfbecd"
@@ -153,7 +153,7 @@ async def test_little_does_not_wait_behind_much_and_the_longest_wait_has_its_tur
 async def test_what_is_urgent_comes_before_what_is_small():
     budget = ByteBudget(10)
     for owner in "abcdefgh":
-        with budget.take_now(1, owner) as share:
+        with budget.try_take(1, owner) as share:
             share.was_prompt()
     order = await serve_one_after_another(budget, "abcdefgh", sizes=[10, 6, 6, 6, 10, 6, 10, 6], urgent="eg")
     assert "".join(order) == "aegbcdfh"
@@ -165,7 +165,7 @@ async def test_a_prompt_owner_does_not_wait_behind_a_crowd_that_holds_its_shares
     for a minute, because 200 others held nothing."""
     loop, replaced = ManualLoop(), []
     budget = ByteBudget(41, replaceable_after_s=1, timers=loop)
-    budget.take_now(1, "honest").was_prompt()
+    budget.try_take(1, "honest").was_prompt()
     crowd = [Holder(budget, str(i), replaced) for i in range(200)]
     await settle()
     honest = taking(budget, 10, "honest")
@@ -345,7 +345,7 @@ async def test_one_owner_leaves_a_part_for_newcomers():
 async def test_a_prompt_owner_at_its_part_is_not_in_the_way_of_newcomers():
     budget, served = ByteBudget(40, of_one=0.75), []
     for _ in range(3):
-        budget.take_now(10, "busy").was_prompt()
+        budget.try_take(10, "busy").was_prompt()
     for owner in ("busy", "busy", "newcomer"):
         taking(budget, 10, owner, served)
         await settle()

@@ -56,7 +56,7 @@ LOG_BYTES, LOG_PAUSE_S = 2048, 0.5  # how slowly the log is read
 WARM_UP_SHARE = 0.5  # of the time, at most
 MAX_WARM_UP_S = 600.0
 BURST = 16  # simultaneous users before the measurement, for which the server starts all of its threads
-MAX_SLOPE_MIB_PER_H = 24.0  # in a run of an hour and a half, which can detect such a small slope
+MAX_SLOPE_MIB_PER_H = 24.0  # in a run of two hours, which can detect such a small slope
 MIN_MEASURED_S = 300.0  # after the warm-up; memory is not judged in a shorter run, because caches still fill
 NOISE_MIB = 40.0  # standard deviation of the memory at rest without growth: the allocators keep more or less
 

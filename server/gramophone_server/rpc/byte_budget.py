@@ -175,13 +175,6 @@ class ByteBudget:
             share.replaceable(on_replaced)
         return share
 
-    def take_now(self, size: int, owner: str = "") -> Share:
-        """A share of so many bytes. Raises `ServerBusy` if `try_take` has none."""
-        share = self.try_take(size, owner)
-        if share is None:
-            raise self._busy()
-        return share
-
     # For shares -------------------------------------------------------------------------------------------------------
 
     def put_back(self, owner: str, size: int) -> None:

@@ -39,7 +39,7 @@ MAX_SMALL_BYTES = 2**16
 # Honest messages without images come with their call. So one that has not come after this time makes room if others
 # wait: the crowd of 2000 calls that never send theirs has made room after 1.3 s.
 SMALL_REPLACEABLE_AFTER_S = 0.02
-CONTROLLERS_OF_ONE = 7 / 8  # of the places for controllers that others leave: as many as jobs
+CONTROLLERS_OF_ONE = 7 / 8  # of the places for controllers that others leave; as for jobs, see `Scheduler.reserve`
 # For a place: those who read nothing are told to leave after `READING_S`, and disconnected after as much again.
 CONTROLLER_WAIT_S = 2.5 * READING_S
 HEADER_BYTES = 32  # of each header, beside its name and value, as HTTP/2 counts them
