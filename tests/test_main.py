@@ -23,7 +23,7 @@ from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
 from gramophone_server.telemetry.metrics import SERVICE
 from tests.support import processes
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.serving import refused
 from tests.support.specs import spec
@@ -41,7 +41,7 @@ class Process:
         self.task = asyncio.create_task(main.serve(Settings(**{"port": 0, "drain_s": 5.0, **settings}), self._load))
 
     def _load(self):
-        assert self.engine.go.wait(5)
+        assert self.engine.go.wait(WITHIN_S)
         return self.engine
 
     async def line(self, start):
@@ -67,7 +67,7 @@ class Process:
         if not self.task.done():
             os.kill(os.getpid(), signal.SIGTERM)
         with contextlib.suppress(StartupError, RuntimeError):
-            await asyncio.wait_for(self.task, 10)
+            await asyncio.wait_for(self.task, WITHIN_S)
 
     async def health(self, name=SERVICE.full_name):
         stub = health_pb2_grpc.HealthStub(self.channel)
@@ -102,7 +102,7 @@ async def test_sigterm_drains_while_health_is_watched(capsys):
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         engine.go.set()
         assert (await job).result.iterations == 5
-        assert await asyncio.wait_for(p.task, 5) is True
+        assert await asyncio.wait_for(p.task, WITHIN_S) is True
 
 
 async def test_health_and_control_work_when_the_queue_is_full(capsys):
@@ -141,7 +141,7 @@ async def test_a_job_that_outlasts_the_drain_ends_with_shutting_down(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         got = await refused(job)
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
-        assert await asyncio.wait_for(p.task, 5) is True
+        assert await asyncio.wait_for(p.task, WITHIN_S) is True
         assert engine.iterations < 5000
 
 
@@ -153,7 +153,7 @@ async def test_a_drain_waits_for_the_running_iteration_and_its_picture(capsys, m
     def hold_the_second(batch, iterations=1):
         if engine.iterations == 1:
             started.set()
-            assert release.wait(10)
+            assert release.wait(WITHIN_S)
         return advance(batch, 1)
 
     monkeypatch.setattr(FakeBatch, "advance", hold_the_second)
@@ -173,7 +173,7 @@ async def test_a_drain_waits_for_the_running_iteration_and_its_picture(capsys, m
                 responses.append(await job.read())
         frames = [event.frame for event in (response.event for response in responses) if event.HasField("frame")]
         assert responses[-1].event.checkpoint.iteration == frames[-1].iteration == 2
-        assert await asyncio.wait_for(p.task, 5) is True
+        assert await asyncio.wait_for(p.task, WITHIN_S) is True
 
 
 async def test_a_server_whose_compute_thread_fails_ends(capsys, monkeypatch, caplog):
@@ -188,7 +188,7 @@ async def test_a_server_whose_compute_thread_fails_ends(capsys, monkeypatch, cap
         got = await refused(job)
         assert (got.code, got.ErrorInfo.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         with pytest.raises(RuntimeError, match="the compute thread has ended because of a defect"):
-            await asyncio.wait_for(asyncio.shield(p.task), 10)
+            await asyncio.wait_for(asyncio.shield(p.task), WITHIN_S)
     assert "the server ends, to be replaced by another one" in caplog.text
 
 
@@ -204,7 +204,7 @@ async def test_a_second_signal_ends_at_once_even_inside_an_iteration(capsys, cap
         await until(lambda: "draining for up to 3600 s" in caplog.text)
         assert not p.task.done()
         os.kill(os.getpid(), signal.SIGINT)
-        assert await asyncio.wait_for(p.task, 10) is False  # the compute thread has not ended
+        assert await asyncio.wait_for(p.task, WITHIN_S) is False  # the compute thread has not ended
         with pytest.raises(grpc.aio.AioRpcError):
             await job
 
@@ -214,7 +214,7 @@ async def test_a_signal_while_the_engine_loads_ends_the_server(capsys):
     engine.go.clear()
     async with Process(capsys, engine) as p:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(p.task, 5) is False
+        assert await asyncio.wait_for(p.task, WITHIN_S) is False
 
 
 async def test_a_port_in_use_is_reported_in_one_sentence(capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from gramophone_client import AsyncGramophoneClient, cli
 from gramophone_client.streams import recovery_states
+from tests.support.clock import WITHIN_S
 from tests.support.fake_service import PAINTING, PHOTO, FakeService, serving
 
 
@@ -22,7 +23,7 @@ def service() -> Iterator[FakeService]:
 @pytest.fixture
 async def client(service: FakeService) -> AsyncIterator[AsyncGramophoneClient]:
     """A client of the fake service."""
-    async with AsyncGramophoneClient(service.target, timeout=10) as connected:
+    async with AsyncGramophoneClient(service.target, timeout=WITHIN_S) as connected:
         yield connected
 
 

@@ -186,7 +186,7 @@ async def test_a_small_picture_in_a_large_file_counts_as_its_bytes(pool):
     def image(name, data):
         def read():
             order.append(name)
-            assert go.wait(10), "the test never set it"
+            assert go.wait(WITHIN_S), "the test never set it"
             return data
 
         return EncodedImage(read, read_header(data, LIMITS), 64)
@@ -206,7 +206,7 @@ async def test_an_owner_with_much_to_read_does_not_delay_others(pool, kind):
     run, go, order = getattr(pool, kind), threading.Event(), []
 
     def work(name):
-        assert go.wait(10), "the test never set it"
+        assert go.wait(WITHIN_S), "the test never set it"
         order.append(name)
 
     many = [asyncio.create_task(run(partial(work, "large"), "a", 2**20)) for _ in range(40)]

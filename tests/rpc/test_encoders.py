@@ -12,7 +12,7 @@ import pytest
 
 from gramophone_server.config import ENCODERS, QUICK_ENCODERS
 from gramophone_server.rpc.encoders import QUICK_S, RESULTS_PART, Encoders
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 
 
 class Work:
@@ -25,7 +25,7 @@ class Work:
     def piece(self, name):
         def make():
             self.begun.append(name)
-            assert self.go.wait(10), "the test did not set `go`"
+            assert self.go.wait(WITHIN_S), "the test did not set `go`"
             self.done.append(name)
             return name
 

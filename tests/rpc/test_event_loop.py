@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gramophone_server.rpc.event_loop import MAX_EVENTS, MIN_EVENTS, ServerEventLoop, call_after_events, events_handled
+from tests.support.clock import WITHIN_S
 
 BYTES = 200  # fewer than fit into a socket
 
@@ -66,7 +67,7 @@ def test_other_readers_are_left_alone(loop):
         theirs.send(b"all of it")
         read = loop.create_future()
         loop.add_reader(ours, lambda: read.done() or read.set_result(ours.recv(100)))
-        assert loop.run_until_complete(asyncio.wait_for(read, 5)) == b"all of it"
+        assert loop.run_until_complete(asyncio.wait_for(read, WITHIN_S)) == b"all of it"
         loop.remove_reader(ours)
 
 

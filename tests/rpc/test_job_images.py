@@ -26,7 +26,7 @@ from gramophone_server.network.precision import MODES
 from gramophone_server.rpc.byte_budget import ByteBudget
 from gramophone_server.rpc.job_images import DecodedShare
 from tests.support.bad_pictures import png as png_of
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
 from tests.support.serving import refused, serving, start_detachable
@@ -338,7 +338,7 @@ async def test_nothing_is_hashed_or_decoded_for_a_caller_that_has_left(monkeypat
 
     def read_header(*about):
         started.set()
-        assert go.wait(10), "the test never set it"
+        assert go.wait(WITHIN_S), "the test never set it"
         return reading(*about)
 
     from gramophone_server.rpc import job_images

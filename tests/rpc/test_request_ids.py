@@ -10,7 +10,7 @@ import pytest
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server import errors
 from gramophone_server.images import codec
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
 from tests.support.serving import (
@@ -58,7 +58,7 @@ def held(monkeypatch):
 
     def waiting(*about):
         go.started.set()
-        assert go.wait(10), "the test never set it"
+        assert go.wait(WITHIN_S), "the test never set it"
         return decode(*about)
 
     monkeypatch.setattr(codec, "decode", waiting)

@@ -19,7 +19,7 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.engine_api import KernelReport
 from gramophone_server.images.codec import Format, encode
 from gramophone_server.rpc.admission import Admission
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine, NoisyEngine
 from tests.support.pictures import png
 from tests.support.serving import (
@@ -184,7 +184,7 @@ async def test_a_server_that_is_loading_is_not_ready():
     engine = FakeEngine()
 
     def load():
-        assert engine.go.wait(5)
+        assert engine.go.wait(WITHIN_S)
         return engine
 
     engine.go.clear()

@@ -15,7 +15,7 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.checkpoint import CHECKPOINT_START
 from gramophone_server.images import codec
 from gramophone_server.rpc import job_images
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine
 from tests.support.pictures import png
 from tests.support.serving import refused, serving
@@ -159,7 +159,7 @@ async def test_an_image_stays_while_a_job_that_names_it_is_admitted(monkeypatch)
     def waiting(data, *about):
         if data == first:
             started.set()
-            assert go.wait(10), "the test never set it"
+            assert go.wait(WITHIN_S), "the test never set it"
         return decode(data, *about)
 
     monkeypatch.setattr(codec, "decode", waiting)

@@ -27,7 +27,7 @@ from gramophone_server.scheduling import memory_turns
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.schedulers import kinds, scheduling, submit
 from tests.support.specs import job_state
@@ -582,7 +582,7 @@ async def test_a_job_that_is_cancelled_while_it_is_being_paused_frees_its_place(
 
         def leave(batch, slot, **options):
             loop.call_soon_threadsafe(cancel)
-            assert cancelled.wait(5)
+            assert cancelled.wait(WITHIN_S)
             return original_leave(batch, slot, **options)
 
         monkeypatch.setattr(FakeBatch, "leave", leave)

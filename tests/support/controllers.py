@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from tests.support.clock import WITHIN_S
 from tests.support.engines import FakeEngine
 from tests.support.specs import detachable_spec
 
@@ -33,8 +34,8 @@ class Controller:
         return self.sent
 
     async def read(self) -> bool:
-        """Reads a message, within 10 s. Returns False at the end of the stream."""
-        async with asyncio.timeout(10):
+        """Reads a message, within `WITHIN_S`. Returns False at the end of the stream."""
+        async with asyncio.timeout(WITHIN_S):
             response = await self.call.read()
         if response is grpc.aio.EOF:
             return False

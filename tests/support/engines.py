@@ -19,6 +19,7 @@ from gramophone_server.domain.picture_size import style_size
 from gramophone_server.engine.checkpoint_format import CheckpointFormat
 from gramophone_server.engine.optimisers import slot_layout
 from gramophone_server.errors import Diverged, OutOfDeviceMemory
+from tests.support.clock import WITHIN_S
 
 CHECKPOINTS = CheckpointFormat(slot_layout)
 
@@ -203,7 +204,7 @@ class FakeBatch:
         engine.slices.append((self.shape, len(self.states), n))
         engine.thread = threading.current_thread().name
         engine.under_way.set()
-        assert engine.go.wait(10), "the test did not set `go` again"
+        assert engine.go.wait(WITHIN_S), "the test did not set `go` again"
         engine.clock.sleep(
             n * (engine.iteration_s + engine.pixel_s * self.shape.width * self.shape.height * self.slots)
         )

@@ -22,6 +22,7 @@ from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone.wire import recipe_to_message
 from gramophone_server.errors import GramophoneError, ImageNotFound, InvalidRequest, JobNotFound
 from gramophone_server.rpc.status import abort_status
+from tests.support.clock import WITHIN_S
 
 HANG = object()  # a step that lasts until the call has ended
 NOWHERE = "127.0.0.1:1"  # a port without a listener
@@ -216,7 +217,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
             self.uploading.set()
             if len(data) > self.max_upload_bytes:
                 context.abort_with_status(refused(InvalidRequest([Violation("chunk", f"is {len(data)} bytes")])))
-        self.go.wait(10)
+        self.go.wait(WITHIN_S)
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.images[digest] = data
         self.uploads += 1
@@ -295,7 +296,7 @@ class FakeService(pb_grpc.StyleTransferServiceServicer):
         for step in self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]:
             if step is HANG:
                 self.hanging.set()
-                ended.wait(10)
+                ended.wait(WITHIN_S)
                 return
             if isinstance(step, grpc.Status):
                 is_complete = True

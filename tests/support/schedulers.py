@@ -16,6 +16,7 @@ from gramophone_server.jobs.registry import JobRegistry
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.throughput import ThroughputModel
+from tests.support.clock import WITHIN_S
 from tests.support.engines import FakeEngine
 from tests.support.jobs import events_of
 from tests.support.specs import job_state
@@ -34,7 +35,7 @@ async def scheduling(
     finally:
         scheduler.stop()
         engine.go.set()
-        assert await asyncio.to_thread(scheduler.join, 5)
+        assert await asyncio.to_thread(scheduler.join, WITHIN_S)
 
 
 def submit(

@@ -63,11 +63,11 @@ async def serving(
         engine.go.set()
         await server.stop(0)
         servicer.close()
-        assert await asyncio.to_thread(scheduler.join, 5)
+        assert await asyncio.to_thread(scheduler.join, WITHIN_S)
 
 
 async def refused(call: Any) -> types.SimpleNamespace:
-    """The code, message, details by kind, and trailers of a call that fails; within 5 s."""
+    """The code, message, details by kind, and trailers of a call that fails; within `WITHIN_S`."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(WITHIN_S):
             if hasattr(call, "__aiter__"):
@@ -131,7 +131,7 @@ async def remaining_events(call: Any) -> AsyncIterator[pb.JobEvent]:
 
 
 async def events_of(call: Any) -> list[pb.JobEvent]:
-    """All remaining events of a call; within 5 s."""
+    """All remaining events of a call; within `WITHIN_S`."""
     async with asyncio.timeout(WITHIN_S):
         return [event async for event in remaining_events(call)]
 

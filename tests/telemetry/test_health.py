@@ -6,7 +6,7 @@ from gramophone_server.config import Limits
 from gramophone_server.domain.engine_api import KernelReport
 from gramophone_server.telemetry.health import HealthMonitor
 from gramophone_server.telemetry.metrics import Metrics
-from tests.support.clock import ManualClock, until
+from tests.support.clock import WITHIN_S, ManualClock, until
 from tests.support.engines import FakeEngine
 from tests.support.serving import serving, start_stream
 from tests.support.specs import spec
@@ -50,7 +50,7 @@ async def test_a_server_that_loads_or_drains_is_not_ready_but_alive():
     engine, metrics = FakeEngine(), Metrics()
 
     def load():
-        release.wait(5)
+        release.wait(WITHIN_S)
         return engine
 
     async with serving(engine, load=load, metrics=metrics) as s:

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from gramophone_server.telemetry.line_writer import CHUNK_BYTES, LineWriter, write_all
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 
 
 class Reader:
@@ -19,7 +19,7 @@ class Reader:
         self.may_write.set()
 
     def write(self, data):
-        self.may_write.wait(10)
+        self.may_write.wait(WITHIN_S)
         if self.error is not None:
             raise self.error
         self.chunks.append(data)

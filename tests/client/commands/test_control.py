@@ -8,6 +8,7 @@ import pytest
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_client.console.display import PlainDisplay
 from gramophone_server import errors as server_errors
+from tests.support.clock import WITHIN_S
 from tests.support.fake_service import (
     HANG,
     LOST,
@@ -165,7 +166,7 @@ def test_leaving_leaves_the_job(control, service, press):
     service.scripts = [[accepted(), HANG]]
     press("q")
     assert control("control j1 --quiet") == (0, [], [])
-    assert service.call_ended.wait(5)
+    assert service.call_ended.wait(WITHIN_S)
 
 
 def test_an_error_of_the_job_ends_the_keys(control, service, press):

@@ -22,6 +22,7 @@ from gramophone_client.console.timelapse import Timelapse
 from gramophone_client.transport.parsing import update
 from gramophone_client.types import picture
 from gramophone_server import errors as server_errors
+from tests.support.clock import WITHIN_S
 from tests.support.fake_service import (
     HANG,
     LOST,
@@ -134,7 +135,7 @@ def test_an_interrupt_stops_the_job_and_keeps_the_picture(gramophone, service, m
             f"gramophone: the picture after iteration 120 of 300 is kept as {name}",
             "gramophone: interrupted",
         ]
-        assert service.call_ended.wait(5) and service.cancelled
+        assert service.call_ended.wait(WITHIN_S) and service.cancelled
         with Image.open(name) as image:
             assert (image.format, image.size) == ("PNG", (24, 18))
 
@@ -181,7 +182,7 @@ def test_a_full_disk_for_frames_is_one_line_and_the_picture_is_kept(gramophone, 
         "gramophone: the picture after iteration 10 of 300 is kept as out.png",
         "gramophone: f/frame-0001.jpg: No space left on device",
     ]
-    assert service.call_ended.wait(5) and service.cancelled
+    assert service.call_ended.wait(WITHIN_S) and service.cancelled
     assert os.listdir(folder / "f") == []
 
 
@@ -371,7 +372,7 @@ def test_sigterm_ends_a_job_as_an_interrupt_does(gramophone, service, monkeypatc
     code, _, err = gramophone(STYLIZE)
     assert (code, err[-1]) == (143, "gramophone: terminated")
     assert "iteration 120 of 300 is kept as out.png" in err[-2]
-    assert service.call_ended.wait(5) and service.cancelled
+    assert service.call_ended.wait(WITHIN_S) and service.cancelled
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -437,7 +438,7 @@ async def test_a_wait_for_a_server_is_shown(monkeypatch, loss, words):
     monkeypatch.setattr(outputs, "WAIT_SHOWN_AFTER_S", 0.0)
     shown = asyncio.Queue()
     job = waiting(loss=loss)
-    async with outputs.showing_waits(job, SimpleNamespace(set_status=shown.put_nowait)), asyncio.timeout(5):
+    async with outputs.showing_waits(job, SimpleNamespace(set_status=shown.put_nowait)), asyncio.timeout(WITHIN_S):
         assert await shown.get() == words
         job.loss = None
         await asyncio.sleep(0.01)
