@@ -11,7 +11,7 @@ from gramophone_server.config import Limits
 from gramophone_server.images.codec import Format, encode
 from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.scheduling import worker
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine
 from tests.support.serving import (
     events_of,
@@ -39,13 +39,14 @@ async def test_a_watcher_gets_past_and_new_events_with_the_same_numbers(monkeypa
     monkeypatch.setattr(worker, "PROGRESS_INTERVAL_S", 0.0)
     engine = FakeEngine(iteration_s=SLICE_S)
     async with serving(engine) as s:
-        first, job_id = await start_detachable(s, engine, detachable_spec(40))
+        first, job_id = await start_detachable(s, engine, detachable_spec(200))
         engine.go.set()
         received = {}
         async for event in remaining_events(first):
             received[event.sequence] = event
-            if event.progress.iteration >= 15:
+            if len(received) == 20:
                 break
+        engine.iteration_s = 0.001
         second = watch(s, job_id)
         watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
     received |= {event.sequence: event for event in rest_of_first}
@@ -78,7 +79,7 @@ async def test_watchers_with_the_same_options_share_one_encoding(monkeypatch):
 
     def recorded(picture, *encoding):
         encodings.append(encoding[0])
-        assert encoding[0] is not Format.JPEG or both_wait.wait(10)
+        assert encoding[0] is not Format.JPEG or both_wait.wait(WITHIN_S)
         return encode(picture, *encoding)
 
     def sharing(self, users, encoding, *work, **options):
