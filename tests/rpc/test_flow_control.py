@@ -1,12 +1,10 @@
 """Frames with acknowledgements, and clients that read slowly or not at all."""
 
-import time
-
 import grpc
 
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
-from gramophone_client import AsyncGramophoneClient, FrameOptions
+from gramophone_client import AsyncGramophoneClient, FrameOptions, Paused
 from gramophone_client import Frame as Seen
 from gramophone_server.config import Limits
 from tests.support.clock import until
@@ -36,21 +34,24 @@ async def test_the_number_of_unacknowledged_frames_is_limited():
         controller = await start_controller(s, detachable_spec(5000, max_in_flight=2))
         job = s.servicer.jobs.find(controller.job_id)
 
-        async def after(iterations):
-            reached = job.progress.report.iteration + iterations
+        async def gets(frames):
+            """So many in all, and no further one during some iterations."""
+            while len(controller.of("frame")) < frames:
+                assert await controller.read()
+            reached = job.progress.report.iteration + 200
             while controller.of("progress")[-1].iteration < reached:
                 await controller.event("progress")
-            return len(controller.of("frame"))
+            return len(controller.of("frame")) == frames
 
-        assert await after(300) == 2
+        assert await gets(2)
         numbers = [event.sequence for event in controller.events if event.HasField("frame")]
         await controller.send(ack=pb.AckCommand(sequence=numbers[0] - 1))  # no frame has this number
-        assert await after(100) == 2
+        assert await gets(2)
         await controller.send(ack=pb.AckCommand(sequence=numbers[0]))
-        assert await after(200) == 3
+        assert await gets(3)
         assert controller.of("frame")[-1].dropped >= 2
         await controller.send(ack=pb.AckCommand(sequence=2**64 - 1))
-        assert await after(300) == 5
+        assert await gets(5)
         assert "answer" not in controller.order
         assert not await controller.errors(finish=FINISH)  # the result needs no credit
         await controller.rest()
@@ -62,48 +63,56 @@ async def test_a_reader_ten_times_too_slow_gets_new_frames():
     engine = NoisyEngine(256, iteration_s=0.005)
     wanted = detachable_spec(5000, max_in_flight=1)
     wanted.recipe.size = 256
-    ages = []
     async with serving(engine) as s:
         controller = Controller(s.stub)
         await controller.send(start=pb.StartCommand(spec=wanted))
-        for _ in range(4):
-            frame = await controller.event("frame")
-            ages.append(time.monotonic() - engine.snapshot_times[frame.iteration])
+        await controller.event("frame")
+        for _ in range(3):
             await iterations_of(engine, 200)
+            acknowledged_at = engine.iterations
             await controller.send(ack=pb.AckCommand(sequence=controller.events[-1].sequence))
-    assert max(ages) < 0.3
-    assert controller.of("frame")[-1].dropped >= 5
+            frame = await controller.event("frame")
+            assert frame.iteration >= acknowledged_at and frame.dropped >= 5
+
+
+async def unread_frames(updates, engine):
+    """How many frames a client reads before it learns that its job is paused. The last of them is the newest one."""
+    frames = []
+    while not isinstance(update := await anext(updates), Paused):
+        frames += [update.iteration] if isinstance(update, Seen) else []
+    assert frames[-1] == max(engine.snapshot_times)
+    return len(frames)
 
 
 async def test_a_slow_controller_of_the_client_library_lags_by_less_than_three_frames():
-    engine, lags = NoisyEngine(64, iteration_s=0.005), []
+    engine = NoisyEngine(64, iteration_s=0.005)
     async with (
         serving(engine) as s,
         AsyncGramophoneClient(s.address) as client,
         client.control(png(), png(), size=64, smallest_size=0, iterations=5000) as job,
     ):
-        async for update in job:
-            if isinstance(update, Seen):
-                lags.append(sum(iteration > update.iteration for iteration in engine.snapshot_times))
-                if len(lags) == 5:
-                    break
-                await iterations_of(engine, 100)
-    assert max(lags) < 3, lags
+        for _ in range(5):
+            await iterations_of(engine, 100)
+            await job.pause()
+            assert await unread_frames(job, engine) <= 3
+            await job.resume()
 
 
 async def test_a_slow_reader_of_small_frames_lags_by_less_than_three():
     """The stream has no acknowledgements, and its connection could buffer five frames."""
-    engine, lags = NoisyEngine(64, iteration_s=0.005), []
+    engine = NoisyEngine(64, iteration_s=0.005)
     async with serving(engine) as s, AsyncGramophoneClient(s.address) as client:
         updates = client.stream(
             png(), png(), size=64, smallest_size=0, iterations=5000, frames=FrameOptions(format="png")
         )
         async with updates:
-            while len(lags) < 5:
-                if isinstance(update := await anext(updates), Seen):
-                    lags.append(sum(iteration > update.iteration for iteration in engine.snapshot_times))
+            job_id = (await anext(updates)).job_id
+            async with client.control_job(job_id, frames=None) as control:
+                for _ in range(5):
                     await iterations_of(engine, 100)
-    assert max(lags) < 3, lags
+                    await control.pause()
+                    assert await unread_frames(updates, engine) <= 3
+                    await control.resume()
 
 
 async def iterations_of(engine, count):

@@ -187,7 +187,7 @@ async def test_a_message_that_does_not_come_ends_the_call(sent):
 
 
 async def test_an_upload_that_pauses_ends_and_gives_its_bytes_back():
-    async with serving(FakeEngine(), Limits(max_idle_s=1)) as s, connection(s.address) as raw:
+    async with serving(FakeEngine(), Limits(max_idle_s=5)) as s, connection(s.address) as raw:
         budget = s.servicer.receiver.requests.budget
         chunk = prefixed(pb.UploadImageRequest(chunk=os.urandom(MIB)).SerializeToString())
         stream = raw.open_stream(PATH + "UploadImage")

@@ -219,7 +219,7 @@ async def test_a_time_budget_ends_with_the_present_picture_and_a_deadline_with_n
         job = (await s.stub.GetJob(pb.GetJobRequest(job_id=within.accepted.job_id))).job
         assert (job.state, job.stop_reason) == (pb.JOB_STATE_SUCCEEDED, pb.STOP_REASON_TIME_BUDGET)
         # With a grace, the server neither refuses the deadline in advance nor ends the job with it.
-        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5000)), timeout=0.5))
+        late = await refused(s.stub.Stylize(pb.StylizeRequest(spec=detachable_spec(5000)), timeout=3))
         assert (late.code, late.trailers) == (grpc.StatusCode.DEADLINE_EXCEEDED, {})
         (lost,) = [job for job in s.servicer.jobs.newest_first() if not job.ended]
         assert lost.result is None

@@ -1,6 +1,7 @@
 """WatchJob and CancelJob: what watchers of a job receive, and jobs that outlive their watchers."""
 
 import asyncio
+import threading
 
 import grpc
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone_server.config import Limits
 from gramophone_server.images.codec import Format, encode
+from gramophone_server.rpc.encoders import Encoders
 from gramophone_server.scheduling import worker
-from tests.support.clock import until
+from tests.support.clock import WITHIN_S, until
 from tests.support.engines import FakeEngine
 from tests.support.serving import (
     events_of,
@@ -37,13 +39,14 @@ async def test_a_watcher_gets_past_and_new_events_with_the_same_numbers(monkeypa
     monkeypatch.setattr(worker, "PROGRESS_INTERVAL_S", 0.0)
     engine = FakeEngine(iteration_s=SLICE_S)
     async with serving(engine) as s:
-        first, job_id = await start_detachable(s, engine, detachable_spec(40))
+        first, job_id = await start_detachable(s, engine, detachable_spec(200))
         engine.go.set()
         received = {}
         async for event in remaining_events(first):
             received[event.sequence] = event
-            if event.progress.iteration >= 15:
+            if len(received) == 20:
                 break
+        engine.iteration_s = 0.001
         second = watch(s, job_id)
         watched, rest_of_first = await asyncio.gather(events_of(second), events_of(first))
     received |= {event.sequence: event for event in rest_of_first}
@@ -70,28 +73,36 @@ async def test_after_sequence_skips_events_that_the_watcher_has(monkeypatch):
 
 
 async def test_watchers_with_the_same_options_share_one_encoding(monkeypatch):
-    encodings = []
+    """An encoding is shared by those that want it at the same time. So the one of the frame waits for both."""
+    encodings, wanted, both_wait = [], [], threading.Event()
+    share = Encoders.sharing
 
     def recorded(picture, *encoding):
         encodings.append(encoding[0])
+        assert encoding[0] is not Format.JPEG or both_wait.wait(WITHIN_S)
         return encode(picture, *encoding)
 
+    def sharing(self, users, encoding, *work, **options):
+        wanted.append(encoding.format)
+        if wanted.count(Format.JPEG) == 2:
+            both_wait.set()
+        return share(self, users, encoding, *work, **options)
+
     monkeypatch.setattr("gramophone_server.images.codec.encode", recorded)
-    engine = FakeEngine(iteration_s=0.01)
+    monkeypatch.setattr(Encoders, "sharing", sharing)
+    engine = FakeEngine()
     async with serving(engine) as s:
-        first, job_id = await start_detachable(s, engine, detachable_spec(60, every_iterations=5))
+        first, job_id = await start_detachable(s, engine, detachable_spec(9, every_iterations=5))
         second = watch(s, job_id, every_iterations=5)
         third = watch(s, job_id, every_iterations=5, format=pb.IMAGE_FORMAT_WEBP)
         await until(lambda: s.servicer.jobs.find(job_id).watchers == 3)
         engine.go.set()
         received = await asyncio.gather(*map(events_of, (first, second, third)))
-    frames = [{event.sequence: event.frame.image for event in events if event.HasField("frame")} for events in received]
-    shared = frames[0].keys() & frames[1].keys()
-    assert shared and all(frames[0][number] == frames[1][number] for number in shared)
-    assert encodings.count(Format.JPEG) == len(frames[0].keys() | frames[1].keys())
-    assert encodings.count(Format.WEBP) == len(frames[2])
-    assert encodings.count(Format.PNG) == 1  # one result for three
-    assert len(engine.taken_at) == len(set().union(*frames)) + 1
+    frames = [[event for event in events if event.HasField("frame")] for events in received]
+    assert [len(of_one) for of_one in frames] == [1, 1, 1]
+    assert frames[0] == frames[1] != frames[2]
+    assert sorted(encodings) == [Format.JPEG, Format.PNG, Format.WEBP]  # of a frame and a result
+    assert len(engine.taken_at) == 2  # the same
     assert received[0][-1] == received[1][-1] == received[2][-1]
 
 
