@@ -1,8 +1,10 @@
 """The store of uploads: what is kept, and what is evicted."""
 
 import contextlib
+import gc
 import hashlib
 import random
+import weakref
 
 import pytest
 
@@ -119,6 +121,20 @@ def test_a_file_that_a_job_holds_is_not_evicted():
         assert uploads.counts.bytes == 10
     keep(uploads, "e", size=1)
     assert kept(uploads, "ade") == "ae"  # was held until later
+
+
+def test_a_file_that_no_job_holds_any_more_is_freed_with_its_eviction():
+    """Otherwise a connection with one job that waits could keep any number of evicted files."""
+    uploads, _ = store(20)
+    keep(uploads, "ab", size=5)
+    with uploads.hold(A) as lasting:
+        lasting.find("a")
+        with uploads.hold(A) as short:
+            file = weakref.ref(short.find("b"))
+        keep(uploads, "cdef", size=5)
+        assert kept(uploads, "ab") == "a"
+        gc.collect()
+        assert file() is None
 
 
 def test_the_jobs_of_one_connection_hold_three_quarters_of_what_others_leave():

@@ -13,7 +13,9 @@ import pytest
 from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.v1 import style_transfer_pb2_grpc as pb_grpc
 from gramophone_server.config import Limits
+from gramophone_server.errors import ServerBusy
 from gramophone_server.jobs.mailbox import Mailbox
+from gramophone_server.rpc import calls as active
 from gramophone_server.rpc.calls import ActiveCalls
 from gramophone_server.rpc.receiving import Receiver
 from gramophone_server.telemetry.access_log import AccessLog
@@ -50,18 +52,26 @@ async def test_a_client_that_leaves_stops_its_job_within_an_iteration(how, caplo
     assert "failed" not in caplog.text
 
 
-def context_of(notices, left_s=None):
+def context_of(notices, left_s=None, peer="ipv4:127.0.0.1:1"):
     """A context like those of gRPC, with a list of the callbacks for its end."""
     return types.SimpleNamespace(
         add_done_callback=notices.append,
         time_remaining=lambda: left_s,
         invocation_metadata=tuple,
-        peer=lambda: "ipv4:127.0.0.1:1",
+        peer=lambda: peer,
     )
 
 
-def active_calls():
-    return ActiveCalls(Metrics(), AccessLog(""), Limits(), Receiver(Limits()))
+def active_calls(limits=None):
+    limits = limits or Limits()
+    return ActiveCalls(Metrics(), AccessLog(""), limits, Receiver(limits))
+
+
+def unread_call(calls, port):
+    """A call that was ended because its client does not read, and that gRPC still keeps."""
+    call = calls.rpc("StylizeStream", context_of([], peer=f"ipv4:127.0.0.1:{port}"))
+    calls.unread[call] = None
+    return call
 
 
 async def test_a_client_that_leaves_while_its_images_are_decoded_starts_no_job():
@@ -187,3 +197,50 @@ async def test_without_a_grace_the_job_of_an_unread_call_is_cancelled():
         await until(lambda: s.scheduler.running + s.scheduler.queued == 0)
         assert engine.iterations < 5000
         await s.servicer.idle()
+
+
+async def test_the_connections_of_one_turn_are_closed_together(monkeypatch, caplog):
+    """To find one takes as long as to find all: some milliseconds of the event loop among hundreds."""
+    closed = []
+    monkeypatch.setattr(active, "close_connections", lambda names: closed.append(set(names)) or set(names))
+    calls = active_calls()
+    unread = [unread_call(calls, port) for port in range(1, 301)]
+    for call in unread:
+        calls.close_connection_of(call)
+    calls.forget_unread(unread[0])  # its client has read after all
+    await asyncio.sleep(0)
+    assert closed == [{call.connection for call in unread[1:]}]
+    assert len(caplog.records) == 299
+    calls.close_connection_of(unread[1])
+    await asyncio.sleep(0)
+    assert closed[1:] == [{unread[1].connection}]
+
+
+async def test_the_oldest_unread_call_makes_place_until_its_connection_is_closed(monkeypatch):
+    """That fails while the process has no descriptor left."""
+    closed, can_close = [], False
+    monkeypatch.setattr(
+        active, "close_connections", lambda names: closed.append(set(names)) or (set(names) if can_close else set())
+    )
+    calls = active_calls(Limits(max_calls=2))
+    first, second = (unread_call(calls, port) for port in (1, 2))
+    calls.places.take("a")
+    calls.places.take("a")
+
+    async def ask():
+        with pytest.raises(ServerBusy):
+            calls.places.take("a")
+        await asyncio.sleep(0)
+
+    await ask()
+    can_close = True
+    await ask()
+    await ask()  # the call of the first is leaving
+    assert closed == [{first.connection}, {first.connection}]
+    calls.forget_unread(first)
+    await ask()
+    assert closed[2:] == [{second.connection}]
+    calls.forget_unread(second)
+    again = unread_call(calls, 2)  # a new client has the same port
+    await ask()
+    assert closed[3:] == [{again.connection}]

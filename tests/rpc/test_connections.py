@@ -8,8 +8,11 @@ import urllib.parse
 
 import pytest
 
-from gramophone_server.rpc.connections import close_connection, count_connections
+from gramophone_server.rpc import connections
+from gramophone_server.rpc.connections import close_connections, count_connections
 from tests.support.clock import until
+
+NOWHERE = "ipv4:127.0.0.1:9"  # no connection
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ async def test_the_connection_of_a_peer_is_closed_and_no_other(family, host):
         own_port = writer.get_extra_info("sockname")[1]
         address = f"[{host}]" if family == "ipv6" else host
         peer = f"{family}:{urllib.parse.quote(address)}:{own_port}"  # as gRPC writes it: ipv6:%5B::1%5D:51234
-        assert close_connection(peer)
+        assert close_connections({NOWHERE, peer}) == {peer}
         assert await reader.read() == b""
         writer.close()
         other.write(b"x")
@@ -49,8 +52,27 @@ async def test_the_connection_of_a_peer_is_closed_and_no_other(family, host):
 
 def test_a_peer_that_has_gone_is_no_error():
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        assert not close_connection(f"ipv4:127.0.0.1:{listening.getsockname()[1]}")
-    assert not close_connection("unix:/tmp/socket")
+        assert not close_connections({f"ipv4:127.0.0.1:{listening.getsockname()[1]}", "unix:/tmp/socket"})
+    assert not close_connections(())
+
+
+async def test_several_are_closed_with_one_look_at_the_descriptors(monkeypatch):
+    looks = []
+    listdir = connections.os.listdir
+    monkeypatch.setattr(connections.os, "listdir", lambda path: looks.append(path) or listdir(path))
+    accepted = []
+    async with await asyncio.start_server(lambda *both: accepted.append(both), "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        ends = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        names = [f"ipv4:127.0.0.1:{writer.get_extra_info('sockname')[1]}" for _, writer in ends]
+        assert close_connections(names[:2]) == set(names[:2])
+        assert [await reader.read() for reader, _ in ends[:2]] == [b"", b""]
+        assert len(looks) == 1
+        with without_descriptors():
+            assert not close_connections(names[2:])
+        assert close_connections(names[2:]) == set(names[2:])
+        for _, writer in (*ends, *accepted):
+            writer.close()
 
 
 async def test_only_the_connections_to_the_port_of_the_server_are_counted():

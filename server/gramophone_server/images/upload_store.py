@@ -190,7 +190,9 @@ class UploadStore:
         holder.jobs -= 1
         for file in files:
             holder.counts[file] -= 1
-            holder.bytes -= 0 if holder.counts[file] else len(file.data)
+            if not holder.counts[file]:
+                del holder.counts[file]  # it may be evicted now, and would stay here until all others are given back
+                holder.bytes -= len(file.data)
             self._set_held(file, -1)
         if not holder.jobs:
             del self._holders[owner]

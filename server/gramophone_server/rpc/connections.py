@@ -6,26 +6,35 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from urllib.parse import unquote
 
-__all__ = ["close_connection", "count_connections"]
+__all__ = ["close_connections", "count_connections"]
 
 
-def close_connection(connection: str) -> bool:
-    """Ends a connection and so all its calls, by the name that gRPC gives its other end: "ipv4:127.0.0.1:51234".
-    Returns False if there is none.
+def close_connections(names: Collection[str]) -> set[str]:
+    """Ends connections and so all their calls, by the names that gRPC gives their other ends: "ipv4:127.0.0.1:51234".
+    Returns the names of those that were there. Takes up to 9 microseconds for each descriptor of the process.
 
     gRPC keeps a message that a client does not read until the client resets the call or closes the connection; for
     Python it has no way to do either from the server.
     """
-    host, _, port = unquote(connection).partition(":")[2].rpartition(":")
-    for own in _sockets():
-        if _peer_of(own) == (host.strip("[]"), port):
-            with contextlib.suppress(OSError):  # it has just been closed
-                own.shutdown(socket.SHUT_RDWR)
-            return True
-    return False
+    wanted = {_address_in(name): name for name in names}
+    found = set()
+    with contextlib.suppress(OSError):  # the process has no descriptor left to look at the others
+        for own in _sockets():
+            name = wanted.get(_peer_of(own))
+            if name is not None:
+                found.add(name)
+                with contextlib.suppress(OSError):  # it has just been closed
+                    own.shutdown(socket.SHUT_RDWR)
+    return found
+
+
+def _address_in(name: str) -> tuple[str, str] | None:
+    """(host, port) in gRPC's name of a connection."""
+    host, _, port = unquote(name).partition(":")[2].rpartition(":")
+    return host.strip("[]"), port
 
 
 def count_connections(port: int) -> int | None:
