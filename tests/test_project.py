@@ -190,7 +190,6 @@ TESTED_THROUGH = {
     "tests/network/test_features.py": ["gramophone_server.engine.losses"],
     "tests/rpc/test_status.py": ["gramophone_server.errors"],
     "tests/rpc/test_receiving.py": ["gramophone_server.rpc.incoming"],
-    "tests/rpc/test_slow_readers.py": ["gramophone_server.rpc.send_timeout"],
     "tests/images/test_decoders.py": [
         "gramophone_server.images.decoder_client",
         "gramophone_server.images.decoder_process",

@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable
 
+from gramophone_server.rpc.event_loop import call_after_events
+
 __all__ = ["LINK_BYTES_PER_S", "READING_S", "SendTimeout"]
 
 # A message may take a second for so many bytes without counting as lag: a slow link is no slow reader.
@@ -55,8 +57,20 @@ class SendTimeout:
             self._next_check.cancel()
 
     def _check(self) -> None:
-        is_sending = self._since < math.inf
-        if is_sending and (time.monotonic() - self._since >= self._max_s or self.lag_s() >= self._max_s):
-            self._on_expired()
+        if self._is_late():
+            call_after_events(self._expire)
         elif not self._closed:
             self._next_check = asyncio.get_running_loop().call_later(self._max_s / 10, self._check)
+
+    def _expire(self) -> None:
+        """Checks again, because the client may have read long ago: if the server itself was late, it learns so only
+        now."""
+        if self._is_late():
+            if not self._closed:
+                self._on_expired()
+        else:
+            self._check()
+
+    def _is_late(self) -> bool:
+        is_sending = self._since < math.inf
+        return is_sending and (time.monotonic() - self._since >= self._max_s or self.lag_s() >= self._max_s)
