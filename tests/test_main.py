@@ -167,6 +167,7 @@ async def test_a_drain_waits_for_the_running_iteration_and_its_picture(capsys, m
         await until(started.is_set)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(1.0)  # longer than the drain waits for messages and cancelled calls
+        monkeypatch.setattr(main, "LAST_MESSAGES_S", 30.0)  # for the picture, after the iteration
         release.set()
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
             while True:

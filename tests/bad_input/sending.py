@@ -28,6 +28,7 @@ SLOW_S = 2.0  # for each image of a call; a slower call is repeated
 MAX_REPEATS = 2
 CONCURRENCY = 8  # simultaneous calls; a slow one is repeated alone
 CONTROL_TIMEOUT_S = 0.3
+TICK_S = 0.1  # between two looks at the client's own event loop
 HANG_TIMEOUT_S = 20.0  # a call that takes longer hangs, even if the machine is busy with other work
 SETTINGS = {
     "max_size": 128,
@@ -108,8 +109,7 @@ class ServerUnderTest:
             async with self._alone():
                 cpu_s, waited_s = self._cpu_s(), self.waited_s()
                 repeated = await self._timed(sent)
-                without_waiting_s = repeated.seconds - max(0.0, self.waited_s() - waited_s)
-                took_s = min(repeated.seconds, max(without_waiting_s, self._cpu_s() - cpu_s))
+                took_s = self._without_waiting_s(repeated.seconds, cpu_s, waited_s)
             longest_s, memory = max(outcome.seconds, repeated.seconds), max(outcome.memory, repeated.memory)
             outcome = repeated._replace(seconds=longest_s, repeats=repeats, memory=memory, others=outcome.others)
         if outcome.failure or took_s < max_s:
@@ -132,18 +132,34 @@ class ServerUnderTest:
             return repr(error)
 
     async def watch_health(self) -> None:
-        """Checks health ten times a second until it is cancelled."""
-        stub = health_pb2_grpc.HealthStub(self.channel)
+        """Checks health ten times a second until it is cancelled.
+
+        A check is timed without the time in which this event loop itself did not run, and without the time that client
+        and server wait for a processor.
+        """
         while True:
-            start = time.monotonic()
+            start, cpu_s, waited_s = self._clock(), self._cpu_s(), self.waited_s()
+            late_s, check = 0.0, asyncio.create_task(self._check_health())
             try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HANG_TIMEOUT_S)
-                if answer.status != health_pb2.HealthCheckResponse.SERVING:
-                    self.health_failures.append("NOT_SERVING")
-            except grpc.aio.AioRpcError as error:
-                self.health_failures.append(error.code().name)
-            self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - start)
+                while not check.done():
+                    due = self._clock() + TICK_S
+                    await asyncio.wait({check}, timeout=TICK_S)
+                    late_s += max(0.0, self._clock() - due)
+                await check
+            finally:
+                check.cancel()
+            took_s = self._without_waiting_s(self._clock() - start - late_s, cpu_s, waited_s)
+            self.slowest_health_s = max(self.slowest_health_s, took_s)
             await asyncio.sleep(0.1)
+
+    async def _check_health(self) -> None:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HANG_TIMEOUT_S)
+            if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                self.health_failures.append("NOT_SERVING")
+        except grpc.aio.AioRpcError as error:
+            self.health_failures.append(error.code().name)
 
     @contextlib.contextmanager
     def watch_memory(self) -> Iterator[MemoryWatch]:
@@ -189,6 +205,14 @@ class ServerUnderTest:
             with contextlib.suppress(OSError), open(path) as file:  # OSError: the thread has ended
                 waited_ns += int(file.read().split()[1])
         return waited_ns / 1e9
+
+    def _without_waiting_s(self, seconds: float, cpu_s: float, waited_s: float) -> float:
+        """What is left of ``seconds`` without the waits for a processor; at least what the server had of one in them.
+
+        ``cpu_s`` and ``waited_s`` are the values at their start.
+        """
+        left_s = seconds - max(0.0, self.waited_s() - waited_s)
+        return min(seconds, max(left_s, self._cpu_s() - cpu_s))
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

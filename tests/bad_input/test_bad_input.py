@@ -1,12 +1,16 @@
 """A short bad-input campaign, and random requests whose fields have valid types but arbitrary values."""
 
+import asyncio
 import math
 import os
 import random
 import re
+import time
 
+import grpc
 import pytest
 from google.protobuf import duration_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +29,7 @@ from tests.bad_input.campaign import run_campaign, save_failures
 from tests.bad_input.inputs import Input
 from tests.bad_input.sending import LIMITS
 from tests.support import bad_pictures
-from tests.support.clock import ManualClock
+from tests.support.clock import ManualClock, until
 
 SEED, COUNT = 20_260, 1200
 
@@ -106,6 +110,26 @@ async def test_waiting_for_a_processor_does_not_count_as_slow(monkeypatch):
     outcome = await server.send(Input("wire", "GetJob", (b"",)))
     await server.close()
     assert outcome.failure == "" and outcome.repeats == 1 and outcome.seconds >= 0.3
+
+
+async def test_a_health_check_takes_no_longer_when_the_machine_stands_still(monkeypatch):
+    class Health(health_pb2_grpc.HealthServicer):
+        async def Check(self, request, context):
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+            time.sleep(1.0)  # noqa: ASYNC251 - stops client and server
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    answering = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(Health(), answering)
+    port = answering.add_insecure_port("127.0.0.1:0")
+    await answering.start()
+    server = sending.ServerUnderTest(f"127.0.0.1:{port}", os.getpid(), "")
+    monkeypatch.setattr(server, "waited_s", lambda: 0.0)
+    await sending.watch_health_during(until(lambda: server.slowest_health_s), server)
+    await server.close()
+    await answering.stop(0)
+    assert 0.3 < server.slowest_health_s < 1.0 and not server.health_failures
 
 
 async def test_a_rise_of_memory_counts_for_each_concurrent_call():

@@ -168,7 +168,7 @@ def test_a_client_that_is_killed_gives_its_slot_back(server: Server, tmp_path: P
 def test_sigterm_lets_the_job_end(tmp_path: Path) -> None:
     flags = ("--size", "96", "--iterations", "80", "--smallest-size", "0", "--wait", str(WITHIN_S))
     with (
-        Server(cwd=tmp_path) as server,
+        Server("--drain-s", "600", cwd=tmp_path) as server,
         server.client("stylize", PHOTO, PAINTING, "-o", "out.png", *flags, cwd=tmp_path) as client,
     ):
         client.line("job ")

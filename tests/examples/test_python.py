@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -130,13 +131,19 @@ def test_batch_names_what_is_missing_before_it_makes_a_folder(tmp_path: Path) ->
 # The HTTP service -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def service(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("service")
+@contextlib.contextmanager
+def service_of(server: Server, folder: Path) -> Iterator[httpx.Client]:
+    """A client of the HTTP service."""
     with Process(EXAMPLES / "fastapi_service.py", "--port", "0", "--server", server.address, cwd=folder) as process:
         address = process.line("INFO:     Uvicorn running on ").split()[0]
         with httpx.Client(base_url=address, timeout=WITHIN_S) as client:
             yield client
+
+
+@pytest.fixture(scope="module")
+def service(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with service_of(server, tmp_path_factory.mktemp("service")) as client:
+        yield client
 
 
 def images() -> dict[str, bytes]:
@@ -179,20 +186,30 @@ def test_the_service_streams_events_up_to_the_picture(service: httpx.Client, tmp
     assert size_of(tmp_path / "out.png") == (96, 72)
 
 
-@pytest.mark.parametrize("path", ["/stylize", "/stylize/events"])
-async def test_a_job_stops_when_the_http_client_leaves(service: httpx.Client, server: Server, path: str) -> None:
-    async with AsyncGramophoneClient(server.address) as client, httpx.AsyncClient(base_url=service.base_url) as browser:
-        earlier = {job.job_id for job in await client.list_jobs()}
+async def test_a_job_stops_when_the_http_client_leaves(tmp_path: Path) -> None:
+    with (
+        Server("--engine", "fake", "--iter-ms", "400", "--list-jobs", cwd=tmp_path) as server,
+        service_of(server, tmp_path) as service,
+    ):
+        server.line("ready in ")
+        async with AsyncGramophoneClient(server.address) as client:
+            for path in ("/stylize", "/stylize/events"):
+                await check_that_it_stops(client, service, path)
 
-        async def until_the_new_job_is(state: str) -> None:
-            async with asyncio.timeout(WITHIN_S):
-                while (states := {str(job.state) for job in await client.list_jobs() if job.job_id not in earlier}) != {
-                    state
-                }:
-                    assert "SUCCEEDED" not in states
-                    await asyncio.sleep(0.02)
 
-        # 150 iterations of 20 ms, if it is not stopped
+async def check_that_it_stops(client: AsyncGramophoneClient, service: httpx.Client, path: str) -> None:
+    earlier = {job.job_id for job in await client.list_jobs()}
+
+    async def until_the_new_job_is(state: str) -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while (states := {str(job.state) for job in await client.list_jobs() if job.job_id not in earlier}) != {
+                state
+            }:
+                assert "SUCCEEDED" not in states
+                await asyncio.sleep(0.02)
+
+    async with httpx.AsyncClient(base_url=service.base_url) as browser:
+        # A minute of work if it is not stopped: 150 iterations.
         request = asyncio.create_task(browser.post(path, files=images(), data={"size": "1024"}, timeout=WITHIN_S))
         await until_the_new_job_is("RUNNING")
         request.cancel()

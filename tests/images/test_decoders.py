@@ -5,6 +5,7 @@ import io
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -19,9 +20,10 @@ from PIL import Image
 from gramophone_server.config import DECODER_THREADS, Limits
 from gramophone_server.domain import job
 from gramophone_server.errors import EngineFailed
-from gramophone_server.images import codec
+from gramophone_server.images import codec, decoder_client
 from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoder_client import DecoderProcess
+from gramophone_server.images.decoder_process import REPLY
 from gramophone_server.images.decoders import QUICK_PLACES, SMALL_PIXELS, Decoders, EncodedImage
 from gramophone_server.images.decoding import read_header
 from gramophone_server.images.shortages import Shortage
@@ -41,19 +43,6 @@ def image_file(side, format="PNG", **options):
 SMALL, LARGE = image_file(64), image_file(1100)
 
 
-def slow_file():
-    """About a second of work for a decoder: noise of 16 megapixels as a lossy WebP."""
-    noise = Image.frombytes("L", (1024, 1024), random.Random(1).randbytes(2**20)).resize((4096, 4096))
-    out = io.BytesIO()
-    noise.convert("RGB").save(out, "WEBP", quality=60, method=0)
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def slow():
-    return slow_file()
-
-
 def children():
     """The ids of the processes that decode for this one."""
     command = ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(os.getpid())]
@@ -70,6 +59,16 @@ def pool():
 
 def encoded(data, needed=64):
     return EncodedImage(lambda: data, read_header(data, LIMITS), needed)
+
+
+async def stop_processes(pool):
+    """Starts the pool's processes, and lets none of them go on: what they decode then never ends by itself."""
+    await asyncio.gather(*[decoded(pool, LARGE) for _ in range(LIMITS.max_decoders)])
+    stopped = children()
+    assert len(stopped) == LIMITS.max_decoders
+    for child in stopped:
+        os.kill(child, signal.SIGSTOP)
+    return stopped
 
 
 async def decoded(pool, data, owner="a", needed=64):
@@ -142,35 +141,33 @@ async def test_small_images_of_one_job_are_read_on_one_thread(pool):
     assert len(threads) == 5 and len(set(threads)) == 1
 
 
-async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool, slow):
-    read, started = [], threading.Event()
+async def test_a_cancelled_caller_ends_what_runs_and_what_waits(pool):
+    working, read = await stop_processes(pool), []
 
     def reading(number):
         read.append(number)
-        started.set()
-        return slow
+        return LARGE
 
-    header = read_header(slow, LIMITS)
+    header = read_header(LARGE, LIMITS)
     calls = [
         asyncio.create_task(pool.decode([EncodedImage(lambda number=number: reading(number), header, 64)], "a"))
         for number in range(6)
     ]
     await until(lambda: len(read) == LIMITS.max_decoders)
-    await until(lambda: len(children()) == LIMITS.max_decoders)
-    working = children()
     assert pool.waiting == 6 - LIMITS.max_decoders
     for call in calls:
         call.cancel()
-    await asyncio.wait(calls, timeout=0.1)  # they do not wait for the decoder
+    await asyncio.wait(calls, timeout=WITHIN_S)  # they do not wait for the decoder
     assert all(call.cancelled() for call in calls) and pool.waiting == 0
     await until(lambda: not working & children())
     assert len(read) == LIMITS.max_decoders  # the others never started
     assert (await decoded(pool, LARGE)).shape == (3, 65, 65)
 
 
-async def test_a_small_image_does_not_wait_for_large_ones(pool, slow):
-    large = [asyncio.create_task(pool.decode([encoded(slow)], "a")) for _ in range(5)]
-    await until(lambda: len(children()) == LIMITS.max_decoders)
+async def test_a_small_image_does_not_wait_for_large_ones(pool):
+    await stop_processes(pool)
+    large = [asyncio.create_task(pool.decode([encoded(LARGE)], "a")) for _ in range(5)]
+    await until(lambda: pool.busy == LIMITS.max_decoders)
     assert (await decoded(pool, SMALL, "b")).shape == (3, 64, 64)
     assert await pool.quickly(lambda: 1, "b", 0) == await pool.run(lambda: 1, "b", 0) == 1
     assert not any(call.done() for call in large)
@@ -219,11 +216,10 @@ async def test_an_owner_with_much_to_read_does_not_delay_others(pool, kind):
     assert last < QUICK_PLACES + 5 + DECODER_THREADS  # after those that have begun
 
 
-async def test_closing_ends_all_processes(slow):
+async def test_closing_ends_all_processes():
     pool = Decoders(LIMITS)
-    pool.start()
-    await until(lambda: len(children()) == LIMITS.max_decoders)
-    call = asyncio.create_task(decoded(pool, slow))
+    await stop_processes(pool)
+    call = asyncio.create_task(decoded(pool, LARGE))
     await until(lambda: pool.busy == 1)
     pool.close()
     with pytest.raises(Shortage):
@@ -274,11 +270,17 @@ def test_a_process_that_has_ended_is_started_again(process):
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGKILL, Shortage), (signal.SIGSEGV, EngineFailed)], ids=["no memory", "crash"]
 )
-def test_the_end_of_a_process_at_work_is_not_the_fault_of_the_image(process, slow, number, error, caplog):
-    process.start()
-    threading.Timer(0.2, os.kill, (process.id, number)).start()
+def test_the_end_of_a_process_at_work_is_not_the_fault_of_the_image(process, number, error, caplog, monkeypatch):
+    class EndAtReply(struct.Struct):
+        @property
+        def size(self):  # asked for when the request is sent; the picture does not fit into a pipe
+            os.kill(process.id, number)
+            return super().size
+
+    monkeypatch.setattr(decoder_client, "REPLY", EndAtReply(REPLY.format))
     with pytest.raises(error) as caught:
-        process.decode(slow, 64)
+        process.decode(LARGE, 1100)
+    monkeypatch.undo()
     if error is Shortage:
         assert str(caught.value) == "memory"  # the system ends a process with SIGKILL if memory runs out
     else:
@@ -308,11 +310,12 @@ def test_a_process_that_is_killed_does_not_start_again(process):
     assert not children()
 
 
-def test_a_process_that_takes_too_long_is_ended(process, slow, monkeypatch):
+def test_a_process_that_takes_too_long_is_ended(process, monkeypatch):
     process.start()
+    os.kill(process.id, signal.SIGSTOP)
     monkeypatch.setattr("gramophone_server.images.decoder_client.DECODE_S", 0.05)
     with pytest.raises(Shortage, match=r"an image was not decoded within 0\.05 s"):
-        process.decode(slow, 64)
+        process.decode(LARGE, 64)
     assert not children()
 
 

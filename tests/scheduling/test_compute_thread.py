@@ -1,5 +1,8 @@
 """The compute thread with the places of jobs: who gives one up, and what becomes of it."""
 
+import functools
+import time
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from gramophone_server.domain.events import Finished, StopReason, Waiting
 from gramophone_server.errors import EngineFailed
 from gramophone_server.jobs.job import JobPhase
 from gramophone_server.scheduling import memory_turns, place_turns
+from gramophone_server.scheduling.scheduler import Scheduler
+from tests.support import schedulers
 from tests.support.clock import until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.schedulers import kinds, scheduling, submit
@@ -21,7 +26,7 @@ def no_job_is_short(monkeypatch):
 
 
 async def test_no_job_waits_for_places_that_another_owner_keeps():
-    engine = FakeEngine(iteration_s=0.002)
+    engine = FakeEngine(iteration_s=0.02)
     async with scheduling(engine, max_running=2) as scheduler:
         long = [submit(scheduler, job_state(400), owner="one") for _ in range(2)]
         await until(lambda: all(job.state.done for job in long))
@@ -29,6 +34,7 @@ async def test_no_job_waits_for_places_that_another_owner_keeps():
         events = [event async for _, event in short.events()]
         assert events[0].position == 0 and isinstance(events[-1], Finished)
         assert max(job.state.done for job in long) < 400
+        engine.iteration_s = 0.0
         displaced = [[event async for _, event in job.events()] for job in long]
     # The one that gave its place up was told, and both end with the pictures of jobs that were never interrupted.
     assert sorted(sum(isinstance(event, Waiting) for event in events) for events in displaced) == [0, 1]
@@ -93,14 +99,23 @@ async def test_a_job_that_is_cancelled_when_it_leaves_its_place_does_not_wait_ag
         assert scheduler.queued == 0
 
 
-async def test_a_time_budget_ends_a_job_that_has_given_its_place_up():
-    engine = FakeEngine(iteration_s=0.002)
+async def test_a_time_budget_ends_a_job_that_has_given_its_place_up(monkeypatch):
+    engine, passed_s = FakeEngine(iteration_s=0.002), [0.0]
+    clocked = functools.partial(Scheduler, clock=lambda: time.monotonic() + passed_s[0])
+    monkeypatch.setattr(schedulers, "Scheduler", clocked)
     async with scheduling(engine, max_running=2) as scheduler:
-        jobs = await two_long_jobs(scheduler, time_budget=1.0)
+        jobs = await two_long_jobs(scheduler, time_budget=60.0)
+        engine.go.clear()
+        engine.under_way.clear()
+        await until(engine.under_way.is_set)
+        # The deadline puts the third owner's job before that which leaves: it gets the place of the one that ends.
         others = [
-            submit(scheduler, job_state(100_000), owner="other"),
-            submit(scheduler, job_state(1000), owner="third"),
+            submit(scheduler, job_state(100_000), owner=owner, deadline_at=time.monotonic() + 60)
+            for owner in ("other", "third")
         ]
+        engine.go.set()
+        await until(lambda: any(job.observer.phase is JobPhase.QUEUED for job in jobs))
+        passed_s[0] = 60.0
         events = [[event async for _, event in job.events()] for job in jobs]
         assert any(isinstance(event, Waiting) for event in (*events[0], *events[1]))
         assert [each[-1].reason for each in events] == [StopReason.TIME_BUDGET] * 2

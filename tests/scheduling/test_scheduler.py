@@ -204,10 +204,10 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_the_times():
         require_time(scheduler, job_state(10**5), 0.1)  # nothing was measured, so it is accepted
         await kinds(submit(scheduler, job_state(50)))
         require_time(scheduler, job_state(1000), 10**6)
-        with pytest.raises(
-            DeadlineUnattainable, match=r"1\d\.\d s for its iterations, .* call ends in 5\.00 s"
-        ) as alone:
+        with pytest.raises(DeadlineUnattainable) as alone:
             require_time(scheduler, job_state(1000), 5)
+        told = re.search(r"(\d+\.\d) s for its iterations, .* call ends in 5\.00 s", str(alone.value))
+        assert told and float(told[1]) > 9  # 10 s, less the uncertainty; a busy machine needs more
         assert alone.value.retry_after_s is None  # it takes 10 s by itself
         require_time(scheduler, job_state(1000, time_budget=3.0), 5)  # its time budget ends it before
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 
+import grpc
 import pytest
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from gramophone_client.bench.run import Bench, Pictures, Plan
 from gramophone_client.bench.workload import InvalidWorkload, JobKind
 from gramophone_client.errors import DeadlineExceededError
 from gramophone_server import errors as server_errors
-from tests.support.fake_service import HANG, accepted, encoded, frame, progress, refused
+from tests.support.fake_service import HANG, accepted, encoded, frame, progress, refused, rpc_status
 
 PICTURES = Pictures(encoded("red"), (encoded("yellow"),))
 FULL = refused(server_errors.QueueFull(16, 16, retry_after_s=0.0))
@@ -116,10 +117,23 @@ def test_unary_calls_are_not_retried_either(service, run_step):
 
 
 def test_a_failure_without_a_reason_has_the_grpc_status(service, run_step):
-    service.scripts = [[accepted(), frame(10), HANG]]
-    step = run_step(make_plan(ClosedLoop(1), workload=[JobKind(name="fast", deadline_s=1.0)]), jobs=1)
+    service.scripts = [[accepted(), frame(10), rpc_status(grpc.StatusCode.DEADLINE_EXCEEDED)]]
+    step = run_step(make_plan(ClosedLoop(1)), jobs=1)
     assert set(step.tally.statuses) == {"DEADLINE_EXCEEDED"}
     assert step.tally.first_frame_s.count == 1  # the frame before the failure is counted
+
+
+@pytest.mark.parametrize(("method", "frames"), [("stream", True), ("stylize", False)])
+def test_the_deadline_of_a_kind_is_that_of_its_calls(run_step, monkeypatch, method, frames):
+    call, timeouts = getattr(AsyncGramophoneClient, method), set()
+
+    def recording(self, *args, timeout, **kwargs):
+        timeouts.add(timeout)
+        return call(self, *args, timeout=timeout, **kwargs)
+
+    monkeypatch.setattr(AsyncGramophoneClient, method, recording)
+    run_step(make_plan(ClosedLoop(1), workload=[JobKind(name="fast", frames=frames, deadline_s=40.0)]))
+    assert timeouts == {40.0}
 
 
 def test_the_unary_call_has_no_frames(service, run_step):
@@ -176,7 +190,8 @@ def test_a_server_that_hangs_does_not_delay_the_steps(service, monkeypatch):
 
     monkeypatch.setattr(AsyncGramophoneClient, "server_info", hanging)
     monkeypatch.setattr(run, "SERVER_LOAD_TIMEOUT_S", 0.05)
-    steps = asyncio.run(run_plan(service, make_plan(ClosedLoop(1), ClosedLoop(2), duration_s=0.1)))
+    monkeypatch.setattr(measure, "TOLERANCE", math.inf)  # a step ends after nine jobs, however long they take
+    steps = asyncio.run(run_plan(service, make_plan(ClosedLoop(1), ClosedLoop(2), window_s=0.001)))
     assert timeouts[1:] == [0.05] * 4
     assert [(step.server_before, step.server_after) for step in steps] == [(None, None)] * 2
     assert all("the server did not report its load before this step" in step.notes() for step in steps)

@@ -16,6 +16,7 @@ from gramophone.v1 import style_transfer_pb2 as pb
 from gramophone.wire import recipe_from_message
 from gramophone_client import Frame, Progress, UploadProgress, errors
 from gramophone_client.commands import local_server, stylize
+from gramophone_client.console import display as console_display
 from gramophone_client.console import outputs, targets
 from gramophone_client.console.display import PlainDisplay
 from gramophone_client.console.timelapse import Timelapse
@@ -37,7 +38,13 @@ from tests.support.fake_service import (
     result,
 )
 
-pytestmark = pytest.mark.usefixtures("short_pauses")
+pytestmark = pytest.mark.usefixtures("short_pauses", "no_time_passes")
+
+
+@pytest.fixture
+def no_time_passes(monkeypatch):
+    """Not for the display, which would print another line of progress every two seconds."""
+    monkeypatch.setattr(console_display, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
 
 def test_stylize_writes_the_picture_and_prints_its_path(gramophone, service, folder):

@@ -74,7 +74,7 @@ async def test_metadata_is_sent_again_after_a_loss(service):
     async with AsyncGramophoneClient(service.target, metadata=OWN) as client:
         image = await client.upload(PAINTING)
         service.images.clear()  # so that it is uploaded again as well
-        await collected(client.stream(PHOTO, image, detach_grace=0.5, metadata={"traceparent": TRACE}))
+        await collected(client.stream(PHOTO, image, detach_grace=5, metadata={"traceparent": TRACE}))
     names = [name for name, _ in service.metadata]
     assert {"StylizeStream", "WatchJob", "UploadImage"} == set(names) and names.count("StylizeStream") > 2
     assert all(OWN.items() <= set(metadata) for _, metadata in service.metadata)
