@@ -17,6 +17,7 @@ from tests.support.controllers import (
     PAUSE,
     RESUME,
     Controller,
+    attach_controller,
     slow_engine,
     start_controller,
 )
@@ -51,6 +52,27 @@ async def test_a_client_that_leaves_before_its_first_message_leaves_nothing():
         call.cancel()
         await s.servicer.idle()
         assert len(s.servicer.jobs) == 0
+
+
+async def test_the_command_of_a_controller_that_has_left_is_not_executed():
+    engine = slow_engine()
+    async with serving(engine) as s:
+        controller = await start_controller(s)
+        job_id = controller.job_id
+        engine.go.clear()
+        engine.under_way.clear()
+        await until(engine.under_way.is_set)
+        before = list(engine.taken_at)
+        for _ in range(3):
+            await controller.send(frame=FRAME)
+            await until(lambda: s.scheduler.pending_commands)
+            controller.call.cancel()
+            await until(lambda: not s.scheduler.pending_commands and not s.servicer.calls)
+            controller = await attach_controller(s, job_id)
+        engine.go.set()
+        assert not (await controller.ask(checkpoint=pb.CheckpointCommand())).field_errors
+        assert engine.taken_at == before
+        await s.stub.CancelJob(pb.CancelJobRequest(job_id=job_id))
 
 
 def small_window_channel(s):

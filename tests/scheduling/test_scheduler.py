@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gramophone_server.config import Limits
-from gramophone_server.domain.commands import Pause, TakeCheckpoint
+from gramophone_server.domain.commands import Pause, TakeCheckpoint, TakePicture
 from gramophone_server.domain.events import Accepted, Finished, Frame, Progress, StopReason, Waiting
 from gramophone_server.errors import (
     DeadlineUnattainable,
@@ -27,7 +27,7 @@ from gramophone_server.scheduling import memory_turns
 from gramophone_server.scheduling.scheduler import Scheduler
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import WaitingQueue
-from tests.support.clock import WITHIN_S, until
+from tests.support.clock import WITHIN_S, ManualClock, until
 from tests.support.engines import FakeBatch, FakeEngine
 from tests.support.schedulers import kinds, scheduling, submit
 from tests.support.specs import job_state
@@ -450,16 +450,17 @@ async def test_a_lost_device_ends_all_jobs_and_new_ones_are_refused(caplog):
 
 async def test_the_commands_of_one_owner_alternate_with_the_turns_of_the_others(monkeypatch):
     """Each copies a state for longer than a slice."""
-    engine, slices = FakeEngine(iteration_s=0.005), []
+    clock, slices = ManualClock(), []
+    engine = FakeEngine(iteration_s=0.005, clock=clock)
     original_copy = FakeBatch.copy
 
     def copy(batch, slot):
         slices.append(len(engine.slices))
-        time.sleep(0.03)
+        clock.sleep(0.03)
         return original_copy(batch, slot)
 
     monkeypatch.setattr(FakeBatch, "copy", copy)
-    async with scheduling(engine, max_running=2) as scheduler:
+    async with scheduling(engine, max_running=2, clock=clock) as scheduler:
         job, other = (submit(scheduler, job_state(100_000, size=size)) for size in (64, 60))
         await until(lambda: job.state.done and other.state.done)
         engine.go.clear()
@@ -469,6 +470,64 @@ async def test_the_commands_of_one_owner_alternate_with_the_turns_of_the_others(
         job.cancel()
         other.cancel()
     assert len(slices) == 10 and all(after > before for before, after in itertools.pairwise(slices))
+
+
+async def test_commands_without_end_leave_other_owners_their_part_of_the_device(monkeypatch):
+    """Each takes 25 ms, as a state of 64 MiB to be copied. Five owners have a fifth of the device each."""
+    clock = ManualClock()
+    original_snapshot = FakeBatch.snapshot
+
+    def snapshot(batch, slot):
+        clock.sleep(0.025)
+        return original_snapshot(batch, slot)
+
+    monkeypatch.setattr(FakeBatch, "snapshot", snapshot)
+    engine = FakeEngine(iteration_s=0.002, clock=clock)
+    async with scheduling(engine, max_running=8, clock=clock) as scheduler:
+        flooded = submit(scheduler, job_state(100_000), owner="flooding")
+        others = [submit(scheduler, job_state(100_000, size=32 + 2 * n), owner=f"owner {n}") for n in range(4)]
+        await until(lambda: all(job.state.done for job in (flooded, *others)))
+        engine.go.clear()
+        engine.under_way.clear()
+        await until(engine.under_way.is_set)
+        started_at, before = clock.now, [job.state.done for job in others]
+        commands = [scheduler.command(flooded.observer, TakePicture()) for _ in range(100)]
+        engine.go.set()
+        await asyncio.gather(*commands)
+        done = [job.state.done - count for job, count in zip(others, before, strict=True)]
+        device_s = clock.now - started_at
+        for job in (flooded, *others):
+            job.cancel()
+    assert sum(done) * engine.iteration_s > 0.9 * 4 / 5 * device_s
+
+
+async def test_a_command_is_executed_for_nobody_who_has_left():
+    engine = FakeEngine(iteration_s=0.002)
+    async with scheduling(engine) as scheduler:
+        job = submit(scheduler, job_state(100_000))
+        await until(lambda: job.state.done)
+        engine.go.clear()
+        engine.under_way.clear()
+        await until(engine.under_way.is_set)
+        for _ in range(1000):
+            scheduler.command(job.observer, TakePicture()).cancel()
+        kept = scheduler.command(job.observer, TakeCheckpoint(light=False))
+        await asyncio.sleep(0)  # what was cancelled is told
+        assert scheduler.pending_commands == 1
+        engine.go.set()
+        await kept
+        assert engine.taken_at == []
+        job.cancel()
+
+
+async def test_a_command_of_a_job_that_has_ended_is_refused():
+    async with scheduling(FakeEngine()) as scheduler:
+        job = submit(scheduler)
+        await kinds(job)
+        await until(lambda: not scheduler.running)
+        with pytest.raises(InvalidRequest, match="the job has ended"):
+            await scheduler.command(job.observer, Pause())
+        assert scheduler.pending_commands == 0
 
 
 async def test_a_job_that_waits_for_memory_has_a_position_though_places_are_free():

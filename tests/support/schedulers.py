@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from gramophone_server.config import Limits
@@ -24,10 +25,15 @@ from tests.support.specs import job_state
 
 @contextlib.asynccontextmanager
 async def scheduling(
-    engine: FakeEngine, max_running: int = 1, throughput: ThroughputModel | None = None, **limits: Any
+    engine: FakeEngine,
+    max_running: int = 1,
+    throughput: ThroughputModel | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **limits: Any,
 ) -> AsyncIterator[Scheduler]:
     """A scheduler whose engine is loaded. Keyword arguments are limits."""
-    scheduler = Scheduler(lambda: engine, Limits(max_running=max_running, **limits), throughput=throughput)
+    limit = Limits(max_running=max_running, **limits)
+    scheduler = Scheduler(lambda: engine, limit, throughput=throughput, clock=clock)
     scheduler.start()
     await scheduler.ready()
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gramophone.recipe import InvalidRecipeError, Violation
+from gramophone.recipe import InvalidRecipeError
 from gramophone_server.config import Limits
 from gramophone_server.domain.commands import (
     Command,
@@ -26,13 +26,13 @@ from gramophone_server.domain.commands import (
 from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.events import Paused, Resumed
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, InvalidRequest, ShuttingDown
+from gramophone_server.errors import DeviceLost, EngineFailed, GramophoneError, ShuttingDown
 from gramophone_server.scheduling.batch_pool import OnIterations
+from gramophone_server.scheduling.command_queue import PendingCommand
 from gramophone_server.scheduling.place_turns import exchange, in_order
 from gramophone_server.scheduling.task import Task
-from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
+from gramophone_server.scheduling.task_table import TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
-from gramophone_server.scheduling.turn_order import SLICE_S
 from gramophone_server.scheduling.worker import Worker
 
 __all__ = ["ComputeThread"]
@@ -138,26 +138,24 @@ class ComputeThread:
             _resolve(self.ended, None)
 
     def _run_steps(self, worker: Worker) -> None:
-        """Runs steps until the table is stopped. A step executes the pending commands, and then runs one slice."""
+        """Runs steps until the table is stopped. A step executes pending commands, and then runs one slice."""
         table = self._table
         while not table.stopped:
             self._step_started_at = None
             self._wait(worker)
             self._step_started_at = self._clock()
-            # One at least, and no more than take as long as a slice, so that one client's commands keep no job waiting.
-            while table.commands and not table.stopped:
-                self._execute(worker, table.commands.popleft())
-                if self.step_s >= SLICE_S:
-                    break
+            self._execute_commands(worker)
             self._exchange_places(worker)
             with table.lock:
                 away_bytes = sum(task.state.bytes for task in table.away)
+            started_at = self._clock()
             try:
                 worker.step(table.running, away_bytes)
             except DeviceLost:
                 raise
             except Exception as error:  # noqa: BLE001 - a defect, but the thread must serve later jobs
                 worker.fail_all(table.running, error)
+            table.commands.earn(self._clock() - started_at)
             table.remove_ended()
 
     def _wait(self, worker: Worker) -> None:
@@ -222,12 +220,20 @@ class ComputeThread:
         parked = (task for task in table.running if task.parked)
         return sum(task.state.bytes for task in (*table.away, *parked) if task is not leaving)
 
+    def _execute_commands(self, worker: Worker) -> None:
+        """Executes the commands that may be executed now; only one if no job runs, because after it one may start."""
+        table = self._table
+        while not table.stopped and (pending := table.next_command()) is not None:
+            started_at = self._clock()
+            self._execute(worker, pending)
+            if not table.running:
+                return
+            table.commands.charge(self._clock() - started_at)
+
     def _execute(self, worker: Worker, pending: PendingCommand) -> None:
         """Executes a command and resolves its future."""
         try:
             task = self._table.find(pending.observer)
-            if task is None:
-                raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
             started_at = self._clock()
             try:
                 outcome: Done | Exception = self._apply(worker, task, pending.command)
@@ -284,10 +290,8 @@ class ComputeThread:
         table = self._table
         with table.lock:
             tasks = [*table.running, *table.paused, *table.waiting]
-            commands = list(table.commands)
-            table.commands.clear()
-        for pending in commands:
-            _resolve(pending.done, ShuttingDown())
+            while (pending := table.commands.take(jobs_run=False)) is not None:
+                _resolve(pending.done, ShuttingDown())
         for task in tasks:
             worker.drain_task(task)
         table.remove_ended()

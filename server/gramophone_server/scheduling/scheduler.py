@@ -28,10 +28,11 @@ from gramophone_server.domain.engine_api import Engine
 from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.errors import NotReady, OutOfDeviceMemory, QueueFull, ShuttingDown
 from gramophone_server.scheduling.batch_pool import OnIterations
+from gramophone_server.scheduling.command_queue import PendingCommand
 from gramophone_server.scheduling.compute_thread import ComputeThread
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import JobObserver, Task
-from gramophone_server.scheduling.task_table import PendingCommand, TaskTable
+from gramophone_server.scheduling.task_table import TaskTable
 from gramophone_server.scheduling.throughput import ThroughputModel
 
 __all__ = ["Scheduler"]
@@ -107,8 +108,9 @@ class Scheduler:
 
     @property
     def pending_commands(self) -> int:
-        """The number of commands that were not executed yet."""
-        return len(self._table.commands)
+        """The number of commands that were not executed yet, and for whose outcomes their senders wait."""
+        with self._table.lock:
+            return len(self._table.commands)
 
     @property
     def batch_bytes(self) -> int:
@@ -249,16 +251,23 @@ class Scheduler:
         self._table.withdraw(observer)
 
     def command(self, observer: JobObserver, command: Command) -> asyncio.Future[Done]:
-        """Queues a command, which is executed before the job's next slice. Its effect is published to the job's
-        watchers. The future raises `InvalidRequest` or `InvalidRecipeError` if the command cannot be executed, with
-        fields relative to the command, and `ShuttingDown` after `stop`."""
+        """Queues a command, which is executed between two slices: after the present one, unless commands have taken
+        their part of the device's time; see `CommandQueue`. Its effect is published to the job's watchers. A future
+        that is cancelled before takes the command back.
+
+        Raises `InvalidRequest` if the job has ended or was not submitted yet. The future raises it, or
+        `InvalidRecipeError`, if the command cannot be executed, with fields relative to the command, and `ShuttingDown`
+        after `stop`."""
         done: asyncio.Future[Done] = self._loop.create_future()
-        with self._table.lock:
-            if self._table.stopped:
+        table = self._table
+        with table.lock:
+            if table.stopped:
                 done.set_exception(ShuttingDown())
             else:
-                self._table.commands.append(PendingCommand(observer, command, done))
-                self._table.lock.notify()
+                pending = PendingCommand(table.find(observer).owner, observer, command, done)
+                table.commands.add(pending)
+                done.add_done_callback(lambda _: table.remove_command(pending))
+                table.lock.notify()
         return done
 
     # The end ----------------------------------------------------------------------------------------------------------

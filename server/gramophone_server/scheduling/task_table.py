@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
+from gramophone.recipe import Violation
 from gramophone_server.config import Limits
-from gramophone_server.domain.commands import Command, Done
+from gramophone_server.errors import InvalidRequest
+from gramophone_server.scheduling.command_queue import CommandQueue, PendingCommand
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import JobObserver, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import Expected, WaitingQueue
 
-__all__ = ["PendingCommand", "TaskTable"]
-
-
-class PendingCommand(NamedTuple):
-    """A command that the compute thread has not executed yet."""
-
-    observer: JobObserver  # of the job that the command is for
-    command: Command
-    done: asyncio.Future[Done]
+__all__ = ["TaskTable"]
 
 
 class TaskTable:
     """The state of a scheduler. A task is in one of `waiting`, `running` and `paused`.
 
     Each access holds `lock`, a reentrant condition that is notified when the compute thread has something to do. The
-    exceptions: the compute thread reads `running`, `commands` and `stopped` without it, since only it changes
-    `running`, only it takes commands out, and `stopped` is set once; and any thread may read a length.
+    exceptions: the compute thread reads `running` and `stopped` without it, since only it changes `running`, and
+    `stopped` is set once; and any thread may read the lengths of `waiting`, `running` and `paused`.
     ``on_place_freed`` is called on any thread, under the lock, after a job has left the table or was paused.
     """
 
@@ -48,7 +39,7 @@ class TaskTable:
         self.waiting = WaitingQueue(throughput, limits.max_running, clock)
         self.running: list[Task] = []
         self.paused: list[Task] = []
-        self.commands: deque[PendingCommand] = deque()
+        self.commands = CommandQueue()
         self.draining = False  # no more reservations
         self.stopped = False  # no more tasks and commands, and the compute thread ends
         self._on_place_freed = on_place_freed
@@ -88,11 +79,24 @@ class TaskTable:
         with self.lock:
             return sum(not task.memory_short for task in self.running)
 
-    def find(self, observer: JobObserver) -> Task | None:
-        """The task of a job; None if it has ended, or is not in the table."""
+    def find(self, observer: JobObserver) -> Task:
+        """The task of a job. Raises `InvalidRequest` if it has ended, or is not in the table."""
         with self.lock:
-            tasks = (*self.running, *self.waiting, *self.paused)
-            return next((task for task in tasks if task.observer is observer and not task.ended), None)
+            tasks: tuple[Task, ...] = (*self.running, *self.waiting, *self.paused)
+            found = next((task for task in tasks if task.observer is observer and not task.ended), None)
+        if found is None:
+            raise InvalidRequest([Violation("", "the job has ended, or its images are still being decoded")])
+        return found
+
+    def next_command(self) -> PendingCommand | None:
+        """Takes the command that is to be executed now out of the table; None if there is none."""
+        with self.lock:
+            return self.commands.take(jobs_run=bool(self.running))
+
+    def remove_command(self, pending: PendingCommand) -> None:
+        """Removes a command for whose outcome nobody waits any more, if it was not taken before."""
+        with self.lock:
+            self.commands.remove(pending)
 
     def release(self, reservation: Reservation) -> None:
         """Gives back the place of a reservation, if it was not used or released before."""
