@@ -307,7 +307,7 @@ async def test_a_job_has_one_controller_at_a_time():
 async def test_a_controller_that_closes_its_side_keeps_watching():
     async with serving(slow_engine()) as s:
         first = await start_controller(s)
-        await first.call.done_writing()
+        first.end()
         job = s.servicer.jobs.find(first.job_id)
         await until(lambda: not job.controlled)
         second = await attach_controller(s, first.job_id)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import types
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 
 from gramophone.v1 import style_transfer_pb2 as pb
+from gramophone_client.transport import request_writer
 from tests.support.clock import WITHIN_S
 from tests.support.engines import FakeEngine
 from tests.support.specs import detachable_spec
@@ -22,6 +24,9 @@ class Controller:
 
     def __init__(self, stub: Any) -> None:
         self.call = stub.StylizeInteractive()
+        self._requests: asyncio.Queue[pb.StylizeInteractiveRequest | None] = asyncio.Queue()
+        # gRPC's own `write` replaces the status of a call that ends meanwhile: 1 in 30 commands to a job that ends.
+        request_writer.send(self.call, self._written())
         self.sent = 0
         self.events: list[pb.JobEvent] = []
         self.answers: dict[int, pb.CommandResult] = {}
@@ -30,8 +35,17 @@ class Controller:
     async def send(self, **command: Any) -> int:
         """Sends a command. Returns its id."""
         self.sent += 1
-        await self.call.write(pb.StylizeInteractiveRequest(command_id=self.sent, **command))
+        self._requests.put_nowait(pb.StylizeInteractiveRequest(command_id=self.sent, **command))
+        await asyncio.sleep(0)  # it is being written
         return self.sent
+
+    def end(self) -> None:
+        """Sends no further command."""
+        self._requests.put_nowait(None)
+
+    async def _written(self) -> AsyncGenerator[pb.StylizeInteractiveRequest, None]:
+        while (request := await self._requests.get()) is not None:
+            yield request
 
     async def read(self) -> bool:
         """Reads a message, within `WITHIN_S`. Returns False at the end of the stream."""
