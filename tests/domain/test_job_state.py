@@ -27,6 +27,15 @@ def test_the_shape_and_the_iterations_left_are_those_of_the_next_iteration(make_
     assert state.finished and state.pixel_iterations_left == 0 and state.shape.width == 48
 
 
+def test_style_images_have_their_pixels_at_each_scale(make_job: MakeJob) -> None:
+    styles = (make_picture(1, 20, 40), make_picture(2, 200, 200))
+    job = replace(
+        make_job(smallest_size=24, coarse_iterations=4, style_scale=2.0), styles=styles, style_weights=(1.0, 1.0)
+    )
+    assert job.style_sizes(24) == [(48, 24), (48, 48)]
+    assert JobState(job).style_pixels == tuple(3 * (2 * side) ** 2 // 2 for side in (24, 34, 48))
+
+
 def test_a_job_goes_through_its_scales_in_one_batch_after_another(make_job: MakeJob) -> None:
     engine = FakeEngine()
     state = engine.admit(make_job(smallest_size=34, coarse_iterations=4, iterations=6))

@@ -10,7 +10,7 @@ from gramophone_server.domain.commands import Finish, Pause
 from gramophone_server.domain.events import Finished, StopReason, Waiting
 from gramophone_server.errors import EngineFailed
 from gramophone_server.jobs.job import JobPhase
-from gramophone_server.scheduling import memory_turns, place_turns
+from gramophone_server.scheduling import memory_turns, task
 from gramophone_server.scheduling.scheduler import Scheduler
 from tests.support import schedulers
 from tests.support.clock import until
@@ -22,7 +22,7 @@ from tests.support.specs import job_state
 @pytest.fixture(autouse=True)
 def no_job_is_short(monkeypatch):
     """So that jobs of a second give their places up."""
-    monkeypatch.setattr(place_turns, "SHORT_S", 0.0)
+    monkeypatch.setattr(task, "SHORT_S", 0.0)
 
 
 async def test_no_job_waits_for_places_that_another_owner_keeps():

@@ -1,8 +1,11 @@
 import random
 
 import pytest
+import torch
 
-from gramophone_server.domain.job_state import Shape
+from gramophone.recipe import Recipe
+from gramophone_server.domain.job import StyleJob
+from gramophone_server.domain.job_state import JobState, Shape
 from gramophone_server.scheduling.fair_share import BURST_S
 from gramophone_server.scheduling.forecast import (
     LONGEST_TURN_S,
@@ -67,6 +70,34 @@ def test_jobs_that_share_batches_need_less_of_the_device_each():
     assert together.share_s == pytest.approx(0.06, rel=0.05) and together.alone_s == pytest.approx(0.12, rel=0.05)
     with_an_empty_slot = forecaster.work(job, jobs=1, slots=2)
     assert with_an_empty_slot.share_s == with_an_empty_slot.alone_s == pytest.approx(0.12, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("content", "styles", "style_scale", "counted"),
+    [((64, 64), 4, 4.0, 64 / 3 - 2), ((16, 256), 1, 1.0, 16 / 3 - 2), ((64, 64), 6, 1.0, 0)],
+    ids=["large styles", "a thin picture", "ordinary"],
+)
+def test_dear_style_images_count_though_no_job_had_such_before(content, styles, style_scale, counted):
+    """In iterations, besides the ordinary ones, which are measured."""
+    throughput, job = ThroughputModel(), styled(content, styles, style_scale)
+    measured(throughput, job.shape, 0.1)
+    for _ in range(3):
+        throughput.record_beginning(job.shape, 0.001)  # others'
+    work = Forecaster(throughput).work(job)
+    assert work.share_s == work.alone_s == pytest.approx(0.1 * (10 + counted), rel=0.01)
+    assert work.low_alone_s < 0.1 * 11  # no evidence to refuse it: they may be cached
+    job.joined = True
+    assert Forecaster(throughput).work(job).share_s == pytest.approx(0.1 * 10, rel=0.01)
+
+
+def styled(content, styles, style_scale):
+    """A job of 10 iterations with square style images."""
+    recipe = Recipe(size=max(content), smallest_size=0, iterations=10, style_scale=style_scale)
+    picture, style = (torch.zeros((3, *size), dtype=torch.uint8) for size in (content, (64, 64)))
+    weights = (1.0,) * styles
+    return JobState(
+        StyleJob(recipe=recipe, content=picture, styles=(style,) * styles, style_weights=weights, start=None, seed=1)
+    )
 
 
 # Even sharing ---------------------------------------------------------------------------------------------------------

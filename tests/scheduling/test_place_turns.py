@@ -54,11 +54,43 @@ def test_short_jobs_of_many_connections_leave_a_long_one_its_part():
     assert long.state.done * ITERATION_S > 1000 / 13 / 2
 
 
+def needs(seconds):
+    """An estimate."""
+    return Work(seconds, seconds, seconds, seconds, 0.0, 0.0, 1)
+
+
 def short(device, owner, iterations=5):
     """A job that needs half a second of the device."""
-    task, needs_s = device.task(owner, iterations), iterations * ITERATION_S
-    task.remaining = Work(needs_s, needs_s, needs_s, needs_s, 0.0, 0.0, 1)
+    task = device.task(owner, iterations)
+    task.remaining = needs(iterations * ITERATION_S)
     return task
+
+
+def dear(device, owner):
+    """A job of 52 s that seems to need half a second."""
+    task = device.task(owner, 1, **DEAREST)
+    task.remaining = needs(0.5)
+    return task
+
+
+def grow(device, tasks, iterations):
+    """The clients of these jobs add so many iterations to those that have few left."""
+    for task in tasks if iterations else ():
+        state = task.state
+        if task.last_report and not task.ended and 0 < state.iterations_left < 4:
+            device.worker.update(task, {"iterations": state.done + iterations})
+
+
+def one_after_the_other(device, clients, task):
+    """Each of these clients sends one job after the other, each of them on a new connection."""
+    numbers = itertools.count()
+
+    def client():
+        while True:
+            yield task(f"connection {next(numbers)}"), 0.0
+
+    for _ in range(clients):
+        device.add(client())
 
 
 @pytest.mark.parametrize("others", [8, 20])
@@ -71,6 +103,26 @@ def test_a_short_job_waits_for_no_turns_of_long_ones(others):
     assert max(took_s) < 9 * 5 * ITERATION_S + 6 * slice_s < 8 * PLACE_TURN_S / 2
 
 
+@pytest.mark.parametrize("added", [0, 4, 1000], ids=["dear", "growing", "long soon"])
+def test_a_short_job_waits_for_no_job_that_only_seems_to_be_short(added):
+    device, false = Device(max_running=8, join_s=0.1), []
+    add(device, *(device.task(f"owner {n}", LONG, size=96) for n in range(20)))
+    device.run(lambda: False, 300)
+
+    def task(owner):
+        false.append(short(device, owner) if added else dear(device, owner))
+        return false[-1]
+
+    one_after_the_other(device, 3, task)
+    device.run(lambda: grow(device, false, added), 60)
+    slice_s = 8 * ITERATION_S * (96 / 64) ** 2  # of the others, in one batch
+    for _ in range(6):
+        victim = short(device, "victim")
+        add(device, victim)
+        device.run(lambda victim=victim: victim.ended or grow(device, false, added), 9 * 5 * ITERATION_S + 6 * slice_s)
+        assert victim.ended
+
+
 def test_a_short_job_waits_for_the_beginnings_of_long_ones_and_a_fifth_of_a_turn():
     device = Device(max_running=8, join_s=0.1)
     add(device, *(device.task(f"owner {n}", LONG, size=96) for n in range(8)))
@@ -80,26 +132,51 @@ def test_a_short_job_waits_for_the_beginnings_of_long_ones_and_a_fifth_of_a_turn
 
 def test_short_jobs_without_end_leave_long_ones_their_places():
     """Of twenty connections, one after the other, while eight places are taken."""
-    device, numbers = Device(max_running=8, join_s=0.1), itertools.count()
+    device = Device(max_running=8, join_s=0.1)
     long = [device.task(f"owner {n}", LONG) for n in range(8)]
     add(device, *long)
-
-    def client():
-        while True:
-            yield short(device, f"connection {next(numbers)}"), 0.0
-
-    for _ in range(20):
-        device.add(client())
+    one_after_the_other(device, 20, lambda owner: short(device, owner))
     device.run(lambda: False, 1000)
     done = [task.state.done for task in long]
     assert min(done) > 0.6 * max(done) and sum(done) * ITERATION_S > 1000 * 8 / 28
 
 
-def test_connections_with_dear_beginnings_do_not_keep_all_places():
+@pytest.mark.parametrize("added", [0, 4, 1000], ids=["dear", "growing", "long soon"])
+def test_jobs_that_only_seem_to_be_short_leave_long_ones_their_places(added):
+    device, false = Device(max_running=8, join_s=0.1), []
+    long = [device.task(f"owner {n}", LONG) for n in range(8)]
+    add(device, *long)
+
+    def task(owner):
+        false.append(short(device, owner) if added else dear(device, owner))
+        return false[-1]
+
+    one_after_the_other(device, 20, task)
+    device.run(lambda: grow(device, false, added), 1000)
+    done = [task.state.done for task in long]
+    assert min(done) > 0.6 * max(done) and sum(done) * ITERATION_S > 0.4 * 1000 * 8 / 28
+
+
+@pytest.mark.parametrize("estimate", [None, needs(0.5)], ids=["not measured", "far too low"])
+def test_connections_with_dear_beginnings_do_not_keep_all_places(estimate):
     device = Device(max_running=8)
-    add(device, *(device.task(f"attacker {n}", 10, **DEAREST) for n in range(8)))
+    attackers = [device.task(f"attacker {n}", 10, **DEAREST) for n in range(8)]
+    for task in attackers:
+        task.remaining = estimate
+    add(device, *attackers)
     device.run(lambda: False, 5)
     assert device.seconds(device.task("victim", 10), 500) < 8 * PLACE_TURN_S + 9 * 10 * ITERATION_S + 2
+
+
+def test_jobs_with_few_iterations_to_which_some_are_added_do_not_keep_all_places():
+    device = Device(max_running=8, join_s=0.1)
+    attackers = [short(device, f"attacker {n}") for n in range(8)]
+    add(device, *attackers)
+    device.run(lambda: grow(device, attackers, 4), 30)
+    victim = device.task("victim", 10)
+    add(device, victim)
+    device.run(lambda: victim.ended or grow(device, attackers, 4), 8 * PLACE_TURN_S + 9 * 20 * ITERATION_S)
+    assert victim.ended and not any(task.ended for task in attackers)
 
 
 # Who keeps one ------------------------------------------------------------------------------------------------------
@@ -267,6 +344,25 @@ def test_a_job_that_waits_for_memory_has_no_place_to_give(full):
     for task in full.running:
         task.memory_short_since = 0.0
     assert exchange(full.running, [full.task("other", 10)], full.clock.now) is None
+
+
+def test_a_job_that_ends_soon_keeps_its_place_whatever_it_has_had_before(full):
+    full.run(lambda: False, 20)
+    for task in full.running:
+        task.remaining = needs(0.5)
+    assert exchange(full.running, [full.task("other", 10)], full.clock.now) is None
+
+
+def test_a_short_job_that_waits_for_memory_keeps_no_other_from_an_early_place():
+    device = Device(max_running=2)
+    add(device, *(device.task(f"owner {n}", LONG) for n in range(2)))
+    device.run(lambda: False, 5)
+    early = short(device, "early")
+    early.came_early = True
+    running, waiting = [*device.running, early], [short(device, "other")]
+    assert exchange(running, waiting, device.clock.now) is None
+    early.memory_short_since = 0.0
+    assert exchange(running, waiting, device.clock.now).is_early
 
 
 def test_a_job_leaves_only_if_the_host_has_room_and_starts_only_if_the_device_has(full):

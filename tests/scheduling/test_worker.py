@@ -503,6 +503,13 @@ def test_a_paused_job_keeps_picture_and_state_and_continues_from_there():
     assert one.state.done > done and one.observer.starts == 2
 
 
+def test_after_a_pause_a_job_has_no_place_any_more_that_it_got_as_a_short_one():
+    worker, one = started()
+    one.came_early = True
+    worker.pause(one, 0)
+    assert not one.came_early
+
+
 def test_a_pause_does_not_count_in_the_speed_of_a_job():
     worker, one = started(1000, fake_engine(iteration_s=0.001))
     for _ in range(5):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramophone.recipe import Recipe
 from gramophone_server.domain.byte_copies import memory_of
-from gramophone_server.domain.picture_size import MIN_SIDE, fit
+from gramophone_server.domain.picture_size import MIN_SIDE, fit, style_size
 
 __all__ = ["Losses", "Report", "Scale", "StyleJob", "digest", "ran_out_of_memory"]
 
@@ -61,6 +61,11 @@ class StyleJob:
         *coarse, final = (fit(width, height, longest) for longest in self.recipe.scale_sizes())
         coarse_scales = [Scale(*size, self.recipe.coarse_iterations) for size in coarse if min(size) >= MIN_SIDE]
         return (*coarse_scales, Scale(*final, self.recipe.iterations))
+
+    def style_sizes(self, longest_side: int) -> list[tuple[int, int]]:
+        """(width, height) at which the network sees each style image, for a picture with this longest side; pixels."""
+        scale = self.recipe.style_scale
+        return [style_size(style.shape[2], style.shape[1], longest_side, scale) for style in self.styles]
 
     @cached_property
     def content_digest(self) -> bytes:

@@ -82,6 +82,10 @@ class JobState:
         self.scales: tuple[Scale, ...] = (*coarse, final._replace(iterations=self.recipe.iterations))
         # Of the batches at each scale. No update changes them, and the scheduler asks for them all the time.
         self.shapes = tuple(Shape.of(self.recipe, height, width) for width, height, _ in self.scales)
+        # Of all style images together, at each scale.
+        self.style_pixels = tuple(
+            sum(w * h for w, h in self.job.style_sizes(max(width, height))) for width, height, _ in self.scales
+        )
 
     @property
     def iterations(self) -> int:

@@ -21,7 +21,6 @@ from gramophone_server import ops
 from gramophone_server.domain.engine_api import CacheCounts
 from gramophone_server.domain.job import ran_out_of_memory
 from gramophone_server.domain.job_state import JobState
-from gramophone_server.domain.picture_size import style_size
 from gramophone_server.engine import losses
 from gramophone_server.engine.scales import resize
 from gramophone_server.errors import OutOfDeviceMemory
@@ -121,11 +120,11 @@ class StyleTargets:
         """The Gram matrices that a job needs at its next scale, nothing of them computed yet. ``on_memory_out`` frees
         what else can be freed when memory runs out."""
         shape, job = state.shape, state.job
-        longest_side, scale = max(shape.width, shape.height), state.recipe.style_scale
-        styles = []
-        for image, digest in zip(job.styles, job.style_digests, strict=True):
-            size = style_size(image.shape[2], image.shape[1], longest_side, scale)
-            styles.append(_Style(image, digest, *size, shape.style_layers, shape.pooling))
+        sizes = job.style_sizes(max(shape.width, shape.height))
+        styles = [
+            _Style(image, digest, *size, shape.style_layers, shape.pooling)
+            for image, digest, size in zip(job.styles, job.style_digests, sizes, strict=True)
+        ]
         return StyleBeginning(self, styles, on_memory_out)
 
     def find(self, style: _Style) -> tuple[Tensor, ...] | None:

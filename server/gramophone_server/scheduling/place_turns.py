@@ -23,8 +23,6 @@ PLACE_TURN_S = 5.0
 # An owner with so many times the places of another one gives it one at once. Smaller differences hardly matter: owners
 # share the device evenly anyway, and each exchange takes time.
 UNEVEN = 4
-# Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
-SHORT_S = 1.0
 # Device seconds in its batch, or those of its join if these are more, after which a job may leave for a short one: so
 # joins take at most half of what one place has.
 EARLY_S = 1.0
@@ -58,20 +56,20 @@ def exchange(
     the owner with most. Where no owner has two, one without any gets the place of a job that has had its turn, and a
     short one that of a job that has had `EARLY_S`: only one at a time, so that the others have their turns. A job that
     has given its place up gets one back when its deadline needs it, first from its own owner, and keeps that one. Who
-    leaves can wait: its deadline, and those of others after it, leave a minute, and it needs more than `SHORT_S`. Where
-    none can, an owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S`
-    without any, of the job that can wait for longest.
+    leaves can wait: its deadline, and those of others after it, leave a minute, and it is not short. Where none can, an
+    owner with several places nevertheless gives one up for an owner that has waited for `PATIENT_S` without any, of the
+    job that can wait for longest.
 
     ``may_leave``: whether the host has room for the state of a running job. ``may_start``: whether the device has
     memory for a waiting one; asked only of one whose turn it is.
     """
     places, spares = _places_of(running), _spares([*running, *(task for task in waiting if task.gave_place_up)], now)
-    placed = [task for task in running if not task.memory_short and not _is_short(task) and may_leave(task)]
+    placed = [task for task in running if not task.memory_short and not task.is_short and may_leave(task)]
     able = [task for task in placed if _can_wait(task, spares)]
     most = max((places[task.owner] for task in able), default=0)
     of_most = [task for task in able if places[task.owner] == most]
     after_turn = [task for task in able if _had_its_turn(task)] or _beginnings_after_turn(able)
-    early = [] if any(map(_came_early, running)) else [task for task in able if _may_leave_early(task)]
+    early = _may_leave_early(running, able)
     of_several = [] if able else [task for task in placed if places[task.owner] > 1]
     for task in waiting:
         own, to_stay = places[task.owner], False
@@ -79,7 +77,7 @@ def exchange(
             leaving = of_most
         elif not own and after_turn:
             leaving = after_turn
-        elif not own and early and _is_short(task):
+        elif not own and early and task.is_short:
             if may_start(task):
                 return Exchange(max(early, key=_used_in_place_s), task, is_early=True)
             leaving = []
@@ -110,7 +108,7 @@ class Claims:
     def __init__(self, running: Sequence[Task], now: float) -> None:
         self._places = _places_of(running)
         spares = _spares(running, now)
-        placed = (task for task in running if not task.memory_short and not _is_short(task))
+        placed = (task for task in running if not task.memory_short and not task.is_short)
         self._able = Counter(task.owner for task in placed if _can_wait(task, spares))
         self._without = 0  # jobs whose owners have no place
 
@@ -142,10 +140,6 @@ def _places_of(running: Iterable[Task]) -> Counter[str]:
 def _has_claim(own: int, most: int) -> bool:
     """Whether an owner with ``own`` places gets one at once of an owner that has ``most``."""
     return most > 1 and most >= UNEVEN * own
-
-
-def _is_short(task: Task) -> bool:
-    return task.remaining is not None and task.remaining.share_s < SHORT_S
 
 
 def _can_wait(task: Task, spares: Mapping[Task, float]) -> bool:
@@ -200,13 +194,18 @@ def _beginnings_after_turn(able: Sequence[Task]) -> list[Task]:
     return [task for task in begun if task.begun_s >= PLACE_TURN_S]
 
 
-def _came_early(task: Task) -> bool:
-    """Whether it has got its place before its turn, and may still need it."""
-    return task.came_early and not _had_its_turn(task)
+def _may_leave_early(running: Iterable[Task], able: Sequence[Task]) -> list[Task]:
+    """The jobs that may leave for a short one before they have had their turn.
 
-
-def _may_leave_early(task: Task) -> bool:
-    return task.batch is not None and _used_in_place_s(task) >= max(EARLY_S, task.join_s)
+    None while another one has its place so. If that one was not short after all, it leaves itself, also in its
+    beginning: otherwise one such job after the other would take the place of one that waits for its turn.
+    """
+    came_early = [task for task in running if task.came_early and not task.memory_short and not _had_its_turn(task)]
+    if not all(task.had_time_of_short for task in came_early):
+        return []
+    return [task for task in able if task in came_early] or [
+        task for task in able if task.batch is not None and _used_in_place_s(task) >= max(EARLY_S, task.join_s)
+    ]
 
 
 def _used_in_place_s(task: Task) -> float:

@@ -17,6 +17,11 @@ __all__ = ["PATIENCE_S", "JobObserver", "PooledBatch", "Task"]
 
 # A job that has waited this long is overtaken by no job that comes now, however short the deadline or the time budget.
 PATIENCE_S = 60.0
+# Device seconds. A job that needs less ends soon, and to take its place would cost the device more than that gives.
+SHORT_S = 1.0
+# Device seconds that a job may have as a short one: a new estimate can be wrong by a factor of two. It can stay low for
+# hours, too, if a client adds iterations whenever few are left.
+MAX_SHORT_S = 2 * SHORT_S
 
 
 class JobObserver(Protocol):
@@ -72,6 +77,7 @@ class Task:
     deadline_at: float = math.inf  # when its last iteration must end, for its result to reach the client in time
     came_at: float = 0.0  # its arrival
     device_s: float = 0.0  # seconds that it has taken of the device
+    used_as_short_s: float = 0.0  # of these, while it seemed short, or in a place that it got as a short one
     queued_at: float = 0.0  # its arrival, or when it gave its place up
     remaining: Work | None = None  # estimated, to the end; None: nothing was measured near its sizes yet
     estimated_at: float = -math.inf  # when `remaining` was updated last
@@ -111,6 +117,18 @@ class Task:
     def memory_short(self) -> bool:
         """Whether it waits for device memory. Such a job takes no place of a running one."""
         return self.memory_short_since is not None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it ends soon: it needs less than `SHORT_S` of the device, and has not had `MAX_SHORT_S` of it as a
+        short job."""
+        seems_short = self.remaining is not None and self.remaining.share_s < SHORT_S
+        return seems_short and not self.had_time_of_short
+
+    @property
+    def had_time_of_short(self) -> bool:
+        """Whether it has had `MAX_SHORT_S` of the device as a short job. From then on it is none."""
+        return self.used_as_short_s >= MAX_SHORT_S
 
     @property
     def has_promise(self) -> bool:

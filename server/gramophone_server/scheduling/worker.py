@@ -107,7 +107,7 @@ class Worker:
             self._fail(task, error)
             raise
         self._shares.leave(task)
-        task.memory_short_since = None
+        task.memory_short_since, task.came_early = None, False
 
     def give_place_up(self, task: Task) -> None:
         """Takes a task out of its batch, into the host's memory, for another owner. If that fails, so does the job."""
@@ -197,6 +197,8 @@ class Worker:
     def charge(self, task: Task, seconds: float) -> None:
         """Counts device time of a job: its turns, its share of those of its batch, and its commands and pictures."""
         task.device_s += seconds
+        if task.is_short or task.came_early:
+            task.used_as_short_s += seconds
         self._shares.charge(task, seconds)
 
     def frame(self, task: Task) -> Frame:
