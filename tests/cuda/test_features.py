@@ -11,7 +11,8 @@ from torch import Tensor
 from gramophone.recipe import Pooling, Recipe
 from gramophone_server.domain.job_state import Shape
 from gramophone_server.engine.graph_runner import GraphRunner
-from gramophone_server.engine.memory_estimate import WORKSPACES, AllocationCounter, bytes_needed
+from gramophone_server.engine.memory_estimate import WORKSPACES, bytes_needed
+from gramophone_server.engine.memory_trace import AllocationCounter
 from gramophone_server.engine.style_targets import style_grams
 from gramophone_server.network.convolutions import Autotuner, CuDnn
 from gramophone_server.network.features import VggFeatures

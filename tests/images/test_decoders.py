@@ -176,8 +176,14 @@ async def test_a_small_image_does_not_wait_for_large_ones(pool):
     await asyncio.wait(large)
 
 
-async def test_a_small_picture_in_a_large_file_counts_as_its_bytes(pool):
-    """By pixels alone, an owner with small pictures in files of 10 MB would be served before one with a photo."""
+@pytest.mark.parametrize("kind", ["large files", "many codes"])
+async def test_images_that_take_long_for_their_pixels_do_not_precede_a_photo(pool, kind):
+    """By pixels alone, an owner with small pictures in files of 10 MB would be served before one with a photo, and one
+    with pictures of a megapixel that take half a second before one with a photo of 16 that takes 0.2 s."""
+    if kind == "large files":
+        slow, photo = in_jpeg(*[segment(0xFE, bytes(65_000))] * 30), LARGE
+    else:
+        slow, photo = many_codes(), image_file(4000, "JPEG")
     order, go = [], threading.Event()
 
     def image(name, data):
@@ -188,13 +194,12 @@ async def test_a_small_picture_in_a_large_file_counts_as_its_bytes(pool):
 
         return EncodedImage(read, read_header(data, LIMITS), 64)
 
-    padded = in_jpeg(*[segment(0xFE, bytes(65_000))] * 30)
-    many = [asyncio.create_task(pool.decode([image("padded", padded)], "a")) for _ in range(8)]
+    many = [asyncio.create_task(pool.decode([image("slow", slow)], "a")) for _ in range(8)]
     await until(lambda: len(order) == LIMITS.max_decoders)
-    photo = asyncio.create_task(pool.decode([image("photo", LARGE)], "b"))
+    one = asyncio.create_task(pool.decode([image("photo", photo)], "b"))
     await until(lambda: pool.waiting == 8 + 1 - LIMITS.max_decoders)
     go.set()
-    await asyncio.gather(photo, *many)
+    await asyncio.gather(one, *many)
     assert order.index("photo") <= LIMITS.max_decoders + 1
 
 

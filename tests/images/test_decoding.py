@@ -19,7 +19,7 @@ from gramophone_server.domain.picture_size import style_size
 from gramophone_server.images import codec, decoding
 from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.metadata_stripping import MAX_PROFILE_BYTES
-from tests.support.bad_pictures import program_profile
+from tests.support.bad_pictures import many_codes, program_profile
 
 LIMITS = Limits()
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -182,7 +182,7 @@ decode(small.getvalue())  # loads what all images need
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = bytes_of("VmRSS")
 decode(data)
-print(bytes_of("VmHWM") - before, decoding.decoding_bytes(data, decoding.read_header(data, Limits())))
+print(bytes_of("VmHWM") - before, decoding.read_header(data, Limits()).decoding_bytes)
 """
 
 
@@ -255,12 +255,30 @@ def test_the_decoded_bytes_are_known_from_the_header(format, size, needed):
     assert header.decoded_bytes(needed) == decoded(data, needed=needed).numel() <= 12 * needed**2
 
 
+def test_a_lossless_webp_counts_for_the_tables_that_it_may_bring():
+    """With a code for every block, a megapixel takes as long as a PNG of 32."""
+    dear, largest = decoding.read_header(many_codes(), LIMITS), 32 * 10**6
+    assert dear.pixels == 2**20 and largest < dear.work < 2 * largest
+    photo = dear._replace(file_bytes=LIMITS.max_image_bytes)  # a file has fewer codes than it has bytes
+    assert photo.work < photo.pixels + photo.file_bytes + 1.1 * largest
+
+
+@pytest.mark.parametrize(
+    ("mode", "lossless", "expected"), [("RGB", False, 1), ("RGB", True, 129), ("RGBA", False, 129)]
+)
+def test_a_webp_that_may_be_lossless_counts_its_bytes_as_codes(mode, lossless, expected):
+    """Also one with transparency, which is lossless in a lossy file, too."""
+    picture = Image.new(mode, (64, 64), (255, 0, 0, 99)[: len(mode)])
+    header = decoding.read_header(encoded(picture, "WEBP", lossless=lossless), LIMITS)
+    assert header.work == header.pixels + expected * header.file_bytes
+
+
 def test_the_size_is_found_behind_any_metadata():
     photo = encoded(Image.new("RGB", (48, 32), RED), "JPEG")
     segment = b"\xff\xe1\xff\xff" + bytes(65_533)
     for segments in (1, 2, 100):
         late = photo[:2] + segment * segments + photo[2:]
-        assert decoding.read_header(late, LIMITS)[1:] == (48, 32, len(late))
+        assert decoding.read_header(late, LIMITS)[1:4] == (48, 32, len(late))
         assert decoded(late).shape == (3, 32, 48)
 
 

@@ -220,7 +220,8 @@ class VggEngine:
             run.advance()
         run.picture(0)
         run.close()
-        self.batch_bytes(Shape.of(recipe, 64, 64), 1)  # the first estimate imports parts of torch, which takes a second
+        # Where ops run through torch's library, the first estimate imports parts of torch, which takes a second.
+        self.batch_bytes(Shape.of(recipe, 64, 64), 1)
 
 
 def _device(name: str) -> tuple[torch.device, str]:

@@ -19,7 +19,7 @@ from gramophone_server.domain.job import digest
 from gramophone_server.images import codec
 from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.decoder_client import DecoderProcess
-from gramophone_server.images.decoding import Header, decoding_bytes
+from gramophone_server.images.decoding import Header
 from gramophone_server.images.fair_queue import FairQueue
 from gramophone_server.images.shortages import Shortage
 from gramophone_server.images.threads import started_threads
@@ -134,27 +134,19 @@ class Decoders:
     async def _decode(
         self, images: Sequence[EncodedImage], owner: str
     ) -> list[tuple[EncodedImage, DecodedImage | UnusableImage]]:
-        """The pictures of some small images, or of one."""
-        outcomes: list[DecodedImage | UnusableImage | None] = [None] * len(images)
+        """The pictures of some small images, or of a large one."""
+        work = sum(image.header.work for image in images)
         if all(_is_small(image.header) for image in images):
-            async with self._small.place(owner, sum(image.header.work for image in images)):
+            async with self._small.place(owner, work):
                 decode = partial(self._decode_small, images)
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._small_threads, decode)
-        for i, image in enumerate(images):
-            if outcomes[i] is None:
-                async with self._large.place(owner, image.header.work):
-                    outcomes[i] = await self._decode_large(image)
-        return [(image, outcome) for image, outcome in zip(images, outcomes, strict=True) if outcome is not None]
+            return list(zip(images, outcomes, strict=True))
+        [image] = images
+        async with self._large.place(owner, work):
+            return [(image, await self._decode_large(image))]
 
-    def _decode_small(self, images: Sequence[EncodedImage]) -> list[DecodedImage | UnusableImage | None]:
-        """The pictures; None for one that takes much memory for its pixels, so that it belongs in a process."""
-        outcomes: list[DecodedImage | UnusableImage | None] = []
-        for image in images:
-            data = image.read()
-            is_large = decoding_bytes(data, image.header) > SMALL_DECODING_BYTES
-            decode = partial(codec.decode, data, self._limits, image.needed)
-            outcomes.append(None if is_large else _outcome(decode))
-        return outcomes
+    def _decode_small(self, images: Sequence[EncodedImage]) -> list[DecodedImage | UnusableImage]:
+        return [_outcome(partial(codec.decode, image.read(), self._limits, image.needed)) for image in images]
 
     async def _decode_large(self, image: EncodedImage) -> DecodedImage | UnusableImage:
         process = self._idle.pop()
@@ -174,7 +166,8 @@ class Decoders:
 
 
 def _is_small(header: Header) -> bool:
-    return header.pixels <= SMALL_PIXELS and header.file_bytes <= SMALL_BYTES
+    is_small_file = header.pixels <= SMALL_PIXELS and header.file_bytes <= SMALL_BYTES
+    return is_small_file and header.decoding_bytes <= SMALL_DECODING_BYTES
 
 
 def _start(process: DecoderProcess) -> None:

@@ -18,7 +18,7 @@ from gramophone_server.images.containers import UnusableImage
 from gramophone_server.images.metadata_stripping import MAX_PROFILE_BYTES
 from gramophone_server.images.shortages import Shortage, shortage_behind
 
-__all__ = ["BYTES_PER_PIXEL", "Header", "Pixels", "decode", "decoding_bytes", "read_header", "upright_size"]
+__all__ = ["BYTES_PER_PIXEL", "Header", "Pixels", "decode", "read_header", "upright_size"]
 
 assert JpegImagePlugin and TiffImagePlugin and WebPImagePlugin  # TIFF is the format of EXIF
 Image.preinit()
@@ -36,6 +36,9 @@ PROFILE_COPIES = 6  # of a colour profile, by Pillow and LittleCMS; measured: 4 
 MOST_INFLATED = 1032  # bytes that deflate can make of one
 # Bytes of tables that libwebp builds for each byte of a lossless file: 1,200 measured, with a code for every block.
 WEBP_TABLES = 2048
+# Bytes of these tables, as they are counted, that take as long as a pixel. With 512 MiB an image of a megapixel took
+# 0.44 s: as long as a PNG of 32 megapixels.
+TABLES_OF_A_PIXEL = 16
 JPEG_SCALES = (8, 4, 2, 1)  # by which libjpeg can reduce while it decodes
 
 
@@ -46,6 +49,7 @@ class Header(NamedTuple):
     width: int  # in pixels, before EXIF orientation
     height: int
     file_bytes: int
+    has_tables: bool = False  # a WebP that is lossless, or may have lossless transparency
 
     @property
     def pixels(self) -> int:
@@ -55,8 +59,20 @@ class Header(NamedTuple):
     @property
     def work(self) -> int:
         """How long it takes to decode, in pixels. A byte of the file counts as one: a JPEG takes 10 ms for a megapixel
-        and 12 ms for a megabyte."""
-        return self.pixels + self.file_bytes
+        and 12 ms for a megabyte. The tables of a lossless WebP count for what they may take, at most 34 megapixels."""
+        return self.pixels + self.file_bytes + self.tables_bytes // TABLES_OF_A_PIXEL
+
+    @property
+    def tables_bytes(self) -> int:
+        """Upper bound of the tables of codes that libwebp builds while it decodes; more do not fit into a process."""
+        return min(DECODER_BYTES, WEBP_TABLES * self.file_bytes) if self.has_tables else 0
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Upper bound of the memory that `decode` takes at any time, besides the file itself."""
+        profile = min(MAX_PROFILE_BYTES, MOST_INFLATED * self.file_bytes) if self.format == "PNG" else self.file_bytes
+        tables = max(TABLES_BYTES + PROFILE_COPIES * profile, self.tables_bytes)  # one after the other
+        return DECODING_BYTES_PER_PIXEL * self.pixels + tables
 
     def decoded_bytes(self, needed: int) -> int:
         """The bytes of the picture that `decode` makes of it."""
@@ -88,7 +104,8 @@ def read_header(data: bytes, limits: Limits) -> Header:
     size = dimensions.size(data)
     if size is None:
         raise UnusableImage(_damaged(image_format))
-    header = Header(image_format, *size, len(data))
+    has_tables = image_format == "WEBP" and data[12:16] != b"VP8 "
+    header = Header(image_format, *size, len(data), has_tables)
     if header.pixels > limits.max_image_pixels:
         raise UnusableImage(
             f"is {header.width}x{header.height}, {header.pixels} pixels; at most {limits.max_image_pixels} are allowed "
@@ -109,15 +126,6 @@ def upright_size(data: bytes, header: Header) -> tuple[int, int]:
     return (header.height, header.width) if surveyed.orientation in SWAPS_SIDES else (header.width, header.height)
 
 
-def decoding_bytes(data: bytes, header: Header) -> int:
-    """Upper bound of the memory that `decode` takes at any time, besides the file itself."""
-    profile = min(MAX_PROFILE_BYTES, MOST_INFLATED * len(data)) if header.format == "PNG" else len(data)
-    tables = TABLES_BYTES + PROFILE_COPIES * profile
-    if header.format == "WEBP" and data[12:16] != b"VP8 ":  # lossless, or with lossless transparency
-        tables = max(tables, min(DECODER_BYTES, WEBP_TABLES * len(data)))  # one after the other
-    return DECODING_BYTES_PER_PIXEL * header.pixels + tables
-
-
 def decode(data: bytes, limits: Limits, needed: int) -> Pixels:
     """The picture in ``data`` as sRGB.
 
@@ -136,7 +144,7 @@ def decode(data: bytes, limits: Limits, needed: int) -> Pixels:
     except Exception as error:  # noqa: BLE001
         # For damaged data Pillow raises OSError, SyntaxError, ValueError, struct.error and others; some of them also if
         # memory runs out. Their texts describe Pillow's internals and are not passed on.
-        shortage = shortage_behind(error, decoding_bytes(data, header))
+        shortage = shortage_behind(error, header.decoding_bytes)
         if shortage is not None:
             raise Shortage(shortage) from None
         raise UnusableImage(_damaged(header.format)) from None

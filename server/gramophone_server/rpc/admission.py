@@ -231,7 +231,7 @@ class Admission:
         """The state that a job will have, without its images: for estimates, from the header of the content image.
 
         Raises `OutOfDeviceMemory`, and `InvalidRequest` if that image is too thin for the recipe. For a thread, because
-        a shape that is seen for the first time takes 20 ms.
+        where ops run through torch's library, a shape that is seen for the first time takes 20 ms.
         """
         header = sources["spec.content"].header
         assert header is not None, "all headers are read, and valid"
