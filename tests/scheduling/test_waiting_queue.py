@@ -354,6 +354,18 @@ def test_of_many_refusals_one_is_let_through():
     assert 2 * refused >= PROBE_AFTER_REFUSALS and queue.probes == 1
 
 
+def test_a_measurement_of_another_aspect_is_one_of_a_neighbour():
+    queue, _, throughput = queue_with()
+    shape = job_state().shape
+    ask = Asking(queue)
+    for _ in range(2 * PROBE_AFTER_REFUSALS):
+        for _ in range(2):
+            throughput.record(shape._replace(height=shape.width, width=shape.height), 1, 1, 10.0)
+        if ask(60.0, iterations=10) is None:
+            break
+    assert queue.probes == 1
+
+
 PARTS = {
     "decoding": " to decode its images",
     "turn": " until its turn",

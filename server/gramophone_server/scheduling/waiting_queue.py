@@ -251,7 +251,7 @@ class WaitingQueue:
 
     def _may_probe(self, least: Work, shape: Shape, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
-        is_by_neighbours = least.measured != shape.width * shape.height
+        is_by_neighbours = not self._throughput.was_measured(shape)
         return is_old or (is_by_neighbours and self._refused_since_probe >= PROBE_AFTER_REFUSALS)
 
     # Forecasts --------------------------------------------------------------------------------------------------------
