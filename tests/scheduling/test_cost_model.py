@@ -22,11 +22,11 @@ class Device:
     def true_s(self, pixels):
         return self.slowness * (self.fixed_s + self.pixel_s * pixels)
 
-    def run(self, pixels, times=20, kind=KIND, width=1):
+    def run(self, pixels, times=20, kind=KIND, width=1, aspect=1.0):
         for _ in range(times):
             seconds = self.true_s(pixels) * math.exp(self._chance.gauss(0, self.noise))
             self.clock.advance(seconds)
-            self.model.record(kind, pixels, seconds, width=width)
+            self.model.record(kind, pixels, seconds, width=width, aspect=aspect)
 
     def error(self, pixels, kind=KIND):
         """Estimate / truth - 1."""
@@ -52,6 +52,25 @@ def test_batches_of_small_pictures_are_as_large_pictures():
     device.run(1000)
     device.run(4000, width=4)
     assert device.model.estimate(KIND, 2000, width=2).seconds == pytest.approx(device.true_s(2000), rel=0.03)
+
+
+def test_pictures_of_another_aspect_tell_less_the_more_it_differs():
+    """And allow at least the factor of 1.4 that was measured between 16 x 1024 and 1024 x 16 px."""
+    device = Device()
+    device.run(16_384, 50, aspect=64.0)
+    same, near, far = (device.model.estimate(KIND, 16_384, aspect=aspect) for aspect in (64.0, 16.0, 1 / 64))
+    assert same.spread < near.spread < far.spread
+    assert same.low_s == pytest.approx(same.seconds, rel=0.01) and far.low_s < far.seconds / 1.4
+    assert far.seconds == pytest.approx(same.seconds)
+
+
+def test_work_without_a_drift_shows_nothing_of_the_device():
+    model = CostModel(ManualClock(), has_drift=False)
+    for pixels, seconds, times in ((1000, 1.0, 50), (10**6, 1.0, 50), (10**6, 9.0, 50)):
+        for _ in range(times):
+            model.record(KIND, pixels, seconds)
+    assert model.estimate(KIND, 1000).seconds == pytest.approx(1.0)
+    assert model.estimate(KIND, 10**6).seconds == pytest.approx(9.0, rel=0.05)
 
 
 @pytest.mark.parametrize("pixels", [250, 400, 2500, 10_000, 10**6])

@@ -2,7 +2,9 @@ import pytest
 
 from gramophone.recipe import Recipe
 from gramophone_server.domain.job_state import Shape
+from gramophone_server.scheduling.cost_model import EVIDENCE_EXPIRES_S
 from gramophone_server.scheduling.throughput import ThroughputModel
+from tests.support.clock import ManualClock
 
 SMALL, LARGE = (Shape.of(Recipe(), side, side) for side in (64, 128))
 
@@ -113,3 +115,53 @@ def test_the_decay_of_a_running_average_is_no_part_of_the_kind_of_an_iteration()
     for _ in range(2):
         model.record(with_average, 1, 10, 1.0)
     assert model.iteration(other, 1) is not None and model.iteration(without, 1) is None
+
+
+@pytest.mark.parametrize(("primed_s", "then_s"), [(0.147, 0.106), (0.106, 0.147)], ids=["faster", "slower"])
+def test_pictures_of_another_aspect_do_not_look_like_a_faster_or_slower_device(primed_s, then_s):
+    """One client's pictures of 1024 x 16 and 16 x 1024 px, which take 147 and 106 ms, beside another's."""
+    clock = ManualClock()
+    model = ThroughputModel(clock)
+    honest, primed, then = (Shape.of(Recipe(), *size) for size in ((256, 256), (1024, 16), (16, 1024)))
+    for shape, seconds, times in ((honest, 0.067, 600), (primed, primed_s, 40), (then, then_s, 600)):
+        for _ in range(times):
+            clock.advance(seconds)
+            model.record(shape, 1, 1, seconds)
+        assert model.iteration(honest, 1).seconds == pytest.approx(0.067, rel=0.01)
+    assert model.iteration(primed, 1).seconds == pytest.approx(primed_s, rel=0.05)
+
+
+OTHERS = {
+    "beginning": lambda model, size, s: model.record_beginning(Shape.of(Recipe(), size, size), s),
+    "decoding": lambda model, size, s: model.record_decoding(size * size, s),
+    "delivery": lambda model, size, s: model.record_delivery("PNG", size * size, s),
+}
+
+
+@pytest.mark.parametrize("work", OTHERS)
+def test_dear_images_of_one_client_say_nothing_of_the_device_nor_of_other_sizes(work):
+    """Its cheap ones had as many pixels: what they cost depends on more than that."""
+    clock = ManualClock()
+    model = ThroughputModel(clock)
+    for size, seconds, times in ((512, 0.2, 40), (64, 0.02, 40), (64, 2.0, 20)):
+        for _ in range(times):
+            clock.advance(seconds)
+            OTHERS[work](model, size, seconds)
+    known = {
+        "beginning": lambda: model.beginning(Shape.of(Recipe(), 512, 512)).seconds,
+        "decoding": lambda: model.decoding(512**2).seconds,
+        "delivery": lambda: model.delivery("PNG", 512**2).seconds,
+    }
+    assert known[work]() == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_shape_was_measured_if_its_own_iterations_were_lately():
+    clock = ManualClock()
+    model = ThroughputModel(clock)
+    model.record(SMALL, 2, 1, 1.0)
+    assert not model.was_measured(SMALL)  # the first one has one-time costs
+    model.record(SMALL, 2, 1, 1.0)
+    assert model.was_measured(SMALL) and not model.was_measured(LARGE)
+    assert not model.was_measured(SMALL._replace(height=32, width=128))
+    clock.advance(EVIDENCE_EXPIRES_S + 1)
+    assert not model.was_measured(SMALL)

@@ -8,12 +8,14 @@ import pytest
 from gramophone.recipe import Pooling
 from gramophone_server.domain.events import Accepted, Waiting
 from gramophone_server.errors import DeadlineUnattainable
+from gramophone_server.scheduling.fair_share import BURST_S
 from gramophone_server.scheduling.forecast import Work
 from gramophone_server.scheduling.place_turns import PLACE_TURN_S
 from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import PATIENCE_S, Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 from gramophone_server.scheduling.waiting_queue import (
+    MAX_PROMISED_S,
     PROBE_AFTER_REFUSALS,
     PROBE_AFTER_S,
     REPORT_INTERVAL_S,
@@ -323,6 +325,57 @@ def test_a_job_that_needs_almost_all_of_the_device_takes_no_deadline_from_others
         assert [Asking(queue)(left_s, [greedy], "another", iterations=5) for left_s in (2.0, 5.0, 10.0)] == [None] * 3
 
 
+# The most that an owner is promised ---------------------------------------------------------------------------------
+
+
+def promised(queue, left_s, iterations, owner="one", **recipe):
+    """Whether a deadline that is accepted is also promised."""
+    reservation, state = Reservation(0, owner), job_state(iterations, **recipe)
+    queue.expect(reservation, [], state, left_s, 0, "PNG", owner, 2.0)
+    return queue.forget(reservation).deadline_at < math.inf
+
+
+def test_a_deadline_is_promised_if_its_job_needs_minutes_however_far_ahead_it_is():
+    queue, _, _ = queue_with(1.0, max_running=4)
+    within = int(MAX_PROMISED_S) - 10
+    assert promised(queue, 86_400.0, within) and not promised(queue, 86_400.0, within + 20)
+    assert promised(queue, 86_400.0, 10**4, time_budget=100.0) and not promised(queue, 86_400.0, 10**4)
+
+
+def test_what_one_owner_is_promised_adds_up():
+    queue, _, _ = queue_with(1.0, max_running=4)
+    queue.expect(Reservation(1), [], job_state(100), 86_400.0, 0, "PNG", "one", 2.0)
+    queue.accept(waiting(86_400.0, iterations=100, owner="one"), [])
+    for iterations, owner, is_promised in ((90, "one", True), (110, "one", False), (110, "two", True)):
+        assert promised(queue, 86_400.0, iterations, owner) == is_promised
+
+
+def test_what_an_unknown_job_needs_is_no_more_than_the_time_to_its_deadline():
+    queue, _, _ = queue_with()
+    assert promised(queue, MAX_PROMISED_S - 1, 10**5) and not promised(queue, MAX_PROMISED_S + 1, 10)
+    queue.expect(Reservation(1), [], job_state(), MAX_PROMISED_S - 60, 0, "PNG", "one", 2.0)
+    assert promised(queue, 59.0, 10) and not promised(queue, 61.0, 10) and promised(queue, 61.0, 10, "two")
+
+
+def test_a_deadline_of_days_takes_none_from_others():
+    """It was accepted because nobody else was there, and then refused all short ones that would have made it late."""
+    queue, _, _ = queue_with(0.1, max_running=16)
+    queue.expect(Reservation(0), [], job_state(10**5), 10**4 / 0.79, 0, "PNG", "days", 2.0)
+    queue.accept(waiting(iterations=10**5, owner="patient"), [])
+    assert Asking(queue)(10.0, owner="another", iterations=10) is None
+    assert Asking(queue)(600.0, owner="another", iterations=1500) is None
+
+
+def test_a_deadline_that_cannot_be_promised_is_refused_if_an_even_share_does_not_keep_it():
+    queue, _, _ = queue_with(1.0, max_running=16)
+    others = [waiting(remaining_s=10**5, owner=f"owner {number}") for number in range(3)]
+    ask = Asking(queue)
+    least_s = 4 * 400 - 3 * BURST_S
+    assert ask(0.98 * least_s, others, "one", iterations=400) is not None
+    assert ask(1.02 * least_s, others, "one", iterations=400) is None
+    assert ask(0.98 * (4 * 200 - 3 * BURST_S), others, "one", iterations=200) is None  # promised
+
+
 def test_jobs_of_one_owner_share_what_is_the_owners():
     queue, _, _ = queue_with(1.0, max_running=32)
     ask, others = Asking(queue), [waiting(remaining_s=1000.0, owner="busy") for _ in range(10)]
@@ -352,6 +405,18 @@ def test_of_many_refusals_one_is_let_through():
         refused += 1
         assert ask(60.0, iterations=10) is not None
     assert 2 * refused >= PROBE_AFTER_REFUSALS and queue.probes == 1
+
+
+def test_a_measurement_of_another_aspect_is_one_of_a_neighbour():
+    queue, _, throughput = queue_with()
+    shape = job_state().shape
+    ask = Asking(queue)
+    for _ in range(2 * PROBE_AFTER_REFUSALS):
+        for _ in range(2):
+            throughput.record(shape._replace(height=shape.width, width=shape.height), 1, 1, 10.0)
+        if ask(60.0, iterations=10) is None:
+            break
+    assert queue.probes == 1
 
 
 PARTS = {

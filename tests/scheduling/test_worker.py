@@ -459,6 +459,17 @@ def test_more_iterations_continue_from_the_present_one():
     assert one.observer.end.iterations == 25
 
 
+def test_a_deadline_that_was_promised_is_not_for_more_work_nor_for_a_job_that_pauses():
+    worker, one = started(10)
+    for iterations, deadline_at in ((5, 60.0), (6, math.inf)):
+        one.deadline_at = 60.0
+        worker.update(one, {"iterations": iterations})
+        assert one.deadline_at == deadline_at
+    one.deadline_at = 60.0
+    worker.pause(one, 0)
+    assert one.deadline_at == math.inf
+
+
 def test_finish_ends_the_job_with_the_present_picture():
     worker, one = started()
     done = one.state.done

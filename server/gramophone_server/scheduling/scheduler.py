@@ -191,7 +191,8 @@ class Scheduler:
     ) -> None:
         """Raises `DeadlineUnattainable` if the job would not end within ``left_s`` seconds, or would make a job late
         whose deadline was accepted before: by what was measured near its sizes and lately, and even if everything takes
-        the least time that this allows. Otherwise later forecasts include the job while its images are decoded.
+        the least time that this allows. Otherwise later forecasts include the job while its images are decoded, and
+        its deadline is promised, unless its owner would be promised more of the device than `MAX_PROMISED_S`.
 
         ``state``: of the job, with or without images. ``image_pixels``: of its largest image, as it is sent.
         ``result_kind``: how its result will be encoded, as in `record_delivery`. ``owner``: as in `submit`.

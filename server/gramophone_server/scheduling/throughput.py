@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from gramophone_server.domain.job_state import Shape
-from gramophone_server.scheduling.cost_model import CostModel, Estimate
+from gramophone_server.scheduling.cost_model import EVIDENCE_EXPIRES_S, CostModel, Estimate
 from gramophone_server.scheduling.evidence import Evidence, forget_least
 
 __all__ = ["ThroughputModel"]
@@ -54,9 +54,10 @@ class ThroughputModel:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._shapes: dict[Shape, ShapeSpeeds] = {}
-        # Beginnings differ by what is cached, and the host's work is on other threads: both say little of the device.
-        self._iterations, self._beginnings, self._host = CostModel(clock), CostModel(clock), CostModel(clock)
-        self._turns = CostModel(clock)
+        # Beginnings differ by what is cached, and the host's work is on other threads: both say little of the device,
+        # and one that takes long says nothing of another.
+        self._iterations, self._turns = CostModel(clock), CostModel(clock)
+        self._beginnings, self._host = CostModel(clock, has_drift=False), CostModel(clock, has_drift=False)
         self._clock = clock
 
     def __len__(self) -> int:
@@ -77,7 +78,12 @@ class ThroughputModel:
         else:
             speed.mean_s = NEWEST_WEIGHT * new + (1 - NEWEST_WEIGHT) * speed.mean_s
         self._iterations.record(
-            _iteration_kind(shape), shape.width * shape.height * slots, seconds, width=slots, repeats=iterations
+            _iteration_kind(shape),
+            shape.width * shape.height * slots,
+            seconds,
+            width=slots,
+            aspect=_aspect(shape),
+            repeats=iterations,
         )
         speed.measurements += 1
         bisect.insort(speed.shortest_s, new)
@@ -87,6 +93,13 @@ class ThroughputModel:
         """Seconds per iteration of a batch of this shape and width; None if it was never measured."""
         speed = self._speed(shape, slots)
         return None if speed is None else speed.mean_s
+
+    def was_measured(self, shape: Shape) -> bool:
+        """Whether just this shape was measured lately, at some width, and not only its first iteration."""
+        speeds = self._shapes.get(shape)
+        if speeds is None or self._clock() - speeds.evidence.measured_at > EVIDENCE_EXPIRES_S:
+            return False
+        return any(speed.measurements > 1 for speed in list(speeds.by_width.values()))
 
     def best_width(self, shape: Shape, jobs: int) -> int:
         """Best batch width for this many jobs. Tries the next power of two until a measurement shows it is slower."""
@@ -137,7 +150,8 @@ class ThroughputModel:
 
     def iteration(self, shape: Shape, slots: int) -> Estimate | None:
         """Seconds of an iteration of a batch; None if nothing was measured near by. So are the following ones."""
-        return self._iterations.estimate(_iteration_kind(shape), shape.width * shape.height * slots, width=slots)
+        pixels = shape.width * shape.height * slots
+        return self._iterations.estimate(_iteration_kind(shape), pixels, width=slots, aspect=_aspect(shape))
 
     def beginning(self, shape: Shape) -> Estimate | None:
         """Seconds of the device until a job's first iteration at a scale."""
@@ -167,9 +181,13 @@ class ThroughputModel:
 
 
 def _iteration_kind(shape: Shape) -> Hashable:
-    """Everything that changes the time of an iteration, but its pixels. Whether there is a running average does, but
-    not which."""
+    """Everything that changes the time of an iteration, but its pixels and their aspect. Whether there is a running
+    average does, but not which."""
     return shape._replace(height=0, width=0, average=float(shape.average > 0))
+
+
+def _aspect(shape: Shape) -> float:
+    return shape.height / shape.width
 
 
 def _beginning_kind(shape: Shape) -> Hashable:

@@ -30,7 +30,7 @@ from gramophone_server.scheduling.reservation import Reservation
 from gramophone_server.scheduling.task import Task
 from gramophone_server.scheduling.throughput import ThroughputModel
 
-__all__ = ["PROBE_AFTER_REFUSALS", "PROBE_AFTER_S", "REPORT_INTERVAL_S", "Expected", "WaitingQueue"]
+__all__ = ["MAX_PROMISED_S", "PROBE_AFTER_REFUSALS", "PROBE_AFTER_S", "REPORT_INTERVAL_S", "Expected", "WaitingQueue"]
 
 DEFAULT_RETRY_S = 5.0  # until the first iteration of this process has been measured
 # No client reads faster, and a thousand waiting jobs need no update for each of 300 jobs that start in a second.
@@ -38,8 +38,11 @@ REPORT_INTERVAL_S = 0.1
 # Of the jobs that would be refused, one is accepted if nothing was measured for so many seconds, or after so many
 # refusals if its own size was not measured: its iterations show whether the refusals are right.
 PROBE_AFTER_S, PROBE_AFTER_REFUSALS = 30.0, 200
-# Of its time under even sharing, a job can be sure of this one if its deadline needs it: others run after it then.
+# Of its time under even sharing, a job can be sure of this one if its deadline is promised: others run after it then.
 EVEN_TOLERANCE = 0.85
+# Device seconds that are promised to one owner, for all its deadlines together. Beside many others, who come later, it
+# has them within 375 s, with four fifths of the device. Without this, a deadline of days left others a fifth for days.
+MAX_PROMISED_S = 300.0
 # From the response to its client.
 TRANSIT_S = 0.003
 
@@ -50,7 +53,7 @@ class Expected:
 
     owner: str
     work: Work | None
-    deadline_at: float  # when its last iteration must end
+    deadline_at: float  # when its last iteration must end; inf: whenever, or nothing is promised
     has_promise: bool  # see `needs_promise`
     shape: Shape
 
@@ -64,6 +67,7 @@ class _Asked(NamedTuple):
     decoding_s: float
     delivery_s: float
     credit_s: float
+    can_be_promised: bool  # else it has its even share
 
     @property
     def ends_in_s(self) -> float:
@@ -72,6 +76,7 @@ class _Asked(NamedTuple):
 
 
 class _Job(NamedTuple):
+    owner: str
     work: Work | None
     promised_at: float  # its deadline, if others must leave it time for that; else inf
     shape: Shape
@@ -166,11 +171,15 @@ class WaitingQueue:
         jobs = self._jobs_of(shape, running) + 1
         self._estimate(running)
         result_pixels, is_probe = shape.width * shape.height, False
+        budget_s = state.recipe.time_budget or math.inf
+        work = self._forecaster.work(state, jobs, budget_s=budget_s)
+        needed_s = min(budget_s, left_s, math.inf if work is None else work.share_s)
+        can_be_promised = self._promised_s(running, owner, now) + needed_s <= MAX_PROMISED_S
         if left_s < math.inf:
             least = self._forecaster.least(state, jobs)
             decoding_s = self._forecaster.least_decoding_s(image_pixels)
             least_delivery_s = self._forecaster.least_delivery_s(result_kind, result_pixels) + TRANSIT_S
-            asked = _Asked(owner, state, left_s, decoding_s, least_delivery_s, credit_s)
+            asked = _Asked(owner, state, left_s, decoding_s, least_delivery_s, credit_s, can_be_promised)
             error = self._late(running, asked, least)
             if error is not None:
                 if not self._may_probe(least, shape, now):
@@ -178,10 +187,8 @@ class WaitingQueue:
                     raise error
                 self.probes += 1
                 self._probed_at, self._refused_since_probe, is_probe = now, 0, True
-        budget_s = state.recipe.time_budget or math.inf
         delivery_s = self._forecaster.delivery_s(result_kind, result_pixels) + TRANSIT_S
-        deadline_at = math.inf if is_probe else now + left_s - delivery_s
-        work = self._forecaster.work(state, jobs, budget_s=budget_s)
+        deadline_at = now + left_s - delivery_s if can_be_promised and not is_probe else math.inf
         has_promise = needs_promise(deadline_at, now + budget_s)
         self._expected[reservation] = Expected(owner, work, deadline_at, has_promise, shape)
 
@@ -201,7 +208,8 @@ class WaitingQueue:
         if self.time_is_ample(running, now, ends_in_s, asked.decoding_s + until_turn_s + least.alone_s + others_s):
             return None
         wait_s, shared_end_s = self._outcome(running, asked.owner, now + ends_in_s, least)
-        run_s = max(alone_s + others_s, EVEN_TOLERANCE * shared_end_s - wait_s)
+        tolerance = EVEN_TOLERANCE if asked.can_be_promised else 1.0
+        run_s = max(alone_s + others_s, tolerance * shared_end_s - wait_s)
         wait_s += until_turn_s
         # A time budget ends a job at its last iteration within it, but lets it have one.
         first_s = alone_s / max(1, state.iterations - state.done)
@@ -218,8 +226,8 @@ class WaitingQueue:
                 measured=least.measured,
                 spread=least.spread,
             )
-        if not needs_promise(ends_in_s, asked.decoding_s + budget_s):
-            return None  # it ends in time whoever has the device
+        if not asked.can_be_promised or not needs_promise(ends_in_s, asked.decoding_s + budget_s):
+            return None  # it takes no time from others, or ends in time whoever has the device
         jobs = [job for job in self._jobs(running) if job.work is not None]
         promises = [
             Promise(job.promised_at - now, job.work.share_s, job.work.alone_s, job.shape)
@@ -251,7 +259,7 @@ class WaitingQueue:
 
     def _may_probe(self, least: Work, shape: Shape, now: float) -> bool:
         is_old = least.age_s >= PROBE_AFTER_S and now >= self._probed_at + PROBE_AFTER_S
-        is_by_neighbours = least.measured != shape.width * shape.height
+        is_by_neighbours = not self._throughput.was_measured(shape)
         return is_old or (is_by_neighbours and self._refused_since_probe >= PROBE_AFTER_REFUSALS)
 
     # Forecasts --------------------------------------------------------------------------------------------------------
@@ -297,13 +305,18 @@ class WaitingQueue:
     def _jobs(self, running: Sequence[Task]) -> list[_Job]:
         """All jobs, as far as promises are concerned."""
         jobs = [
-            _Job(task.remaining, task.deadline_at if task.has_promise else math.inf, task.last_shape)
+            _Job(task.owner, task.remaining, task.deadline_at if task.has_promise else math.inf, task.last_shape)
             for task in (*running, *self._tasks)
         ]
         return jobs + [
-            _Job(job.work, job.deadline_at if job.has_promise else math.inf, job.shape)
+            _Job(job.owner, job.work, job.deadline_at if job.has_promise else math.inf, job.shape)
             for job in self._expected.values()
         ]
+
+    def _promised_s(self, running: Sequence[Task], owner: str, now: float) -> float:
+        """Device seconds that are promised to an owner; at most those until the deadline, if they are not known."""
+        promised = [job for job in self._jobs(running) if job.owner == owner and job.promised_at < math.inf]
+        return sum(max(0.0, job.promised_at - now) if job.work is None else job.work.share_s for job in promised)
 
     def _outcome(self, running: Sequence[Task], owner: str, must_end_at: float, own: Work) -> tuple[float, float]:
         """The least seconds until a job that must end then starts, and until it ends, by even sharing."""

@@ -97,9 +97,9 @@ class Worker:
         task.observer.started()
 
     def pause(self, task: Task, host_bytes: int) -> None:
-        """Takes a task out of its batch, into the host's memory; it can be admitted again. Raises `InvalidRequest` if
-        the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the job fails, and
-        `OutOfDeviceMemory` is raised."""
+        """Takes a task out of its batch, into the host's memory; it can be admitted again, without a promise. Raises
+        `InvalidRequest` if the states of other jobs, with ``host_bytes``, leave no room there. If memory runs out, the
+        job fails, and `OutOfDeviceMemory` is raised."""
         self.memory.require_host_memory(task, host_bytes)
         try:
             self._leave(task)
@@ -108,6 +108,7 @@ class Worker:
             raise
         self._shares.leave(task)
         task.memory_short_since, task.came_early = None, False
+        task.deadline_at = math.inf  # it was promised to a job that goes on
 
     def give_place_up(self, task: Task) -> None:
         """Takes a task out of its batch, into the host's memory, for another owner. If that fails, so does the job."""
@@ -182,10 +183,12 @@ class Worker:
     def update(self, task: Task, changes: RecipeUpdate) -> int:
         """Changes the recipe; returns the first iteration with the new one. If no iteration is left, the job ends with
         its current picture, so before it has one that is an `InvalidRequest`. Raises `InvalidRecipeError`."""
-        state, batch = task.state, task.batch
+        state, batch, before = task.state, task.batch, task.state.iterations
         if changes.get("iterations") == state.iterations_at_final_scale and task.last_report is None:
             _require_picture(task)
         first = state.update(**changes) if batch is None else batch.engine_batch.update(task.slot, **changes)
+        if state.iterations > before:
+            task.deadline_at = math.inf  # it was promised for less work
         task.observer.publish(Changed(first, state.recipe, state.iterations))
         self._update_remaining(task)
         if state.finished:
