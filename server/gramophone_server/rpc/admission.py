@@ -115,7 +115,7 @@ class Admission:
         if missing or missing_checkpoint:
             keeps_none = not self._limits.max_uploads_bytes
             raise ImageNotFound(*missing, checkpoint=missing_checkpoint, keeps_none=keeps_none)
-        saved = await self._read_checkpoint(spec, checkpoint, room, owner) if resumes else None
+        saved = await self._read_checkpoint(spec, checkpoint, room, owner, size) if resumes else None
         if saved is not None:
             expected = await self._decoders.quickly(
                 partial(self._expected_state, saved.recipe, saved, sources), owner, 0
@@ -174,13 +174,13 @@ class Admission:
         return pb.UploadImageResponse(digest=upload.digest, width=width, height=height)
 
     async def _read_checkpoint(
-        self, spec: pb.JobSpec, uploaded: StoredFile | None, room: DecodedShare, owner: str
+        self, spec: pb.JobSpec, uploaded: StoredFile | None, room: DecodedShare, owner: str, request_size: int
     ) -> Checkpoint:
-        """The checkpoint in the request, or the uploaded one. Raises `InvalidRequest` and `ServerBusy`."""
+        """The checkpoint in the request of this size, or the uploaded one. Raises `InvalidRequest` and `ServerBusy`."""
         path = _resume_path(spec)
         # One in a message is copied out of it when it is read, 0.2 ms/MiB, so on a thread.
         read: Callable[[], bytes] = (lambda: spec.resume) if uploaded is None else (lambda: uploaded.data)
-        size = await self._decoders.quickly(lambda: len(read()), owner, 0)
+        size = await self._decoders.quickly(lambda: len(read()), owner, request_size if uploaded is None else 0)
         room.take(CHECKPOINT_BYTES * min(size, self._limits.max_checkpoint_bytes))
         checkpoints, max_bytes = self._scheduler.engine.checkpoints, self._limits.max_checkpoint_bytes
         try:

@@ -171,8 +171,9 @@ class Scheduler:
         self._table.release(reservation)
 
     def require_memory(self, *shapes: Shape) -> None:
-        """Raises `OutOfDeviceMemory` if the device has too little memory even for this job alone. Thread-safe. Blocks
-        for 20 ms when it sees a shape for the first time, so it must not be called on the event loop.
+        """Raises `OutOfDeviceMemory` if the device has too little memory even for this job alone. Thread-safe. Where
+        ops run through torch's library, it blocks for 20 ms when it sees a shape for the first time, so it must not be
+        called on the event loop.
 
         ``shapes``: of the job's last scale, and of its first one, so that `submit` need not estimate that."""
         engine = self.engine

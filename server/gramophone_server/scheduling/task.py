@@ -130,6 +130,12 @@ class Task:
         """Whether it has had `MAX_SHORT_S` of the device as a short job. From then on it is none."""
         return self.used_as_short_s >= MAX_SHORT_S
 
+    def count(self, seconds: float) -> None:
+        """Counts device time that it has taken."""
+        self.device_s += seconds
+        if self.is_short or self.came_early:
+            self.used_as_short_s += seconds
+
     @property
     def has_promise(self) -> bool:
         """Whether others must leave it time for its deadline; see `needs_promise`."""

@@ -107,8 +107,7 @@ class Worker:
             self._fail(task, error)
             raise
         self._shares.leave(task)
-        task.memory_short_since, task.came_early = None, False
-        task.deadline_at = math.inf  # it was promised to a job that goes on
+        task.memory_short_since, task.came_early, task.deadline_at = None, False, math.inf  # promised if it goes on
 
     def give_place_up(self, task: Task) -> None:
         """Takes a task out of its batch, into the host's memory, for another owner. If that fails, so does the job."""
@@ -199,9 +198,7 @@ class Worker:
 
     def charge(self, task: Task, seconds: float) -> None:
         """Counts device time of a job: its turns, its share of those of its batch, and its commands and pictures."""
-        task.device_s += seconds
-        if task.is_short or task.came_early:
-            task.used_as_short_s += seconds
+        task.count(seconds)
         self._shares.charge(task, seconds)
 
     def frame(self, task: Task) -> Frame:
