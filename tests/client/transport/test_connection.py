@@ -93,9 +93,9 @@ async def test_a_key_may_have_several_values_and_a_calls_replace_the_clients(ser
 
 async def test_calls_are_logged_without_their_contents(client, service, caplog):
     caplog.set_level(logging.DEBUG, "gramophone_client")
-    await client.stylize(PHOTO, PAINTING, metadata={"authorization": "Bearer t0ken"})
-    await client.get_job("j1")
+    await client.stylize(PHOTO, PAINTING, timeout=20, metadata={"authorization": "Bearer t0ken"})
+    await client.get_job("j1")  # has a timeout of its own
     assert [record.getMessage() for record in caplog.records] == [
-        f"Stylize of {service.target}, within 10.0 s",
+        f"Stylize of {service.target}, within 20.0 s",
         f"GetJob of {service.target}, within 10.0 s",
     ]
