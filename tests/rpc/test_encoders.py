@@ -169,7 +169,9 @@ async def test_large_work_has_its_turn_in_a_stream_of_little_work_of_new_connect
     await until(lambda: encoders.waiting == 4)
     work.go.set()
     await asyncio.gather(begun, large, *streams)
-    assert work.done.index("large") <= 1 + 5 + 3
+    # Each stream has as much as the large work, five pieces, and one more at equal ends; fewer where the next ones come
+    # after the thread has looked for them.
+    assert work.done.index("large") <= 1 + 3 * 5 + 3
 
 
 async def test_a_thread_is_free_for_quick_work(encoders, work):
